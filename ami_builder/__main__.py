@@ -1,0 +1,5 @@
+"""`python -m ami_builder`."""
+
+from ami_builder.cli import main
+
+main()

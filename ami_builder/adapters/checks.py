@@ -1,0 +1,224 @@
+"""Runs the checks on a booted machine: pytest in a process of its own, with guards around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from subprocess import Popen
+from threading import Event
+
+import ami_builder
+from ami_builder import proc
+from ami_builder.checks.context import ENVIRONMENT, Context
+from ami_builder.errors import UsageError
+from ami_builder.model import CheckResult, Outcome
+
+__all__ = ["Context", "digest", "run", "shipped"]
+
+_PLUGIN = "ami_builder.checks.plugin"
+_FAILED = 1
+_STATUS = {
+    2: "it was interrupted, or a file could not be read",
+    3: "an error inside pytest",
+    4: "it was called wrongly",
+    5: "it found no check",
+}
+
+
+def shipped(folder: Path) -> tuple[Path, ...]:
+    """Return the check files in a folder, in the order in which they run."""
+    return tuple(sorted(folder.glob("test_*.py")))
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Return the sha256 over what a verdict depends on: these files, and all that lies beside our own.
+
+    Raises UsageError when one can't be read.
+    """
+    folder = Path(ami_builder.__file__).parent / "checks"
+    beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
+    total = hashlib.sha256()
+    for path in sorted(beside | {file.resolve() for file in _expanded(files)}):
+        try:
+            content = path.read_bytes()
+        except OSError as wrong:
+            raise UsageError(f"the checks in {path} can't be read: {wrong.strerror}") from wrong
+        total.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return total.hexdigest()
+
+
+def run(
+    *,
+    files: Sequence[Path],
+    ssh_config: Path,
+    host: str,
+    phase: str,
+    context: Context,
+    directory: Path,
+    timeout: float,
+    share_connection: bool = True,
+    on_result: Callable[[CheckResult], None] | None = None,
+) -> tuple[CheckResult, ...]:
+    """Run check files on the machine `host` of `ssh_config` and return a result for every check.
+
+    What keeps the checks from being believed (no checks, all skipped, another machine, pytest broken or
+    stopped) is a failed result whose name begins with `guard:`, never a pass. `directory` gets pytest's log,
+    JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
+    checks themselves: Dask gets `context.timeout` to come up, and its client as much again.
+    Raises UsageError when a file is missing.
+    """
+    for path in files:
+        if not path.exists():
+            raise UsageError(f"there are no checks at {path}", hint="see verify.checks in ami-builder.toml")
+    directory.mkdir(parents=True, exist_ok=True)
+    clean = directory.resolve() / f"checks-{phase}"
+    clean.mkdir(exist_ok=True)
+    # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
+    (clean / "pytest.ini").write_text("[pytest]\n")
+    replace(context, phase=phase).write(clean / "context.json")
+    tally = _Tally(phase=phase, memory=context.machine_memory, on_result=on_result)
+    log = directory / f"checks-{phase}.log"
+    receiver, sender = os.pipe()
+    with (
+        os.fdopen(receiver, encoding="utf-8", errors="replace") as events,
+        os.fdopen(sender, "w") as mouth,
+        log.open("wb") as out,
+    ):
+        argv: list[str | Path] = [
+            *(sys.executable, "-m", "pytest", "-v", "--color=no", "--tb=short", "--strict-markers"),
+            *("-p", _PLUGIN, "-p", "no:cacheprovider", "-c", clean / "pytest.ini", f"--rootdir={clean}"),
+            *("--import-mode=importlib", f"--junitxml={directory.resolve() / f'junit-{phase}.xml'}"),
+            f"--hosts={host if '://' in host else f'ssh://{host}'}",
+            f"--ssh-config={ssh_config if share_connection else _unshared(ssh_config, clean)}",
+            f"--events={sender}",
+            f"--record={directory.resolve()}",
+            *(path.resolve() for path in files),
+        ]
+        with proc.running(
+            argv, env=_environment(clean), cwd=clean, stdout=out.fileno(), pass_fds=[sender]
+        ) as process:
+            mouth.close()  # so that the events end with pytest
+            bound = 2 * context.timeout + timeout
+            with _alarm(process, bound) as late:
+                for line in events:
+                    tally.add(line)
+                status = process.wait()
+    tally.close(f"stopped after {bound:.0f} s" if late.is_set() else _reason(status), log)
+    return tuple(tally.results)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tally:
+    """What pytest told so far, and whether it can be believed in the end."""
+
+    phase: str
+    memory: int
+    on_result: Callable[[CheckResult], None] | None
+    results: list[CheckResult] = field(default_factory=list)
+    expected: int = 0
+    checks: int = 0
+    finished: bool = False
+
+    def add(self, line: str) -> None:
+        event = json.loads(line)
+        match event["event"]:
+            case "collected":
+                self.expected = event["count"]
+            case "result":
+                self.checks += 1
+                self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])
+            case "guard":
+                self._result(event["name"], Outcome.FAILED, event["message"])
+            case "finished":
+                self.finished = True
+
+    def close(self, reason: str, log: Path) -> None:
+        """Add a failed guard where the results can't be believed; `reason` says why pytest ended badly."""
+        failed = any(result.outcome is Outcome.FAILED for result in self.results)
+        last = next((line for line in reversed(proc.last_lines(log)) if line.strip()), "no output")
+        if (reason or not self.finished) and not failed:
+            self._guard("the checks ran to the end", f"pytest: {reason or 'it ended early'} ({last.strip()})")
+        elif self.checks < self.expected and not any(r.name.startswith("guard:") for r in self.results):
+            why = f"{self.checks} of {self.expected} checks were run: {reason or 'pytest ended early'}"
+            self._guard("the checks ran to the end", f"{why} ({last.strip()})")
+        elif not failed and not self.checks:
+            self._guard("checks were found", "pytest ran nothing")
+        elif all(result.outcome is Outcome.SKIPPED for result in self.results):
+            self._guard("not all checks were skipped", f"all {self.checks} were")
+
+    def _guard(self, name: str, message: str) -> None:
+        self._result(f"guard: {name}", Outcome.FAILED, message)
+
+    def _result(self, name: str, outcome: Outcome, message: str, seconds: float = 0.0) -> None:
+        result = CheckResult(
+            name=name,
+            phase=self.phase,
+            memory=self.memory,
+            outcome=outcome,
+            seconds=seconds,
+            message=message,
+        )
+        self.results.append(result)
+        if self.on_result is not None:
+            self.on_result(result)
+
+
+def _reason(status: int) -> str:
+    """Say why an exit status of pytest is not that of a finished run; empty for 0."""
+    if status == 0:
+        return ""
+    if status == _FAILED:
+        return "it failed, though no check did"
+    return _STATUS.get(status, f"exit status {status}")
+
+
+@contextmanager
+def _alarm(process: Popen[str], seconds: float) -> Iterator[Event]:
+    """Stop `process` after `seconds`, and tell by the event that it was stopped."""
+    late = Event()
+
+    def expire() -> None:
+        late.set()
+        proc.stop(process)
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+
+
+def _environment(clean: Path) -> dict[str, str]:
+    # A source checkout need not be installed for its plugin to be found.
+    package = Path(ami_builder.__file__).resolve().parents[1]
+    own = {
+        ENVIRONMENT: str(clean / "context.json"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": str(package),
+    }
+    return proc.environment(own)
+
+
+def _unshared(ssh_config: Path, clean: Path) -> Path:
+    """Return an ssh_config that differs in having no shared connection: ssh takes what it reads first."""
+    config = clean / "ssh_config-unshared"
+    config.write_text(f'ControlMaster no\nControlPath none\nInclude "{ssh_config.resolve()}"\n')
+    return config
+
+
+def _expanded(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files, with folders replaced by the Python files in them."""
+    for path in files:
+        if path.is_dir():
+            yield from path.rglob("*.py")
+        else:
+            yield path

@@ -1,0 +1,22 @@
+"""QEMU: disk images, and machines that boot one the way EC2 would."""
+
+from .accelerator import choose_accelerator, known_accelerator
+from .images import ImageInfo, check_image, create_overlay, image_info
+from .machine import DASK_PORTS, DEFAULT_INSTANCE, DEFAULT_MAC, Accelerator, GuestPanic, Machine, MachineDied, firmware
+
+__all__ = [
+    "DASK_PORTS",
+    "DEFAULT_INSTANCE",
+    "DEFAULT_MAC",
+    "Accelerator",
+    "GuestPanic",
+    "ImageInfo",
+    "Machine",
+    "MachineDied",
+    "check_image",
+    "choose_accelerator",
+    "create_overlay",
+    "firmware",
+    "image_info",
+    "known_accelerator",
+]

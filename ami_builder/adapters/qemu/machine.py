@@ -1,0 +1,304 @@
+"""A machine that boots an image the way EC2 would, on a throw-away overlay."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from enum import StrEnum
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from types import TracebackType
+
+from ami_builder import proc
+from ami_builder.errors import BuildFailed, MissingTool
+from ami_builder.model import Endpoint, Network
+
+from .images import create_overlay
+from .monitor import FAILURES, Monitor
+
+QEMU = "qemu-system-x86_64"
+DASK_PORTS = (8786, 8787)
+DEFAULT_INSTANCE = "i-0123456789abcdef0"
+DEFAULT_MAC = "02:00:00:00:00:01"
+
+_QUIT_SECONDS = 5.0
+_CONSOLE_LINES = 15
+
+# A whole firmware for -bios, or code alone for a flash drive; variables that a guest sets live in its memory.
+_FIRMWARE = (
+    ("/usr/share/ovmf/OVMF.fd", "bios"),
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "pflash"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "pflash"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "pflash"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "pflash"),
+    ("/usr/share/qemu/edk2-x86_64-code.fd", "pflash"),
+    ("/usr/share/qemu/ovmf-x86_64-code.bin", "pflash"),
+    ("/opt/homebrew/share/qemu/edk2-x86_64-code.fd", "pflash"),
+)
+
+# 169.254.169.254 has to lie in the guest's own network for QEMU to forward it.
+_EC2_NETWORK = "net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpstart=169.254.169.20"
+
+_PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
+# What a kernel says when the image is at fault; other panics under TCG are now and then the emulator's.
+_IMAGE_AT_FAULT = re.compile(rb"Unable to mount root|No working init|No init found|Requested init")
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\x20-\x7e\n]")
+_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
+
+
+class Accelerator(StrEnum):
+    """What runs the guest's instructions."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+    @property
+    def cpu(self) -> str:
+        """QEMU's processor model: all that the accelerator can give."""
+        return "host" if self is Accelerator.KVM else "max"
+
+
+class MachineDied(BuildFailed):
+    """QEMU ended or could not go on, through no fault of this machine's disk space."""
+
+
+class GuestPanic(MachineDied):
+    """The guest's kernel panicked; `boot_again` when the emulator may be at fault rather than the image."""
+
+    boot_again = False
+
+
+class Machine:
+    """One booted machine on a throw-away overlay; the context yields its Endpoint, and leaves console.log.
+
+    With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
+    NVMe (always). `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed;
+    it returns once QEMU runs, long before the guest is up.
+    """
+
+    def __init__(
+        self,
+        *,
+        disk: Path,
+        directory: Path,
+        memory: int,
+        cpus: int,
+        accelerator: Accelerator,
+        user: str,
+        disk_size: int | None = None,
+        imds_port: int | None = None,
+        seed: Path | None = None,
+        network: Network = Network.ISOLATED,
+        ports: Sequence[int] = DASK_PORTS,
+        instance_id: str = DEFAULT_INSTANCE,
+        mac: str = DEFAULT_MAC,
+    ) -> None:
+        self._disk, self._disk_size, self._seed = disk, disk_size, seed
+        self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
+        self._imds_port, self._network, self._ports = imds_port, network, (22, *ports)
+        self._user, self._instance_id, self._mac = user, instance_id, mac
+        self._directory = directory
+        self._overlay = directory / "overlay.qcow2"
+        self._log = directory / "qemu.log"
+        self.console_log = directory / "console.log"
+        self._console_start = 0
+        self._owned = ExitStack()
+        self._process: Popen[str] | None = None
+        self._monitor: Monitor | None = None
+
+    def __enter__(self) -> Endpoint:
+        with ExitStack() as owned:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            owned.callback(self._overlay.unlink, missing_ok=True)
+            create_overlay(self._disk, self._overlay, self._disk_size)
+            self.console_log.touch()
+            self._console_start = self.console_log.stat().st_size
+            ours, theirs = socket.socketpair()
+            owned.callback(ours.close)
+            with theirs, self._log.open("w") as log:
+                argv = self._arguments(monitor=theirs.fileno())
+                self._process = owned.enter_context(
+                    proc.running(argv, stdout=log.fileno(), pass_fds=[theirs.fileno()])
+                )
+            try:
+                self._monitor = owned.enter_context(Monitor(ours))
+                ports = self._forwarded()
+            except FAILURES as error:
+                raise self._ended() from error
+            owned.callback(self._quit)
+            self._owned = owned.pop_all()
+        return Endpoint(
+            address="127.0.0.1",
+            port=ports[22],
+            user=self._user,
+            console_log=self.console_log,
+            ports=ports,
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.power_off()
+
+    def power_off(self) -> None:
+        """Cut the machine's power and remove its overlay; calling it again does nothing."""
+        self._owned.close()
+
+    def check_alive(self) -> None:
+        """Raise BuildFailed, with the end of the console, when the machine can't come up any more."""
+        assert self._process is not None, "the machine runs only inside its context"
+        if self._process.poll() is not None:
+            raise self._ended()
+        if panic := _PANIC.search(self._console()):
+            raise self._panicked(panic[0])
+        state = self._state()
+        if state == "internal-error":
+            raise MachineDied(
+                f"the guest could not go on under {self._accelerator.upper()}",
+                hint="AMI_BUILDER_ACCELERATOR=tcg runs it without KVM, more slowly",
+                log=self.console_log,
+                tail=self._tail(),
+            )
+        if state == "io-error":
+            raise BuildFailed(
+                "the machine stopped because its disk could not be written",
+                hint=f"free some space in {self._directory}",
+                log=self.console_log,
+                tail=self._tail(),
+            )
+
+    def console_shows(self, pattern: re.Pattern[bytes]) -> bool:
+        """Tell whether the guest has written `pattern` to its serial console since it was started."""
+        return pattern.search(self._console()) is not None
+
+    def _console(self) -> bytes:
+        with self.console_log.open("rb") as file:
+            file.seek(self._console_start)
+            return file.read()
+
+    def _state(self) -> str:
+        assert self._monitor is not None
+        assert self._process is not None
+        try:
+            status = self._monitor.execute("query-status")
+        except TimeoutError:
+            return "busy"
+        except FAILURES:
+            # The monitor is gone because QEMU is going.
+            with suppress(TimeoutExpired):
+                self._process.wait(_QUIT_SECONDS)
+            raise self._ended() from None
+        assert isinstance(status, dict)
+        return str(status["status"])
+
+    def _quit(self) -> None:
+        assert self._monitor is not None
+        assert self._process is not None
+        with suppress(*FAILURES):
+            self._monitor.execute("quit")
+        with suppress(TimeoutExpired):
+            self._process.wait(_QUIT_SECONDS)
+
+    def _forwarded(self) -> Mapping[int, int]:
+        """Ask QEMU which free ports it took: choosing them beforehand would race with other programs."""
+        assert self._monitor is not None
+        told = self._monitor.execute("human-monitor-command", {"command-line": "info usernet"})
+        ports = {int(inside): int(outside) for outside, inside in _FORWARD.findall(str(told))}
+        if missing := set(self._ports) - ports.keys():
+            raise BuildFailed(
+                f"QEMU forwards no port for {sorted(missing)}", tail=tuple(str(told).splitlines())
+            )
+        return ports
+
+    def _ended(self) -> MachineDied:
+        assert self._process is not None
+        with suppress(TimeoutExpired):
+            self._process.wait(_QUIT_SECONDS)
+        status = self._process.poll()
+        if status == 0:
+            return MachineDied("the machine switched itself off", log=self.console_log, tail=self._tail())
+        said = self._log.read_text(errors="replace").strip().splitlines()[-proc.TAIL_LINES :]
+        how = "does not answer" if status is None else _how(status)
+        return MachineDied(f"QEMU {how}", log=self._log, tail=tuple(said) or self._tail())
+
+    def _panicked(self, line: bytes) -> GuestPanic:
+        text = _printable(line)[0]
+        if self._accelerator is Accelerator.TCG and not _IMAGE_AT_FAULT.search(line):
+            panic = GuestPanic(
+                f"the guest's kernel panicked under emulation: {text}",
+                hint="multi-threaded emulation does this now and then: boot it again",
+                log=self.console_log,
+                tail=self._tail(),
+            )
+            panic.boot_again = True
+            return panic
+        return GuestPanic(f"the guest's kernel panicked: {text}", log=self.console_log, tail=self._tail())
+
+    def _tail(self) -> tuple[str, ...]:
+        return _printable(self._console())[-_CONSOLE_LINES:]
+
+    def _arguments(self, *, monitor: int) -> list[str]:
+        kvm = self._accelerator is Accelerator.KVM
+        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none"]
+        argv += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi"]
+        argv += ["-cpu", self._accelerator.cpu, "-smp", str(self._cpus), "-m", f"{self._memory}B"]
+        argv += firmware()
+        argv += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
+        argv += ["-chardev", f"file,id=console,append=on,path={_escaped(self.console_log)}"]
+        argv += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
+        # The overlay is thrown away, so the host's disk may take its time (unsafe).
+        root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._overlay)}"
+        volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
+        argv += ["-drive", root, "-device", f"nvme,drive=root,serial={volume},bootindex=0"]
+        if self._seed is not None:
+            seed = f"if=none,id=seed,format=raw,readonly=on,file={_escaped(self._seed)}"
+            argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]
+        user = ["user", "id=net", "ipv6=off"]
+        if self._imds_port is not None:
+            argv += _smbios(self._instance_id)
+            forwarder = f"{proc.find('socat')} STDIO TCP4:127.0.0.1:{self._imds_port}"
+            user += [_EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
+        if self._network is Network.ISOLATED:
+            user.append("restrict=on")
+        user += [f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in self._ports]
+        argv += ["-netdev", ",".join(user)]
+        return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={self._mac},romfile="]
+
+
+def firmware() -> tuple[str, str]:
+    """Return the QEMU flag and value that boot by UEFI; raises MissingTool where no firmware is installed."""
+    for name, kind in _FIRMWARE:
+        if Path(name).is_file():
+            if kind == "bios":
+                return "-bios", name
+            return "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={name}"
+    raise MissingTool("the UEFI firmware for QEMU (OVMF) is not installed", hint="apt-get install ovmf")
+
+
+def _smbios(instance_id: str) -> list[str]:
+    # cloud-init takes a machine for an instance when both begin with ec2 and are the same.
+    serial = f"ec2{str(uuid.uuid5(uuid.NAMESPACE_URL, instance_id))[3:]}"
+    system = f"type=1,manufacturer=Amazon EC2,product=m6i.large,uuid={serial},serial={serial}"
+    return [
+        "-smbios", "type=0,vendor=Amazon EC2,version=1.0",
+        "-smbios", system,
+        "-smbios", f"type=2,manufacturer=Amazon EC2,asset={instance_id}",
+        "-smbios", "type=3,manufacturer=Amazon EC2",
+    ]  # fmt: skip
+
+
+def _escaped(path: Path) -> str:
+    return str(path.resolve()).replace(",", ",,")
+
+
+def _how(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed (exit status {status})"
+
+
+def _printable(raw: bytes) -> tuple[str, ...]:
+    text = _ESCAPES.sub("", raw.decode(errors="replace").replace("\r", "\n"))
+    return tuple(line.rstrip() for line in text.splitlines() if line.strip())

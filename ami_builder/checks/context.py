@@ -1,0 +1,52 @@
+"""What the checks are told about the machine that they look at; it crosses to pytest as a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ami_builder.model import Datasource, Reserve, Role
+
+ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
+"""Names the JSON file."""
+
+FIRST_BOOT = "boot"
+"""The phase in which the checks of a first boot run as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What the machine was booted with, so what it is held against; sizes are bytes."""
+
+    nonce: str
+    """What this machine alone has in /var/lib/ami-builder/nonce."""
+    machine_memory: int
+    disk: int
+    reserve: Reserve
+    datasource: Datasource
+    role: Role
+    workers: int
+    """Workers that the Dask container starts; 0 when that is not known."""
+    user: str
+    """Who logs in by ssh and by hand."""
+    public_key: str
+    """The one key that may be in an authorized_keys."""
+    timeout: float
+    """Seconds that Dask and its workers get to come up."""
+    phase: str = FIRST_BOOT
+    """`boot`, `restart` or `reboot`."""
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, readable by its owner alone."""
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Context:
+        """Read it back; raises OSError, ValueError, KeyError or TypeError when it is not a context."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["reserve"] = Reserve(**fields["reserve"])
+        fields["datasource"] = Datasource(fields["datasource"])
+        fields["role"] = Role(fields["role"])
+        return cls(**fields)

@@ -1,0 +1,160 @@
+# Tell everything that the checks judge, in one go. POSIX sh, run by root; nothing here changes the machine.
+# Arguments: the login user, the phase, the main pid of the Dask container (empty without one).
+set -u
+export LC_ALL=C
+unset AVAILABLE_MEMORY_FOR_DASK
+user=$1 phase=$2 pid=$3
+
+section() { printf '\n\036%s\n' "$1"; }
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# The slow ones run beside the rest.
+all=$(docker ps -aq --no-trunc 2>/dev/null)
+# shellcheck disable=SC2086  # one word an id
+if [ -n "$all" ]; then docker inspect $all; else echo '[]'; fi >"$scratch/containers" 2>&1 &
+config() { # file, value or nothing
+    set -a
+    # shellcheck source=/dev/null
+    [ ! -e /etc/dask/dask.env ] || . /etc/dask/dask.env
+    set +a
+    export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="${DASK_ROLE:-local}"
+    [ -z "$2" ] || export AVAILABLE_MEMORY_FOR_DASK="$2"
+    docker compose --project-directory /etc/dask -f "$1" config --format json
+}
+value=$(sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=\([0-9][0-9]*\)$/\1/p' /run/dask/memory.env 2>/dev/null)
+if [ "$phase" = boot ]; then
+    (config /etc/dask/compose.yaml '' >"$scratch/compose.unset" 2>&1) &
+    (config /etc/dask/compose.yaml "${value:-1073741824}" >"$scratch/compose.set" 2>&1) &
+    (config /var/lib/ami-builder/compose.image.yaml '' >"$scratch/image.unset" 2>&1) &
+    (config /var/lib/ami-builder/compose.image.yaml "${value:-1073741824}" >"$scratch/image.set" 2>&1) &
+fi
+
+section clock
+date +%s.%N
+cut -d' ' -f1 /proc/uptime
+section pagesize
+getconf PAGESIZE
+section memory.env
+cat /run/dask/memory.env 2>/dev/null
+section memory.env.time
+stat -c %.9Y /run/dask/memory.env 2>/dev/null
+section service
+systemctl show dask.service -p ActiveState -p SubState -p UnitFileState -p NRestarts -p MainPID \
+    -p InvocationID -p After -p Result -p ExecMainStartTimestampMonotonic
+main=$(systemctl show dask.service -p MainPID --value)
+section service.environment
+[ "${main:-0}" = 0 ] || tr '\0' '\n' <"/proc/$main/environ" | grep '^AVAILABLE_MEMORY_FOR_DASK='
+section journal
+invocation=$(systemctl show dask.service -p InvocationID --value)
+[ -z "$invocation" ] ||
+    journalctl -q --no-pager -o cat "_SYSTEMD_INVOCATION_ID=$invocation" | grep -F AVAILABLE_MEMORY_FOR_DASK
+section "shell sudo -i"
+sudo -u "$user" -i printenv AVAILABLE_MEMORY_FOR_DASK
+section "shell bash -l"
+runuser -u "$user" -- bash -lc 'printenv AVAILABLE_MEMORY_FOR_DASK'
+section "shell sh -l"
+runuser -u "$user" -- sh -lc 'printenv AVAILABLE_MEMORY_FOR_DASK'
+section stored
+grep -rIsE "AVAILABLE_MEMORY_FOR_DASK=[\"']?[0-9]" /etc /root /home /opt /srv
+section failed
+systemctl list-units --failed --plain --no-legend --no-pager
+section health
+timeout 10 bash -c \
+    'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -c 500 <&3' 2>&1
+
+section cgroups
+if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
+    path=$(sed -n 's/^0:://p' "/proc/$pid/cgroup")
+    while [ -n "$path" ] && [ "$path" != / ]; do
+        for file in max high low min swap.max; do
+            printf '%s %s %s\n' "$path" "$file" "$(cat "/sys/fs/cgroup$path/memory.$file" 2>/dev/null)"
+        done
+        path=${path%/*}
+    done
+fi
+section inside
+# Through the container's own root: its mount of cgroupfs shows what a process in there reads.
+[ -z "$pid" ] || cat "/proc/$pid/root/sys/fs/cgroup/memory.max" 2>/dev/null
+section namespaces
+[ -z "$pid" ] || readlink /proc/1/ns/cgroup "/proc/$pid/ns/cgroup"
+section limits
+if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
+    while read -r each; do
+        grep -hE '^Max (resident set|address space)' "/proc/$each/limits" 2>/dev/null
+    done <"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.procs"
+fi
+section mounts
+[ -z "$pid" ] || cat "/proc/$pid/mountinfo" 2>/dev/null
+
+if [ "$phase" = boot ]; then
+    read -r up _ </proc/uptime
+    # Five seconds of grace for a clock that is set while booting.
+    boot="@$(($(date +%s) - ${up%.*} - 5))"
+    older() { find "$@" ! -newerct "$boot" -printf '%p\n' 2>/dev/null; }
+    homes=$(getent passwd | cut -d: -f6 | sort -u)
+
+    section compose
+    cat /etc/dask/compose.yaml 2>/dev/null
+    section compose.image
+    cat /var/lib/ami-builder/compose.image.yaml 2>/dev/null
+    section disk
+    df -B1 --output=size / | tail -n 1
+    device=$(findmnt -no SOURCE /)
+    lsblk -bdnro SIZE "/dev/$(lsblk -dnro PKNAME "$device" | head -n 1)"
+    section authorized
+    for home in $homes; do
+        [ ! -d "$home/.ssh" ] || grep -HsE '^[^#]' "$home"/.ssh/authorized_keys "$home"/.ssh/authorized_keys2
+    done
+    section hostkeys
+    find /etc/ssh -name 'ssh_host_*_key' -printf '%p\n'
+    section hostkeys.old
+    older /etc/ssh -name 'ssh_host_*'
+    section machine-id
+    cat /etc/machine-id
+    section machine-id.old
+    older /etc/machine-id
+    section boots
+    journalctl -q --no-pager -F _BOOT_ID
+    section journals
+    [ ! -d /var/log/journal ] || find /var/log/journal -mindepth 1 -maxdepth 1 -printf '%f\n'
+    section temporary
+    older /tmp /var/tmp -mindepth 1 -maxdepth 1
+    find /tmp /var/tmp /root /home -maxdepth 2 \( -iname '*packer*' -o -iname '*ami-builder*' \) -printf '%p\n'
+    section logs
+    older /var/log -type f -size +0
+    section apt
+    older /var/lib/apt/lists -type f ! -name lock
+    older /var/cache/apt/archives -type f -name '*.deb'
+    section histories
+    for home in $homes; do
+        for name in .bash_history .ash_history .python_history .lesshst .viminfo .wget-hsts .sudo_as_admin_successful; do
+            [ ! -e "$home/$name" ] || older "$home/$name" -size +0
+        done
+    done
+    section secrets
+    for home in $homes; do
+        for name in .aws .docker/config.json .netrc .pypirc .git-credentials .config/gcloud .azure .kube; do
+            [ ! -e "$home/$name" ] || printf '%s\n' "$home/$name"
+        done
+    done
+    find /etc/dask -type f \( -name '*.pem' -o -name '*.key' \) -printf '%p\n' 2>/dev/null
+    grep -rlIsE -e '-----BEGIN [A-Z ]*PRIVATE KEY-----' /root /home /etc/dask /opt /srv /var/lib/dask
+    section instances
+    find /var/lib/cloud/instances -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/dev/null
+    section cloud-id
+    cat /run/cloud-init/cloud-id 2>/dev/null
+    section cloud-result
+    cat /run/cloud-init/result.json 2>/dev/null
+    section cloud-status
+    cat /run/cloud-init/status.json 2>/dev/null
+fi
+
+wait
+for name in containers compose.unset compose.set image.unset image.set; do
+    [ ! -e "$scratch/$name" ] || {
+        section "$name"
+        cat "$scratch/$name"
+    }
+done
+section end

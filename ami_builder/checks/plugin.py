@@ -1,0 +1,312 @@
+"""The pytest plugin that the checks run under, ours and the user's: guards, fixtures, order, live results.
+
+Load it with `-p ami_builder.checks.plugin --hosts=ssh://NAME --ssh-config=FILE`; the environment variable
+AMI_BUILDER_CHECKS_CONTEXT names the JSON file of a `Context`. It takes the place of testinfra's own plugin:
+its `host` can't be the machine that pytest runs on, and the booted machine proves who it is before any check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import testinfra  # type: ignore[import-untyped]
+import testinfra.host  # type: ignore[import-untyped]
+
+from .context import ENVIRONMENT, FIRST_BOOT, Context
+from .state import Container, Dask, Incomplete, Machine, sections
+
+BLOCKED = "blocked: "
+"""A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
+
+GUARD_STATUS = 64
+"""pytest's exit status when a guard refuses."""
+
+_HERE = Path(__file__).resolve().parent
+# Importing distributed takes ten seconds on an emulated machine, so the client gets at least a minute.
+_LEAST_CLIENT_SECONDS = 60.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ami-builder checks")
+    group.addoption("--hosts", help="the booted machine, as ssh://NAME")
+    group.addoption("--ssh-config", help="ssh_config file that says how to reach it")
+    group.addoption("--events", type=int, help="file descriptor that gets each result as a line of JSON")
+    group.addoption("--record", type=Path, help="folder that gets what the machine answered")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "first_boot: run in the phase `boot` only")
+    config.pluginmanager.register(_Run(config), "ami-builder-run")
+
+
+class _Run:
+    """One phase on one machine: its guards, and the two conversations that every fixture draws on."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.pool = ThreadPoolExecutor(max_workers=2)
+        self.machine: Future[Machine] | None = None
+        self.dask: Future[Dask] | None = None
+        self.failed = 0
+        self.blocked = ""
+        events = config.getoption("events")
+        self.events = None if events is None else os.fdopen(events, "w", encoding="utf-8")
+
+    def refuse(self, name: str, message: str) -> NoReturn:
+        """End the session as failed: what it would say about a machine is worth nothing."""
+        self.tell(event="guard", name=name, message=message)
+        pytest.exit(f"{name}: {message}", returncode=GUARD_STATUS)
+
+    def tell(self, **event: object) -> None:
+        if self.events is not None:
+            self.events.write(json.dumps(event) + "\n")
+            self.events.flush()
+
+    def read_context(self) -> Context:
+        path = os.environ.get(ENVIRONMENT, "")
+        if not path:
+            self.refuse(
+                "guard: context", f"{ENVIRONMENT} does not name the file that tells about the machine"
+            )
+        try:
+            return Context.read(Path(path))
+        except (OSError, ValueError, KeyError, TypeError) as wrong:
+            self.refuse("guard: context", f"{path} is not a context: {wrong}")
+
+    def connect(self) -> testinfra.host.Host:
+        spec, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
+        name = "guard: checks run on the booted machine"
+        if not spec or not ssh_config:
+            self.refuse(name, "--hosts=ssh://NAME and --ssh-config=FILE are needed")
+        if not spec.startswith("ssh://"):
+            self.refuse(name, f"--hosts={spec} is not ssh://NAME: the checks would look at another machine")
+        # The shared connection is the caller's: testinfra must not leave one of its own behind.
+        return testinfra.get_host(spec, ssh_config=ssh_config, controlpersist=0)
+
+    def ask(self, script: str, *arguments: str) -> tuple[str, str, int]:
+        """Run one of the scripts as root and return stdout, stderr and status."""
+        command = "sudo -n /bin/sh -c %s sh" + " %s" * len(arguments)
+        done = self.host.run(command, (_HERE / script).read_text(encoding="utf-8"), *arguments)
+        # Not .stdout: that asks the machine for its encoding first.
+        return (
+            done.stdout_bytes.decode("utf-8", "replace"),
+            done.stderr_bytes.decode("utf-8", "replace"),
+            done.rc,
+        )
+
+    def identify(self) -> None:
+        """Let the machine prove who it is, wait for its Dask, and start the two conversations."""
+        self.context = self.read_context()
+        self.host = self.connect()
+        name = "guard: the machine is the one that was booted"
+        try:
+            settled, stderr, status = self.ask("settle.sh", self.context.nonce, f"{self.context.timeout:.0f}")
+        except RuntimeError as unreachable:
+            self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
+        found = sections(settled)
+        if "nonce" not in found:
+            last = (stderr.strip().splitlines() or ["no output"])[-1]
+            self.refuse(name, f"the machine can't be asked (status {status}): {last}")
+        if not self.context.nonce or found["nonce"].strip() != self.context.nonce:
+            told = found["nonce"].strip() or "nothing: no user data was applied"
+            self.refuse(name, f"it should answer {self.context.nonce or 'something'}, and answers {told}")
+        pid = [*found.get("container", "").split("\n"), ""][1]
+        self.machine = self.pool.submit(self._gather, settled, pid)
+        self.dask = self.pool.submit(self._ask_dask, pid)
+
+    def _gather(self, settled: str, pid: str) -> Machine:
+        gathered, stderr, status = self.ask("gather.sh", self.context.user, self.context.phase, pid)
+        record = self.config.getoption("record")
+        if record is not None:
+            answers = {**sections(settled), **sections(gathered), "stderr": stderr}
+            path = record / f"machine-{self.context.phase}.json"
+            path.write_text(json.dumps(answers, indent=1), encoding="utf-8")
+        try:
+            return Machine.parse(settled, gathered)
+        except Incomplete as wrong:
+            raise Incomplete(f"{wrong} (status {status}; {stderr.strip()[-200:]})") from wrong
+
+    def _ask_dask(self, pid: str) -> Dask:
+        if not pid:
+            return Dask(workers=(), error="no Dask container is running")
+        seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
+        program = (_HERE / "probe.py").read_text(encoding="utf-8")
+        arguments = (self.context.role.value, str(self.context.workers), f"{seconds:.0f}")
+        stdout, stderr, status = self.ask("probe.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
+        record = self.config.getoption("record")
+        if record is not None:
+            path = record / f"dask-{self.context.phase}.json"
+            path.write_text(
+                json.dumps({"stdout": stdout, "stderr": stderr, "status": status}), encoding="utf-8"
+            )
+        return Dask.parse(stdout, stderr, status)
+
+    def joined(self) -> Machine:
+        """Return what the machine told; the session ends as failed when it told nothing that can be read."""
+        assert self.machine is not None
+        try:
+            return self.machine.result()
+        except (Incomplete, RuntimeError, OSError) as wrong:
+            self.refuse("guard: the machine answers", str(wrong))
+
+    # pytest's hooks, in the order in which they are called.
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Refuse files without checks, leave out what belongs to a first boot, put Dask's checks last."""
+        wanted = {Path(argument.split("::")[0]).resolve() for argument in config.args}
+        empty = [path for path in sorted(wanted) if not any(_within(item.path, path) for item in items)]
+        if empty and not config.option.collectonly:
+            self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
+        if self.read_context().phase != FIRST_BOOT:
+            later = [item for item in items if item.get_closest_marker("first_boot")]
+            config.hook.pytest_deselected(items=later)
+            items[:] = [item for item in items if item not in later]
+        items.sort(key=lambda item: "client" in getattr(item, "fixturenames", ()))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        if not session.config.option.collectonly and not session.testsfailed:
+            self.tell(event="collected", count=len(session.items))
+            self.identify()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            outcome = "failed" if report.failed else "skipped" if report.skipped else "passed"
+        elif report.failed:
+            outcome = "failed"  # a teardown: one more result, under the same name
+        else:
+            return
+        if hasattr(report, "wasxfail"):
+            # A check that is expected to fail proves nothing, whether or not it does.
+            outcome = "failed"
+        message = "" if outcome == "passed" else _message(report)
+        self.failed += outcome == "failed"
+        if outcome == "skipped" and message.startswith(BLOCKED):
+            self.blocked = self.blocked or f"{readable(report.nodeid)}: {message}"
+        self.tell(
+            event="result",
+            name=readable(report.nodeid),
+            outcome=outcome,
+            seconds=round(report.duration, 3),
+            message=message,
+        )
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.tell(event="guard", name="guard: the files can be read", message=_message(report))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.blocked and not self.failed:
+            self.tell(event="guard", name="guard: nothing is blocked without a failure", message=self.blocked)
+            session.exitstatus = GUARD_STATUS
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.tell(event="finished")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+def readable(nodeid: str) -> str:
+    """Return a check's name for people: `test_limit.py::test_swap_is_off` is `limit: swap is off`."""
+    path, _, function = nodeid.partition("::")
+    stem = Path(path).stem.removeprefix("test_").replace("_", " ")
+    name, bracket, parameters = function.replace("::", " ").partition("[")
+    return (
+        f"{stem}: {name.removeprefix('test_').replace('_', ' ')}{bracket and ' ('}{parameters.rstrip(']')}"
+        + (")" if bracket else "")
+    )
+
+
+def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return the first line that says what is wrong."""
+    longrepr: Any = report.longrepr
+    if isinstance(longrepr, tuple):  # a skip: path, line, reason
+        return str(longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else str(longrepr)
+    lines: Iterable[str] = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line), "no message")
+    if crash is None:  # a file that can't be imported: its last line is the error
+        first = [line.strip() for line in text.splitlines() if line.strip()][-1].removeprefix("E").strip()
+    return first.removeprefix("AssertionError: ").removeprefix("Failed: ")
+
+
+def _run(config: pytest.Config) -> _Run:
+    run = config.pluginmanager.get_plugin("ami-builder-run")
+    assert isinstance(run, _Run)
+    return run
+
+
+def container_of(machine: Machine) -> Container:
+    """Return the running Dask container; a check that needs one is blocked without."""
+    if machine.container is None:
+        pytest.skip(f"{BLOCKED}no Dask container is running")
+    return machine.container
+
+
+def variable_of(machine: Machine) -> int:
+    """Return the measured bytes; a check that needs them is blocked without."""
+    if machine.variable is None:
+        pytest.skip(f"{BLOCKED}AVAILABLE_MEMORY_FOR_DASK was not measured")
+    return machine.variable
+
+
+def answered(dask: Dask) -> Dask:
+    """Return Dask's answer; a check that needs one is blocked without."""
+    if dask.error:
+        pytest.skip(f"{BLOCKED}Dask's client got no answer")
+    return dask
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest) -> testinfra.host.Host:
+    """The booted machine, as testinfra shows it; use `with host.sudo():` for what only root may see."""
+    return _run(request.config).host
+
+
+@pytest.fixture(scope="session")
+def context(request: pytest.FixtureRequest) -> Context:
+    """What the machine was booted with."""
+    return _run(request.config).context
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """What the machine told about this start."""
+    return _run(request.config).joined()
+
+
+@pytest.fixture(scope="session")
+def container(machine: Machine) -> Container:
+    """The running Dask container."""
+    return container_of(machine)
+
+
+@pytest.fixture(scope="session")
+def variable(machine: Machine) -> int:
+    """AVAILABLE_MEMORY_FOR_DASK as measured, in bytes."""
+    return variable_of(machine)
+
+
+@pytest.fixture(scope="session")
+def client(request: pytest.FixtureRequest) -> Dask:
+    """What Dask's own client was told, or why it was told nothing."""
+    future = _run(request.config).dask
+    assert future is not None
+    return future.result()
+
+
+@pytest.fixture(scope="session")
+def dask(client: Dask) -> Dask:
+    """What Dask's own client was told."""
+    return answered(client)

@@ -1,0 +1,12 @@
+# Ask Dask through its own client, in the container's namespaces but outside its cgroup: importing
+# distributed takes some 100 MB, which must not count against the limit that is being looked at.
+# Arguments: the container's main pid, seconds, the Python program, its arguments. POSIX sh, run by root.
+set -u
+pid=$1 seconds=$2 program=$3
+shift 3
+# shellcheck disable=SC2016  # expanded by the shell that xargs starts
+exec timeout "$seconds" xargs -0 -a "/proc/$pid/environ" sh -c '
+    pid=$0 program=$1 first=$2 second=$3 third=$4
+    shift 4
+    exec env -i "$@" nsenter -t "$pid" -m -n -i -u -p -- python -c "$program" "$first" "$second" "$third"
+' "$pid" "$program" "$@"

@@ -1,0 +1,72 @@
+# Wait until this machine has come up and Dask answers, or can't any more; then take the figures that move.
+# Arguments: the nonce, the seconds to wait. POSIX sh, run by root.
+set -u
+export LC_ALL=C
+
+section() { printf '\n\036%s\n' "$1"; }
+uptime_seconds() {
+    read -r up _ </proc/uptime
+    echo "${up%.*}"
+}
+# Asked from outside the container: an exec would run inside the cgroup that is looked at.
+health() {
+    timeout 10 bash -c \
+        'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -c 500 <&3' \
+        2>/dev/null
+}
+started() {
+    case $(systemctl is-system-running 2>/dev/null) in
+        running | degraded | maintenance | stopping) return 0 ;;
+        *) return 1 ;;
+    esac
+}
+
+end=$(($(uptime_seconds) + $2))
+late() { [ "$(uptime_seconds)" -ge "$end" ]; }
+
+until [ -s /var/lib/ami-builder/nonce ] || started || late; do
+    sleep 1
+done
+section nonce
+cat /var/lib/ami-builder/nonce 2>/dev/null
+[ "$(cat /var/lib/ami-builder/nonce 2>/dev/null)" = "$1" ] || exit 0
+
+reason=
+while [ -z "$reason" ]; do
+    case $(health) in
+        HTTP/*\ 200\ *)
+            if started; then
+                reason="Dask answers"
+                continue
+            fi
+            ;;
+    esac
+    ActiveState='' NRestarts=0 Job=''
+    eval "$(systemctl show dask.service -p ActiveState -p NRestarts -p Job | sed 's/=\(.*\)/="\1"/')"
+    if late; then
+        reason="Dask did not answer within $2 s; dask.service is $ActiveState"
+    elif [ "$ActiveState" = failed ]; then
+        reason="dask.service has failed"
+    elif [ "${NRestarts:-0}" -ge 3 ]; then
+        reason="dask.service was restarted $NRestarts times"
+    elif [ "$ActiveState" = inactive ] && [ -z "$Job" ] && started; then
+        reason="dask.service was never started"
+    else
+        sleep 1
+    fi
+done
+section settled
+printf '%s\n' "$reason"
+
+# One container of the project is the rule; with several, the checks say so and look at the newest.
+id=$(docker ps -q --no-trunc --filter label=com.docker.compose.project=dask 2>/dev/null | head -n 1)
+pid=
+[ -z "$id" ] || pid=$(docker inspect -f '{{.State.Pid}}' "$id")
+section container
+printf '%s\n%s\n' "$id" "$pid"
+
+# Side by side, and before anything else of ours runs: what is available, and what Dask would give back.
+section meminfo
+cat /proc/meminfo
+section memory.stat
+[ -z "$pid" ] || cat "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/memory.stat"

@@ -1,0 +1,266 @@
+"""What one start of one machine told, parsed from the scripts beside this file; sizes are bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
+PROJECT = "dask"
+
+_LINE = re.compile(rf"{VARIABLE}=([0-9]{{1,18}})\n?")
+
+Sections = Mapping[str, str]
+
+
+class Incomplete(ValueError):
+    """What came back from the machine is not what the scripts print."""
+
+
+def told(size: int) -> str:
+    """Write a size as people compare it."""
+    return f"{size} bytes ({size / (1 << 20):.1f} MiB)"
+
+
+def sections(text: str) -> Sections:
+    """Split a script's output at its section marks: name -> text without the blank line around it."""
+    parts = (part.partition("\n") for part in text.split("\n\036")[1:])
+    return {name: body for name, _, body in parts}
+
+
+def numbers(text: str) -> dict[str, int]:
+    """Read `name value [kB]` lines (meminfo, memory.stat) into bytes or plain counts."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        name, *rest = line.replace(":", " ").split()[:3] or [""]
+        if rest and rest[0].isdigit():
+            found[name] = int(rest[0]) * (1024 if rest[1:] == ["kB"] else 1)
+    return found
+
+
+def seconds(timestamp: str) -> float:
+    """Return Docker's RFC 3339 time, which has nine decimals and ends in Z, as seconds since 1970."""
+    whole, _, fraction = timestamp.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The container as `docker inspect` tells it."""
+
+    id: str
+    name: str
+    project: str
+    running: bool
+    created: float
+    """Seconds since 1970."""
+    memory: int
+    memory_swap: int
+    reservation: int
+    privileged: bool
+    cgroup_namespace: str
+    oom_kill_disable: bool
+    oom_killed: bool
+    restart_policy: str
+    restart_count: int
+    log_driver: str
+    log_options: Mapping[str, str]
+    health_check: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, inspected: Mapping[str, Any]) -> Container:
+        """Read one element of `docker inspect`."""
+        host, state, config = inspected["HostConfig"], inspected["State"], inspected["Config"]
+        return cls(
+            id=inspected["Id"],
+            name=inspected["Name"].lstrip("/"),
+            project=(config.get("Labels") or {}).get("com.docker.compose.project", ""),
+            running=state["Running"],
+            created=seconds(inspected["Created"]),
+            memory=host["Memory"],
+            memory_swap=host["MemorySwap"],
+            reservation=host["MemoryReservation"],
+            privileged=host["Privileged"],
+            cgroup_namespace=host["CgroupnsMode"],
+            oom_kill_disable=bool(host["OomKillDisable"]),
+            oom_killed=state["OOMKilled"],
+            restart_policy=host["RestartPolicy"]["Name"] or "no",
+            restart_count=inspected["RestartCount"],
+            log_driver=host["LogConfig"]["Type"],
+            log_options=host["LogConfig"]["Config"] or {},
+            health_check=tuple((config.get("Healthcheck") or {}).get("Test") or ()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One cgroup, from the container's own (first) up to the one below the root."""
+
+    path: str
+    files: Mapping[str, str]
+    """`max`, `high`, `low`, `min`, `swap.max` -> content of memory.*; empty where there is no such file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One mount that the container sees."""
+
+    point: PurePosixPath
+    type: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One start of the machine; `text` keeps the sections that only one check reads."""
+
+    text: Sections
+    now: float
+    booted: float
+    """Seconds since 1970 in the machine's own clock, as `now` is."""
+    page: int
+    variable: int | None
+    """The measured value; None when there is none, or something else than integer bytes."""
+    measured: float | None
+    """When it was written, seconds since 1970."""
+    service: Mapping[str, str]
+    service_started: float
+    containers: tuple[Container, ...]
+    main_container: str
+    """Id of the container whose cgroup, mounts and limits were read; empty without one."""
+    levels: tuple[Level, ...]
+    mounts: tuple[Mount, ...]
+    meminfo: Mapping[str, int]
+    memory_stat: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, settled: str, gathered: str) -> Machine:
+        """Read the output of settle.sh and gather.sh; raises Incomplete when a part is missing."""
+        text = {**sections(settled), **sections(gathered)}
+        if "end" not in text or "memory.stat" not in text:
+            raise Incomplete("the machine's answer stops half-way")
+        try:
+            now, uptime = (float(word) for word in text["clock"].split())
+            service = dict(line.split("=", 1) for line in text["service"].splitlines() if "=" in line)
+            started = int(service.get("ExecMainStartTimestampMonotonic") or 0)
+            value = _LINE.fullmatch(text["memory.env"])
+            return cls(
+                text=text,
+                now=now,
+                booted=now - uptime,
+                page=int(text["pagesize"]),
+                variable=int(value[1]) if value else None,
+                measured=float(text["memory.env.time"]) if text["memory.env.time"].strip() else None,
+                service=service,
+                service_started=now - uptime + started / 1e6,
+                containers=_containers(text["containers"]),
+                main_container=text["container"].split("\n")[0],
+                levels=_levels(text["cgroups"]),
+                mounts=tuple(_mount(line) for line in text["mounts"].splitlines() if " - " in line),
+                meminfo=numbers(text["meminfo"]),
+                memory_stat=numbers(text["memory.stat"]),
+            )
+        except (KeyError, ValueError, TypeError) as wrong:
+            raise Incomplete(f"the machine's answer can't be read: {wrong!r}") from wrong
+
+    def lines(self, section: str) -> tuple[str, ...]:
+        """Return the lines of a section that are not empty; none when it was not asked for."""
+        return tuple(line for line in self.text.get(section, "").splitlines() if line.strip())
+
+    @property
+    def container(self) -> Container | None:
+        """The Dask container that runs, if one does."""
+        running = [c for c in self.containers if c.project == PROJECT and c.running]
+        return next((c for c in running if c.id == self.main_container), running[0] if running else None)
+
+    @property
+    def taken(self) -> int:
+        """What only the end of the Dask container would give back: all but page cache and reclaimable slab.
+
+        Kernel, Documentation/admin-guide/cgroup-v2.rst, memory.stat: `file` has shmem in it, which can't be
+        dropped; `kernel` has all slab in it, of which slab_reclaimable can.
+        """
+        stat = self.memory_stat
+        kernel = stat.get("kernel", 0) - stat.get("slab_reclaimable", 0)
+        return stat.get("anon", 0) + stat.get("shmem", 0) + stat.get("sock", 0) + kernel
+
+    def mount_of(self, directory: str) -> Mount | None:
+        """Return the mount that a path in the container is on."""
+        path = PurePosixPath(directory)
+        over = [m for m in self.mounts if path == m.point or m.point in path.parents]
+        return max(over, key=lambda m: len(m.point.parts), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """How one Dask worker manages its memory; fractions are False where a threshold is off."""
+
+    address: str
+    memory_limit: int | None
+    target: float | bool
+    spill: float | bool
+    pause: float | bool
+    terminate: float | bool | None
+    """The nanny's; None without a nanny."""
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dask:
+    """What Dask's own client was told."""
+
+    workers: tuple[Worker, ...]
+    error: str
+    """Why there is no answer; empty when there is one."""
+
+    @classmethod
+    def parse(cls, stdout: str, stderr: str, status: int) -> Dask:
+        """Read the probe's one line of JSON; what went wrong instead is in `error`."""
+        try:
+            answer = json.loads(stdout.strip().splitlines()[-1])["workers"]
+            workers = tuple(
+                Worker(
+                    address=w["address"],
+                    memory_limit=w["memory_limit"],
+                    target=w["target"],
+                    spill=w["spill"],
+                    pause=w["pause"],
+                    terminate=w["nanny"]["terminate"] if w["nanny"] else None,
+                    directory=w["directory"],
+                )
+                for w in answer
+            )
+        except (IndexError, KeyError, ValueError, TypeError):
+            last = [line for line in stderr.splitlines() if line.strip() and not line.startswith("xargs:")][
+                -1:
+            ]
+            return cls(workers=(), error=last[0] if last else f"the client ended with status {status}")
+        return cls(workers=workers, error="")
+
+
+def _containers(text: str) -> tuple[Container, ...]:
+    try:
+        return tuple(Container.parse(inspected) for inspected in json.loads(text))
+    except ValueError:
+        return ()  # Docker does not answer: that no container runs is a check of its own
+
+
+def _levels(text: str) -> tuple[Level, ...]:
+    levels: dict[str, dict[str, str]] = {}
+    for line in text.splitlines():
+        if line:
+            path, name, *value = line.split(" ")
+            levels.setdefault(path, {})[name] = " ".join(value)
+    return tuple(Level(path=path, files=files) for path, files in levels.items())
+
+
+def _mount(line: str) -> Mount:
+    # proc_pid_mountinfo(5): id parent major:minor root point options [optional…] - type source options
+    left, _, right = line.partition(" - ")
+    kind, source, *_ = right.split(" ")
+    return Mount(point=PurePosixPath(left.split(" ")[4]), type=kind, source=source)

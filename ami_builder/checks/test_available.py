@@ -1,0 +1,87 @@
+"""The measurement: taken anew at this start, before Dask, and of what was really available."""
+
+from __future__ import annotations
+
+from ami_builder.checks.context import Context
+from ami_builder.checks.state import VARIABLE, Container, Machine, told
+
+MIB = 1 << 20
+
+# The clock may be set while the machine boots; the service's start is known by the monotonic one.
+CLOCK_SECONDS = 2.0
+
+
+def available_now(machine: Machine, context: Context) -> int:
+    """Return what a measurement would give now if the Dask container were gone, less the reserve; bytes."""
+    available = machine.meminfo["MemAvailable"] + machine.taken
+    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes
+
+
+def noise(machine: Machine) -> int:
+    """Return how far two readings of one idle machine differ, in bytes: 0.1 % of MemTotal.
+
+    MemAvailable leaves out the free pages that each processor keeps for itself, up to the distance between
+    two watermarks (mm/page_alloc.c, zone_highsize), which vm.watermark_scale_factor makes 0.1 % of memory.
+    """
+    return machine.meminfo["MemTotal"] // 1000
+
+
+def test_measured_at_this_start(machine: Machine, variable: int) -> None:
+    """A value from an earlier start or from the builder is stale: the machine may have been resized since."""
+    assert machine.measured is not None
+    early = machine.service_started - machine.measured
+    assert early <= CLOCK_SECONDS, (
+        f"{VARIABLE}={variable} is {early:.1f} s older than this start of dask.service"
+    )
+
+
+def test_container_was_made_after_the_measurement(
+    machine: Machine, container: Container, variable: int
+) -> None:
+    """A container that is older keeps an older limit, and what it uses is missing from the measurement."""
+    assert machine.measured is not None
+    early = machine.measured - container.created
+    assert early <= 0, (
+        f"container {container.name} was made {early:.3f} s before {VARIABLE}={variable} was measured"
+    )
+
+
+def test_variable_is_not_less_than_was_available(machine: Machine, context: Context, variable: int) -> None:
+    """Measured while Dask runs, the value lacks what Dask itself uses: 150 MB and more, for nothing.
+
+    What is available now, with all that the container holds counted back in, can only be less than at the
+    measurement: containerd-shim, Compose and our login came later. 64 MiB beyond that are what boot-time
+    programs may have given back since (cloud-init's last stage has 50 MB, and may still be ending). An idle
+    Dask has more than twice that: scheduler, nanny and worker 70 to 100 MB each. From about 80 GiB on one
+    idle Dask hides in the noise of 0.1 %, and it is the order (the check above) that tells.
+    """
+    now = available_now(machine, context)
+    bound = 64 * MIB + noise(machine)
+    assert now - variable <= bound, (
+        f"{VARIABLE} is {told(variable)}, but without Dask {told(now)} would be available: "
+        f"{told(now - variable)} less, where {told(bound)} is the most"
+    )
+
+
+def test_variable_is_not_more_than_was_available(machine: Machine, context: Context, variable: int) -> None:
+    """A limit above what the system leaves is reached too late: the kernel steps in before Dask does.
+
+    Since the measurement came containerd-shim (15 MB), Compose (40 MB), Docker's own growth (20 MB), our
+    login with sudo (15 MB): 128 MiB cover them. Docker and containerd (157 MB), had they not been up yet, or
+    MemTotal in place of MemAvailable (230 MB), come on top of those, and so do not fit.
+    """
+    now = available_now(machine, context)
+    bound = 128 * MIB + noise(machine)
+    assert variable - now <= bound, (
+        f"{VARIABLE} is {told(variable)}, but without Dask only {told(now)} would be available: "
+        f"{told(variable - now)} more, where {told(bound)} is the most"
+    )
+
+
+def test_machine_has_the_memory_it_was_booted_with(machine: Machine, context: Context) -> None:
+    """A proof for 2 GiB on another machine proves nothing; firmware and kernel keep a part of it."""
+    total = machine.meminfo["MemTotal"]
+    least = int(context.machine_memory * 0.9) - 96 * MIB
+    assert least <= total <= context.machine_memory, (
+        f"MemTotal is {told(total)}, the machine was booted with {told(context.machine_memory)}"
+    )

@@ -1,0 +1,67 @@
+"""The promise: one chain of equal numbers, from the variable to Dask's workers."""
+
+from __future__ import annotations
+
+import pytest
+
+from ami_builder.checks.context import Context
+from ami_builder.checks.state import VARIABLE, Container, Dask, Machine, told
+from ami_builder.model import Role
+
+
+def test_variable_was_measured(machine: Machine) -> None:
+    """Without exactly one line of integer bytes, `:-0` applies: Dask starts and nothing is limited."""
+    content = machine.text["memory.env"].strip() or "nothing"
+    assert machine.variable is not None, (
+        f"/run/dask/memory.env should be {VARIABLE}=<bytes>, and holds {content!r}"
+    )
+
+
+def test_variable_is_less_than_the_machine_has(machine: Machine, variable: int) -> None:
+    """A limit of all memory, or of none, leaves the system to the kernel's out-of-memory killer."""
+    total = machine.meminfo["MemTotal"]
+    assert 0 < variable < total, f"{VARIABLE} is {told(variable)}, MemTotal {told(total)}"
+
+
+def test_variable_is_whole_pages(machine: Machine, variable: int) -> None:
+    """The kernel rounds a limit down to a page and Docker does not: only whole pages stay equal."""
+    over = variable % machine.page
+    assert over == 0, f"{VARIABLE} is {variable} bytes, {over} more than whole pages of {machine.page}"
+
+
+def test_container_has_a_limit(container: Container) -> None:
+    """Memory 0 is no limit: the silent failure that this project exists to catch."""
+    assert container.memory > 0, f"container {container.name} runs with memory limit {container.memory}: none"
+
+
+def test_docker_has_the_variable(container: Container, variable: int) -> None:
+    """Compose must hand the variable on as it is."""
+    assert container.memory == variable, (
+        f"docker inspect has Memory {told(container.memory)}, {VARIABLE} is {told(variable)}"
+    )
+
+
+def test_kernel_enforces_the_variable(machine: Machine, container: Container, variable: int) -> None:
+    """memory.max of the cgroup that the container's processes are in is what really limits them."""
+    maximum = machine.levels[0].files["max"] if machine.levels else "missing"
+    assert maximum == str(variable), (
+        f"memory.max of container {container.name} is {maximum}, {VARIABLE} is {variable}"
+    )
+
+
+def test_container_sees_the_variable(machine: Machine, container: Container, variable: int) -> None:
+    """Dask reads /sys/fs/cgroup/memory.max inside; in the host's cgroup namespace there is none."""
+    inside = machine.text["inside"].strip() or "missing"
+    assert inside == str(variable), (
+        f"/sys/fs/cgroup/memory.max inside container {container.name} is {inside}, {VARIABLE} is {variable}"
+    )
+
+
+def test_workers_share_the_variable(context: Context, dask: Dask, variable: int) -> None:
+    """The workers' limits must add up to the container's, less what rounding down takes of each."""
+    if context.role is Role.SCHEDULER:
+        pytest.skip("a scheduler has no workers: the chain ends at memory.max")
+    limits = [worker.memory_limit or 0 for worker in dask.workers]
+    assert variable - max(1, len(limits)) < sum(limits) <= variable, (
+        f"{len(limits)} workers have {limits} = {told(sum(limits))}, {VARIABLE} is {told(variable)}"
+    )

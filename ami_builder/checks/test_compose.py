@@ -1,0 +1,53 @@
+"""The fallback: an old image, or a measurement that failed, must not keep a Compose file from starting."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from ami_builder.checks.state import VARIABLE, Machine
+
+pytestmark = pytest.mark.first_boot
+
+FILES = {"in place": "compose", "the image's own": "image"}
+LINE = re.compile(rf"^\s*mem_limit:\s*[\"']?\$\{{{VARIABLE}:-0\}}[\"']?\s*(#.*)?$", re.MULTILINE)
+
+
+def limits(text: str) -> dict[str, int]:
+    """Return each service's limit as `docker compose config` printed it; fails with Compose's own error."""
+    # Compose warns before it prints: the JSON begins at the first line that is a brace.
+    start = re.search(r"^\{", text, re.MULTILINE)
+    assert start, f"docker compose config refuses it: {(text.strip().splitlines() or ['no output'])[-1]}"
+    services = json.loads(text[start.start() :])["services"]
+    return {name: _limit(service) for name, service in services.items()}
+
+
+def _limit(service: dict[str, object]) -> int:
+    deploy = service.get("deploy")
+    resources = deploy.get("resources") or {} if isinstance(deploy, dict) else {}
+    return int(str(service.get("mem_limit") or (resources.get("limits") or {}).get("memory") or 0))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_compose_file_has_the_line(machine: Machine, file: str) -> None:
+    """Without the line the variable exists, everything starts, and nothing is limited."""
+    text = machine.text["compose" if file == "in place" else "compose.image"]
+    assert LINE.search(text), f"no line mem_limit: ${{{VARIABLE}:-0}} in the Compose file {file}" + (
+        "" if text.strip() else ": it is empty or missing"
+    )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_variable_means_no_limit(machine: Machine, file: str) -> None:
+    """A Compose file with the line must still start where nobody measured."""
+    found = limits(machine.text[f"{FILES[file]}.unset"])
+    assert set(found.values()) == {0}, f"without {VARIABLE} the limits are {found}, not 0"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_variable_becomes_the_limit(machine: Machine, variable: int, file: str) -> None:
+    """The one service that starts takes the variable, to the byte."""
+    found = limits(machine.text[f"{FILES[file]}.set"])
+    assert list(found.values()) == [variable], f"with {VARIABLE}={variable} the limits are {found}"

@@ -1,0 +1,24 @@
+"""Progress, results and errors, for a person, for CI and for a program: the only package that prints.
+
+Progress and errors go to stderr, results to stdout. rich is imported only where something is drawn.
+"""
+
+from .progress import Progress, Step
+from .renderers import open_progress
+from .results import error, result, result_json, table, verdict
+from .style import Mode, choose_mode, duration, size
+
+__all__ = [
+    "Mode",
+    "Progress",
+    "Step",
+    "choose_mode",
+    "duration",
+    "error",
+    "open_progress",
+    "result",
+    "result_json",
+    "size",
+    "table",
+    "verdict",
+]

@@ -1,0 +1,145 @@
+"""The tree of steps of a run: who is doing what, since when, and how it ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, Self
+
+from ami_builder.errors import Interrupted
+from ami_builder.model import RunStatus, StepRecord
+
+from .style import clean
+
+NOTE = "step: "
+"""How the note begins that tells an exception's innermost step."""
+
+
+class Renderer(Protocol):
+    """Shows steps as they start, change and end; called by one thread at a time."""
+
+    def started(self, step: Step) -> None:
+        """Show a new step."""
+
+    def updated(self, step: Step) -> None:
+        """Show a step's new detail, or not."""
+
+    def ended(self, step: Step) -> None:
+        """Show how a step ended."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+
+
+class Progress:
+    """The tree of steps of one run; steps may start, change and end in any thread."""
+
+    def __init__(self, renderer: Renderer, clock: Callable[[], float] = time.monotonic) -> None:
+        self._renderer = renderer
+        self.clock = clock
+        self._lock = threading.RLock()
+        self._steps: list[Step] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop drawing; what follows on the terminal is not drawn over."""
+        with self._lock:
+            self._renderer.close()
+
+    def step(self, name: str, detail: str = "") -> AbstractContextManager[Step]:
+        """Open a step at the top; it passes when the block ends and fails when the block raises."""
+        return self.run(Step(self, name, detail, None))
+
+    @property
+    def steps(self) -> tuple[StepRecord, ...]:
+        """All steps so far in the order in which they started, nested ones as `parent > child`."""
+        with self._lock:
+            return tuple(step.record for step in self._steps)
+
+    @contextmanager
+    def run(self, step: Step) -> Iterator[Step]:
+        """Start `step`, and end it with the block's outcome."""
+        with self._lock:
+            self._steps.append(step)
+            if step.parent is not None:
+                step.parent.children.append(step)
+            self._renderer.started(step)
+        status = RunStatus.FAILED
+        try:
+            yield step
+            status = RunStatus.PASSED
+        except BaseException as exc:
+            if isinstance(exc, KeyboardInterrupt | Interrupted):
+                status = RunStatus.INTERRUPTED
+            if not getattr(exc, "__notes__", None):
+                exc.add_note(f"{NOTE}{step.path}")
+            raise
+        finally:
+            with self._lock:
+                step.status = status
+                step.ended = self.clock()
+                if status is RunStatus.PASSED:
+                    step.detail = step.verdict
+                self._renderer.ended(step)
+
+    def change(self, step: Step, detail: str) -> None:
+        """Set what `step` is doing now."""
+        with self._lock:
+            step.detail = clean(detail)
+            self._renderer.updated(step)
+
+
+class Step:
+    """One step of a run, open while its block runs."""
+
+    def __init__(self, progress: Progress, name: str, detail: str, parent: Step | None) -> None:
+        self._progress = progress
+        self.name = name
+        self.detail = clean(detail)
+        self.verdict = self.detail
+        self.parent = parent
+        self.children: list[Step] = []
+        self.status = RunStatus.RUNNING
+        self.started = progress.clock()
+        self.ended: float | None = None
+
+    def step(self, name: str, detail: str = "") -> AbstractContextManager[Step]:
+        """Open a step inside this one."""
+        return self._progress.run(Step(self._progress, name, detail, self))
+
+    def update(self, detail: str) -> None:
+        """Say what the step is doing now; cheap enough for every line of a log."""
+        self._progress.change(self, detail)
+
+    def done(self, detail: str) -> None:
+        """Say what the step came to, such as `cached`; kept when it passes, where updates are not."""
+        self.verdict = clean(detail)
+
+    @property
+    def depth(self) -> int:
+        """How many steps this one is inside."""
+        return self.parent.depth + 1 if self.parent else 0
+
+    @property
+    def path(self) -> str:
+        """The step's name after those of the steps it is inside."""
+        return f"{self.parent.path} > {self.name}" if self.parent else self.name
+
+    @property
+    def seconds(self) -> float:
+        """How long the step took, or has taken so far."""
+        return (self._progress.clock() if self.ended is None else self.ended) - self.started
+
+    @property
+    def record(self) -> StepRecord:
+        """The step as the run's record keeps it."""
+        return StepRecord(
+            name=self.path, seconds=round(self.seconds, 3), status=self.status, detail=self.detail
+        )

@@ -1,0 +1,188 @@
+"""The ways to show progress: a live tree, plain lines, GitHub's groups, nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import IO, TYPE_CHECKING
+
+from ami_builder.model import RunStatus
+
+from .progress import Progress, Renderer, Step
+from .style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+UPDATE_SECONDS = 30.0
+"""Least time between two lines of plain progress about the same step."""
+WIDTH = 100
+"""Wider terminals would tear a step and its time apart."""
+
+
+def open_progress(
+    mode: Mode, *, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+) -> Progress:
+    """Return the progress of one run; use it in a `with`, so that the terminal is given back."""
+    out = stream or sys.stderr
+    renderer: Renderer
+    match mode:
+        case Mode.LIVE:
+            renderer = _Live(out)
+        case Mode.PLAIN:
+            renderer = _Plain(out)
+        case Mode.GITHUB:
+            renderer = _GitHub(out)
+        case Mode.QUIET:
+            renderer = _Quiet()
+    return Progress(renderer, clock)
+
+
+class _Quiet:
+    def started(self, step: Step) -> None:
+        pass
+
+    def updated(self, step: Step) -> None:
+        pass
+
+    def ended(self, step: Step) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Plain:
+    """A line with the time of day when a step starts and one when it ends."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+        self._said: dict[Step, float] = {}
+
+    def started(self, step: Step) -> None:
+        self._said[step] = 0.0
+        self._line(f"{step.path} ...", step.detail)
+
+    def updated(self, step: Step) -> None:
+        if step.seconds - self._said[step] >= UPDATE_SECONDS:
+            self._said[step] = step.seconds
+            self._line(f"{step.path} ... {duration(step.seconds)}", step.detail)
+
+    def ended(self, step: Step) -> None:
+        self._line(f"{step.path}: {step.status} in {duration(step.seconds)}", step.detail)
+
+    def close(self) -> None:
+        self._out.flush()
+
+    def _line(self, text: str, detail: str) -> None:
+        detail = f" - {detail}" if detail else ""
+        print(f"{datetime.now():%H:%M:%S} {text}{detail}", file=self._out, flush=True)
+
+
+class _GitHub(_Plain):
+    """Plain lines in a group a step at the top; groups can't nest, so a step that starts meanwhile joins."""
+
+    def __init__(self, out: IO[str]) -> None:
+        super().__init__(out)
+        self._open: list[Step] = []
+        self._outcomes: list[Step] = []
+
+    def started(self, step: Step) -> None:
+        if step.parent is None:
+            if not self._open:
+                print(f"::group::{step.name}", file=self._out)
+            self._open.append(step)
+        super().started(step)
+
+    def ended(self, step: Step) -> None:
+        if step.parent is not None:
+            super().ended(step)
+            return
+        self._open.remove(step)
+        self._outcomes.append(step)
+        if not self._open:
+            # What is outside the group is seen without unfolding it.
+            print("::endgroup::", file=self._out)
+            for each in self._outcomes:
+                super().ended(each)
+            self._outcomes.clear()
+
+
+class _Live:
+    """A tree of steps that is drawn anew several times a second, and stays when it is over."""
+
+    def __init__(self, out: IO[str]) -> None:
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        self._top: list[Step] = []
+        self._closed = False
+        self._console = rich_console(out)
+        self._marks = marks(self._console)
+        self._spinner = Spinner("dots" if self._marks is MARKS else "line", style=STYLES["running"])
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._picture,
+            refresh_per_second=8,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def started(self, step: Step) -> None:
+        if step.parent is None:
+            self._top.append(step)
+        if not self._live.is_started and not self._closed:
+            self._live.start()
+
+    def updated(self, step: Step) -> None:
+        pass
+
+    def ended(self, step: Step) -> None:
+        pass
+
+    def close(self) -> None:
+        self._closed = True
+        self._live.stop()
+
+    def _picture(self) -> RenderableType:
+        """Draw what fits: when the terminal is too low, what is inside passed steps goes first."""
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = list(_walk(self._top))
+        room = self._console.height - 3
+        if len(rows) > room and not self._closed:
+            rows = list(_walk(self._top, folded=True))
+        hidden = 0 if self._closed else max(0, len(rows) - room)
+        picture = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        picture.width = min(self._console.width, WIDTH)
+        picture.add_column(no_wrap=True, overflow=overflow(self._console))
+        picture.add_column(no_wrap=True, overflow=overflow(self._console), ratio=1)
+        picture.add_column(no_wrap=True, justify="right")
+        if hidden:
+            picture.add_row(Text(f"{self._marks['running']} {hidden} more", "dim"))
+        for step in rows[hidden:]:
+            picture.add_row(*self._row(step))
+        return picture
+
+    def _row(self, step: Step) -> tuple[Text, Text, Text]:
+        from rich.text import Text
+
+        style = STYLES[step.status]
+        mark = Text(self._marks[step.status], style)
+        if step.status is RunStatus.RUNNING and not self._closed:
+            drawn = self._spinner.render(self._console.get_time())
+            mark = drawn if isinstance(drawn, Text) else mark
+        name = Text.assemble("  " * step.depth, mark, " ", (step.name, "bold" if not step.depth else ""))
+        took = Text(duration(step.seconds), style if step.status is RunStatus.RUNNING else "dim")
+        return name, Text(step.detail, "red" if step.status is RunStatus.FAILED else "dim"), took
+
+
+def _walk(steps: Sequence[Step], *, folded: bool = False) -> Iterator[Step]:
+    for step in tuple(steps):
+        yield step
+        if not (folded and step.status is RunStatus.PASSED):
+            yield from _walk(step.children, folded=folded)

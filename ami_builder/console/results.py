@@ -1,0 +1,198 @@
+"""Results on stdout; errors and verdicts on stderr, drawn on a terminal and plain elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
+from typing import IO, TYPE_CHECKING, Any
+
+from ami_builder.errors import AmiBuilderError, Interrupted
+from ami_builder.model import Outcome, Verdict
+
+from .progress import NOTE
+from .style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA_VERSION = 1
+_LABEL_STYLES = {"|": "red", "next": "bold cyan"}
+
+
+def result(lines: str | Iterable[str]) -> None:
+    """Print results for a person or a pipe, one a line."""
+    _out("\n".join([lines] if isinstance(lines, str) else lines))
+
+
+def result_json(value: Mapping[str, Any]) -> None:
+    """Print the one JSON object of a `--json` command, with its `schema_version`."""
+    _out(json.dumps({"schema_version": SCHEMA_VERSION, **value}, default=_plain_value, ensure_ascii=False))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows as a table on a terminal; elsewhere tab-separated without a heading, for other programs."""
+    texts = [[clean(str(cell)) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        _out("\n".join("\t".join(row) for row in texts))
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in texts:
+        drawn.add_row(*(Text(cell) for cell in row))
+    rich_console(sys.stdout).print(drawn)
+
+
+def error(exc: AmiBuilderError) -> None:
+    """Print what failed, in which step, the last lines of its log, where the log is and what to do next."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        text = clean(exc.message).replace("%", "%25")
+        _say(f"::error title=ami-builder::{text}")
+    if not _drawable(sys.stderr):
+        _say(f"error: {exc.message}")
+        for label, line in _particulars(exc):
+            _say(f"{label:>7} {line}")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console = rich_console(sys.stderr)
+    heading = ("interrupted", "bold yellow") if isinstance(exc, Interrupted) else ("error", "bold red")
+    console.print(Text.assemble("\n", heading, ": ", exc.message))
+    for label, line in _particulars(exc):
+        if label == "log":
+            # A path stays whole, to be copied, however narrow the terminal is.
+            console.print(Text.assemble((f"{label:>7} ", "dim"), line), soft_wrap=True)
+            continue
+        row = Table.grid(padding=(0, 1, 0, 0))
+        row.add_column(width=7, justify="right", style=_LABEL_STYLES.get(label, "dim"))
+        row.add_column(overflow="fold")
+        row.add_row(label, Text(line, "dim" if label == "|" else ""))
+        console.print(row)
+
+
+def _particulars(exc: AmiBuilderError) -> Iterator[tuple[str, str]]:
+    for note in getattr(exc, "__notes__", ()):
+        yield ("step", note.removeprefix(NOTE)) if note.startswith(NOTE) else ("note", note)
+    for line in exc.tail:
+        yield ("|", clean(line))
+    if exc.log is not None:
+        yield ("log", str(exc.log))
+    if exc.hint:
+        yield ("next", exc.hint)
+
+
+def verdict(proof: Verdict) -> None:
+    """Print every check on every machine and start, what failed first, and the numbers that are equal."""
+    starts = list(dict.fromkeys(r.phase for r in proof.results))
+    sizes = sorted({r.memory for r in proof.results})
+    wrong = [r for r in proof.results if r.outcome is Outcome.FAILED]
+    counts = ", ".join(
+        f"{n} {outcome}" for outcome in Outcome if (n := sum(r.outcome is outcome for r in proof.results))
+    )
+    summary = f"checks: {counts or 'none ran'}"
+    if proof.results:
+        summary += f" ({', '.join(map(size, sizes))}; {', '.join(starts)})"
+    if not _drawable(sys.stderr):
+        for r in wrong:
+            _say(f"FAILED {r.name} ({size(r.memory)}, {r.phase}): {_first(r.message)}")
+        _say(summary)
+        for label, number, share in _measured(proof):
+            _say(f"{label}: AVAILABLE_MEMORY_FOR_DASK={number} ({share})")
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = rich_console(sys.stderr)
+    signs = marks(console)
+    found = {(r.name, r.memory, r.phase): r.outcome for r in proof.results}
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    drawn.add_column("check", no_wrap=True, overflow=overflow(console))
+    for memory in sizes:
+        drawn.add_column(size(memory), justify="center", no_wrap=True)
+    for name in dict.fromkeys(r.name for r in proof.results):
+        cells = []
+        for memory in sizes:
+            outcomes = [str(found.get((name, memory, start), "none")) for start in starts]
+            cells.append(Text(" ").join(Text(signs[o], STYLES[o]) for o in outcomes))
+        drawn.add_row(Text(name), *cells)
+    console.print()
+    console.print(drawn)
+    console.print(Text(f"each column: {', '.join(starts)}", "dim"))
+    for r in wrong:
+        console.print(
+            Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {size(r.memory)}, {r.phase}")
+        )
+        console.print(Text(f"  {_first(r.message)}"))
+    console.print()
+    console.print(Text(summary, "bold green" if proof.passed else "bold red"))
+    if proof.measured:
+        _numbers(console, proof)
+
+
+def _numbers(console: Console, proof: Verdict) -> None:
+    """Draw the promise: one number a start, said four times over, which the checks have compared."""
+    from rich.table import Table
+    from rich.text import Text
+
+    chain = "AVAILABLE_MEMORY_FOR_DASK"
+    if proof.passed:
+        chain += " = HostConfig.Memory = memory.max = memory_limit"
+    console.print(Text(chain, "bold"))
+    drawn = Table.grid(padding=(0, 2))
+    drawn.add_column()
+    drawn.add_column(justify="right", style="bold")
+    drawn.add_column(style="dim")
+    for label, number, share in _measured(proof):
+        drawn.add_row(f"  {label}", f"{number:,}", share)
+    console.print(drawn)
+
+
+def _measured(proof: Verdict) -> Iterator[tuple[str, int, str]]:
+    for key, number in proof.measured.items():
+        phase, _, text = key.partition("@")
+        memory = int(text)
+        yield f"{size(memory)} {phase}", number, f"{number / memory:.1%} of the machine"
+
+
+def _out(text: str) -> None:
+    """Write to stdout; a reader that has gone, such as `head`, is no failure of ours."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _first(message: str) -> str:
+    return clean(message.strip().partition("\n")[0])
+
+
+def _drawable(stream: IO[str]) -> bool:
+    return choose_mode(stream=stream) is Mode.LIVE
+
+
+def _plain_value(value: object) -> object:
+    """Return what JSON can hold in place of a dataclass, a path, a time or a set."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, date):
+        return value.isoformat()
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

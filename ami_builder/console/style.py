@@ -1,0 +1,87 @@
+"""What progress and results have in common: when to draw, with which marks, and how numbers are said."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import IO, TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MARKS = {"running": "…", "passed": "✓", "failed": "✗", "interrupted": "■", "skipped": "–", "none": "·"}
+ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "--", "-", "."), strict=True))
+STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "dim", "dim"), strict=True))
+
+# A serial console's log is full of escape sequences, which would move the cursor of the person who reads it.
+_SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)"
+_UNPRINTABLE = re.compile(_SEQUENCE + r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Mode(StrEnum):
+    """How progress is shown."""
+
+    LIVE = "live"
+    PLAIN = "plain"
+    GITHUB = "github"
+    QUIET = "quiet"
+
+
+def choose_mode(
+    *, quiet: bool = False, environ: Mapping[str, str] = os.environ, stream: IO[str] | None = None
+) -> Mode:
+    """Return how to show progress on `stream` (stderr): live on a terminal that can move its cursor."""
+    if quiet:
+        return Mode.QUIET
+    if environ.get("GITHUB_ACTIONS") == "true":
+        return Mode.GITHUB
+    able = environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return Mode.LIVE if able and (stream or sys.stderr).isatty() else Mode.PLAIN
+
+
+def clean(text: str) -> str:
+    """Return `text` as one line without anything that a terminal would obey."""
+    return " ".join(_UNPRINTABLE.sub("", text).split())
+
+
+def rich_console(out: IO[str]) -> Console:
+    """Return a console that takes no text for markup; it honours NO_COLOR and finds the width by itself."""
+    from rich.console import Console
+
+    return Console(file=out, highlight=False, markup=False, emoji=False)
+
+
+def marks(console: Console) -> Mapping[str, str]:
+    """Return the marks that the terminal's encoding can show."""
+    return MARKS if console.encoding.startswith("utf") else ASCII_MARKS
+
+
+def overflow(console: Console) -> Literal["ellipsis", "crop"]:
+    """Return how a text that is too long is cut off: rich's ellipsis is no ASCII."""
+    return "ellipsis" if console.encoding.startswith("utf") else "crop"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: `3.1 s`, `42 s`, `2:19 min`, `1:02:19 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+
+
+def size(number: int) -> str:
+    """Return bytes in the unit that makes them short: `512 MiB`, `1.5 GiB`."""
+    amount = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} TiB"

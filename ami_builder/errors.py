@@ -1,0 +1,74 @@
+"""Exceptions that carry what a person does next and the exit code that a program reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+
+class AmiBuilderError(Exception):
+    """A failure with a message, an optional hint on what to do next, and the log that tells more."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        log: Path | None = None,
+        tail: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.log = log
+        self.tail = tail
+
+
+class UsageError(AmiBuilderError):
+    """A flag, an argument or the configuration is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class MissingTool(AmiBuilderError):
+    """A program that is needed is not installed, or is too old."""
+
+    exit_code = 3
+
+
+class BuildFailed(AmiBuilderError):
+    """The base disk, the container, Packer or a booting machine failed."""
+
+    exit_code = 4
+
+
+class ChecksFailed(AmiBuilderError):
+    """The machine was up and the checks ran, but not all of them passed."""
+
+    exit_code = 5
+
+
+class CloudError(AmiBuilderError):
+    """A cloud API refused or failed."""
+
+    exit_code = 6
+
+
+class TimedOut(AmiBuilderError):
+    """Something did not happen within its bound."""
+
+    exit_code = 7
+
+
+class Locked(AmiBuilderError):
+    """Another run holds the lock of this image and target."""
+
+    exit_code = 8
+
+
+class Interrupted(AmiBuilderError):
+    """Ctrl-C or SIGTERM: everything that was started has been ended."""
+
+    exit_code = 130

@@ -1,0 +1,227 @@
+"""The words of the field as frozen values; sizes are bytes and durations seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+
+class Target(StrEnum):
+    """Where an image is baked and booted."""
+
+    QEMU = "qemu"
+
+
+class Role(StrEnum):
+    """What the one Dask container of a machine does."""
+
+    LOCAL = "local"
+    WORKER = "worker"
+    SCHEDULER = "scheduler"
+
+
+class Datasource(StrEnum):
+    """How a test machine's cloud-init gets its key and user data."""
+
+    EC2 = "ec2"
+    NOCLOUD = "nocloud"
+
+
+class Network(StrEnum):
+    """What a test machine can reach besides this process."""
+
+    ISOLATED = "isolated"
+    NAT = "nat"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Memory that stays with the system: an amount in bytes, or a percentage of what is available."""
+
+    bytes: int = 0
+    percent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The disk that baking starts from: our own Debian recipe, or a cloud image by path or URL."""
+
+    source: str | None
+    """Path or http(s) URL of a qcow2 or raw cloud image; None for the Debian recipe."""
+    checksum: str | None
+    """`sha256:…` or `sha512:…` of `source`; required with a URL."""
+    ssh_user: str
+    suite: str
+    mirror: str
+    """APT mirror of the recipe; empty for Debian's own."""
+    packages: tuple[str, ...]
+    disk_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The image of the one Dask container: built here as an archive, or pulled from a registry."""
+
+    reference: str
+    """Name that Compose uses, such as `ami-builder/dask:2026.8.0`."""
+    requirements: Path | None
+    """Pinned and hashed requirements to build the archive from; None to pull `reference`."""
+    packages: tuple[str, ...]
+    """Further Debian packages inside the container."""
+    insecure_registry: str | None
+    """`host:port` of a registry that is spoken to without TLS while baking (tests, closed networks)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dask:
+    """How Dask starts on a machine of this image."""
+
+    role: Role
+    workers: int
+    threads: int | None
+    """Threads a worker; None leaves it to Dask (CPUs / workers)."""
+    spill_percent: int
+    """How much of the spill disk's free space all workers together may fill."""
+    after: tuple[str, ...]
+    """Units that must be up before the memory is measured (agents)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bake:
+    """The machine that Packer bakes on."""
+
+    memory: int
+    cpus: int
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """The machines that the finished image is proved on."""
+
+    memory: tuple[int, ...]
+    cpus: int
+    disk_size: int
+    datasource: Datasource
+    network: Network
+    checks: tuple[Path, ...]
+    """The user's own pytest-testinfra files, run beside ours."""
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """What to build: everything that decides about an image's content and its proof."""
+
+    name: str
+    description: str
+    base: Base
+    container: Container
+    reserve: Reserve
+    dask: Dask
+    bake: Bake
+    verify: Verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A finished image and where it came from."""
+
+    image: str
+    target: Target
+    location: str
+    """A path, or an AMI id."""
+    digest: str
+    """sha256 over everything that went in."""
+    created: datetime
+    run_id: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A booted machine, wherever it runs, as ssh reaches it."""
+
+    address: str
+    port: int
+    user: str
+    console_log: Path
+    ports: Mapping[int, int]
+    """Port inside the machine -> port at `address` that reaches it."""
+
+
+class Outcome(StrEnum):
+    """How one check ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """One check on one start of one machine."""
+
+    name: str
+    phase: str
+    """`boot`, `restart` or `reboot`."""
+    memory: int
+    """The machine's memory."""
+    outcome: Outcome
+    seconds: float
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether an image holds its promise, bound to the digest of what was proved."""
+
+    digest: str
+    checks_digest: str
+    results: tuple[CheckResult, ...]
+    measured: Mapping[str, int]
+    """`<phase>@<machine memory>` -> AVAILABLE_MEMORY_FOR_DASK."""
+
+    @property
+    def passed(self) -> bool:
+        """True when something ran, and nothing that ran failed."""
+        ran = [r for r in self.results if r.outcome is not Outcome.SKIPPED]
+        return bool(ran) and all(r.outcome is Outcome.PASSED for r in ran)
+
+
+class RunStatus(StrEnum):
+    """Where a run stands."""
+
+    RUNNING = "running"
+    PASSED = "passed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of a run and how long it took."""
+
+    name: str
+    seconds: float
+    status: RunStatus
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What one run did, as it stands in its run directory."""
+
+    run_id: str
+    command: str
+    image: str
+    digest: str | None
+    status: RunStatus
+    started: datetime
+    steps: tuple[StepRecord, ...]
+    artifact: Artifact | None = None
+    verdict: Verdict | None = None
+    error: str | None = None

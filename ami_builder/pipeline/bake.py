@@ -1,0 +1,191 @@
+"""From inputs to a baked disk: the base and the container side by side, then Packer."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ami_builder.adapters import cloud_image, packer, qemu, recipe, ssh
+from ami_builder.console import Step
+from ami_builder.pipeline.concurrent import side_by_side
+from ami_builder.pipeline.inputs import Inputs
+from ami_builder.workspace import Run, Workspace
+
+MIB = 1 << 20
+
+# The archive's disk as the baking machine sees it; 20-container.sh loads it from there.
+_ARCHIVE_DEVICE = "/dev/disk/by-id/virtio-container"
+# Cloud-init has nothing to tell a machine that only bakes, and a kernel that panics under emulation
+# boots again by itself.
+_KERNEL_COMMAND_LINE = "root=LABEL=root ro console=ttyS0 cloud-init=disabled panic=5"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseDisk:
+    """The disk that baking starts from; a kernel of ours is booted directly, without firmware."""
+
+    disk: Path
+    kernel: Path | None = None
+    initrd: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baked:
+    """What Packer made, still in the run's work folder."""
+
+    disk: Path
+    packages: Path
+    accelerator: qemu.Accelerator
+
+
+def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
+    """Make or find base and container, then bake on the accelerator that a guest has really run on."""
+    base, archive = _ingredients(inputs, workspace, run, step)
+    qemu.image_info(base.disk)
+    with step.step("choose the accelerator") as child:
+        accelerator, reason = qemu.choose_accelerator(
+            base.disk, cache=workspace.cache / "accelerator.json", directory=run.work
+        )
+        child.done(reason)
+    with step.step("bake with Packer", detail="boot") as child:
+        output = run.work / "output"
+        packages = run.directory / "packages.txt"
+        console_log = run.log("bake-console")
+        variables = bake_variables(
+            inputs,
+            base=base,
+            archive=archive,
+            accelerator=accelerator,
+            run=run,
+            output=output,
+            packages=packages,
+            console_log=console_log,
+        )
+        stage = run.directory / "packer"
+        packer.stage(stage, inputs.guest, variables)
+        packer.validate(stage, run.log("packer"))
+        packer.build(
+            stage,
+            only="qemu.image",
+            log=run.log("packer"),
+            console_log=console_log,
+            timeout=inputs.image.bake.timeout,
+            on_progress=child.update,
+        )
+        return Baked(disk=output / "image.qcow2", packages=packages, accelerator=accelerator)
+
+
+def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:
+    """Make the base disk and the container's archive side by side, or find them in the cache."""
+    found: dict[str, BaseDisk | Path | None] = {}
+
+    def base() -> None:
+        with step.step("base disk") as child:
+            found["base"] = _base(inputs, workspace, run, child)
+
+    def container() -> None:
+        with step.step("container") as child:
+            found["container"] = _container(inputs, workspace, run, child)
+
+    side_by_side([base, container])
+    made, archive = found["base"], found["container"]
+    assert isinstance(made, BaseDisk)
+    assert not isinstance(archive, BaseDisk)
+    return made, archive
+
+
+def _base(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> BaseDisk:
+    image = inputs.image
+    if image.base.source is not None:
+        return BaseDisk(disk=cloud_image.fetch(image.base, workspace, step.update))
+    if (workspace.cache / "base" / inputs.base_digest).is_dir():
+        step.done("cached")
+    folder = recipe.base_recipe(image).make(workspace, inputs.base_digest, "", run.log("base"), step.update)
+    return BaseDisk(disk=folder / "disk.qcow2", kernel=folder / "vmlinuz", initrd=folder / "initrd.img")
+
+
+def _container(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Path | None:
+    image = inputs.image
+    if image.container.requirements is None:
+        step.done(f"{image.container.reference}, pulled while baking")
+        return None
+    if (workspace.cache / "container" / inputs.container_digest).is_dir():
+        step.done("cached")
+    made = recipe.container_recipe(image)
+    folder = made.make(workspace, inputs.container_digest, "container.tar", run.log("container"), step.update)
+    return folder / "container.tar"
+
+
+def bake_variables(
+    inputs: Inputs,
+    *,
+    base: BaseDisk,
+    archive: Path | None,
+    accelerator: qemu.Accelerator,
+    run: Run,
+    output: Path,
+    packages: Path,
+    console_log: Path,
+) -> Mapping[str, packer.Variable]:
+    """Return the values of Packer's variables, of which the most are how QEMU boots the base."""
+    image = inputs.image
+    key = ssh.generate_key(run.work)
+    public_key = key.with_suffix(".pub").read_text().strip()
+    arguments = [
+        ["-serial", f"file:{console_log}"],
+        ["-cpu", accelerator.cpu],
+        # Packer's own -device is replaced as soon as there is one here, so it is named again.
+        ["-device", "virtio-net,netdev=user.0"],
+        ["-device", "virtio-rng-pci"],
+    ]
+    if archive is not None:
+        arguments += [
+            ["-blockdev", f"driver=file,filename={archive},node-name=container,read-only=on"],
+            ["-device", "virtio-blk-pci,drive=container,serial=container"],
+        ]
+    seed: list[str] = []
+    if base.kernel is not None and base.initrd is not None:
+        user = "root"
+        encoded = base64.b64encode(public_key.encode()).decode()
+        arguments += [
+            ["-kernel", str(base.kernel)],
+            ["-initrd", str(base.initrd)],
+            ["-append", _KERNEL_COMMAND_LINE],
+            ["-smbios", f"type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root={encoded}"],
+        ]
+    else:
+        user = image.base.ssh_user
+        arguments.append(list(qemu.firmware()))
+        seed = [str(path) for path in _nocloud_files(run, public_key)]
+    return {
+        "image_name": image.name,
+        "image_digest": inputs.digest,
+        "run_id": run.record.run_id,
+        "container_reference": image.container.reference,
+        "container_archive": _ARCHIVE_DEVICE if archive is not None else "",
+        "insecure_registry": image.container.insecure_registry or "",
+        "packages_file": str(packages),
+        "manifest_file": str(run.directory / "manifest.json"),
+        "ssh_username": user,
+        "ssh_private_key_file": str(key),
+        "base_disk": str(base.disk),
+        "disk_size": f"{-(-image.base.disk_size // MIB)}M",
+        "output_directory": str(output),
+        "accelerator": str(accelerator),
+        "memory_mib": image.bake.memory // MIB,
+        "cpus": image.bake.cpus,
+        "qemu_args": arguments,
+        "seed_files": seed,
+    }
+
+
+def _nocloud_files(run: Run, public_key: str) -> tuple[Path, Path]:
+    """Write the seed of a foreign cloud image, which brings cloud-init and no key of ours."""
+    folder = run.work / "seed"
+    folder.mkdir()
+    user_data, meta_data = folder / "user-data", folder / "meta-data"
+    user_data.write_text(f"#cloud-config\nssh_authorized_keys:\n- {public_key}\n")
+    meta_data.write_text(f"instance-id: bake-{run.record.run_id}\n")
+    return user_data, meta_data

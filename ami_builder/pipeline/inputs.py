@@ -1,0 +1,82 @@
+"""What goes into an image, and the digest that stands for all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from pydantic import TypeAdapter
+
+from ami_builder import __version__
+from ami_builder.adapters import cloud_image, recipe
+from ami_builder.model import Image
+from ami_builder.pipeline.concurrent import side_by_side
+from ami_builder.render import RenderedFile, guest
+from ami_builder.resources import packer_dir
+from ami_builder.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything that decides about an image's content."""
+
+    image: Image
+    guest: Mapping[PurePosixPath, RenderedFile]
+    base_digest: str
+    container_digest: str
+    digest: str
+
+
+def gather(image: Image, workspace: Workspace, logs: Path, *, refresh: bool = False) -> Inputs:
+    """Render the guest's files, resolve base and container to what they would be now, and digest it all.
+
+    How an image is verified is not part of it: other checks don't make another image.
+    """
+    base_digest, container_digest = side_by_side(
+        [
+            lambda: _base_digest(image, workspace, logs, refresh=refresh),
+            lambda: _container_digest(image, workspace, logs, refresh=refresh),
+        ]
+    )
+    rendered = guest(image)
+    digest = hashlib.sha256()
+    for part in (__version__, _content_settings(image), base_digest, container_digest):
+        digest.update(f"{part}\0".encode())
+    for path, file in sorted(rendered.items()):
+        digest.update(f"{path}\0{file.mode:o}\0".encode() + file.content + b"\0")
+    for source in sorted([*packer_dir().glob("*.pkr.hcl"), *packer_dir().glob("provisioners/*")]):
+        digest.update(f"{source.name}\0".encode() + source.read_bytes() + b"\0")
+    return Inputs(
+        image=image,
+        guest=rendered,
+        base_digest=base_digest,
+        container_digest=container_digest,
+        digest=digest.hexdigest(),
+    )
+
+
+def _content_settings(image: Image) -> str:
+    """Return the settings that decide about the content: neither the proof nor where files lie here."""
+    neutral = replace(
+        image,
+        description="",
+        base=replace(image.base, source=None),
+        container=replace(image.container, requirements=None),
+        bake=replace(image.bake, memory=0, cpus=0, timeout=0),
+    )
+    return TypeAdapter(Image).dump_json(neutral, exclude={"verify"}).decode()
+
+
+def _base_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
+    if image.base.source is not None:
+        return cloud_image.digest(image.base, workspace)
+    return recipe.base_recipe(image).resolve(workspace, logs / "resolve-base.log", refresh=refresh)
+
+
+def _container_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
+    if image.container.requirements is None:
+        return hashlib.sha256(image.container.reference.encode()).hexdigest()
+    made = recipe.container_recipe(image)
+    return made.resolve(workspace, logs / "resolve-container.log", refresh=refresh)

@@ -1,0 +1,348 @@
+"""ami-builder.toml as users write it: one pydantic model a table, every key with a default and a meaning.
+
+No key is ever "unset": each has a value that can be written down, so that any layer can put any default back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from . import model, resources
+from .forms import (
+    DEBIAN,
+    DEFAULT_REFERENCE,
+    Checksum,
+    Disk,
+    Duration,
+    File,
+    Form,
+    HostPort,
+    Line,
+    Memory,
+    Mirror,
+    Name,
+    Package,
+    Reference,
+    Reserved,
+    Source,
+    Suite,
+    Unit,
+    User,
+    choice,
+    count,
+    distinct,
+    some,
+)
+from .spelling import GIB, format_size
+
+DEBIAN_USER = "admin"
+
+
+class ContainerSource(StrEnum):
+    """Where the Dask container comes from."""
+
+    ARCHIVE = "archive"
+    REGISTRY = "registry"
+
+
+class Table(BaseModel):
+    """A table of ami-builder.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseTable(Table):
+    """The disk that baking starts from."""
+
+    source: Source = DEBIAN
+    """`debian` (made here from packages), or the path or http(s) URL of a qcow2 or raw cloud image."""
+    checksum: Checksum = ""
+    """`sha256:…` or `sha512:…` of the cloud image; a URL needs it."""
+    ssh_user: User = DEBIAN_USER
+    """The user that cloud-init gives the key to."""
+    suite: Suite = "trixie"
+    """The Debian suite of the recipe."""
+    mirror: Mirror = ""
+    """The APT mirror of the recipe; empty for Debian's own."""
+    packages: Annotated[tuple[Package, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Further Debian packages on the disk, such as agents."""
+    disk_size: Disk = 8 * GIB
+    """The size of the image's disk."""
+
+
+class ContainerTable(Table):
+    """The image of the one Dask container."""
+
+    source: Annotated[ContainerSource, choice(ContainerSource)] = ContainerSource.ARCHIVE
+    """`archive`: built here from `requirements`, without Docker. `registry`: `reference` is pulled."""
+    reference: Reference = DEFAULT_REFERENCE
+    """The container's name and tag, as Compose uses it."""
+    requirements: File = Field(default_factory=resources.requirements)
+    """Pinned and hashed requirements of the archive; by default those that ship with ami-builder."""
+    packages: Annotated[tuple[Package, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Further Debian packages in the archive."""
+    insecure_registry: HostPort = ""
+    """`host:port` of a registry without TLS that `reference` is pulled from."""
+
+
+class MemoryTable(Table):
+    """What Dask may use of the machine's memory."""
+
+    reserve: Reserved = model.Reserve()
+    """What stays with the system out of what is available when Dask starts: a size or a percentage."""
+
+
+class DaskTable(Table):
+    """How Dask starts on a machine of this image."""
+
+    role: Annotated[model.Role, choice(model.Role)] = model.Role.LOCAL
+    """`local`: a whole cluster in one container. `worker`: joins a scheduler. `scheduler`: is one."""
+    workers: Annotated[int, count(1, 1024)] = 1
+    """Worker processes in the container, which share its memory limit."""
+    threads: Annotated[int | None, count(1, 1024, auto=True)] = None
+    """Threads of each worker; `auto` for the machine's CPUs divided by the workers."""
+    spill_percent: Annotated[int, count(1, 100)] = 80
+    """How much of the disk's free space all workers together may fill with spilled data, in percent."""
+    after: Annotated[tuple[Unit, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Units (agents) that must be up before the available memory is measured."""
+
+
+class BakeTable(Table):
+    """The machine that Packer bakes on."""
+
+    memory: Memory = 2 * GIB
+    """Its memory."""
+    cpus: Annotated[int, count(1, 255)] = 2
+    """Its CPUs."""
+    timeout: Duration = 30 * 60.0
+    """How long baking may take; generous, because a machine without KVM is emulated."""
+
+
+class VerifyTable(Table):
+    """The machines that the finished image is proved on."""
+
+    memory: Annotated[tuple[Memory, ...], AfterValidator(distinct), AfterValidator(some)] = Field(
+        (2 * GIB,), json_schema_extra={"uniqueItems": True, "minItems": 1}
+    )
+    """The memory of each machine: one is booted for every size."""
+    cpus: Annotated[int, count(1, 255)] = 2
+    """The CPUs of each machine."""
+    disk_size: Disk = 10 * GIB
+    """The disk of each machine; larger than the image's, it proves that the root file system grows."""
+    datasource: Annotated[model.Datasource, choice(model.Datasource)] = model.Datasource.EC2
+    """How cloud-init gets key and user data: as on EC2, or from a NoCloud disk."""
+    network: Annotated[model.Network, choice(model.Network)] = model.Network.ISOLATED
+    """`isolated`: the machine reaches nothing outside. `nat`: it reaches what this machine reaches."""
+    checks: Annotated[tuple[File, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Your own pytest-testinfra files, run beside those that ship with ami-builder."""
+    timeout: Duration = 15 * 60.0
+    """How long one machine may take to boot, and its checks to run."""
+
+
+class ImageTable(Table):
+    """The settings of an image."""
+
+    description: Line = ""
+    """One line for people."""
+    base: BaseTable = Field(default_factory=BaseTable)
+    container: ContainerTable = Field(default_factory=ContainerTable)
+    memory: MemoryTable = Field(default_factory=MemoryTable)
+    dask: DaskTable = Field(default_factory=DaskTable)
+    bake: BakeTable = Field(default_factory=BakeTable)
+    verify: VerifyTable = Field(default_factory=VerifyTable)
+
+    def overlaid(self, upper: ImageTable) -> ImageTable:
+        """Return these settings with those that `upper` sets itself; a list replaces a list."""
+        return _overlaid(self, upper)
+
+    def sets(self, key: str) -> bool:
+        """Tell whether `memory.reserve`, say, was written here rather than a default."""
+        table, _, name = key.rpartition(".")
+        return name in (getattr(self, table) if table else self).model_fields_set
+
+    def shown(self) -> dict[str, object]:
+        """Return every setting as `memory.reserve` -> the value as one writes it in TOML."""
+        values = self.model_dump(mode="json")
+        return {key: values[t][n] if t else values[n] for key in FIELDS for t, _, n in [key.rpartition(".")]}
+
+    def image(self, name: str) -> model.Image:
+        """Return the image that these settings describe; `conflicts` must have found nothing."""
+        own, pulled = self.base.source == DEBIAN, self.container.source is ContainerSource.REGISTRY
+        base = _values(self.base) | {
+            "source": None if own else self.base.source,
+            "checksum": None if own else self.base.checksum or None,
+        }
+        container = _values(self.container) | {
+            "requirements": None if pulled else self.container.requirements,
+            "insecure_registry": self.container.insecure_registry or None,
+        }
+        del container["source"]
+        return model.Image(
+            name=name,
+            description=self.description,
+            base=model.Base(**base),
+            container=model.Container(**container),
+            reserve=self.memory.reserve,
+            dask=model.Dask(**_values(self.dask)),
+            bake=model.Bake(**_values(self.bake)),
+            verify=model.Verify(**_values(self.verify)),
+        )
+
+
+class FileTable(Table):
+    """ami-builder.toml: the VM images to build for Dask."""
+
+    default_image: Name = ""
+    """The image that commands mean when none is named; needed only with several."""
+    defaults: ImageTable = Field(default_factory=ImageTable)
+    """Settings of all images, unless an image has its own."""
+    images: dict[Name, ImageTable] = Field(default_factory=dict)
+    """The images by name; an empty table is a complete image."""
+
+
+def _values(table: Table) -> dict[str, Any]:
+    return {name: getattr(table, name) for name in type(table).model_fields}
+
+
+AnyTable = TypeVar("AnyTable", bound=Table)
+
+
+def _overlaid(lower: AnyTable, upper: AnyTable) -> AnyTable:
+    update = {}
+    for name in upper.model_fields_set:
+        value, below = getattr(upper, name), getattr(lower, name)
+        update[name] = _overlaid(below, value) if isinstance(value, Table) else value
+    return lower.model_copy(update=update)
+
+
+def _fields() -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, field in ImageTable.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+            found |= {f"{name}.{key}": inner for key, inner in field.annotation.model_fields.items()}
+        else:
+            found[name] = field
+    return found
+
+
+FIELDS: Mapping[str, FieldInfo] = _fields()
+"""Every setting of an image by its key, such as `memory.reserve`."""
+
+
+def from_text(key: str, text: str) -> object:
+    """Return the value of `key` as TOML would hold it, from an environment variable or a flag.
+
+    Lists are separated by commas.
+    """
+    field, text = FIELDS[key], text.strip()
+    if get_origin(field.annotation) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    whole = any(isinstance(m, Form) and m.whole for m in field.metadata)
+    return int(text) if whole and re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text
+
+
+class Conflict(NamedTuple):
+    """Settings that don't go together, or a file that isn't there; the first key is the one to change."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def conflicts(table: ImageTable) -> Iterator[Conflict]:
+    """Yield what is wrong with the settings of one image as a whole, once each value by itself is right."""
+    base, container, verify = table.base, table.container, table.verify
+    if base.source != DEBIAN and "://" not in base.source:
+        yield from _missing("base.source", Path(base.source))
+    elif base.source != DEBIAN and not base.checksum:
+        yield Conflict(
+            ("base.checksum", "base.source"), "expected the checksum of what the URL in base.source brings"
+        )
+    if base.source == DEBIAN and base.ssh_user != DEBIAN_USER:
+        yield Conflict(
+            ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user of the Debian recipe"
+        )
+    host = _registry(container.reference)
+    if container.source is ContainerSource.ARCHIVE:
+        yield from _missing("container.requirements", container.requirements, "container.source")
+        if host or "@" in container.reference:
+            yield Conflict(
+                ("container.reference", "container.source"),
+                'expected a plain name:tag for an archive; to pull this, set container.source to "registry"',
+            )
+    elif container.reference == DEFAULT_REFERENCE:
+        yield Conflict(
+            ("container.reference", "container.source"),
+            "expected a reference to pull, since container.source is registry; the default is in none",
+        )
+    if container.insecure_registry and (
+        container.source is ContainerSource.ARCHIVE or container.insecure_registry != host
+    ):
+        yield Conflict(
+            ("container.insecure_registry", "container.reference", "container.source"),
+            f"has no effect: container.reference is not pulled from {container.insecure_registry}",
+        )
+    if verify.disk_size < base.disk_size:
+        yield Conflict(
+            ("verify.disk_size", "base.disk_size"),
+            f"expected at least base.disk_size, which is {format_size(base.disk_size)}",
+        )
+    if table.memory.reserve.bytes >= min(verify.memory):
+        yield Conflict(
+            ("memory.reserve", "verify.memory"),
+            f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
+        )
+    for check in verify.checks:
+        yield from _missing("verify.checks", check)
+
+
+def _registry(reference: str) -> str | None:
+    """Return the registry in a reference: a first part with a dot or a port, as Docker tells it apart."""
+    first, slash, _ = reference.partition("/")
+    return first if slash and (first == "localhost" or "." in first or ":" in first) else None
+
+
+def _missing(key: str, path: Path, *others: str) -> Iterator[Conflict]:
+    try:
+        usable = path.is_file() and os.access(path, os.R_OK)
+        reason = "is not a file" if path.exists() else "does not exist"
+    except OSError as wrong:
+        usable, reason = False, f"can't be looked at: {wrong.strerror}"
+    if not usable:
+        reason = "can't be read" if reason == "is not a file" and path.is_file() else reason
+        yield Conflict((key, *others), f"expected a file, but {path} {reason}")
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of ami-builder.toml as users write it, for editors."""
+    schema = FileTable.model_json_schema()
+    schema["properties"]["images"]["additionalProperties"] = False
+    del schema["properties"]["default_image"]["default"]
+    for key, value in ImageTable().shown().items():
+        table, _, name = key.rpartition(".")
+        model = ImageTable.model_fields[table].annotation if table else ImageTable
+        field = schema["$defs"][getattr(model, "__name__", "")]["properties"][name]
+        if "default" in field:  # as one writes it, not as it is held
+            field["default"] = value
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def schema_text() -> str:
+    """Return the JSON schema as it stands in ami-builder.schema.json."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"

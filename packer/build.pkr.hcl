@@ -1,0 +1,47 @@
+build {
+  sources = ["source.qemu.image", "source.amazon-ebs.image"]
+
+  provisioner "shell" {
+    inline = ["mkdir -p /tmp/ami-builder"]
+  }
+
+  provisioner "file" {
+    source      = var.guest_archive
+    destination = "/tmp/ami-builder/guest.tar"
+  }
+
+  provisioner "shell" {
+    execute_command = "sudo -n env {{ .Vars }} sh '{{ .Path }}'"
+    environment_vars = [
+      "CONTAINER_REFERENCE=${var.container_reference}",
+      "CONTAINER_ARCHIVE=${var.container_archive}",
+      "INSECURE_REGISTRY=${var.insecure_registry}",
+    ]
+    scripts = [
+      "${path.root}/provisioners/10-guest.sh",
+      "${path.root}/provisioners/20-container.sh",
+    ]
+  }
+
+  provisioner "file" {
+    direction   = "download"
+    source      = "/tmp/ami-builder/packages.txt"
+    destination = var.packages_file
+  }
+
+  # Last, since it removes what the steps before it needed.
+  provisioner "shell" {
+    execute_command = "sudo -n env {{ .Vars }} sh '{{ .Path }}'"
+    script          = "${path.root}/provisioners/90-clean.sh"
+  }
+
+  post-processor "manifest" {
+    output     = var.manifest_file
+    strip_path = false
+    custom_data = {
+      image  = var.image_name
+      digest = var.image_digest
+      run    = var.run_id
+    }
+  }
+}

@@ -1,0 +1,48 @@
+#!/bin/sh
+# Install Docker and Compose where they are missing, then the guest's files, and enable Dask.
+# Run by Packer as root; GUEST_ROOT is for tests.
+set -eu
+
+archive=${GUEST_ARCHIVE:-/tmp/ami-builder/guest.tar}
+export DEBIAN_FRONTEND=noninteractive
+
+die() {
+    echo "10-guest: $1" >&2
+    exit 1
+}
+
+has_compose() { docker compose version >/dev/null 2>&1; }
+
+apt() { apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq -y "$@" >&2; }
+
+# Succeeds when APT could install package $1 in a version that begins with a digit of $2.
+offered() { apt-cache policy "$1" | grep -q "^  Candidate: [$2]"; }
+
+install_docker() {
+    command -v apt-get >/dev/null ||
+        die "this base has no docker compose, and no apt-get to install it with: use a base that has Docker and Compose 2"
+    echo "10-guest: installing Docker and Compose"
+    apt update
+    packages=docker.io
+    if offered docker-cli 0-9; then packages="$packages docker-cli"; fi
+    if offered docker-compose-v2 0-9; then # Ubuntu
+        packages="$packages docker-compose-v2"
+    elif offered docker-compose 2-9; then # Debian 13
+        packages="$packages docker-compose"
+    else
+        die "this base's packages have no Compose 2 (Debian 13 and Ubuntu 24.04 do): use another base, or one with Docker's own packages"
+    fi
+    # shellcheck disable=SC2086 # one word for each package
+    apt install --no-install-recommends $packages
+    has_compose || die "docker compose does not run after installing $packages"
+}
+
+# A cloud image may still be busy with its own first boot.
+if [ -e /run/cloud-init/enabled ]; then cloud-init status --wait >/dev/null || true; fi
+
+if ! has_compose; then install_docker; fi
+
+tar --extract --file "$archive" --directory "${GUEST_ROOT:-/}" \
+    --no-same-owner --preserve-permissions --no-overwrite-dir --keep-directory-symlink
+systemctl daemon-reload
+systemctl enable --quiet docker.service dask.service dask-health.timer

@@ -1,0 +1,58 @@
+#!/bin/sh
+# Bring the Dask container's image into Docker, prove that it is there, and write down what was installed.
+# Run by Packer as root, with
+#   CONTAINER_REFERENCE  name:tag that Compose uses
+#   CONTAINER_ARCHIVE    file or disk with a `docker save` archive; empty: pull the reference
+#   INSECURE_REGISTRY    host:port that may be spoken to without TLS while baking; empty: none
+# DOCKER_CONFIG_FILE and RECORD are for tests.
+set -eu
+
+config=${DOCKER_CONFIG_FILE:-/etc/docker/daemon.json}
+record=${RECORD:-/tmp/ami-builder/packages.txt}
+
+die() {
+    echo "20-container: $1" >&2
+    exit 1
+}
+
+allow_insecure() {
+    [ ! -e "$config" ] || die "INSECURE_REGISTRY needs a base without $config"
+    # Nothing of it may stay in the image.
+    trap 'rm -f "$config"' EXIT
+    trap 'exit 1' HUP INT TERM
+    mkdir -p "${config%/*}"
+    echo "{\"insecure-registries\": [\"$INSECURE_REGISTRY\"]}" >"$config"
+    systemctl reload docker.service
+}
+
+# Docker reads a changed configuration in its own time, and registries fail for moments.
+pull() {
+    for seconds in 2 5 15 0; do
+        if docker pull --quiet "$CONTAINER_REFERENCE"; then return 0; fi
+        sleep "$seconds"
+    done
+    die "$CONTAINER_REFERENCE can't be pulled"
+}
+
+systemctl start docker.service
+if [ -n "${CONTAINER_ARCHIVE:-}" ]; then
+    [ -r "$CONTAINER_ARCHIVE" ] || die "$CONTAINER_ARCHIVE can't be read"
+    docker load --quiet --input "$CONTAINER_ARCHIVE" || die "$CONTAINER_ARCHIVE can't be loaded"
+else
+    if [ -n "${INSECURE_REGISTRY:-}" ]; then allow_insecure; fi
+    pull
+fi
+
+id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
+    die "Docker has no image $CONTAINER_REFERENCE after loading: is that the name in the archive?"
+
+mkdir -p "${record%/*}"
+{
+    if command -v dpkg-query >/dev/null; then
+        dpkg-query --show --showformat '${Package}=${Version}\n'
+    elif command -v rpm >/dev/null; then
+        rpm --query --all --queryformat '%{NAME}=%{VERSION}-%{RELEASE}\n'
+    fi | LC_ALL=C sort
+    echo "container:$CONTAINER_REFERENCE=$id"
+} >"$record"
+echo "20-container: $CONTAINER_REFERENCE is $id"

@@ -1,0 +1,33 @@
+source "qemu" "image" {
+  vm_name          = "image.qcow2"
+  output_directory = var.output_directory
+
+  iso_url      = var.base_disk
+  iso_checksum = "none" # checked by ami-builder, when the disk entered its cache
+  disk_image   = true
+  disk_size    = var.disk_size
+  format       = "qcow2"
+
+  # A baking machine that dies is thrown away, so its disk need not survive a crash.
+  disk_cache       = "unsafe"
+  disk_discard     = "unmap"
+  disk_interface   = "virtio"
+  disk_compression = true
+
+  accelerator = var.accelerator
+  memory      = var.memory_mib
+  cpus        = var.cpus
+  net_device  = "virtio-net"
+  qemuargs    = var.qemu_args
+  cd_files    = var.seed_files
+  cd_label    = "cidata"
+  headless    = true
+  boot_wait   = "-1s" # nothing is typed into a boot menu
+
+  communicator         = "ssh"
+  ssh_username         = var.ssh_username
+  ssh_private_key_file = var.ssh_private_key_file
+  ssh_timeout          = var.ssh_timeout
+  shutdown_command     = "sudo -n systemctl poweroff"
+  shutdown_timeout     = "5m"
+}

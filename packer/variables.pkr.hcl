@@ -1,0 +1,181 @@
+# ami-builder writes the values of a run beside these files, as run.auto.pkrvars.json.
+# Packer 1.6 has no regex(): `regex_replace(value, pattern, "") == ""` is its whole match.
+
+variable "image_name" {
+  type        = string
+  description = "Name of the image in ami-builder.toml."
+  validation {
+    condition     = regex_replace(var.image_name, "^[a-z0-9][a-z0-9-]*$", "") == "" && var.image_name != ""
+    error_message = "The image_name must be of lower-case letters, digits and hyphens."
+  }
+}
+
+variable "image_digest" {
+  type        = string
+  description = "Digest of everything that goes into the image, sha256 in hexadecimal."
+  validation {
+    condition     = regex_replace(var.image_digest, "^[0-9a-f]{64}$", "") == "" && var.image_digest != ""
+    error_message = "The image_digest must be 64 hexadecimal digits."
+  }
+}
+
+variable "run_id" {
+  type        = string
+  description = "The run that every resource is tagged with."
+  validation {
+    condition     = length(var.run_id) > 0
+    error_message = "The run_id must not be empty."
+  }
+}
+
+variable "guest_archive" {
+  type        = string
+  description = "Tar of the rendered guest files at their final paths."
+}
+
+variable "container_reference" {
+  type        = string
+  description = "Name under which the Dask container's image must be present."
+  validation {
+    condition     = length(var.container_reference) > 0
+    error_message = "The container_reference must not be empty."
+  }
+}
+
+variable "container_archive" {
+  type        = string
+  description = "Where the baking machine finds the container's archive; empty to pull the reference."
+  default     = ""
+}
+
+variable "insecure_registry" {
+  type        = string
+  description = "A host:port that is pulled from without TLS while baking; empty for none."
+  default     = ""
+}
+
+variable "packages_file" {
+  type        = string
+  description = "Where the list of installed packages is kept on this machine."
+}
+
+variable "manifest_file" {
+  type        = string
+  description = "Where Packer's manifest of this run is written."
+}
+
+variable "ssh_username" {
+  type        = string
+  description = "Login user of the base."
+}
+
+variable "ssh_private_key_file" {
+  type        = string
+  description = "An ed25519 key made for this run (Packer 1.6 offers SHA-1 signatures for RSA keys)."
+}
+
+variable "ssh_timeout" {
+  type        = string
+  description = "How long the baking machine may take until ssh answers, such as 10m."
+  default     = "10m"
+  validation {
+    condition     = regex_replace(var.ssh_timeout, "^[0-9]+[smh]$", "") == "" && var.ssh_timeout != ""
+    error_message = "The ssh_timeout must be a number with s, m or h."
+  }
+}
+
+variable "base_disk" {
+  type        = string
+  description = "qemu: the disk image that baking starts from."
+  default     = ""
+}
+
+variable "disk_size" {
+  type        = string
+  description = "qemu: size of the image's disk, in MiB with a trailing M."
+  default     = "8192M"
+  validation {
+    condition     = regex_replace(var.disk_size, "^[0-9]+M$", "") == "" && var.disk_size != ""
+    error_message = "The disk_size must be whole MiB, such as 8192M."
+  }
+}
+
+variable "output_directory" {
+  type        = string
+  description = "qemu: a folder that does not exist yet, for the finished disk."
+  default     = "output"
+}
+
+variable "accelerator" {
+  type        = string
+  description = "qemu: kvm or tcg, as found by trying a guest."
+  default     = "tcg"
+  validation {
+    condition     = contains(["kvm", "tcg"], var.accelerator)
+    error_message = "The accelerator must be kvm or tcg."
+  }
+}
+
+variable "memory_mib" {
+  type        = number
+  description = "qemu: memory of the baking machine, in MiB."
+  default     = 2048
+  validation {
+    condition     = var.memory_mib >= 512
+    error_message = "The memory_mib must be at least 512."
+  }
+}
+
+variable "cpus" {
+  type        = number
+  description = "qemu: processors of the baking machine."
+  default     = 2
+  validation {
+    condition     = var.cpus >= 1
+    error_message = "The cpus must be at least 1."
+  }
+}
+
+variable "qemu_args" {
+  type        = list(list(string))
+  description = "qemu: further arguments (how to boot, the console's log, the container's archive as a disk)."
+  default     = []
+}
+
+variable "seed_files" {
+  type        = list(string)
+  description = "qemu: user-data and meta-data for the NoCloud seed; empty where the key comes otherwise."
+  default     = []
+}
+
+variable "region" {
+  type        = string
+  description = "amazon-ebs: where the AMI is baked."
+  default     = "us-east-1"
+}
+
+variable "source_ami" {
+  type        = string
+  description = "amazon-ebs: the AMI that baking starts from, resolved before the build."
+  default     = "ami-00000000000000000"
+  validation {
+    condition     = regex_replace(var.source_ami, "^ami-[0-9a-f]+$", "") == "" && var.source_ami != ""
+    error_message = "The source_ami must be an AMI id."
+  }
+}
+
+variable "instance_type" {
+  type        = string
+  description = "amazon-ebs: type of the baking instance."
+  default     = "t3.small"
+}
+
+variable "source_cidrs" {
+  type        = list(string)
+  description = "amazon-ebs: who may reach the baking instance by ssh; never the whole world."
+  default     = ["127.0.0.1/32"]
+  validation {
+    condition     = contains(var.source_cidrs, "0.0.0.0/0") == false
+    error_message = "The source_cidrs must not open ssh to everybody."
+  }
+}

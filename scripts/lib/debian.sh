@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# What base-disk and container-archive share: messages, clean-up, Debian's sources, the download cache.
+
+cache="${AMI_BUILDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ami-builder}"
+work=
+PATH="$PATH:/usr/sbin:/sbin"
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+# fail MESSAGE [STATUS]
+fail() {
+    say "error: $1"
+    exit "${2:-1}"
+}
+
+# need COMMAND PACKAGE: stop unless COMMAND is installed.
+need() {
+    command -v "$1" >/dev/null || fail "$1 is missing; install it with: apt-get install $2" 3
+}
+
+clean_up() {
+    [ -z "$work" ] || [ ! -e "$work/root" ] || as_root rm -rf "$work/root" || true
+    [ -z "$work" ] || rm -rf "$work"
+}
+
+# as_root COMMAND...: as the owner of the files that bootstrap made; for others than root in a user namespace.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    else
+        mmdebstrap --unshare-helper "$@"
+    fi
+}
+
+# A private folder for everything unfinished, removed on every way out. Not under $HOME, whose permissions
+# would keep mmdebstrap's user namespace out.
+make_work() {
+    trap clean_up EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    work="$(mktemp -d "${TMPDIR:-/var/tmp}/${0##*/}.XXXXXXXX")"
+    chmod 711 "$work"
+}
+
+joined() {
+    local IFS=,
+    printf '%s' "$*"
+}
+
+# sources SUITE MIRROR: the lines of sources.list that mmdebstrap uses.
+sources() {
+    # The second hook fails, which ends mmdebstrap before it has downloaded anything.
+    mmdebstrap --variant=apt --format=null \
+        --setup-hook="download /etc/apt/sources.list '$work/sources.list'" --setup-hook='exit 9' \
+        "$1" /dev/null ${2:+"$2"} >"$work/sources.log" 2>&1 || true
+    if [ ! -s "$work/sources.list" ]; then
+        cat "$work/sources.log" >&2
+        fail "mmdebstrap knows no package source for $1; name one with --mirror URL"
+    fi
+    cat "$work/sources.list"
+}
+
+# resolve SUITE MIRROR PACKAGE...: prints name=version of all that a build now would install, sorted.
+resolve() {
+    local suite="$1" mirror="$2" lines root
+    shift 2
+    lines="$(sources "$suite" "$mirror")"
+    # The lists are kept: for an unchanged archive this costs three small requests and no parsing.
+    root="$cache/apt/$(printf '%s' "$lines" | sha256sum | cut -c 1-16)"
+    mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} \
+        "$root"/var/{lib/apt/lists/partial,cache/apt/archives/partial,lib/dpkg}
+    (
+        flock 9
+        : >"$root/var/lib/dpkg/status"
+        printf '%s\n' "$lines" >"$root/etc/apt/sources.list"
+        cat >"$root/apt.conf" <<EOF
+Dir "$root/";
+Dir::State::status "$root/var/lib/dpkg/status";
+Dir::Etc::TrustedParts "/etc/apt/trusted.gpg.d/";
+APT::Architecture "amd64";
+APT::Architectures { "amd64"; };
+APT::Install-Recommends "false";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+EOF
+        export APT_CONFIG="$root/apt.conf"
+        apt-get -qq --error-on=any update >"$work/resolve.log" 2>&1 &&
+            apt-get -qq --simulate install "?narrow(?codename(^$suite\$),?essential)" apt "$@" \
+                >"$work/resolved" 2>>"$work/resolve.log"
+    ) 9>"$root/lock" || {
+        tail -n 20 "$work/resolve.log" >&2
+        fail "apt can't resolve the packages for $suite"
+    }
+    sed -n 's/^Inst \([^ ]*\) (\([^ ]*\) .*/\1=\2/p' "$work/resolved" | LC_ALL=C sort
+}
+
+# bootstrap NAME SUITE MIRROR PACKAGES OPTION...: a system of these packages in $work/root. Downloads are kept
+# in the cache's folder NAME.
+bootstrap() {
+    local debs="$cache/debs/$1" suite="$2" mirror="$3" packages="$4"
+    shift 4
+    mkdir -p "$debs" "$work/debs"
+    find "$debs" -name '*.deb' -mtime +30 -delete
+    # shellcheck disable=SC2016
+    mmdebstrap --variant=apt --format=directory --include="$packages" \
+        --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/info/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+        --dpkgopt='path-exclude=/usr/share/lintian/*' \
+        --setup-hook='mkdir -p "$1/var/cache/apt/archives/partial"' \
+        --setup-hook="sync-in '$debs' /var/cache/apt/archives" \
+        --skip=essential/unlink \
+        --customize-hook="sync-out /var/cache/apt/archives '$work/debs'" \
+        "$@" "$suite" "$work/root" ${mirror:+"$mirror"} ||
+        fail "mmdebstrap could not install $suite"
+    # One rename a file: a build beside this one sees whole files only.
+    mkdir "$debs/new.$$"
+    cp -p "$work"/debs/*.deb "$debs/new.$$"
+    touch "$debs/new.$$"/*.deb
+    mv -f "$debs/new.$$"/*.deb "$debs"
+    rmdir "$debs/new.$$"
+}

@@ -1,0 +1,66 @@
+"""An Image for the tests of what lands in the guest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ami_builder.model import (
+    Bake,
+    Base,
+    Container,
+    Dask,
+    Datasource,
+    Image,
+    Network,
+    Reserve,
+    Role,
+    Verify,
+)
+
+GIB = 1 << 30
+
+
+def image(
+    *,
+    role: Role = Role.LOCAL,
+    workers: int = 1,
+    threads: int | None = None,
+    reserve: Reserve | None = None,
+    after: tuple[str, ...] = (),
+    reference: str = "ami-builder/dask:2026.8.0",
+) -> Image:
+    """Return an image with the given settings of the guest, and ordinary ones elsewhere."""
+    container = Container(
+        reference=reference, requirements=Path("requirements.txt"), packages=(), insecure_registry=None
+    )
+    dask = Dask(role=role, workers=workers, threads=threads, spill_percent=80, after=after)
+    return replace(_IMAGE, container=container, dask=dask, reserve=reserve or Reserve())
+
+
+_IMAGE = Image(
+    name="default",
+    description="",
+    base=Base(
+        source=None,
+        checksum=None,
+        ssh_user="root",
+        suite="trixie",
+        mirror="",
+        packages=(),
+        disk_size=8 * GIB,
+    ),
+    container=Container(reference="", requirements=None, packages=(), insecure_registry=None),
+    reserve=Reserve(),
+    dask=Dask(role=Role.LOCAL, workers=1, threads=None, spill_percent=80, after=()),
+    bake=Bake(memory=2 * GIB, cpus=2, timeout=600.0),
+    verify=Verify(
+        memory=(2 * GIB,),
+        cpus=2,
+        disk_size=12 * GIB,
+        datasource=Datasource.EC2,
+        network=Network.ISOLATED,
+        checks=(),
+        timeout=600.0,
+    ),
+)

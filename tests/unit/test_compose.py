@@ -1,0 +1,140 @@
+"""The image's own Compose file: three roles, one limit, and shares that stay within it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ami_builder import render
+from ami_builder.model import Image
+from ami_builder.proc import wait_until
+from tests.unit.fakes import calls, fake
+from tests.unit.guest import image
+
+ROLES = ("local", "worker", "scheduler")
+
+
+def _services(of: Image) -> dict[str, dict[str, Any]]:
+    content = render.guest(of)[PurePosixPath("/etc/dask/compose.yaml")].content
+    services: dict[str, dict[str, Any]] = yaml.safe_load(content)["services"]
+    return services
+
+
+def _command(of: Image, role: str) -> str:
+    command = _services(of)[role]["command"]
+    return command if isinstance(command, str) else str(command[2])
+
+
+def _share(of: Image, role: str) -> str:
+    found = re.search(r"--memory-limit (\S+)", _command(of, role))
+    assert found is not None
+    return found[1]
+
+
+def _distributed(text: str, limit: int) -> int:
+    """What distributed 2026.8 makes of --memory-limit (worker_memory.parse_memory_limit)."""
+    number = float(text)
+    return int(number * limit) if number <= 1 else int(number)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_is_limited_by_what_was_measured(role: str) -> None:
+    service = _services(image())[role]
+    assert service["profiles"] == [role]
+    assert service["mem_limit"] == "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+    assert service["memswap_limit"] == "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+    bends = {"mem_reservation", "deploy", "cgroup", "cgroup_parent", "oom_kill_disable", "user"}
+    assert not bends & set(service)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_has_what_the_field_taught(role: str) -> None:
+    service = _services(image())[role]
+    assert service["network_mode"] == "host"
+    assert service["init"] is True
+    assert service["restart"] == "no", "Docker must never bring back a container with a stored limit"
+    assert service["healthcheck"] == {"disable": True}
+    assert service["volumes"] == ["/var/lib/dask/spill:/spill"]
+    assert service["ulimits"] == {"nofile": 65536}
+    assert service["logging"]["driver"] == "json-file"
+    assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+    assert service["environment"]["DASK_DISTRIBUTED__WORKER__MEMORY__MAX_SPILL"] == "${DASK_MAX_SPILL:-false}"
+
+
+def test_there_is_one_service_a_role() -> None:
+    assert tuple(_services(image())) == ROLES
+
+
+@pytest.mark.parametrize("reference", ["ami-builder/dask:1", "10.0.2.2:5000/team/dask@sha256:" + "0" * 64])
+def test_the_container_is_the_configured_one(reference: str) -> None:
+    assert {service["image"] for service in _services(image(reference=reference)).values()} == {reference}
+
+
+@pytest.mark.parametrize("role", ["local", "worker"])
+def test_workers_spill_to_the_disk_and_threads_are_dasks_own_choice(role: str) -> None:
+    assert "--local-directory /spill" in _command(image(), role)
+    assert "--nthreads ${DASK_THREADS:-0} " in _command(image(), role)
+    assert "--nthreads 4 " in _command(image(threads=4), role)
+    assert "--nworkers 3 " in _command(image(workers=3), role)
+
+
+def test_http_is_on_one_port_in_every_role() -> None:
+    for role in ROLES:
+        assert _command(image(), role).count("--dashboard-address :8787") == 1
+    assert "--no-dashboard" in _command(image(), "local")
+
+
+@pytest.mark.parametrize("role", ["local", "worker"])
+@given(limit=st.integers(min_value=6 << 20, max_value=24 << 40))
+def test_one_worker_has_the_whole_limit_to_the_byte(role: str, limit: int) -> None:
+    assert _distributed(_ONE[role], limit) == limit
+
+
+_ONE = {role: _share(image(), role) for role in ("local", "worker")}
+_SHARES = {
+    workers: _share(image(workers=workers), "worker") for workers in (2, 3, 4, 6, 7, 10, 13, 49, 96, 192)
+}
+
+
+@given(workers=st.sampled_from(sorted(_SHARES)), pages=st.integers(min_value=1536, max_value=6 << 30))
+def test_the_shares_of_several_workers_stay_within_the_limit(workers: int, pages: int) -> None:
+    limit = pages * 4096
+    total = workers * _distributed(_SHARES[workers], limit)
+    assert limit - workers < total <= limit
+
+
+def _local(tmp_path: Path, scenario: str) -> subprocess.Popen[bytes]:
+    """Start the local role's shell with a `dask` that behaves as `scenario` says."""
+    fake(tmp_path, "dask", scenario)
+    script = _command(image(), "local").replace("$$", "$").replace("${DASK_THREADS:-0}", "0")
+    return subprocess.Popen(["sh", "-c", script], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+
+
+STAYS = 'trap "exit 0" TERM; : >"$0.$1.ready"; sleep 60 & wait'
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_local_fails_when_the_worker_ends_by_itself(tmp_path: Path, status: int) -> None:
+    process = _local(tmp_path, f"case $1 in worker) exit {status} ;; esac\n{STAYS}")
+    assert process.wait(30) == 1
+    assert len(calls(tmp_path, "dask")) == 2
+
+
+def test_local_ends_well_when_it_is_asked_to(tmp_path: Path) -> None:
+    process = _local(tmp_path, STAYS)
+    _wait_for(tmp_path / "dask.worker.ready")
+    _wait_for(tmp_path / "dask.scheduler.ready")
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+def _wait_for(path: Path) -> None:
+    assert wait_until(path.exists, what=path.name, timeout=30, interval=0.02)

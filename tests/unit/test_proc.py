@@ -1,0 +1,149 @@
+"""The one place that starts processes: nothing outlives it, and failures say what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from ami_builder import proc
+from ami_builder.errors import BuildFailed, Interrupted, MissingTool, TimedOut
+from ami_builder.pipeline.concurrent import side_by_side
+
+
+def _alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(proc.PACKAGES, "no-such-tool", "the-package")  # type: ignore[arg-type]
+    with pytest.raises(MissingTool) as error:
+        proc.find("no-such-tool")
+    assert "the-package" in (error.value.hint or "")
+    assert error.value.exit_code == 3
+
+
+def test_credentials_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("GITHUB_TOKEN", "secret")
+    assert "secret" not in proc.output(["env"])
+
+
+def test_output_shows_the_error(tmp_path: Path) -> None:
+    with pytest.raises(BuildFailed) as error:
+        proc.output(["sh", "-c", "echo the reason >&2; exit 3"], what="a tool")
+    assert error.value.message == "a tool failed (exit status 3)"
+    assert error.value.tail == ("the reason",)
+
+
+def test_stream_writes_a_log_and_calls_back(tmp_path: Path) -> None:
+    lines: list[str] = []
+    log = tmp_path / "x.log"
+    proc.stream(["sh", "-c", "echo one; echo two >&2"], log=log, what="x", timeout=10, on_line=lines.append)
+    assert lines == ["one", "two"]
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_stream_can_keep_stderr_apart(tmp_path: Path) -> None:
+    lines: list[str] = []
+    log = tmp_path / "x.log"
+    proc.stream(
+        ["sh", "-c", "echo one; echo two >&2"],
+        log=log,
+        what="x",
+        timeout=10,
+        on_line=lines.append,
+        merge=False,
+    )
+    assert lines == ["one"]
+    assert sorted(log.read_text().splitlines()) == ["one", "two"]
+
+
+def test_stream_stops_what_takes_too_long_with_its_children(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    with pytest.raises(TimedOut, match="slow took longer than 1 s"):
+        proc.stream(
+            ["sh", "-c", f"sleep 100 & echo $! >{pid_file}; wait"],
+            log=tmp_path / "x.log",
+            what="slow",
+            timeout=1,
+        )
+    assert not _alive(int(pid_file.read_text()))
+
+
+def test_nothing_outlives_the_block(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), proc.running(["sleep", "100"]) as process:
+        raise RuntimeError("boom")
+    assert process.returncode is not None
+
+
+def test_a_stubborn_process_is_killed() -> None:
+    with proc.running(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1) as p:
+        assert p.stdout is not None
+        p.stdout.readline()
+        proc.stop(p, seconds=0.3)
+        assert p.returncode == -signal.SIGKILL
+
+
+def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
+    program = (
+        "from ami_builder import proc\n"
+        "with proc.running(['sleep', '100']) as child:\n"
+        "    print(child.pid, flush=True)\n"
+        "    child.wait()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        child = int(parent.stdout.readline())
+    assert _alive(child)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=5, interval=0.05)
+
+
+def test_wait_until_is_bounded() -> None:
+    with pytest.raises(TimedOut, match="the moon did not happen within 0 s"):
+        proc.wait_until(lambda: None, what="the moon", timeout=0.1, interval=0.02)
+
+
+def test_side_by_side_keeps_order() -> None:
+    assert side_by_side([lambda: 1, lambda: 2, lambda: 3], workers=2) == [1, 2, 3]
+
+
+def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
+    started = threading.Event()
+
+    def slow() -> None:
+        started.set()
+        proc.stream(["sleep", "100"], log=tmp_path / "slow.log", what="slow", timeout=100)
+
+    def failing() -> None:
+        started.wait(5)
+        raise BuildFailed("the other one broke")
+
+    with pytest.raises(BuildFailed, match="the other one broke"):
+        side_by_side([slow, failing])
+    # And work can go on afterwards.
+    assert proc.output(["echo", "fine"]) == "fine\n"
+
+
+def test_a_wait_ends_when_everything_is_cancelled() -> None:
+    proc.cancel()
+    try:
+        with pytest.raises(Interrupted):
+            proc.wait_until(lambda: None, what="x", timeout=100, interval=0.01)
+        with pytest.raises(Interrupted), proc.running(["true"]):
+            pass
+    finally:
+        proc.resume()

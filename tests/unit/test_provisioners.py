@@ -1,0 +1,252 @@
+"""The scripts that Packer runs, in a folder that they take for / and with fake programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from ami_builder import resources
+from tests.unit.fakes import calls, fake
+
+PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync")
+
+
+def _run(name: str, programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", resources.packer_dir() / "provisioners" / name],
+        env={"PATH": f"{programs}:{os.environ['PATH']}", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    for name in PROGRAMS:
+        fake(tmp_path / "programs", name, "")
+    return tmp_path / "programs"
+
+
+LEFT = (
+    "etc/ssh/ssh_host_ed25519_key",
+    "etc/ssh/ssh_host_ed25519_key.pub",
+    "root/.ssh/authorized_keys",
+    "root/.bash_history",
+    "home/admin/.ssh/authorized_keys",
+    "home/admin/.ssh/authorized_keys2",
+    "home/admin/.ssh/known_hosts",
+    "home/admin/.python_history",
+    "home/admin/.cache/motd",
+    "var/lib/dbus/machine-id",
+    "var/lib/systemd/random-seed",
+    "var/lib/systemd/credential.secret",
+    "var/lib/systemd/timers/stamp-apt-daily.timer",
+    "var/lib/cloud/instance/user-data.txt",
+    "var/lib/cloud/data/instance-id",
+    "var/lib/dhcp/dhclient.eth0.leases",
+    "var/lib/docker/engine-id",
+    "var/lib/dask/spill/old",
+    "var/lib/ami-builder/nonce",
+    "var/lib/apt/lists/deb_dists_trixie_InRelease",
+    "var/cache/apt/pkgcache.bin",
+    "var/cache/apt/archives/tini.deb",
+    "var/log/journal/0123/system.journal",
+    "var/log/cloud-init.log",
+    "var/log/apt/history.log",
+    "etc/netplan/50-cloud-init.yaml",
+    "tmp/ami-builder/guest.tar",
+    "tmp/script_1234.sh",
+    "var/tmp/left",
+)
+KEPT = (
+    "var/cache/apparmor/26b63962.0/docker-default",
+    "etc/ssh/sshd_config",
+    "home/admin/.bashrc",
+    "var/lib/docker/image/overlay2/repositories.json",
+    "tmp/systemd-private-1-chrony.service-x/tmp/file",
+    "etc/dask/compose.yaml",
+)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    root = tmp_path / "machine"
+    for name in (*LEFT, *KEPT):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("something")
+    (root / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    (root / "etc/passwd").write_text(
+        "root:x:0:0::/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/usr/sbin/nologin\n"
+        "odd:x:7:7::/:/bin/sh\nadmin:x:1000:1000::/home/admin:/bin/bash\n"
+    )
+    return root
+
+
+def test_cleaning_leaves_nothing_of_the_machine(machine: Path, programs: Path) -> None:
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert done.returncode == 0, done.stderr
+    left = [name for name in LEFT if (machine / name).exists() and name != "var/lib/dbus/machine-id"]
+    assert left == []
+    assert [name for name in KEPT if not (machine / name).exists()] == []
+    assert (machine / "etc/machine-id").read_text() == ""
+    assert (machine / "var/lib/dbus/machine-id").readlink() == Path("/etc/machine-id")
+    assert (machine / "var/log/journal").is_dir(), "without it the journal would not be kept"
+
+
+def test_cleaning_keeps_a_shutdown_from_writing_again(machine: Path, programs: Path) -> None:
+    _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert calls(programs, "systemctl") == ["stop systemd-random-seed.service"]
+    assert calls(programs, "journalctl") == ["--relinquish-var"]
+    assert calls(programs, "fstrim") == ["--all --quiet-unsupported"]
+
+
+@pytest.mark.parametrize("name", [name for name in LEFT if not name.startswith("var/log/")])
+def test_cleaning_fails_when_something_is_left(machine: Path, programs: Path, name: str) -> None:
+    # A remover that can't: the proof has to see it.
+    fake(programs, "rm", "exit 0")
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert done.returncode == 1
+    top = {"/".join(Path(name).parts[:depth]) for depth in range(1, 7)}
+    assert top & {line.removeprefix("./") for line in done.stderr.splitlines()}, done.stderr
+
+
+def test_cleaning_fails_on_containers_and_logs(machine: Path, programs: Path) -> None:
+    container = machine / "var/lib/docker/containers/11aa"
+    container.mkdir(parents=True)
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert done.returncode == 1
+    assert "var/lib/docker/containers/11aa" in done.stderr
+
+
+def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, programs: Path) -> None:
+    fake(programs, "docker", "")
+    source = tmp_path / "start-dask"
+    source.write_text("#!/bin/sh\n")
+    source.chmod(0o755)
+    archive = tmp_path / "guest.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(source, "usr/local/sbin/start-dask")
+    root = tmp_path / "machine"
+    (root / "usr/local").mkdir(parents=True)
+    done = _run("10-guest.sh", programs, GUEST_ARCHIVE=str(archive), GUEST_ROOT=str(root))
+    assert done.returncode == 0, done.stderr
+    assert (root / "usr/local/sbin/start-dask").stat().st_mode & 0o777 == 0o755
+    assert calls(programs, "systemctl") == [
+        "daemon-reload",
+        "enable --quiet docker.service dask.service dask-health.timer",
+    ]
+    assert calls(programs, "docker") == ["compose version"]
+
+
+POLICY = "case $2 in {offers}) echo '  Candidate: {version}' ;; *) echo '  Candidate: (none)' ;; esac"
+
+
+@pytest.mark.parametrize(
+    ("offers", "version", "status", "installed"),
+    [
+        ("docker-cli|docker-compose", "2.26.1-4", 0, "docker.io docker-cli docker-compose"),
+        ("docker-compose-v2", "2.24.6+ds1-0ubuntu2", 0, "docker.io docker-compose-v2"),
+        ("docker-compose", "1.29.2-3", 1, None),
+    ],
+    ids=["debian-13", "ubuntu-24.04", "debian-12"],
+)
+def test_a_foreign_base_gets_docker_and_compose_2(
+    tmp_path: Path, programs: Path, offers: str, version: str, status: int, installed: str | None
+) -> None:
+    fake(programs, "docker", '[ -e "${0%/*}/installed" ]')
+    fake(programs, "apt-get", 'case "$*" in *" install "*) : >"${0%/*}/installed" ;; esac')
+    fake(programs, "apt-cache", POLICY.format(offers=offers, version=version))
+    archive = tmp_path / "guest.tar"
+    tarfile.open(archive, "w").close()
+    done = _run("10-guest.sh", programs, GUEST_ARCHIVE=str(archive), GUEST_ROOT=str(tmp_path))
+    assert done.returncode == status, done.stderr
+    installs = [call for call in calls(programs, "apt-get") if " install " in call]
+    if installed is None:
+        assert installs == []
+        assert "have no Compose 2" in done.stderr
+    else:
+        assert installs[0].endswith(f"install --no-install-recommends {installed}")
+
+
+@pytest.fixture
+def docker(programs: Path) -> Path:
+    fake(programs, "docker", 'case "$1 $2" in "image inspect") [ "$5" = a/b:1 ] && echo sha256:1234 ;; esac')
+    fake(programs, "dpkg-query", "printf 'tini=0.19.0\\nadduser=3.152\\n'")
+    fake(programs, "sleep", "")
+    return programs
+
+
+def _container(programs: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return _run(
+        "20-container.sh",
+        programs,
+        RECORD=str(tmp_path / "record/packages.txt"),
+        DOCKER_CONFIG_FILE=str(tmp_path / "docker/daemon.json"),
+        **{"CONTAINER_REFERENCE": "a/b:1", **environment},
+    )
+
+
+def test_an_archive_is_loaded_and_recorded(docker: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "container.tar"
+    archive.write_text("")
+    done = _container(docker, tmp_path, CONTAINER_ARCHIVE=str(archive))
+    assert done.returncode == 0, done.stderr
+    assert f"load --quiet --input {archive}" in calls(docker, "docker")
+    record = (tmp_path / "record/packages.txt").read_text().splitlines()
+    assert record == ["adduser=3.152", "tini=0.19.0", "container:a/b:1=sha256:1234"]
+
+
+def test_a_reference_is_pulled(docker: Path, tmp_path: Path) -> None:
+    done = _container(docker, tmp_path, CONTAINER_ARCHIVE="", INSECURE_REGISTRY="")
+    assert done.returncode == 0, done.stderr
+    assert calls(docker, "docker")[0] == "pull --quiet a/b:1"
+    assert calls(docker, "systemctl") == ["start docker.service"]
+
+
+def test_an_insecure_registry_is_allowed_only_while_pulling(docker: Path, tmp_path: Path) -> None:
+    config = tmp_path / "docker/daemon.json"
+    fake(docker, "docker", f'case $1 in pull) cat "{config}" >&2 ;; image) echo sha256:1 ;; esac')
+    done = _container(docker, tmp_path, INSECURE_REGISTRY="10.0.2.2:5000")
+    assert done.returncode == 0, done.stderr
+    assert '{"insecure-registries": ["10.0.2.2:5000"]}' in done.stderr
+    assert not config.exists()
+    assert calls(docker, "systemctl")[-1] == "reload docker.service"
+
+
+def test_a_failed_pull_is_tried_again_and_leaves_no_setting(docker: Path, tmp_path: Path) -> None:
+    fake(docker, "docker", "exit 1")
+    done = _container(docker, tmp_path, INSECURE_REGISTRY="10.0.2.2:5000")
+    assert done.returncode == 1
+    assert len(calls(docker, "docker")) == 4
+    assert "a/b:1 can't be pulled" in done.stderr
+    assert not (tmp_path / "docker/daemon.json").exists()
+
+
+def test_a_base_with_docker_settings_of_its_own_is_not_overwritten(docker: Path, tmp_path: Path) -> None:
+    config = tmp_path / "docker/daemon.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    done = _container(docker, tmp_path, INSECURE_REGISTRY="10.0.2.2:5000")
+    assert done.returncode == 1
+    assert config.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CONTAINER_REFERENCE": "other:2"}, "Docker has no image other:2"),
+        ({"CONTAINER_ARCHIVE": "/nowhere.tar"}, "/nowhere.tar can't be read"),
+    ],
+)
+def test_a_missing_container_stops_the_bake(
+    docker: Path, tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    done = _container(docker, tmp_path, **environment)
+    assert done.returncode == 1
+    assert said in done.stderr

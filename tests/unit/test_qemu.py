@@ -1,0 +1,565 @@
+"""Disk images by the real qemu-img; machines by a fake QEMU that fails in each way that a real one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import proc
+from ami_builder.adapters import qemu
+from ami_builder.adapters.qemu import Accelerator, GuestPanic, Machine, MachineDied, accelerator, machine
+from ami_builder.errors import BuildFailed, MissingTool, UsageError
+from ami_builder.model import Network
+
+MIB = 1 << 20
+
+# Speaks the monitor's protocol on the descriptor that it is given, forwards the ports that it is asked for.
+FAKE = """
+import json, os, re, socket, sys, time
+here = {here!r}
+argv = sys.argv[1:]
+if argv == ["--version"]:
+    print("QEMU emulator version 9.9"); sys.exit()
+with open(here + "/argv.json", "w") as file:
+    json.dump(argv, file)
+with open(here + "/pids", "a") as file:
+    file.write(str(os.getpid()) + chr(10))
+text = " ".join(argv)
+{first}
+with open(re.search(r"path=(.*?) -serial", text)[1].replace(",,", ","), "ab") as console:
+    console.write({console!r})
+forwards = re.findall(r"hostfwd=tcp:127.0.0.1:0-:(\\d+)", text)
+usernet = "".join(
+    f"  TCP[HOST_FORWARD]  12       127.0.0.1 {{40000 + int(p)}}       10.0.2.15 {{p}}     0     0\\r\\n"
+    for p in forwards
+)
+monitor = socket.socket(fileno=int(re.search(r"socket,id=monitor,fd=(\\d+)", text)[1]))
+lines = monitor.makefile("rw")
+def say(it):
+    lines.write(json.dumps(it) + chr(10)); lines.flush()
+version = {{"qemu": {{"micro": 0, "minor": 0, "major": 9}}, "package": ""}}
+say({{"QMP": {{"version": version, "capabilities": ["oob"]}}}})
+for line in lines:
+    asked = json.loads(line)
+    command = asked["execute"]
+    {each}
+    answer = {{}}
+    if command == "query-status":
+        answer = {{"status": {state!r}, "running": True, "singlestep": False}}
+    if command == "human-monitor-command":
+        answer = usernet
+    say({{"return": answer, "id": asked.get("id")}})
+    if command == "quit":
+        sys.exit()
+time.sleep(60)
+"""
+
+Fake = Callable[..., Path]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Put a fake QEMU first on PATH; returns the folder with its argv.json and pids."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
+
+    def make(*, first: str = "", each: str = "", console: bytes = b"", state: str = "running") -> Path:
+        program = folder / "qemu-system-x86_64"
+        script = FAKE.format(here=str(folder), first=first, each=each, console=console, state=state)
+        program.write_text(f"#!{sys.executable}\n{script}")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return qcow2(tmp_path / "disk.qcow2")
+
+
+@pytest.fixture
+def build(tmp_path: Path, disk: Path) -> Callable[..., Machine]:
+    def make(**changes: Any) -> Machine:
+        arguments: dict[str, Any] = {
+            "disk": disk,
+            "directory": tmp_path / "vm",
+            "memory": 512 * MIB,
+            "cpus": 2,
+            "accelerator": Accelerator.TCG,
+            "user": "admin",
+        }
+        return Machine(**(arguments | changes))
+
+    return make
+
+
+def qcow2(path: Path, size: int = 16 * MIB) -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)], check=True)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 1M", path], check=True)
+    return path
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "pids").read_text().split()]
+
+
+# Images
+
+
+def test_info_of_qcow2(disk: Path) -> None:
+    info = qemu.check_image(disk)
+    assert (info.format, info.virtual_size) == ("qcow2", 16 * MIB)
+    assert MIB <= info.actual_size < 3 * MIB
+
+
+def test_info_of_raw(tmp_path: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"\0" * 510 + b"\x55\xaa" + b"\0" * MIB)
+    assert qemu.check_image(raw).format == "raw"
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"<html>404</html>" * 100, b"\0" * MIB])
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "page.qcow2"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"page\.qcow2 is not a disk image"):
+        qemu.image_info(path)
+
+
+@pytest.mark.parametrize("name", ["missing.qcow2", "."])
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="is not a file"):
+        qemu.image_info(tmp_path / name)
+
+
+def test_a_damaged_header_is_refused(disk: Path) -> None:
+    with disk.open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 60)
+    with pytest.raises(UsageError, match=r"reading .*disk\.qcow2 failed") as caught:
+        qemu.image_info(disk)
+    assert any("qcow2" in line for line in caught.value.tail)
+
+
+def test_damaged_tables_are_refused(disk: Path) -> None:
+    qemu.image_info(disk)
+    with disk.open("r+b") as file:
+        file.seek(3 * 65536)
+        file.write(b"\x80\0\0\0\x7f\xff\0\0" * 64)
+    with pytest.raises(UsageError, match="is damaged"):
+        qemu.check_image(disk)
+
+
+def test_a_truncated_image_is_refused(disk: Path) -> None:
+    os.truncate(disk, disk.stat().st_size // 2)
+    with pytest.raises(UsageError):
+        qemu.check_image(disk)
+
+
+def test_other_formats_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vmdk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", path, "1M"], check=True)
+    with pytest.raises(UsageError, match="is a vmdk image") as caught:
+        qemu.image_info(path)
+    assert "qemu-img convert -O qcow2" in str(caught.value.hint)
+
+
+def test_an_image_that_refers_to_another_file_is_refused(tmp_path: Path, disk: Path) -> None:
+    """An image from elsewhere could show the guest any file of this machine."""
+    overlay, split = tmp_path / "overlay.qcow2", tmp_path / "split.qcow2"
+    qemu.create_overlay(disk, overlay)
+    options = f"data_file={tmp_path / 'data'},data_file_raw=on"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, split, "1M"], check=True)
+    for path in (overlay, split):
+        with pytest.raises(UsageError, match="not a whole image"):
+            qemu.image_info(path)
+
+
+def test_overlay_grows_and_leaves_the_image_alone(tmp_path: Path, disk: Path) -> None:
+    before = disk.read_bytes()
+    overlay = tmp_path / "overlay.qcow2"
+    qemu.create_overlay(disk, overlay, 64 * MIB)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 1M", overlay], check=True)
+    told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", overlay]))
+    assert (told["virtual-size"], told["backing-filename-format"]) == (64 * MIB, "qcow2")
+    assert disk.read_bytes() == before
+
+
+def test_overlay_does_not_shrink(tmp_path: Path, disk: Path) -> None:
+    with pytest.raises(UsageError, match="smaller than the image"):
+        qemu.create_overlay(disk, tmp_path / "overlay.qcow2", 15 * MIB)
+
+
+# Machines
+
+
+def test_machine_yields_its_endpoint_and_leaves_only_logs(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    folder = fake(console=b"hello\r\n")
+    with build() as endpoint:
+        assert (endpoint.address, endpoint.port, endpoint.user) == ("127.0.0.1", 40022, "admin")
+        assert endpoint.ports == {22: 40022, 8786: 48786, 8787: 48787}
+        assert (tmp_path / "vm/overlay.qcow2").exists()
+        [pid] = pids(folder)
+        assert not gone(pid)
+    assert gone(pid)
+    assert sorted(p.name for p in (tmp_path / "vm").iterdir()) == ["console.log", "qemu.log"]
+    assert endpoint.console_log.read_bytes() == b"hello\r\n"
+
+
+def arguments(folder: Path) -> str:
+    return " ".join(json.loads((folder / "argv.json").read_text()))
+
+
+def test_an_instance_of_ec2(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake()
+    with build(imds_port=1234, disk_size=32 * MIB, memory=1000 * MIB, cpus=3, mac="02:00:00:00:00:07"):
+        text = arguments(folder)
+    assert "-smp 3 -m 1048576000B" in text
+    assert "-accel tcg,thread=multi -cpu max" in text
+    assert "guestfwd=tcp:169.254.169.254:80-cmd:" in text
+    assert "STDIO TCP4:127.0.0.1:1234," in text
+    assert "nvme,drive=root,serial=vol0123456789abcdef0," in text
+    assert "mac=02:00:00:00:00:07" in text
+    system = re.search(r"manufacturer=Amazon EC2,product=m6i.large,uuid=(\S+),serial=(\S+)", text)
+    assert system is not None
+    assert system[1] == system[2]
+    assert re.fullmatch(r"ec2[0-9a-f]{5}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", system[1])
+    assert "if=none,id=seed" not in text
+
+
+def test_a_machine_with_a_seed_is_no_instance(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    folder = fake()
+    with build(seed=tmp_path / "seed.iso"):
+        text = arguments(folder)
+    assert f"id=seed,format=raw,readonly=on,file={tmp_path}/seed.iso" in text
+    assert "Amazon" not in text
+    assert "169.254" not in text
+
+
+@pytest.mark.parametrize(("network", "restricted"), [(Network.ISOLATED, True), (Network.NAT, False)])
+def test_network(fake: Fake, build: Callable[..., Machine], network: Network, restricted: bool) -> None:
+    folder = fake()
+    with build(network=network, ports=(9999,)) as endpoint:
+        assert endpoint.ports.keys() == {22, 9999}
+        assert ("restrict=on" in arguments(folder)) == restricted
+
+
+def test_kvm_uses_the_hosts_processor(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake()
+    with build(accelerator=Accelerator.KVM):
+        assert "-accel kvm -cpu host" in arguments(folder)
+
+
+def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., Machine], tmp_path: Path) -> None:
+    folder = fake(console=b"there")
+    with build(directory=tmp_path / "a,b") as endpoint:
+        assert f"file={tmp_path}/a,,b/overlay.qcow2" in arguments(folder)
+    assert endpoint.console_log.read_bytes() == b"there"
+
+
+def test_firmware_is_found_or_named(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fake()
+    code = tmp_path / "code.fd"
+    monkeypatch.setattr(machine, "_FIRMWARE", ((str(code), "pflash"),))
+    with pytest.raises(MissingTool) as caught, build():
+        pass
+    assert "apt-get install ovmf" in str(caught.value.hint)
+    code.touch()
+    with build():
+        assert f"if=pflash,unit=0,format=raw,readonly=on,file={code}" in arguments(folder)
+
+
+def test_qemu_is_missing(
+    build: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bin"
+    path.mkdir()
+    (path / "qemu-img").symlink_to(proc.find("qemu-img"))
+    monkeypatch.setattr(proc, "find", lambda name: refuse(name) if "system" in name else path / name)
+    with pytest.raises(MissingTool, match="qemu-system-x86_64"), build():
+        pass
+    assert not (tmp_path / "vm/overlay.qcow2").exists()
+
+
+def refuse(name: str) -> Path:
+    raise MissingTool(f"{name} is not installed")
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ("print('no such device', file=sys.stderr); sys.exit(1)", "QEMU failed .exit status 1."),
+        ("print('no such device', flush=True); os.abort()", "QEMU was ended by SIGABRT"),
+        ("print('no such device', flush=True); sys.exit(0)", "the machine switched itself off"),
+    ],
+)
+def test_qemu_dies_at_once(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path, first: str, message: str
+) -> None:
+    fake(first=first)
+    with pytest.raises(MachineDied, match=message) as caught, build():
+        pass
+    if "itself" not in message:
+        assert caught.value.tail == ("no such device",)
+        assert caught.value.log == tmp_path / "vm/qemu.log"
+    assert not (tmp_path / "vm/overlay.qcow2").exists()
+
+
+def test_qemu_does_not_answer(
+    fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 0.5)
+    folder = fake(first="time.sleep(60)")
+    with pytest.raises(MachineDied, match="QEMU does not answer"), build():
+        pass
+    assert all(gone(pid) for pid in pids(folder))
+
+
+def test_qemu_dies_later(fake: Fake, build: Callable[..., Machine]) -> None:
+    fake(each="if command == 'query-status': sys.exit(3)", console=b"\x1b[2Jlast \x1b[0;1mwords\r\n\r\n")
+    it = build()
+    with it, pytest.raises(MachineDied, match="exit status 3") as caught:
+        it.check_alive()
+    assert caught.value.tail == ("last words",)
+
+
+def test_a_healthy_machine_is_alive(fake: Fake, build: Callable[..., Machine]) -> None:
+    fake(console=b"Kernel panic is not what this line is about\r\n")
+    it = build()
+    with it:
+        it.check_alive()
+        it.check_alive()
+
+
+def test_internal_error(fake: Fake, build: Callable[..., Machine]) -> None:
+    fake(state="internal-error")
+    it = build(accelerator=Accelerator.KVM)
+    with it, pytest.raises(MachineDied, match="could not go on under KVM") as caught:
+        it.check_alive()
+    assert "AMI_BUILDER_ACCELERATOR=tcg" in str(caught.value.hint)
+
+
+def test_the_hosts_disk_is_full(fake: Fake, build: Callable[..., Machine]) -> None:
+    fake(state="io-error")
+    it = build()
+    with it, pytest.raises(BuildFailed, match="could not be written") as caught:
+        it.check_alive()
+    assert not isinstance(caught.value, MachineDied)
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "line", "again"),
+    [
+        (Accelerator.TCG, b"Kernel panic - not syncing: Fatal exception in interrupt", True),
+        (
+            Accelerator.TCG,
+            b"Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block",
+            False,
+        ),
+        (Accelerator.TCG, b"Kernel panic - not syncing: No working init found.", False),
+        (Accelerator.KVM, b"Kernel panic - not syncing: Fatal exception in interrupt", False),
+    ],
+)
+def test_guest_panic(
+    fake: Fake, build: Callable[..., Machine], accelerated: Accelerator, line: bytes, again: bool
+) -> None:
+    fake(console=b"[    1.2] Oops\r\n[    1.3] " + line + b"\r\n[    1.4] Rebooting\r\n")
+    it = build(accelerator=accelerated)
+    with it, pytest.raises(GuestPanic, match=re.escape(line.decode())) as caught:
+        it.check_alive()
+    assert caught.value.boot_again is again
+    assert caught.value.tail[-1] == "[    1.4] Rebooting"
+
+
+def test_the_console_of_an_earlier_machine_does_not_count(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    fake(console=b"Kernel panic - not syncing: once\r\n")
+    with build():
+        pass
+    fake(console=b"fine\r\n")
+    it = build()
+    with it:
+        it.check_alive()
+    assert (tmp_path / "vm/console.log").read_bytes() == b"Kernel panic - not syncing: once\r\nfine\r\n"
+
+
+def test_a_stubborn_qemu_is_killed(
+    fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proc.stop, "__kwdefaults__", {"seconds": 0.5})
+    folder = fake(
+        first="import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        each="if command == 'quit': continue",
+    )
+    with build():
+        pass
+    assert all(gone(pid) for pid in pids(folder))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_left_when_entering_fails(
+    fake: Fake,
+    build: Callable[..., Machine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    folder = fake()
+
+    def fail(self: Machine) -> None:
+        raise error
+
+    monkeypatch.setattr(Machine, "_forwarded", fail)
+    with pytest.raises(error), build():
+        pass
+    assert all(gone(pid) for pid in pids(folder))
+    assert not (tmp_path / "vm/overlay.qcow2").exists()
+
+
+def test_powering_off_twice_does_nothing(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake()
+    it = build()
+    with it:
+        it.power_off()
+        assert all(gone(pid) for pid in pids(folder))
+        it.power_off()
+
+
+def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Path) -> None:
+    folder = fake()
+    script = textwrap.dedent(f"""
+        import time
+        from pathlib import Path
+        from ami_builder.adapters.qemu import Accelerator, Machine
+        with Machine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}), memory=1 << 28, cpus=1,
+                     accelerator=Accelerator.TCG, user="admin"):
+            print("up", flush=True)
+            time.sleep(60)
+    """)
+    builder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert builder.stdout is not None
+    with builder.stdout:
+        assert builder.stdout.readline() == "up\n"
+    builder.send_signal(signal.SIGKILL)
+    builder.wait()
+    [pid] = pids(folder)
+    proc.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=10, interval=0.05)
+
+
+# The accelerator
+
+
+@pytest.fixture
+def choose(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], tuple[Accelerator, str]]:
+    monkeypatch.delenv("AMI_BUILDER_ACCELERATOR", raising=False)
+    device = tmp_path / "kvm"
+    device.touch()
+    monkeypatch.setattr(accelerator, "_DEVICE", device)
+    monkeypatch.setattr(accelerator, "KVM_SECONDS", 0.5)
+    boot = tmp_path / "boot_id"
+    boot.write_text("one\n")
+    monkeypatch.setattr(accelerator, "_BOOT_ID", boot)
+    return lambda: qemu.choose_accelerator(disk, cache=tmp_path / "cache.json", directory=tmp_path / "try")
+
+
+Choose = Callable[[], tuple[Accelerator, str]]
+
+
+def test_a_guest_that_comes_up_proves_kvm_once_a_boot(fake: Fake, choose: Choose, tmp_path: Path) -> None:
+    folder = fake(console=b"\r\nWelcome to Debian GNU/Linux 13 (trixie)!\r\n")
+    first = choose()
+    assert first == (Accelerator.KVM, "KVM: a guest has run on it")
+    assert "-accel kvm" in arguments(folder)
+    assert "restrict=on" in arguments(folder)
+    assert choose() == first
+    assert len(pids(folder)) == 1
+    (tmp_path / "boot_id").write_text("two\n")
+    choose()
+    assert len(pids(folder)) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"host": 1}'])
+def test_a_damaged_cache_is_made_anew(fake: Fake, choose: Choose, tmp_path: Path, damage: str) -> None:
+    fake(console=b"localhost login: ")
+    (tmp_path / "cache.json").write_text(damage)
+    assert choose()[0] is Accelerator.KVM
+    assert json.loads((tmp_path / "cache.json").read_text())["accelerator"] == "kvm"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason", "cached"),
+    [
+        ({"first": "os.abort()"}, "opens, but QEMU was ended by SIGABRT", True),
+        ({"state": "internal-error"}, "opens, but the guest could not go on under KVM", True),
+        ({"console": b"UEFI only"}, "said nothing", False),
+        ({"console": b"Kernel panic - not syncing: what"}, "the guest's kernel panicked", False),
+    ],
+)
+def test_kvm_that_runs_no_guest_is_not_used(
+    fake: Fake, choose: Choose, tmp_path: Path, settings: dict[str, Any], reason: str, cached: bool
+) -> None:
+    fake(**settings)
+    chosen, why = choose()
+    assert chosen is Accelerator.TCG
+    assert reason in why
+    assert "\n" not in why
+    assert (tmp_path / "cache.json").exists() == cached
+
+
+def test_kvm_that_does_not_open_costs_nothing(
+    choose: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "_DEVICE", tmp_path / "absent")
+    chosen, why = choose()
+    assert chosen is Accelerator.TCG
+    assert "No such file or directory" in why
+
+
+def test_a_full_disk_does_not_decide(
+    fake: Fake, choose: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(state="io-error")
+    with pytest.raises(BuildFailed, match="could not be written"):
+        choose()
+    assert not (tmp_path / "cache.json").exists()
+
+
+@pytest.mark.parametrize("wanted", list(Accelerator))
+def test_the_environment_decides(
+    choose: Choose, monkeypatch: pytest.MonkeyPatch, wanted: Accelerator
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", wanted)
+    assert choose()[0] is wanted
+
+
+def test_the_environment_is_wrong(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "hvf")
+    with pytest.raises(UsageError, match="hvf"):
+        choose()

@@ -1,0 +1,134 @@
+"""What lands in the image: paths, modes, and mistakes in templates."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+import yaml
+
+from ami_builder import render, resources
+from ami_builder.errors import UsageError
+from ami_builder.model import Reserve, Role
+from tests.unit.guest import image
+
+CONTRACT = {
+    "/usr/local/sbin/start-dask": 0o755,
+    "/usr/local/sbin/dask-health": 0o755,
+    "/etc/systemd/system/dask.service": 0o644,
+    "/etc/systemd/system/dask-health.service": 0o644,
+    "/etc/systemd/system/dask-health.timer": 0o644,
+    "/etc/dask/compose.yaml": 0o644,
+    "/etc/dask/dask.env": 0o644,
+    "/etc/profile.d/dask-memory.sh": 0o644,
+}
+
+
+def _text(of: dict[PurePosixPath, render.RenderedFile], path: str) -> str:
+    return of[PurePosixPath(path)].content.decode()
+
+
+def test_the_guest_is_the_contract() -> None:
+    files = render.guest(image())
+    assert {str(path): file.mode for path, file in files.items()} == CONTRACT
+    assert list(files) == sorted(files)
+    assert render.guest(image()) == files
+
+
+def test_every_file_ends_in_one_newline_and_nothing_is_left_of_the_templates() -> None:
+    for path, file in render.guest(image(workers=3, after=("agent.service",))).items():
+        text = file.content.decode()
+        assert text.endswith("\n"), path
+        assert not text.endswith("\n\n"), path
+        assert "{{" not in text.replace("{{.", ""), path
+        assert "{%" not in text, path
+        assert not any(line.endswith(" ") for line in text.splitlines()), path
+
+
+def test_the_settings_reach_the_files() -> None:
+    files = render.guest(
+        image(role=Role.SCHEDULER, reserve=Reserve(bytes=123, percent=2.5), after=("a.service", "b.service"))
+    )
+    assert "\nDASK_ROLE=scheduler\n" in _text(files, "/etc/dask/dask.env")
+    assert "reserve_bytes=123\nreserve_millipercent=2500\n" in _text(files, "/usr/local/sbin/start-dask")
+    after = "After=multi-user.target docker.service cloud-final.service a.service b.service\n"
+    assert after in _text(files, "/etc/systemd/system/dask.service")
+
+
+def test_the_service_starts_over_and_does_not_loop_for_ever() -> None:
+    unit = _text(render.guest(image()), "/etc/systemd/system/dask.service").splitlines()
+    for line in (
+        "Type=exec",
+        "Restart=on-failure",
+        "RestartPreventExitStatus=2",
+        "StartLimitBurst=10",
+        "Requires=docker.service",
+        "WantedBy=multi-user.target",
+    ):
+        assert line in unit
+    compose = yaml.safe_load(_text(render.guest(image()), "/etc/dask/compose.yaml"))
+    grace = compose["x-dask"]["stop_grace_period"]
+    stop = next(line.partition("=")[2] for line in unit if line.startswith("TimeoutStopSec="))
+    assert int(stop) > int(grace.removesuffix("s"))
+
+
+def test_no_value_of_the_builder_is_baked_in() -> None:
+    for path, file in render.guest(image()).items():
+        assert b"AVAILABLE_MEMORY_FOR_DASK=1" not in file.content, path
+
+
+@pytest.fixture
+def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "guest/etc"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(resources, "packer_dir", lambda: tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("one\n{{ image.nmae }}\n", r"etc/file.j2, line 2: .*nmae"),
+        ("one\n\n{% if %}\n", r"etc/file.j2, line 3: "),
+        ("one\n{{ 1 / 0 }}\n", r"etc/file.j2, line 2: division by zero"),
+        ("{{ image.name + 1 }}\n", r"etc/file.j2, line 1: "),
+    ],
+)
+def test_a_mistake_in_a_template_is_named_with_its_line(templates: Path, text: str, said: str) -> None:
+    (templates / "file.j2").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        render.guest(image())
+
+
+def test_other_files_are_copied_as_they_are(templates: Path) -> None:
+    (templates / "raw").write_bytes(b"{{ not a template }}\xff\n\n")
+    program = templates / "program.j2"
+    program.write_text("{{ image.name }}")
+    program.chmod(0o755)
+    assert render.guest(image()) == {
+        PurePosixPath("/etc/program"): render.RenderedFile(content=b"default", mode=0o755),
+        PurePosixPath("/etc/raw"): render.RenderedFile(content=b"{{ not a template }}\xff\n\n", mode=0o644),
+    }
+
+
+@pytest.mark.parametrize("nonce", ["4f2a", 'it\'s "quoted": {{ x }} # <no>', "007"])
+def test_user_data_is_a_cloud_config_that_carries_the_nonce(nonce: str) -> None:
+    text = render.user_data(image(), nonce=nonce)
+    assert text.startswith("#cloud-config\n")
+    config = yaml.safe_load(text)
+    files = {file["path"]: file["content"] for file in config["write_files"]}
+    assert files["/var/lib/ami-builder/nonce"] == nonce
+    assert "compose.image.yaml" in config["bootcmd"][0][2]
+    assert set(files) == {"/var/lib/ami-builder/nonce", "/etc/dask/compose.yaml"}
+
+
+def test_user_data_replaces_the_compose_file_by_another_with_the_same_promise() -> None:
+    files = yaml.safe_load(render.user_data(image(workers=3), nonce="x"))["write_files"]
+    own = next(file["content"] for file in files if file["path"] == "/etc/dask/compose.yaml")
+    assert own != _text(render.guest(image(workers=3)), "/etc/dask/compose.yaml")
+    services = yaml.safe_load(own)["services"]
+    assert list(services) == ["cluster"]
+    limit = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+    assert (services["cluster"]["mem_limit"], services["cluster"]["memswap_limit"]) == (limit, limit)
+    assert "profiles" not in services["cluster"]
+    assert "--memory-limit 0.3333333333333333 " in services["cluster"]["command"][2]

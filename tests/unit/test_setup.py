@@ -1,0 +1,406 @@
+"""The scripts that set up a machine, against fake programs: nothing is installed and no network is used."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ami_builder import proc
+
+from .fakes import calls, fake
+
+ROOT = Path(__file__).parents[2]
+PLAIN_TOOLS = (
+    "bash", "cat", "chmod", "cmp", "cp", "dirname", "env", "find", "flock", "grep", "head", "id", "ln", "ls",
+    "mkdir", "mktemp", "mv", "readlink", "rm", "sed", "sh", "sort", "tail", "touch", "tr", "uname",
+)  # fmt: skip
+
+# Stands in for the system's python3 and, copied into a virtual environment, for that one's interpreter.
+PYTHON = r"""
+case "$*" in
+    *_base_executable*) [ -z "$OLD_PYTHON" ] && echo "$0" ;;
+    *'import ensurepip, venv'*) [ -z "$NO_VENV" ] ;;
+    *version_info\[:2\]*) echo 3.12 ;;
+    *'import pip, sys'*) [ -e "$(dirname "$0")/pip" ] ;;
+    *'-m venv '*) for last; do :; done; mkdir -p "$last/bin" "$last/lib"; cp "$0" "$last/bin/python"
+        touch "$last/bin/pip" ;;
+    *'-m pip install'*) echo 'pip: the network is down'; [ -z "$OFFLINE" ] ;;
+    *purelib*) echo "$(dirname "$(dirname "$0")")/lib" ;;
+    *'-m ami_builder'*) shift 3; for each; do printf '<%s>\n' "$each"; done; exit "${STATUS:-0}" ;;
+    *) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
+APT_CACHE = r"""
+while [ "$1" != policy ]; do shift; done; shift
+for each; do
+    case " $NO_PACKAGE " in
+        *" $each "*) ;;
+        *) printf '%s:\n  Installed: (none)\n  Candidate: 1.2\n  Version table:\n     1.2 500\n' "$each" ;;
+    esac
+done
+"""
+# After `install`, the programs are there.
+APT_GET = r"""
+case "$*" in
+    *' install '*) [ -z "$APT_BROKEN" ] || { echo 'E: Unable to fetch some archives'; exit 100; }
+        for each in packer qemu-img; do ln -sf /bin/true "$(dirname "$0")/$each"; done ;;
+esac
+"""
+
+
+@dataclass
+class Checkout:
+    """A copy of the scripts in a folder of its own, with a PATH on which only what is given exists."""
+
+    root: Path
+    bin: Path
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def command(self, script: str, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.root / script, *arguments],
+            env={"PATH": str(self.bin), "TMPDIR": str(self.root.parent), "HOME": "/nonexistent"}
+            | self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, script: str = "scripts/ami-builder") -> tuple[int, str, str]:
+        process = self.command(script, *arguments)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def calls(self, name: str) -> list[str]:
+        return calls(self.bin, name)
+
+    def forget(self) -> None:
+        for record in self.bin.glob("*.calls"):
+            record.unlink()
+
+    @property
+    def venv(self) -> Path:
+        return self.root / ".venv"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    root = tmp_path / "check out"
+    for name in ("scripts/ami-builder", "scripts/test", "scripts/lint", "scripts/lib/setup.sh", ".ci/run"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, root / name)
+    (root / "scripts/packages.txt").write_text(
+        "[run]\npacker packer\nqemu-img qemu-utils\n/bin/sh dash\n[test]\nshfmt shfmt\n"
+        "[unpacked]\ndocker-registry docker-registry\n"
+    )
+    (root / "tests").mkdir()
+    (root / "scripts/requirements.txt").write_text("rich==1 \\\n    --hash=sha256:00\n")
+    (root / "tests/requirements.txt").write_text("rich==1 \\\n    --hash=sha256:00\nruff==1\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in PLAIN_TOOLS:
+        found = shutil.which(name)
+        assert found is not None
+        (programs / name).symlink_to(found)
+    fake(programs, "python3", PYTHON)
+    fake(programs, "apt-get", APT_GET)
+    fake(programs, "apt-cache", APT_CACHE)
+    (programs / "id").unlink()
+    fake(programs, "id", "echo 0")
+    return Checkout(root, programs)
+
+
+def tree(root: Path) -> set[Path]:
+    return set(root.rglob("*"))
+
+
+def test_a_bare_machine_gets_everything_and_hears_of_it(checkout: Checkout) -> None:
+    status, out, err = checkout.run("build")
+    assert (status, out) == (0, "<build>\n")
+    assert "installing system packages: packer qemu-utils\n" in err
+    assert "making the virtual environment (.venv)" in err
+    assert "installing Python packages (1, pinned by scripts/requirements.txt)" in err
+    [installed] = [line for line in checkout.calls("apt-get") if " install " in line]
+    assert "--no-install-recommends" in installed
+    assert installed.endswith(" install packer qemu-utils")
+    [pip] = [line for line in calls(checkout.venv / "bin", "python") if "pip install" in line]
+    assert "--require-hashes" in pip
+    assert (checkout.venv / "lib/ami-builder.pth").read_text() == f"{checkout.root}\n"
+
+
+def test_the_second_run_does_nothing_but_run(checkout: Checkout) -> None:
+    checkout.run()
+    checkout.forget()
+    assert checkout.run("list") == (0, "<list>\n", "")
+    assert checkout.calls("apt-get") + checkout.calls("apt-cache") + checkout.calls("python3") == []
+
+
+def test_no_temporary_files_stay(checkout: Checkout) -> None:
+    checkout.run()
+    assert {path.name for path in checkout.root.parent.iterdir()} == {"bin", "check out"}
+
+
+def test_arguments_and_status_are_passed_on_unchanged(checkout: Checkout) -> None:
+    checkout.environ["STATUS"] = "5"
+    arguments = ["verify", "two words", "", "*", "it's", 'a "quote"', "--flag=$HOME", "back\\slash"]
+    status, out, _ = checkout.run(*arguments)
+    assert (status, out) == (5, "".join(f"<{argument}>\n" for argument in arguments))
+
+
+def test_it_runs_through_links_and_from_the_environment(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.run()
+    link = tmp_path / "link"
+    link.symlink_to(checkout.root / "scripts/ami-builder")
+    for script in (str(link), ".venv/bin/ami-builder"):
+        assert checkout.run("list", script=script) == (0, "<list>\n", "")
+
+
+@pytest.mark.parametrize("absent", ["packer", "packer qemu-utils"])
+def test_it_stops_before_anything_is_changed_where_a_package_does_not_exist(
+    checkout: Checkout, absent: str
+) -> None:
+    checkout.environ["NO_PACKAGE"] = absent
+    before = tree(checkout.root)
+    status, out, err = checkout.run("build")
+    assert (status, out) == (3, "")
+    assert "Nothing has been changed" in err
+    assert "HashiCorp's official package, version 1.7 or newer" in err
+    assert "developer.hashicorp.com/packer/install" in err
+    assert 'README\'s section "Install"' in err
+    assert ("qemu-utils" in err) == ("qemu-utils" in absent)
+    assert not [line for line in checkout.calls("apt-get") if "install" in line]
+    assert all("Dir::State::lists=" in line for line in checkout.calls("apt-get"))
+    assert tree(checkout.root) == before
+
+
+def test_without_apt_it_stops_and_names_the_official_package(checkout: Checkout) -> None:
+    for name in ("apt-get", "apt-cache", "uname"):
+        (checkout.bin / name).unlink()
+    fake(checkout.bin, "uname", "echo Darwin")
+    checkout.environ["OLD_PYTHON"] = "yes"
+    status, _, err = checkout.run("build")
+    assert status == 3
+    assert "of which macOS has no package. Nothing has been changed." in err
+    assert "brew install hashicorp/tap/packer" in err
+    assert "  python3 (so named in Debian)\n" in err
+    assert not checkout.venv.exists()
+
+
+def test_a_packer_that_was_installed_by_hand_counts(checkout: Checkout) -> None:
+    checkout.environ["NO_PACKAGE"] = "packer"
+    fake(checkout.bin, "packer", "")
+    status, _, err = checkout.run()
+    assert status == 0
+    assert "installing system packages: qemu-utils\n" in err
+
+
+def test_lists_are_fetched_only_when_a_package_is_unknown(checkout: Checkout) -> None:
+    checkout.run()
+    assert not [line for line in checkout.calls("apt-get") if line.endswith(" update")]
+
+
+def test_sudo_is_used_only_by_others_than_root(checkout: Checkout) -> None:
+    fake(checkout.bin, "id", "echo 1000")
+    fake(checkout.bin, "sudo", 'while [ "$1" != env ]; do shift; done; exec "$@"')
+    assert checkout.run()[0] == 0
+    assert len(checkout.calls("sudo")) == 1
+
+
+def test_without_sudo_it_says_what_root_has_to_do(checkout: Checkout) -> None:
+    fake(checkout.bin, "id", "echo 1000")
+    status, _, err = checkout.run()
+    assert status == 3
+    assert "As root: apt-get install --no-install-recommends packer qemu-utils" in err
+    assert checkout.calls("apt-get") == []
+
+
+def test_stale_lists_are_fetched_anew_once_and_then_apt_is_quoted(checkout: Checkout) -> None:
+    checkout.environ["APT_BROKEN"] = "yes"
+    status, _, err = checkout.run()
+    assert status == 3
+    assert "| E: Unable to fetch some archives" in err
+    assert "behind a proxy" in err
+    kinds = [
+        re.findall(r"install|update", line.replace("no-install", ""))[0] for line in checkout.calls("apt-get")
+    ]
+    assert kinds == ["install", "update", "install"]
+
+
+def test_an_interrupted_set_up_heals(checkout: Checkout) -> None:
+    checkout.environ["OFFLINE"] = "yes"
+    status, _, err = checkout.run()
+    assert status == 3
+    assert "| pip: the network is down" in err
+    assert "Is this machine offline" in err
+    (checkout.venv / "lib/half").touch()
+    del checkout.environ["OFFLINE"]
+    status, _, err = checkout.run()
+    assert status == 0
+    assert "making the virtual environment" in err
+    assert not (checkout.venv / "lib/half").exists()
+    assert checkout.run()[2] == ""
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(checkout: Checkout) -> None:
+    checkout.run()
+    (checkout.venv / "bin/python").unlink()
+    (checkout.venv / "bin/python").symlink_to("/nonexistent/python3.11")
+    assert "making the virtual environment" in checkout.run()[2]
+    assert checkout.run()[2] == ""
+
+
+def test_a_copied_checkout_does_not_run_the_old_one(checkout: Checkout) -> None:
+    checkout.run()
+    copy = checkout.root.parent / "copy"
+    shutil.copytree(checkout.root, copy, symlinks=True)
+    moved = Checkout(copy, checkout.bin)
+    assert "making the virtual environment" in moved.run()[2]
+    assert (copy / ".venv/lib/ami-builder.pth").read_text() == f"{copy}\n"
+
+
+def test_an_environment_that_the_user_made_is_kept(checkout: Checkout) -> None:
+    (checkout.venv / "bin").mkdir(parents=True)
+    (checkout.venv / "lib").mkdir()
+    shutil.copy2(checkout.bin / "python3", checkout.venv / "bin/python")
+    for name in ("bin/pip", "mine"):
+        (checkout.venv / name).touch()
+    status, _, err = checkout.run()
+    assert status == 0
+    assert "making the virtual environment" not in err
+    assert (checkout.venv / "mine").exists()
+
+
+def test_a_new_lock_is_installed_into_the_same_environment(checkout: Checkout) -> None:
+    checkout.run()
+    (checkout.root / "scripts/requirements.txt").write_text("rich==2\n")
+    status, _, err = checkout.run()
+    assert status == 0
+    assert err == "==> installing Python packages (1, pinned by scripts/requirements.txt)\n"
+
+
+@pytest.mark.parametrize("named", [{}, {"PYTHON": "python3"}])
+def test_an_old_python_stops_it(checkout: Checkout, named: dict[str, str]) -> None:
+    checkout.environ |= {"OLD_PYTHON": "yes"} | named
+    status, _, err = checkout.run()
+    assert status == 3
+    assert "Python 3.11 or newer is necessary, and python3 is not. Nothing has been changed." in err
+    assert checkout.calls("apt-get") == []
+
+
+def test_debians_split_venv_module_is_installed(checkout: Checkout) -> None:
+    checkout.environ["NO_VENV"] = "yes"
+    assert "installing system packages: packer qemu-utils python3.12-venv\n" in checkout.run()[2]
+
+
+def test_two_set_ups_at_once_wait_for_each_other(checkout: Checkout) -> None:
+    lock = os.open(checkout.root, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = checkout.command("scripts/ami-builder", "list")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "==> waiting for another set-up in this folder\n"
+    assert not checkout.venv.exists()
+    os.close(lock)
+    out, err = process.communicate(timeout=60)
+    assert out == "<list>\n"
+    assert "making the virtual environment" in err
+
+
+def test_the_test_command_unpacks_what_would_start_a_service(checkout: Checkout) -> None:
+    fake(checkout.bin, "dpkg-deb", 'mkdir -p "$3/usr/bin" && ln -s /bin/true "$3/usr/bin/docker-registry"')
+    downloads = APT_GET.replace("case", 'case "$*" in *download*) touch docker-registry.deb ;; esac\ncase')
+    fake(checkout.bin, "apt-get", downloads + 'ln -sf /bin/true "$(dirname "$0")/shfmt"\n')
+    status, _, err = checkout.run("tests/unit", "-k", "two words", script="scripts/test")
+    assert status == 99, "the fake has no pytest"
+    assert "installing system packages: packer qemu-utils shfmt\n" in err
+    assert "unpacking into .cache/tools: docker-registry\n" in err
+    assert "unexpected: -m pytest tests/unit -k two words" in err
+    assert not [line for line in checkout.calls("apt-get") if "install" in line and "docker-registry" in line]
+    # What the tests need holds all that the program needs.
+    assert checkout.run("list") == (0, "<list>\n", "")
+
+
+@pytest.fixture
+def ready(checkout: Checkout) -> Checkout:
+    for name in ("packer", "qemu-img", "shfmt", "docker-registry", "shellcheck"):
+        fake(checkout.bin, name, "")
+    checkout.run(script="scripts/test")
+    for name in ("ruff", "mypy", "lint-imports"):
+        fake(checkout.venv / "bin", name, "")
+    return checkout
+
+
+def test_linters_all_run_even_if_one_fails(ready: Checkout) -> None:
+    for name in ("packer", ".ci"):
+        (ready.root / name).mkdir(exist_ok=True)
+    fake(ready.venv / "bin", "mypy", "exit 1")
+    status, _, err = ready.run(script="scripts/lint")
+    assert status == 1
+    assert err.endswith("==> failed: mypy\n")
+    assert any("scripts/lib/setup.sh" in line for line in ready.calls("shellcheck"))
+    assert [line for line in ready.calls("packer") if line.startswith("fmt -check")]
+    assert ready.run("ruff", script="scripts/lint")[0] == 0
+    assert ready.run("nonsense", script="scripts/lint")[0] == 1
+
+
+def test_a_failing_linter_ends_the_tests_at_once(ready: Checkout) -> None:
+    fake(ready.venv / "bin", "ruff", "exit 1")
+    status, _, err = ready.run(script="scripts/test")
+    assert status == 1
+    assert "pytest" not in err
+
+
+def test_ci_runs_the_test_command_with_nothing_to_read(checkout: Checkout) -> None:
+    fake(checkout.root / "scripts", "test", 'echo "CI=$CI in $PWD"; cat; exit 4')
+    status, out, _ = checkout.run(script=".ci/run")
+    assert (status, out) == (4, f"CI=true in {checkout.root}\n")
+
+
+def listed() -> dict[str, str]:
+    lines = (ROOT / "scripts/packages.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if line and line[0] not in "#["]
+    return dict(rows)
+
+
+def test_every_program_that_the_code_names_is_installed_by_the_set_up() -> None:
+    rows = listed()
+    assert {program: rows.get(program) for program in proc.PACKAGES} == dict(proc.PACKAGES)
+
+
+def pins(path: str) -> dict[str, str]:
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    blocks = [line.split() for line in text.splitlines() if line.strip()]
+    assert all(any(word.startswith("--hash=sha256:") for word in block) for block in blocks)
+    return dict(block[0].split("==") for block in blocks)
+
+
+def test_the_tests_lock_holds_all_of_the_programs_lock() -> None:
+    assert pins("scripts/requirements.txt").items() <= pins("tests/requirements.txt").items()
+
+
+def test_the_programs_lock_covers_what_it_declares() -> None:
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=\[]", line)[0].lower().replace(".", "-") for line in declared}
+    assert names <= pins("scripts/requirements.txt").keys()
+
+
+@pytest.mark.parametrize("path", ["scripts/requirements.txt", "tests/requirements.txt"])
+def test_locks_name_no_index_and_no_machine(path: str) -> None:
+    assert not re.search(r"https?:|://|/|--(index|find|extra|trusted)", (ROOT / path).read_text())
+
+
+def test_commit_hooks_are_the_linters_of_the_test_command() -> None:
+    [repo] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local", "hooks from elsewhere would be fetched"
+    [default] = re.findall(r"set -- (.+)", (ROOT / "scripts/lint").read_text())
+    assert [hook["entry"] for hook in repo["hooks"]] == [f"scripts/lint {name}" for name in default.split()]

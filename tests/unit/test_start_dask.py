@@ -1,0 +1,459 @@
+"""start-dask outside a VM: real shells, a fake docker, and a folder of /proc/meminfo files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ami_builder import render
+from ami_builder.model import Image, Reserve
+from tests.unit.fakes import calls, fake
+from tests.unit.guest import image
+
+MEMINFO = Path(__file__).with_name("meminfo")
+PAGE = os.sysconf("SC_PAGESIZE")
+START_DASK = PurePosixPath("/usr/local/sbin/start-dask")
+VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
+
+SHELLS = {name: found for name in ("dash", "busybox") if (found := shutil.which(name))}
+GOOD = {
+    "0.5-gib": 271904,
+    "1-gib": 752316,
+    "2-gib": 1772004,
+    "4-gib-swap": 3611420,
+    "16-gib-agents": 13904112,
+    "64-gib-hugepages": 29911844,
+    "768-gib": 784200316,
+    "24-tib": 25101204480,
+}
+BAD = sorted(path.name for path in MEMINFO.iterdir() if path.name.startswith(("bad-", "no-")))
+
+# Answers as Docker does, and writes down the environment that Compose gets.
+DOCKER = """
+case $1 in
+    ps) [ -z "${FAKE_DOCKER_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
+    compose) shift; env >"$0.env" ;;
+esac
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What one run of start-dask left."""
+
+    status: int
+    output: str
+    calls: list[str]
+    environment: dict[str, str]
+    """What Compose got; empty when it was not started."""
+    record: str | None
+    """/run/dask/memory.env."""
+
+    @property
+    def exported(self) -> str | None:
+        return self.environment.get(VARIABLE)
+
+
+class Machine:
+    """A folder that start-dask takes for /, with fake programs on PATH."""
+
+    def __init__(self, root: Path, shell: str = "dash") -> None:
+        self.root = root
+        self.shell = [SHELLS[shell], "sh"] if shell == "busybox" else [SHELLS[shell]]
+        self.programs = root / "programs"
+        self.spill = root / "var/lib/dask/spill"
+        self.record = root / "run/dask/memory.env"
+        for folder in ("proc", "etc/dask"):
+            (root / folder).mkdir(parents=True)
+        fake(self.programs, "docker", DOCKER)
+        self.write("etc/dask/compose.yaml", "services: {}\n")
+        self.write("etc/dask/dask.env", "DASK_ROLE=local\nDASK_SCHEDULER_ADDRESS=\n")
+        self.meminfo("2-gib")
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def meminfo(self, name: str) -> None:
+        shutil.copyfile(MEMINFO / name, self.root / "proc/meminfo")
+
+    def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
+        script = self.root / "start-dask"
+        script.write_bytes(render.guest(of or image())[START_DASK].content)
+        done = subprocess.run(
+            [*self.shell, str(script)],
+            env={
+                "PATH": f"{self.programs}:{os.environ['PATH']}",
+                "START_DASK_ROOT": str(self.root),
+                **(environment or {}),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        seen = self.programs / "docker.env"
+        lines = seen.read_text().splitlines() if seen.exists() else []
+        return Started(
+            status=done.returncode,
+            output=done.stdout,
+            calls=calls(self.programs, "docker"),
+            environment=dict(line.partition("=")[::2] for line in lines),
+            record=self.record.read_text() if self.record.exists() else None,
+        )
+
+
+@pytest.fixture(params=sorted(SHELLS))
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
+    return Machine(tmp_path, request.param)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_dash_is_here() -> None:
+    assert "dash" in SHELLS, "Debian's /bin/sh is what runs start-dask"
+
+
+@pytest.mark.parametrize(("name", "kilobytes"), GOOD.items())
+def test_what_is_available_reaches_compose(machine: Machine, name: str, kilobytes: int) -> None:
+    machine.meminfo(name)
+    started = machine.start()
+    expected = kilobytes * 1024 // PAGE * PAGE
+    assert started.status == 0, started.output
+    assert started.exported == str(expected)
+    assert started.record == f"{VARIABLE}={expected}\n"
+    assert "<3>" not in started.output
+
+
+def test_the_journal_gets_one_clear_line(one: Machine) -> None:
+    assert one.start().output == (
+        "<6>start-dask: AVAILABLE_MEMORY_FOR_DASK=1814532096 (1730 MiB of 1965 MiB; reserve 0)\n"
+    )
+
+
+@pytest.mark.parametrize("name", [*BAD, "missing"])
+def test_what_cannot_be_measured_is_loud_and_leaves_the_variable_unset(machine: Machine, name: str) -> None:
+    if name == "missing":
+        (machine.root / "proc/meminfo").unlink()
+    else:
+        machine.meminfo(name)
+    machine.record.parent.mkdir(parents=True)
+    machine.record.write_text(f"{VARIABLE}=123\n")
+    started = machine.start(environment={VARIABLE: "123"})
+    assert started.status == 0, started.output
+    assert started.environment, "Dask must start all the same"
+    assert started.exported is None
+    assert started.record is None
+    assert re.search(rf"^<3>start-dask: {VARIABLE} is not set, Dask runs WITHOUT .*: .+", started.output)
+    assert len(started.output.splitlines()) == 1, started.output
+
+
+def test_the_corpus_is_whole() -> None:
+    assert {*GOOD, *BAD} == {path.name for path in MEMINFO.iterdir()}
+    assert len(BAD) > 10
+
+
+def test_the_value_is_not_the_published_snippets(one: Machine) -> None:
+    """A basic regular expression takes `+` literally: the seed snippet exports a whole line of text."""
+    snippet = r"grep -i memavailable proc/meminfo | sed 's/[a-zA-Z]+:\s+//'"
+    text = subprocess.check_output(["sh", "-c", snippet], cwd=one.root, text=True)
+    assert text == "MemAvailable:    1772004 kB\n"
+    exported = one.start().exported
+    assert exported is not None
+    assert exported.isdecimal()
+    assert exported not in (text.strip(), "1772004 kB", "1772004")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("machine"))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    total_kb=st.integers(min_value=256 * 1024, max_value=24 << 30),
+    share=st.floats(min_value=0.05, max_value=0.999),
+    reserve_bytes=st.one_of(st.just(0), st.integers(min_value=0, max_value=1 << 34)),
+    reserve_millipercent=st.one_of(st.just(0), st.integers(min_value=0, max_value=99_999)),
+)
+def test_the_limit_is_whole_pages_of_what_is_available_less_the_reserve(
+    shared: Machine, total_kb: int, share: float, reserve_bytes: int, reserve_millipercent: int
+) -> None:
+    available_kb = int(total_kb * share)
+    shared.write("proc/meminfo", f"MemTotal: {total_kb} kB\nMemAvailable: {available_kb} kB\n")
+    reserve = Reserve(bytes=reserve_bytes, percent=reserve_millipercent / 1000)
+    started = shared.start(image(reserve=reserve))
+    available = available_kb * 1024
+    percent_bytes = -(-available * reserve_millipercent // 100_000)
+    room = available - reserve_bytes - percent_bytes
+    if room // PAGE * PAGE < 6 << 20:
+        assert started.exported is None
+        assert "<3>" in started.output
+        return
+    assert started.exported is not None, started.output
+    limit = int(started.exported)
+    assert limit % PAGE == 0
+    assert limit <= room
+    assert limit > room - PAGE
+
+
+@pytest.mark.parametrize(
+    ("reserve", "expected"),
+    [
+        (Reserve(bytes=256 << 20), 1814532096 - (256 << 20)),
+        (Reserve(percent=10.0), 1633075200),
+        (Reserve(bytes=1814532096), None),
+        (Reserve(bytes=1 << 60), None),
+        (Reserve(percent=100.0), None),
+    ],
+)
+def test_the_reserve_stays_with_the_system(machine: Machine, reserve: Reserve, expected: int | None) -> None:
+    started = machine.start(image(reserve=reserve))
+    assert started.exported == (None if expected is None else str(expected))
+    assert ("<3>" in started.output) == (expected is None)
+
+
+def test_older_containers_are_gone_before_anything_is_measured(machine: Machine) -> None:
+    # The container's removal is what makes the memory available.
+    full, empty = MEMINFO / "0.5-gib", MEMINFO / "2-gib"
+    machine.meminfo(full.name)
+    removal = f'case $1 in rm) cp "{empty}" "$START_DASK_ROOT/proc/meminfo" ;; esac'
+    fake(machine.programs, "docker", DOCKER + removal)
+    started = machine.start(environment={"FAKE_CONTAINERS": "11aa\n22bb\n"})
+    assert started.calls[:2] == [
+        "ps --all --quiet --filter label=com.docker.compose.project=dask",
+        "rm --force --volumes 11aa 22bb",
+    ]
+    assert started.exported == str(GOOD["2-gib"] * 1024 // PAGE * PAGE)
+
+
+def test_docker_is_asked_as_seldom_as_possible(one: Machine) -> None:
+    assert len(one.start().calls) == 2
+
+
+def test_without_docker_nothing_is_measured_and_systemd_tries_again(one: Machine) -> None:
+    started = one.start(environment={"FAKE_DOCKER_DOWN": "1"})
+    assert started.status == 1
+    assert started.record is None
+    assert "<3>start-dask: Docker does not answer: journalctl -u docker" in started.output
+
+
+def test_compose_runs_the_pinned_project_in_the_foreground(one: Machine) -> None:
+    started = one.start()
+    etc = one.root / "etc/dask"
+    assert started.calls[-1] == (
+        f"compose --ansi never --project-directory {etc} --file {etc}/compose.yaml "
+        "up --quiet-pull --no-log-prefix --abort-on-container-exit"
+    )
+    assert started.environment["COMPOSE_PROJECT_NAME"] == "dask"
+
+
+def test_composes_own_program_is_preferred(one: Machine) -> None:
+    plugins = one.root / "usr/libexec/docker/cli-plugins"
+    fake(plugins, "docker-compose", 'env >"$0.env"')
+    assert len(one.start().calls) == 1
+    assert calls(plugins, "docker-compose")[0].endswith("--abort-on-container-exit")
+    assert f"{VARIABLE}=1814532096" in (plugins / "docker-compose.env").read_text()
+
+
+def test_composes_status_is_the_services(one: Machine) -> None:
+    fake(one.programs, "docker", "case $1 in compose) exit 37 ;; esac")
+    assert one.start().status == 37
+
+
+@pytest.mark.parametrize("role", ["local", "scheduler", "worker"])
+def test_the_role_chooses_the_profile(machine: Machine, role: str) -> None:
+    machine.write("etc/dask/dask.env", f"DASK_ROLE={role}\nDASK_SCHEDULER_ADDRESS=tcp://10.0.0.1:8786\n")
+    started = machine.start()
+    assert started.status == 0, started.output
+    assert started.environment["COMPOSE_PROFILES"] == role
+    assert started.environment["DASK_SCHEDULER_ADDRESS"] == "tcp://10.0.0.1:8786"
+
+
+@pytest.mark.parametrize(
+    ("settings_text", "said"),
+    [
+        ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is none of local, worker, scheduler"),
+        ("DASK_ROLE=\n", "DASK_ROLE='' in .* is none of"),
+        ("", "DASK_ROLE='' in .* is none of"),
+        ("DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=\n", "DASK_ROLE=worker needs DASK_SCHEDULER_ADDRESS"),
+        (None, "dask.env can't be read"),
+    ],
+)
+def test_what_it_cannot_start_it_refuses(machine: Machine, settings_text: str | None, said: str) -> None:
+    if settings_text is None:
+        (machine.root / "etc/dask/dask.env").unlink()
+    else:
+        machine.write("etc/dask/dask.env", settings_text)
+    started = machine.start()
+    assert started.status == 2
+    assert started.calls == []
+    assert re.fullmatch(rf"<3>start-dask: .*{said}.*\n", started.output), started.output
+
+
+def test_a_value_from_outside_never_gets_through(machine: Machine) -> None:
+    machine.write("etc/dask/dask.env", f"DASK_ROLE=local\n{VARIABLE}=777216\n")
+    assert machine.start(environment={VARIABLE: "999424"}).exported == "1814532096"
+    machine.meminfo("bad-zero")
+    assert machine.start(environment={VARIABLE: "999424"}).exported is None
+
+
+def test_a_broken_settings_file_stops_it(machine: Machine) -> None:
+    machine.write("etc/dask/dask.env", "DASK_ROLE=(\n")
+    started = machine.start()
+    assert started.status != 0
+    assert started.calls == []
+
+
+def test_the_spill_directory_is_purged_and_open_to_any_user(machine: Machine) -> None:
+    old = machine.spill / "worker-abc/storage"
+    old.mkdir(parents=True)
+    (old / "key").write_text("left by a killed worker")
+    (machine.spill / ".hidden").write_text("")
+    machine.start()
+    assert list(machine.spill.iterdir()) == []
+    assert machine.spill.stat().st_mode & 0o7777 == 0o1777
+
+
+def test_the_spill_directory_may_be_a_link_to_another_disk(one: Machine, tmp_path: Path) -> None:
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    (disk / "old").write_text("")
+    one.spill.parent.mkdir(parents=True)
+    one.spill.symlink_to(disk)
+    one.start()
+    assert one.spill.is_symlink()
+    assert list(disk.iterdir()) == []
+
+
+def test_spilling_has_a_bound_for_each_worker(machine: Machine) -> None:
+    table = (
+        "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/sda1 8000000 2000000 6000000 25% /\n"
+    )
+    machine.write("table", table)
+    fake(machine.programs, "df", f"cat '{machine.root}/table'")
+    bound = 6_000_000 * 1024 * 80 // 100
+    assert machine.start().environment["DASK_MAX_SPILL"] == str(bound)
+    assert machine.start(image(workers=3)).environment["DASK_MAX_SPILL"] == str(bound // 3)
+
+
+def test_unknown_free_space_is_said_and_does_not_stop_dask(machine: Machine) -> None:
+    fake(machine.programs, "df", "exit 1")
+    started = machine.start(environment={"DASK_MAX_SPILL": "5"})
+    assert "DASK_MAX_SPILL" not in started.environment
+    assert started.exported == "1814532096"
+    assert "<3>start-dask: free space of" in started.output
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "expected"), [(1, None, None), (3, None, "2"), (16, None, "1"), (3, 4, None)]
+)
+def test_more_workers_share_the_cpus(
+    one: Machine, workers: int, threads: int | None, expected: str | None
+) -> None:
+    fake(one.programs, "getconf", "case $1 in PAGESIZE) echo 4096 ;; *) echo 8 ;; esac")
+    started = one.start(image(workers=workers, threads=threads))
+    assert started.environment.get("DASK_THREADS") == expected
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo", "echo undefined", "echo 0"])
+def test_an_unknown_page_is_4_kib(machine: Machine, answer: str) -> None:
+    fake(machine.programs, "getconf", answer)
+    assert machine.start().exported == "1814532096"
+
+
+def test_a_larger_page_is_honoured(machine: Machine) -> None:
+    fake(machine.programs, "getconf", "echo 65536")
+    assert machine.start().exported == str(1814532096 // 65536 * 65536)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [image(), image(workers=3), image(threads=2, reserve=Reserve(bytes=1 << 28, percent=2.5))],
+    ids=["default", "workers", "reserve"],
+)
+def test_the_rendered_scripts_pass_shellcheck(tmp_path: Path, of: Image) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    for path, file in render.guest(of).items():
+        if file.mode == 0o755 or path.suffix == ".sh":
+            script = tmp_path / path.name
+            script.write_bytes(file.content)
+            argv = [shellcheck, "--shell=sh", str(script)]
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout
+
+
+def _health(tmp_path: Path, port: int) -> tuple[int, str]:
+    script = render.guest(image())[PurePosixPath("/usr/local/sbin/dask-health")]
+    (tmp_path / "dask-health").write_bytes(script.content)
+    done = subprocess.run(
+        ["sh", tmp_path / "dask-health"],
+        env={
+            "PATH": os.environ["PATH"],
+            "DASK_HEALTH_PORT": str(port),
+            "DASK_HEALTH_STATE": str(tmp_path / "run/health"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "before", "status", "said"),
+    [
+        ("200 OK", None, 0, "<5>dask-health: healthy"),
+        ("200 OK", "healthy\n", 0, ""),
+        ("200 OK", "unhealthy\n", 0, "<5>dask-health: healthy"),
+        ("503 Service Unavailable", "healthy\n", 1, "<4>dask-health: unhealthy"),
+        ("503 Service Unavailable", "unhealthy\n", 1, ""),
+        (None, "healthy\n", 1, "<4>dask-health: unhealthy"),
+    ],
+)
+def test_health_is_kept_and_said_only_when_it_changes(
+    tmp_path: Path, answer: str | None, before: str | None, status: int, said: str
+) -> None:
+    state = tmp_path / "run/health"
+    if before is not None:
+        state.parent.mkdir()
+        state.write_text(before)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        asked: list[bytes] = []
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(100))
+                connection.sendall(f"HTTP/1.1 {answer}\r\n\r\nok".encode())
+
+        if answer is None:
+            server.close()
+            got, line = _health(tmp_path, port)
+        else:
+            thread = threading.Thread(target=serve)
+            thread.start()
+            got, line = _health(tmp_path, port)
+            thread.join()
+            assert asked[0].startswith(b"GET /health HTTP/1.0\r\n")
+    assert got == status
+    assert state.read_text() == ("healthy\n" if status == 0 else "unhealthy\n")
+    assert line.startswith(said)
+    assert bool(line) == bool(said)

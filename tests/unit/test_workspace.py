@@ -1,0 +1,186 @@
+"""Records are whole or absent, locks tell who holds them, and what a killed run left goes away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ami_builder.errors import BuildFailed, Locked, UsageError
+from ami_builder.model import Artifact, CheckResult, Outcome, RunRecord, RunStatus, Target, Verdict
+from ami_builder.workspace import StoredImage, Workspace, dump, load, write_atomically
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    made.ensure()
+    return made
+
+
+def _artifact(digest: str = "a" * 64) -> Artifact:
+    return Artifact(
+        image="dask",
+        target=Target.QEMU,
+        location="",
+        digest=digest,
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        run_id="r",
+        size=0,
+    )
+
+
+def _store(workspace: Workspace, tmp_path: Path, content: bytes = b"disk") -> StoredImage:
+    disk = tmp_path / "out.qcow2"
+    disk.write_bytes(content)
+    return workspace.store(_artifact(), disk, None)
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record"
+    write_atomically(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record"]
+
+
+def test_a_verdict_survives_the_round_trip(tmp_path: Path) -> None:
+    result = CheckResult(
+        name="chain", phase="boot", memory=1, outcome=Outcome.FAILED, seconds=0.5, message="1 != 2"
+    )
+    verdict = Verdict(digest="d", checks_digest="c", results=(result,), measured={"boot@1": 3})
+    dump(verdict, tmp_path / "v.json")
+    assert load(Verdict, tmp_path / "v.json") == verdict
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 1}', b"\xff\xfe"])
+def test_a_broken_record_is_no_record(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "v.json"
+    path.write_bytes(content)
+    assert load(Verdict, path) is None
+
+
+def test_no_result_is_no_pass() -> None:
+    def verdict(*outcomes: Outcome) -> Verdict:
+        results = tuple(
+            CheckResult(name="x", phase="boot", memory=1, outcome=o, seconds=0, message="") for o in outcomes
+        )
+        return Verdict(digest="d", checks_digest="c", results=results, measured={})
+
+    assert not verdict().passed
+    assert not verdict(Outcome.SKIPPED, Outcome.SKIPPED).passed
+    assert not verdict(Outcome.PASSED, Outcome.FAILED).passed
+    assert verdict(Outcome.PASSED, Outcome.SKIPPED).passed
+
+
+def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
+    with workspace.run("build", "dask") as run:
+        (run.work / "big").write_text("x")
+    assert load(RunRecord, run.directory / "record.json") == replace(run.record, status=RunStatus.PASSED)
+    assert not run.work.exists()
+    with pytest.raises(BuildFailed), workspace.run("build", "dask") as run:
+        raise BuildFailed("broken")
+    assert (run.record.status, run.record.error) == (RunStatus.FAILED, "broken")
+    with pytest.raises(KeyboardInterrupt), workspace.run("build", "dask") as run:
+        raise KeyboardInterrupt
+    assert run.record.status is RunStatus.INTERRUPTED
+
+
+def test_a_killed_run_is_swept_and_a_living_one_is_not(workspace: Workspace) -> None:
+    program = (
+        "import os, sys\n"
+        "from ami_builder.workspace import Workspace\n"
+        "w = Workspace.open({'AMI_BUILDER_HOME': sys.argv[1]})\n"
+        "with w.run('build', 'dask') as run:\n"
+        "    (run.work / 'overlay.qcow2').write_text('x')\n"
+        "    def half(folder):\n"
+        "        (folder / 'disk').write_text('half')\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    w.cached('base', 'd1', half)\n"
+    )
+    home = str(workspace.state.parent)
+    subprocess.run([sys.executable, "-c", program, home], check=False)
+    (killed,) = workspace.runs_dir.iterdir()
+    assert (killed / "work" / "overlay.qcow2").exists()
+    with workspace.run("build", "dask") as living:
+        assert workspace.sweep() == (killed.name,)
+        assert living.work.exists()
+    assert not (killed / "work").exists()
+    record = load(RunRecord, killed / "record.json")
+    assert record is not None
+    assert record.status is RunStatus.INTERRUPTED
+    assert not (workspace.cache / "base" / "d1").exists()
+    assert not list((workspace.cache / "base").glob("*.half"))
+    assert workspace.cached("base", "d1", lambda f: None) == workspace.cache / "base" / "d1"
+
+
+def test_the_cache_makes_an_entry_once_and_whole(workspace: Workspace) -> None:
+    def broken(folder: Path) -> None:
+        (folder / "disk").write_text("half")
+        raise BuildFailed("no")
+
+    with pytest.raises(BuildFailed):
+        workspace.cached("base", "d", broken)
+    assert not (workspace.cache / "base" / "d").exists()
+    made: list[int] = []
+
+    def good(folder: Path) -> None:
+        made.append(1)
+        (folder / "disk").write_text("whole")
+
+    for _ in range(2):
+        folder = workspace.cached("base", "d", good)
+    assert (made, (folder / "disk").read_text(), sorted(p.name for p in folder.iterdir())) == (
+        [1],
+        "whole",
+        ["disk"],
+    )
+
+
+def test_a_second_build_is_told_who_holds_the_lock(workspace: Workspace) -> None:
+    with (
+        workspace.lock("dask", Target.QEMU),
+        pytest.raises(Locked, match=r"process \d+ \(since"),
+        workspace.lock("dask", Target.QEMU),
+    ):
+        pass
+    with workspace.lock("dask", Target.QEMU):
+        pass
+
+
+def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
+    stored = _store(workspace, tmp_path)
+    assert stored.path.read_bytes() == b"disk"
+    assert stored.artifact.size == 4
+    assert not (tmp_path / "out.qcow2").exists()
+    verdict = Verdict(digest="a" * 64, checks_digest="c", results=(), measured={})
+    workspace.judge(stored, verdict)
+    (found,) = workspace.images()
+    assert (found.artifact, found.verdict) == (stored.artifact, verdict)
+    assert workspace.image("dask", "b" * 64) is None
+
+
+def test_a_new_bake_of_the_same_digest_has_no_verdict(workspace: Workspace, tmp_path: Path) -> None:
+    first = _store(workspace, tmp_path)
+    workspace.judge(first, Verdict(digest="a" * 64, checks_digest="c", results=(), measured={}))
+    _store(workspace, tmp_path, b"second")
+    (found,) = workspace.images()
+    assert (found.path.read_bytes(), found.verdict) == (b"second", None)
+    assert sorted(p.name for p in found.directory.parent.iterdir()) == ["a" * 16]
+
+
+def test_a_folder_that_may_not_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="can't make") as error:
+        Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "file")}).ensure()
+    assert "AMI_BUILDER_HOME" in (error.value.hint or "")
