@@ -189,7 +189,9 @@ def stream(
     if status != 0:
         tail = last_lines(log)
         full = any("No space left on device" in line for line in tail)
-        raise error(f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail)
+        raise error(
+            f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail
+        )
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ _STATUS = {
     2: "it was interrupted, or a file could not be read",
     3: "an error inside pytest",
     4: "it was called wrongly",
-    5: "it found no check",
 }
 
 
@@ -93,7 +92,9 @@ def run(
     ):
         argv: list[str | Path] = [
             *(sys.executable, "-m", "pytest", "-v", "--color=no", "--tb=short", "--strict-markers"),
-            *("-p", _PLUGIN, "-p", "no:cacheprovider", "-c", clean / "pytest.ini", f"--rootdir={clean}"),
+            *("-p", _PLUGIN, "-p", "no:cacheprovider", "-c", clean / "pytest.ini"),
+            # So that every check's name has its file in it, and every file its conftest.py.
+            *("--rootdir=/", "--confcutdir=/"),
             *("--import-mode=importlib", f"--junitxml={directory.resolve() / f'junit-{phase}.xml'}"),
             f"--hosts={host if '://' in host else f'ssh://{host}'}",
             f"--ssh-config={ssh_config if share_connection else _unshared(ssh_config, clean)}",
@@ -143,13 +144,13 @@ class _Tally:
         """Add a failed guard where the results can't be believed; `reason` says why pytest ended badly."""
         failed = any(result.outcome is Outcome.FAILED for result in self.results)
         last = next((line for line in reversed(proc.last_lines(log)) if line.strip()), "no output")
-        if (reason or not self.finished) and not failed:
-            self._guard("the checks ran to the end", f"pytest: {reason or 'it ended early'} ({last.strip()})")
-        elif self.checks < self.expected and not any(r.name.startswith("guard:") for r in self.results):
+        if any(result.name.startswith("guard:") for result in self.results):
+            return
+        if self.finished and not self.checks and not self.expected:
+            self._guard("checks were found", f"pytest ran nothing ({last.strip(' =')})")
+        elif self.checks < self.expected or not self.finished or (reason and not failed):
             why = f"{self.checks} of {self.expected} checks were run: {reason or 'pytest ended early'}"
-            self._guard("the checks ran to the end", f"{why} ({last.strip()})")
-        elif not failed and not self.checks:
-            self._guard("checks were found", "pytest ran nothing")
+            self._guard("the checks ran to the end", f"{why} ({last.strip(' =')})")
         elif all(result.outcome is Outcome.SKIPPED for result in self.results):
             self._guard("not all checks were skipped", f"all {self.checks} were")
 

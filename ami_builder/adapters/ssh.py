@@ -79,6 +79,8 @@ class Session:
             owned.callback(shutil.rmtree, private, ignore_errors=True)
             owned.callback(self.drop)
             self._socket = private / "master"
+            # What another machine showed in this folder does not bind this one.
+            (self._directory / "known_hosts").unlink(missing_ok=True)
             self.config.write_text(self._ssh_config())
             self._owned = owned.pop_all()
         return self

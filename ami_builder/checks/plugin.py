@@ -1,15 +1,15 @@
 """The pytest plugin that the checks run under, ours and the user's: guards, fixtures, order, live results.
 
-Load it with `-p ami_builder.checks.plugin --hosts=ssh://NAME --ssh-config=FILE`; the environment variable
-AMI_BUILDER_CHECKS_CONTEXT names the JSON file of a `Context`. It takes the place of testinfra's own plugin:
-its `host` can't be the machine that pytest runs on, and the booted machine proves who it is before any check.
+By hand: PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AMI_BUILDER_CHECKS_CONTEXT=FILE, the JSON of a `Context`, and
+`pytest -p ami_builder.checks.plugin --hosts=ssh://NAME --ssh-config=FILE`. It takes the place of testinfra's
+plugin: its `host` can't be the machine that pytest runs on, and the booted one proves who it is first.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +55,7 @@ class _Run:
         self.dask: Future[Dask] | None = None
         self.failed = 0
         self.blocked = ""
+        self.unreadable = False
         events = config.getoption("events")
         self.events = None if events is None else os.fdopen(events, "w", encoding="utf-8")
 
@@ -122,13 +123,10 @@ class _Run:
 
     def _gather(self, settled: str, pid: str) -> Machine:
         gathered, stderr, status = self.ask("gather.sh", self.context.user, self.context.phase, pid)
-        record = self.config.getoption("record")
-        if record is not None:
-            answers = {**sections(settled), **sections(gathered), "stderr": stderr}
-            path = record / f"machine-{self.context.phase}.json"
-            path.write_text(json.dumps(answers, indent=1), encoding="utf-8")
+        text = {**sections(settled), **sections(gathered)}
+        self.record("machine", {**text, "stderr": stderr})
         try:
-            return Machine.parse(settled, gathered)
+            return Machine.parse(text)
         except Incomplete as wrong:
             raise Incomplete(f"{wrong} (status {status}; {stderr.strip()[-200:]})") from wrong
 
@@ -139,13 +137,14 @@ class _Run:
         program = (_HERE / "probe.py").read_text(encoding="utf-8")
         arguments = (self.context.role.value, str(self.context.workers), f"{seconds:.0f}")
         stdout, stderr, status = self.ask("probe.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
-        record = self.config.getoption("record")
-        if record is not None:
-            path = record / f"dask-{self.context.phase}.json"
-            path.write_text(
-                json.dumps({"stdout": stdout, "stderr": stderr, "status": status}), encoding="utf-8"
-            )
+        self.record("dask", {"stdout": stdout, "stderr": stderr, "status": status})
         return Dask.parse(stdout, stderr, status)
+
+    def record(self, name: str, answer: Mapping[str, object]) -> None:
+        folder = self.config.getoption("record")
+        if folder is not None:
+            path = Path(folder) / f"{name}-{self.context.phase}.json"
+            path.write_text(json.dumps(answer, indent=1), encoding="utf-8")
 
     def joined(self) -> Machine:
         """Return what the machine told; the session ends as failed when it told nothing that can be read."""
@@ -162,7 +161,7 @@ class _Run:
         """Refuse files without checks, leave out what belongs to a first boot, put Dask's checks last."""
         wanted = {Path(argument.split("::")[0]).resolve() for argument in config.args}
         empty = [path for path in sorted(wanted) if not any(_within(item.path, path) for item in items)]
-        if empty and not config.option.collectonly:
+        if empty and not config.option.collectonly and not self.unreadable:
             self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
         if self.read_context().phase != FIRST_BOOT:
             later = [item for item in items if item.get_closest_marker("first_boot")]
@@ -201,6 +200,7 @@ class _Run:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
+            self.unreadable = True
             self.tell(event="guard", name="guard: the files can be read", message=_message(report))
 
     @pytest.hookimpl(trylast=True)
@@ -220,11 +220,9 @@ def readable(nodeid: str) -> str:
     """Return a check's name for people: `test_limit.py::test_swap_is_off` is `limit: swap is off`."""
     path, _, function = nodeid.partition("::")
     stem = Path(path).stem.removeprefix("test_").replace("_", " ")
-    name, bracket, parameters = function.replace("::", " ").partition("[")
-    return (
-        f"{stem}: {name.removeprefix('test_').replace('_', ' ')}{bracket and ' ('}{parameters.rstrip(']')}"
-        + (")" if bracket else "")
-    )
+    name, _, parameters = function.rstrip("]").partition("[")
+    words = " ".join(part.removeprefix("test_") for part in name.split("::")).replace("_", " ")
+    return f"{stem}: {words} ({parameters})" if parameters else f"{stem}: {words}"
 
 
 def _message(report: pytest.TestReport | pytest.CollectReport) -> str:

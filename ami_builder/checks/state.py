@@ -139,9 +139,8 @@ class Machine:
     memory_stat: Mapping[str, int]
 
     @classmethod
-    def parse(cls, settled: str, gathered: str) -> Machine:
-        """Read the output of settle.sh and gather.sh; raises Incomplete when a part is missing."""
-        text = {**sections(settled), **sections(gathered)}
+    def parse(cls, text: Sections) -> Machine:
+        """Read the sections of settle.sh and gather.sh; raises Incomplete when one is missing."""
         if "end" not in text or "memory.stat" not in text:
             raise Incomplete("the machine's answer stops half-way")
         try:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ami_builder import proc
 from ami_builder.adapters import checks, imds, qemu, seed, ssh
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError, BuildFailed, ChecksFailed
-from ami_builder.model import CheckResult, Datasource, Image, Outcome, Verdict, Verify
+from ami_builder.model import CheckResult, Datasource, Image, Outcome, Role, Verdict, Verify
 from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.render import user_data
 from ami_builder.resources import checks_dir
@@ -31,23 +30,12 @@ _SHORT_SECONDS = 60.0
 _OWN_COMPOSE_FILE = "/var/lib/ami-builder/compose.image.yaml"
 _READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
 
-# Until Dask's container runs, or its unit has failed: a broken image must reach the checks too,
-# since they are who names what is broken.
-_SETTLED = """
-deadline=$(($(date +%s) + {seconds}))
-while [ "$(date +%s)" -lt "$deadline" ]; do
-    case $(systemctl is-active dask.service) in failed|inactive) break ;; esac
-    if [ -n "$(docker ps -q --filter label=com.docker.compose.project=dask)" ]; then break; fi
-    sleep 1
-done
-"""
-
 _EVIDENCE = {
     "journal.txt": "journalctl --no-pager --boot",
     "dask-service.txt": "systemctl status --no-pager --full dask.service; cat /run/dask/*",
     "docker-inspect.json": "docker ps -aq | xargs -r docker inspect",
     "docker-logs.txt": "docker ps -aq | xargs -r -n 1 docker logs --tail 200 2>&1",
-    "cloud-init.txt": "cat /run/cloud-init/status.json /var/log/cloud-init-output.log /var/log/cloud-init.log",
+    "cloud-init.txt": "cat /run/cloud-init/status.json /var/log/cloud-init*.log",
 }
 
 
@@ -140,6 +128,8 @@ class _Machine:
         self.evidence = run.directory / "machines" / name
         for folder in (self.work, self.evidence):
             folder.mkdir(parents=True)
+        self.key = ssh.generate_key(self.work)
+        self.public_key = self.key.with_suffix(".pub").read_text().strip()
         self.nonce = secrets.token_hex(16)
         self.instance_id = imds.new_instance_id()
         self.results: list[CheckResult] = []
@@ -149,13 +139,10 @@ class _Machine:
         """Go through all phases; evidence is kept when a check failed or the machine did not come up."""
         timeout = self.image.verify.timeout
         with ExitStack() as stack:
-            key = ssh.generate_key(self.work)
-            machine, session = self._boot(stack, key, step)
+            machine, session = self._boot(stack)
             try:
                 with step.step("first boot", detail="waiting for ssh") as child:
                     session.wait(timeout, machine.check_alive)
-                    child.update("waiting for cloud-init and Dask")
-                    session.run("systemctl is-system-running --wait", check=False, timeout=timeout)
                     self._check(session, "boot", child)
                 with step.step("service restart, with the image's own Compose file") as child:
                     session.run(
@@ -167,8 +154,6 @@ class _Machine:
                     self._check(session, "restart", child)
                 with step.step("reboot", detail="waiting for ssh") as child:
                     session.reboot(timeout, machine.check_alive)
-                    child.update("waiting for Dask")
-                    session.run("systemctl is-system-running --wait", check=False, timeout=timeout)
                     self._check(session, "reboot", child)
             except AmiBuilderError:
                 self._keep_evidence(session)
@@ -177,8 +162,7 @@ class _Machine:
                 self._keep_evidence(session)
         return _Proof(results=tuple(self.results), measured=self.measured)
 
-    def _boot(self, stack: ExitStack, key: Path, step: Step) -> tuple[qemu.Machine, ssh.Session]:
-        public_key = key.with_suffix(".pub").read_text().strip()
+    def _boot(self, stack: ExitStack) -> tuple[qemu.Machine, ssh.Session]:
         text = user_data(self.image, nonce=self.nonce)
         settings = self.image.verify
         metadata: imds.MetadataServer | None = None
@@ -187,13 +171,13 @@ class _Machine:
             metadata = stack.enter_context(
                 imds.MetadataServer(
                     imds.InstanceMetadata(
-                        instance_id=self.instance_id, user_data=text.encode(), public_key=public_key
+                        instance_id=self.instance_id, user_data=text.encode(), public_key=self.public_key
                     )
                 )
             )
         else:
             iso = self.work / "seed.iso"
-            seed.nocloud_iso(iso, user_data=text, public_key=public_key, instance_id=self.instance_id)
+            seed.nocloud_iso(iso, user_data=text, public_key=self.public_key, instance_id=self.instance_id)
         machine = qemu.Machine(
             disk=self.disk,
             directory=self.work,
@@ -209,29 +193,31 @@ class _Machine:
         )
         stack.callback(_keep, machine.console_log, self.evidence)
         endpoint = stack.enter_context(machine)
-        session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.work / "ssh"))
+        session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
         return machine, session
 
     def _check(self, session: ssh.Session, phase: str, step: Step) -> None:
-        settled = _SETTLED.format(seconds=int(self.image.verify.timeout))
-        session.run(settled, sudo=True, check=False, timeout=self.image.verify.timeout + _SHORT_SECONDS)
-        step.update("checking")
+        step.update("waiting for Dask")
+        settings = self.image.verify
         results = checks.run(
-            files=[*checks.shipped(checks_dir()), *self.image.verify.checks],
-            session_config=session.config,
+            files=[*checks.shipped(checks_dir()), *settings.checks],
+            ssh_config=session.config,
             host=ssh.HOST,
             phase=phase,
             context=checks.Context(
                 nonce=self.nonce,
-                phase=phase,
-                user=self.image.base.ssh_user,
                 machine_memory=self.memory,
+                disk=settings.disk_size,
                 reserve=self.image.reserve,
-                datasource=self.image.verify.datasource,
-                timeout=self.image.verify.timeout,
+                datasource=settings.datasource,
+                role=Role.LOCAL,
+                workers=self.image.dask.workers,
+                user=self.image.base.ssh_user,
+                public_key=self.public_key,
+                timeout=settings.timeout,
             ),
             directory=self.evidence,
-            timeout=self.image.verify.timeout,
+            timeout=settings.timeout,
             on_result=lambda result: step.update(result.name),
         )
         self.results += results

@@ -241,7 +241,8 @@ def test_head_tells_the_length_alone(server: MetadataServer) -> None:
     "path",
     ["/nothing", "/2021-03-24/meta-data/", "/latest/meta-data/nothing", "/latest/meta-data/tags/instance",
      "/latest/meta-data/iam/security-credentials/", "/latest/meta-data/instance-id/",
-     "/latest/meta-data/instance", "/latest/meta-data/instance-id/more", "/latest/meta-data/../user-data", "/latest/api", "//["],
+     "/latest/meta-data/instance", "/latest/meta-data/instance-id/more", "/latest/meta-data/../user-data",
+     "/latest/api", "//["],
 )  # fmt: skip
 def test_unknown_paths_are_404(server: MetadataServer, path: str) -> None:
     assert get(server, path)[0] == 404

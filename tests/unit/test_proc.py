@@ -26,7 +26,7 @@ def _alive(pid: int) -> bool:
 
 def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setitem(proc.PACKAGES, "no-such-tool", "the-package")  # type: ignore[arg-type]
+    monkeypatch.setattr(proc, "PACKAGES", {"no-such-tool": "the-package"})
     with pytest.raises(MissingTool) as error:
         proc.find("no-such-tool")
     assert "the-package" in (error.value.hint or "")

@@ -25,7 +25,7 @@ from ami_builder.model import Network
 MIB = 1 << 20
 
 # Speaks the monitor's protocol on the descriptor that it is given, forwards the ports that it is asked for.
-FAKE = """
+FAKE = r"""
 import json, os, re, socket, sys, time
 here = {here!r}
 argv = sys.argv[1:]
@@ -39,19 +39,29 @@ text = " ".join(argv)
 {first}
 with open(re.search(r"path=(.*?) -serial", text)[1].replace(",,", ","), "ab") as console:
     console.write({console!r})
-forwards = re.findall(r"hostfwd=tcp:127.0.0.1:0-:(\\d+)", text)
+forwards = re.findall(r"hostfwd=tcp:127.0.0.1:0-:(\d+)", text)
 usernet = "".join(
-    f"  TCP[HOST_FORWARD]  12       127.0.0.1 {{40000 + int(p)}}       10.0.2.15 {{p}}     0     0\\r\\n"
+    f"  TCP[HOST_FORWARD]  12       127.0.0.1 {{40000 + int(p)}}       10.0.2.15 {{p}}     0     0\r\n"
     for p in forwards
 )
-monitor = socket.socket(fileno=int(re.search(r"socket,id=monitor,fd=(\\d+)", text)[1]))
-lines = monitor.makefile("rw")
+monitor = socket.socket(fileno=int(re.search(r"socket,id=monitor,fd=(\d+)", text)[1]))
 def say(it):
-    lines.write(json.dumps(it) + chr(10)); lines.flush()
+    monitor.sendall(json.dumps(it).encode() + b"\n")
+def asks():
+    # The client ends its messages with nothing.
+    unread = ""
+    while data := monitor.recv(65536):
+        unread += data.decode()
+        while unread.strip():
+            try:
+                asked, end = json.JSONDecoder().raw_decode(unread)
+            except ValueError:
+                break
+            unread = unread[end:].lstrip()
+            yield asked
 version = {{"qemu": {{"micro": 0, "minor": 0, "major": 9}}, "package": ""}}
 say({{"QMP": {{"version": version, "capabilities": ["oob"]}}}})
-for line in lines:
-    asked = json.loads(line)
+for asked in asks():
     command = asked["execute"]
     {each}
     answer = {{}}
@@ -75,6 +85,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
+    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 10)
 
     def make(*, first: str = "", each: str = "", console: bytes = b"", state: str = "running") -> Path:
         program = folder / "qemu-system-x86_64"
@@ -456,8 +467,8 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
         import time
         from pathlib import Path
         from ami_builder.adapters.qemu import Accelerator, Machine
-        with Machine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}), memory=1 << 28, cpus=1,
-                     accelerator=Accelerator.TCG, user="admin"):
+        with Machine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}), memory=1 << 28,
+                     cpus=1, accelerator=Accelerator.TCG, user="admin"):
             print("up", flush=True)
             time.sleep(60)
     """)
@@ -519,6 +530,7 @@ def test_a_damaged_cache_is_made_anew(fake: Fake, choose: Choose, tmp_path: Path
         ({"first": "os.abort()"}, "opens, but QEMU was ended by SIGABRT", True),
         ({"state": "internal-error"}, "opens, but the guest could not go on under KVM", True),
         ({"console": b"UEFI only"}, "said nothing", False),
+        ({"console": b"\x1b[47mWelcome to GRUB!\r\n"}, "said nothing", False),
         ({"console": b"Kernel panic - not syncing: what"}, "the guest's kernel panicked", False),
     ],
 )

@@ -60,7 +60,7 @@ def test_the_service_starts_over_and_does_not_loop_for_ever() -> None:
     for line in (
         "Type=exec",
         "Restart=on-failure",
-        "RestartPreventExitStatus=2",
+        "RestartPreventExitStatus=78",
         "StartLimitBurst=10",
         "Requires=docker.service",
         "WantedBy=multi-user.target",

@@ -300,7 +300,7 @@ def test_what_it_cannot_start_it_refuses(machine: Machine, settings_text: str | 
     else:
         machine.write("etc/dask/dask.env", settings_text)
     started = machine.start()
-    assert started.status == 2
+    assert started.status == 78
     assert started.calls == []
     assert re.fullmatch(rf"<3>start-dask: .*{said}.*\n", started.output), started.output
 

@@ -2,7 +2,16 @@
 
 from .accelerator import choose_accelerator, known_accelerator
 from .images import ImageInfo, check_image, create_overlay, image_info
-from .machine import DASK_PORTS, DEFAULT_INSTANCE, DEFAULT_MAC, Accelerator, GuestPanic, Machine, MachineDied, firmware
+from .machine import (
+    DASK_PORTS,
+    DEFAULT_INSTANCE,
+    DEFAULT_MAC,
+    Accelerator,
+    GuestPanic,
+    Machine,
+    MachineDied,
+    firmware,
+)
 
 __all__ = [
     "DASK_PORTS",

@@ -19,7 +19,7 @@ KVM_SECONDS = 60.0
 
 _DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_USERSPACE = re.compile(rb"systemd\[1\]|Welcome to |Freeing unused kernel|Run /\S*init|\blogin: ")
+_USERSPACE = re.compile(rb"systemd\[1\]|Welcome to (?!GRUB)|Freeing unused kernel|Run /\S*init|\blogin: ")
 
 
 def choose_accelerator(disk: Path, *, cache: Path, directory: Path) -> tuple[Accelerator, str]:

@@ -199,7 +199,7 @@ class Machine:
         assert self._monitor is not None
         assert self._process is not None
         with suppress(*FAILURES):
-            self._monitor.execute("quit")
+            self._monitor.execute("quit", seconds=_QUIT_SECONDS)
         with suppress(TimeoutExpired):
             self._process.wait(_QUIT_SECONDS)
 

@@ -44,7 +44,12 @@ class Monitor:
             self._runner.run(asyncio.wait_for(self._client.disconnect(), _CLOSE_SECONDS))
         self._runner.close()
 
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        seconds: float = _ANSWER_SECONDS,
+    ) -> object:
         """Run one monitor command; raises QMPError when QEMU refuses or has gone, or TimeoutError."""
-        asked = asyncio.wait_for(self._client.execute(command, arguments), _ANSWER_SECONDS)
-        return self._runner.run(asked)
+        return self._runner.run(asyncio.wait_for(self._client.execute(command, arguments), seconds))

@@ -1,0 +1,235 @@
+"""The figures of the README's performance section: `python -m tests.benchmarks [NAME ...]`.
+
+Each benchmark runs what a user would do otherwise in the same run, in turns, and reports the ratio. Without
+names all run, which takes about half an hour without KVM. The result is a Markdown table on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ami_builder import config, console
+from ami_builder.adapters import packer, qemu
+from ami_builder.model import Image
+from ami_builder.pipeline import bake
+from ami_builder.pipeline.inputs import gather
+from ami_builder.workspace import Workspace
+from tests.vm.conftest import HOME, ROOT, booted, environment
+
+MEGABYTE = 1000**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    figure: str
+    against: str
+    bound: str
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _command(*argv: str | Path, **more: str) -> None:
+    done = subprocess.run(
+        [str(a) for a in argv],
+        env=environment(**more),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, argv))} failed with exit status {done.returncode}")
+
+
+def _pairs(
+    ours: Callable[[], object], theirs: Callable[[], object], count: int
+) -> tuple[float, float, float]:
+    """Return the medians of both and of the ratio ours/theirs pair by pair; who begins changes each time."""
+    times: list[tuple[float, float]] = []
+    for number in range(count):
+        if number % 2:
+            b = _seconds(theirs)
+            a = _seconds(ours)
+        else:
+            a = _seconds(ours)
+            b = _seconds(theirs)
+        times.append((a, b))
+    a_median, b_median = (statistics.median(t[i] for t in times) for i in (0, 1))
+    return a_median, b_median, statistics.median(a / b for a, b in times)
+
+
+def _workspace() -> Workspace:
+    return Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
+
+
+def _image() -> Image:
+    return config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+
+
+def startup() -> Sequence[Row]:
+    """`ami-builder --version` and the set-up script around it, against `packer version`."""
+    program = Path(sys.executable).with_name("ami-builder")
+    script = ROOT / "scripts" / "ami-builder"
+    for argv in ((program, "--version"), (script, "--version"), ("packer", "version")):
+        _command(*argv)
+    ours, theirs, ratio = _pairs(
+        lambda: _command(program, "--version"), lambda: _command("packer", "version"), 21
+    )
+    through, direct, _ = _pairs(
+        lambda: _command(script, "--version"), lambda: _command(program, "--version"), 21
+    )
+    return (
+        Row(
+            what="`ami-builder --version`",
+            figure=f"{ours * 1000:.0f} ms",
+            against=f"{ratio:.2f} × `packer version` ({theirs * 1000:.0f} ms)",
+            bound="1.2 ×",
+        ),
+        Row(
+            what="`scripts/ami-builder`, all installed",
+            figure=f"{through * 1000:.0f} ms",
+            against=f"{(through - direct) * 1000:.0f} ms over the program itself",
+            bound="300 ms",
+        ),
+    )
+
+
+def unchanged() -> Sequence[Row]:
+    """An unchanged `build`, answered from the verified image (built first if there is none)."""
+    argv = (sys.executable, "-m", "ami_builder", "--quiet", "build")
+    _command(*argv)
+    times = [_seconds(lambda: _command(*argv)) for _ in range(7)]
+    return (
+        Row(
+            what="`build`, unchanged",
+            figure=f"{statistics.median(times):.2f} s",
+            against="a build with everything cached: below",
+            bound="about 1 s",
+        ),
+    )
+
+
+def build() -> Sequence[Row]:
+    """A cold `build` with empty caches, then one with base and container cached, each with verification."""
+    with tempfile.TemporaryDirectory(dir=HOME.parent) as home:
+        argv = (sys.executable, "-m", "ami_builder", "build")
+        cold = _seconds(lambda: _command(*argv, AMI_BUILDER_HOME=home))
+        cached = _seconds(lambda: _command(*argv, "--force", AMI_BUILDER_HOME=home))
+        size = Workspace.open({"AMI_BUILDER_HOME": home}).images()[-1].artifact.size
+    return (
+        Row(what="`build`, cold", figure=_minutes(cold), against="", bound="9 min"),
+        Row(
+            what="`build`, base and container cached",
+            figure=_minutes(cached),
+            against=f"{cached / cold:.2f} × cold",
+            bound="5 min",
+        ),
+        Row(
+            what="the image, as qcow2",
+            figure=f"{size / MEGABYTE:.0f} MB",
+            against="with Docker and Dask in it",
+            bound="700 MB",
+        ),
+    )
+
+
+def baking() -> Sequence[Row]:
+    """Our bake step against a bare `packer build` of the same staged template, one pair."""
+    workspace, image = _workspace(), _image()
+    _command(sys.executable, "-m", "ami_builder", "build")
+    inputs = gather(image, workspace, workspace.resolve_logs())
+    with workspace.run("benchmark", image.name) as run, console.open_progress(console.Mode.PLAIN) as progress:
+        with progress.step("bake") as step:
+            bake.bake(inputs, workspace, run, step)
+        ours = next(s.seconds for s in progress.steps if s.name.endswith("bake with Packer"))
+        output = run.work / "bare"
+        argv = ["packer", "build", "-only=qemu.image", f"-var=output_directory={output}", "."]
+        theirs = _seconds(
+            lambda: subprocess.run(
+                argv,
+                cwd=run.directory / "packer",
+                env={**os.environ, "CHECKPOINT_DISABLE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+        )
+    return (
+        Row(
+            what="the bake step",
+            figure=_minutes(ours),
+            against=f"{ours / theirs:.2f} × a bare `packer build` of the same folder ({_minutes(theirs)})",
+            bound="1.05 ×",
+        ),
+    )
+
+
+def checks() -> Sequence[Row]:
+    """The checks on one booted machine, with the shared ssh connection and without."""
+    workspace, image = _workspace(), _image()
+    _command(sys.executable, "-m", "ami_builder", "build")
+    inputs = gather(image, workspace, workspace.resolve_logs())
+    stored = workspace.image(image.name, inputs.digest)
+    assert stored is not None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        booted(image, stored.path, Path(folder)) as machine,
+    ):
+        machine.check("warm", phase="boot")
+        count = len(machine.check("count", phase="boot"))
+        ours, theirs, ratio = _pairs(
+            lambda: machine.check("shared", phase="boot"),
+            lambda: machine.check("unshared", phase="boot", shared=False),
+            5,
+        )
+    return (
+        Row(
+            what=f"{count} checks, boots aside",
+            figure=f"{ours:.1f} s",
+            against=f"{1 / ratio:.1f} times faster than without connection sharing ({theirs:.1f} s)",
+            bound="2 times",
+        ),
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks)}
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS)
+    )
+    names = parser.parse_args().names or list(BENCHMARKS)
+    accelerator = qemu.known_accelerator(HOME / "cache" / "accelerator.json")
+    version = ".".join(map(str, packer.version()))
+    sys.stderr.write(f"{os.cpu_count()} processors, Packer {version}, {accelerator}\n")
+    print("| what | measured | compared | must reach |\n|---|---|---|---|")
+    for name in names:
+        for row in BENCHMARKS[name]():
+            print(f"| {row.what} | {row.figure} | {row.against} | {row.bound} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,707 @@
+"""Every check, held against machines that are ill in one way: it goes red there, and nothing else does."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ami_builder.adapters import checks
+from ami_builder.checks import plugin
+from ami_builder.checks.context import Context
+from ami_builder.checks.state import Dask, Incomplete, Machine, numbers, seconds, sections
+from ami_builder.model import Datasource, Reserve, Role
+from ami_builder.resources import checks_dir
+
+Text = dict[str, str]
+Change = Callable[[Text], object]
+
+MIB = 1 << 20
+RECORDED = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+"""What a healthy machine of 2 GiB answered on its first boot."""
+
+VALUE = int(RECORDED["memory.env"].split("=")[1])
+PUBLIC_KEY = " ".join(RECORDED["authorized"].split("\n")[0].split(":", 1)[1].split()[-3:])
+CONTEXT = Context(
+    nonce=RECORDED["nonce"].strip(),
+    machine_memory=2048 * MIB,
+    disk=int(RECORDED["disk"].split()[1]),
+    reserve=Reserve(),
+    datasource=Datasource.EC2,
+    role=Role.LOCAL,
+    workers=1,
+    user="admin",
+    public_key=PUBLIC_KEY,
+    timeout=60,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _markers(pytestconfig: pytest.Config) -> None:
+    pytestconfig.addinivalue_line("markers", "first_boot: as the plugin has it")
+
+
+def dask(*limits: int | None, **changed: object) -> str:
+    worker = {"target": 0.6, "spill": 0.7, "pause": 0.8, "directory": "/spill/dask-scratch-space/worker-a"}
+    workers = [
+        {"address": f"tcp://127.0.0.1:4000{n}", "memory_limit": limit, "nanny": {"terminate": 0.95}}
+        | worker
+        | changed
+        for n, limit in enumerate(limits)
+    ]
+    return json.dumps({"workers": workers}) + "\n"
+
+
+def modules() -> list[ModuleType]:
+    return [importlib.import_module(f"ami_builder.checks.{p.stem}") for p in checks.shipped(checks_dir())]
+
+
+def each_check() -> Iterator[tuple[str, Callable[[], object], dict[str, object]]]:
+    for module in modules():
+        for name, check in vars(module).items():
+            if not name.startswith("test_"):
+                continue
+            marks = [mark for mark in getattr(check, "pytestmark", []) if mark.name == "parametrize"]
+            for argument, value in [(m.args[0], v) for m in marks for v in m.args[1]] or [("", "")]:
+                suffix = f"[{value}]" if argument else ""
+                yield (
+                    plugin.readable(f"{module.__name__.rpartition('.')[2]}.py::{name}{suffix}"),
+                    check,
+                    {argument: value},
+                )
+
+
+def judge(text: Text, answer: str, context: Context = CONTEXT) -> dict[str, str]:
+    """Run every check as pytest would, and return those that did not pass with their message."""
+    machine, client = Machine.parse(text), Dask.parse(answer, "", 0)
+    makers: dict[str, Callable[[], object]] = {
+        "machine": lambda: machine,
+        "context": lambda: context,
+        "client": lambda: client,
+        "container": partial(plugin.container_of, machine),
+        "variable": partial(plugin.variable_of, machine),
+        "dask": partial(plugin.answered, client),
+    }
+    failed: dict[str, str] = {}
+    for name, check, given in each_check():
+        try:
+            wanted = inspect.signature(check).parameters
+            check(**{key: given[key] if key in given else makers[key]() for key in wanted})
+        except (AssertionError, pytest.fail.Exception) as wrong:
+            failed[name] = str(wrong)
+        except pytest.skip.Exception as skipped:
+            failed[name] = f"skipped: {skipped}"
+    return failed
+
+
+def red(text: Text, answer: str, context: Context = CONTEXT) -> set[str]:
+    return {name for name, why in judge(text, answer, context).items() if not why.startswith("skipped: ")}
+
+
+def blocked(text: Text, answer: str, context: Context = CONTEXT) -> set[str]:
+    return {
+        name for name, why in judge(text, answer, context).items() if why.startswith("skipped: blocked: ")
+    }
+
+
+def sub(section: str, pattern: str, new: str, count: int = 0) -> Change:
+    def change(text: Text) -> None:
+        text[section], hits = re.subn(pattern, new, text[section], count=count, flags=re.MULTILINE)
+        assert hits, f"{section} has no {pattern}"
+
+    return change
+
+
+def put(section: str, content: str) -> Change:
+    return lambda text: text.__setitem__(section, content)
+
+
+def add(section: str, line: str) -> Change:
+    return lambda text: text.__setitem__(section, f"{text[section].rstrip()}\n{line}\n".lstrip())
+
+
+def inspected(*keys: str, value: object) -> Change:
+    """Change one entry of `docker inspect`."""
+
+    def change(text: Text) -> None:
+        found = json.loads(text["containers"])
+        place = found[0]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        text["containers"] = json.dumps(found)
+
+    return change
+
+
+def level(path: str, file: str, value: str) -> Change:
+    return sub("cgroups", rf"^({path}) {re.escape(file)} .*$", rf"\1 {file} {value}")
+
+
+def meminfo(field: str, delta: int) -> Change:
+    def change(text: Text) -> None:
+        now = numbers(text["meminfo"])[field]
+        sub("meminfo", rf"^{field}:.*$", f"{field}: {(now + delta) // 1024} kB")(text)
+
+    return change
+
+
+def second_container(text: Text) -> None:
+    first = json.loads(text["containers"])[0]
+    text["containers"] = json.dumps([first, {**first, "Id": "f" * 64, "Name": "/another"}])
+
+
+def measured(offset: float) -> Change:
+    return lambda text: text.__setitem__("memory.env.time", str(float(text["memory.env.time"]) + offset))
+
+
+def all_values(value: int) -> Change:
+    """A machine that measured something else, and applied that faithfully."""
+
+    def change(text: Text) -> None:
+        for name, content in text.items():
+            text[name] = content.replace(str(VALUE), str(value))
+
+    return change
+
+
+SCOPE = r"/system\.slice/docker-[0-9a-f]+\.scope"
+FIRST_LIMIT = "limit: "
+
+# name of the machine -> (what is changed, the client's answer, the checks that must be red)
+ILL: dict[str, tuple[list[Change], str, set[str]]] = {
+    # chain
+    "nothing measured": ([put("memory.env", "")], dask(VALUE), {"chain: variable was measured"}),
+    "seed snippet's text": (
+        [put("memory.env", "AVAILABLE_MEMORY_FOR_DASK=MemAvailable:    1704780 kB\n")],
+        dask(VALUE),
+        {"chain: variable was measured"},
+    ),
+    "kB text": (
+        [put("memory.env", "AVAILABLE_MEMORY_FOR_DASK=1704780 kB\n")],
+        dask(VALUE),
+        {"chain: variable was measured"},
+    ),
+    "two lines": (
+        [add("memory.env", f"AVAILABLE_MEMORY_FOR_DASK={VALUE}")],
+        dask(VALUE),
+        {"chain: variable was measured"},
+    ),
+    "MemTotal": (
+        [all_values(numbers(RECORDED["meminfo"])["MemTotal"])],
+        dask(numbers(RECORDED["meminfo"])["MemTotal"]),
+        {
+            "chain: variable is less than the machine has",
+            "available: variable is not more than was available",
+        },
+    ),
+    "not whole pages": (
+        [
+            all_values(VALUE - 1),
+            sub("cgroups", rf"{VALUE - 1}", str(VALUE - 4096)),
+            put("inside", str(VALUE - 4096)),
+        ],
+        dask(VALUE - 1),
+        {
+            "chain: variable is whole pages",
+            "chain: kernel enforces the variable",
+            "chain: container sees the variable",
+        },
+    ),
+    "silent zero": (
+        [
+            inspected("HostConfig", "Memory", value=0),
+            inspected("HostConfig", "MemorySwap", value=0),
+            level(SCOPE, "max", "max"),
+            put("inside", "max\n"),
+        ],
+        dask(VALUE * 2),
+        {
+            "chain: container has a limit",
+            "chain: docker has the variable",
+            "chain: kernel enforces the variable",
+            "chain: container sees the variable",
+            "chain: workers share the variable",
+        },
+    ),
+    "another number in docker": (
+        [
+            inspected("HostConfig", "Memory", value=VALUE + 4096),
+            inspected("HostConfig", "MemorySwap", value=VALUE + 4096),
+        ],
+        dask(VALUE),
+        {"chain: docker has the variable"},
+    ),
+    "kernel enforces less": (
+        [level(SCOPE, "max", str(VALUE - 4096))],
+        dask(VALUE),
+        {"chain: kernel enforces the variable"},
+    ),
+    "container sees no limit": ([put("inside", "")], dask(VALUE), {"chain: container sees the variable"}),
+    "two workers of the whole": (
+        [],
+        dask(VALUE, VALUE),
+        {"chain: workers share the variable", "service: all workers are there"},
+    ),
+    "a worker with half": ([], dask(VALUE // 2), {"chain: workers share the variable"}),
+    "no worker": ([], dask(), {"chain: workers share the variable", "service: all workers are there"}),
+    # available
+    "measured in an earlier start": ([measured(-300)], dask(VALUE), {"available: measured at this start"}),
+    "measured after the container": (
+        [measured(60)],
+        dask(VALUE),
+        {"available: container was made after the measurement"},
+    ),
+    "measured while Dask ran": (
+        [all_values((VALUE - 180 * MIB) // 4096 * 4096)],
+        dask((VALUE - 180 * MIB) // 4096 * 4096),
+        {"available: variable is not less than was available"},
+    ),
+    "measured before Docker": (
+        [all_values((VALUE + 157 * MIB) // 4096 * 4096)],
+        dask((VALUE + 157 * MIB) // 4096 * 4096),
+        {"available: variable is not more than was available"},
+    ),
+    "another machine size": (
+        [sub("meminfo", r"^MemTotal:.*$", "MemTotal: 3900000 kB")],
+        dask(VALUE),
+        {"available: machine has the memory it was booted with"},
+    ),
+    # limit
+    "two containers": ([second_container], dask(VALUE), {"limit: one container runs"}),
+    "memory.high": ([level(SCOPE, "high", str(VALUE // 2))], dask(VALUE), {"limit: no soft limit"}),
+    "memory.low": ([level(SCOPE, "low", str(VALUE // 2))], dask(VALUE), {"limit: no memory low"}),
+    "memory.min": ([level(SCOPE, "min", "4096")], dask(VALUE), {"limit: no memory min"}),
+    "swap by docker": (
+        [inspected("HostConfig", "MemorySwap", value=2 * VALUE)],
+        dask(VALUE),
+        {"limit: no swap by docker"},
+    ),
+    "swap by the kernel": ([level(SCOPE, "swap.max", "max")], dask(VALUE), {"limit: no swap by the kernel"}),
+    "host's namespace by docker": (
+        [inspected("HostConfig", "CgroupnsMode", value="host")],
+        dask(VALUE),
+        {"limit: cgroup namespace is private"},
+    ),
+    "host's namespace by the kernel": (
+        [lambda text: put("namespaces", "\n".join([text["namespaces"].split()[0]] * 2))(text)],
+        dask(VALUE),
+        {"limit: cgroup namespace is private"},
+    ),
+    "privileged": (
+        [inspected("HostConfig", "Privileged", value=True)],
+        dask(VALUE),
+        {"limit: not privileged"},
+    ),
+    "a slice's memory.max": (
+        [level(r"/system\.slice", "max", str(VALUE - 4096))],
+        dask(VALUE),
+        {"limit: no lower limit above"},
+    ),
+    "a slice's memory.high": (
+        [level(r"/system\.slice", "high", str(VALUE - 4096))],
+        dask(VALUE),
+        {"limit: no lower limit above"},
+    ),
+    "no OOM killer": (
+        [inspected("HostConfig", "OomKillDisable", value=True)],
+        dask(VALUE),
+        {"limit: oom killer is on"},
+    ),
+    "RLIMIT_RSS": (
+        [add("limits", "Max resident set          1000000   1000000   bytes")],
+        dask(VALUE),
+        {"limit: no resource limits"},
+    ),
+    "soft RLIMIT_AS": (
+        [add("limits", "Max address space          1000000   unlimited   bytes")],
+        dask(VALUE),
+        {"limit: no resource limits"},
+    ),
+    "restart always": (
+        [inspected("HostConfig", "RestartPolicy", "Name", value="always")],
+        dask(VALUE),
+        {"limit: restart policy brings nothing back"},
+    ),
+    "OOM killed": (
+        [inspected("State", "OOMKilled", value=True)],
+        dask(VALUE),
+        {"limit: container was not killed"},
+    ),
+    "restarted by docker": (
+        [inspected("RestartCount", value=2)],
+        dask(VALUE),
+        {"limit: container was not killed"},
+    ),
+    "health check inside": (
+        [inspected("Config", "Healthcheck", value={"Test": ["CMD", "python", "-c", "import distributed"]})],
+        dask(VALUE),
+        {"limit: no health check inside"},
+    ),
+    "logs without bound": (
+        [inspected("HostConfig", "LogConfig", value={"Type": "json-file", "Config": {}})],
+        dask(VALUE),
+        {"limit: logs are bounded"},
+    ),
+    "spill on tmpfs": (
+        [sub("mounts", r"^(.* /spill .* - )\S+ \S+", r"\1tmpfs tmpfs")],
+        dask(VALUE),
+        {"limit: spill is on disk"},
+    ),
+    "spill in /dev/shm": ([], dask(VALUE, directory="/dev/shm/x"), {"limit: spill is on disk"}),
+    "spill in the layer": ([], dask(VALUE, directory="/tmp/x"), {"limit: spill is outside the container"}),
+    "no memory management": (
+        [],
+        dask(None),
+        {"chain: workers share the variable", "limit: workers manage memory"},
+    ),
+    "no spilling": ([], dask(VALUE, spill=False), {"limit: workers spill before they end"}),
+    "no nanny": ([], dask(VALUE, nanny=None), {"limit: workers spill before they end"}),
+    "nanny that never ends": (
+        [],
+        dask(VALUE, nanny={"terminate": False}),
+        {"limit: workers spill before they end"},
+    ),
+    "pause before spill": ([], dask(VALUE, pause=0.65), {"limit: workers spill before they end"}),
+    # service
+    "service failed": (
+        [sub("service", "^ActiveState=.*", "ActiveState=failed")],
+        dask(VALUE),
+        {"service: service is active"},
+    ),
+    "service disabled": (
+        [sub("service", "^UnitFileState=.*", "UnitFileState=disabled")],
+        dask(VALUE),
+        {"service: service is enabled"},
+    ),
+    "service before Docker": (
+        [sub("service", r"docker\.service", "")],
+        dask(VALUE),
+        {"service: service starts after the system"},
+    ),
+    "service restarted": (
+        [sub("service", "^NRestarts=.*", "NRestarts=1")],
+        dask(VALUE),
+        {"service: service started once"},
+    ),
+    "journal silent": ([put("journal", "")], dask(VALUE), {"service: journal tells the value"}),
+    "journal repeats": (
+        [lambda text: add("journal", text["journal"].strip())(text)],
+        dask(VALUE),
+        {"service: journal tells the value"},
+    ),
+    "unhealthy": ([put("health", "HTTP/1.1 500 no\n")], dask(VALUE), {"service: dask is healthy"}),
+    "nothing on 8787": (
+        [put("health", "bash: connect: Connection refused")],
+        dask(VALUE),
+        {"service: dask is healthy"},
+    ),
+    "unit without it": ([put("service.environment", "")], dask(VALUE), {"service: service has the variable"}),
+    "unit with another": (
+        [put("service.environment", "AVAILABLE_MEMORY_FOR_DASK=0\n")],
+        dask(VALUE),
+        {"service: service has the variable"},
+    ),
+    "sudo -i without it": (
+        [put("shell sudo -i", "")],
+        dask(VALUE),
+        {"service: login shell has the variable (sudo -i)"},
+    ),
+    "bash with kB": (
+        [put("shell bash -l", "1704780 kB\n")],
+        dask(VALUE),
+        {"service: login shell has the variable (bash -l)"},
+    ),
+    "sh without it": (
+        [put("shell sh -l", "")],
+        dask(VALUE),
+        {"service: login shell has the variable (sh -l)"},
+    ),
+    "value in /etc": (
+        [put("stored", "/etc/environment:AVAILABLE_MEMORY_FOR_DASK=1704779776\n")],
+        dask(VALUE),
+        {"service: variable is not stored"},
+    ),
+    "failed unit": (
+        [put("failed", "logrotate.service loaded failed failed Rotate log files\n")],
+        dask(VALUE),
+        {"service: no unit failed"},
+    ),
+    "no answer": ([], "", {"service: dask answers its client"}),
+    # compose
+    "compose without the line": (
+        [sub("compose", r"^\s*mem_limit:.*\n", "")],
+        dask(VALUE),
+        {"compose: compose file has the line (in place)"},
+    ),
+    "compose without the fallback": (
+        [sub("compose", ":-0}", "}")],
+        dask(VALUE),
+        {"compose: compose file has the line (in place)"},
+    ),
+    "image's compose not kept": (
+        [put("compose.image", "")],
+        dask(VALUE),
+        {"compose: compose file has the line (the image's own)"},
+    ),
+    "compose refused without it": (
+        [put("compose.unset", "services.cluster.mem_limit: invalid size: ''\n")],
+        dask(VALUE),
+        {"compose: no variable means no limit (in place)"},
+    ),
+    "image's compose refused": (
+        [put("image.unset", "yaml: line 3: mapping values are not allowed\n")],
+        dask(VALUE),
+        {"compose: no variable means no limit (the image's own)"},
+    ),
+    "compose ignores it": (
+        [sub("compose.set", str(VALUE), "1073741824")],
+        dask(VALUE),
+        {"compose: variable becomes the limit (in place)"},
+    ),
+    "image's compose ignores it": (
+        [sub("image.set", str(VALUE), "0")],
+        dask(VALUE),
+        {"compose: variable becomes the limit (the image's own)"},
+    ),
+    # first boot
+    "disk not grown": (
+        [sub("disk", r"\A\d+", str(3 << 30))],
+        dask(VALUE),
+        {"first boot: root fills the disk"},
+    ),
+    "another disk": (
+        [sub("disk", r"^\d+\s*\Z", "8589934592")],
+        dask(VALUE),
+        {"first boot: root fills the disk"},
+    ),
+    "builder's key": (
+        [add("authorized", "/home/admin/.ssh/authorized_keys:ssh-ed25519 AAAAother packer")],
+        dask(VALUE),
+        {"first boot: only our key opens it"},
+    ),
+    "root logs in": (
+        [add("authorized", f"/root/.ssh/authorized_keys:{PUBLIC_KEY}")],
+        dask(VALUE),
+        {"first boot: root does not log in"},
+    ),
+    "old host key": (
+        [put("hostkeys.old", "/etc/ssh/ssh_host_ed25519_key\n")],
+        dask(VALUE),
+        {"first boot: host keys are new"},
+    ),
+    "no machine id": (
+        [put("machine-id", "uninitialized\n")],
+        dask(VALUE),
+        {"first boot: machine id is new", "first boot: journal begins here"},
+    ),
+    "old machine id": (
+        [put("machine-id.old", "/etc/machine-id\n")],
+        dask(VALUE),
+        {"first boot: machine id is new"},
+    ),
+    "builder's boot": ([add("boots", "0" * 32)], dask(VALUE), {"first boot: journal begins here"}),
+    "builder's journal": ([add("journals", "0" * 32)], dask(VALUE), {"first boot: journal begins here"}),
+    "builder's logs": ([put("logs", "/var/log/dpkg.log\n")], dask(VALUE), {"first boot: no old logs"}),
+    "builder's script": (
+        [put("temporary", "/var/tmp/script_1.sh\n")],
+        dask(VALUE),
+        {"first boot: no leftovers"},
+    ),
+    "apt lists": ([put("apt", "/var/lib/apt/lists/x\n")], dask(VALUE), {"first boot: no package lists"}),
+    "history": ([put("histories", "/root/.bash_history\n")], dask(VALUE), {"first boot: no histories"}),
+    "credentials": ([put("secrets", "/root/.aws\n")], dask(VALUE), {"first boot: no secrets"}),
+    "container of the builder": (
+        [lambda text: add_old_container(text)],
+        dask(VALUE),
+        {"first boot: no old containers"},
+    ),
+    "builder's instance": (
+        [add("instances", "iid-builder")],
+        dask(VALUE),
+        {"first boot: cloud init saw one instance"},
+    ),
+    "another datasource": (
+        [put("cloud-id", "nocloud\n")],
+        dask(VALUE),
+        {"first boot: cloud init took the datasource"},
+    ),
+    "cloud-init not finished": (
+        [put("cloud-result", "")],
+        dask(VALUE),
+        {"first boot: cloud init has no errors"},
+    ),
+    "cloud-init module fails": (
+        [put("cloud-result", '{"v1": {"datasource": "x", "errors": ["(\'scripts_user\', boom)"]}}')],
+        dask(VALUE),
+        {"first boot: cloud init has no errors"},
+    ),
+    "user data too late": (
+        [lambda text: put("compose", text["compose.image"])(text)],
+        dask(VALUE),
+        {"first boot: user data replaced the compose file"},
+    ),
+}
+
+
+def add_old_container(text: Text) -> None:
+    first = json.loads(text["containers"])[0]
+    state = {**first["State"], "Running": False}
+    old = {
+        **first,
+        "Id": "e" * 64,
+        "Name": "/old",
+        "State": state,
+        "Created": "2020-01-01T00:00:00.123456789Z",
+    }
+    text["containers"] = json.dumps([first, old])
+
+
+def test_a_healthy_machine_passes() -> None:
+    assert judge(dict(RECORDED), dask(VALUE)) == {}
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_ill_machine_is_found_out(name: str) -> None:
+    changes, answer, expected = ILL[name]
+    text = dict(RECORDED)
+    for change in changes:
+        change(text)
+    assert red(text, answer) == expected
+
+
+def test_every_check_can_fail() -> None:
+    found_out = set(chain.from_iterable(expected for _, _, expected in ILL.values()))
+    assert {name for name, _, _ in each_check()} <= found_out
+
+
+def test_every_check_says_why_it_matters() -> None:
+    assert [name for name, check, _ in each_check() if not (check.__doc__ or "").strip()] == []
+
+
+def test_messages_have_the_numbers_side_by_side() -> None:
+    text = dict(RECORDED)
+    inspected("HostConfig", "Memory", value=123456)(text)
+    message = judge(text, dask(VALUE))["chain: docker has the variable"]
+    assert "123456 bytes" in message
+    assert f"{VALUE} bytes" in message
+
+
+def test_without_a_container_one_check_is_red_and_the_rest_blocked() -> None:
+    text = dict(RECORDED) | {
+        "containers": "[]",
+        "container": "\n",
+        "cgroups": "",
+        "mounts": "",
+        "memory.stat": "",
+    }
+    text |= {"inside": "", "namespaces": "", "limits": ""}
+    meminfo("MemAvailable", 250 * MIB)(text)
+    assert red(text, "") == {"limit: one container runs", "service: dask answers its client"}
+    assert {"chain: docker has the variable", "limit: no soft limit"} <= blocked(text, "")
+
+
+def test_docker_that_does_not_answer_is_no_container() -> None:
+    text = dict(RECORDED) | {"containers": "Cannot connect to the Docker daemon\n"}
+    assert "limit: one container runs" in red(text, dask(VALUE))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+def test_workers_may_lose_less_than_a_byte_each(count: int) -> None:
+    context = replace(CONTEXT, workers=count)
+    assert red(dict(RECORDED), dask(*[VALUE // count] * count), context) == set()
+    assert red(dict(RECORDED), dask(*[VALUE // count - 1] * count), context) == {
+        "chain: workers share the variable"
+    }
+
+
+def test_a_scheduler_has_no_workers_to_ask() -> None:
+    context = replace(CONTEXT, role=Role.SCHEDULER, workers=0)
+    found = judge(dict(RECORDED), dask(), context)
+    assert found["chain: workers share the variable"] == (
+        "skipped: a scheduler has no workers: the chain ends at memory.max"
+    )
+    assert red(dict(RECORDED), dask(), context) == set()
+
+
+@pytest.mark.parametrize(
+    ("reserve", "off"),
+    [
+        (Reserve(), 0),
+        (Reserve(bytes=512 * MIB), 512 * MIB),
+        (Reserve(percent=20.0), None),
+    ],
+)
+def test_reserve_is_taken_off(reserve: Reserve, off: int | None) -> None:
+    less = off if off is not None else VALUE * 20 // 100
+    value = (VALUE - less) // 4096 * 4096
+    text = dict(RECORDED)
+    all_values(value)(text)
+    assert red(text, dask(value), replace(CONTEXT, reserve=reserve)) == set()
+    if less:
+        assert red(text, dask(value)) == {"available: variable is not less than was available"}
+        assert red(dict(RECORDED), dask(VALUE), replace(CONTEXT, reserve=reserve)) == {
+            "available: variable is not more than was available"
+        }
+
+
+def test_swap_needs_no_file_on_a_kernel_without_swap() -> None:
+    text = dict(RECORDED)
+    level(SCOPE, "swap.max", "")(text)
+    assert red(text, dask(VALUE)) == set()
+
+
+@pytest.mark.parametrize("missing", ["end", "clock", "meminfo", "memory.stat", "containers", "service"])
+def test_half_an_answer_is_none(missing: str) -> None:
+    with pytest.raises(Incomplete):
+        Machine.parse({name: text for name, text in RECORDED.items() if name != missing})
+
+
+def test_sections_are_read_as_the_scripts_print_them() -> None:
+    assert sections("noise\n\036a b\n1\n2\n\n\036c\n\n\036d\nx") == {"a b": "1\n2\n", "c": "", "d": "x"}
+
+
+def test_docker_times_have_nine_decimals() -> None:
+    assert seconds("2026-11-23T15:33:01.123456789Z") == pytest.approx(1795447981.1234567)
+    assert seconds("2026-11-23T15:33:01Z") == 1795447981
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "error"),
+    [
+        ("", "", "the client ended with status 7"),
+        ("{}", "OSError: Timed out\n", "OSError: Timed out"),
+        (
+            "noise",
+            "a\nModuleNotFoundError: no distributed\nxargs: sh: exited\n",
+            "ModuleNotFoundError: no distributed",
+        ),
+    ],
+)
+def test_client_without_an_answer_says_why(stdout: str, stderr: str, error: str) -> None:
+    assert Dask.parse(stdout, stderr, 7).error == error
+
+
+def test_client_may_be_chatty() -> None:
+    assert Dask.parse("a warning\n" + dask(5), "", 0).workers[0].memory_limit == 5
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "name"),
+    [
+        ("../x/test_chain.py::test_swap_is_off", "chain: swap is off"),
+        ("test_first_boot.py::test_a[in place]", "first boot: a (in place)"),
+        ("gpu_checks.py::TestGpu::test_driver", "gpu checks: TestGpu driver"),
+    ],
+)
+def test_names_are_for_people(nodeid: str, name: str) -> None:
+    assert plugin.readable(nodeid) == name

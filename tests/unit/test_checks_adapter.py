@@ -1,0 +1,385 @@
+"""The adapter with real pytest and testinfra on an ssh that answers from files: what must never pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from ami_builder.adapters import checks
+from ami_builder.errors import UsageError
+from ami_builder.model import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
+from ami_builder.resources import checks_dir
+
+CONTEXT = checks.Context(
+    nonce="5ecret",
+    machine_memory=2 << 30,
+    disk=10 << 30,
+    reserve=Reserve(),
+    datasource=Datasource.EC2,
+    role=Role.LOCAL,
+    workers=1,
+    user="admin",
+    public_key="ssh-ed25519 AAAA x",
+    timeout=30,
+)
+
+# The command is the last argument; each script is told by its first comment.
+SSH = """\
+#!/bin/sh
+echo "$@" | head -n 1 >>'{folder}/argv'
+for last; do :; done
+case $last in
+    *'Wait until this machine'*) exec cat '{folder}/settled' ;;
+    *'Tell everything'*) exec cat '{folder}/gathered' ;;
+    *'Ask Dask through'*) exec cat '{folder}/probed' ;;
+    *) exec sh -c "$last" ;;
+esac
+"""
+
+
+class Fake:
+    """A machine that is an ssh on PATH, and the results of checks on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.evidence = folder.parent / "evidence"
+        self.seen: list[CheckResult] = []
+        recorded = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+        recorded |= {"nonce": CONTEXT.nonce, "stderr": ""}
+        (folder / "ssh_config").write_text("Host dask-vm\n")
+        self.settled(recorded)
+        self.answer("gathered", {name: text for name, text in recorded.items() if name != "nonce"})
+        (folder / "probed").write_text('{"workers": []}\n')
+
+    def settled(self, recorded: dict[str, str]) -> None:
+        self.answer(
+            "settled", {n: recorded[n] for n in recorded if n in ("nonce", "container", "memory.stat")}
+        )
+
+    def answer(self, name: str, sections: dict[str, str]) -> None:
+        (self.folder / name).write_text("".join(f"\n\036{n}\n{text}" for n, text in sections.items()))
+
+    def file(self, content: str, name: str = "test_own.py") -> Path:
+        path = self.folder / name
+        path.write_text(textwrap.dedent(content))
+        return path
+
+    def run(
+        self,
+        *files: Path,
+        host: str = "dask-vm",
+        phase: str = "boot",
+        context: checks.Context = CONTEXT,
+        timeout: float = 60,
+        share_connection: bool = True,
+    ) -> tuple[CheckResult, ...]:
+        return checks.run(
+            files=files,
+            ssh_config=self.folder / "ssh_config",
+            host=host,
+            phase=phase,
+            context=context,
+            directory=self.evidence,
+            timeout=timeout,
+            share_connection=share_connection,
+            on_result=self.seen.append,
+        )
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    ssh = folder / "ssh"
+    ssh.write_text(SSH.format(folder=folder))
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return Fake(folder)
+
+
+def verdict(results: tuple[CheckResult, ...]) -> Verdict:
+    return Verdict(digest="", checks_digest="", results=results, measured={})
+
+
+def guard(results: tuple[CheckResult, ...]) -> str:
+    """Return the one guard that failed, with its message."""
+    assert not verdict(results).passed
+    guards = [f"{r.name}: {r.message}" for r in results if r.name.startswith("guard: ")]
+    assert len(guards) == 1, results
+    return guards[0].removeprefix("guard: ")
+
+
+GOOD = """\
+    def test_it_is_there(host):
+        assert host.run("echo hello").stdout == "hello\\n"
+    """
+
+
+def test_results_come_as_they_are_made(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        def test_it_is_there(host):
+            assert host.run("echo hello").stdout == "hello\\n"
+
+        def test_two_is_one():
+            assert 2 == 1, "2 here, 1 there"
+
+        def test_memory(machine, variable):
+            assert 0 < variable < machine.meminfo["MemTotal"]
+
+        @pytest.mark.skip(reason="no GPU here")
+        def test_gpu():
+            pass
+        """
+    )
+    results = fake.run(own)
+    assert [(r.name, r.outcome, r.message) for r in results] == [
+        ("own: it is there", Outcome.PASSED, ""),
+        ("own: two is one", Outcome.FAILED, "2 here, 1 there"),
+        ("own: memory", Outcome.PASSED, ""),
+        ("own: gpu", Outcome.SKIPPED, "no GPU here"),
+    ]
+    assert {(r.phase, r.memory) for r in results} == {("boot", 2 << 30)}
+    assert tuple(fake.seen) == results
+    junit = ElementTree.parse(fake.evidence / "junit-boot.xml").getroot().find("testsuite")
+    assert junit is not None
+    assert (junit.get("tests"), junit.get("failures"), junit.get("skipped")) == ("4", "1", "1")
+    assert "2 here, 1 there" in (fake.evidence / "checks-boot.log").read_text()
+    assert "MemAvailable" in json.loads((fake.evidence / "machine-boot.json").read_text())["meminfo"]
+
+
+def test_our_own_checks_run(fake: Fake) -> None:
+    results = fake.run(*checks.shipped(checks_dir()))
+    names = [r.name for r in results]
+    assert "chain: docker has the variable" in names
+    assert "first boot: host keys are new" in names
+    # What needs Dask's client, which takes longest, comes last.
+    assert names.index("chain: workers share the variable") > names.index("service: service is active")
+
+
+def test_a_first_boot_is_checked_once(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        @pytest.mark.first_boot
+        def test_first():
+            pass
+
+        def test_always():
+            pass
+        """
+    )
+    assert [r.name for r in fake.run(own, phase="boot")] == ["own: first", "own: always"]
+    assert [r.name for r in fake.run(own, phase="reboot")] == ["own: always"]
+    assert (fake.evidence / "junit-reboot.xml").exists()
+
+
+def test_checks_of_a_first_boot_alone_are_none_after_a_reboot(fake: Fake) -> None:
+    own = fake.file("import pytest\n\n@pytest.mark.first_boot\ndef test_first():\n    pass\n")
+    assert "checks were found" in guard(fake.run(own, phase="reboot"))
+
+
+def test_this_machine_is_refused(fake: Fake) -> None:
+    results = fake.run(fake.file(GOOD), host="local://")
+    assert "checks run on the booted machine: --hosts=local:// is not ssh://NAME" in guard(results)
+
+
+@pytest.mark.parametrize("host", ["paramiko://dask-vm", "docker://dask", "ssh"])
+def test_only_ssh_will_do(fake: Fake, host: str) -> None:
+    if host == "ssh":
+        assert verdict(fake.run(fake.file(GOOD), host=host)).passed
+    else:
+        assert "is not ssh://NAME" in guard(fake.run(fake.file(GOOD), host=host))
+
+
+@pytest.mark.parametrize("nonce", ["another", ""])
+def test_another_machine_is_refused(fake: Fake, nonce: str) -> None:
+    fake.settled({"nonce": nonce})
+    assert "the machine is the one that was booted: it should answer 5ecret" in guard(
+        fake.run(fake.file(GOOD))
+    )
+
+
+def test_no_nonce_to_ask_for_is_refused(fake: Fake) -> None:
+    fake.settled({"nonce": ""})
+    results = fake.run(fake.file(GOOD), context=replace(CONTEXT, nonce=""))
+    assert "the machine is the one that was booted" in guard(results)
+
+
+def test_unreachable_machine_is_named(fake: Fake) -> None:
+    (fake.folder / "ssh").write_text("#!/bin/sh\necho 'Connection refused' >&2\nexit 255\n")
+    assert "ssh failed: Connection refused" in guard(fake.run(fake.file(GOOD)))
+
+
+def test_a_login_without_sudo_is_named(fake: Fake) -> None:
+    (fake.folder / "ssh").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n")
+    assert "can't be asked (status 1): sudo: a password is required" in guard(fake.run(fake.file(GOOD)))
+
+
+def test_half_an_answer_is_refused(fake: Fake) -> None:
+    fake.answer("gathered", {"clock": "1.0\n"})
+    assert "the machine answers" in guard(fake.run(fake.file("def test_a(machine):\n    pass\n")))
+
+
+def test_missing_file_is_a_usage_error(fake: Fake) -> None:
+    with pytest.raises(UsageError, match=r"there are no checks at .*gone\.py"):
+        fake.run(fake.folder / "gone.py")
+
+
+def test_no_files_are_no_pass(fake: Fake) -> None:
+    assert not verdict(fake.run()).passed
+
+
+@pytest.mark.parametrize("content", ["", "def helper():\n    pass\n"])
+def test_a_file_without_checks_is_refused(fake: Fake, content: str) -> None:
+    results = fake.run(fake.file(GOOD), fake.file(content, name="test_none.py"))
+    assert "every file has checks: none in" in guard(results)
+
+
+def test_all_skipped_is_no_pass(fake: Fake) -> None:
+    own = fake.file("import pytest\n\n@pytest.mark.skip(reason='no')\ndef test_a():\n    pass\n")
+    assert "not all checks were skipped: all 1 were" in guard(fake.run(own))
+
+
+def test_blocked_without_a_reason_is_no_pass(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        def test_a():
+            pytest.skip("blocked: by nothing")
+
+        def test_b():
+            pass
+        """
+    )
+    assert "nothing is blocked without a failure: own: a: blocked: by nothing" in guard(fake.run(own))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("def test_a(:\n", "SyntaxError"), ("import nothing_like_it\n", "ModuleNotFoundError")],
+)
+def test_a_file_that_cannot_be_read_is_named(fake: Fake, content: str, error: str) -> None:
+    results = fake.run(fake.file(GOOD), fake.file(content, name="test_bad.py"))
+    assert error in guard(results)
+
+
+def test_unknown_marks_are_refused(fake: Fake) -> None:
+    own = fake.file("import pytest\n\n@pytest.mark.firstboot\ndef test_a():\n    pass\n")
+    assert "firstboot" in guard(fake.run(own))
+
+
+def test_expected_failures_prove_nothing(fake: Fake) -> None:
+    own = fake.file("import pytest\n\n@pytest.mark.xfail\ndef test_a():\n    assert False\n")
+    assert [r.outcome for r in fake.run(own)] == [Outcome.FAILED]
+
+
+@pytest.mark.parametrize("when", ["setup", "teardown"])
+def test_broken_fixtures_fail(fake: Fake, when: str) -> None:
+    own = fake.file(
+        f"""\
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            assert {when == "teardown"}, "broken before"
+            yield
+            assert False, "broken after"
+
+        def test_a(broken):
+            pass
+        """
+    )
+    results = fake.run(own)
+    assert [r.message for r in results if r.outcome is Outcome.FAILED] == [
+        f"broken {'before' if when == 'setup' else 'after'}"
+    ]
+
+
+def test_pytest_that_dies_is_no_pass(fake: Fake) -> None:
+    own = fake.file("import os\n\ndef test_a():\n    pass\n\ndef test_b():\n    os._exit(0)\n")
+    assert "the checks ran to the end" in guard(fake.run(own))
+
+
+def test_pytest_that_hangs_is_stopped(fake: Fake) -> None:
+    own = fake.file("import time\n\ndef test_a():\n    pass\n\ndef test_b():\n    time.sleep(60)\n")
+    results = fake.run(own, context=replace(CONTEXT, timeout=0), timeout=5)
+    assert "1 of 2 checks were run: stopped after 5 s" in guard(results)
+
+
+def test_own_settings_of_a_folder_have_no_say(fake: Fake) -> None:
+    (fake.folder / "pytest.ini").write_text("[pytest]\naddopts = --collect-only\n")
+    (fake.folder / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '-k nothing'\n")
+    assert verdict(fake.run(fake.file(GOOD))).passed
+
+
+def test_a_conftest_cannot_take_checks_away_unseen(fake: Fake) -> None:
+    (fake.folder / "conftest.py").write_text("def pytest_collection_modifyitems(items):\n    items.clear()\n")
+    assert "none in" in guard(fake.run(fake.file(GOOD)))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_connection_is_shared_unless_told_otherwise(fake: Fake, share: bool) -> None:
+    fake.run(fake.file(GOOD), share_connection=share)
+    argv = (fake.folder / "argv").read_text()
+    assert "ControlMaster" not in argv
+    own = fake.evidence / "checks-boot" / "ssh_config-unshared"
+    assert own.exists() is not share
+    assert (str(own) in argv) is not share
+    if not share:
+        assert own.read_text().splitlines() == [
+            "ControlMaster no",
+            "ControlPath none",
+            f'Include "{fake.folder}/ssh_config"',
+        ]
+
+
+def test_digest_follows_content(tmp_path: Path) -> None:
+    own = tmp_path / "test_own.py"
+    own.write_text("def test_a(): pass\n")
+    first = checks.digest([own])
+    assert checks.digest([own]) == first
+    assert checks.digest([]) != first
+    own.write_text("def test_b(): pass\n")
+    assert checks.digest([own]) != first
+    with pytest.raises(UsageError, match=r"gone\.py can't be read"):
+        checks.digest([tmp_path / "gone.py"])
+
+
+def test_context_crosses_unharmed(tmp_path: Path) -> None:
+    context = replace(CONTEXT, reserve=Reserve(bytes=5, percent=2.5), phase="reboot")
+    context.write(tmp_path / "context.json")
+    assert checks.Context.read(tmp_path / "context.json") == context
+    assert (tmp_path / "context.json").stat().st_mode & 0o077 == 0
+
+
+def test_by_hand_without_a_context_is_refused(tmp_path: Path) -> None:
+    done = by_hand(tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done.returncode == 64
+    assert "AMI_BUILDER_CHECKS_CONTEXT does not name the file" in done.stdout
+
+
+def test_by_hand_beside_testinfras_own_plugin_is_refused(tmp_path: Path) -> None:
+    done = by_hand(tmp_path)
+    assert done.returncode != 0
+    assert "passed" not in done.stdout
+
+
+def by_hand(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = folder / "test_own.py"
+    own.write_text("def test_a(host):\n    pass\n")
+    argv = [sys.executable, "-m", "pytest", "-p", "ami_builder.checks.plugin", "-c", "/dev/null", str(own)]
+    root, env = Path(checks.__file__).parents[2], {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(argv, cwd=root, env=env, capture_output=True, text=True, check=False)

@@ -1,0 +1,200 @@
+"""Real images on real virtual machines. One build is shared by all tests, and one booted machine by most.
+
+Everything lives in .cache/ of the checkout, or in the folder that AMI_BUILDER_TEST_HOME names, so that a
+second run finds base disk and container in the cache. Tests run in the order of the files' names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import config, render
+from ami_builder.adapters import checks, imds, qemu, ssh
+from ami_builder.model import CheckResult, Image, Network, Outcome, Role
+from ami_builder.resources import checks_dir
+from ami_builder.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"))
+NONCE = "0123456789abcdef"
+GIB = 1 << 30
+DASK_SECONDS = 240.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs minutes."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.vm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one `ami-builder` command did."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """Its stdout as JSON."""
+        return json.loads(self.stdout)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a command whose workspace is the tests' own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("AMI_BUILDER_")}
+    return kept | {"AMI_BUILDER_HOME": str(HOME), "PYTHONPATH": str(ROOT)} | more
+
+
+def ami_builder(*arguments: str | Path, timeout: float = 1500, cwd: Path = ROOT, **more: str) -> Answer:
+    """Run the command line as a user does, and return what it did; its stderr is passed on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ami_builder", *map(str, arguments)],
+        env=environment(**more),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    sys.stderr.write(done.stderr)
+    return Answer(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+
+@pytest.fixture(scope="session")
+def workspace() -> Workspace:
+    """The tests' workspace."""
+    return Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
+
+
+@pytest.fixture(scope="session")
+def built() -> Mapping[str, Any]:
+    """The image of the committed configuration, baked and verified by `ami-builder build`."""
+    answer = ami_builder("build", "--json")
+    assert answer.status == 0, answer.stderr
+    found: Mapping[str, Any] = answer.json
+    return found
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The default image of the committed configuration."""
+    return config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Booted:
+    """A machine of the built image, and how to check it again and again."""
+
+    machine: qemu.Machine
+    session: ssh.Session
+    context: checks.Context
+    directory: Path
+
+    def root(self, script: str, *, check: bool = True) -> str:
+        """Run a shell script as root and return its output."""
+        return self.session.run(script, sudo=True, check=check, timeout=DASK_SECONDS).stdout
+
+    def check(self, name: str, *, phase: str = "restart", shared: bool = True) -> dict[str, CheckResult]:
+        """Run the shipped checks and return their results by name."""
+        results = checks.run(
+            files=checks.shipped(checks_dir()),
+            ssh_config=self.session.config,
+            host=ssh.HOST,
+            phase=phase,
+            context=self.context,
+            directory=self.directory / name,
+            timeout=DASK_SECONDS,
+            share_connection=shared,
+        )
+        return {result.name: result for result in results}
+
+
+def red(results: Mapping[str, CheckResult]) -> dict[str, str]:
+    """Return the checks that failed, with their messages."""
+    return {name: r.message for name, r in results.items() if r.outcome is Outcome.FAILED}
+
+
+@contextmanager
+def booted(image: Image, disk: Path, directory: Path, *, memory: int = 2 * GIB) -> Iterator[Booted]:
+    """Boot a disk as verification does, and wait for ssh."""
+    with ExitStack() as stack:
+        key = ssh.generate_key(directory)
+        public_key = key.with_suffix(".pub").read_text().strip()
+        instance_id = imds.new_instance_id()
+        user_data = render.user_data(image, nonce=NONCE).encode()
+        metadata = imds.InstanceMetadata(instance_id=instance_id, user_data=user_data, public_key=public_key)
+        server = stack.enter_context(imds.MetadataServer(metadata))
+        machine = qemu.Machine(
+            disk=disk,
+            directory=directory / "machine",
+            memory=memory,
+            cpus=2,
+            disk_size=image.verify.disk_size,
+            accelerator=accelerator(disk, directory),
+            user=image.base.ssh_user,
+            imds_port=server.port,
+            network=Network.ISOLATED,
+            instance_id=instance_id,
+        )
+        endpoint = stack.enter_context(machine)
+        session = stack.enter_context(ssh.Session(endpoint, key=key, directory=directory / "ssh"))
+        session.wait(600, machine.check_alive)
+        context = checks.Context(
+            nonce=NONCE,
+            machine_memory=memory,
+            disk=image.verify.disk_size,
+            reserve=image.reserve,
+            datasource=image.verify.datasource,
+            role=Role.LOCAL,
+            workers=image.dask.workers,
+            user=image.base.ssh_user,
+            public_key=public_key,
+            timeout=DASK_SECONDS,
+        )
+        yield Booted(machine=machine, session=session, context=context, directory=directory)
+
+
+def accelerator(disk: Path, directory: Path) -> qemu.Accelerator:
+    """Return what the build chose, or choose."""
+    cache = HOME / "cache" / "accelerator.json"
+    return qemu.choose_accelerator(disk, cache=cache, directory=directory)[0]
+
+
+@pytest.fixture(scope="session")
+def machine(
+    built: Mapping[str, Any], image: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Booted]:
+    """One booted machine, shared: a test that changes it puts back what it changed."""
+    disk = Path(built["artifact"]["location"])
+    with booted(image, disk, tmp_path_factory.mktemp("machine")) as up:
+        yield up
+
+
+@pytest.fixture
+def restore(machine: Booted) -> Iterator[Callable[[str], None]]:
+    """Take back what a test does to the shared machine: the files that it names are as before afterwards."""
+    saved: list[str] = []
+
+    def keep(path: str) -> None:
+        machine.root(f"cp -a {path} {path}.kept-by-test")
+        saved.append(path)
+
+    yield keep
+    for path in saved:
+        machine.root(f"mv {path}.kept-by-test {path}")
+    machine.root("systemctl daemon-reload")

@@ -1,0 +1,137 @@
+"""Each check of the chain, seen failing: one machine, broken in one way after the other.
+
+Every break is one that a person could make, and the checks must name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.vm.conftest import Booted, red
+
+START_DASK = "/usr/local/sbin/start-dask"
+COMPOSE_FILE = "/etc/dask/compose.yaml"
+UNIT = "/etc/systemd/system/dask.service"
+
+# The lines that start-dask exports and records the value with.
+_EXPORT = "/export AVAILABLE_MEMORY_FOR_DASK=/,/mv .*memory.env/"
+
+
+def _value(expression: str) -> str:
+    """Return a script that makes start-dask export and record something else than it measured."""
+    return f"""
+cat >/run/break.sed <<'SED'
+{_EXPORT}c\\
+    export AVAILABLE_MEMORY_FOR_DASK="{expression}"\\
+    echo "AVAILABLE_MEMORY_FOR_DASK=$AVAILABLE_MEMORY_FOR_DASK" >"$state/memory.env"
+SED
+sed -i -f /run/break.sed {START_DASK}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Break:
+    """One way to break an image: what is done to it, and the checks that must name it."""
+
+    name: str
+    file: str
+    script: str
+    red: frozenset[str]
+
+
+BREAKS = (
+    Break(
+        name="the published snippet, whose sed strips nothing",
+        file=START_DASK,
+        script=_value(r"$(grep -i memavailable /proc/meminfo | sed 's/[a-zA-Z]+:\\s+//')"),
+        red=frozenset({"chain: variable was measured", "limit: one container runs"}),
+    ),
+    Break(
+        name="the value as kB text",
+        file=START_DASK,
+        script=_value("$available_kb kB"),
+        red=frozenset({"chain: variable was measured"}),
+    ),
+    Break(
+        name="measured after Dask has started",
+        file=START_DASK,
+        script=rf"""
+cat >/run/break.sed <<'SED'
+/^export_memory$/i\
+export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="$DASK_ROLE"\
+docker compose --project-directory /etc/dask --file "$compose_file" up --detach --quiet-pull\
+until /usr/local/sbin/dask-health; do sleep 1; done\
+sleep 15
+SED
+sed -i -f /run/break.sed {START_DASK}
+""",
+        red=frozenset({"available: variable is not less than was available"}),
+    ),
+    Break(
+        name="more than is available: 95 % of all memory",
+        file=START_DASK,
+        script=_value("$((total_kb * 1024 / 100 * 95 / 4096 * 4096))"),
+        red=frozenset({"available: variable is not more than was available"}),
+    ),
+    Break(
+        name="memory that can't be measured",
+        file=START_DASK,
+        script=f"sed -i 's|^meminfo=.*|meminfo=/nowhere|' {START_DASK}",
+        red=frozenset({"chain: variable was measured", "chain: container has a limit"}),
+    ),
+    Break(
+        name="a Compose file without the line",
+        file=COMPOSE_FILE,
+        script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}",
+        red=frozenset({"chain: container has a limit", "chain: docker has the variable"}),
+    ),
+    Break(
+        name="a Compose file that bends the limit",
+        file=COMPOSE_FILE,
+        script=rf"""
+sed -i '/memswap_limit:/d
+    s|mem_limit: .*|&\n  mem_reservation: 64m\n  tmpfs: [/scratch]|
+    s|disable: true|test: [CMD, "true"]|
+    s|restart: "no"|restart: always|
+    s|--local-directory /spill|--local-directory /scratch|
+    s|--memory-limit 1.0|--memory-limit 0.5|
+    /max-size:/d; /max-file:/d; /    options:/d' {COMPOSE_FILE}
+""",
+        red=frozenset(
+            {
+                "chain: workers share the variable",
+                "limit: no memory low",
+                "limit: no swap by docker",
+                "limit: no health check inside",
+                "limit: restart policy brings nothing back",
+                "limit: logs are bounded",
+                "limit: spill is on disk",
+            }
+        ),
+    ),
+    Break(
+        name="a unit that never starts",
+        file=UNIT,
+        script=f"sed -i 's|^ExecStart=.*|ExecStart=/bin/false|' {UNIT} && systemctl daemon-reload",
+        red=frozenset({"service: service is active", "limit: one container runs"}),
+    ),
+)
+
+
+def test_the_shared_machine_is_healthy(machine: Booted) -> None:
+    """What follows means something only when nothing is red to begin with."""
+    machine.root(f"cp /var/lib/ami-builder/compose.image.yaml {COMPOSE_FILE}; systemctl restart dask")
+    assert red(machine.check("healthy")) == {}
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)
+def test_a_broken_image_goes_red(machine: Booted, restore: Callable[[str], None], broken: Break) -> None:
+    restore(broken.file)
+    machine.root(f"{broken.script}\ncmp {broken.file} {broken.file}.kept-by-test && exit 9; exit 0")
+    machine.root("systemctl reset-failed dask; systemctl restart dask", check=False)
+    failed = red(machine.check(broken.name.replace(" ", "-")))
+    assert broken.red <= failed.keys(), failed
+    assert not any(name.startswith("guard:") for name in failed), failed

@@ -1,0 +1,122 @@
+"""What is stopped in the middle leaves nothing behind, and the next build is a normal one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import proc
+from ami_builder.model import RunRecord, RunStatus
+from ami_builder.workspace import Workspace, load
+from tests.vm.conftest import HOME, ROOT, ami_builder, environment
+
+# Another image than the one that the other tests share, from the same base and container.
+OTHER = ("--set", "memory.reserve=1MiB")
+
+
+def _ours() -> set[int]:
+    """Return the processes that work in the tests' workspace."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+            except OSError:
+                continue
+            if str(HOME).encode() in command:
+                found.add(int(entry.name))
+    return found
+
+
+@contextmanager
+def _building(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a build in a session of its own, as a terminal would."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ami_builder", *OTHER, "build", *arguments],
+            env=environment(),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _wait_for(text: str, log: Path) -> None:
+    def shown() -> bool:
+        return text in log.read_text(errors="replace")
+
+    proc.wait_until(shown, what=f"{text!r} in the build's output", timeout=300, interval=0.2, log=log)
+
+
+def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
+    run = max(workspace.runs_dir.iterdir())
+    record = load(RunRecord, run / "record.json")
+    assert record is not None
+    return run, record
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_baking_leaves_nothing(
+    built: Mapping[str, Any], workspace: Workspace, tmp_path: Path, number: signal.Signals
+) -> None:
+    before, images = _ours(), workspace.images()
+    with _building(tmp_path / "log") as process:
+        _wait_for("Waiting for SSH", workspace_log(workspace, tmp_path / "log"))
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=10)
+    run, record = _newest(workspace)
+    assert record.status is RunStatus.INTERRUPTED
+    assert not (run / "work").exists()
+    assert workspace.images() == images
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def workspace_log(workspace: Workspace, log: Path) -> Path:
+    """Return Packer's log of the newest run, once there is one."""
+
+    def found() -> Path | None:
+        logs = sorted(workspace.runs_dir.glob("*/logs/packer.log"))
+        return logs[-1] if logs and logs[-1].stat().st_mtime > log.stat().st_ctime - 1 else None
+
+    return proc.wait_until(found, what="Packer's log", timeout=120, interval=0.2, log=log)
+
+
+def test_a_second_build_is_refused_and_kill_9_leaves_no_machine(
+    built: Mapping[str, Any], workspace: Workspace, tmp_path: Path
+) -> None:
+    before, images = _ours(), workspace.images()
+    with _building(tmp_path / "log") as process:
+        _wait_for("Waiting for SSH", workspace_log(workspace, tmp_path / "log"))
+        started = time.monotonic()
+        second = ami_builder(*OTHER, "build")
+        assert second.status == 8
+        assert f"process {process.pid} " in second.stderr
+        assert time.monotonic() - started < 30
+        process.kill()
+        process.wait()
+    # Packer and QEMU are told of their parent's death by the kernel.
+    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=30)
+    run, record = _newest(workspace)
+    assert record.status is RunStatus.RUNNING
+    assert workspace.images() == images
+    # The next command that makes anything cleans up; that it can is enough here, a whole build comes later.
+    assert run.name in workspace.sweep()
+    assert not (run / "work").exists()
