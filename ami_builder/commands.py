@@ -71,6 +71,7 @@ def _flags(
     shared.config = config
     shared.quiet = quiet
     shared.debug = debug
+    shared.overrides = {}
     if settings:
         from ami_builder.config import overrides_from
 
@@ -355,8 +356,6 @@ def run(arguments: Sequence[str]) -> int:
             return UsageError.exit_code
         hint = "`ami-builder --help` shows the commands and their flags"
         return _fail(UsageError(wrong.format_message(), hint=hint))
-    except (typer.Abort, KeyboardInterrupt):
-        return _fail(Interrupted("stopped"))
     except BrokenPipeError:
         # Whoever read our output has seen enough, as in `ami-builder list | head -1`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -381,4 +380,6 @@ def _fail(failed: AmiBuilderError) -> int:
 
 def _defect(defect: Exception) -> int:
     hint = "this is a defect of ami-builder; run the command again with --debug and report what it prints"
-    return _fail(AmiBuilderError(f"{type(defect).__name__}: {defect}", hint=hint))
+    failed = AmiBuilderError(f"{type(defect).__name__}: {defect}", hint=hint)
+    failed.__cause__ = defect
+    return _fail(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import socket
@@ -28,7 +29,8 @@ SSH_FAILED = 255
 REFUSED_SECONDS = 120.0
 """How long a refused login is put down to cloud-init, which makes the user while the machine boots."""
 
-_SHORT = 60
+# A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
+_SOCKET_BYTES = 90
 _BANNER_SECONDS = 3.0
 _MASTER_SECONDS = 60.0
 # sshd >= 9.8 shuts an address out for a while after failed logins in quick succession (PerSourcePenalties).
@@ -73,12 +75,11 @@ class Session:
     def __enter__(self) -> Session:
         with ExitStack() as owned:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
-            short = None if len(tempfile.gettempdir()) < _SHORT else "/tmp"  # noqa: S108, mkdtemp is private
-            private = Path(tempfile.mkdtemp(prefix="ami-builder-", dir=short))
-            owned.callback(shutil.rmtree, private, ignore_errors=True)
+            if len(os.fsencode(self._socket)) > _SOCKET_BYTES:
+                short = Path(tempfile.mkdtemp(prefix="ami-builder-", dir="/tmp"))
+                owned.callback(shutil.rmtree, short, ignore_errors=True)
+                self._socket = short / "master"
             owned.callback(self.drop)
-            self._socket = private / "master"
             # What another machine showed in this folder does not bind this one.
             (self._directory / "known_hosts").unlink(missing_ok=True)
             self.config.write_text(self._ssh_config())

@@ -186,17 +186,20 @@ def test_the_configuration_names_only_ours(make: Make, key: Path) -> None:
     } <= options
 
 
-def test_nothing_is_left(make: Make) -> None:
-    with make() as session, make("other") as other:
+@pytest.mark.parametrize("folder", ["s", "long" * 30])
+def test_nothing_is_left(make: Make, folder: str) -> None:
+    with make(folder) as session, make("other") as other:
         session.wait(60)
         other.wait(60)
         assert masters(session)
-        private = session._socket.parent
-        assert stat.S_IMODE(private.stat().st_mode) == 0o700
-        assert len(str(session._socket)) < 90
+        opened = session._socket
+        assert stat.S_IMODE(opened.stat().st_mode) == 0o600
+        # In the session's own folder, unless its path is too long for a socket.
+        assert (opened.parent == session.config.parent) == (folder == "s")
         session.__exit__(None, None, None)
         assert not masters(session)
-        assert not private.exists()
+        assert not opened.exists()
+        assert opened.parent.exists() == (folder == "s")
         # Another session's connection is none of its business.
         assert masters(other)
         assert other.run("echo there").stdout == "there\n"

@@ -1,0 +1,219 @@
+"""The command line: results on stdout, errors on stderr with what to do, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ami_builder import __version__, commands, proc
+from ami_builder.adapters import qemu
+from ami_builder.errors import Interrupted
+from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.pipeline import build as build_module
+from ami_builder.workspace import StoredImage, Workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(ROOT / "ami-builder.toml"))
+    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    made.ensure()
+    return made
+
+
+def _stored(workspace: Workspace, tmp_path: Path, *, passed: bool | None) -> StoredImage:
+    disk = tmp_path / "out.qcow2"
+    disk.write_bytes(b"disk")
+    artifact = Artifact(
+        image="dask",
+        target=Target.QEMU,
+        location="",
+        digest="a" * 64,
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        run_id="r",
+        size=0,
+    )
+    stored = workspace.store(artifact, disk, None)
+    if passed is None:
+        return stored
+    outcome = Outcome.PASSED if passed else Outcome.FAILED
+    result = CheckResult(
+        name="chain: x", phase="boot", memory=1 << 31, outcome=outcome, seconds=1, message=""
+    )
+    return workspace.judge(
+        stored, Verdict(digest="a" * 64, checks_digest="c", results=(result,), measured={})
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bild"], "build"),
+        (["build", "--forse"], "--force"),
+        (["build", "dusk"], "dask"),
+        (["--set", "memory.reserv=5%", "build"], "reserve"),
+        (["--set", "memory.reserve", "build"], "KEY=VALUE"),
+        (["--set", "memory.reserve=lots", "build"], "memory.reserve"),
+        (["--config", "nowhere.toml", "build"], "nowhere.toml"),
+        (["verify", "./no-such.qcow2"], "no-such.qcow2"),
+        (["verify", "--datasource", "azure"], "ec2"),
+        (["verify", "--memory", "2GB"], "2GiB"),
+        (["verify"], "has not been built yet"),
+        (["run", "--user-data", "nowhere.yaml"], "nowhere.yaml"),
+        (["render", "--output", "/"], "exists already"),
+    ],
+)
+def test_wrong_usage_says_what_is_right(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert commands.run(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_help_and_no_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["--help"]) == 0
+    assert "verify" in capsys.readouterr().out
+    assert commands.run([]) == 2
+
+
+def test_version_needs_no_imports() -> None:
+    """Scripts ask for it often: it must not pay for typer, pydantic or rich."""
+    program = (
+        "import sys; sys.argv = ['ami-builder', '--version']\n"
+        "from ami_builder.cli import main; main()\n"
+        "heavy = {'typer', 'pydantic', 'rich', 'jinja2', 'pytest'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"ami-builder {__version__}\n"
+
+
+def test_list_shows_verdicts(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == []
+    for passed, word in ((None, "not verified"), (True, "passed"), (False, "FAILED")):
+        stored = _stored(workspace, tmp_path, passed=passed)
+        assert commands.run(["list"]) == 0
+        shown = capsys.readouterr().out
+        assert word in shown
+        assert str(stored.path) in shown
+
+
+def test_a_result_is_one_json_object(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = _stored(workspace, tmp_path, passed=True)
+    built = build_module.Built(stored=stored, unchanged=True)
+    monkeypatch.setattr(build_module, "build", lambda *_: built)
+    assert commands.run(["build", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["schema_version"] == 1
+    assert answer["unchanged"] is True
+    assert answer["artifact"]["location"] == str(stored.path)
+    assert commands.run(["--quiet", "build"]) == 0
+    assert capsys.readouterr().out == f"{stored.path}\n"
+
+
+def test_render_shows_and_writes_the_guest(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(["--set", "memory.reserve=64MiB", "render"]) == 0
+    assert "reserve_bytes=67108864" in capsys.readouterr().out
+    assert commands.run(["render", "--output", str(tmp_path / "guest")]) == 0
+    script = tmp_path / "guest" / "usr" / "local" / "sbin" / "start-dask"
+    assert script.stat().st_mode & 0o111
+    assert str(script) in capsys.readouterr().out
+
+
+def test_check_names_what_is_missing(
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = proc.find
+
+    def find(program: str) -> Path:
+        return real("mmdebstrap-that-is-not-there" if program == "mmdebstrap" else program)
+
+    monkeypatch.setattr(proc, "find", find)
+    monkeypatch.setattr(proc, "PACKAGES", {"mmdebstrap-that-is-not-there": "mmdebstrap"})
+    assert commands.run(["check", "--json"]) == 3
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ready"] is False
+    (missing,) = (f for f in answer["findings"] if f["state"] == "stops a build")
+    assert missing["name"] == "mmdebstrap"
+    assert "apt-get install mmdebstrap" in missing["hint"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(28, "No space left on device", "/x/y"), 4, "AMI_BUILDER_HOME"),
+        (OSError(5, "Input/output error"), 1, "defect"),
+        (ZeroDivisionError("division"), 1, "--debug"),
+        (Interrupted("stopped by SIGINT"), 130, "stopped by SIGINT"),
+    ],
+)
+def test_whatever_happens_there_is_no_traceback(
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    said: str,
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(build_module, "build", broken)
+    assert commands.run(["build"]) == status
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_debug_shows_the_traceback(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(build_module, "build", broken)
+    assert commands.run(["--debug", "build"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_corrupt_base_stops_before_packer(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base.qcow2"
+    base.write_bytes(b"QFI\xfb" + b"\0" * 2000)
+
+    def no_trial(*_: object, **__: object) -> tuple[qemu.Accelerator, str]:
+        raise AssertionError("nothing may boot")
+
+    monkeypatch.setattr(qemu, "choose_accelerator", no_trial)
+    settings = ["--set", f"base.source={base}", "--set", "base.ssh_user=debian"]
+    settings += ["--set", "container.source=registry", "--set", "container.reference=127.0.0.1:1/dask:1"]
+    assert commands.run([*settings, "build"]) in {2, 4}
+    shown = capsys.readouterr().err
+    assert "base.qcow2" in shown
+    assert "Traceback" not in shown
