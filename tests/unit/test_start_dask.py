@@ -77,7 +77,7 @@ class Machine:
         for folder in ("proc", "etc/dask"):
             (root / folder).mkdir(parents=True)
         fake(self.programs, "docker", DOCKER)
-        self.write("etc/dask/compose.yaml", "services: {}\n")
+        self.write("etc/dask/compose.yaml", "services: {w: {command: '${DASK_SCHEDULER_ADDRESS}'}}\n")
         self.write("etc/dask/dask.env", "DASK_ROLE=local\nDASK_SCHEDULER_ADDRESS=\n")
         self.meminfo("2-gib")
 
@@ -282,6 +282,12 @@ def test_the_role_chooses_the_profile(machine: Machine, role: str) -> None:
     assert started.status == 0, started.output
     assert started.environment["COMPOSE_PROFILES"] == role
     assert started.environment["DASK_SCHEDULER_ADDRESS"] == "tcp://10.0.0.1:8786"
+
+
+def test_a_control_planes_compose_file_may_name_the_scheduler(machine: Machine) -> None:
+    machine.write("etc/dask/dask.env", "DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=\n")
+    machine.write("etc/dask/compose.yaml", "services: {w: {command: dask worker tcp://10.0.0.1:8786}}\n")
+    assert machine.start().status == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""The README shows what is true: its commands exist, its example loads, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ami_builder import config, errors
+from ami_builder.commands import app, config_app
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_table_are_the_commands() -> None:
+    table = README.split("## Commands")[1].split("##")[0]
+    shown = set(re.findall(r"`(\w+(?: \w+)?)", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))))
+    there = {c.name or str(c.callback.__name__) for c in app.registered_commands if c.callback}
+    there |= {f"config {c.name}" for c in config_app.registered_commands}
+    assert shown - {"command"} == there
+
+
+def test_the_exit_codes_are_the_exit_codes() -> None:
+    sentence = README.split("Exit codes:")[1].split(".")[0]
+    shown = {int(code) for code in re.findall(r"\b(\d+) ", sentence)}
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)
+             and issubclass(kind, errors.AmiBuilderError)}  # fmt: skip
+    # 6 is a cloud's, and no command speaks with one yet.
+    assert shown == {0, *codes} - {6}
+
+
+def test_the_example_configuration_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", README, re.S)
+    path = tmp_path / "ami-builder.toml"
+    path.write_text(example.replace("sha256:0123…", "sha256:" + "0" * 64), encoding="utf-8")
+    (tmp_path / "checks").mkdir()
+    (tmp_path / "checks" / "test_ours.py").write_text("")
+    image = config.load(path, environ={}).select()
+    assert image.name == "prod"
+    assert image.reserve.percent == 5
+    assert image.container.requirements is None
+
+
+@pytest.mark.parametrize(
+    "name", re.findall(r"^(?: {4}| {6})(\w[\w/.*-]+)", README.split("## Architecture")[1], re.M)
+)
+def test_the_tree_is_the_tree(name: str) -> None:
+    places = (ROOT, ROOT / "packer", ROOT / "scripts", ROOT / "ami_builder")
+    pattern = name.replace("NN-*", "*")
+    assert any(list(place.glob(pattern.rstrip("/"))) for place in places), name
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
