@@ -189,10 +189,10 @@ class _Run:
         message = "" if outcome == "passed" else _message(report)
         self.failed += outcome == "failed"
         if outcome == "skipped" and message.startswith(BLOCKED):
-            self.blocked = self.blocked or f"{readable(report.nodeid)}: {message}"
+            self.blocked = self.blocked or f"{_name(report)}: {message}"
         self.tell(
             event="result",
-            name=readable(report.nodeid),
+            name=_name(report),
             outcome=outcome,
             seconds=round(report.duration, 3),
             message=message,
@@ -223,6 +223,11 @@ def readable(nodeid: str) -> str:
     name, _, parameters = function.rstrip("]").partition("[")
     words = " ".join(part.removeprefix("test_") for part in name.split("::")).replace("_", " ")
     return f"{stem}: {words} ({parameters})" if parameters else f"{stem}: {words}"
+
+
+def _name(report: pytest.TestReport) -> str:
+    # A file that lies outside pytest's root has no path in its node id.
+    return readable(f"{report.location[0]}::{report.nodeid.partition('::')[2]}")
 
 
 def _message(report: pytest.TestReport | pytest.CollectReport) -> str:

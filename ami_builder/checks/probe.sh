@@ -8,5 +8,5 @@ shift 3
 exec timeout "$seconds" xargs -0 -a "/proc/$pid/environ" sh -c '
     pid=$0 program=$1 first=$2 second=$3 third=$4
     shift 4
-    exec env -i "$@" nsenter -t "$pid" -m -n -i -u -p -- python -c "$program" "$first" "$second" "$third"
+    exec env -i "$@" PYTHONDONTWRITEBYTECODE=1 nsenter -t "$pid" -m -n -i -u -p -- python -c "$program" "$first" "$second" "$third"
 ' "$pid" "$program" "$@"

@@ -103,7 +103,11 @@ class Level:
 
     path: str
     files: Mapping[str, str]
-    """`max`, `high`, `low`, `min`, `swap.max` -> content of memory.*; empty where there is no such file."""
+    """`max`, `high`, `low`, `min`, `swap.max` -> content of memory.*, without those that are not there."""
+
+    def get(self, file: str) -> str:
+        """Return a file's content; empty when there is no such file."""
+        return self.files.get(file, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,11 +255,14 @@ def _containers(text: str) -> tuple[Container, ...]:
 
 def _levels(text: str) -> tuple[Level, ...]:
     levels: dict[str, dict[str, str]] = {}
+    files: dict[str, str] = {}
     for line in text.splitlines():
-        if line:
-            path, name, *value = line.split(" ")
-            levels.setdefault(path, {})[name] = " ".join(value)
-    return tuple(Level(path=path, files=files) for path, files in levels.items())
+        if line.startswith("/"):
+            files = levels.setdefault(line, {})
+        elif ":" in line:
+            name, _, value = line.removeprefix("memory.").partition(":")
+            files[name] = value
+    return tuple(Level(path=path, files=found) for path, found in levels.items())
 
 
 def _mount(line: str) -> Mount:

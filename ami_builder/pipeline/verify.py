@@ -103,8 +103,8 @@ def _machine_proof(
                 machine = _Machine(image, disk, accelerator, memory, run, attempt)
                 try:
                     return machine.prove(child)
-                except qemu.GuestPanic:
-                    if attempt == _BOOTS or accelerator is not qemu.Accelerator.TCG:
+                except qemu.GuestPanic as panic:
+                    if attempt == _BOOTS or not panic.boot_again:
                         raise
                     child.update("the guest's kernel panicked under emulation: booting again")
             raise AssertionError("unreachable")

@@ -1,4 +1,6 @@
-# Runs inside the new system, with sh -eu, as the last step of its installation.
+#!/bin/sh
+# Runs inside the new system as the last step of its installation.
+set -eu
 
 # Names are resolved by systemd-resolved.
 ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf

@@ -1,4 +1,6 @@
-# Runs inside the new system, with sh -eu, as the last step of its installation. $1: the time for new files.
+#!/bin/sh
+# Runs inside the new system as the last step of its installation. $1: the time for new files.
+set -eu
 epoch="$1"
 export LC_ALL=C.UTF-8
 
@@ -9,7 +11,7 @@ install -d -o 1000 -g 1000 /home/dask
 
 python3 -m venv --without-pip /opt/dask
 pip="$(echo /usr/share/python-wheels/pip-*.whl)/pip"
-/opt/dask/bin/python "$pip" -q --no-cache-dir install --no-index --no-deps \
+/opt/dask/bin/python "$pip" --isolated -q --no-cache-dir install --no-index --no-deps \
     --require-hashes --no-compile --find-links /tmp/wheels -r /tmp/wheels/requirements.txt
 dpkg --purge python3-pip-whl >/dev/null
 # A sixth of the packages' size, and not used by what runs.

@@ -3,6 +3,7 @@
 
 cache="${AMI_BUILDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ami-builder}"
 work=
+child=
 PATH="$PATH:/usr/sbin:/sbin"
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
@@ -19,8 +20,31 @@ need() {
 }
 
 clean_up() {
-    [ -z "$work" ] || [ ! -e "$work/root" ] || as_root rm -rf "$work/root" || true
-    [ -z "$work" ] || rm -rf "$work"
+    [ -n "$work" ] || return 0
+    [ ! -e "$work/root" ] || as_root rm -rf --one-file-system "$work/root" || true
+    rm -rf --one-file-system "$work"
+}
+
+# run COMMAND...: in a process group of its own, so that a signal to this script ends all of it at once.
+run() {
+    local status=0
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    wait "$child" || status=$?
+    child=
+    return "$status"
+}
+
+# stop STATUS: what a signal leads to.
+stop() {
+    trap '' HUP INT TERM
+    if [ -n "$child" ]; then
+        kill -TERM -- "-$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    fi
+    exit "$1"
 }
 
 # as_root COMMAND...: as the owner of the files that bootstrap made; for others than root in a user namespace.
@@ -36,9 +60,9 @@ as_root() {
 # would keep mmdebstrap's user namespace out.
 make_work() {
     trap clean_up EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    trap 'stop 129' HUP
+    trap 'stop 130' INT
+    trap 'stop 143' TERM
     work="$(mktemp -d "${TMPDIR:-/var/tmp}/${0##*/}.XXXXXXXX")"
     chmod 711 "$work"
 }
@@ -101,9 +125,9 @@ bootstrap() {
     local debs="$cache/debs/$1" suite="$2" mirror="$3" packages="$4"
     shift 4
     mkdir -p "$debs" "$work/debs"
-    find "$debs" -name '*.deb' -mtime +30 -delete
+    find "$debs" -mindepth 1 -mtime +30 -delete
     # shellcheck disable=SC2016
-    mmdebstrap --variant=apt --format=directory --include="$packages" \
+    run mmdebstrap --variant=apt --format=directory --include="$packages" \
         --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' \

@@ -172,6 +172,9 @@ def test_the_configuration_names_only_ours(make: Make, key: Path) -> None:
     with make() as session:
         told = subprocess.check_output(["ssh", "-G", "-F", session.config, ssh.HOST], text=True)
     options = {tuple(line.split(" ", 1)) for line in told.splitlines()}
+    ciphers = next(rest[0] for k, *rest in options if k == "ciphers").split(",")
+    assert ciphers[0] == "aes128-ctr"
+    assert "chacha20-poly1305@openssh.com" in ciphers
     assert {v for k, *rest in options for v in rest if k == "identityfile"} == {str(key)}
     assert {
         ("identitiesonly", "yes"),
