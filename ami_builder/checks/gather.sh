@@ -36,9 +36,9 @@ if [ "$phase" = boot ]; then
     (config /var/lib/ami-builder/compose.image.yaml "${value:-1073741824}" >"$scratch/image.set" 2>&1) &
 fi
 
-section clock
-date +%s.%N
-cut -d' ' -f1 /proc/uptime
+section booted
+# One reading: between two of date and uptime a busy machine may take seconds.
+sed -n 's/^btime //p' /proc/stat
 section pagesize
 getconf PAGESIZE
 section memory.env
@@ -57,6 +57,8 @@ section journal
 invocation=$(property InvocationID)
 [ -z "$invocation" ] ||
     journalctl -q --no-pager -o cat "_SYSTEMD_INVOCATION_ID=$invocation" | grep -F AVAILABLE_MEMORY_FOR_DASK
+section "last words"
+[ -z "$invocation" ] || journalctl -q --no-pager -o cat -n 1 "_SYSTEMD_INVOCATION_ID=$invocation"
 section "shell sudo -i"
 sudo -u "$user" -i printenv AVAILABLE_MEMORY_FOR_DASK
 section "shell bash -l"
@@ -94,9 +96,8 @@ section mounts
 [ -z "$pid" ] || cat "/proc/$pid/mountinfo" 2>/dev/null
 
 if [ "$phase" = boot ]; then
-    read -r up _ </proc/uptime
     # Five seconds of grace for a clock that is set while booting.
-    boot="@$(($(date +%s) - ${up%.*} - 5))"
+    boot="@$(($(sed -n 's/^btime //p' /proc/stat) - 5))"
     older() { find "$@" ! -newerct "$boot" -printf '%p\n' 2>/dev/null; }
     homes=$(getent passwd | cut -d: -f6 | sort -u)
 

@@ -124,9 +124,8 @@ class Machine:
     """One start of the machine; `text` keeps the sections that only one check reads."""
 
     text: Sections
-    now: float
     booted: float
-    """Seconds since 1970 in the machine's own clock, as `now` is."""
+    """Seconds since 1970 in the machine's own clock, as it is set now."""
     page: int
     variable: int | None
     """The measured value; None when there is none, or something else than integer bytes."""
@@ -148,19 +147,18 @@ class Machine:
         if "end" not in text or "memory.stat" not in text:
             raise Incomplete("the machine's answer stops half-way")
         try:
-            now, uptime = (float(word) for word in text["clock"].split())
+            booted = float(text["booted"])
             service = dict(line.split("=", 1) for line in text["service"].splitlines() if "=" in line)
             started = int(service.get("ExecMainStartTimestampMonotonic") or 0)
             value = _LINE.fullmatch(text["memory.env"])
             return cls(
                 text=text,
-                now=now,
-                booted=now - uptime,
+                booted=booted,
                 page=int(text["pagesize"]),
                 variable=int(value[1]) if value else None,
                 measured=float(text["memory.env.time"]) if text["memory.env.time"].strip() else None,
                 service=service,
-                service_started=now - uptime + started / 1e6,
+                service_started=booted + started / 1e6,
                 containers=_containers(text["containers"]),
                 main_container=text["container"].split("\n")[0],
                 levels=_levels(text["cgroups"]),

@@ -7,7 +7,7 @@ from ami_builder.checks.state import VARIABLE, Container, Machine, told
 
 MIB = 1 << 20
 
-# The clock may be set while the machine boots; the service's start is known by the monotonic one.
+# The boot's time is told in whole seconds, and the clock may be set a little while the machine runs.
 CLOCK_SECONDS = 2.0
 
 
@@ -20,8 +20,9 @@ def available_now(machine: Machine, context: Context) -> int:
 def noise(machine: Machine) -> int:
     """Return how far two readings of one idle machine differ, in bytes: 0.1 % of MemTotal.
 
-    MemAvailable leaves out the free pages that each processor keeps for itself, up to the distance between
-    two watermarks (mm/page_alloc.c, zone_highsize), which vm.watermark_scale_factor makes 0.1 % of memory.
+    MemAvailable leaves out the free pages that processors keep for themselves, by default about as many as
+    the low watermark (Linux, mm/page_alloc.c, zone_highsize), and vm.watermark_scale_factor makes the steps
+    between watermarks 0.1 % of memory. Besides, 0.1 % are nothing that Dask's thresholds would notice.
     """
     return machine.meminfo["MemTotal"] // 1000
 
@@ -50,7 +51,7 @@ def test_variable_is_not_less_than_was_available(machine: Machine, context: Cont
     """Measured while Dask runs, the value lacks what Dask itself uses, for nothing.
 
     What is available now, with all counted back in that only the container's end would give back, should be
-    less than at the measurement: containerd-shim, Compose and our login came later (15 to 22 MiB less on
+    less than at the measurement: containerd-shim, Compose and our login came later (4 to 22 MiB less on
     Debian 13 with 2 GiB). An idle scheduler, nanny and worker hold 120 MiB and more, and measured beside them
     the value comes out 80 to 110 MiB below. 48 MiB lie between: they leave room for programs of the boot that
     end after the measurement. From about 64 GiB on one idle Dask hides in the noise of 0.1 %, and it is the

@@ -16,8 +16,8 @@ AFTER = ("docker.service", "multi-user.target", "cloud-final.service")
 def test_service_is_active(machine: Machine) -> None:
     """Dask runs because dask.service measured and started it, not because something else did."""
     state, sub, result = (machine.service.get(key) for key in ("ActiveState", "SubState", "Result"))
-    why = machine.text["settled"].strip()
-    assert state == "active", f"dask.service is {state} ({sub}, result {result}): {why}"
+    last = machine.text["last words"].strip() or machine.text["settled"].strip()
+    assert state == "active", f"dask.service is {state} ({sub}, result {result}): {last}"
 
 
 def test_service_is_enabled(machine: Machine) -> None:

@@ -12,20 +12,17 @@ systemctl -q mask \
     modprobe@fuse.service modprobe@loop.service systemd-pstore.service systemd-udev-load-credentials.service \
     systemd-hibernate-clear.service systemd-binfmt.service proc-sys-fs-binfmt_misc.automount \
     sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount \
-    e2scrub_reap.service
+    systemd-network-generator.service e2scrub_reap.service
 systemctl -q disable e2scrub_all.timer apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer
 mkdir -p /etc/systemd/system-generators
 for name in ssh gpt-auto hibernate-resume tpm2; do
     ln -s /dev/null "/etc/systemd/system-generators/systemd-$name-generator"
 done
 
-# AppArmor's own profiles are for a hundred desktop programs, and compiling them was the longest part of a boot.
-# Docker loads its own; so do packages that are installed later.
+# AppArmor's own profiles are for a hundred desktop programs or only name what they allow, and compiling them was
+# the longest part of a boot. Docker loads its own; so do packages that are installed later.
 for profile in /etc/apparmor.d/*; do
-    case "${profile##*/}" in
-        runc | unix-chkpwd) ;;
-        *) [ ! -f "$profile" ] || ln -s "$profile" /etc/apparmor.d/disable/ ;;
-    esac
+    [ ! -f "$profile" ] || ln -s "$profile" /etc/apparmor.d/disable/
 done
 
 # Made anew on every machine.

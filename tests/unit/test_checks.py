@@ -668,7 +668,7 @@ def test_swap_needs_no_file_on_a_kernel_without_swap() -> None:
     assert red(text, dask(VALUE)) == set()
 
 
-@pytest.mark.parametrize("missing", ["end", "clock", "meminfo", "memory.stat", "containers", "service"])
+@pytest.mark.parametrize("missing", ["end", "booted", "meminfo", "memory.stat", "containers", "service"])
 def test_half_an_answer_is_none(missing: str) -> None:
     with pytest.raises(Incomplete):
         Machine.parse({name: text for name, text in RECORDED.items() if name != missing})

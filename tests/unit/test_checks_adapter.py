@@ -228,7 +228,7 @@ def test_a_login_without_sudo_is_named(fake: Fake) -> None:
 
 
 def test_half_an_answer_is_refused(fake: Fake) -> None:
-    fake.answer("gathered", {"clock": "1.0\n"})
+    fake.answer("gathered", {"booted": "1\n"})
     assert "the machine answers" in guard(fake.run(fake.file("def test_a(machine):\n    pass\n")))
 
 

@@ -125,7 +125,8 @@ STAYS = 'trap "exit 0" TERM; : >"$0.$1.ready"; sleep 60 & wait'
 def test_local_fails_when_the_worker_ends_by_itself(tmp_path: Path, status: int) -> None:
     process = _local(tmp_path, f"case $1 in worker) exit {status} ;; esac\n{STAYS}")
     assert process.wait(30) == 1
-    assert len(calls(tmp_path, "dask")) == 2
+    # The scheduler may be stopped before it has said that it was called.
+    assert any(call.startswith("worker ") for call in calls(tmp_path, "dask"))
 
 
 def test_local_ends_well_when_it_is_asked_to(tmp_path: Path) -> None:
