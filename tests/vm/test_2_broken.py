@@ -5,12 +5,16 @@ Every break is one that a person could make, and the checks must name it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.vm.conftest import Booted, red
+from ami_builder import proc
+from tests.vm.conftest import Booted, ami_builder, red
 
 START_DASK = "/usr/local/sbin/start-dask"
 COMPOSE_FILE = "/etc/dask/compose.yaml"
@@ -135,3 +139,24 @@ def test_a_broken_image_goes_red(machine: Booted, restore: Callable[[str], None]
     failed = red(machine.check(broken.name.replace(" ", "-")))
     assert broken.red <= failed.keys(), failed
     assert not any(name.startswith("guard:") for name in failed), failed
+
+
+def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path) -> None:
+    """The whole command, on a disk whose start-dask was broken before it ever booted: exit 5, with names."""
+    disk = tmp_path / "broken.raw"
+    proc.output(["qemu-img", "convert", "-O", "raw", built["artifact"]["location"], disk], timeout=300)
+    table = json.loads(proc.output(["sfdisk", "--json", disk]))["partitiontable"]
+    (start,) = (p["start"] for p in table["partitions"] if p.get("name") == "root")
+    root = f"{disk}?offset={start * table['sectorsize']}"
+    (tmp_path / "start-dask").write_text("#!/bin/sh\necho start-dask: broken on purpose\nexit 1\n")
+    for request in (f"rm {START_DASK}", f"write {tmp_path / 'start-dask'} {START_DASK}",
+                    f"set_inode_field {START_DASK} mode 0100755"):  # fmt: skip
+        proc.output(["debugfs", "-w", "-R", request, root])
+    answer = ami_builder("verify", disk)
+    assert answer.status == 5, answer.stderr
+    for name in ("service: service is active", "chain: variable was measured", "limit: one container runs"):
+        assert name in answer.stderr
+    folder = next(Path(w) for w in answer.stderr.split() if w.rstrip(".").endswith("/machines"))
+    assert "broken on purpose" in (folder / "2048MiB" / "journal.txt").read_text()
+    assert (folder / "2048MiB" / "console.log").stat().st_size > 0
+    assert (folder / "2048MiB" / "docker-inspect.json").exists()

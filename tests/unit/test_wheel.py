@@ -1,0 +1,60 @@
+"""`pip install .` gives the same program in any folder: the wheel brings packer/ and scripts/ along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ami_builder import proc
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from this checkout and installed by pip, without what it depends on."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for argv in (
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--find-links", str(folder),
+         "--target", str(folder / "site"), "ami-builder"],
+    ):  # fmt: skip
+        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    return folder / "site"
+
+
+def _run(installed: Path, cwd: Path, *arguments: str) -> str:
+    """Run the installed package, and not this checkout, with the dependencies of this environment."""
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ami_builder.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(installed), *arguments],
+        cwd=cwd,
+        env=proc.environment({"AMI_BUILDER_HOME": str(cwd / "home")}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_renders_the_same_guest(installed: Path, tmp_path: Path) -> None:
+    ours = _run(ROOT, tmp_path, "render")
+    assert _run(installed, tmp_path, "render") == ours
+    assert "start-dask 0755" in ours
+
+
+def test_its_scripts_can_be_run(installed: Path) -> None:
+    scripts = installed / "ami_builder" / "_shipped" / "scripts"
+    for name in ("base-disk", "container-archive"):
+        shown = subprocess.run([scripts / name, "--help"], capture_output=True, text=True, check=True).stdout
+        assert shown.startswith(f"usage: {name}")
+
+
+def test_its_configuration_is_the_shipped_one(installed: Path, tmp_path: Path) -> None:
+    shown = _run(installed, tmp_path, "config", "show")
+    assert "memory.reserve" in shown
+    assert str(installed) in shown
