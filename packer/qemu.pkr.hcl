@@ -13,6 +13,10 @@ source "qemu" "image" {
   disk_discard     = "unmap"
   disk_interface   = "virtio"
   disk_compression = true
+  qemu_img_args {
+    # Four times faster than zlib to write, and to read at every boot.
+    convert = ["-o", "compression_type=zstd"]
+  }
 
   accelerator = var.accelerator
   memory      = var.memory_mib

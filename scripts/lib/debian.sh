@@ -96,7 +96,8 @@ resolve() {
         "$root"/var/{lib/apt/lists/partial,cache/apt/archives/partial,lib/dpkg}
     (
         flock 9
-        : >"$root/var/lib/dpkg/status"
+        # Never written again: a newer file would make apt read all of its lists anew.
+        [ -e "$root/var/lib/dpkg/status" ] || : >"$root/var/lib/dpkg/status"
         printf '%s\n' "$lines" >"$root/etc/apt/sources.list"
         cat >"$root/apt.conf" <<EOF
 Dir "$root/";
