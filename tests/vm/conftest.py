@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"))
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
-DASK_SECONDS = 240.0
+DASK_SECONDS = 600.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
