@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path, user_state_path
 from pydantic import TypeAdapter
 
-from .errors import Locked, UsageError
+from .errors import Interrupted, Locked, UsageError
 from .model import Artifact, RunRecord, RunStatus, Target, Verdict
 
 T = TypeVar("T")
@@ -165,11 +165,11 @@ class Workspace:
         with alive:
             try:
                 yield run
-            except Exception as failed:
-                run.update(status=RunStatus.FAILED, error=str(failed))
+            except (Interrupted, KeyboardInterrupt, SystemExit) as stopped:
+                run.update(status=RunStatus.INTERRUPTED, error=str(stopped))
                 raise
-            except BaseException:
-                run.update(status=RunStatus.INTERRUPTED)
+            except BaseException as failed:
+                run.update(status=RunStatus.FAILED, error=str(failed))
                 raise
             else:
                 run.update(status=RunStatus.PASSED)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.errors import BuildFailed, Locked, UsageError
+from ami_builder.errors import BuildFailed, Interrupted, Locked, UsageError
 from ami_builder.model import Artifact, CheckResult, Outcome, RunRecord, RunStatus, Target, Verdict
 from ami_builder.workspace import StoredImage, Workspace, dump, load, write_atomically
 
@@ -91,9 +91,10 @@ def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
     with pytest.raises(BuildFailed), workspace.run("build", "dask") as run:
         raise BuildFailed("broken")
     assert (run.record.status, run.record.error) == (RunStatus.FAILED, "broken")
-    with pytest.raises(KeyboardInterrupt), workspace.run("build", "dask") as run:
-        raise KeyboardInterrupt
-    assert run.record.status is RunStatus.INTERRUPTED
+    for stopped in (KeyboardInterrupt(), Interrupted("by SIGTERM")):
+        with pytest.raises(type(stopped)), workspace.run("build", "dask") as run:
+            raise stopped
+        assert run.record.status is RunStatus.INTERRUPTED
 
 
 def test_a_killed_run_is_swept_and_a_living_one_is_not(workspace: Workspace) -> None:

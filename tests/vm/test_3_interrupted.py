@@ -58,11 +58,14 @@ def _building(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def _wait_for(text: str, log: Path) -> None:
-    def shown() -> bool:
-        return text in log.read_text(errors="replace")
+def _wait_for_packer(workspace: Workspace, known: set[Path], log: Path) -> None:
+    """Wait until a run that is not among the `known` ones has a machine that boots."""
 
-    proc.wait_until(shown, what=f"{text!r} in the build's output", timeout=300, interval=0.2, log=log)
+    def booting() -> bool:
+        logs = [run / "logs" / "packer.log" for run in set(workspace.runs_dir.iterdir()) - known]
+        return any(p.exists() and "Waiting for SSH" in p.read_text(errors="replace") for p in logs)
+
+    proc.wait_until(booting, what="a baking machine", timeout=300, interval=0.2, log=log)
 
 
 def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
@@ -76,9 +79,9 @@ def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
 def test_a_signal_while_baking_leaves_nothing(
     built: Mapping[str, Any], workspace: Workspace, tmp_path: Path, number: signal.Signals
 ) -> None:
-    before, images = _ours(), workspace.images()
+    before, images, runs = _ours(), workspace.images(), set(workspace.runs_dir.iterdir())
     with _building(tmp_path / "log") as process:
-        _wait_for("Waiting for SSH", workspace_log(workspace, tmp_path / "log"))
+        _wait_for_packer(workspace, runs, tmp_path / "log")
         process.send_signal(number)
         assert process.wait(60) == 130
     proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=10)
@@ -89,22 +92,12 @@ def test_a_signal_while_baking_leaves_nothing(
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def workspace_log(workspace: Workspace, log: Path) -> Path:
-    """Return Packer's log of the newest run, once there is one."""
-
-    def found() -> Path | None:
-        logs = sorted(workspace.runs_dir.glob("*/logs/packer.log"))
-        return logs[-1] if logs and logs[-1].stat().st_mtime > log.stat().st_ctime - 1 else None
-
-    return proc.wait_until(found, what="Packer's log", timeout=120, interval=0.2, log=log)
-
-
 def test_a_second_build_is_refused_and_kill_9_leaves_no_machine(
     built: Mapping[str, Any], workspace: Workspace, tmp_path: Path
 ) -> None:
-    before, images = _ours(), workspace.images()
+    before, images, runs = _ours(), workspace.images(), set(workspace.runs_dir.iterdir())
     with _building(tmp_path / "log") as process:
-        _wait_for("Waiting for SSH", workspace_log(workspace, tmp_path / "log"))
+        _wait_for_packer(workspace, runs, tmp_path / "log")
         started = time.monotonic()
         second = ami_builder(*OTHER, "build")
         assert second.status == 8
