@@ -48,9 +48,10 @@ def registry(folder: Path) -> Iterator[int]:
 def push(archive: Path, port: int, name: str, tag: str) -> str:
     """Push a `docker save` archive over the registry's HTTP API; return the manifest's digest."""
     with tarfile.open(archive) as tar:
+        members = {member.name.removeprefix("./"): member for member in tar}
 
         def member(path: str) -> bytes:
-            file = tar.extractfile(path)
+            file = tar.extractfile(members[path])
             assert file is not None
             return file.read()
 
