@@ -32,6 +32,8 @@ source "qemu" "image" {
   ssh_username         = var.ssh_username
   ssh_private_key_file = var.ssh_private_key_file
   ssh_timeout          = var.ssh_timeout
-  shutdown_command     = "sudo -n systemctl poweroff"
-  shutdown_timeout     = "5m"
+  # sshd of a cloud image answers before cloud-init has made the user: refused logins say nothing yet.
+  ssh_handshake_attempts = 1000
+  shutdown_command       = "sudo -n systemctl poweroff"
+  shutdown_timeout       = "5m"
 }

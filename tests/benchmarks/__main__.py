@@ -84,15 +84,15 @@ def _image() -> Image:
 
 def startup() -> Sequence[Row]:
     """`ami-builder --version` and the set-up script around it, against `packer version`."""
-    program = Path(sys.executable).with_name("ami-builder")
+    program = (sys.executable, "-I", "-m", "ami_builder")
     script = ROOT / "scripts" / "ami-builder"
-    for argv in ((program, "--version"), (script, "--version"), ("packer", "version")):
+    for argv in ((*program, "--version"), (script, "--version"), ("packer", "version")):
         _command(*argv)
     ours, theirs, ratio = _pairs(
-        lambda: _command(program, "--version"), lambda: _command("packer", "version"), 21
+        lambda: _command(*program, "--version"), lambda: _command("packer", "version"), 21
     )
     through, direct, _ = _pairs(
-        lambda: _command(script, "--version"), lambda: _command(program, "--version"), 21
+        lambda: _command(script, "--version"), lambda: _command(*program, "--version"), 21
     )
     return (
         Row(
