@@ -101,7 +101,7 @@ sed -i -f /run/break.sed {START_DASK}
         file=COMPOSE_FILE,
         script=rf"""
 sed -i '/memswap_limit:/d
-    s|mem_limit: .*|&\n  mem_reservation: 64m\n  tmpfs: [/scratch]|
+    s|mem_limit: .*|&\n  mem_reservation: 1g\n  tmpfs: [/scratch]|
     s|disable: true|test: [CMD, "true"]|
     s|restart: "no"|restart: always|
     s|--local-directory /spill|--local-directory /scratch|
