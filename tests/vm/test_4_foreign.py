@@ -66,7 +66,7 @@ datasource = "nocloud"
 
 @pytest.mark.skipif(
     os.environ.get("AMI_BUILDER_TEST_FOREIGN") != "1",
-    reason="not seen passing yet: its bake timed out on a machine that ran five others; "
+    reason="not seen passing yet: the session that wrote it had no time left to run it through; "
     "AMI_BUILDER_TEST_FOREIGN=1 runs it (a second build, a quarter of an hour under emulation)",
 )
 def test_a_cloud_image_and_a_registry(built: Mapping[str, Any], workspace: Workspace, tmp_path: Path) -> None:
