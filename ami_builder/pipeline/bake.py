@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ami_builder.adapters import cloud_image, packer, qemu, recipe, ssh
-from ami_builder.console import Step
+from ami_builder.console import Step, size
 from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.workspace import Run, Workspace
@@ -37,7 +37,6 @@ class Baked:
 
     disk: Path
     packages: Path
-    accelerator: qemu.Accelerator
 
 
 def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
@@ -74,7 +73,9 @@ def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
             timeout=inputs.image.bake.timeout,
             on_progress=child.update,
         )
-        return Baked(disk=output / "image.qcow2", packages=packages, accelerator=accelerator)
+        disk = output / "image.qcow2"
+        child.done(size(disk.stat().st_size))
+        return Baked(disk=disk, packages=packages)
 
 
 def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:

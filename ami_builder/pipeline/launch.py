@@ -76,6 +76,7 @@ def launch(
             endpoint = stack.enter_context(machine)
             session = stack.enter_context(ssh.Session(endpoint, key=key, directory=run.work / "ssh"))
             session.wait(image.verify.timeout, machine.check_alive)
+            step.done("ssh answers")
         on_ready(
             Launched(
                 ssh=f"ssh -F {session.config} {ssh.HOST}",
