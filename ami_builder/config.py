@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from . import resources
+from . import conflicts, resources
 from .errors import UsageError
 from .model import Image
-from .settings import FIELDS, FileTable, ImageTable, conflicts, from_text, json_schema, schema_text
+from .settings import FIELDS, FileTable, ImageTable, from_text, json_schema, schema_text
 from .spelling import did_you_mean
 from .toml_lines import KeyPath, dotted, key_lines, line_of
 
@@ -226,7 +226,7 @@ class _Mistakes:
 
     def check(self, merged: ImageTable, layers: Sequence[_Layer], image: _Origin) -> None:
         """Note what is wrong with the settings of an image together."""
-        for keys, message in conflicts(merged):
+        for keys, message in conflicts.find(merged):
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
                 # A default is nobody's mistake: point at what it does not go with.
                 places = (_origin(layers, key, image).place for key in keys)

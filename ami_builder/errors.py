@@ -50,7 +50,7 @@ class ChecksFailed(AmiBuilderError):
     exit_code = 5
 
 
-class CloudError(AmiBuilderError):
+class CloudFailed(AmiBuilderError):
     """A cloud API refused or failed."""
 
     exit_code = 6

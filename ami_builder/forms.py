@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Form:
     schema: Mapping[str, Any]
     whole: bool = False
     """Written as a whole number in TOML, so text from the environment is turned into one."""
+    truth: bool = False
+    """Written as true or false in TOML, so text from the environment is turned into one."""
 
     def __get_pydantic_core_schema__(
         self, source: object, handler: GetCoreSchemaHandler
@@ -101,6 +104,12 @@ def count(least: int, most: int, *, auto: bool = False) -> Form:
         schema={"anyOf": [number, {"const": "auto"}]} if auto else number,
         whole=True,
     )
+
+
+def _truth(value: object, folder: Path) -> bool:
+    if value is True or value is False:
+        return value
+    raise ValueError("expected true or false")
 
 
 def size(least: int, most: int, *, examples: tuple[str, ...]) -> Form:
@@ -170,6 +179,24 @@ def _checksum(value: object, folder: Path) -> str:
     raise ValueError(expected)
 
 
+_WIDEST = {4: 8, 6: 16}
+
+
+def _cidr(value: object, folder: Path) -> str:
+    expected = "expected addresses such as 203.0.113.7/32 or 2001:db8::/64"
+    try:
+        network = ipaddress.ip_network(value) if isinstance(value, str) else None
+    except ValueError as wrong:
+        raise ValueError(f"{expected}: {wrong}") from wrong
+    if network is None:
+        raise ValueError(expected)
+    if network.prefixlen < _WIDEST[network.version]:
+        raise ValueError(
+            f"{expected}, no wider than /{_WIDEST[network.version]}: ssh is not opened to everybody"
+        )
+    return str(network)
+
+
 Item = TypeVar("Item")
 
 
@@ -201,6 +228,9 @@ _UNIT = (
     r"(?!dask(?:-health)?\.)[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\-]+)?"
     r"\.(?:service|socket|target|mount|path|timer)"
 )
+_ARN = r"arn:aws[a-z-]*"
+_AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?-]{1,128}"
+_KMS_KEY = r"[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+"
 
 Name = Annotated[str, text(r"[a-z0-9][a-z0-9-]*", "a name of a-z, 0-9 and -, at most 63 characters", most=63)]
 Line = Annotated[str, text(r"[^\x00-\x1f\x7f]*", "one line of at most 200 characters", most=200)]
@@ -266,3 +296,35 @@ Duration = Annotated[
         },
     ),
 ]
+Truth = Annotated[bool, Form(parse=_truth, show=bool, schema={"type": "boolean"}, truth=True)]
+Region = Annotated[
+    str, text(r"(?:[a-z]{2,}(?:-[a-z]+)+-[0-9])?", "an AWS region, or nothing", examples=("eu-central-1",))
+]
+SourceAmi = Annotated[
+    str,
+    text(
+        rf"ami-[0-9a-f]{{8,17}}|ssm:/[A-Za-z0-9._/-]+|(?:[0-9]{{12}}|self|amazon|aws-marketplace)/{_AMI_NAME}",
+        "owner/name pattern, ssm:/parameter or ami-…",
+        examples=("136693071363/debian-13-amd64-*", "ssm:/aws/service/debian/release/13/latest/amd64"),
+    ),
+]
+InstanceType = Annotated[
+    str, text(r"[a-z][a-z0-9-]*\.[a-z0-9-]+", "an EC2 instance type", most=40, examples=("m6i.large",))
+]
+Subnet = Annotated[str, text(r"subnet-[0-9a-f]{8,17}", "the id of a subnet, subnet-…")]
+InstanceProfile = Annotated[
+    str,
+    text(
+        rf"(?:{_ARN}:iam::[0-9]{{12}}:instance-profile/)?[A-Za-z0-9+=,.@_/-]{{1,128}}|",
+        "the name or ARN of an instance profile, or nothing",
+    ),
+]
+KmsKey = Annotated[
+    str,
+    text(
+        rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:key/[A-Za-z0-9-]+"
+        rf"|{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:alias/[A-Za-z0-9:/_-]+|{_KMS_KEY})?",
+        "the id, alias/… or ARN of a KMS key, or nothing",
+    ),
+]
+Cidr = Annotated[str, Form(parse=_cidr, show=str, schema={"type": "string", "examples": ["203.0.113.7/32"]})]

@@ -13,6 +13,7 @@ class Target(StrEnum):
     """Where an image is baked and booted."""
 
     QEMU = "qemu"
+    AWS = "aws"
 
 
 class Role(StrEnum):
@@ -35,6 +36,13 @@ class Network(StrEnum):
 
     ISOLATED = "isolated"
     NAT = "nat"
+
+
+class Connect(StrEnum):
+    """How ssh reaches an instance."""
+
+    SSH = "ssh"
+    SESSION_MANAGER = "session-manager"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +118,34 @@ class Verify:
     checks: tuple[Path, ...]
     """The user's own pytest-testinfra files, run beside ours."""
     timeout: float
+    instance_types: tuple[str, ...]
+    """The EC2 instances that an AMI is proved on: one of each type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aws:
+    """Where and how an AMI is baked, and reached."""
+
+    region: str
+    """Empty: as the AWS chain says (environment, profile)."""
+    source: str
+    """`owner/name pattern` (the newest wins), `ssm:/parameter`, or an AMI id."""
+    instance_types: tuple[str, ...]
+    """For baking, tried in turn when EC2 has no capacity."""
+    subnets: tuple[str, ...]
+    """Tried in turn; none: those of the default VPC."""
+    connect: Connect
+    instance_profile: str
+    """Name or ARN; empty for none."""
+    ssh_port: int
+    source_cidrs: tuple[str, ...]
+    """Who may reach builder and test instances by ssh; none: this machine's public address."""
+    encrypt: bool
+    kms_key: str
+    """Id, ARN or alias of the key that `encrypt` uses; empty for the account's default key."""
+    spot: bool
+    lifetime: float
+    """After these seconds an instance ends itself, whatever happened to us."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +160,7 @@ class Image:
     dask: Dask
     bake: Bake
     verify: Verify
+    aws: Aws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +176,8 @@ class Artifact:
     created: datetime
     run_id: str
     size: int
+    region: str = ""
+    """Where the AMI is; empty for a path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +190,18 @@ class Endpoint:
     console_log: Path
     ports: Mapping[int, int]
     """Port inside the machine -> port at `address` that reaches it."""
+    proxy_command: str = ""
+    """What ssh connects through instead of the network, as its ProxyCommand; empty for none."""
+
+
+class Resource(StrEnum):
+    """What of ours can stand in an account and cost money."""
+
+    INSTANCE = "instance"
+    VOLUME = "volume"
+    IMAGE = "image"
+    SNAPSHOT = "snapshot"
+    SECURITY_GROUP = "security-group"
 
 
 class Outcome(StrEnum):

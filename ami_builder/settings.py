@@ -6,12 +6,10 @@ No key is ever "unset": each has a value that can be written down, so that any l
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -21,20 +19,28 @@ from .forms import (
     DEBIAN,
     DEFAULT_REFERENCE,
     Checksum,
+    Cidr,
     Disk,
     Duration,
     File,
     Form,
     HostPort,
+    InstanceProfile,
+    InstanceType,
+    KmsKey,
     Line,
     Memory,
     Mirror,
     Name,
     Package,
     Reference,
+    Region,
     Reserved,
     Source,
+    SourceAmi,
+    Subnet,
     Suite,
+    Truth,
     Unit,
     User,
     choice,
@@ -42,7 +48,7 @@ from .forms import (
     distinct,
     some,
 )
-from .spelling import GIB, format_size
+from .spelling import GIB
 
 DEBIAN_USER = "admin"
 
@@ -154,6 +160,45 @@ class VerifyTable(Table):
     """Your own pytest-testinfra files, run beside those that ship with ami-builder."""
     timeout: Duration = 15 * 60.0
     """How long one machine may take to boot, and its checks to run."""
+    instance_types: Annotated[tuple[InstanceType, ...], AfterValidator(distinct), AfterValidator(some)] = (
+        Field(("m6i.large",), json_schema_extra={"uniqueItems": True, "minItems": 1})
+    )
+    """The EC2 instances that an AMI is proved on: one of each type, side by side."""
+
+
+class AwsTable(Table):
+    """Where and how an AMI is baked, and how its instances are reached."""
+
+    region: Region = ""
+    """The region; empty: as the AWS chain says (AWS_REGION, profile)."""
+    source: SourceAmi = "136693071363/debian-13-amd64-*"
+    """What baking starts from: `owner/name pattern` (the newest wins), `ssm:/parameter`, or `ami-…`."""
+    instance_types: Annotated[tuple[InstanceType, ...], AfterValidator(distinct), AfterValidator(some)] = (
+        Field(("m6i.large", "m5.large", "m7i.large"), json_schema_extra={"uniqueItems": True, "minItems": 1})
+    )
+    """What baking runs on, tried in turn when EC2 has no capacity."""
+    subnets: Annotated[tuple[Subnet, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Where instances run, tried in turn; empty: in the default VPC."""
+    connect: Annotated[model.Connect, choice(model.Connect)] = model.Connect.SSH
+    """`ssh`, or `session-manager`, which opens no port and needs `instance_profile`."""
+    instance_profile: InstanceProfile = ""
+    """Instance profile (name or ARN); Session Manager needs one with AmazonSSMManagedInstanceCore."""
+    ssh_port: Annotated[int, count(1, 65535)] = 22
+    """The port that ssh answers at."""
+    source_cidrs: Annotated[tuple[Cidr, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Who may reach the instances by ssh; empty: this machine's public address only."""
+    encrypt: Truth = False
+    """Whether the AMI's snapshot is encrypted."""
+    kms_key: KmsKey = ""
+    """The KMS key that `encrypt` uses (id, alias/… or ARN); empty: the account's default key."""
+    spot: Truth = False
+    """Whether baking runs on a spot instance."""
+    lifetime: Duration = 2 * 3600.0
+    """After this time an instance ends itself, whatever happened to this machine."""
 
 
 class ImageTable(Table):
@@ -167,6 +212,7 @@ class ImageTable(Table):
     dask: DaskTable = Field(default_factory=DaskTable)
     bake: BakeTable = Field(default_factory=BakeTable)
     verify: VerifyTable = Field(default_factory=VerifyTable)
+    aws: AwsTable = Field(default_factory=AwsTable)
 
     def overlaid(self, upper: ImageTable) -> ImageTable:
         """Return these settings with those that `upper` sets itself; a list replaces a list."""
@@ -183,7 +229,7 @@ class ImageTable(Table):
         return {key: values[t][n] if t else values[n] for key in FIELDS for t, _, n in [key.rpartition(".")]}
 
     def image(self, name: str) -> model.Image:
-        """Return the image that these settings describe; `conflicts` must have found nothing."""
+        """Return the image that these settings describe; `conflicts.find` must have found nothing."""
         own, pulled = self.base.source == DEBIAN, self.container.source is ContainerSource.REGISTRY
         base = _values(self.base) | {
             "source": None if own else self.base.source,
@@ -203,6 +249,7 @@ class ImageTable(Table):
             dask=model.Dask(**_values(self.dask)),
             bake=model.Bake(**_values(self.bake)),
             verify=model.Verify(**_values(self.verify)),
+            aws=model.Aws(**_values(self.aws)),
         )
 
 
@@ -254,79 +301,11 @@ def from_text(key: str, text: str) -> object:
     field, text = FIELDS[key], text.strip()
     if get_origin(field.annotation) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
-    whole = any(isinstance(m, Form) and m.whole for m in field.metadata)
+    forms = [m for m in field.metadata if isinstance(m, Form)]
+    if any(form.truth for form in forms):
+        return {"true": True, "false": False}.get(text, text)
+    whole = any(form.whole for form in forms)
     return int(text) if whole and re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text
-
-
-class Conflict(NamedTuple):
-    """Settings that don't go together, or a file that isn't there; the first key is the one to change."""
-
-    keys: tuple[str, ...]
-    message: str
-
-
-def conflicts(table: ImageTable) -> Iterator[Conflict]:
-    """Yield what is wrong with the settings of one image as a whole, once each value by itself is right."""
-    base, container, verify = table.base, table.container, table.verify
-    if base.source != DEBIAN and "://" not in base.source:
-        yield from _missing("base.source", Path(base.source))
-    elif base.source != DEBIAN and not base.checksum:
-        yield Conflict(
-            ("base.checksum", "base.source"), "expected the checksum of what the URL in base.source brings"
-        )
-    if base.source == DEBIAN and base.ssh_user != DEBIAN_USER:
-        yield Conflict(
-            ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user of the Debian recipe"
-        )
-    host = _registry(container.reference)
-    if container.source is ContainerSource.ARCHIVE:
-        yield from _missing("container.requirements", container.requirements, "container.source")
-        if host or "@" in container.reference:
-            yield Conflict(
-                ("container.reference", "container.source"),
-                'expected a plain name:tag for an archive; to pull this, set container.source to "registry"',
-            )
-    elif container.reference == DEFAULT_REFERENCE:
-        yield Conflict(
-            ("container.reference", "container.source"),
-            "expected a reference to pull, since container.source is registry; the default is in none",
-        )
-    if container.insecure_registry and (
-        container.source is ContainerSource.ARCHIVE or container.insecure_registry != host
-    ):
-        yield Conflict(
-            ("container.insecure_registry", "container.reference", "container.source"),
-            f"has no effect: container.reference is not pulled from {container.insecure_registry}",
-        )
-    if verify.disk_size < base.disk_size:
-        yield Conflict(
-            ("verify.disk_size", "base.disk_size"),
-            f"expected at least base.disk_size, which is {format_size(base.disk_size)}",
-        )
-    if table.memory.reserve.bytes >= min(verify.memory):
-        yield Conflict(
-            ("memory.reserve", "verify.memory"),
-            f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
-        )
-    for check in verify.checks:
-        yield from _missing("verify.checks", check)
-
-
-def _registry(reference: str) -> str | None:
-    """Return the registry in a reference: a first part with a dot or a port, as Docker tells it apart."""
-    first, slash, _ = reference.partition("/")
-    return first if slash and (first == "localhost" or "." in first or ":" in first) else None
-
-
-def _missing(key: str, path: Path, *others: str) -> Iterator[Conflict]:
-    try:
-        usable = path.is_file() and os.access(path, os.R_OK)
-        reason = "is not a file" if path.exists() else "does not exist"
-    except OSError as wrong:
-        usable, reason = False, f"can't be looked at: {wrong.strerror}"
-    if not usable:
-        reason = "can't be read" if reason == "is not a file" and path.is_file() else reason
-        yield Conflict((key, *others), f"expected a file, but {path} {reason}")
 
 
 def json_schema() -> dict[str, Any]:

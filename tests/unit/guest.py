@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ami_builder.model import (
+    Aws,
     Bake,
     Base,
+    Connect,
     Container,
     Dask,
     Datasource,
@@ -62,5 +64,20 @@ _IMAGE = Image(
         network=Network.ISOLATED,
         checks=(),
         timeout=600.0,
+        instance_types=("m6i.large",),
+    ),
+    aws=Aws(
+        region="",
+        source="ami-00000000",
+        instance_types=("m6i.large",),
+        subnets=(),
+        connect=Connect.SSH,
+        instance_profile="",
+        ssh_port=22,
+        source_cidrs=(),
+        encrypt=False,
+        kms_key="",
+        spot=False,
+        lifetime=7200.0,
     ),
 )

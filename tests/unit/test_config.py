@@ -22,8 +22,10 @@ from ami_builder.config import Config, Setting
 from ami_builder.errors import UsageError
 from ami_builder.forms import DEFAULT_REFERENCE
 from ami_builder.model import (
+    Aws,
     Bake,
     Base,
+    Connect,
     Container,
     Dask,
     Datasource,
@@ -66,6 +68,21 @@ DEFAULT = Image(
         network=Network.ISOLATED,
         checks=(),
         timeout=900.0,
+        instance_types=("m6i.large",),
+    ),
+    aws=Aws(
+        region="",
+        source="136693071363/debian-13-amd64-*",
+        instance_types=("m6i.large", "m5.large", "m7i.large"),
+        subnets=(),
+        connect=Connect.SSH,
+        instance_profile="",
+        ssh_port=22,
+        source_cidrs=(),
+        encrypt=False,
+        kms_key="",
+        spot=False,
+        lifetime=7200.0,
     ),
 )
 
@@ -225,6 +242,43 @@ def test_all_kinds_of_values(here: Path) -> None:
         insecure_registry="10.0.2.2:5000",
     )
     assert own.reserve == Reserve(bytes=2**28)
+
+
+def test_the_settings_of_aws() -> None:
+    text = """
+[images.dask.aws]
+region = "eu-central-1"
+source = "ssm:/aws/service/debian/release/13/latest/amd64"
+subnets = ["subnet-0123456789abcdef0"]
+connect = "session-manager"
+instance_profile = "arn:aws:iam::123456789012:instance-profile/ours/ssm"
+source_cidrs = ["203.0.113.7", "2001:db8::/64"]
+encrypt = true
+kms_key = "arn:aws:kms:eu-central-1:123456789012:alias/ours"
+spot = true
+lifetime = "90min"
+"""
+    aws = (
+        loaded(text, flags={"aws.spot": "false", "aws.instance_types": "t3.small,m7i-flex.large"})
+        .select()
+        .aws
+    )
+    assert aws == Aws(
+        region="eu-central-1",
+        source="ssm:/aws/service/debian/release/13/latest/amd64",
+        instance_types=("t3.small", "m7i-flex.large"),
+        subnets=("subnet-0123456789abcdef0",),
+        connect=Connect.SESSION_MANAGER,
+        instance_profile="arn:aws:iam::123456789012:instance-profile/ours/ssm",
+        ssh_port=22,
+        source_cidrs=("203.0.113.7/32", "2001:db8::/64"),
+        encrypt=True,
+        kms_key="arn:aws:kms:eu-central-1:123456789012:alias/ours",
+        spot=False,
+        lifetime=5400.0,
+    )
+    (line,) = mistakes("[images.dask]", flags={"aws.encrypt": "yes"})
+    assert line == '--set: aws.encrypt = "yes": expected true or false'
 
 
 def origin(read: Config, key: str, image: str = "dask") -> tuple[object, str]:
@@ -510,6 +564,30 @@ BAD = [
     Bad('verify.checks = ["folder"]', "folder is not a file"),
     Bad('verify.datasource = "aws"', "expected one of ec2, nocloud"),
     Bad('verify.network = "isolate"', "did you mean isolated?"),
+    Bad("verify.instance_types = []", "expected at least one item"),
+    Bad('verify.instance_types = ["large"]', "expected an EC2 instance type"),
+    Bad('aws.region = "Frankfurt"', "expected an AWS region, or nothing"),
+    Bad('aws.source = "debian-13"', "expected owner/name pattern, ssm:/parameter or ami-…"),
+    Bad('aws.source = "ami-123"', "expected owner/name pattern"),
+    Bad('aws.source = "ssm:debian"', "expected owner/name pattern"),
+    Bad('aws.instance_types = ["m6i.large", "m6i.large"]', "expected each item once"),
+    Bad('aws.subnets = ["vpc-12345678"]', "expected the id of a subnet"),
+    Bad('aws.connect = "session"', "did you mean session-manager?"),
+    Bad('aws.connect = "session-manager"', "expected ssh, or an aws.instance_profile"),
+    Bad('aws.instance_profile = "a profile"', "the name or ARN of an instance profile"),
+    Bad("aws.ssh_port = 0", "expected a whole number from 1 to 65535"),
+    Bad('aws.source_cidrs = ["0.0.0.0/0"]', "ssh is not opened to everybody"),
+    Bad('aws.source_cidrs = ["::/0"]', "ssh is not opened to everybody"),
+    Bad('aws.source_cidrs = ["128.0.0.0/1"]', "no wider than /8"),
+    Bad('aws.source_cidrs = ["203.0.113.7/8"]', "has host bits set"),
+    Bad('aws.source_cidrs = ["here"]', "expected addresses such as 203.0.113.7/32"),
+    Bad("aws.source_cidrs = [1]", "expected addresses such as 203.0.113.7/32"),
+    Bad('aws.encrypt = "true"', "expected true or false"),
+    Bad("aws.encrypt = 1", "expected true or false"),
+    Bad('aws.kms_key = "alias/ours"', "has no effect, since aws.encrypt is false"),
+    Bad('aws.kms_key = "two words"', "alias/… or ARN of a KMS key"),
+    Bad("aws.spot = []", "expected true or false"),
+    Bad('aws.lifetime = "8000h"', "expected a duration"),
     Bad('description = "two\\nlines"', "one line"),
     Bad("verify = 1", "expected a table"),
     Bad("verify = []", "expected a table"),
