@@ -10,6 +10,9 @@ from typing import Any
 from urllib.parse import parse_qs
 from xml.sax.saxutils import escape
 
+ACCOUNT = "123456789012"
+"""moto's, and so everybody's here."""
+
 _KEEPS = 2000
 """Longest value that the log of calls keeps: user data may be long."""
 

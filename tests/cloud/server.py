@@ -26,14 +26,16 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import boto3
+from botocore.config import Config
 from moto.moto_api._internal.models import moto_api_backend
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from .calls import Call
+from .calls import ACCOUNT, Call
 from .faults import Faults
 from .policy import Enforced
 from .shim import Shim
-from .state import ACCOUNT, Hypervisor, Options, State, base_ami
+from .state import Hypervisor, Options, State, base_ami
 
 ACCESS_KEY = "AKIATESTSTESTSTESTS0"
 """The access key that may do everything; 20 characters, as moto expects."""
@@ -47,6 +49,7 @@ class Cloud:
         self._port = port
         self._shim = Shim()
         self._shim.on_reset = self.reset
+        self._session = boto3.session.Session()
         self._server: BaseWSGIServer | None = None
         self._thread: threading.Thread | None = None
 
@@ -91,14 +94,11 @@ class Cloud:
 
     def client(self, service: str = "ec2", *, access_key: str = ACCESS_KEY, region: str = REGION) -> Any:
         """Return a boto3 client of this cloud that never retries."""
-        import boto3
-        from botocore.config import Config
-
-        session: Any = boto3.session.Session(
-            aws_access_key_id=access_key, aws_secret_access_key="secret", region_name=region
-        )
         once = Config(retries={"mode": "standard", "total_max_attempts": 1}, proxies={}, read_timeout=60)
-        return session.client(service, endpoint_url=self.url, config=once)
+        settings = {"aws_access_key_id": access_key, "aws_secret_access_key": "secret", "region_name": region}
+        session: Any = self._session
+        with self._shim.lock:
+            return session.client(service, endpoint_url=self.url, config=once, **settings)
 
     def reset(self) -> None:
         """Empty the account, and take back faults, options, permissions and the log of calls."""

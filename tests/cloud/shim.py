@@ -15,11 +15,12 @@ from typing import Any
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from . import prices
-from .calls import Answer, Call, Refused, parse, refusal
+from .calls import ACCOUNT, Answer, Call, Refused, parse, refusal
 from .ec2 import EC2
 from .faults import Fault, Faults, Rule
 from .policy import Guard
-from .state import ACCOUNT, State
+from .resources import touched
+from .state import State
 
 CONTROL = "/_cloud/"
 
@@ -89,9 +90,7 @@ class Shim:
                 call.params = ec2.original_params()
                 self.guard.judge(call, ec2.ec2_backend)
                 if call.params.get("DryRun"):
-                    raise Refused(
-                        "DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412
-                    )
+                    raise _tried(call, ec2.ec2_backend)
                 return ec2.performed()
             self.guard.judge(call, None)
             if call.service == "pricing":
@@ -131,6 +130,14 @@ class Shim:
             case _:
                 status, told = 404, {"error": f"there is no {method} {path}"}
         return Answer(status=status, body=json.dumps(told).encode(), content_type="application/json")
+
+
+def _tried(call: Call, backend: Any) -> Refused:
+    """Return what EC2 answers to a try (DryRun) that is allowed."""
+    for it in touched(call, backend):
+        if it.unknown:
+            return Refused(it.unknown, f"{it.arn.rpartition('/')[2]} does not exist")
+    return Refused("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
 
 
 def _before(fault: Fault | None) -> None:

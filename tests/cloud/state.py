@@ -16,8 +16,6 @@ from moto.ssm.models import Parameter, ssm_backends
 from .calls import Refused
 from .image import NEWEST, Image, debian
 
-ACCOUNT = "123456789012"
-"""moto's, and so everybody's here."""
 DEBIAN_PARAMETER = "/aws/service/debian/release/13/latest/amd64"
 
 

@@ -1,0 +1,427 @@
+"""The loopback EC2 itself: what it gives beside moto, each once, by boto3 over HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError, HTTPClientError, ParamValidationError
+
+from .calls import ACCOUNT
+from .faults import Fault
+from .image import DEBIAN_ACCOUNT
+from .server import Cloud
+from .state import DEBIAN_PARAMETER
+
+RUN = {"ami-builder:run": "r1"}
+
+
+@pytest.fixture
+def ec2(cloud: Cloud) -> Any:
+    return cloud.client()
+
+
+@contextmanager
+def refused(code: str, status: int | None = None) -> Iterator[None]:
+    with pytest.raises(ClientError) as caught:
+        yield
+    assert caught.value.response["Error"]["Code"] == code, caught.value
+    if status is not None:
+        assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == status
+
+
+def tagged(*kinds: str, tags: dict[str, str] = RUN) -> list[dict[str, Any]]:
+    return [{"ResourceType": k, "Tags": [{"Key": a, "Value": b} for a, b in tags.items()]} for k in kinds]
+
+
+def launch(cloud: Cloud, ec2: Any, **more: Any) -> str:
+    settings = {"ImageId": cloud.base_ami(), "InstanceType": "t3.small", "MinCount": 1, "MaxCount": 1}
+    return str(ec2.run_instances(**(settings | more))["Instances"][0]["InstanceId"])
+
+
+def instance(ec2: Any, instance_id: str) -> Any:
+    return ec2.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
+
+
+def image(ec2: Any, image_id: str) -> Any:
+    return ec2.describe_images(ImageIds=[image_id])["Images"][0]
+
+
+def test_a_region_begins_with_debian(cloud: Cloud, ec2: Any) -> None:
+    images = ec2.describe_images(
+        Owners=[DEBIAN_ACCOUNT], Filters=[{"Name": "name", "Values": ["debian-13-amd64-*"]}]
+    )["Images"]
+    newest = max(images, key=lambda each: each["CreationDate"])
+    parameter = cloud.client("ssm").get_parameter(Name=DEBIAN_PARAMETER)["Parameter"]
+    assert newest["ImageId"] == parameter["Value"] == cloud.base_ami()
+    assert (newest["RootDeviceType"], newest["RootDeviceName"]) == ("ebs", "/dev/xvda")
+    assert newest["BlockDeviceMappings"][0]["Ebs"]["VolumeType"] == "gp3"
+    assert cloud.left() == {}
+
+
+@pytest.mark.parametrize(
+    ("action", "key", "least"),
+    [
+        ("describe_images", "Images", 1),
+        ("describe_instances", "Reservations", 5),
+        ("describe_snapshots", "Snapshots", 5),
+        ("describe_volumes", "Volumes", 5),
+        ("describe_security_groups", "SecurityGroups", 5),
+    ],
+)
+def test_listings_come_in_pages(cloud: Cloud, ec2: Any, action: str, key: str, least: int) -> None:
+    for number in range(12):
+        instance_id = launch(cloud, ec2)
+        ec2.create_image(InstanceId=instance_id, Name=f"image-{number}")
+        ec2.create_security_group(GroupName=f"group-{number}", Description="test")
+    call = getattr(ec2, action)
+    whole = [json.dumps(each, default=str) for each in call()[key]]
+    pages = list(ec2.get_paginator(action).paginate(PaginationConfig={"PageSize": 5}))
+    assert len(pages) > 2
+    assert [json.dumps(each, default=str) for page in pages for each in page[key]] == whole
+    assert all(len(page[key]) <= 5 for page in pages)
+    token = pages[0]["NextToken"]
+    assert call(MaxResults=5, NextToken=token)[key] == pages[1][key], (
+        "asked for once more, a page is the same"
+    )
+    with refused("InvalidPaginationToken"):
+        call(MaxResults=5, NextToken=token[:-1])
+    with pytest.raises((ClientError, ParamValidationError), match=r"InvalidParameterValue|valid min value"):
+        call(MaxResults=least - 1)
+
+
+def test_a_client_token_launches_once(cloud: Cloud, ec2: Any) -> None:
+    first = launch(cloud, ec2, ClientToken="t1")
+    assert launch(cloud, ec2, ClientToken="t1") == first
+    assert launch(cloud, ec2, ClientToken="t2") != first
+    assert launch(cloud, ec2) != launch(cloud, ec2)
+    with refused("IdempotentParameterMismatch"):
+        launch(cloud, ec2, ClientToken="t1", InstanceType="m6i.large")
+
+
+def test_a_client_token_copies_once(cloud: Cloud, ec2: Any) -> None:
+    made = ec2.create_image(
+        InstanceId=launch(cloud, ec2), Name="one", TagSpecifications=tagged("image", tags={"own": "1"})
+    )["ImageId"]
+    there = cloud.client(region="eu-west-1")
+    settings = {"SourceImageId": made, "SourceRegion": "us-east-1", "Name": "one", "ClientToken": "c"}
+    extra = {"Encrypted": True, "CopyImageTags": True, "TagSpecifications": tagged("image", "snapshot")}
+    copied = there.copy_image(**settings, **extra)["ImageId"]
+    assert there.copy_image(**settings, **extra)["ImageId"] == copied
+    with refused("IdempotentParameterMismatch"):
+        there.copy_image(**settings)
+    with refused("InvalidAMIName.Duplicate"):
+        there.copy_image(**settings | {"ClientToken": "d"})
+    found = image(there, copied)
+    assert {t["Key"]: t["Value"] for t in found["Tags"]} == {"own": "1"} | RUN
+    assert found["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
+    snapshot = there.describe_snapshots(OwnerIds=["self"])["Snapshots"][0]
+    assert (snapshot["Encrypted"], snapshot["Tags"]) == (True, [{"Key": "ami-builder:run", "Value": "r1"}])
+
+
+def test_an_image_is_as_its_instance(cloud: Cloud, ec2: Any) -> None:
+    root = {"VolumeSize": 12, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+    source = launch(cloud, ec2, BlockDeviceMappings=[{"DeviceName": "/dev/xvda", "Ebs": root}])
+    made = ec2.create_image(
+        InstanceId=source, Name="image", Description="words", TagSpecifications=tagged("image", "snapshot")
+    )["ImageId"]
+    found = image(ec2, made)
+    ebs = found["BlockDeviceMappings"][0]["Ebs"]
+    assert (found["RootDeviceType"], found["RootDeviceName"]) == ("ebs", "/dev/xvda")
+    assert (ebs["VolumeSize"], ebs["VolumeType"], ebs["Encrypted"]) == (12, "gp3", True)
+    snapshot = ec2.describe_snapshots(SnapshotIds=[ebs["SnapshotId"]])["Snapshots"][0]
+    assert (snapshot["VolumeSize"], snapshot["Tags"]) == (12, [{"Key": "ami-builder:run", "Value": "r1"}])
+    assert snapshot["Description"] == f"Created by CreateImage({source}) for {made}"
+    assert found["Public"] is False
+    with refused("InvalidAMIName.Duplicate"):
+        ec2.create_image(InstanceId=source, Name="image")
+    with refused("InvalidBlockDeviceMapping"):
+        launch(
+            cloud,
+            ec2,
+            ImageId=made,
+            BlockDeviceMappings=[{"DeviceName": "/dev/xvda", "Ebs": {"VolumeSize": 8}}],
+        )
+
+
+def test_an_image_is_pending_first(cloud: Cloud, ec2: Any) -> None:
+    cloud.options.image_describes = 2
+    made = ec2.create_image(InstanceId=launch(cloud, ec2), Name="image")["ImageId"]
+    with refused("InvalidAMIID.Unavailable"):
+        launch(cloud, ec2, ImageId=made)
+    assert [image(ec2, made)["State"] for _ in range(4)] == ["pending", "pending", "available", "available"]
+    cloud.options.image_failure = "the disk broke"
+    failed = ec2.create_image(InstanceId=launch(cloud, ec2), Name="failed")["ImageId"]
+    while image(ec2, failed)["State"] == "pending":
+        pass
+    assert image(ec2, failed)["State"] == "failed"
+    assert image(ec2, failed)["StateReason"]["Message"] == "the disk broke"
+    cloud.options.image_describes, cloud.options.image_failure = 0, ""
+    cloud.options.image_seconds = 0.2
+    late = ec2.create_image(InstanceId=launch(cloud, ec2), Name="late")["ImageId"]
+    assert image(ec2, late)["State"] == "pending"
+    time.sleep(0.25)
+    assert image(ec2, late)["State"] == "available"
+
+
+def test_unknown_images(cloud: Cloud, ec2: Any) -> None:
+    with refused("InvalidAMIID.NotFound"):
+        launch(cloud, ec2, ImageId="ami-0123456789abcdef0")
+    with refused("InvalidAMIID.NotFound"):
+        image(ec2, "ami-0123456789abcdef0")
+    with refused("InvalidAMIID.Malformed"):
+        launch(cloud, ec2, ImageId="image")
+
+
+def test_deregistration_takes_snapshots_along(cloud: Cloud, ec2: Any) -> None:
+    source = launch(cloud, ec2)
+    kept = ec2.create_image(InstanceId=source, Name="kept")["ImageId"]
+    ec2.deregister_image(ImageId=kept)
+    assert len(cloud.left()["snapshot"]) == 1
+    made = ec2.create_image(InstanceId=source, Name="image")["ImageId"]
+    ec2.enable_image_deregistration_protection(ImageId=made)
+    with refused("OperationNotPermitted"):
+        ec2.deregister_image(ImageId=made, DeleteAssociatedSnapshots=True)
+    ec2.disable_image_deregistration_protection(ImageId=made)
+    results = ec2.deregister_image(ImageId=made, DeleteAssociatedSnapshots=True)["DeleteSnapshotResults"]
+    assert [each["ReturnCode"] for each in results] == ["success"]
+    assert len(cloud.left()["snapshot"]) == 1
+    with refused("InvalidAMIID.NotFound"):
+        image(ec2, made)
+    with refused("AuthFailure"):
+        ec2.deregister_image(ImageId=cloud.base_ami())
+
+
+def test_deprecation_and_imdsv2(cloud: Cloud, ec2: Any) -> None:
+    made = ec2.create_image(InstanceId=launch(cloud, ec2), Name="image")["ImageId"]
+    ec2.enable_image_deprecation(ImageId=made, DeprecateAt=datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC))
+    assert image(ec2, made)["DeprecationTime"] == "2030-01-02T03:04:00.000Z"
+    ec2.disable_image_deprecation(ImageId=made)
+    assert "DeprecationTime" not in image(ec2, made)
+    assert "ImdsSupport" not in image(ec2, made)
+    ec2.modify_image_attribute(ImageId=made, ImdsSupport={"Value": "v2.0"})
+    assert image(ec2, made)["ImdsSupport"] == "v2.0"
+    launched = launch(cloud, ec2, ImageId=made)
+    assert instance(ec2, launched)["MetadataOptions"]["HttpTokens"] == "required"
+    plain = launch(cloud, ec2)
+    assert instance(ec2, plain)["MetadataOptions"]["HttpTokens"] == "optional"
+    ec2.modify_instance_metadata_options(InstanceId=plain, HttpTokens="required")
+    assert instance(ec2, plain)["MetadataOptions"]["HttpTokens"] == "required"
+    cloud.backend().amis[cloud.base_ami()].deprecation_time = (
+        datetime.now(UTC) - timedelta(days=1)
+    ).isoformat()
+    named = {"Filters": [{"Name": "image-id", "Values": [cloud.base_ami()]}]}
+    assert ec2.describe_images(**named)["Images"] == []
+    assert len(ec2.describe_images(**named, IncludeDeprecated=True)["Images"]) == 1
+
+
+def test_public_only_when_not_encrypted(cloud: Cloud, ec2: Any) -> None:
+    made = ec2.create_image(InstanceId=launch(cloud, ec2), Name="image")["ImageId"]
+    everybody = {"Add": [{"Group": "all"}]}
+    ec2.modify_image_attribute(ImageId=made, LaunchPermission=everybody)
+    assert image(ec2, made)["Public"] is True
+    root = [{"DeviceName": "/dev/xvda", "Ebs": {"Encrypted": True, "VolumeSize": 8}}]
+    secret = launch(cloud, ec2, BlockDeviceMappings=root)
+    hidden = ec2.create_image(InstanceId=secret, Name="secret")["ImageId"]
+    with refused("InvalidParameter"):
+        ec2.modify_image_attribute(ImageId=hidden, LaunchPermission=everybody)
+
+
+def test_tries_do_nothing(cloud: Cloud, ec2: Any) -> None:
+    launched = launch(cloud, ec2)
+    before = cloud.left()
+    with refused("DryRunOperation", 412):
+        launch(cloud, ec2, DryRun=True)
+    for call, settings in (
+        (ec2.terminate_instances, {"InstanceIds": [launched]}),
+        (ec2.create_image, {"InstanceId": launched, "Name": "image"}),
+        (ec2.create_security_group, {"GroupName": "group", "Description": "test"}),
+        (ec2.create_tags, {"Resources": [launched], "Tags": [{"Key": "a", "Value": "b"}]}),
+        (ec2.describe_images, {}),
+        (ec2.deregister_image, {"ImageId": cloud.base_ami()}),
+    ):
+        with refused("DryRunOperation", 412):
+            call(**settings, DryRun=True)
+    with refused("InvalidInstanceID.NotFound"):
+        ec2.terminate_instances(InstanceIds=["i-0123456789abcdef0"], DryRun=True)
+    assert cloud.left() == before
+
+
+def test_what_was_just_made_is_not_found_at_first(cloud: Cloud, ec2: Any) -> None:
+    cloud.options.hidden_describes = 2
+    launched = launch(cloud, ec2)
+    made = ec2.create_image(InstanceId=launched, Name="image")["ImageId"]
+    group = ec2.create_security_group(GroupName="group", Description="test")["GroupId"]
+    for _ in range(2):
+        with refused("InvalidInstanceID.NotFound"):
+            instance(ec2, launched)
+        with refused("InvalidAMIID.NotFound"):
+            image(ec2, made)
+        with refused("InvalidGroup.NotFound"):
+            ec2.describe_security_groups(GroupIds=[group])
+    assert instance(ec2, launched)["InstanceId"] == launched
+    assert image(ec2, made)["ImageId"] == made
+    assert ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    late = launch(cloud, ec2)
+    listed = ec2.describe_instances()["Reservations"]
+    assert late not in [each["Instances"][0]["InstanceId"] for each in listed]
+
+
+def test_capacity_and_memory(cloud: Cloud, ec2: Any) -> None:
+    subnet = ec2.describe_subnets()["Subnets"][0]
+    cloud.options.no_capacity = {("t3.small", "*"), ("m5.large", subnet["SubnetId"])}
+    with refused("InsufficientInstanceCapacity", 500):
+        launch(cloud, ec2, ClientToken="t")
+    with refused("InsufficientInstanceCapacity", 500):
+        launch(cloud, ec2, InstanceType="m5.large", SubnetId=subnet["SubnetId"])
+    launch(cloud, ec2, InstanceType="m5.large")
+    cloud.options.no_capacity.clear()
+    launch(cloud, ec2, ClientToken="t")
+    with refused("InvalidParameterValue"):
+        launch(cloud, ec2, InstanceType="t9.huge")
+
+    def memory(kind: str) -> int:
+        found = ec2.describe_instance_types(InstanceTypes=[kind])["InstanceTypes"][0]
+        return int(found["MemoryInfo"]["SizeInMiB"])
+
+    assert (memory("t3.small"), memory("m6i.large")) == (2048, 8192)
+    cloud.options.memory = {"m6i.large": 3072}
+    assert memory("m6i.large") == 3072
+    assert ec2.get_console_output(InstanceId=launch(cloud, ec2), Latest=True)["Output"] == ""
+
+
+def test_a_price(cloud: Cloud) -> None:
+    wanted = [{"Type": "TERM_MATCH", "Field": "instanceType", "Value": "m6i.large"}]
+    (told,) = cloud.client("pricing").get_products(ServiceCode="AmazonEC2", Filters=wanted)["PriceList"]
+    (term,) = json.loads(told)["terms"]["OnDemand"].values()
+    (dimension,) = term["priceDimensions"].values()
+    assert float(dimension["pricePerUnit"]["USD"]) == 0.096
+
+
+def test_addresses_and_groups(cloud: Cloud, ec2: Any) -> None:
+    group = ec2.create_security_group(GroupName="group", Description="test")["GroupId"]
+    launched = launch(cloud, ec2, SecurityGroupIds=[group], TagSpecifications=tagged("instance", "volume"))
+    found = instance(ec2, launched)
+    assert found["PublicIpAddress"].startswith("127.77.")
+    assert found["PublicIpAddress"] == found["PrivateIpAddress"]
+    volume = found["BlockDeviceMappings"][0]["Ebs"]["VolumeId"]
+    assert ec2.describe_volumes(VolumeIds=[volume])["Volumes"][0]["Tags"] == found["Tags"]
+    with refused("DependencyViolation"):
+        ec2.delete_security_group(GroupId=group)
+    ec2.stop_instances(InstanceIds=[launched])
+    assert instance(ec2, launched)["State"]["Name"] == "stopped"
+    ec2.start_instances(InstanceIds=[launched])
+    assert instance(ec2, launched)["PublicIpAddress"] == found["PublicIpAddress"]
+    ec2.terminate_instances(InstanceIds=[launched])
+    assert "PublicIpAddress" not in instance(ec2, launched)
+    ec2.delete_security_group(GroupId=group)
+    assert cloud.left() == {}
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_faults(cloud: Cloud, ec2: Any, fault: Fault) -> None:
+    cloud.faults.add("CreateSecurityGroup", fault, nth=2, seconds=0.2)
+
+    def make(name: str) -> None:
+        ec2.create_security_group(GroupName=name, Description="test")
+
+    make("first")
+    start = time.monotonic()
+    match fault:
+        case Fault.THROTTLE:
+            with refused("RequestLimitExceeded", 503):
+                make("second")
+        case Fault.HTTP500:
+            with refused("InternalError", 500):
+                make("second")
+        case Fault.RESET | Fault.LOST_RESPONSE:
+            with pytest.raises(HTTPClientError):
+                make("second")
+        case _:
+            make("second")
+    assert (time.monotonic() - start > 0.2) == (fault is Fault.SLOW)
+    make("third")
+    performed = fault in (Fault.SLOW, Fault.LOST_RESPONSE, Fault.DUPLICATED)
+    assert len(cloud.left()["security-group"]) == (3 if performed else 2)
+    assert cloud.count("CreateSecurityGroup") == 3
+
+
+def test_botocore_retries_faults(cloud: Cloud) -> None:
+    retrying: Any = boto3.client(
+        "ec2", config=Config(retries={"mode": "standard", "total_max_attempts": 10}, proxies={})
+    )
+    for nth, fault in enumerate((Fault.THROTTLE, Fault.HTTP500, Fault.RESET, Fault.LOST_RESPONSE)):
+        cloud.faults.add("RunInstances", fault, nth=nth + 1)
+    launch(cloud, retrying, ClientToken="t")
+    assert cloud.count("RunInstances") == 5
+    assert len(cloud.left()["instance"]) == 1
+
+
+def test_other_processes_set_faults(cloud: Cloud, ec2: Any) -> None:
+    def control(method: str, path: str, body: object = None) -> Any:
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(f"{cloud.url}/_cloud/{path}", data, method=method)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+            return json.loads(answer.read())
+
+    control("POST", "faults", {"action": "*", "fault": "throttle", "times": None})
+    with refused("RequestLimitExceeded"):
+        ec2.describe_images()
+    control("DELETE", "faults")
+    ec2.describe_images()
+    assert [each["outcome"] for each in control("GET", "calls")] == ["RequestLimitExceeded", "ok"]
+    control("POST", "reset")
+    assert cloud.calls == ()
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        control("POST", "faults", {"action": "*", "fault": "flood"})
+
+
+def test_many_at_once(cloud: Cloud) -> None:
+    def work(number: int) -> None:
+        client = cloud.client()
+        made.append(launch(cloud, client, ClientToken=f"t{number % 4}"))
+
+    made: list[str] = []
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 12
+    assert len(set(made)) == len(cloud.left()["instance"]) == 4
+
+
+def test_ten_thousand_images_are_searched_in_seconds(cloud: Cloud, ec2: Any) -> None:
+    from moto.ec2.utils import random_ami_id
+
+    from .image import Image
+
+    backend = cloud.backend()
+    template = backend.amis[cloud.base_ami()]
+    for number in range(10_000):
+        copy: Any = Image.__new__(Image)
+        copy.__dict__ |= vars(template) | {
+            "id": random_ami_id(),
+            "name": f"image-{number}",
+            "owner_id": ACCOUNT,
+        }
+        backend.amis[copy.id] = copy
+        copy.add_tags({"Name": f"image-{number}", "ami-builder:run": f"r{number % 20}"})
+    start = time.monotonic()
+    filters = [{"Name": "tag:ami-builder:run", "Values": ["r1"]}]
+    assert len(ec2.describe_images(Owners=["self"], Filters=filters)["Images"]) == 500
+    assert time.monotonic() - start < 10
+
+
+def test_an_unknown_action_is_loud(cloud: Cloud, ec2: Any) -> None:
+    with refused("NotImitated", 501):
+        ec2.describe_ipam_pools()
