@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -575,3 +576,29 @@ def test_the_environment_is_wrong(choose: Choose, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "hvf")
     with pytest.raises(UsageError, match="hvf"):
         choose()
+
+
+def test_a_writable_disk_stays(fake: Fake, build: Callable[..., Machine], tmp_path: Path, disk: Path) -> None:
+    folder = fake()
+    with build(writable=True):
+        assert f"file={disk}" in arguments(folder)
+    assert disk.exists()
+    assert sorted(p.name for p in (tmp_path / "vm").iterdir()) == ["console.log", "qemu.log"]
+
+
+def test_power_button_and_reset(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake(
+        each="print(command, file=open(here + '/asked', 'a')); command == 'system_powerdown' and sys.exit()"
+    )
+    it = build()
+    with it:
+        it.reset()
+        it.check_alive()
+        with suppress(MachineDied):
+            it.press_power_button()
+        with pytest.raises(MachineDied, match="switched itself off"):
+            it.check_alive()
+        with pytest.raises(MachineDied, match="switched itself off"):
+            it.reset()
+    asked = (folder / "asked").read_text().split()
+    assert [each for each in asked if each.startswith("system_")] == ["system_reset", "system_powerdown"]

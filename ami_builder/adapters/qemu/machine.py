@@ -75,6 +75,8 @@ class GuestPanic(MachineDied):
 class Machine:
     """One booted machine on a throw-away overlay; the context yields its Endpoint, and leaves console.log.
 
+    With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and stays.
+
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
     NVMe (always). `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed;
     it returns once QEMU runs, long before the guest is up.
@@ -96,13 +98,15 @@ class Machine:
         ports: Sequence[int] = DASK_PORTS,
         instance_id: str = DEFAULT_INSTANCE,
         mac: str = DEFAULT_MAC,
+        writable: bool = False,
     ) -> None:
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
+        self._writable = writable
         self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
         self._imds_port, self._network, self._ports = imds_port, network, (22, *ports)
         self._user, self._instance_id, self._mac = user, instance_id, mac
         self._directory = directory
-        self._overlay = directory / "overlay.qcow2"
+        self._root = disk if writable else directory / "overlay.qcow2"
         self._log = directory / "qemu.log"
         self.console_log = directory / "console.log"
         self._console_start = 0
@@ -113,8 +117,9 @@ class Machine:
     def __enter__(self) -> Endpoint:
         with ExitStack() as owned:
             self._directory.mkdir(parents=True, exist_ok=True)
-            owned.callback(self._overlay.unlink, missing_ok=True)
-            create_overlay(self._disk, self._overlay, self._disk_size)
+            if not self._writable:
+                owned.callback(self._root.unlink, missing_ok=True)
+                create_overlay(self._disk, self._root, self._disk_size)
             self.console_log.touch()
             self._console_start = self.console_log.stat().st_size
             ours, theirs = socket.socketpair()
@@ -147,6 +152,21 @@ class Machine:
     def power_off(self) -> None:
         """Cut the machine's power and remove its overlay; calling it again does nothing."""
         self._owned.close()
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down, as ACPI does; when it has, QEMU ends, and `check_alive` raises."""
+        self._tell("system_powerdown")
+
+    def reset(self) -> None:
+        """Start the guest anew at once, as a reset button does."""
+        self._tell("system_reset")
+
+    def _tell(self, command: str) -> None:
+        assert self._monitor is not None, "the machine runs only inside its context"
+        try:
+            self._monitor.execute(command)
+        except FAILURES as error:
+            raise self._ended() from error
 
     def check_alive(self) -> None:
         """Raise BuildFailed, with the end of the console, when the machine can't come up any more."""
@@ -250,8 +270,8 @@ class Machine:
         argv += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
         argv += ["-chardev", f"file,id=console,append=on,path={_escaped(self.console_log)}"]
         argv += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
-        # The overlay is thrown away, so the host's disk may take its time (unsafe).
-        root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._overlay)}"
+        # No disk here has to survive a crash of the host, so the host's disk may take its time (unsafe).
+        root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._root)}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
         argv += ["-drive", root, "-device", f"nvme,drive=root,serial={volume},bootindex=0"]
         if self._seed is not None:
