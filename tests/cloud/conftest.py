@@ -17,11 +17,12 @@ def running_cloud() -> Iterator[Cloud]:
 
 
 @pytest.fixture
-def cloud(running_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Cloud:
+def cloud(running_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """An empty account, which the environment points boto3 at."""
     running_cloud.reset()
     for name, value in running_cloud.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-    return running_cloud
+    yield running_cloud
+    running_cloud.machines = None

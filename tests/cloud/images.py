@@ -97,6 +97,8 @@ class Images(Base):
                 own = source.ec2_backend.tags.get(source.id, {})
                 image.add_tags({key: value for key, value in own.items() if not key.startswith("aws:")})
             self._add(image)
+            if self.state.machines is not None:
+                self.state.machines.copy(source, image)
             return [image.id]
 
         scope = (self.current_account, self.region, "CopyImage", token)

@@ -142,16 +142,17 @@ class Instances(Base):
     def describe_instance_types(self) -> ActionResult:
         """DescribeInstanceTypes, with the memory that the machines really have."""
         result: Any = super().describe_instance_types().result
-        memory = self.state.options.memory
-        if self.state.machines is not None:
-            memory = self.state.machines.memory | memory
         result["InstanceTypes"] = [
-            dict(each) | {"MemoryInfo": {"SizeInMiB": memory[each["InstanceType"]]}}
-            if each["InstanceType"] in memory
-            else each
+            dict(each) | {"MemoryInfo": {"SizeInMiB": self._memory(each["InstanceType"])}}
             for each in result["InstanceTypes"]
         ]
         return ActionResult(result)
+
+    def _memory(self, kind: str) -> int:
+        mib = int(INSTANCE_TYPES[kind]["MemoryInfo"]["SizeInMiB"])
+        if self.state.machines is not None:
+            mib = self.state.machines.memory_of(kind, mib)
+        return self.state.options.memory.get(kind, mib)
 
     def _launchable(self, image_id: str) -> Image:
         if not str(image_id).startswith("ami-"):

@@ -20,11 +20,15 @@ What it does not imitate:
 
 from __future__ import annotations
 
+import argparse
 import os
+import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
@@ -36,6 +40,9 @@ from .faults import Faults
 from .policy import Enforced
 from .shim import Shim
 from .state import Hypervisor, Options, State, base_ami
+
+if TYPE_CHECKING:
+    from .machines import Machines
 
 ACCESS_KEY = "AKIATESTSTESTSTESTS0"
 """The access key that may do everything; 20 characters, as moto expects."""
@@ -87,6 +94,8 @@ class Cloud:
             "AWS_REGION": region,
             "AWS_DEFAULT_REGION": region,
             "AWS_EC2_METADATA_DISABLED": "true",
+            # Packer's; its own five seconds are for a cloud that takes minutes.
+            "AWS_POLL_DELAY_SECONDS": "1",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "NO_PROXY": "127.0.0.1,localhost",
@@ -102,10 +111,10 @@ class Cloud:
 
     def reset(self) -> None:
         """Empty the account, and take back faults, options, permissions and the log of calls."""
+        machines = self._shim.state.machines
+        if machines is not None:
+            machines.clear()
         with self._shim.lock:
-            machines = self._shim.state.machines
-            if machines is not None:
-                machines.clear()
             moto_api_backend.reset()
             self._shim.state = State()
             self._shim.state.machines = machines
@@ -176,3 +185,49 @@ class Cloud:
 class _Quiet(WSGIRequestHandler):
     def log(self, type: str, message: str, *args: Any) -> None:
         """Keep the log of calls the only one."""
+
+
+def main() -> None:
+    """Serve until Ctrl-C, and print the variables that point a shell at it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cloud.server", description="An EC2 on loopback.")
+    parser.add_argument("--port", type=int, default=5555)
+    parser.add_argument("--instances", type=Path, metavar="DISK", help="boot a machine from it per instance")
+    parser.add_argument(
+        "--memory", action="append", default=[], metavar="TYPE=MIB", help="of an instance type"
+    )
+    parser.add_argument("--nat", action="store_true", help="let instances reach the network")
+    asked = parser.parse_args()
+    with ExitStack() as owned:
+        cloud = owned.enter_context(Cloud(port=asked.port))
+        if asked.instances is not None:
+            owned.callback(setattr, cloud, "machines", None)
+            cloud.machines = owned.enter_context(_machines(asked))
+        for name, value in cloud.environment().items():
+            print(f"export {name}={value}")
+        print(f"# ssh reaches instances at port {cloud.machines.port}" if cloud.machines else "", flush=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+def _machines(asked: argparse.Namespace) -> Machines:
+    from ami_builder.adapters import qemu
+    from ami_builder.model import Network
+
+    from .machines import Machines
+
+    directory = Path(tempfile.mkdtemp(prefix="cloud-"))
+    accelerator, reason = qemu.choose_accelerator(
+        asked.instances, cache=directory / "accelerator.json", directory=directory
+    )
+    print(f"# {reason}", flush=True)
+    return Machines(
+        base=asked.instances,
+        directory=directory,
+        accelerator=accelerator,
+        memory={kind: int(mib) for kind, _, mib in (each.partition("=") for each in asked.memory)},
+        network=Network.NAT if asked.nat else Network.ISOLATED,
+    )
+
+
+if __name__ == "__main__":
+    main()

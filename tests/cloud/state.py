@@ -46,12 +46,13 @@ class Options:
 class Hypervisor(Protocol):
     """What runs the instances; all calls return at once."""
 
-    memory: dict[str, int]
+    port: int
+    """Where ssh answers, at each instance's address."""
     lock: threading.RLock
     """The cloud's own; held whenever something of moto's is changed."""
 
     def clear(self) -> None:
-        """End all instances and forget all disks; returns when that is done."""
+        """End all instances and forget all disks; the caller must not hold the lock."""
 
     def launch(self, backend: Any, instance: Instance, image: Image) -> None:
         """Boot the instance."""
@@ -70,6 +71,12 @@ class Hypervisor(Protocol):
 
     def capture(self, instance: Instance, image: Image) -> None:
         """Keep the instance's disk as the image's; `image.captured` is set when that is done."""
+
+    def copy(self, source: Image, image: Image) -> None:
+        """Let a copy of an image have the same disk."""
+
+    def memory_of(self, kind: str, mib: int) -> int:
+        """Return how many MiB a type has here, where EC2's has `mib`."""
 
     def drop(self, image_id: str) -> None:
         """Forget the disk of a deregistered image."""
@@ -172,12 +179,9 @@ def base_ami(backend: Any) -> str:
     return str(next(image.id for image in backend.amis.values() if image.name == NEWEST))
 
 
-def end(instance: Instance, backend: Any, *, code: str, message: str) -> None:
+def end(instance: Instance, *, code: str, message: str) -> None:
     """Write down that a guest has powered itself off: stopped or terminated, as it was launched to."""
-    if instance.state in ("stopped", "terminated"):
-        return
-    if instance.state == "shutting-down":
-        set_state(instance, "terminated", 48)
+    if instance.state in ("stopped", "shutting-down", "terminated"):
         return
     if instance.instance_initiated_shutdown_behavior == "terminate" and instance.state != "stopping":
         instance.terminate()
