@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ class Vm(threading.Thread):
                         what, then = "look", lambda: None
                     if what == "terminate" or self._do(what, then, metadata.port):
                         return
+        except Exception:
+            # A defect here, or QEMU can't start: the launch failed, and whoever runs the tests sees why.
+            traceback.print_exc()
+            self._owner.off(_BROKEN)
         finally:
             self._cut()
             self._owner.ended()

@@ -229,8 +229,7 @@ class _Owner:
     def ended(self) -> None:
         """The instance is gone."""
         with self._machines.lock:
-            if self._instance.state == "shutting-down":
-                set_state(self._instance, "terminated", 48)
+            set_state(self._instance, "terminated", 48)
             self._machines.gone(self._instance.id)
 
     def admits(self, port: int) -> bool:
@@ -243,10 +242,9 @@ class _Owner:
 
 
 def _covers(rule: Any, port: int) -> bool:
-    here = ipaddress.ip_address("127.0.0.1")
     if str(rule.ip_protocol) not in ("tcp", "6", "-1"):
         return False
     if str(rule.ip_protocol) != "-1" and not int(rule.from_port) <= port <= int(rule.to_port):
         return False
-    cidrs = [each.get("CidrIp") for each in rule.ip_ranges]
-    return any(cidr and here in ipaddress.ip_network(cidr, strict=False) for cidr in cidrs)
+    cidr = str((rule.ip_range or {}).get("CidrIp") or "::1/128")
+    return ipaddress.ip_address("127.0.0.1") in ipaddress.ip_network(cidr, strict=False)
