@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, cast
 
 from moto.core.responses import ActionResult, EmptyResult
 from moto.core.utils import utcnow
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.models.instances import Instance
+from moto.ec2.utils import random_fleet_id
 
 from .base import Base
 from .calls import Refused
@@ -45,6 +46,46 @@ class Instances(Base):
         scope = (self.current_account, self.region, "RunInstances", token)
         reservation_id = self.state.once(scope, params, launched)[0]
         return ActionResult(self.ec2_backend.reservations[reservation_id])
+
+    def create_fleet(self) -> ActionResult:
+        """CreateFleet of type `instant`, as Packer makes spot instances: the first place with capacity."""
+        if self._get_param("Type") != "instant":
+            raise Refused("InvalidParameterValue", "only fleets of type 'instant' are made here")
+        asked, errors = self.original_params(), []
+        lifecycle = self._get_param("TargetCapacitySpecification.DefaultTargetCapacityType", "on-demand")
+        for config in asked["LaunchTemplateConfigs"]:
+            template = self.ec2_backend._get_template_from_args(config["LaunchTemplateSpecification"])
+            for place in config.get("Overrides") or [{}]:
+                about = {"LaunchTemplateAndOverrides": {"Overrides": place}, "Lifecycle": lifecycle}
+                try:
+                    made = self._one_of_fleet(template.data, place, lifecycle, asked)
+                except Refused as refused:
+                    errors.append(about | {"ErrorCode": refused.code, "ErrorMessage": refused.message})
+                    continue
+                told = about | {"InstanceIds": [made.id], "InstanceType": made.instance_type}
+                return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": [told]})
+        return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": []})
+
+    def _one_of_fleet(
+        self, template: dict[str, Any], place: dict[str, Any], lifecycle: str, asked: dict[str, Any]
+    ) -> Instance:
+        specs = [*template.get("TagSpecifications", []), *asked.get("TagSpecifications", [])]
+        settings = {
+            **{key: value for key, value in template.items() if value},
+            **{key: place[key] for key in ("InstanceType", "SubnetId") if place.get(key)},
+            "TagSpecifications": [spec for spec in specs if spec["ResourceType"] in ("instance", "volume")],
+            "InstanceMarketOptions": {"MarketType": "spot"} if lifecycle == "spot" else {},
+            "MinCount": 1,
+            "MaxCount": 1,
+        }
+        if "UserData" in settings:
+            settings["UserData"] = str(settings["UserData"])
+        if place.get("AvailabilityZone"):
+            settings["Placement"] = {"AvailabilityZone": place["AvailabilityZone"]}
+        self.params.clear()
+        self.params |= settings
+        reservation: Any = self.run_instances().result
+        return cast(Instance, reservation.instances[0])
 
     def describe_instances(self) -> ActionResult:
         """DescribeInstances."""

@@ -21,6 +21,7 @@ _KINDS = {
     "vpc": ("vpc", "InvalidVpcID.NotFound"),
     "eni": ("network-interface", "InvalidNetworkInterfaceID.NotFound"),
     "key": ("key-pair", "InvalidKeyPair.NotFound"),
+    "lt": ("launch-template", "InvalidLaunchTemplateId.NotFound"),
 }
 _NO_ACCOUNT = ("image", "snapshot")
 
@@ -30,6 +31,9 @@ _EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("instance", "volume", "network-interface"),
         ("ImageId", "SubnetId", "SecurityGroupIds", "KeyName"),
     ),
+    "CreateLaunchTemplate": (("launch-template",), ()),
+    "DeleteLaunchTemplate": ((), ("LaunchTemplateId", "LaunchTemplateName")),
+    "CreateFleet": (("fleet", "instance", "volume", "network-interface"), ()),
     "TerminateInstances": ((), ("InstanceIds",)),
     "StopInstances": ((), ("InstanceIds",)),
     "StartInstances": ((), ("InstanceIds",)),
@@ -158,6 +162,8 @@ def _existing(
         found = backend.key_pairs.get(resource_id)
         tags = backend.tags.get(found.id, {}) if found is not None else {}
         return Touched(action=action, arn=_arn(region, "key-pair", resource_id), tags=tags)
+    if parameter == "LaunchTemplateName":
+        resource_id = backend.launch_template_name_to_ids.get(resource_id, "lt-unknown")
     kind, error = _KINDS.get(resource_id.partition("-")[0], ("", ""))
     if not kind:
         raise Refused("InvalidID", f"The ID '{resource_id}' is not valid")
@@ -189,6 +195,8 @@ def _find(kind: str, resource_id: str, backend: Any) -> Any:
             return next((s[resource_id] for s in backend.subnets.values() if resource_id in s), None)
         case "vpc":
             return backend.vpcs.get(resource_id)
+        case "launch-template":
+            return backend.launch_templates.get(resource_id)
         case "network-interface":
             return backend.enis.get(resource_id)
         case _:

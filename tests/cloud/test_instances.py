@@ -19,7 +19,7 @@ from tests.unit.test_qemu import FAKE, qcow2
 
 from .machines import Machines
 from .server import Cloud
-from .test_server import image, instance, launch
+from .using import image, instance, launch
 
 
 @pytest.fixture

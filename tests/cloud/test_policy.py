@@ -8,7 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from .server import Cloud
-from .test_server import RUN, launch, refused, tagged
+from .using import RUN, launch, refused, tagged
 
 KEY = "AKIALIMITEDLIMITED00"
 OURS = {"StringLike": {"aws:RequestTag/ami-builder:run": "*"}}

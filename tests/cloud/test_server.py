@@ -5,55 +5,22 @@ from __future__ import annotations
 import json
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import boto3
 import pytest
-from botocore.config import Config
-from botocore.exceptions import ClientError, HTTPClientError, ParamValidationError
+from botocore.exceptions import ClientError, ParamValidationError
 
 from .calls import ACCOUNT
-from .faults import Fault
 from .image import DEBIAN_ACCOUNT
 from .server import Cloud
 from .state import DEBIAN_PARAMETER
-
-RUN = {"ami-builder:run": "r1"}
+from .using import RUN, image, instance, launch, refused, tagged
 
 
 @pytest.fixture
 def ec2(cloud: Cloud) -> Any:
     return cloud.client()
-
-
-@contextmanager
-def refused(code: str, status: int | None = None) -> Iterator[None]:
-    with pytest.raises(ClientError) as caught:
-        yield
-    assert caught.value.response["Error"]["Code"] == code, caught.value
-    if status is not None:
-        assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == status
-
-
-def tagged(*kinds: str, tags: dict[str, str] = RUN) -> list[dict[str, Any]]:
-    return [{"ResourceType": k, "Tags": [{"Key": a, "Value": b} for a, b in tags.items()]} for k in kinds]
-
-
-def launch(cloud: Cloud, ec2: Any, **more: Any) -> str:
-    settings = {"ImageId": cloud.base_ami(), "InstanceType": "t3.small", "MinCount": 1, "MaxCount": 1}
-    return str(ec2.run_instances(**(settings | more))["Instances"][0]["InstanceId"])
-
-
-def instance(ec2: Any, instance_id: str) -> Any:
-    return ec2.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
-
-
-def image(ec2: Any, image_id: str) -> Any:
-    return ec2.describe_images(ImageIds=[image_id])["Images"][0]
 
 
 def test_a_region_begins_with_debian(cloud: Cloud, ec2: Any) -> None:
@@ -325,64 +292,6 @@ def test_addresses_and_groups(cloud: Cloud, ec2: Any) -> None:
     assert "PublicIpAddress" not in instance(ec2, launched)
     ec2.delete_security_group(GroupId=group)
     assert cloud.left() == {}
-
-
-@pytest.mark.parametrize("fault", list(Fault))
-def test_faults(cloud: Cloud, ec2: Any, fault: Fault) -> None:
-    cloud.faults.add("CreateSecurityGroup", fault, nth=2, seconds=0.2)
-
-    def make(name: str) -> None:
-        ec2.create_security_group(GroupName=name, Description="test")
-
-    make("first")
-    start = time.monotonic()
-    match fault:
-        case Fault.THROTTLE:
-            with refused("RequestLimitExceeded", 503):
-                make("second")
-        case Fault.HTTP500:
-            with refused("InternalError", 500):
-                make("second")
-        case Fault.RESET | Fault.LOST_RESPONSE:
-            with pytest.raises(HTTPClientError):
-                make("second")
-        case _:
-            make("second")
-    assert (time.monotonic() - start > 0.2) == (fault is Fault.SLOW)
-    make("third")
-    performed = fault in (Fault.SLOW, Fault.LOST_RESPONSE, Fault.DUPLICATED)
-    assert len(cloud.left()["security-group"]) == (3 if performed else 2)
-    assert cloud.count("CreateSecurityGroup") == 3
-
-
-def test_botocore_retries_faults(cloud: Cloud) -> None:
-    retrying: Any = boto3.client(
-        "ec2", config=Config(retries={"mode": "standard", "total_max_attempts": 10}, proxies={})
-    )
-    for nth, fault in enumerate((Fault.THROTTLE, Fault.HTTP500, Fault.RESET, Fault.LOST_RESPONSE)):
-        cloud.faults.add("RunInstances", fault, nth=nth + 1)
-    launch(cloud, retrying, ClientToken="t")
-    assert cloud.count("RunInstances") == 5
-    assert len(cloud.left()["instance"]) == 1
-
-
-def test_other_processes_set_faults(cloud: Cloud, ec2: Any) -> None:
-    def control(method: str, path: str, body: object = None) -> Any:
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"{cloud.url}/_cloud/{path}", data, method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
-            return json.loads(answer.read())
-
-    control("POST", "faults", {"action": "*", "fault": "throttle", "times": None})
-    with refused("RequestLimitExceeded"):
-        ec2.describe_images()
-    control("DELETE", "faults")
-    ec2.describe_images()
-    assert [each["outcome"] for each in control("GET", "calls")] == ["RequestLimitExceeded", "ok"]
-    control("POST", "reset")
-    assert cloud.calls == ()
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        control("POST", "faults", {"action": "*", "fault": "flood"})
 
 
 def test_many_at_once(cloud: Cloud) -> None:

@@ -1,4 +1,4 @@
-"""Debian's real Packer against the loopback EC2, without a machine: an AMI, its tags, and nothing else."""
+"""Clients other than boto3 against the loopback EC2, where they are installed: Packer and the AWS CLI."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .server import ACCESS_KEY, Cloud
+from .using import launch, tagged
 
 TEMPLATE = """
 source "amazon-ebs" "image" {
@@ -18,13 +19,13 @@ source "amazon-ebs" "image" {
   region              = "us-east-1"
   custom_endpoint_ec2 = "%(url)s"
   source_ami          = "%(ami)s"
-  instance_type       = "t3.small"
   communicator        = "none"
   tags                = { "ami-builder:run" = "r1" }
   snapshot_tags       = { "ami-builder:run" = "r1" }
   run_tags            = { "ami-builder:run" = "r1" }
   run_volume_tags     = { "ami-builder:run" = "r1" }
   temporary_security_group_source_cidrs = ["127.0.0.1/32"]
+  %(more)s
 }
 build {
   sources = ["source.amazon-ebs.image"]
@@ -32,11 +33,19 @@ build {
 }
 """
 
+ON_DEMAND = 'instance_type = "t3.small"'
+SPOT = 'spot_instance_types = ["m6i.large", "t3.small"]\nspot_price = "auto"'
 DENIED = {"Effect": "Deny", "Action": "ec2:CreateImage"}
 
 
-def build(cloud: Cloud, folder: Path) -> subprocess.CompletedProcess[str]:
-    (folder / "image.pkr.hcl").write_text(TEMPLATE % {"url": cloud.url, "ami": cloud.base_ami()})
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+
+
+def build(cloud: Cloud, folder: Path, more: str = "") -> subprocess.CompletedProcess[str]:
+    (folder / "image.pkr.hcl").write_text(
+        TEMPLATE % {"url": cloud.url, "ami": cloud.base_ami(), "more": more}
+    )
     return subprocess.run(
         ["packer", "build", "-color=false", "."],
         cwd=folder,
@@ -49,10 +58,12 @@ def build(cloud: Cloud, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.skipif(shutil.which("packer") is None, reason="Packer is not installed")
-def test_a_build_completes(cloud: Cloud, tmp_path: Path) -> None:
+@needs("packer")
+@pytest.mark.parametrize("kind", [ON_DEMAND, SPOT])
+def test_packer_completes(cloud: Cloud, tmp_path: Path, kind: str) -> None:
     cloud.options.image_describes = 2
-    done = build(cloud, tmp_path)
+    cloud.options.no_capacity = {("m6i.large", "*")}
+    done = build(cloud, tmp_path, kind)
     assert done.returncode == 0, done.stdout + done.stderr
     left = cloud.left()
     assert sorted(left) == ["image", "snapshot"]
@@ -64,12 +75,40 @@ def test_a_build_completes(cloud: Cloud, tmp_path: Path) -> None:
     assert ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"][0]["Tags"] == tags
 
 
-@pytest.mark.skipif(shutil.which("packer") is None, reason="Packer is not installed")
-def test_a_refused_build_leaves_nothing(cloud: Cloud, tmp_path: Path) -> None:
+@needs("packer")
+def test_packer_leaves_nothing_when_it_is_refused(cloud: Cloud, tmp_path: Path) -> None:
     everything = {"Effect": "Allow", "Action": "ec2:*", "Resource": "*"}
     enforced = cloud.enforce({"Statement": [everything, everything | DENIED]}, ACCESS_KEY)
-    done = build(cloud, tmp_path)
+    done = build(cloud, tmp_path, ON_DEMAND)
     assert done.returncode == 1
     assert "UnauthorizedOperation" in done.stdout + done.stderr
     assert [action for action, _ in enforced.refused] == ["ec2:CreateImage"]
     assert cloud.left() == {}
+
+
+@needs("aws")
+def test_the_aws_cli_reads_it(cloud: Cloud) -> None:
+    ec2 = cloud.client()
+    made = ec2.create_image(
+        InstanceId=launch(cloud, ec2), Name="image", TagSpecifications=tagged("image", "snapshot")
+    )["ImageId"]
+    ec2.modify_image_attribute(ImageId=made, ImdsSupport={"Value": "v2.0"})
+    argv = [
+        "aws",
+        "ec2",
+        "describe-images",
+        "--owners",
+        "self",
+        "--filters",
+        "Name=tag-key,Values=ami-builder:run",
+    ]
+    done = subprocess.run(
+        [*argv, "--query", "Images[].[ImageId,ImdsSupport,State]", "--output", "json"],
+        env=dict(os.environ) | cloud.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[made, "v2.0", "available"]]
