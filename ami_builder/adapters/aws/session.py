@@ -57,14 +57,8 @@ class Account:
     def __init__(self, session: Any, region: str) -> None:
         self.region = region
         self._session = session
-        self._clients: dict[tuple[str, str], Any] = {}
+        self._clients: dict[tuple[str, str, int], Any] = {}
         self._lock = threading.RLock()
-        self._config = Config(
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            user_agent_extra=f"ami-builder/{__version__}",
-            connect_timeout=_CONNECT_SECONDS,
-            read_timeout=_READ_SECONDS,
-        )
 
     @classmethod
     def open(cls, region: str = "") -> Account:
@@ -92,14 +86,52 @@ class Account:
         """The client of EC2."""
         return self.client("ec2")  # type: ignore[no-any-return]
 
-    def client(self, name: str, region: str = "") -> Any:
-        """Return the client of a service in this region, or in another for those that live in one only."""
-        key = (name, region or self.region)
+    @property
+    def ec2_once(self) -> EC2Client:
+        """The client of EC2 that leaves it to its caller to try again."""
+        return self.client("ec2", attempts=1)  # type: ignore[no-any-return]
+
+    def client(self, name: str, region: str = "", *, attempts: int = 0) -> Any:
+        """Return the client of a service in this region, or in another for those that live in one only.
+
+        It makes up to `attempts` attempts at a call, 10 unless told.
+        """
+        key = (name, region or self.region, attempts or ATTEMPTS)
         with self._lock:
             if key not in self._clients:
+                config = Config(
+                    retries={"mode": "standard", "total_max_attempts": key[2]},
+                    user_agent_extra=f"ami-builder/{__version__}",
+                    connect_timeout=_CONNECT_SECONDS,
+                    read_timeout=_READ_SECONDS,
+                )
                 with translated(name):
-                    self._clients[key] = self._session.client(name, region_name=key[1], config=self._config)
+                    self._clients[key] = self._session.client(name, region_name=key[1], config=config)
             return self._clients[key]
+
+    def endpoint(self, name: str) -> str:
+        """Return where a service is spoken to other than at AWS (AWS_ENDPOINT_URL); empty for AWS itself."""
+        given = os.environ.get(f"AWS_ENDPOINT_URL_{name.upper()}") or os.environ.get("AWS_ENDPOINT_URL")
+        return str(self.client(name).meta.endpoint_url) if given else ""
+
+    def environment(self) -> dict[str, str]:
+        """Return what another program needs in its environment to be this account, whatever the chain was.
+
+        Packer 1.6 knows less of the chain than boto3. Only ever hand it to a child, never to argv or a file.
+        """
+        with translated("sts"):
+            found = self._session.get_credentials().get_frozen_credentials()
+        named = {
+            "AWS_ACCESS_KEY_ID": found.access_key,
+            "AWS_SECRET_ACCESS_KEY": found.secret_key,
+            "AWS_SESSION_TOKEN": found.token,
+            "AWS_REGION": self.region,
+            "AWS_DEFAULT_REGION": self.region,
+        }
+        given = {
+            k: v for k, v in os.environ.items() if k.startswith("AWS_ENDPOINT_URL") or k == "AWS_CA_BUNDLE"
+        }
+        return given | {name: value for name, value in named.items() if value}
 
     def identity(self) -> Identity:
         """Ask AWS whose credentials these are; raises CloudFailed when it takes them for nobody's."""
@@ -111,6 +143,17 @@ class Account:
 def code_of(error: ClientError) -> str:
     """Return AWS's code of an error, such as `InvalidAMIID.NotFound`."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_definite(error: BaseException) -> bool:
+    """Tell whether an error says for sure that the call did nothing, rather than that no answer came."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    if not isinstance(cause, ClientError):
+        return False
+    # A repeated call that finds a duplicate may have found what its first attempt made.
+    if code_of(cause) in _THROTTLED or code_of(cause).endswith(".Duplicate"):
+        return False
+    return 400 <= cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500
 
 
 @contextmanager

@@ -1,0 +1,224 @@
+"""AMIs of ours: found again, waited for, finished, judged, deregistered with their snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from ami_builder import proc
+from ami_builder.errors import CloudFailed, UsageError
+
+from . import tags as tagging
+from .session import Account, code_of, translated
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
+
+_GIB = 1 << 30
+_POLL_SECONDS = 5.0
+_SEEN_SECONDS = 300.0
+_UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
+_PENDING = frozenset({"pending", "transient"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ami:
+    """An AMI of this account."""
+
+    id: str
+    name: str
+    state: str
+    """`available`, `pending`, or why it will never be available."""
+    reason: str
+    created: datetime | None
+    size: int
+    """Of its volumes, in bytes."""
+    snapshots: tuple[str, ...]
+    encrypted: bool
+    public: bool
+    tags: Mapping[str, str]
+
+    @property
+    def finished(self) -> bool:
+        """True when all that makes it ours was done; what is not finished may be collected."""
+        return tagging.FINISHED in self.tags
+
+    @property
+    def verdict(self) -> tuple[bool, str] | None:
+        """Whether the checks passed, and the digest of those checks; None when they never ran."""
+        word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
+        return (word == "passed", digest) if word else None
+
+
+def get(account: Account, ami: str) -> Ami | None:
+    """Return an AMI by its id; None when there is none, or EC2 does not show it yet."""
+    with translated():
+        try:
+            images = account.ec2.describe_images(ImageIds=[ami])["Images"]
+        except ClientError as error:
+            if not code_of(error).startswith("InvalidAMIID"):
+                raise
+            return None
+    return _ami(images[0]) if images else None
+
+
+def find(account: Account, image: str, digest: str) -> Ami | None:
+    """Return our AMI of exactly this digest, or None; one that is still pending counts.
+
+    One whose build was killed before it was tagged is found by its name. Finished ones come first, then the
+    newest.
+    """
+    tagged = _search(account, _tagged(tagging.IMAGE, image), _tagged(tagging.DIGEST, digest))
+    named = _search(account, {"Name": "name", "Values": [tagging.ami_name_pattern(image, digest)]})
+    fitting = [
+        ami
+        for ami in [*tagged, *named]
+        if ami.tags.get(tagging.DIGEST, digest) == digest and ami.state in {"available", *_PENDING}
+    ]
+    return max(fitting, key=lambda ami: (ami.finished, ami.state == "available", _age(ami)), default=None)
+
+
+def wait_available(
+    account: Account, ami: str, seconds: float, on_progress: Callable[[str], None] = lambda _: None
+) -> Ami:
+    """Wait until an AMI can be launched.
+
+    Raises CloudFailed with EC2's reason when it never will be, TimedOut after `seconds`.
+    """
+    proc.wait_until(
+        lambda: get(account, ami),
+        what=f"the appearance of {ami}",
+        timeout=min(seconds, _SEEN_SECONDS),
+        interval=_POLL_SECONDS,
+    )
+
+    def settled() -> Ami | None:
+        found = get(account, ami)
+        if found is None:
+            return None
+        if found.state in _PENDING:
+            on_progress(f"snapshot {_progress(account, found)}")
+            return None
+        return found
+
+    found = proc.wait_until(settled, what=f"the completion of {ami}", timeout=seconds, interval=_POLL_SECONDS)
+    if found.state != "available":
+        raise CloudFailed(f"{ami} is {found.state}" + (f": {found.reason}" if found.reason else ""))
+    return found
+
+
+def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool = False) -> Ami:
+    """Make an available AMI what ours are, and mark it as finished last; calling it again changes nothing.
+
+    Its tags also on its snapshots, IMDSv2 only, and private unless `public` publishes it to everyone.
+    Raises UsageError when an encrypted one is to be published, CloudFailed.
+    """
+    found = _existing(account, ami)
+    if public and found.encrypted:
+        raise UsageError(
+            f"{ami} is encrypted, and an encrypted AMI can't be published", hint="build without aws.encrypt"
+        )
+    with translated():
+        account.ec2.create_tags(Resources=[ami, *found.snapshots], Tags=tagging.as_list(tags))
+        account.ec2.modify_image_attribute(ImageId=ami, ImdsSupport={"Value": "v2.0"})
+        if public != found.public:
+            everyone = [{"Group": "all"}]
+            account.ec2.modify_image_attribute(
+                ImageId=ami,
+                LaunchPermission={"Add": everyone} if public else {"Remove": everyone},  # type: ignore[typeddict-item]
+            )
+        if not found.finished:
+            account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.FINISHED: tagging.now()}))
+    return _existing(account, ami)
+
+
+def record_verdict(account: Account, ami: str, passed: bool, checks_digest: str) -> None:
+    """Tag an AMI with whether the checks of `checks_digest` passed on it."""
+    verdict = f"{'passed' if passed else 'failed'} {checks_digest}"
+    with translated():
+        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.VERDICT: verdict}))
+
+
+def deregister(account: Account, ami: str) -> None:
+    """Deregister an AMI of ours and delete its snapshots, but for those that another AMI uses.
+
+    One that is gone already is fine.
+    """
+    found = get(account, ami)
+    if found is None:
+        return
+    with translated():
+        try:
+            account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+        except ClientError as error:
+            if code_of(error) not in _UNKNOWN:
+                raise
+    for snapshot in found.snapshots:
+        delete_snapshot(account, snapshot)
+
+
+def delete_snapshot(account: Account, snapshot: str) -> bool:
+    """Delete a snapshot and tell whether it is gone; one that an AMI uses stays."""
+    with translated():
+        try:
+            account.ec2.delete_snapshot(SnapshotId=snapshot)
+        except ClientError as error:
+            if code_of(error) == "InvalidSnapshot.InUse":
+                return False
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+    return True
+
+
+def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
+    with translated():
+        pages = account.ec2.get_paginator("describe_images").paginate(Owners=["self"], Filters=list(filters))
+        return [_ami(image) for page in pages for image in page["Images"]]
+
+
+def _tagged(key: str, value: str) -> FilterTypeDef:
+    return {"Name": f"tag:{key}", "Values": [value]}
+
+
+def _existing(account: Account, ami: str) -> Ami:
+    if (found := get(account, ami)) is None:
+        raise CloudFailed(f"there is no AMI {ami} in {account.region}")
+    return found
+
+
+def _progress(account: Account, ami: Ami) -> str:
+    if not ami.snapshots:
+        return "not started"
+    with translated():
+        try:
+            snapshots = account.ec2.describe_snapshots(SnapshotIds=list(ami.snapshots))["Snapshots"]
+        except ClientError as error:
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+            return "not started"
+    return ", ".join(snapshot.get("Progress") or "0%" for snapshot in snapshots)
+
+
+def _ami(image: ImageTypeDef) -> Ami:
+    disks = [mapping["Ebs"] for mapping in image.get("BlockDeviceMappings", []) if "Ebs" in mapping]
+    created = image.get("CreationDate", "")
+    return Ami(
+        id=image["ImageId"],
+        name=image.get("Name", ""),
+        state=image.get("State", "available"),
+        reason=image.get("StateReason", {}).get("Message", ""),
+        created=datetime.fromisoformat(created) if created else None,
+        size=sum(disk.get("VolumeSize", 0) for disk in disks) * _GIB,
+        snapshots=tuple(disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")),
+        encrypted=any(disk.get("Encrypted", False) for disk in disks),
+        public=image.get("Public", False),
+        tags=tagging.as_dict(image.get("Tags", [])),
+    )
+
+
+def _age(ami: Ami) -> datetime:
+    return ami.created or datetime.min.replace(tzinfo=UTC)

@@ -1,0 +1,88 @@
+"""Instances by their id or their client token, whoever launched them: described, found, terminated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from ami_builder.errors import CloudFailed
+
+from . import tags as tagging
+from .session import Account, code_of, translated
+from .waiting import settle
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import InstanceTypeDef
+
+_SEEN_SECONDS = 60.0
+_TERMINATED_SECONDS = 600.0
+
+
+def describe(account: Account, instance: str) -> InstanceTypeDef | None:
+    """Return an instance as EC2 describes it; None when EC2 doesn't know it (yet, or any more)."""
+    with translated():
+        try:
+            answer = account.ec2.describe_instances(InstanceIds=[instance])
+        except ClientError as error:
+            if code_of(error) != "InvalidInstanceID.NotFound":
+                raise
+            return None
+    return next((i for r in answer["Reservations"] for i in r.get("Instances", [])), None)
+
+
+def by_token(account: Account, run_id: str, token: str) -> str | None:
+    """Return the instance that a run launched with a client token, whether or not anybody heard of it."""
+    found = (i["InstanceId"] for i in _search(account, run_id) if i.get("ClientToken") == token)
+    return next(found, None)
+
+
+def of_run(account: Account, run_id: str) -> list[str]:
+    """Return the instances of a run that have not ended yet."""
+    ended = {"shutting-down", "terminated"}
+    return [i["InstanceId"] for i in _search(account, run_id) if i["State"]["Name"] not in ended]
+
+
+def require_imdsv2(account: Account, instance: str) -> None:
+    """Let an instance that somebody else has launched answer metadata requests of version 2 only."""
+    with translated():
+        account.ec2.modify_instance_metadata_options(
+            InstanceId=instance, HttpTokens="required", HttpPutResponseHopLimit=1
+        )
+
+
+def terminate(account: Account, instance: str) -> None:
+    """Terminate an instance and wait until it is; one that is gone is fine.
+
+    Raises CloudFailed when it does not end within its bound.
+    """
+
+    def asked() -> bool:
+        try:
+            account.ec2.terminate_instances(InstanceIds=[instance])
+        except ClientError as error:
+            if code_of(error) != "InvalidInstanceID.NotFound":
+                raise
+            return False
+        return True
+
+    def ended() -> bool:
+        found = describe(account, instance)
+        return found is None or found["State"]["Name"] == "terminated"
+
+    with translated():
+        # One that was made a moment ago may not be seen yet.
+        done = not settle(asked, seconds=_SEEN_SECONDS) or settle(ended, seconds=_TERMINATED_SECONDS)
+    if not done:
+        raise CloudFailed(
+            f"the instance {instance} does not end", hint="`ami-builder gc --apply` tries it again"
+        )
+
+
+def _search(account: Account, run_id: str) -> Sequence[InstanceTypeDef]:
+    with translated():
+        pages = account.ec2.get_paginator("describe_instances").paginate(
+            Filters=[{"Name": f"tag:{tagging.RUN}", "Values": [run_id]}]
+        )
+        return [i for page in pages for r in page["Reservations"] for i in r.get("Instances", [])]
