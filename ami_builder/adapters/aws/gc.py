@@ -1,0 +1,234 @@
+"""Finding what runs left in an account, by tag and by ledger, and removing it; never anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from ami_builder.errors import CloudFailed
+from ami_builder.ledger import Entry
+from ami_builder.leftovers import Action, Found, Leftover
+from ami_builder.model import Resource
+
+from . import images, instances, network
+from . import tags as tagging
+from .session import Account, code_of, translated
+from .waiting import settle
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import FilterTypeDef
+
+_RELEASED_SECONDS = 300.0
+_ENDED = frozenset({"terminated"})
+# EC2 takes 200 values a filter.
+_CHUNK = 100
+_PAGE = 500
+
+
+def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
+    """Return what in this region carries our run tag, or stands in `entries` that are not gone.
+
+    Raises CloudFailed when any of it can't be listed, since a plan needs to know all.
+    """
+    open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
+    found: dict[tuple[Resource, str], Found] = {}
+    for one in (
+        *_instances(account, open_entries),
+        *_volumes(account),
+        *_images_and_snapshots(account, open_entries),
+        *_groups(account, open_entries),
+    ):
+        found.setdefault((one.kind, one.id), one)
+    return list(found.values())
+
+
+def remove(account: Account, leftover: Leftover) -> None:
+    """Delete one thing that the plan says is to go, and wait until it has; one that is gone is fine.
+
+    Raises CloudFailed when it does not go.
+    """
+    one = leftover.found
+    if leftover.action is not Action.DELETE:
+        raise ValueError(f"{one.id} is to be kept: {leftover.reason}")
+    match one.kind:
+        case Resource.INSTANCE:
+            if instances.describe(account, one.id) is not None:
+                instances.terminate(account, one.id)
+        case Resource.VOLUME:
+            _delete_volume(account, one.id)
+        case Resource.IMAGE:
+            images.deregister(account, one.id)
+        case Resource.SNAPSHOT:
+            if not images.delete_snapshot(account, one.id):
+                raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
+        case Resource.SECURITY_GROUP:
+            network.delete_group(account, one.id)
+
+
+def _instances(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+    ids = _by_id(entries, Resource.INSTANCE)
+    for shown in (
+        *_listed(account, "describe_instances", "Reservations", _TAGGED),
+        *_known(account, "describe_instances", "Reservations", "instance-id", ids),
+    ):
+        for one in shown["Instances"]:
+            if one["State"]["Name"] not in _ENDED:
+                yield _found(account, Resource.INSTANCE, one["InstanceId"], one, ids, one.get("LaunchTime"))
+
+
+def _volumes(account: Account) -> Iterable[Found]:
+    for one in _listed(account, "describe_volumes", "Volumes", _TAGGED):
+        yield _found(account, Resource.VOLUME, one["VolumeId"], one, {}, one.get("CreateTime"))
+
+
+def _images_and_snapshots(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+    """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI is."""
+    ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
+    every = _listed(account, "describe_images", "Images", [], Owners=["self"])
+    using: dict[str, str] = {}
+    ours: dict[str, Found] = {}
+    for image in every:
+        for snapshot in _snapshots_of(image):
+            using[snapshot] = image["ImageId"]
+        tags = tagging.as_dict(image.get("Tags", []))
+        known = ids.get(image["ImageId"]) or names.get(image.get("Name", ""))
+        if run_id := tags.get(tagging.RUN) or known:
+            ours[image["ImageId"]] = Found(
+                kind=Resource.IMAGE,
+                id=image["ImageId"],
+                region=account.region,
+                run_id=run_id,
+                name=image.get("Name", ""),
+                created=datetime.fromisoformat(image["CreationDate"]) if image.get("CreationDate") else None,
+                finished=tagging.FINISHED in tags,
+            )
+    yield from ours.values()
+    of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
+    for one in (
+        *_listed(account, "describe_snapshots", "Snapshots", _TAGGED, OwnerIds=["self"]),
+        *_known(account, "describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
+    ):
+        image_id = using.get(one["SnapshotId"], "")
+        yield _found(
+            account,
+            Resource.SNAPSHOT,
+            one["SnapshotId"],
+            one,
+            of_ours,
+            one.get("StartTime"),
+            image=image_id,
+            used_by="" if image_id in ours else image_id,
+        )
+
+
+def _groups(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+    ids, names = _by_id(entries, Resource.SECURITY_GROUP), _by_name(entries, Resource.SECURITY_GROUP)
+    for one in (
+        *_listed(account, "describe_security_groups", "SecurityGroups", _TAGGED),
+        *_known(account, "describe_security_groups", "SecurityGroups", "group-id", ids),
+        *_known(account, "describe_security_groups", "SecurityGroups", "group-name", names),
+    ):
+        known = {one["GroupId"]: ids.get(one["GroupId"]) or names.get(one["GroupName"], "")}
+        # A group has no date of its own.
+        created = tagging.as_dict(one.get("Tags", [])).get(tagging.CREATED)
+        yield _found(
+            account,
+            Resource.SECURITY_GROUP,
+            one["GroupId"],
+            one,
+            known,
+            _time(created),
+            name=one["GroupName"],
+        )
+
+
+_TAGGED: list[FilterTypeDef] = [{"Name": "tag-key", "Values": [tagging.RUN]}]
+
+
+def _listed(
+    account: Account, call: str, key: str, filters: Sequence[FilterTypeDef], **more: Any
+) -> list[Any]:
+    paginator: Any = account.ec2.get_paginator(call)  # type: ignore[call-overload]
+    with translated():
+        pages = paginator.paginate(Filters=list(filters), PaginationConfig={"PageSize": _PAGE}, **more)
+        return [one for page in pages for one in page[key]]
+
+
+def _known(
+    account: Account, call: str, key: str, name: str, values: Mapping[str, str], **more: Any
+) -> list[Any]:
+    """Return those things that there are of the given ids or names."""
+    wanted = list(values)
+    chunks = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
+    return [
+        one
+        for chunk in chunks
+        for one in _listed(account, call, key, [{"Name": name, "Values": chunk}], **more)
+    ]
+
+
+def _found(
+    account: Account,
+    kind: Resource,
+    id: str,
+    shown: Mapping[str, Any],
+    runs: Mapping[str, str],
+    created: datetime | None,
+    *,
+    name: str = "",
+    image: str = "",
+    used_by: str = "",
+) -> Found:
+    tags = tagging.as_dict(shown.get("Tags", []))
+    return Found(
+        kind=kind,
+        id=id,
+        region=account.region,
+        run_id=tags.get(tagging.RUN) or runs.get(id, ""),
+        name=name or tags.get(tagging.NAME, ""),
+        created=created,
+        image=image,
+        used_by=used_by,
+    )
+
+
+def _by_id(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+    return {entry.id: entry.find.get("run", "") for entry in entries if entry.kind is kind and entry.id}
+
+
+def _by_name(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+    named = ((entry.find.get("name", ""), entry) for entry in entries if entry.kind is kind)
+    return {name: entry.find.get("run", "") for name, entry in named if name}
+
+
+def _snapshots_of(image: Mapping[str, Any]) -> list[str]:
+    disks = (mapping.get("Ebs", {}) for mapping in image.get("BlockDeviceMappings", []))
+    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def _delete_volume(account: Account, volume: str) -> None:
+    def deleted() -> bool:
+        try:
+            account.ec2.delete_volume(VolumeId=volume)
+        except ClientError as error:
+            # Its instance, which takes it along, may be ending still.
+            if code_of(error) in {"VolumeInUse", "IncorrectState"}:
+                return False
+            if code_of(error) != "InvalidVolume.NotFound":
+                raise
+        return True
+
+    with translated():
+        gone = settle(deleted, seconds=_RELEASED_SECONDS)
+    if not gone:
+        raise CloudFailed(f"the volume {volume} can't be deleted: an instance still uses it")

@@ -1,0 +1,210 @@
+"""Collecting what killed runs left: all of it, and nothing that is somebody else's."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ami_builder.adapters.aws import gc, images, instances, network, waiting
+from ami_builder.adapters.aws import instance as instance_module
+from ami_builder.adapters.aws import tags as tagging
+from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.errors import CloudFailed
+from ami_builder.ledger import Entry, Ledger, read
+from ami_builder.leftovers import Action, Found, Leftover, RunState, plan
+from ami_builder.model import Resource
+
+from .aws import DIGEST, RUN, group, instance, launch, make_ami, tags
+from .server import REGION, Cloud
+
+
+@pytest.fixture
+def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
+    monkeypatch.setattr(instance_module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(instances, "_SEEN_SECONDS", 2.0)
+    return Account.open()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.jsonl")
+
+
+def collect(
+    account: Account, entries: tuple[Entry, ...] = (), runs: dict[str, RunState] | None = None
+) -> tuple[Leftover, ...]:
+    """Do what `gc --apply` does; return its plan."""
+    known = {RUN: RunState.ENDED} if runs is None else runs
+    leftovers = plan(gc.find(account, entries), known, datetime.now(UTC), 7200.0)
+    for leftover in leftovers:
+        if leftover.action is Action.DELETE:
+            gc.remove(account, leftover)
+            gc.remove(account, leftover)
+    return leftovers
+
+
+def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path) -> None:
+    made = group(account, ledger).__enter__()
+    instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
+    make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
+    assert cloud.left().keys() == {"instance", "volume", "image", "snapshot", "security-group"}
+    leftovers = collect(account)
+    assert [left.found.kind for left in leftovers] == [
+        Resource.INSTANCE,
+        Resource.VOLUME,
+        Resource.IMAGE,
+        Resource.SNAPSHOT,
+        Resource.SECURITY_GROUP,
+    ]
+    assert {left.found.run_id for left in leftovers} == {RUN}
+    assert all(left.found.created is not None for left in leftovers)
+    assert cloud.left() == {}
+    assert collect(account) == ()
+
+
+def test_what_has_no_tag_is_found_by_the_ledger(cloud: Cloud, account: Account, ledger: Ledger) -> None:
+    ec2 = cloud.client()
+    name, group_name = tagging.ami_name("dask", DIGEST, RUN), tagging.group_name(RUN, Purpose.BAKE)
+    ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
+    ledger.intend(Resource.SECURITY_GROUP, REGION, run=RUN, name=group_name)
+    entry = ledger.intend(Resource.INSTANCE, REGION, run=RUN)
+    make_ami(cloud, name)
+    ec2.create_security_group(GroupName=group_name, Description="x")
+    launched = ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1)
+    ledger.made(entry, launched["Instances"][0]["InstanceId"])
+    assert collect(account) == ()
+    elsewhere = tuple(e for e in read(ledger.path) if e.region != REGION)
+    assert collect(account, elsewhere) == ()
+    leftovers = collect(account, read(ledger.path))
+    assert [left.found.kind for left in leftovers] == [
+        Resource.INSTANCE,
+        Resource.IMAGE,
+        Resource.SNAPSHOT,
+        Resource.SECURITY_GROUP,
+    ]
+    assert cloud.left() == {}
+
+
+def test_what_is_not_ours_is_not_touched(cloud: Cloud, account: Account) -> None:
+    ec2 = cloud.client()
+    make_ami(cloud, "theirs", team="theirs")
+    group_id = ec2.create_security_group(GroupName="theirs", Description="x")["GroupId"]
+    ec2.run_instances(
+        ImageId=cloud.base_ami(),
+        InstanceType="m6i.large",
+        MinCount=1,
+        MaxCount=1,
+        SecurityGroupIds=[group_id],
+    )
+    ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)
+    before = cloud.left()
+    assert collect(account) == ()
+    assert cloud.left() == before
+    assert not {c.action for c in cloud.calls if c.action.startswith(("Delete", "Deregister"))}
+
+
+def test_finished_images_living_runs_and_other_machines_keep_theirs(
+    cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path
+) -> None:
+    ami = make_ami(cloud, "finished", **tags(Purpose.IMAGE))
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    group(account, ledger, run_id="live").__enter__()
+    group(account, ledger, run_id="theirs").__enter__()
+    before = cloud.left()
+    leftovers = collect(account, runs={RUN: RunState.ENDED, "live": RunState.LIVE})
+    assert {left.action for left in leftovers} == {Action.KEEP}
+    assert cloud.left() == before
+    # A long time later, nobody can be at work any more.
+    later = datetime.now(UTC).replace(year=2099)
+    again = plan(gc.find(account), {"live": RunState.LIVE}, later, 7200.0)
+    assert {left.found.run_id: left.action for left in again} == {
+        RUN: Action.KEEP,
+        "live": Action.KEEP,
+        "theirs": Action.DELETE,
+    }
+
+
+def test_a_snapshot_of_ours_in_anothers_ami_stays(cloud: Cloud, account: Account) -> None:
+    ami, theirs = make_ami(cloud, "ours", **tags(Purpose.IMAGE)), make_ami(cloud, "theirs")
+    found = images.get(account, ami)
+    assert found is not None
+    account.ec2.create_tags(Resources=list(found.snapshots), Tags=tagging.as_list({tagging.RUN: RUN}))
+    amis = cloud.backend().amis
+    amis[theirs].mapping = amis[ami].mapping
+    del amis[ami]
+    (left,) = collect(account)
+    assert (left.found.kind, left.action) == (Resource.SNAPSHOT, Action.KEEP)
+    assert theirs in left.reason
+
+
+def test_an_orphaned_volume_goes(cloud: Cloud, account: Account) -> None:
+    ec2 = cloud.client()
+    ec2.create_volume(
+        AvailabilityZone=f"{REGION}a", Size=1, TagSpecifications=tagging.specifications(tags(), "volume")
+    )
+    assert [left.found.kind for left in collect(account)] == [Resource.VOLUME]
+    assert cloud.left() == {}
+
+
+def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        cloud.client().create_security_group(
+            GroupName=f"g{number}",
+            Description="x",
+            TagSpecifications=tagging.specifications(tags(), "security-group"),
+        )
+    monkeypatch.setattr(gc, "_PAGE", 5)
+    assert len(gc.find(account)) == 12
+    assert cloud.count("DescribeSecurityGroups") == 3
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["DescribeInstances", "DescribeVolumes", "DescribeImages", "DescribeSnapshots", "DescribeSecurityGroups"],
+)
+def test_where_one_list_fails_nothing_is_planned(
+    cloud: Cloud, action: str, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    cloud.faults.add(action, "http500", times=None)
+    with pytest.raises(CloudFailed, match=f"ec2:{action}"):
+        gc.find(Account.open())
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["TerminateInstances", "DeleteVolume", "DeregisterImage", "DeleteSnapshot", "DeleteSecurityGroup"],
+)
+@pytest.mark.parametrize("fault", ["throttle", "lost_response", "duplicated"])
+def test_collecting_through_faults(
+    cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path, action: str, fault: str
+) -> None:
+    made = group(account, ledger).__enter__()
+    instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
+    make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
+    cloud.faults.add(action, fault)
+    collect(account)
+    assert cloud.left() == {}
+
+
+def test_what_is_kept_is_never_removed(account: Account) -> None:
+    one = Found(kind=Resource.IMAGE, id="ami-1", region=REGION, run_id=RUN)
+    with pytest.raises(ValueError, match="ami-1 is to be kept: because"):
+        gc.remove(account, Leftover(found=one, action=Action.KEEP, reason="because"))
+
+
+def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "_RELEASED_SECONDS", 0.2)
+    monkeypatch.setattr(network, "_DELETE_SECONDS", 0.2)
+    made = cloud.client().run_instances(
+        ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1
+    )
+    assert made["Instances"]
+    (volume,) = cloud.left()["volume"]
+    one = Found(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
+    with pytest.raises(CloudFailed, match=f"the volume {volume} can't be deleted"):
+        gc.remove(account, Leftover(found=one, action=Action.DELETE, reason="because"))
