@@ -219,11 +219,23 @@ class CheckResult:
     name: str
     phase: str
     """`boot`, `restart` or `reboot`."""
-    memory: int
-    """The machine's memory."""
+    machine: str
+    """Which machine: its memory (`2 GiB`), or its instance type."""
     outcome: Outcome
     seconds: float
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one start of one machine measured."""
+
+    machine: str
+    phase: str
+    total: int
+    """The machine's memory."""
+    available: int
+    """AVAILABLE_MEMORY_FOR_DASK."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,8 +245,7 @@ class Verdict:
     digest: str
     checks_digest: str
     results: tuple[CheckResult, ...]
-    measured: Mapping[str, int]
-    """`<phase>@<machine memory>` -> AVAILABLE_MEMORY_FOR_DASK."""
+    measured: tuple[Measurement, ...]
 
     @property
     def passed(self) -> bool:
@@ -276,3 +287,22 @@ class RunRecord:
     artifact: Artifact | None = None
     verdict: Verdict | None = None
     error: str | None = None
+
+
+class State(StrEnum):
+    """How one point of the check ended."""
+
+    OK = "ok"
+    NOTE = "note"
+    STOPS = "stops a build"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One point: what was looked at, what was found, what to do."""
+
+    name: str
+    state: State
+    found: str
+    hint: str = ""
+    exit_code: int = 0

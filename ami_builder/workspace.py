@@ -1,7 +1,7 @@
 """Where a run keeps its things: run directories, the cache, finished images, locks, atomic records.
 
 cache/<kind>/<digest>/           a base disk, a container archive: complete, or not there
-state/images/<name>/<digest>/    a finished image with its artifact, verdict and package list
+state/images/<name>/<digest>/    a finished image, or where it is: artifact, verdict, package list
 state/runs/<run id>/             record.json, logs, rendered files; work/ while the run lives
 state/locks/                     one build at a time for an image and target
 """
@@ -63,16 +63,22 @@ def load(kind: type[T], path: Path) -> T | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredImage:
-    """A finished image in the workspace, with the verdict on it if there is one."""
+    """A finished image, with the verdict on it if there is one."""
 
     artifact: Artifact
     verdict: Verdict | None
-    directory: Path
+    directory: Path | None
+    """Its folder in the workspace; None for an image that was not built here."""
 
     @property
     def path(self) -> Path:
-        """The qcow2 file."""
-        return self.directory / IMAGE_FILE
+        """The disk of a local image."""
+        return Path(self.artifact.location)
+
+    @property
+    def name(self) -> str:
+        """What people call it: its file's name, or its AMI id."""
+        return self.path.name
 
 
 class Run:
@@ -280,9 +286,19 @@ class Workspace:
             new.rename(final)
         return StoredImage(artifact=placed, verdict=None, directory=final)
 
+    def remember(self, artifact: Artifact, packages: Path | None) -> StoredImage:
+        """Keep the record of an image that lives elsewhere; replaces one of its digest."""
+        folder = self.images_dir / artifact.image / artifact.digest[:16]
+        if packages is not None and packages.exists():
+            write_atomically(folder / "packages.txt", packages.read_bytes())
+        (folder / "verdict.json").unlink(missing_ok=True)
+        dump(artifact, folder / "artifact.json")
+        return StoredImage(artifact=artifact, verdict=None, directory=folder)
+
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        """Put a verdict beside an image."""
-        dump(verdict, stored.directory / "verdict.json")
+        """Put a verdict beside an image; one that was not built here has no place for it."""
+        if stored.directory is not None:
+            dump(verdict, stored.directory / "verdict.json")
         return replace(stored, verdict=verdict)
 
     def images(self) -> tuple[StoredImage, ...]:
@@ -290,7 +306,9 @@ class Workspace:
         found: list[StoredImage] = []
         for record in self.images_dir.glob("*/*/artifact.json"):
             artifact = load(Artifact, record)
-            if artifact is not None and (record.parent / IMAGE_FILE).exists():
+            if artifact is None:
+                continue
+            if artifact.target is not Target.QEMU or (record.parent / IMAGE_FILE).exists():
                 verdict = load(Verdict, record.parent / "verdict.json")
                 found.append(StoredImage(artifact=artifact, verdict=verdict, directory=record.parent))
         return tuple(sorted(found, key=lambda s: s.artifact.created))

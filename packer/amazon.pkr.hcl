@@ -1,39 +1,41 @@
-locals {
-  tags = {
-    Name                   = var.image_name
-    "ami-builder:image"    = var.image_name
-    "ami-builder:digest"   = var.image_digest
-    "ami-builder:run"      = var.run_id
-    "ami-builder:base-ami" = var.source_ami
-  }
-}
-
 source "amazon-ebs" "image" {
-  ami_name      = "${var.image_name}-${substr(var.image_digest, 0, 12)}-${var.run_id}"
-  region        = var.region
-  source_ami    = var.source_ami
-  instance_type = var.instance_type
+  ami_name            = var.ami_name
+  region              = var.region
+  custom_endpoint_ec2 = var.endpoint
+  source_ami          = var.source_ami
+
+  instance_type        = var.spot ? null : var.instance_type
+  spot_instance_types  = var.spot ? [var.instance_type] : null
+  spot_price           = var.spot ? "auto" : null
+  subnet_id            = var.subnet_id
+  security_group_ids   = [var.security_group_id]
+  iam_instance_profile = var.instance_profile
+  user_data_file       = var.user_data_file
+  shutdown_behavior    = "terminate"
 
   launch_block_device_mappings {
-    device_name           = "/dev/xvda"
+    device_name           = var.root_device
     volume_type           = "gp3"
-    volume_size           = 8
+    volume_size           = var.volume_size
     iops                  = 3000
     throughput            = 125
+    encrypted             = var.encrypt
+    kms_key_id            = var.kms_key
     delete_on_termination = true
   }
 
-  temporary_security_group_source_cidrs = var.source_cidrs
-  shutdown_behavior                     = "terminate"
+  tags            = var.tags
+  snapshot_tags   = var.tags
+  run_tags        = var.run_tags
+  run_volume_tags = var.run_tags
 
-  tags            = local.tags
-  snapshot_tags   = local.tags
-  run_tags        = local.tags
-  run_volume_tags = local.tags
-
-  communicator              = "ssh"
-  ssh_username              = var.ssh_username
-  ssh_private_key_file      = var.ssh_private_key_file
-  ssh_timeout               = var.ssh_timeout
+  communicator         = "ssh"
+  ssh_interface        = var.ssh_interface
+  ssh_port             = var.ssh_port
+  ssh_username         = var.ssh_username
+  ssh_private_key_file = var.ssh_private_key_file
+  ssh_timeout          = var.ssh_timeout
+  # sshd answers before cloud-init has made the user: refused logins say nothing yet.
+  ssh_handshake_attempts    = 1000
   ssh_clear_authorized_keys = true
 }

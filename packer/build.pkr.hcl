@@ -2,17 +2,19 @@ build {
   sources = ["source.qemu.image", "source.amazon-ebs.image"]
 
   provisioner "shell" {
-    inline = ["mkdir -p /tmp/ami-builder"]
+    # Not /tmp, which may be in memory: the container's archive can be among the uploads.
+    inline = ["mkdir -p /var/tmp/ami-builder"]
   }
 
   provisioner "file" {
-    source      = var.guest_archive
-    destination = "/tmp/ami-builder/guest.tar"
+    sources     = var.uploads
+    destination = "/var/tmp/ami-builder/"
   }
 
   provisioner "shell" {
     execute_command = "sudo -n env {{ .Vars }} sh '{{ .Path }}'"
     environment_vars = [
+      "PACKAGES=${join(" ", var.packages)}",
       "CONTAINER_REFERENCE=${var.container_reference}",
       "CONTAINER_ARCHIVE=${var.container_archive}",
       "INSECURE_REGISTRY=${var.insecure_registry}",
@@ -25,7 +27,7 @@ build {
 
   provisioner "file" {
     direction   = "download"
-    source      = "/tmp/ami-builder/packages.txt"
+    source      = "/var/tmp/ami-builder/packages.txt"
     destination = var.packages_file
   }
 

@@ -28,9 +28,19 @@ variable "run_id" {
   }
 }
 
-variable "guest_archive" {
-  type        = string
-  description = "Tar of the rendered guest files at their final paths."
+variable "uploads" {
+  type        = list(string)
+  description = "What is brought to the machine: guest.tar with the guest's files, perhaps the container's archive."
+  validation {
+    condition     = length(var.uploads) > 0
+    error_message = "The uploads must have guest.tar."
+  }
+}
+
+variable "packages" {
+  type        = list(string)
+  description = "Packages that the image must have besides Docker; installed where the base lacks them."
+  default     = []
 }
 
 variable "container_reference" {
@@ -154,6 +164,30 @@ variable "region" {
   default     = "us-east-1"
 }
 
+variable "endpoint" {
+  type        = string
+  description = "amazon-ebs: where EC2's API is, other than at AWS (AWS_ENDPOINT_URL)."
+  default     = ""
+}
+
+variable "ami_name" {
+  type        = string
+  description = "amazon-ebs: the AMI's name, which has the run in it, so that it is found without a tag."
+  default     = "ami-builder"
+}
+
+variable "tags" {
+  type        = map(string)
+  description = "amazon-ebs: tags of the AMI and its snapshots."
+  default     = {}
+}
+
+variable "run_tags" {
+  type        = map(string)
+  description = "amazon-ebs: tags of what only lives while baking."
+  default     = {}
+}
+
 variable "source_ami" {
   type        = string
   description = "amazon-ebs: the AMI that baking starts from, resolved before the build."
@@ -167,15 +201,79 @@ variable "source_ami" {
 variable "instance_type" {
   type        = string
   description = "amazon-ebs: type of the baking instance."
-  default     = "t3.small"
+  default     = "m6i.large"
 }
 
-variable "source_cidrs" {
-  type        = list(string)
-  description = "amazon-ebs: who may reach the baking instance by ssh; never the whole world."
-  default     = ["127.0.0.1/32"]
+variable "spot" {
+  type        = bool
+  description = "amazon-ebs: whether the baking instance is a spot instance."
+  default     = false
+}
+
+variable "subnet_id" {
+  type        = string
+  description = "amazon-ebs: where the baking instance runs; empty for the default VPC."
+  default     = ""
+}
+
+variable "security_group_id" {
+  type        = string
+  description = "amazon-ebs: the run's own security group; Packer's temporary one would be open to the world."
+  default     = "sg-00000000000000000"
   validation {
-    condition     = contains(var.source_cidrs, "0.0.0.0/0") == false
-    error_message = "The source_cidrs must not open ssh to everybody."
+    condition     = regex_replace(var.security_group_id, "^sg-[0-9a-f]+$", "") == "" && var.security_group_id != ""
+    error_message = "The security_group_id must be the id of a security group."
   }
+}
+
+variable "instance_profile" {
+  type        = string
+  description = "amazon-ebs: the instance's profile; empty for none."
+  default     = ""
+}
+
+variable "ssh_interface" {
+  type        = string
+  description = "amazon-ebs: session_manager to open no port; empty for the instance's address."
+  default     = ""
+  validation {
+    condition     = contains(["", "session_manager"], var.ssh_interface)
+    error_message = "The ssh_interface must be empty or session_manager."
+  }
+}
+
+variable "ssh_port" {
+  type        = number
+  description = "Where ssh answers."
+  default     = 22
+}
+
+variable "user_data_file" {
+  type        = string
+  description = "amazon-ebs: a key to log in with, and the timer that ends a lost instance."
+  default     = ""
+}
+
+variable "root_device" {
+  type        = string
+  description = "amazon-ebs: the source AMI's root device."
+  default     = "/dev/xvda"
+}
+
+variable "volume_size" {
+  type        = number
+  description = "amazon-ebs: size of the AMI's disk, in GiB."
+  default     = 8
+}
+
+variable "encrypt" {
+  type        = bool
+  description = "amazon-ebs: whether the AMI's snapshot is encrypted."
+  default     = false
+}
+
+variable "kms_key" {
+  type        = string
+  description = "amazon-ebs: the key that encrypts it; empty for the account's default key."
+  default     = ""
 }

@@ -82,7 +82,7 @@ def run(
     # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
     (clean / "pytest.ini").write_text("[pytest]\n")
     replace(context, phase=phase).write(clean / "context.json")
-    tally = _Tally(phase=phase, memory=context.machine_memory, on_result=on_result)
+    tally = _Tally(phase=phase, machine=context.machine, on_result=on_result)
     log = directory / f"checks-{phase}.log"
     receiver, sender = os.pipe()
     with (
@@ -120,7 +120,7 @@ class _Tally:
     """What pytest told so far, and whether it can be believed in the end."""
 
     phase: str
-    memory: int
+    machine: str
     on_result: Callable[[CheckResult], None] | None
     results: list[CheckResult] = field(default_factory=list)
     expected: int = 0
@@ -161,7 +161,7 @@ class _Tally:
         result = CheckResult(
             name=name,
             phase=self.phase,
-            memory=self.memory,
+            machine=self.machine,
             outcome=outcome,
             seconds=seconds,
             message=message,

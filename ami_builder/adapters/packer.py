@@ -30,7 +30,7 @@ _STEP = re.compile(r"==> [\w.-]+: (?P<text>.+)$")
 
 VARIABLES_FILE = "run.auto.pkrvars.json"
 
-Variable = str | int | Sequence[str] | Sequence[Sequence[str]]
+Variable = str | int | bool | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str]
 
 
 @cache
@@ -46,11 +46,16 @@ def version() -> tuple[int, ...]:
 
 
 def stage(
-    directory: Path, guest: Mapping[PurePosixPath, RenderedFile], variables: Mapping[str, Variable]
+    directory: Path,
+    guest: Mapping[PurePosixPath, RenderedFile],
+    variables: Mapping[str, Variable],
+    *,
+    uploads: Sequence[Path] = (),
 ) -> None:
     """Make the folder that Packer works in: what its version can read, the guest's files, the variables.
 
-    A bare `packer build .` in that folder does what `build` does.
+    `uploads` are brought to the machine beside the guest's files. A bare `packer build .` in that folder does
+    what `build` does.
     """
     directory.mkdir(parents=True)
     for template in sorted(packer_dir().glob("*.pkr.hcl")):
@@ -60,8 +65,14 @@ def stage(
     archive = directory / "guest.tar"
     archive.write_bytes(guest_archive(guest))
     # The file provisioner wants a path that holds wherever Packer is started.
-    values = {"guest_archive": str(archive), **variables}
-    (directory / VARIABLES_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    set_variables(directory, {"uploads": [str(archive), *map(str, uploads)], **variables})
+
+
+def set_variables(directory: Path, variables: Mapping[str, Variable]) -> None:
+    """Give variables of a staged folder new values; the others keep theirs."""
+    file = directory / VARIABLES_FILE
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**before, **variables}, indent=2) + "\n")
 
 
 def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
@@ -105,21 +116,30 @@ def build(
     console_log: Path,
     timeout: float,
     on_progress: Callable[[str], None],
+    on_line: Callable[[str], None] = lambda _: None,
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Bake: run `packer build` in a staged folder for one source, such as `qemu.image`.
+
+    `env` is added to what Packer needs anyway; `on_line` sees every line of its output.
 
     Raises BuildFailed that names the provisioner that failed, or shows the console when ssh never came.
     """
     bake = _Bake(on_progress)
+
+    def seen(line: str) -> None:
+        bake.line(line)
+        on_line(line)
+
     try:
         proc.stream(
             ["packer", "build", "-color=false", "-timestamp-ui", f"-only={only}", "."],
             log=log,
             what="packer build",
-            env=_environment(),
+            env={**_environment(), **(env or {})},
             cwd=directory,
             timeout=timeout,
-            on_line=bake.line,
+            on_line=seen,
         )
     except AmiBuilderError as failed:
         raise bake.explain(failed, console_log) from failed

@@ -21,6 +21,8 @@ class Context:
 
     nonce: str
     """What this machine alone has in /var/lib/ami-builder/nonce."""
+    machine: str
+    """What people call it: its memory (`2 GiB`), or its instance type."""
     machine_memory: int
     disk: int
     reserve: Reserve

@@ -13,7 +13,7 @@ from ami_builder.errors import AmiBuilderError, Interrupted
 from ami_builder.model import Outcome, Verdict
 
 from .progress import NOTE
-from .style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console, size
+from .style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,17 +92,17 @@ def _particulars(exc: AmiBuilderError) -> Iterator[tuple[str, str]]:
 def verdict(proof: Verdict) -> None:
     """Print every check on every machine and start, what failed first, and the numbers that are equal."""
     starts = list(dict.fromkeys(r.phase for r in proof.results))
-    sizes = sorted({r.memory for r in proof.results})
+    machines = list(dict.fromkeys(r.machine for r in proof.results))
     wrong = [r for r in proof.results if r.outcome is Outcome.FAILED]
     counts = ", ".join(
         f"{n} {outcome}" for outcome in Outcome if (n := sum(r.outcome is outcome for r in proof.results))
     )
     summary = f"checks: {counts or 'none ran'}"
     if proof.results:
-        summary += f" ({', '.join(map(size, sizes))}; {', '.join(starts)})"
+        summary += f" ({', '.join(machines)}; {', '.join(starts)})"
     if not _drawable(sys.stderr):
         for r in wrong:
-            _say(f"FAILED {r.name} ({size(r.memory)}, {r.phase}): {_first(r.message)}")
+            _say(f"FAILED {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
         _say(summary)
         for label, number, share in _measured(proof):
             _say(f"{label}: AVAILABLE_MEMORY_FOR_DASK={number} ({share})")
@@ -113,15 +113,15 @@ def verdict(proof: Verdict) -> None:
 
     console = rich_console(sys.stderr)
     signs = marks(console)
-    found = {(r.name, r.memory, r.phase): r.outcome for r in proof.results}
+    found = {(r.name, r.machine, r.phase): r.outcome for r in proof.results}
     drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     drawn.add_column("check", no_wrap=True, overflow=overflow(console))
-    for memory in sizes:
-        drawn.add_column(size(memory), justify="center", no_wrap=True)
+    for machine in machines:
+        drawn.add_column(machine, justify="center", no_wrap=True)
     for name in dict.fromkeys(r.name for r in proof.results):
         cells = []
-        for memory in sizes:
-            outcomes = [str(found.get((name, memory, start), "none")) for start in starts]
+        for machine in machines:
+            outcomes = [str(found.get((name, machine, start), "none")) for start in starts]
             cells.append(Text(" ").join(Text(signs[o], STYLES[o]) for o in outcomes))
         drawn.add_row(Text(name), *cells)
     console.print()
@@ -129,7 +129,7 @@ def verdict(proof: Verdict) -> None:
     console.print(Text(f"each column: {', '.join(starts)}", "dim"))
     for r in wrong:
         console.print(
-            Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {size(r.memory)}, {r.phase}")
+            Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {r.machine}, {r.phase}")
         )
         console.print(Text(f"  {_first(r.message)}"))
     console.print()
@@ -157,10 +157,9 @@ def _numbers(console: Console, proof: Verdict) -> None:
 
 
 def _measured(proof: Verdict) -> Iterator[tuple[str, int, str]]:
-    for key, number in proof.measured.items():
-        phase, _, text = key.partition("@")
-        memory = int(text)
-        yield f"{size(memory)} {phase}", number, f"{number / memory:.1%} of the machine"
+    for one in proof.measured:
+        share = f"{one.available / one.total:.1%} of the machine"
+        yield f"{one.machine} {one.phase}", one.available, share
 
 
 def _out(text: str) -> None:

@@ -88,7 +88,7 @@ def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> 
 
     def container() -> None:
         with step.step("container") as child:
-            found["container"] = _container(inputs, workspace, run, child)
+            found["container"] = container_archive(inputs, workspace, run, child)
 
     side_by_side([base, container])
     made, archive = found["base"], found["container"]
@@ -107,7 +107,8 @@ def _base(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> BaseDis
     return BaseDisk(disk=folder / "disk.qcow2", kernel=folder / "vmlinuz", initrd=folder / "initrd.img")
 
 
-def _container(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Path | None:
+def container_archive(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Path | None:
+    """Return the container's archive from the cache, made when it isn't there; None when it is pulled."""
     image = inputs.image
     if image.container.requirements is None:
         step.done(f"{image.container.reference}, pulled while baking")
@@ -167,6 +168,7 @@ def bake_variables(
         "container_reference": image.container.reference,
         "container_archive": _ARCHIVE_DEVICE if archive is not None else "",
         "insecure_registry": image.container.insecure_registry or "",
+        "packages": list(image.base.packages),
         "packages_file": str(packages),
         "manifest_file": str(run.directory / "manifest.json"),
         "ssh_username": user,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -17,6 +18,9 @@ from ami_builder.render import RenderedFile, guest
 from ami_builder.resources import packer_dir
 from ami_builder.workspace import Workspace
 
+if TYPE_CHECKING:
+    from ami_builder.adapters.aws.base import BaseAmi
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
@@ -27,22 +31,38 @@ class Inputs:
     base_digest: str
     container_digest: str
     digest: str
+    base_ami: BaseAmi | None = None
+    """What an AMI is baked from; None where the base is a disk."""
 
 
-def gather(image: Image, workspace: Workspace, logs: Path, *, refresh: bool = False) -> Inputs:
+def gather(
+    image: Image,
+    workspace: Workspace,
+    *,
+    base_ami: Callable[[], BaseAmi] | None = None,
+    refresh: bool = False,
+) -> Inputs:
     """Render the guest's files, resolve base and container to what they would be now, and digest it all.
 
-    How an image is verified is not part of it: other checks don't make another image.
+    With `base_ami` the base is the AMI that it returns, instead of a disk. How an image is verified is not
+    part of the digest: other checks don't make another image.
     """
+    logs = workspace.resolve_logs()
+    found: list[BaseAmi] = []
+
+    def base() -> str:
+        if base_ami is None:
+            return _base_digest(image, workspace, logs, refresh=refresh)
+        found.append(base_ami())
+        return found[0].id
+
     base_digest, container_digest = side_by_side(
-        [
-            lambda: _base_digest(image, workspace, logs, refresh=refresh),
-            lambda: _container_digest(image, workspace, logs, refresh=refresh),
-        ]
+        [base, lambda: _container_digest(image, workspace, logs, refresh=refresh)]
     )
     rendered = guest(image)
     digest = hashlib.sha256()
-    for part in (__version__, _content_settings(image), base_digest, container_digest):
+    settings = _content_settings(image, ami=base_ami is not None)
+    for part in (__version__, settings, base_digest, container_digest):
         digest.update(f"{part}\0".encode())
     for path, file in sorted(rendered.items()):
         digest.update(f"{path}\0{file.mode:o}\0".encode() + file.content + b"\0")
@@ -54,19 +74,24 @@ def gather(image: Image, workspace: Workspace, logs: Path, *, refresh: bool = Fa
         base_digest=base_digest,
         container_digest=container_digest,
         digest=digest.hexdigest(),
+        base_ami=found[0] if found else None,
     )
 
 
-def _content_settings(image: Image) -> str:
-    """Return the settings that decide about the content: neither the proof nor where files lie here."""
+def _content_settings(image: Image, *, ami: bool) -> str:
+    """Return the settings that decide about the content: neither the proof nor where and how it is baked."""
+    base = replace(image.base, source=None)
+    if ami:
+        base = replace(base, suite="", mirror="", checksum=None)
     neutral = replace(
         image,
         description="",
-        base=replace(image.base, source=None),
+        base=base,
         container=replace(image.container, requirements=None),
         bake=replace(image.bake, memory=0, cpus=0, timeout=0),
     )
-    return TypeAdapter(Image).dump_json(neutral, exclude={"verify"}).decode()
+    settings = TypeAdapter(Image).dump_json(neutral, exclude={"verify", "aws"}).decode()
+    return f"{settings} {image.aws.encrypt} {image.aws.kms_key}" if ami else settings
 
 
 def _base_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:

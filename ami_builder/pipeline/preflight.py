@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from ami_builder import proc
 from ami_builder.adapters import packer, qemu
 from ami_builder.errors import AmiBuilderError, MissingTool
-from ami_builder.model import Image
+from ami_builder.model import Finding, Image, State, Target
 from ami_builder.workspace import Workspace
 
 _GIB = 1 << 30
@@ -22,27 +20,11 @@ _BUILD_TOOLS = ("qemu-system-x86_64", "qemu-img", "socat", "ssh", "ssh-keygen", 
 _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")
 
 
-class State(StrEnum):
-    """How one point of the check ended."""
-
-    OK = "ok"
-    NOTE = "note"
-    STOPS = "stops a build"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One point: what was looked at, what was found, what to do."""
-
-    name: str
-    state: State
-    found: str
-    hint: str = ""
-    exit_code: int = 0
-
-
-def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
-    """Look at the tools, the accelerator, memory and disk space that a build of `image` needs."""
+def check(image: Image, workspace: Workspace, target: Target) -> Iterator[Finding]:
+    """Look at the tools, the accelerator or the account, memory and disk space that a build needs."""
+    if target is Target.AWS:
+        yield from _cloud(image, workspace)
+        return
     yield _of("packer", lambda: ".".join(str(n) for n in packer.version()))
     recipe = _RECIPE_TOOLS if image.base.source is None or image.container.requirements is not None else ()
     seed = ("xorriso",) if image.base.source is not None else ()
@@ -52,6 +34,17 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     yield _accelerator(workspace)
     yield _memory(image)
     yield _disk(workspace)
+
+
+def _cloud(image: Image, workspace: Workspace) -> Iterator[Finding]:
+    from ami_builder.adapters.aws import preflight
+
+    tools = ("ssh", "ssh-keygen", "setpriv", *(("mmdebstrap",) if image.container.requirements else ()))
+    yield _of("packer", lambda: ".".join(str(n) for n in packer.version()))
+    for tool in tools:
+        yield _of(tool, lambda tool=tool: str(proc.find(tool)))  # type: ignore[misc]
+    yield _disk(workspace)
+    yield from preflight.check(image)
 
 
 def _of(name: str, look: Callable[[], str]) -> Finding:

@@ -1,9 +1,11 @@
 #!/bin/sh
 # Install Docker and Compose where they are missing, then the guest's files, and enable Dask.
-# Run by Packer as root; GUEST_ROOT is for tests.
+# Run by Packer as root, with
+#   PACKAGES  further packages that the image must have, such as agents
+# GUEST_ROOT and GUEST_ARCHIVE are for tests.
 set -eu
 
-archive=${GUEST_ARCHIVE:-/tmp/ami-builder/guest.tar}
+archive=${GUEST_ARCHIVE:-/var/tmp/ami-builder/guest.tar}
 export DEBIAN_FRONTEND=noninteractive
 
 die() {
@@ -37,10 +39,29 @@ install_docker() {
     has_compose || die "docker compose does not run after installing $packages"
 }
 
+# Print those of $PACKAGES that are not installed: our own base disk has them all.
+missing() {
+    for package in ${PACKAGES:-}; do
+        status=$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) || status=
+        [ "$status" = installed ] || echo "$package"
+    done
+}
+
+install_packages() {
+    command -v apt-get >/dev/null ||
+        die "this base has no apt-get to install base.packages with: $*"
+    echo "10-guest: installing $*"
+    apt update
+    apt install --no-install-recommends "$@"
+}
+
 # A cloud image may still be busy with its own first boot.
 if [ -e /run/cloud-init/enabled ]; then cloud-init status --wait >/dev/null || true; fi
 
 if ! has_compose; then install_docker; fi
+lacking=$(missing)
+# shellcheck disable=SC2086 # one word for each package
+if [ -n "$lacking" ]; then install_packages $lacking; fi
 
 tar --extract --file "$archive" --directory "${GUEST_ROOT:-/}" \
     --no-same-owner --preserve-permissions --no-overwrite-dir --keep-directory-symlink

@@ -153,7 +153,7 @@ def baking() -> Sequence[Row]:
     """Our bake step against a bare `packer build` of the same staged template, one pair."""
     workspace, image = _workspace(), _image()
     _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = gather(image, workspace, workspace.resolve_logs())
+    inputs = gather(image, workspace)
     with workspace.run("benchmark", image.name) as run, console.open_progress(console.Mode.PLAIN) as progress:
         with progress.step("bake") as step:
             bake.bake(inputs, workspace, run, step)
@@ -184,7 +184,7 @@ def checks() -> Sequence[Row]:
     """The checks on one booted machine, with the shared ssh connection and without."""
     workspace, image = _workspace(), _image()
     _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = gather(image, workspace, workspace.resolve_logs())
+    inputs = gather(image, workspace)
     stored = workspace.image(image.name, inputs.digest)
     assert stored is not None
     with (

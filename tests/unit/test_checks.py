@@ -33,6 +33,7 @@ VALUE = int(RECORDED["memory.env"].split("=")[1])
 PUBLIC_KEY = " ".join(RECORDED["authorized"].split("\n")[0].split(":", 1)[1].split()[-3:])
 CONTEXT = Context(
     nonce=RECORDED["nonce"].strip(),
+    machine="2 GiB",
     machine_memory=2048 * MIB,
     disk=int(RECORDED["disk"].split()[1]),
     reserve=Reserve(),

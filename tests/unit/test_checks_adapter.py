@@ -20,6 +20,7 @@ from ami_builder.resources import checks_dir
 
 CONTEXT = checks.Context(
     nonce="5ecret",
+    machine="2 GiB",
     machine_memory=2 << 30,
     disk=10 << 30,
     reserve=Reserve(),
@@ -106,7 +107,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def verdict(results: tuple[CheckResult, ...]) -> Verdict:
-    return Verdict(digest="", checks_digest="", results=results, measured={})
+    return Verdict(digest="", checks_digest="", results=results, measured=())
 
 
 def guard(results: tuple[CheckResult, ...]) -> str:
@@ -149,7 +150,7 @@ def test_results_come_as_they_are_made(fake: Fake) -> None:
         ("own: memory", Outcome.PASSED, ""),
         ("own: gpu", Outcome.SKIPPED, "no GPU here"),
     ]
-    assert {(r.phase, r.memory) for r in results} == {("boot", 2 << 30)}
+    assert {(r.phase, r.machine) for r in results} == {("boot", "2 GiB")}
     assert tuple(fake.seen) == results
     junit = ElementTree.parse(fake.evidence / "junit-boot.xml").getroot().find("testsuite")
     assert junit is not None

@@ -46,10 +46,10 @@ def _stored(workspace: Workspace, tmp_path: Path, *, passed: bool | None) -> Sto
         return stored
     outcome = Outcome.PASSED if passed else Outcome.FAILED
     result = CheckResult(
-        name="chain: x", phase="boot", memory=1 << 31, outcome=outcome, seconds=1, message=""
+        name="chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
     )
     return workspace.judge(
-        stored, Verdict(digest="a" * 64, checks_digest="c", results=(result,), measured={})
+        stored, Verdict(digest="a" * 64, checks_digest="c", results=(result,), measured=())
     )
 
 

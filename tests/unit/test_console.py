@@ -17,7 +17,7 @@ import pytest
 from ami_builder import console
 from ami_builder.console import Mode, Progress
 from ami_builder.errors import BuildFailed, Interrupted, UsageError
-from ami_builder.model import CheckResult, Outcome, RunStatus, StepRecord, Verdict
+from ami_builder.model import CheckResult, Measurement, Outcome, RunStatus, StepRecord, Verdict
 
 GIB = 1 << 30
 FAILURE = BuildFailed(
@@ -358,16 +358,16 @@ def proof(*, broken: bool = False) -> Verdict:
         CheckResult(
             name=name,
             phase=phase,
-            memory=memory,
+            machine=machine,
             outcome=Outcome.FAILED
-            if broken and (name, phase, memory) == ("test_chain", "reboot", 2 * GIB)
+            if broken and (name, phase, machine) == ("test_chain", "reboot", "2 GiB")
             else Outcome.SKIPPED
             if (name, phase) == ("test_fallback", "reboot")
             else Outcome.PASSED,
             seconds=0.1,
             message="assert 1704780 == 1745694720\n  where 1704780 = ...",
         )
-        for memory in (GIB, 2 * GIB)
+        for machine in ("1 GiB", "2 GiB")
         for phase in ("boot", "reboot")
         for name in ("test_chain", "test_fallback")
     ]
@@ -375,7 +375,10 @@ def proof(*, broken: bool = False) -> Verdict:
         digest="a",
         checks_digest="b",
         results=tuple(results),
-        measured={f"boot@{GIB}": 805306368, f"boot@{2 * GIB}": 1879048192},
+        measured=(
+            Measurement(machine="1 GiB", phase="boot", total=GIB, available=805306368),
+            Measurement(machine="2 GiB", phase="boot", total=2 * GIB, available=1879048192),
+        ),
     )
 
 
@@ -407,7 +410,7 @@ def test_only_a_verdict_that_passed_claims_the_chain(terminal: Terminal) -> None
 
 
 def test_a_verdict_without_checks_is_no_success(terminal: Terminal) -> None:
-    console.verdict(Verdict(digest="a", checks_digest="b", results=(), measured={}))
+    console.verdict(Verdict(digest="a", checks_digest="b", results=(), measured=()))
     assert "checks: none ran" in terminal.text
     assert "\x1b[1;31mchecks" in terminal.getvalue()
 

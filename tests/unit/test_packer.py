@@ -60,7 +60,9 @@ def test_the_real_packer_takes_the_template(tmp_path: Path) -> None:
         ("accelerator", "hvf", "kvm or tcg"),
         ("memory_mib", 100, "at least 512"),
         ("source_ami", "x", "AMI id"),
-        ("source_cidrs", ["0.0.0.0/0"], "open ssh to everybody"),
+        ("security_group_id", "", "security group"),
+        ("ssh_interface", "public_dns", "session_manager"),
+        ("uploads", [], "guest.tar"),
     ],
 )
 def test_the_template_refuses_bad_values(
@@ -153,9 +155,9 @@ def test_a_staged_folder_does_not_depend_on_time(tmp_path: Path) -> None:
     if shutil.which("packer") is None:
         pytest.skip("packer is not installed")
     for name in ("a", "b"):
-        packer.stage(tmp_path / name, GUEST, {"guest_archive": "x"})
+        packer.stage(tmp_path / name, GUEST, {"uploads": ["x"]})
     for file in (tmp_path / "a").rglob("*"):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
     variables = json.loads((tmp_path / "a" / packer.VARIABLES_FILE).read_text())
-    assert variables == {"guest_archive": "x"}
+    assert variables == {"uploads": ["x"]}

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from ami_builder.errors import BuildFailed, Interrupted, Locked, UsageError
-from ami_builder.model import Artifact, CheckResult, Outcome, RunRecord, RunStatus, Target, Verdict
+from ami_builder.model import (
+    Artifact,
+    CheckResult,
+    Measurement,
+    Outcome,
+    RunRecord,
+    RunStatus,
+    Target,
+    Verdict,
+)
 from ami_builder.workspace import StoredImage, Workspace, dump, load, write_atomically
 
 
@@ -56,9 +65,14 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
 
 def test_a_verdict_survives_the_round_trip(tmp_path: Path) -> None:
     result = CheckResult(
-        name="chain", phase="boot", memory=1, outcome=Outcome.FAILED, seconds=0.5, message="1 != 2"
+        name="chain", phase="boot", machine="2 GiB", outcome=Outcome.FAILED, seconds=0.5, message="1 != 2"
     )
-    verdict = Verdict(digest="d", checks_digest="c", results=(result,), measured={"boot@1": 3})
+    verdict = Verdict(
+        digest="d",
+        checks_digest="c",
+        results=(result,),
+        measured=(Measurement(machine="2 GiB", phase="boot", total=4, available=3),),
+    )
     dump(verdict, tmp_path / "v.json")
     assert load(Verdict, tmp_path / "v.json") == verdict
 
@@ -73,9 +87,10 @@ def test_a_broken_record_is_no_record(tmp_path: Path, content: bytes) -> None:
 def test_no_result_is_no_pass() -> None:
     def verdict(*outcomes: Outcome) -> Verdict:
         results = tuple(
-            CheckResult(name="x", phase="boot", memory=1, outcome=o, seconds=0, message="") for o in outcomes
+            CheckResult(name="x", phase="boot", machine="2 GiB", outcome=o, seconds=0, message="")
+            for o in outcomes
         )
-        return Verdict(digest="d", checks_digest="c", results=results, measured={})
+        return Verdict(digest="d", checks_digest="c", results=results, measured=())
 
     assert not verdict().passed
     assert not verdict(Outcome.SKIPPED, Outcome.SKIPPED).passed
@@ -164,7 +179,7 @@ def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
     assert stored.path.read_bytes() == b"disk"
     assert stored.artifact.size == 4
     assert not (tmp_path / "out.qcow2").exists()
-    verdict = Verdict(digest="a" * 64, checks_digest="c", results=(), measured={})
+    verdict = Verdict(digest="a" * 64, checks_digest="c", results=(), measured=())
     workspace.judge(stored, verdict)
     (found,) = workspace.images()
     assert (found.artifact, found.verdict) == (stored.artifact, verdict)
@@ -173,11 +188,11 @@ def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
 
 def test_a_new_bake_of_the_same_digest_has_no_verdict(workspace: Workspace, tmp_path: Path) -> None:
     first = _store(workspace, tmp_path)
-    workspace.judge(first, Verdict(digest="a" * 64, checks_digest="c", results=(), measured={}))
+    workspace.judge(first, Verdict(digest="a" * 64, checks_digest="c", results=(), measured=()))
     _store(workspace, tmp_path, b"second")
     (found,) = workspace.images()
     assert (found.path.read_bytes(), found.verdict) == (b"second", None)
-    assert sorted(p.name for p in found.directory.parent.iterdir()) == ["a" * 16]
+    assert sorted(p.name for p in found.path.parents[1].iterdir()) == ["a" * 16]
 
 
 def test_a_folder_that_may_not_be_written_is_a_usage_error(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def booted(image: Image, disk: Path, directory: Path, *, memory: int = 2 * GIB) 
         session.wait(600, machine.check_alive)
         context = checks.Context(
             nonce=NONCE,
+            machine=f"{memory / GIB:g} GiB",
             machine_memory=memory,
             disk=image.verify.disk_size,
             reserve=image.reserve,

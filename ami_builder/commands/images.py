@@ -1,0 +1,246 @@
+"""The commands that make, prove, boot and list images."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ami_builder import console
+from ami_builder.errors import UsageError
+
+from .shared import (
+    ImageArgument,
+    JsonFlag,
+    TargetFlag,
+    app,
+    load_config,
+    mode,
+    open_site,
+    open_workspace,
+    parse_target,
+    plain,
+    shared,
+)
+
+if TYPE_CHECKING:
+    from ami_builder.config import Config
+    from ami_builder.model import Image
+    from ami_builder.pipeline.target import Site
+    from ami_builder.workspace import StoredImage
+
+_AMI = re.compile(r"ami-[0-9a-f]{8,17}")
+_DISK_NAMES = (".qcow2", ".raw", ".img")
+
+
+@app.command()
+def build(
+    image: ImageArgument = None,
+    target: TargetFlag = "qemu",
+    verify: Annotated[bool, typer.Option(help="Boot the baked image and check it.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Bake again though nothing changed.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Ask the package archive again for its newest versions.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --target aws: publish the AMI to everyone.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bake an image, boot it, verify it, and print its path, or its AMI's id.
+
+    An image whose inputs have not changed since it was verified is answered at once.
+    """
+    from ami_builder.model import Target
+    from ami_builder.pipeline.build import Options
+    from ami_builder.pipeline.build import build as build_image
+
+    where = parse_target(target)
+    if public and where is not Target.AWS:
+        raise UsageError("--public: only an AMI can be published", hint="add --target aws")
+    chosen = load_config().select(image)
+    site = open_site(chosen, where, public=public)
+    with console.open_progress(mode()) as progress:
+        built = build_image(
+            chosen,
+            Options(verify=verify, force=force, refresh=refresh),
+            site,
+            open_workspace(),
+            progress,
+        )
+    _print_image(built.stored, as_json=as_json, unchanged=built.unchanged)
+
+
+@app.command()
+def verify(
+    image: Annotated[
+        str | None,
+        typer.Argument(metavar="[IMAGE|PATH|AMI]", help="A built image's name, a disk's path, or an AMI."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="qemu|aws", help="Which one of a name that was built for both."),
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory of the test machine, e.g. 2GiB; repeatable."),
+    ] = None,
+    instance_type: Annotated[
+        list[str] | None,
+        typer.Option("--instance-type", metavar="TYPE", help="Type of the test instance; repeatable."),
+    ] = None,
+    datasource: Annotated[
+        str | None, typer.Option("--datasource", help="ec2 or nocloud: how the machine gets its user data.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Boot a finished image on machines of its own and run the checks."""
+    from ami_builder.pipeline.standalone import verify_image
+
+    if memory:
+        shared.overrides["verify.memory"] = ",".join(memory)
+    if instance_type:
+        shared.overrides["verify.instance_types"] = ",".join(instance_type)
+    if datasource:
+        shared.overrides["verify.datasource"] = datasource
+    chosen, stored, site = _finished(image, load_config(), target)
+    with console.open_progress(mode()) as progress:
+        proof = verify_image(chosen, stored, site, open_workspace(), progress)
+    if as_json:
+        console.result_json({"passed": proof.passed, "verdict": plain(proof)})
+    else:
+        console.verdict(proof)
+        console.result(stored.artifact.location)
+
+
+@app.command("run")
+def run_image(
+    image: Annotated[
+        str | None, typer.Argument(metavar="[IMAGE|PATH]", help="A built image's name, or a disk's path.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="e.g. 4GiB.")] = None,
+    user_data: Annotated[
+        Path | None, typer.Option("--user-data", help="A user-data file, as a control plane sends.")
+    ] = None,
+) -> None:
+    """Boot an image here as EC2 would, on a throw-away overlay, until Ctrl-C."""
+    from ami_builder.pipeline.launch import Launched, launch
+
+    if memory:
+        shared.overrides["verify.memory"] = memory
+    if user_data is not None and not user_data.is_file():
+        raise UsageError(f"--user-data {user_data}: there is no such file")
+    chosen, stored, _ = _finished(image, load_config(), "qemu")
+
+    def ready(launched: Launched) -> None:
+        console.result(
+            [
+                f"ssh        {launched.ssh}",
+                f"dashboard  {launched.dashboard}",
+                f"scheduler  {launched.scheduler}",
+                f"console    {launched.console_log}",
+                "Ctrl-C stops the machine; nothing that it wrote is kept.",
+            ]
+        )
+
+    with console.open_progress(mode()) as progress:
+        launch(
+            chosen,
+            stored.path,
+            memory=chosen.verify.memory[0],
+            user_data=user_data,
+            workspace=open_workspace(),
+            progress=progress,
+            on_ready=ready,
+        )
+
+
+@app.command("list")
+def list_images(as_json: JsonFlag = False) -> None:
+    """List the finished images that this machine knows of, the newest last."""
+    images = open_workspace().images()
+    if as_json:
+        console.result_json({"images": [_image_object(stored) for stored in images]})
+        return
+    console.table(
+        ("image", "target", "digest", "created", "size", "verdict", "where"),
+        [
+            (
+                s.artifact.image,
+                s.artifact.target,
+                s.artifact.digest[:16],
+                f"{s.artifact.created:%Y-%m-%d %H:%M}Z",
+                console.size(s.artifact.size),
+                _verdict_word(s),
+                f"{s.artifact.location} ({s.artifact.region})" if s.artifact.region else s.artifact.location,
+            )
+            for s in images
+        ],
+    )
+
+
+def _finished(name: str | None, config: Config, target: str | None) -> tuple[Image, StoredImage, Site]:
+    """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
+    from ami_builder.model import Target
+
+    if name is not None and _AMI.fullmatch(name):
+        return _ami(name, config)
+    if name is not None and (os.sep in name or name.endswith(_DISK_NAMES)):
+        return _disk(name, config)
+    chosen = config.select(name)
+    wanted = parse_target(target) if target is not None else None
+    built = [
+        s
+        for s in open_workspace().images()
+        if s.artifact.image == chosen.name and wanted in (None, s.artifact.target)
+    ]
+    if not built:
+        flag = " --target aws" if wanted is Target.AWS else ""
+        raise UsageError(
+            f"image {chosen.name!r} has not been built yet",
+            hint=f"run `ami-builder build {chosen.name}{flag}` first",
+        )
+    return chosen, built[-1], open_site(chosen, built[-1].artifact.target)
+
+
+def _ami(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
+    from ami_builder.pipeline.cloud import CloudSite
+
+    known = next((s for s in open_workspace().images() if s.artifact.location == name), None)
+    chosen = config.select(known.artifact.image if known is not None else None)
+    site = CloudSite.open(chosen, open_workspace())
+    return chosen, site.ami(chosen, name), site
+
+
+def _disk(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
+    from ami_builder.model import Target
+    from ami_builder.pipeline.local import foreign
+
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise UsageError(f"{name}: there is no such disk image", hint="`ami-builder list` shows them")
+    stored = next((s for s in open_workspace().images() if s.path == path), None)
+    chosen = config.select(stored.artifact.image if stored is not None else None)
+    return chosen, stored or foreign(path, chosen), open_site(chosen, Target.QEMU)
+
+
+def _print_image(stored: StoredImage, *, as_json: bool, unchanged: bool) -> None:
+    if as_json:
+        console.result_json({**_image_object(stored), "unchanged": unchanged})
+        return
+    if stored.verdict is not None:
+        console.verdict(stored.verdict)
+    console.result(stored.artifact.location)
+
+
+def _image_object(stored: StoredImage) -> dict[str, Any]:
+    return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}
+
+
+def _verdict_word(stored: StoredImage) -> str:
+    if stored.verdict is None:
+        return "not verified"
+    return "passed" if stored.verdict.passed else "FAILED"

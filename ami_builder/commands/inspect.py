@@ -1,0 +1,87 @@
+"""The commands that only look: what would be rendered, what would stop a build, what is configured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ami_builder import console
+from ami_builder.errors import UsageError
+
+from .shared import (
+    ImageArgument,
+    JsonFlag,
+    TargetFlag,
+    app,
+    config_app,
+    load_config,
+    open_workspace,
+    parse_target,
+    plain,
+)
+
+
+@app.command()
+def render(
+    image: ImageArgument = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the files into this new folder.")
+    ] = None,
+) -> None:
+    """Show the guest's files as they will stand in the image, or write them into a folder."""
+    from ami_builder.render import guest
+
+    files = guest(load_config().select(image))
+    if output is None:
+        for path, file in files.items():
+            console.result([f"# {path} {file.mode:04o}", file.content.decode().rstrip("\n"), ""])
+        return
+    if output.exists():
+        raise UsageError(f"--output {output}: exists already", hint="name a folder that does not exist yet")
+    for path, file in files.items():
+        target = output / str(path).lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.content)
+        target.chmod(file.mode)
+    console.result([str(output / str(path).lstrip("/")) for path in files])
+
+
+@app.command()
+def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: JsonFlag = False) -> None:
+    """Tell what would stop a build: configuration, tools, accelerator or account, memory, disk space."""
+    from ami_builder.model import State
+    from ami_builder.pipeline.preflight import check as look
+
+    where = parse_target(target)
+    config = load_config()
+    findings = tuple(look(config.select(image), open_workspace(), where))
+    stopping = [f for f in findings if f.state is State.STOPS]
+    if as_json:
+        console.result_json({"ready": not stopping, "findings": plain(findings)})
+    else:
+        rows = [("configuration", State.OK, str(config.path), "")]
+        rows += [(f.name, f.state, f.found, f.hint) for f in findings]
+        console.table(("what", "state", "found", "what to do"), rows)
+    if stopping:
+        raise typer.Exit(stopping[0].exit_code)
+
+
+@config_app.command("show")
+def config_show(image: ImageArgument = None, as_json: JsonFlag = False) -> None:
+    """Show every setting with its value and where it came from."""
+    config = load_config()
+    settings = config.origins(config.select(image).name)
+    if as_json:
+        console.result_json({"settings": plain(settings)})
+    else:
+        console.table(("setting", "value", "from"), [(s.key, s.text, s.origin) for s in settings])
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of ami-builder.toml, for editors."""
+    from ami_builder.config import schema_text
+
+    console.result(schema_text().rstrip("\n"))

@@ -1,0 +1,136 @@
+"""What all commands share: the application, its common flags, and how these become pipeline objects."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ami_builder import __version__, console
+
+if TYPE_CHECKING:
+    from ami_builder.config import Config
+    from ami_builder.model import Image, Target
+    from ami_builder.pipeline.target import Site
+    from ami_builder.workspace import Workspace
+
+app = typer.Typer(
+    name="ami-builder",
+    help="Bake VM images for Dask whose memory limit is right, and prove it on a booted machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Show and explain the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+class _Shared:
+    """The flags that stand before a command."""
+
+    config: Path | None = None
+    overrides: dict[str, str]
+    quiet: bool = False
+    debug: bool = False
+
+
+shared = _Shared()
+shared.overrides = {}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.result(f"ami-builder {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _flags(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Configuration file.  [default: the nearest ami-builder.toml]"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. memory.reserve=5%."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    shared.config = config
+    shared.quiet = quiet
+    shared.debug = debug
+    shared.overrides = {}
+    if settings:
+        from ami_builder.config import overrides_from
+
+        shared.overrides = overrides_from(settings)
+
+
+ImageArgument = Annotated[
+    str | None, typer.Argument(metavar="[IMAGE]", help="An image of ami-builder.toml.", show_default=False)
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+TargetFlag = Annotated[
+    str, typer.Option("--target", metavar="qemu|aws", help="Where: a disk on this machine, or an AMI.")
+]
+
+
+def load_config() -> Config:
+    """Read the configuration with the flags' overrides."""
+    from ami_builder.config import load
+
+    return load(shared.config, environ=os.environ, overrides=shared.overrides)
+
+
+def open_workspace() -> Workspace:
+    """Return the user's workspace."""
+    from ami_builder.workspace import Workspace
+
+    return Workspace.open(os.environ)
+
+
+def parse_target(text: str) -> Target:
+    """Return the target of a flag; raises UsageError with the nearest right spelling."""
+    from ami_builder.errors import UsageError
+    from ami_builder.model import Target
+    from ami_builder.spelling import did_you_mean
+
+    try:
+        return Target(text)
+    except ValueError as wrong:
+        near = did_you_mean(text, list(Target))
+        raise UsageError(
+            f"--target {text}: expected {' or '.join(Target)}{near}",
+            hint="qemu needs no account; aws uses the credentials of the standard AWS chain",
+        ) from wrong
+
+
+def open_site(image: Image, target: Target, *, public: bool = False) -> Site:
+    """Return where an image is baked and booted; only AWS's imports boto3."""
+    from ami_builder.model import Target
+
+    if target is Target.AWS:
+        from ami_builder.pipeline.cloud import CloudSite
+
+        return CloudSite.open(image, open_workspace(), public=public)
+    from ami_builder.pipeline.local import LocalSite
+
+    return LocalSite(workspace=open_workspace())
+
+
+def mode() -> console.Mode:
+    """Return how progress is shown."""
+    return console.choose_mode(quiet=shared.quiet)
+
+
+def plain(value: object) -> Any:
+    """Return a value of the model as JSON holds it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Any).dump_python(value, mode="json")

@@ -1,0 +1,238 @@
+"""From inputs to an AMI: the container's archive, then Packer's amazon-ebs in a security group of the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from ami_builder.adapters import packer, ssh
+from ami_builder.adapters.aws import images, instances, network, tags, user_data
+from ami_builder.adapters.aws.session import Account
+from ami_builder.console import Step
+from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed
+from ami_builder.ledger import Ledger
+from ami_builder.model import Connect, Resource
+from ami_builder.pipeline.bake import container_archive
+from ami_builder.pipeline.inputs import Inputs
+from ami_builder.workspace import Run, Workspace
+
+_GIB = 1 << 30
+_UPLOADED = "/var/tmp/ami-builder/container.tar"  # noqa: S108 - on the baking instance
+# Snapshots of large, encrypted volumes take their time.
+AVAILABLE_SECONDS = 2 * 3600.0
+
+_INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
+_IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
+_CAPACITY = re.compile(
+    r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
+)
+# Packer asks a few things before it makes anything, and gives up at the first refusal.
+_TRANSIENT = re.compile(
+    r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
+    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout"
+)
+_ATTEMPTS = 5
+
+
+def bake_ami(
+    inputs: Inputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
+) -> images.Ami:
+    """Bake an AMI and finish it; nothing else of the run is left in the account.
+
+    Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
+    """
+    with step.step("container") as child:
+        archive = container_archive(inputs, workspace, run, child)
+    ami = _Bake(inputs, account, archive, run).run(step)
+    with step.step("finish the AMI") as child:
+        done = finish(inputs, account, ami, child, public=public)
+        child.done(f"{done.id}, {done.size // _GIB} GiB")
+    return done
+
+
+def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
+    """Wait for an AMI of ours and make it whole: tags on its snapshots, IMDSv2 only, private or `public`."""
+    images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
+    run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
+        tags.ami_name(inputs.image.name, inputs.digest, "")
+    )
+    return images.finish(account, ami.id, _image_tags(inputs, run_id), public=public)
+
+
+class _Bake:
+    def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
+        assert inputs.base_ami is not None
+        self.inputs, self.account, self.run_ = inputs, account, run
+        self.aws, self.base = inputs.image.aws, inputs.base_ami
+        self.archive = archive
+        self.run_id = run.record.run_id
+        self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
+        self.ledger = Ledger(run.directory / "ledger.jsonl")
+        self.instance = ""
+        self.ami = ""
+
+    def run(self, step: Step) -> images.Ami:
+        key = ssh.generate_key(self.run_.work)
+        data = user_data.builder_user_data(key.with_suffix(".pub").read_text().strip(), self.aws.lifetime)
+        data_file = self.run_.work / "user-data"
+        data_file.write_text(data)
+        lacking: list[str] = []
+        for kind, subnet in product(self.aws.instance_types, self.aws.subnets or ("",)):
+            try:
+                with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
+                    self._with_packer(kind, subnet, key, data_file, child)
+            except CloudFailed as failed:
+                if not _CAPACITY.search("\n".join((failed.message, *failed.tail))):
+                    raise
+                lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
+                continue
+            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
+            if found is None or found.name != self.name:
+                raise CloudFailed(
+                    f"Packer succeeded, but there is no AMI {self.name}", log=self.run_.log("packer")
+                )
+            return found
+        raise CloudFailed(
+            f"EC2 has no capacity in {self.account.region} for any of these",
+            hint="name more aws.instance_types, or aws.subnets in other zones",
+            tail=tuple(lacking),
+        )
+
+    def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
+        through_ssm = self.aws.connect is Connect.SESSION_MANAGER
+        group = network.SecurityGroup(
+            self.account,
+            self.ledger,
+            run_id=self.run_id,
+            purpose=tags.Purpose.BAKE,
+            tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
+            cidrs=() if through_ssm else network.my_cidrs(self.aws.source_cidrs),
+            port=self.aws.ssh_port,
+            subnet=subnet,
+        )
+        with group as group_id:
+            variables = self._variables(kind, subnet, group_id, key, data_file)
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(self._nothing_was_made),
+                stop=tenacity.stop_after_attempt(_ATTEMPTS),
+                wait=tenacity.wait_exponential_jitter(initial=1, max=20),
+                reraise=True,
+            )
+            retrying(self._build, variables, step)
+
+    def _nothing_was_made(self, error: BaseException) -> bool:
+        """Tell whether Packer failed for a moment's reason, before there was an instance."""
+        if not isinstance(error, CloudFailed) or self.instance:
+            return False
+        return bool(_TRANSIENT.search("\n".join((error.message, *error.tail))))
+
+    def _build(self, variables: Mapping[str, Any], step: Step) -> None:
+        stage = self.run_.directory / "packer"
+        if not stage.exists():
+            packer.stage(
+                stage,
+                self.inputs.guest,
+                variables,
+                uploads=[self.archive] if self.archive is not None else [],
+            )
+            packer.validate(stage, self.run_.log("packer"))
+        else:
+            packer.set_variables(stage, variables)
+        # Written before Packer asks for them; what they are called is known already.
+        instance = self.ledger.intend(Resource.INSTANCE, self.account.region, run=self.run_id)
+        image = self.ledger.intend(Resource.IMAGE, self.account.region, run=self.run_id, name=self.name)
+        self.instance = self.ami = ""
+
+        def seen(line: str) -> None:
+            if (found := _INSTANCE.search(line)) and not self.instance:
+                self.instance = found[1]
+                self.ledger.made(instance, self.instance)
+                # Packer 1.6 can't ask for it when it launches.
+                with suppress(AmiBuilderError):
+                    instances.require_imdsv2(self.account, self.instance)
+            elif (found := _IMAGE.search(line)) and not self.ami:
+                self.ami = found[1]
+                self.ledger.made(image, self.ami)
+
+        log = self.run_.log("packer")
+        try:
+            packer.build(
+                stage,
+                only="amazon-ebs.image",
+                log=log,
+                console_log=log,
+                timeout=self.inputs.image.bake.timeout,
+                on_progress=step.update,
+                on_line=seen,
+                env=self.account.environment(),
+            )
+        except BuildFailed as failed:
+            if self.instance:
+                raise
+            # Before there is an instance only the account or its network can have failed.
+            raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
+        finally:
+            self._settle(instance, image)
+
+    def _settle(self, instance: Any, image: Any) -> None:
+        """Bring the ledger up to date with what Packer, which cleans up after itself, has left."""
+        with suppress(AmiBuilderError):
+            if not instances.of_run(self.account, self.run_id):
+                self.ledger.gone(instance)
+            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
+            if found is None or found.name != self.name:
+                self.ledger.gone(image)
+
+    def _variables(
+        self, kind: str, subnet: str, group: str, key: Path, data_file: Path
+    ) -> Mapping[str, packer.Variable]:
+        image, aws = self.inputs.image, self.aws
+        size = max(image.base.disk_size, self.base.size)
+        return {
+            "image_name": image.name,
+            "image_digest": self.inputs.digest,
+            "run_id": self.run_id,
+            "container_reference": image.container.reference,
+            "container_archive": _UPLOADED if self.archive is not None else "",
+            "insecure_registry": image.container.insecure_registry or "",
+            "packages": list(image.base.packages),
+            "packages_file": str(self.run_.directory / "packages.txt"),
+            "manifest_file": str(self.run_.directory / "manifest.json"),
+            "ssh_username": image.base.ssh_user,
+            "ssh_private_key_file": str(key),
+            "ssh_port": aws.ssh_port,
+            "ssh_interface": "session_manager" if aws.connect is Connect.SESSION_MANAGER else "",
+            "region": self.account.region,
+            "endpoint": self.account.endpoint("ec2"),
+            "ami_name": self.name,
+            "source_ami": self.base.id,
+            "root_device": self.base.root_device,
+            "volume_size": -(-size // _GIB),
+            "instance_type": kind,
+            "spot": aws.spot,
+            "subnet_id": subnet,
+            "security_group_id": group,
+            "instance_profile": aws.instance_profile,
+            "user_data_file": str(data_file),
+            "encrypt": aws.encrypt,
+            "kms_key": aws.kms_key,
+            "tags": _image_tags(self.inputs, self.run_id),
+            "run_tags": _tags(self.inputs, self.run_id, tags.Purpose.BAKE),
+        }
+
+
+def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
+    assert inputs.base_ami is not None
+    return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_ami.id})
+
+
+def _tags(
+    inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
+) -> Mapping[str, str]:
+    return tags.tags(inputs.image.name, inputs.digest, run_id, purpose, more)

@@ -1,0 +1,140 @@
+"""The local target: a disk image baked and booted by QEMU, with no account at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ami_builder.adapters import imds, qemu, seed
+from ami_builder.console import Step, size
+from ami_builder.model import Artifact, Datasource, Endpoint, Image, Target, Verdict
+from ami_builder.pipeline.bake import bake
+from ami_builder.pipeline.inputs import Inputs, gather
+from ami_builder.pipeline.target import Machine
+from ami_builder.workspace import Run, StoredImage, Workspace
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalMachine:
+    """A QEMU machine that boots a disk the way EC2 would, on a throw-away overlay."""
+
+    image: Image
+    disk: Path
+    accelerator: qemu.Accelerator
+    memory: int
+    _machine: qemu.Machine | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        """Its memory."""
+        return size(self.memory)
+
+    def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
+        """Boot the disk with EC2's metadata service, or with a NoCloud seed."""
+        settings = self.image.verify
+        instance_id = imds.new_instance_id()
+        metadata: imds.MetadataServer | None = None
+        iso: Path | None = None
+        if settings.datasource is Datasource.EC2:
+            told = imds.InstanceMetadata(
+                instance_id=instance_id, user_data=user_data.encode(), public_key=public_key
+            )
+            metadata = stack.enter_context(imds.MetadataServer(told))
+        else:
+            iso = directory / "seed.iso"
+            seed.nocloud_iso(iso, user_data=user_data, public_key=public_key, instance_id=instance_id)
+        self._machine = qemu.Machine(
+            disk=self.disk,
+            directory=directory,
+            memory=self.memory,
+            cpus=settings.cpus,
+            disk_size=settings.disk_size,
+            accelerator=self.accelerator,
+            user=self.image.base.ssh_user,
+            imds_port=metadata.port if metadata is not None else None,
+            seed=iso,
+            network=settings.network,
+            instance_id=instance_id,
+        )
+        return stack.enter_context(self._machine)
+
+    def check_alive(self) -> None:
+        """Raise BuildFailed when the machine can't come up any more."""
+        assert self._machine is not None, "it was not started"
+        self._machine.check_alive()
+
+    def save_console(self) -> None:
+        """QEMU writes the log all the time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSite:
+    """This machine."""
+
+    workspace: Workspace
+    target: Target = field(default=Target.QEMU, init=False)
+
+    def gather(self, image: Image, *, refresh: bool) -> Inputs:
+        """Resolve base and container to what they would be now."""
+        return gather(image, self.workspace, refresh=refresh)
+
+    def find(self, inputs: Inputs) -> StoredImage | None:
+        """Return the finished image of exactly these inputs."""
+        return self.workspace.image(inputs.image.name, inputs.digest)
+
+    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+        """Bake a disk and put it among the finished images; what a killed run left is never whole."""
+        baked = bake(inputs, self.workspace, run, step)
+        artifact = Artifact(
+            image=inputs.image.name,
+            target=self.target,
+            location=str(baked.disk),
+            digest=inputs.digest,
+            created=datetime.now(UTC),
+            run_id=run.record.run_id,
+            size=baked.disk.stat().st_size,
+        )
+        return self.workspace.store(artifact, baked.disk, baked.packages)
+
+    @contextmanager
+    def machines(
+        self, image: Image, stored: StoredImage, run: Run, step: Step
+    ) -> Iterator[tuple[Sequence[Machine], int]]:
+        """Yield a machine for each configured size."""
+        qemu.image_info(stored.path)
+        accelerator, reason = qemu.choose_accelerator(
+            stored.path, cache=self.workspace.cache / "accelerator.json", directory=run.work
+        )
+        step.update(reason)
+        machines: list[Machine] = [
+            LocalMachine(image=image, disk=stored.path, accelerator=accelerator, memory=memory)
+            for memory in image.verify.memory
+        ]
+        # More machines than processors would only make each other late.
+        yield machines, max(1, (os.cpu_count() or 1) // image.verify.cpus)
+
+    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Put the verdict beside an image of ours."""
+        return self.workspace.judge(stored, verdict)
+
+
+def foreign(disk: Path, image: Image) -> StoredImage:
+    """Return a disk that was not built here as if it were stored; its digest is that of its content."""
+    with disk.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    info = disk.stat()
+    artifact = Artifact(
+        image=image.name,
+        target=Target.QEMU,
+        location=str(disk),
+        digest=digest,
+        created=datetime.fromtimestamp(info.st_mtime, UTC),
+        run_id="",
+        size=info.st_size,
+    )
+    return StoredImage(artifact=artifact, verdict=None, directory=None)

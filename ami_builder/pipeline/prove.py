@@ -1,0 +1,163 @@
+"""One machine's way through the phases: first boot, service restart, reboot, with the checks after each."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ami_builder import proc
+from ami_builder.adapters import checks, qemu, ssh
+from ami_builder.console import Step
+from ami_builder.errors import AmiBuilderError, BuildFailed
+from ami_builder.model import CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.pipeline.target import Machine
+from ami_builder.render import user_data
+from ami_builder.resources import checks_dir
+from ami_builder.workspace import Run
+
+# A multi-threaded TCG boot now and then panics in the guest's kernel: that says nothing about the image.
+_BOOTS = 2
+_SHORT_SECONDS = 60.0
+# A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
+_OWN_COMPOSE_FILE = """
+cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
+sed -i s/^DASK_ROLE=.*/DASK_ROLE=local/ /etc/dask/dask.env
+systemctl restart dask.service
+"""
+_READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
+
+_EVIDENCE = {
+    "journal.txt": "journalctl --no-pager --boot",
+    "dask-service.txt": "systemctl status --no-pager --full dask.service; cat /run/dask/*",
+    "docker-inspect.json": "docker ps -aq | xargs -r docker inspect",
+    "docker-logs.txt": "docker ps -aq | xargs -r -n 1 docker logs --tail 200 2>&1",
+    "cloud-init.txt": "cat /run/cloud-init/status.json /var/log/cloud-init*.log",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What one machine showed."""
+
+    results: tuple[CheckResult, ...]
+    measured: tuple[Measurement, ...]
+
+
+def prove(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
+    """Take a machine through all phases.
+
+    Raises BuildFailed, CloudFailed or TimedOut when it doesn't come up.
+    """
+    with step.step(f"machine of {machine.name}") as child:
+        for attempt in range(1, _BOOTS + 1):
+            way = _Way(image, machine, run, attempt)
+            try:
+                return way.go(child)
+            except qemu.GuestPanic as panic:
+                if attempt == _BOOTS or not panic.boot_again:
+                    raise
+                child.update("the guest's kernel panicked under emulation: booting again")
+        raise AssertionError("unreachable")
+
+
+class _Way:
+    def __init__(self, image: Image, machine: Machine, run: Run, attempt: int) -> None:
+        name = machine.name.replace(" ", "") + (f"-{attempt}" if attempt > 1 else "")
+        self.image = image
+        self.machine = machine
+        self.work = run.work / name
+        self.evidence = run.directory / "machines" / name
+        for folder in (self.work, self.evidence):
+            folder.mkdir(parents=True)
+        self.key = ssh.generate_key(self.work)
+        self.public_key = self.key.with_suffix(".pub").read_text().strip()
+        self.nonce = secrets.token_hex(16)
+        self.results: list[CheckResult] = []
+        self.measured: list[Measurement] = []
+
+    def go(self, step: Step) -> Proof:
+        """Go through all phases; evidence is kept when a check failed or the machine did not come up."""
+        timeout = self.image.verify.timeout
+        with ExitStack() as stack:
+            stack.callback(self._keep_console)
+            text = user_data(self.image, nonce=self.nonce)
+            with step.step("start"):
+                endpoint = self.machine.start(stack, self.work, text, self.public_key)
+            session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
+            try:
+                with step.step("first boot", detail="waiting for ssh") as child:
+                    session.wait(timeout, self.machine.check_alive)
+                    self._check(session, "boot", child)
+                with step.step("service restart, with the image's own Compose file") as child:
+                    session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=timeout)
+                    self._check(session, "restart", child)
+                with step.step("reboot", detail="waiting for ssh") as child:
+                    session.reboot(timeout, self.machine.check_alive)
+                    self._check(session, "reboot", child)
+            except AmiBuilderError as failed:
+                self.machine.save_console()
+                if failed.log == endpoint.console_log:
+                    failed.tail = proc.last_lines(endpoint.console_log)
+                self._keep_evidence(session)
+                raise
+            if any(r.outcome is Outcome.FAILED for r in self.results):
+                self.machine.save_console()
+                self._keep_evidence(session)
+        return Proof(results=tuple(self.results), measured=tuple(self.measured))
+
+    def _check(self, session: ssh.Session, phase: str, step: Step) -> None:
+        step.update("waiting for Dask")
+        settings = self.image.verify
+        results = checks.run(
+            files=[*checks.shipped(checks_dir()), *settings.checks],
+            ssh_config=session.config,
+            host=ssh.HOST,
+            phase=phase,
+            context=checks.Context(
+                nonce=self.nonce,
+                machine=self.machine.name,
+                machine_memory=self.machine.memory,
+                disk=settings.disk_size,
+                reserve=self.image.reserve,
+                datasource=settings.datasource,
+                role=Role.LOCAL,
+                workers=self.image.dask.workers,
+                user=self.image.base.ssh_user,
+                public_key=self.public_key,
+                timeout=settings.timeout,
+            ),
+            directory=self.evidence,
+            timeout=settings.timeout,
+            on_result=lambda result: step.update(result.name),
+        )
+        self.results += results
+        measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=_SHORT_SECONDS).stdout.strip()
+        if measured.isdigit():
+            self.measured.append(
+                Measurement(
+                    machine=self.machine.name,
+                    phase=phase,
+                    total=self.machine.memory,
+                    available=int(measured),
+                )
+            )
+        failed = sum(r.outcome is Outcome.FAILED for r in results)
+        step.done(f"{failed} of {len(results)} checks failed" if failed else f"{len(results)} checks passed")
+
+    def _keep_evidence(self, session: ssh.Session) -> None:
+        """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
+        for name, command in _EVIDENCE.items():
+            try:
+                session.fetch(command, self.evidence / name, sudo=True, timeout=_SHORT_SECONDS)
+            except AmiBuilderError as gone:
+                (self.evidence / name).write_text(f"not available: {gone}\n")
+                if isinstance(gone, BuildFailed):
+                    return
+
+    def _keep_console(self) -> None:
+        log: Path = self.work / "console.log"
+        if log.exists():
+            shutil.copy(log, self.evidence)

@@ -1,0 +1,59 @@
+"""What a target offers the pipeline: the same steps for a disk here and for an AMI in an account."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from ami_builder.console import Step
+from ami_builder.model import Endpoint, Image, Target, Verdict
+from ami_builder.pipeline.inputs import Inputs
+from ami_builder.workspace import Run, StoredImage
+
+
+class Machine(Protocol):
+    """A machine that an image is proved on, started and ended with the context that it is given."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: its memory, or its instance type."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes; known once it was started."""
+
+    def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
+        """Boot the image untouched; ending `stack` ends the machine. Its files go to `directory`."""
+
+    def check_alive(self) -> None:
+        """Raise BuildFailed, with the end of the console, when it can't come up any more."""
+
+    def save_console(self) -> None:
+        """Bring the console's log on this machine up to date."""
+
+
+class Site(Protocol):
+    """Where images are baked, kept and booted."""
+
+    @property
+    def target(self) -> Target:
+        """Its name."""
+
+    def gather(self, image: Image, *, refresh: bool) -> Inputs:
+        """Resolve everything that goes into the image, and digest it."""
+
+    def find(self, inputs: Inputs) -> StoredImage | None:
+        """Return the finished image of exactly these inputs."""
+
+    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+        """Bake an image, or finish one that a killed run has baked unless it is to be done `again`."""
+
+    def machines(
+        self, image: Image, stored: StoredImage, run: Run, step: Step
+    ) -> AbstractContextManager[tuple[Sequence[Machine], int]]:
+        """Own what test machines need; yields them, and how many may run at once."""
+
+    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Keep a verdict with the image that it is about."""
