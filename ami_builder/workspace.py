@@ -182,6 +182,11 @@ class Workspace:
             finally:
                 shutil.rmtree(run.work, ignore_errors=True)
 
+    def is_live(self, run_id: str) -> bool:
+        """Tell whether a run of this machine is still going."""
+        directory = self.runs_dir / run_id
+        return directory.is_dir() and not self._is_dead(directory)
+
     def sweep(self) -> tuple[str, ...]:
         """Remove what runs that were killed left behind, and return their ids."""
         swept: list[str] = []

@@ -24,6 +24,12 @@ source "amazon-ebs" "image" {
     delete_on_termination = true
   }
 
+  # Two hours: a large or an encrypted snapshot takes longer than Packer would wait.
+  aws_polling {
+    delay_seconds = var.poll_seconds
+    max_attempts  = 7200 / var.poll_seconds
+  }
+
   tags            = var.tags
   snapshot_tags   = var.tags
   run_tags        = var.run_tags

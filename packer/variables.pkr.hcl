@@ -170,6 +170,16 @@ variable "endpoint" {
   default     = ""
 }
 
+variable "poll_seconds" {
+  type        = number
+  description = "amazon-ebs: how often EC2 is asked whether something is done."
+  default     = 5
+  validation {
+    condition     = var.poll_seconds >= 1
+    error_message = "The poll_seconds must be at least 1."
+  }
+}
+
 variable "ami_name" {
   type        = string
   description = "amazon-ebs: the AMI's name, which has the run in it, so that it is found without a tag."

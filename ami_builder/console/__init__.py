@@ -5,7 +5,7 @@ Progress and errors go to stderr, results to stdout. rich is imported only where
 
 from .progress import Progress, Step
 from .renderers import open_progress
-from .results import error, result, result_json, table, verdict
+from .results import error, note, result, result_json, table, verdict
 from .style import Mode, choose_mode, duration, size
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "choose_mode",
     "duration",
     "error",
+    "note",
     "open_progress",
     "result",
     "result_json",

@@ -50,6 +50,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     rich_console(sys.stdout).print(drawn)
 
 
+def note(text: str) -> None:
+    """Say to a person what the results don't: on stderr, in one line."""
+    _say(clean(text))
+
+
 def error(exc: AmiBuilderError) -> None:
     """Print what failed, in which step, the last lines of its log, where the log is and what to do next."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
@@ -128,9 +133,7 @@ def verdict(proof: Verdict) -> None:
     console.print(drawn)
     console.print(Text(f"each column: {', '.join(starts)}", "dim"))
     for r in wrong:
-        console.print(
-            Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {r.machine}, {r.phase}")
-        )
+        console.print(Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {r.machine}, {r.phase}"))
         console.print(Text(f"  {_first(r.message)}"))
     console.print()
     console.print(Text(summary, "bold green" if proof.passed else "bold red"))

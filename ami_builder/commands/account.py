@@ -1,0 +1,75 @@
+"""The commands about an AWS account: what was left there, and what we need to be allowed."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ami_builder import console
+from ami_builder.errors import UsageError
+
+from .shared import JsonFlag, app, load_config, mode, open_workspace, plain
+
+_SECTIONS = ("all", "build", "verify", "lifecycle")
+
+
+@app.command()
+def gc(
+    apply: Annotated[bool, typer.Option("--apply", help="Delete what the plan says.")] = False,
+    region: Annotated[
+        list[str] | None,
+        typer.Option("--region", help="A region besides those in ami-builder.toml; repeatable."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find what killed runs left in the AWS account, by ledger and by tag; show the plan, or act on it."""
+    from ami_builder.adapters.aws.session import Account
+    from ami_builder.leftovers import Action
+    from ami_builder.pipeline.collect import find_leftovers, in_every_region, remove_leftovers
+
+    images = [(image.aws.region, image.aws.lifetime) for image in load_config().images.values()]
+    regions = in_every_region(images, region or (), Account.open)
+    workspace = open_workspace()
+    with console.open_progress(mode()) as progress:
+        leftovers = find_leftovers(regions, workspace, progress)
+        if apply:
+            remove_leftovers(leftovers, regions, workspace, progress)
+    doomed = [one for one in leftovers if one.action is Action.DELETE]
+    if as_json:
+        console.result_json({"applied": apply, "plan": plain(leftovers)})
+        return
+    done = {True: "deleted", False: "to delete"}[apply]
+    console.table(
+        ("region", "what", "id", "name", "plan", "because"),
+        [
+            (
+                one.found.region,
+                one.found.kind,
+                one.found.id,
+                one.found.name,
+                done if one.action is Action.DELETE else "keep",
+                one.reason,
+            )
+            for one in leftovers
+        ],
+    )
+    if doomed and not apply:
+        console.note(f"{len(doomed)} to delete; nothing was changed: `ami-builder gc --apply` does it")
+
+
+@app.command("iam-policy")
+def iam_policy(
+    section: Annotated[
+        str, typer.Argument(metavar="[all|build|verify|lifecycle]", help="What the policy is to allow.")
+    ] = "all",
+) -> None:
+    """Print the IAM policy with the least that build, verify and the life of images need."""
+    from ami_builder.adapters.aws.policy import document
+    from ami_builder.spelling import did_you_mean
+
+    if section not in _SECTIONS:
+        near = did_you_mean(section, _SECTIONS)
+        raise UsageError(f"{section}: expected one of {', '.join(_SECTIONS)}{near}")
+    console.result(json.dumps(document(section), indent=2))

@@ -1,0 +1,63 @@
+"""Build, verify and gc as a user runs them, against the loopback EC2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .flow import ami_builder, without_ssh
+from .server import Cloud
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
+    without_ssh(monkeypatch)
+
+
+def _built(capsys: pytest.CaptureFixture[str]) -> Any:
+    capsys.readouterr()
+    status = ami_builder("build", "--target", "aws", "--json")
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    return json.loads(shown.out)
+
+
+def test_an_ami_is_baked_verified_and_all_that_is_left(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = _built(capsys)
+    artifact = answer["artifact"]
+    assert artifact["target"] == "aws"
+    assert artifact["region"] == "us-east-1"
+    ec2 = cloud.client()
+    (ami,) = ec2.describe_images(ImageIds=[artifact["location"]])["Images"]
+    told = {tag["Key"]: tag["Value"] for tag in ami["Tags"]}
+    assert told["ami-builder:run"] == artifact["run_id"]
+    assert told["ami-builder:digest"] == artifact["digest"]
+    assert told["ami-builder:base-ami"] == cloud.base_ami()
+    assert told["ami-builder:verdict"].startswith("passed ")
+    assert ami["ImdsSupport"] == "v2.0"
+    assert ami["Public"] is False
+    (disk,) = (m["Ebs"] for m in ami["BlockDeviceMappings"] if "Ebs" in m)
+    (snapshot,) = ec2.describe_snapshots(SnapshotIds=[disk["SnapshotId"]])["Snapshots"]
+    assert told.items() - {(k, v) for k, v in told.items() if k.endswith(("finished", "verdict"))} <= {
+        (tag["Key"], tag["Value"]) for tag in snapshot["Tags"]
+    }
+    left = cloud.left()
+    assert {kind: len(ids) for kind, ids in left.items()} == {"image": 1, "snapshot": 1}, left
+
+
+def test_an_unchanged_build_asks_a_little_and_makes_nothing(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = _built(capsys)
+    before = len(cloud.calls)
+    again = _built(capsys)
+    assert again["unchanged"] is True
+    assert again["artifact"]["location"] == first["artifact"]["location"]
+    assert {call.action for call in cloud.calls[before:]} <= {"DescribeImages"}
