@@ -60,6 +60,7 @@ def remove(account: Account, leftover: Leftover) -> None:
         case Resource.VOLUME:
             _delete_volume(account, one.id)
         case Resource.IMAGE:
+            _claim(account, one)
             images.deregister(account, one.id)
         case Resource.SNAPSHOT:
             if not images.delete_snapshot(account, one.id):
@@ -214,6 +215,18 @@ def _time(text: str | None) -> datetime | None:
         return datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
+
+
+def _claim(account: Account, one: Found) -> None:
+    """Tag an AMI that the ledger alone knows, and its snapshots: only then may we delete them."""
+    found = images.get(account, one.id)
+    for each in (found.id, *found.snapshots) if found is not None else ():
+        with translated():
+            try:
+                account.ec2.create_tags(Resources=[each], Tags=tagging.as_list({tagging.RUN: one.run_id}))
+            except ClientError as error:
+                if "NotFound" not in code_of(error):
+                    raise
 
 
 def _delete_volume(account: Account, volume: str) -> None:

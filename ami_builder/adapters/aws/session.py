@@ -25,7 +25,7 @@ _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
 
 _LOGIN = "log in again (`aws sso login`, or new keys), or choose another AWS_PROFILE"
-_DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
+DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
 _EXPIRED = frozenset(
     {
         "AuthFailure",
@@ -182,7 +182,7 @@ def failure(error: ClientError, service: str = "ec2") -> CloudFailed:
 
 
 def _hint(code: str, call: str, said: str) -> str | None:
-    if code in _DENIED:
+    if code in DENIED:
         named = _ACTION.search(said)
         action = named[1] if named else call
         return f"allow {action} to these credentials: `ami-builder iam-policy` prints all that is needed"

@@ -1,0 +1,201 @@
+"""The IAM policies that ami-builder needs, each action held to what carries a run's tag where EC2 can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from ami_builder.model import Aws, Connect
+
+from . import tags as tagging
+
+_RUN = tagging.RUN
+_ASKED: Mapping[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
+"""The call asks for a run's tag."""
+_OURS: Mapping[str, Any] = {"Null": {f"aws:ResourceTag/{_RUN}": "false"}}
+"""The thing carries a run's tag."""
+_KEYS: Mapping[str, Any] = {"ForAllValues:StringLike": {"aws:TagKeys": [tagging.NAME, f"{tagging.PREFIX}*"]}}
+"""No other tags than ours."""
+
+_NO_ACCOUNT = frozenset({"image", "snapshot"})
+
+
+class Section(StrEnum):
+    """Which part of the work a policy is for."""
+
+    CHECK = "check"
+    BUILD = "build"
+    VERIFY = "verify"
+    LIFECYCLE = "lifecycle"
+    ALL = "all"
+
+
+def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
+    """Return the policy for one part of the work, or for all.
+
+    `aws` narrows it to its region, and adds what its settings need: an instance profile, a KMS key, spot,
+    Session Manager, an SSM parameter.
+    """
+    wanted = Section(section)
+    parts = _Statements(aws)
+    statements: dict[str, dict[str, Any]] = {}
+    for one, make in (
+        (Section.CHECK, parts.check),
+        (Section.BUILD, parts.build),
+        (Section.VERIFY, parts.verify),
+        (Section.LIFECYCLE, parts.lifecycle),
+    ):
+        if wanted in (one, Section.ALL):
+            for statement in make():
+                _merge(statements, statement)
+    return {"Version": "2012-10-17", "Statement": list(statements.values())}
+
+
+class _Statements:
+    def __init__(self, aws: Aws | None) -> None:
+        self._aws = aws
+        self._region = aws.region if aws is not None and aws.region else "*"
+        starts = {"cn-": "aws-cn", "us-gov-": "aws-us-gov"}
+        self._partition = next((p for s, p in starts.items() if self._region.startswith(s)), "aws")
+
+    def check(self) -> Iterator[dict[str, Any]]:
+        """Yield what `check` asks beyond what the others do: everything else it tries with DryRun."""
+        yield self._look()
+        yield _allow("Prices", ["pricing:GetProducts"], ["*"])
+        if self._aws is not None and self._aws.instance_profile:
+            profile = self._arn_of("iam", "", "*", "instance-profile/*")
+            yield _allow("LookAtInstanceProfile", ["iam:GetInstanceProfile"], [profile])
+
+    def build(self) -> Iterator[dict[str, Any]]:
+        """Yield what baking needs: Packer's amazon-ebs, and finishing the AMI."""
+        yield from self._machines("RunInstances")
+        yield _allow(
+            "UseInstancesOfRuns",
+            ["ec2:StopInstances", "ec2:ModifyInstanceMetadataOptions", "ec2:CreateImage"],
+            self._ec2("instance"),
+            _OURS,
+        )
+        # Older Packer tags an AMI only after it was made.
+        yield _allow("MakeImages", ["ec2:CreateImage"], self._ec2("image", "snapshot"))
+        yield self._claim()
+        yield _allow(
+            "ChangeImagesOfRuns", ["ec2:CreateTags", "ec2:ModifyImageAttribute"], self._ec2("image"), _OURS
+        )
+        yield from self._optional()
+
+    def verify(self) -> Iterator[dict[str, Any]]:
+        """Yield what proving an AMI on instances needs."""
+        yield from self._machines("RunInstances")
+        yield _allow("ReadConsolesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
+        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
+        yield from self._optional(baking=False)
+
+    def lifecycle(self) -> Iterator[dict[str, Any]]:
+        """Yield what collecting leftovers and deregistering needs."""
+        yield self._look()
+        yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
+        yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
+        yield self._claim()
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
+        yield _allow("DeleteGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
+
+    def _look(self) -> dict[str, Any]:
+        return _allow("Look", ["ec2:Describe*"], ["*"])
+
+    def _machines(self, action: str) -> Iterator[dict[str, Any]]:
+        """Yield what launching and ending an instance in a security group of its own needs."""
+        yield self._look()
+        yield _allow("Launch", [f"ec2:{action}"], self._ec2("instance", "volume"), _ASKED)
+        yield _allow(
+            "LaunchFrom",
+            [f"ec2:{action}"],
+            self._ec2("image", "snapshot", "subnet", "network-interface"),
+        )
+        yield _allow("LaunchInGroupsOfRuns", [f"ec2:{action}"], self._ec2("security-group"), _OURS)
+        yield _allow("MakeGroups", ["ec2:CreateSecurityGroup"], self._ec2("security-group"), _ASKED)
+        yield _allow("MakeGroupsIn", ["ec2:CreateSecurityGroup"], self._ec2("vpc"))
+        yield _allow(
+            "TagWhatIsMade",
+            ["ec2:CreateTags"],
+            self._ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot"),
+            {"StringEquals": {"ec2:CreateAction": [action, "CreateSecurityGroup", "CreateImage"]}, **_KEYS},
+        )
+        yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
+        yield _allow(
+            "OpenAndDeleteGroupsOfRuns",
+            ["ec2:AuthorizeSecurityGroupIngress", "ec2:DeleteSecurityGroup"],
+            self._ec2("security-group"),
+            _OURS,
+        )
+
+    def _claim(self) -> dict[str, Any]:
+        """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
+        return _allow("TagImages", ["ec2:CreateTags"], self._ec2("image", "snapshot"), {**_ASKED, **_KEYS})
+
+    def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield what only some settings need."""
+        aws = self._aws
+        if aws is None:
+            return
+        if aws.source.startswith("ssm:") and baking:
+            name = aws.source[4:].lstrip("/")
+            owner = "" if name.startswith("aws/service/") else "*"
+            parameter = self._arn_of("ssm", self._region, owner, f"parameter/{name}")
+            yield _allow("ReadBaseParameter", ["ssm:GetParameter"], [parameter])
+        if aws.instance_profile:
+            # A profile does not tell the name of its role; name it here to narrow this further.
+            role = self._arn_of("iam", "", "*", "role/*")
+            to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
+            yield _allow("PassInstanceProfile", ["iam:PassRole"], [role], to_ec2)
+        if aws.connect is Connect.SESSION_MANAGER:
+            tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
+            yield _allow("Connect", ["ssm:StartSession"], self._ec2("instance"), tagged)
+            documents = [self._arn_of("ssm", self._region, "", "document/AWS-StartSSHSession")]
+            documents.append(self._arn_of("ssm", self._region, "", "document/AWS-StartPortForwardingSession"))
+            yield _allow("ConnectBySsh", ["ssm:StartSession"], documents)
+            sessions = [self._arn_of("ssm", self._region, "*", "session/*")]
+            yield _allow("EndConnections", ["ssm:TerminateSession", "ssm:ResumeSession"], sessions)
+        if aws.kms_key:
+            key = aws.kms_key if aws.kms_key.startswith("arn:") else "*"
+            keys = [
+                self._arn_of("kms", self._region, "*", "key/*") if ":alias/" in key or key == "*" else key
+            ]
+            uses = [f"kms:{use}" for use in ("DescribeKey", "Decrypt", "ReEncrypt*", "GenerateDataKey*")]
+            yield _allow("UseKey", uses, keys)
+            for_aws = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
+            yield _allow("LetEc2UseKey", ["kms:CreateGrant"], keys, for_aws)
+        if aws.spot and baking:
+            # Packer makes a fleet from a launch template, and tags neither; it tags the instance afterwards.
+            fleet = self._ec2("fleet", "launch-template", "instance", "volume", "network-interface")
+            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*fleet, *self._ec2("image", "subnet")])
+            yield _allow("SpotLaunch", ["ec2:RunInstances"], fleet)
+            yield _allow(
+                "SpotTemplate",
+                ["ec2:CreateLaunchTemplate", "ec2:DeleteLaunchTemplate"],
+                self._ec2("launch-template"),
+            )
+            yield _allow("SpotTags", ["ec2:CreateTags"], self._ec2("instance", "volume"), {**_ASKED, **_KEYS})
+
+    def _ec2(self, *kinds: str) -> list[str]:
+        return [
+            self._arn_of("ec2", self._region, "" if kind in _NO_ACCOUNT else "*", f"{kind}/*")
+            for kind in kinds
+        ]
+
+    def _arn_of(self, service: str, region: str, account: str, resource: str) -> str:
+        return f"arn:{self._partition}:{service}:{region}:{account}:{resource}"
+
+
+def _allow(
+    sid: str, actions: Sequence[str], resources: Sequence[str], condition: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    statement = {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
+    return statement | ({"Condition": dict(condition)} if condition else {})
+
+
+def _merge(statements: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
+    """Add a statement, or its actions to the one of the same name, which has the same resources."""
+    known = statements.setdefault(new["Sid"], new)
+    known["Action"] += [action for action in new["Action"] if action not in known["Action"]]

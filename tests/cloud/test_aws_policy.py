@@ -1,0 +1,195 @@
+"""Least privilege: each part of the work under its own policy, nothing of it missing, nothing too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder.adapters.aws import gc, images, instances, preflight, waiting
+from ami_builder.adapters.aws import instance as instance_module
+from ami_builder.adapters.aws import tags as tagging
+from ami_builder.adapters.aws.policy import Section, document
+from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.errors import CloudFailed
+from ami_builder.ledger import Ledger, read
+from ami_builder.leftovers import Action, RunState, plan
+from ami_builder.model import Connect, Image, Resource, State
+from tests.unit.guest import image as guest_image
+
+from .aws import DIGEST, RUN, group, instance, launch, make_ami, tags
+from .policy import Enforced
+from .server import ACCESS_KEY, REGION, Cloud
+
+KEY = "AKIALEASTPRIVILEGE00"
+BASE = "136693071363/debian-13-amd64-*"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance_module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(instances, "_SEEN_SECONDS", 1.0)
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.2)
+
+
+@pytest.fixture
+def configured() -> Image:
+    image = guest_image()
+    return replace(image, aws=replace(image.aws, source=BASE, source_cidrs=("127.0.0.1/32",)))
+
+
+def enforced(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, section: Section, **more: Any
+) -> tuple[Enforced, Account]:
+    """Return an account that may do what a section of the policy allows."""
+    held = cloud.enforce(document(section, **more), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    return held, Account.open()
+
+
+def test_verifying(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ami = make_ami(cloud, "ours", **tags(Purpose.IMAGE))
+    held, account = enforced(cloud, monkeypatch, Section.VERIFY)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with group(account, ledger) as made:
+        subject = instance(account, ledger, launch(cloud, made, ami=ami), tmp_path / "m")
+        with subject:
+            subject.save_console()
+    images.record_verdict(account, ami, True, DIGEST)
+    assert held.refused == []
+    assert held.unused == set()
+
+
+def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held, account = enforced(cloud, monkeypatch, Section.BUILD)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with group(account, ledger) as made:
+        # What Packer does, call by call.
+        subject = instance(account, ledger, launch(cloud, made), tmp_path / "m")
+        with subject:
+            instances.require_imdsv2(account, subject.instance_id)
+            account.ec2.stop_instances(InstanceIds=[subject.instance_id])
+            name = tagging.ami_name("dask", DIGEST, RUN)
+            ami = account.ec2.create_image(InstanceId=subject.instance_id, Name=name)["ImageId"]
+    images.wait_available(account, ami, 10)
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    assert held.refused == []
+    assert held.unused == set()
+
+
+def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    everything = Account.open()
+    made = group(everything, ledger).__enter__()
+    instance(everything, ledger, launch(cloud, made), tmp_path / "m").__enter__()
+    cloud.client().create_volume(
+        AvailabilityZone=f"{REGION}a", Size=1, TagSpecifications=tagging.specifications(tags(), "volume")
+    )
+    make_ami(cloud, "tagged", **tags(Purpose.IMAGE))
+    # Killed before Packer had tagged it: only the ledger knows of it.
+    name = tagging.ami_name("dask", DIGEST, RUN)
+    ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
+    make_ami(cloud, name)
+    held, account = enforced(cloud, monkeypatch, Section.LIFECYCLE)
+    found = gc.find(account, read(ledger.path))
+    for leftover in plan(found, {RUN: RunState.ENDED}, datetime.now(UTC), 7200.0):
+        assert leftover.action is Action.DELETE
+        gc.remove(account, leftover)
+    assert cloud.left() == {}
+    assert held.refused == []
+    assert held.unused == set()
+
+
+def test_checking_makes_nothing(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, configured: Image) -> None:
+    before = cloud.left()
+    held, _ = enforced(cloud, monkeypatch, Section.CHECK)
+    found = {one.name: one for one in preflight.check(configured)}
+    assert found["permissions"].state is State.STOPS
+    assert "ec2:RunInstances" in found["permissions"].found
+    assert "ami-builder iam-policy" in found["permissions"].hint
+    assert held.unused == set()
+    enforced(cloud, monkeypatch, Section.ALL)
+    found = {one.name: one for one in preflight.check(configured)}
+    assert found["permissions"].state is State.OK, found["permissions"]
+    assert cloud.left() == before
+
+
+def test_every_call_that_is_tried_is_missed_when_it_is_not_allowed(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, configured: Image
+) -> None:
+    cloud.enforce({"Version": "2012-10-17", "Statement": [
+        {"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*"}]}, KEY)  # fmt: skip
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    found = {one.name: one for one in preflight.check(configured)}
+    named = set(found["permissions"].found.partition(": ")[2].split(", "))
+    allowed = {a for s in document(Section.ALL)["Statement"] for a in s["Action"] if a.startswith("ec2:")}
+    assert named == allowed - {"ec2:Describe*"}
+
+
+def test_nothing_of_others_can_be_touched(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    theirs = make_ami(cloud, "theirs", team="theirs")
+    ec2 = cloud.client()
+    launched = ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1)
+    instance_id = launched["Instances"][0]["InstanceId"]
+    made = ec2.create_security_group(GroupName="theirs", Description="x")["GroupId"]
+    (volume,) = cloud.left()["volume"]
+    _, account = enforced(cloud, monkeypatch, Section.ALL)
+    calls: list[Callable[[], object]] = [
+        lambda: account.ec2.terminate_instances(InstanceIds=[instance_id]),
+        lambda: account.ec2.stop_instances(InstanceIds=[instance_id]),
+        lambda: account.ec2.create_image(InstanceId=instance_id, Name="stolen"),
+        lambda: account.ec2.delete_volume(VolumeId=volume),
+        lambda: account.ec2.deregister_image(ImageId=theirs),
+        lambda: account.ec2.delete_security_group(GroupId=made),
+        lambda: account.ec2.modify_image_attribute(ImageId=theirs, ImdsSupport={"Value": "v2.0"}),
+        lambda: images.record_verdict(account, theirs, True, DIGEST),
+        lambda: account.ec2.create_tags(Resources=[theirs], Tags=[{"Key": "team", "Value": "ours"}]),
+        lambda: account.ec2.create_tags(Resources=[instance_id], Tags=tagging.as_list(tags())),
+        # Without a run's tag, or into a group of others.
+        lambda: account.ec2.create_security_group(GroupName="untagged", Description="x"),
+        lambda: account.ec2.run_instances(
+            ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1
+        ),
+        lambda: instance(
+            account, Ledger(tmp_path / "l"), launch(cloud, made), tmp_path / "m"
+        ).__enter__(),
+    ]  # fmt: skip
+    before = cloud.left()
+    for call in calls:
+        with pytest.raises((CloudFailed, account.ec2.exceptions.ClientError), match="UnauthorizedOperation"):
+            call()
+    assert cloud.left() == before
+
+
+def test_what_settings_need_is_added(configured: Image) -> None:
+    aws = replace(
+        configured.aws,
+        region="cn-north-1",
+        source="ssm:/aws/service/debian/release/13/latest/amd64",
+        connect=Connect.SESSION_MANAGER,
+        instance_profile="ours",
+        encrypt=True,
+        kms_key="alias/ours",
+        spot=True,
+    )
+    narrow = document(Section.ALL, aws)
+    sids = [statement["Sid"] for statement in narrow["Statement"]]
+    assert len(set(sids)) == len(sids)
+    assert {"ReadBaseParameter", "PassInstanceProfile", "Connect", "UseKey", "SpotFleet"} <= set(sids)
+    arns = [arn for s in narrow["Statement"] for arn in s["Resource"] if arn != "*"]
+    assert all(arn.startswith("arn:aws-cn:") for arn in arns)
+    assert "arn:aws-cn:ssm:cn-north-1::parameter/aws/service/debian/release/13/latest/amd64" in arns
+    plain = [statement["Sid"] for statement in document(Section.ALL, configured.aws)["Statement"]]
+    assert not {"ReadBaseParameter", "PassInstanceProfile", "Connect", "UseKey", "SpotFleet"} & set(plain)
+    exact = replace(aws, kms_key="arn:aws-cn:kms:cn-north-1:123456789012:key/1-2")
+    keys = next(s for s in document("build", exact)["Statement"] if s["Sid"] == "UseKey")
+    assert keys["Resource"] == [exact.kms_key]
+    assert ACCESS_KEY not in str(narrow)

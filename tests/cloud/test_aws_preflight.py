@@ -1,0 +1,121 @@
+"""`check --target aws`: what would stop a build, what would be taken, about what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder.adapters.aws import cost, preflight
+from ami_builder.adapters.aws.session import Account
+from ami_builder.model import Connect, Finding, Image, State
+from tests.unit.fakes import fake
+from tests.unit.guest import image as guest_image
+
+from .server import REGION, Cloud
+
+BASE = "136693071363/debian-13-amd64-*"
+
+
+def configured(**aws: Any) -> Image:
+    image = guest_image()
+    return replace(image, aws=replace(image.aws, source=BASE, source_cidrs=("127.0.0.1/32",), **aws))
+
+
+def found(image: Image) -> dict[str, Finding]:
+    findings = list(preflight.check(image))
+    return {one.name: one for one in findings}
+
+
+def test_all_is_well_and_nothing_is_made(cloud: Cloud) -> None:
+    findings = found(configured())
+    assert {one.state for one in findings.values()} == {State.OK}
+    assert findings["AWS account"].found.startswith("arn:aws:sts::123456789012:")
+    assert findings["AWS account"].found.endswith(f"in {REGION}")
+    assert cloud.base_ami() in findings["base AMI"].found
+    assert findings["network"].found == "the default VPC"
+    assert findings["ssh is open to"].found == "127.0.0.1/32, port 22"
+    assert findings["permissions"].found == "14 calls tried, none would be refused"
+    assert findings["cost"].found.startswith("at most about $0.0")
+    assert cloud.left() == {}
+    changing = [c for c in cloud.calls if not c.action.startswith(("Describe", "Get"))]
+    assert changing
+    assert all(str(c.params.get("DryRun")).lower() == "true" for c in changing)
+
+
+def test_without_credentials_nothing_else_is_asked(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    (only,) = preflight.check(configured())
+    assert (only.name, only.state, only.exit_code) == ("AWS account", State.STOPS, 6)
+
+
+def test_what_is_wrong_is_named_each_by_itself(cloud: Cloud) -> None:
+    image = configured(
+        instance_types=("m6i.large", "z9z.huge"),
+        subnets=("subnet-0123456789abcdef0",),
+        instance_profile="nobodys",
+        lifetime=60.0,
+    )
+    image = replace(
+        image,
+        aws=replace(image.aws, source="136693071363/debian-99-*"),
+        verify=replace(image.verify, instance_types=("z9z.huge",)),
+    )
+    findings = found(image)
+    stops = {name for name, one in findings.items() if one.state is State.STOPS}
+    assert stops == {"base AMI", "instance types to verify on", "network", "instance profile"}
+    assert findings["instance types to bake on"].state is State.NOTE
+    assert "z9z.huge is not offered" in findings["instance types to bake on"].found
+    assert "verify.instance_types" in findings["instance types to verify on"].hint
+    assert "aws.lifetime" in findings["lifetime"].hint
+    assert findings["cost"].state is State.NOTE
+    assert "permissions" not in findings
+
+
+def test_session_manager_needs_its_tools(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud.client("iam").create_instance_profile(InstanceProfileName="ours")
+    image = configured(connect=Connect.SESSION_MANAGER, instance_profile="ours")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    findings = found(image)
+    assert findings["aws"].state is State.STOPS
+    assert "plugin" in findings["session-manager-plugin"].found
+    assert findings["session-manager-plugin"].exit_code == 3
+    assert "ssh is open to" not in findings
+    assert findings["instance profile"].found == "ours with role (none)"
+    for tool in ("aws", "session-manager-plugin"):
+        fake(tmp_path, tool, "")
+    assert found(image)["aws"].state is State.OK
+
+
+def test_subnets_of_two_networks(cloud: Cloud) -> None:
+    ec2 = cloud.client()
+    vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    other = ec2.create_subnet(VpcId=vpc, CidrBlock="10.9.1.0/24")["Subnet"]["SubnetId"]
+    first = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+    assert "several VPCs" in found(configured(subnets=(first, other)))["network"].found
+
+
+def test_a_failing_cloud_is_a_finding_too(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    for action in ("DescribeInstanceTypeOfferings", "StopInstances"):
+        cloud.faults.add(action, "http500", times=None)
+    findings = found(configured())
+    assert findings["instance types"].state is State.STOPS
+    assert findings["permissions"].state is State.STOPS
+    assert "InternalError" in findings["permissions"].found
+
+
+def test_prices(cloud: Cloud) -> None:
+    account = Account.open()
+    price = cost.about(account, "m6i.large", 0.5, 10)
+    assert price is not None
+    assert price.hour == pytest.approx(0.096)
+    assert price.run == pytest.approx(0.0485, abs=0.001)
+    assert price.month == pytest.approx(0.5)
+    assert cost.about(account, "z9z.huge", 1, 10) is None
+    cloud.faults.add("GetProducts", "reset", times=None)
+    assert cost.about(account, "m6i.large", 1, 10) is None
