@@ -71,6 +71,9 @@ class Session:
         self._owned = ExitStack()
         self._master = ExitStack()
         self._socket = self._directory / "master"
+        # AWS's tunnel is a program that needs the credentials; nothing else that is started here gets them.
+        credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        self._env = proc.environment(credentials) if endpoint.proxy_command else None
 
     def __enter__(self) -> Session:
         with ExitStack() as owned:
@@ -109,6 +112,8 @@ class Session:
             said = self._connect()
             if said is None:
                 return True
+            if self._endpoint.proxy_command:
+                next_try = time.monotonic() + _REFUSED_PAUSE
             if any(text in said for text in _CHANGED):
                 raise BuildFailed(
                     "another machine answers: its host key has changed",
@@ -146,7 +151,8 @@ class Session:
         (status 255, whatever `check` says), TimedOut after `timeout` seconds.
         """
         argv = self._argv(self._as_root(command) if sudo else command)
-        done = proc.capture(argv, what=f"`{command}` on the machine", stdin=stdin, timeout=timeout)
+        what = f"`{command}` on the machine"
+        done = proc.capture(argv, what=what, env=self._env, stdin=stdin, timeout=timeout)
         self._judge(command, done.status, done.stderr, check=check)
         return done
 
@@ -157,7 +163,7 @@ class Session:
             with (
                 path.open("wb") as out,
                 tempfile.TemporaryFile() as err,
-                proc.running(argv, stdout=out.fileno(), stderr=err.fileno()) as process,
+                proc.running(argv, env=self._env, stdout=out.fileno(), stderr=err.fileno()) as process,
             ):
                 status = _waited(process, timeout, what=f"`{command}` on the machine")
                 err.seek(0)
@@ -197,6 +203,8 @@ class Session:
 
     def _greets(self) -> bool:
         """Tell whether an ssh server answers: QEMU takes connections for a guest that has not booted yet."""
+        if self._endpoint.proxy_command:
+            return True
         address = (self._endpoint.address, self._endpoint.port)
         try:
             with socket.create_connection(address, timeout=_BANNER_SECONDS) as connection:
@@ -209,7 +217,9 @@ class Session:
         said = self._directory / "ssh.log"
         with ExitStack() as owned:
             with said.open("wb") as log:
-                master = owned.enter_context(proc.running(self._argv(None), stdout=log.fileno()))
+                master = owned.enter_context(
+                    proc.running(self._argv(None), env=self._env, stdout=log.fileno())
+                )
 
             def settled() -> bool:
                 return self._socket.exists() or master.poll() is not None
@@ -268,13 +278,15 @@ class Session:
             "ForwardAgent": "no",
             "LogLevel": "ERROR",
         }
-        if self._endpoint.address == "127.0.0.1":
+        if self._endpoint.address.startswith("127."):
             # On an emulated guest the key exchange and the cipher cost seconds; nobody listens on loopback.
             lines |= {
                 "KexAlgorithms": "^curve25519-sha256",
                 "Ciphers": "^aes128-ctr",
                 "MACs": "^umac-64-etm@openssh.com",
             }
+        if self._endpoint.proxy_command:
+            lines["ProxyCommand"] = self._endpoint.proxy_command
         return f"Host {HOST}\n" + "".join(f"    {name} {value}\n" for name, value in lines.items())
 
 

@@ -21,6 +21,8 @@ from ami_builder.errors import BuildFailed, TimedOut
 from ami_builder.model import Endpoint
 from ami_builder.proc import Completed
 
+from .fakes import calls, fake
+
 SSHD = Path("/usr/sbin/sshd")
 
 pytestmark = pytest.mark.skipif(not SSHD.exists(), reason="no /usr/sbin/sshd: apt-get install openssh-server")
@@ -402,3 +404,36 @@ def test_ssh_is_never_given_a_terminal_or_a_shell_of_ours(make: Make) -> None:
         session.wait(60)
         for text in ("$(touch /tmp/never)", "-oProxyCommand=false", "a'b\"c", "line\nline"):
             assert session.run(f"printf %s {shlex.quote(text)}").stdout == text
+
+
+def test_a_machine_without_an_open_port_is_reached_through_a_program(
+    server: Server, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(
+        tmp_path,
+        "aws",
+        f'env | grep ^AWS_ >"$0.env"\n[ -e "$0.up" ] || {{ : >"$0.up"; echo not connected >&2; exit 255; }}\n'
+        f"exec socat STDIO TCP4:127.0.0.1:{server.port}",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("AWS_PROFILE", "ours")
+    monkeypatch.setattr(ssh, "_REFUSED_PAUSE", 0.1)
+    endpoint = Endpoint(
+        address="i-0123456789abcdef0",
+        port=2222,
+        user=getpass.getuser(),
+        console_log=tmp_path / "console.log",
+        ports={},
+        proxy_command="aws ssm start-session --target i-0123456789abcdef0 --parameters portNumber=%p",
+    )
+    with Session(endpoint, key=key, directory=tmp_path / "session") as session:
+        session.wait(30)
+        assert session.run("echo hello").stdout == "hello\n"
+        session.fetch("echo there", tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_text() == "there\n"
+    expected = "ssm start-session --target i-0123456789abcdef0 --parameters portNumber=2222"
+    assert calls(tmp_path, "aws") == [expected, expected], (
+        "the second time it was up, and shared from then on"
+    )
+    assert "AWS_PROFILE=ours" in (tmp_path / "aws.env").read_text().splitlines()
+    assert "ours" not in session.config.read_text()
