@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from ami_builder.adapters.aws import gc
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Progress
-from ami_builder.errors import AmiBuilderError, CloudFailed
+from ami_builder.errors import CloudFailed
 from ami_builder.ledger import Entry, Ledger, read
 from ami_builder.leftovers import Action, Leftover, RunState, plan
 from ami_builder.workspace import Workspace
