@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
-from ami_builder.errors import UsageError
+from ami_builder.errors import Interrupted, UsageError
 
 from .shared import (
     ImageArgument,
@@ -134,8 +134,11 @@ def run_image(
     if user_data is not None and not user_data.is_file():
         raise UsageError(f"--user-data {user_data}: there is no such file")
     chosen, stored, _ = _finished(image, load_config(), "qemu")
+    is_up = False
 
     def ready(launched: Launched) -> None:
+        nonlocal is_up
+        is_up = True
         console.result(
             [
                 f"ssh        {launched.ssh}",
@@ -146,16 +149,21 @@ def run_image(
             ]
         )
 
-    with console.open_progress(mode()) as progress:
-        launch(
-            chosen,
-            stored.path,
-            memory=chosen.verify.memory[0],
-            user_data=user_data,
-            workspace=open_workspace(),
-            progress=progress,
-            on_ready=ready,
-        )
+    try:
+        with console.open_progress(mode()) as progress:
+            launch(
+                chosen,
+                stored.path,
+                memory=chosen.verify.memory[0],
+                user_data=user_data,
+                workspace=open_workspace(),
+                progress=progress,
+                on_ready=ready,
+            )
+    except Interrupted:
+        if not is_up:
+            raise
+        console.note("the machine is stopped")
 
 
 @app.command("list")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ami_builder.adapters import qemu
 from ami_builder.errors import Interrupted
 from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
 from ami_builder.pipeline import build as build_module
+from ami_builder.pipeline import launch
 from ami_builder.workspace import StoredImage, Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +190,27 @@ def test_whatever_happens_there_is_no_traceback(
     shown = capsys.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("is_up", "status"), [(True, 0), (False, 130)])
+def test_stopping_a_machine_that_runs_is_its_normal_end(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_up: bool,
+    status: int,
+) -> None:
+    _stored(workspace, tmp_path, passed=True)
+
+    def stopped(*_: object, on_ready: Callable[[launch.Launched], None], **__: object) -> None:
+        if is_up:
+            on_ready(launch.Launched(ssh="ssh x", dashboard="", scheduler="", console_log=tmp_path))
+        raise Interrupted("stopped by SIGINT")
+
+    monkeypatch.setattr(launch, "launch", stopped)
+    assert commands.run(["run"]) == status
+    assert ("error" in capsys.readouterr().err) is not is_up
 
 
 def test_debug_shows_the_traceback(
