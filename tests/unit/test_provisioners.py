@@ -60,7 +60,8 @@ LEFT = (
     "var/log/cloud-init.log",
     "var/log/apt/history.log",
     "etc/netplan/50-cloud-init.yaml",
-    "tmp/ami-builder/guest.tar",
+    "tmp/something",
+    "var/tmp/ami-builder/guest.tar",
     "tmp/script_1234.sh",
     "var/tmp/left",
 )
@@ -172,6 +173,19 @@ def test_a_foreign_base_gets_docker_and_compose_2(
         assert "have no Compose 2" in done.stderr
     else:
         assert installs[0].endswith(f"install --no-install-recommends {installed}")
+
+
+def test_packages_that_the_base_lacks_are_installed(tmp_path: Path, programs: Path) -> None:
+    fake(programs, "docker", "")
+    fake(programs, "apt-get", "")
+    fake(programs, "dpkg-query", 'for last; do :; done; [ "$last" = there ] && printf installed || exit 1')
+    archive = tmp_path / "guest.tar"
+    tarfile.open(archive, "w").close()
+    environment = {"GUEST_ARCHIVE": str(archive), "GUEST_ROOT": str(tmp_path)}
+    assert _run("10-guest.sh", programs, PACKAGES="there", **environment).returncode == 0
+    assert calls(programs, "apt-get") == []
+    assert _run("10-guest.sh", programs, PACKAGES="there some-agent other", **environment).returncode == 0
+    assert calls(programs, "apt-get")[-1].endswith("install --no-install-recommends some-agent other")
 
 
 @pytest.fixture
