@@ -38,6 +38,7 @@ _TRANSIENT = re.compile(
     r"|status code: 50[0-9]|connection reset|EOF|i/o timeout"
 )
 _ATTEMPTS = 5
+PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
 
 def bake_ami(
@@ -121,7 +122,7 @@ class _Bake:
             retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(self._nothing_was_made),
                 stop=tenacity.stop_after_attempt(_ATTEMPTS),
-                wait=tenacity.wait_exponential_jitter(initial=1, max=20),
+                wait=PAUSE,
                 reraise=True,
             )
             retrying(self._build, variables, step)

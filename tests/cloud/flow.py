@@ -6,17 +6,22 @@ In verification an instance is really launched and terminated, and then said to 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pytest
+import tenacity
+from botocore.retries import standard
 
 from ami_builder import commands
 from ami_builder.adapters import packer
+from ami_builder.adapters.aws import images, instance, instances, network, session, waiting
 from ami_builder.console import Step
 from ami_builder.model import CheckResult, Image, Measurement, Outcome
-from ami_builder.pipeline import verify
+from ami_builder.pipeline import bake_ami, verify
 from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import RenderedFile
@@ -71,6 +76,38 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "prove", proved)
 
 
+READ_SECONDS = 1.0
+"""How long an answer is waited for once `in_haste`; Packer waits for ever."""
+
+
+def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a moment only where minutes would be waited between attempts; they are as many as ever."""
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
+    monkeypatch.setattr(session, "_READ_SECONDS", READ_SECONDS)
+    monkeypatch.setattr(bake_ami, "PAUSE", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.5)
+    for module in (instance, images):
+        monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
+    for module in (instances, network):
+        monkeypatch.setattr(module, "_SEEN_SECONDS", 2.0)
+
+
 def ami_builder(*arguments: str) -> int:
     """Run one command in this process and return its exit code."""
     return commands.run([*SETTINGS, *arguments])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """How a command ended, and what it showed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def captured(*arguments: str) -> Ran:
+    """Run one command in this process."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = ami_builder(*arguments)
+    return Ran(status=status, out=out.getvalue(), err=err.getvalue())
