@@ -96,8 +96,8 @@ variable "ssh_timeout" {
 
 variable "base_disk" {
   type        = string
-  description = "qemu: the disk image that baking starts from."
-  default     = ""
+  description = "qemu: the disk image that baking starts from; Packer wants one even where it is not used."
+  default     = "/dev/null"
 }
 
 variable "disk_size" {

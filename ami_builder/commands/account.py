@@ -18,7 +18,7 @@ _SECTIONS = ("all", "build", "verify", "lifecycle")
 @app.command()
 def gc(
     apply: Annotated[bool, typer.Option("--apply", help="Delete what the plan says.")] = False,
-    region: Annotated[
+    more: Annotated[
         list[str] | None,
         typer.Option("--region", help="A region besides those in ami-builder.toml; repeatable."),
     ] = None,
@@ -30,7 +30,7 @@ def gc(
     from ami_builder.pipeline.collect import find_leftovers, in_every_region, remove_leftovers
 
     images = [(image.aws.region, image.aws.lifetime) for image in load_config().images.values()]
-    regions = in_every_region(images, region or (), Account.open)
+    regions = in_every_region(images, more or (), Account.open)
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
         leftovers = find_leftovers(regions, workspace, progress)
@@ -40,7 +40,10 @@ def gc(
     if as_json:
         console.result_json({"applied": apply, "plan": plain(leftovers)})
         return
-    done = {True: "deleted", False: "to delete"}[apply]
+    if not leftovers:
+        console.note(f"nothing of ours is in {', '.join(region.account.region for region in regions)}")
+        return
+    done = "deleted" if apply else "to delete"
     console.table(
         ("region", "what", "id", "name", "plan", "because"),
         [

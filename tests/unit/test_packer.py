@@ -51,6 +51,16 @@ def test_the_real_packer_takes_the_template(tmp_path: Path) -> None:
     proc.output(["packer", "fmt", "-check", "-diff", str(stage)])
 
 
+@pytest.mark.parametrize("more", [{}, {"spot": True}, {"encrypt": True, "kms_key": "alias/x"}])
+def test_the_real_packer_takes_it_for_an_ami(tmp_path: Path, more: dict[str, packer.Variable]) -> None:
+    """What only the other source needs is not asked for."""
+    variables = {**_variables(tmp_path), "source_ami": "ami-0123456789abcdef0", **more}
+    for name in ("base_disk", "qemu_args"):
+        del variables[name]
+    packer.stage(tmp_path / "stage", GUEST, variables)
+    packer.validate(tmp_path / "stage", tmp_path / "packer.log")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
