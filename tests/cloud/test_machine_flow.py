@@ -29,7 +29,7 @@ def test_an_ami_keeps_the_promise_on_an_instance(
         "verify.instance_types": TYPE,
     }
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    answer = ami_builder(*flags, "build", "--target", "aws", "--json", **cloud.environment())
+    answer = ami_builder(*flags, "build", "--target", "aws", "--json", env=cloud.environment())
     assert answer.status == 0, answer.stderr
     artifact, verdict = answer.json["artifact"], answer.json["verdict"]
     assert artifact["location"].startswith("ami-")

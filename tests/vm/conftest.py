@@ -59,11 +59,13 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"AMI_BUILDER_HOME": str(HOME), "PYTHONPATH": str(ROOT)} | more
 
 
-def ami_builder(*arguments: str | Path, timeout: float = 3000, cwd: Path = ROOT, **more: str) -> Answer:
+def ami_builder(
+    *arguments: str | Path, timeout: float = 3000, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> Answer:
     """Run the command line as a user does, and return what it did; its stderr is passed on."""
     done = subprocess.run(
         [sys.executable, "-m", "ami_builder", *map(str, arguments)],
-        env=environment(**more),
+        env=environment(**(env or {})),
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
