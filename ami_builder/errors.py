@@ -68,7 +68,17 @@ class Locked(AmiBuilderError):
     exit_code = 8
 
 
-class Interrupted(AmiBuilderError):
-    """Ctrl-C or SIGTERM: everything that was started has been ended."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: everything that was started has been ended.
 
-    exit_code = 130
+    Not an Exception, or what retries and passes over errors (botocore for one) would swallow it.
+    """
+
+    exit_code: ClassVar[int] = 130
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint: str | None = None
+        self.log: Path | None = None
+        self.tail: tuple[str, ...] = ()

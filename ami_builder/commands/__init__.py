@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(list(arguments), prog_name="ami-builder", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except AmiBuilderError as failed:
+    except (AmiBuilderError, Interrupted) as failed:
         return _fail(failed)
     except typer.Exit as leaving:
         return leaving.exit_code
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         return _defect(defect)
 
 
-def _fail(failed: AmiBuilderError) -> int:
+def _fail(failed: AmiBuilderError | Interrupted) -> int:
     if shared.debug:
         traceback.print_exception(failed)
     console.error(failed)

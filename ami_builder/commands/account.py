@@ -12,8 +12,6 @@ from ami_builder.errors import UsageError
 
 from .shared import JsonFlag, app, load_config, mode, open_workspace, plain
 
-_SECTIONS = ("all", "build", "verify", "lifecycle")
-
 
 @app.command()
 def gc(
@@ -65,14 +63,18 @@ def gc(
 @app.command("iam-policy")
 def iam_policy(
     section: Annotated[
-        str, typer.Argument(metavar="[all|build|verify|lifecycle]", help="What the policy is to allow.")
+        str, typer.Argument(metavar="[all|check|build|verify|lifecycle]", help="What it is to allow.")
     ] = "all",
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="IMAGE", help="Whose region, key, profile … it names.")
+    ] = None,
 ) -> None:
-    """Print the IAM policy with the least that build, verify and the life of images need."""
-    from ami_builder.adapters.aws.policy import document
+    """Print the IAM policy with the least that the work in an AWS account needs."""
+    from ami_builder.adapters.aws.policy import Section, document
     from ami_builder.spelling import did_you_mean
 
-    if section not in _SECTIONS:
-        near = did_you_mean(section, _SECTIONS)
-        raise UsageError(f"{section}: expected one of {', '.join(_SECTIONS)}{near}")
-    console.result(json.dumps(document(section), indent=2))
+    if section not in list(Section):
+        raise UsageError(
+            f"{section}: expected one of {', '.join(Section)}{did_you_mean(section, list(Section))}"
+        )
+    console.result(json.dumps(document(section, load_config().select(image).aws), indent=2))

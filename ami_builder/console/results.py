@@ -55,7 +55,7 @@ def note(text: str) -> None:
     _say(clean(text))
 
 
-def error(exc: AmiBuilderError) -> None:
+def error(exc: AmiBuilderError | Interrupted) -> None:
     """Print what failed, in which step, the last lines of its log, where the log is and what to do next."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         text = clean(exc.message).replace("%", "%25")
@@ -83,7 +83,7 @@ def error(exc: AmiBuilderError) -> None:
         console.print(row)
 
 
-def _particulars(exc: AmiBuilderError) -> Iterator[tuple[str, str]]:
+def _particulars(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
     for note in getattr(exc, "__notes__", ()):
         yield ("step", note.removeprefix(NOTE)) if note.startswith(NOTE) else ("note", note)
     for line in exc.tail:

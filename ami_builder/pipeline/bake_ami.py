@@ -37,7 +37,7 @@ _TRANSIENT = re.compile(
     r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
     r"|status code: 50[0-9]|connection reset|EOF|i/o timeout"
 )
-_ATTEMPTS = 5
+ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
 
@@ -121,7 +121,7 @@ class _Bake:
             variables = self._variables(kind, subnet, group_id, key, data_file)
             retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(self._nothing_was_made),
-                stop=tenacity.stop_after_attempt(_ATTEMPTS),
+                stop=tenacity.stop_after_attempt(ATTEMPTS),
                 wait=PAUSE,
                 reraise=True,
             )

@@ -55,7 +55,8 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
         template = directory / "amazon.pkr.hcl"
         text = template.read_text()
         assert '"ssh"' in text
-        template.write_text(text.replace('"ssh"', '"none"'))
+        text = text.replace('"ssh"', f'"none"\n  max_retries = {PACKER_RETRIES}')
+        template.write_text(text)
         (directory / "build.pkr.hcl").write_text(NO_SSH)
 
     def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
@@ -76,15 +77,18 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "prove", proved)
 
 
+PACKER_RETRIES = 3
+"""As the AWS SDK has it; Packer's own are many, and take minutes."""
 READ_SECONDS = 1.0
 """How long an answer is waited for once `in_haste`; Packer waits for ever."""
 
 
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a moment only where minutes would be waited between attempts; they are as many as ever."""
+    """Wait for a moment only where minutes would be waited between attempts."""
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
     monkeypatch.setattr(session, "_READ_SECONDS", READ_SECONDS)
     monkeypatch.setattr(bake_ami, "PAUSE", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(bake_ami, "ATTEMPTS", 2)
     monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.5)
     for module in (instance, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)

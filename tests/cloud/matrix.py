@@ -24,7 +24,7 @@ BUILD = ("build", "--target", "aws")
 LASTING = "lasting"
 """Not one fault, but HTTP 500 to this call and to all of its action after it, until the command has ended."""
 FAULTS = (*(fault.value for fault in Fault), LASTING)
-BOUND = 90.0
+BOUND = 120.0
 """Seconds that a command may take under a fault, with the waiting cut down."""
 
 _SLOW_SECONDS = READ_SECONDS + 0.3
