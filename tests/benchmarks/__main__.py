@@ -23,6 +23,7 @@ from ami_builder.model import Image
 from ami_builder.pipeline import bake
 from ami_builder.pipeline.inputs import gather
 from ami_builder.workspace import Workspace
+from tests.benchmarks.planning import planning_seconds
 from tests.vm.conftest import HOME, ROOT, booted, environment
 
 MEGABYTE = 1000**2
@@ -208,11 +209,25 @@ def checks() -> Sequence[Row]:
     )
 
 
+def planning() -> Sequence[Row]:
+    """Which of 100,000 images with 1,000,000 references go; and half of each, to see that it is linear."""
+    half = min(planning_seconds(50_000, 500_000) for _ in range(3))
+    whole = min(planning_seconds(100_000, 1_000_000) for _ in range(3))
+    return (
+        Row(
+            what="a plan for 100,000 images with 1,000,000 references",
+            figure=f"{whole:.2f} s of CPU",
+            against=f"{whole / half:.2f} × half as many of both",
+            bound="2 s, 2 ×",
+        ),
+    )
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks)}
+BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning)}
 
 
 def main() -> None:
