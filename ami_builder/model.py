@@ -149,6 +149,14 @@ class Aws:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lifecycle:
+    """What becomes of finished images."""
+
+    channels: tuple[str, ...]
+    """Where an image can be promoted to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """What to build: everything that decides about an image's content and its proof."""
 
@@ -161,6 +169,7 @@ class Image:
     bake: Bake
     verify: Verify
     aws: Aws
+    lifecycle: Lifecycle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

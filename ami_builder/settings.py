@@ -201,6 +201,15 @@ class AwsTable(Table):
     """After this time an instance ends itself, whatever happened to this machine."""
 
 
+class LifecycleTable(Table):
+    """What becomes of finished images."""
+
+    channels: Annotated[tuple[Name, ...], AfterValidator(distinct), AfterValidator(some)] = Field(
+        ("testing", "stable"), json_schema_extra={"uniqueItems": True, "minItems": 1}
+    )
+    """Where an image can be promoted to."""
+
+
 class ImageTable(Table):
     """The settings of an image."""
 
@@ -213,6 +222,7 @@ class ImageTable(Table):
     bake: BakeTable = Field(default_factory=BakeTable)
     verify: VerifyTable = Field(default_factory=VerifyTable)
     aws: AwsTable = Field(default_factory=AwsTable)
+    lifecycle: LifecycleTable = Field(default_factory=LifecycleTable)
 
     def overlaid(self, upper: ImageTable) -> ImageTable:
         """Return these settings with those that `upper` sets itself; a list replaces a list."""
@@ -250,6 +260,7 @@ class ImageTable(Table):
             bake=model.Bake(**_values(self.bake)),
             verify=model.Verify(**_values(self.verify)),
             aws=model.Aws(**_values(self.aws)),
+            lifecycle=model.Lifecycle(**_values(self.lifecycle)),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,11 +171,19 @@ def run_image(
 def list_images(as_json: JsonFlag = False) -> None:
     """List the finished images that this machine knows of, the newest last."""
     images = open_workspace().images()
+    channels = _channels(images)
     if as_json:
-        console.result_json({"images": [_image_object(stored) for stored in images]})
+        console.result_json(
+            {
+                "images": [
+                    {**_image_object(one), "channels": channels.get(one.artifact.digest, ())}
+                    for one in images
+                ]
+            }
+        )
         return
     console.table(
-        ("image", "target", "digest", "created", "size", "verdict", "where"),
+        ("image", "target", "digest", "created", "size", "verdict", "channels", "where"),
         [
             (
                 s.artifact.image,
@@ -183,11 +192,24 @@ def list_images(as_json: JsonFlag = False) -> None:
                 f"{s.artifact.created:%Y-%m-%d %H:%M}Z",
                 console.size(s.artifact.size),
                 _verdict_word(s),
+                ", ".join(channels.get(s.artifact.digest, ())),
                 f"{s.artifact.location} ({s.artifact.region})" if s.artifact.region else s.artifact.location,
             )
             for s in images
         ],
     )
+
+
+def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
+    """Return the local channels that images stand in, by digest."""
+    from ami_builder.pipeline.channels import standing
+    from ami_builder.pipeline.local_channels import LocalChannels
+
+    workspace = open_workspace()
+    found: dict[str, tuple[str, ...]] = {}
+    for name in {one.artifact.image for one in images}:
+        found |= standing(LocalChannels(workspace=workspace, image=name))
+    return found
 
 
 def _finished(name: str | None, config: Config, target: str | None) -> tuple[Image, StoredImage, Site]:

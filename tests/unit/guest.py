@@ -14,6 +14,7 @@ from ami_builder.model import (
     Dask,
     Datasource,
     Image,
+    Lifecycle,
     Network,
     Reserve,
     Role,
@@ -80,4 +81,5 @@ _IMAGE = Image(
         spot=False,
         lifetime=7200.0,
     ),
+    lifecycle=Lifecycle(channels=("testing", "stable")),
 )

@@ -30,6 +30,7 @@ from ami_builder.model import (
     Dask,
     Datasource,
     Image,
+    Lifecycle,
     Network,
     Reserve,
     Role,
@@ -84,6 +85,7 @@ DEFAULT = Image(
         spot=False,
         lifetime=7200.0,
     ),
+    lifecycle=Lifecycle(channels=("testing", "stable")),
 )
 
 

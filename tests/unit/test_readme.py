@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_commands_of_the_table_are_the_commands() -> None:
     table = README.split("## Commands")[1].split("##")[0]
-    shown = set(re.findall(r"`([\w-]+(?: \w+)?)", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))))
+    shown = set(re.findall(r"`([\w-]+(?: [a-z]+)?)", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M))))
     there = {c.name or str(c.callback.__name__) for c in app.registered_commands if c.callback}
     there |= {f"config {c.name}" for c in config_app.registered_commands}
     assert shown - {"command"} == there

@@ -1,0 +1,283 @@
+"""Channels: only what was proved, back to the one before, never what was revoked; the same for a journal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ami_builder import commands
+from ami_builder.channels import Entry, Move, stack
+from ami_builder.errors import UsageError
+from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.pipeline import channels, local_channels
+from ami_builder.pipeline.channels import Moved, choose, promote, revoke, rollback, standing
+from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.workspace import StoredImage, Workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+KNOWN = ("testing", "stable")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(ROOT / "ami-builder.toml"))
+    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    made.ensure()
+    return made
+
+
+@pytest.fixture
+def local(workspace: Workspace) -> LocalChannels:
+    return LocalChannels(workspace=workspace, image="dask")
+
+
+def stored(
+    workspace: Workspace, letter: str, *, passed: bool | None = True, target: Target = Target.QEMU
+) -> StoredImage:
+    """Return a finished image whose digest is one letter over and over."""
+    disk = workspace.state / "out.qcow2"
+    disk.write_bytes(letter.encode())
+    digest = letter * 64
+    artifact = Artifact(
+        image="dask",
+        target=target,
+        location="",
+        digest=digest,
+        created=NOW + timedelta(hours=ord(letter)),
+        run_id="r",
+        size=0,
+    )
+    made = workspace.store(artifact, disk, None)
+    if passed is None:
+        return made
+    outcome = Outcome.PASSED if passed else Outcome.FAILED
+    result = CheckResult(name="x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message="")
+    return workspace.judge(made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=()))
+
+
+def promoted(local: LocalChannels, workspace: Workspace, letters: str) -> list[StoredImage]:
+    made = [stored(workspace, letter) for letter in letters]
+    for one in made:
+        promote(local, one, "stable", KNOWN)
+    return made
+
+
+def current(local: LocalChannels) -> str:
+    return "".join(id[0] for id, where in standing(local).items() if "stable" in where)
+
+
+def test_a_rollback_returns_to_the_one_before(local: LocalChannels, workspace: Workspace) -> None:
+    promoted(local, workspace, "abc")
+    assert current(local) == "c"
+    for expected in "ba":
+        moved = rollback(local, "stable", KNOWN, "slow")
+        assert moved.stored.artifact.digest[0] == expected == current(local)
+    with pytest.raises(UsageError, match="nothing stood before the image that stands in channel stable"):
+        rollback(local, "stable", KNOWN)
+    promoted(local, workspace, "d")
+    rollback(local, "stable", KNOWN)
+    assert current(local) == "a"
+    moves = [(e.id[0], e.move) for e in channels.history(local, "stable", KNOWN)]
+    assert moves[2:5] == [("c", Move.PROMOTED), ("b", Move.ROLLED_BACK), ("a", Move.ROLLED_BACK)]
+    with pytest.raises(UsageError, match="nothing stands in channel testing"):
+        rollback(local, "testing", KNOWN)
+
+
+def test_promoting_again_changes_nothing(local: LocalChannels, workspace: Workspace) -> None:
+    (one,) = promoted(local, workspace, "a")
+    assert promote(local, one, "stable", KNOWN) == Moved(stored=one, entries=())
+    promote(local, one, "testing", KNOWN)
+    assert standing(local) == {"a" * 64: ("stable", "testing")}
+
+
+@pytest.mark.parametrize(("passed", "said"), [(None, "has not been verified"), (False, "failed its checks")])
+def test_what_was_not_proved_is_refused(
+    local: LocalChannels, workspace: Workspace, passed: bool | None, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        promote(local, stored(workspace, "a", passed=passed), "stable", KNOWN)
+    assert "ami-builder verify" in str(caught.value.hint)
+    assert standing(local) == {}
+
+
+def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Workspace) -> None:
+    one, other = stored(workspace, "a"), stored(workspace, "b")
+    assert other.verdict is not None
+    swapped = workspace.judge(one, other.verdict)
+    with pytest.raises(UsageError, match="has not been verified"):
+        promote(local, swapped, "stable", KNOWN)
+
+
+def test_a_rollback_needs_the_image_and_its_proof(local: LocalChannels, workspace: Workspace) -> None:
+    first, second, _ = promoted(local, workspace, "abc")
+    stored(workspace, "b", passed=False)
+    with pytest.raises(UsageError, match="failed its checks"):
+        rollback(local, "stable", KNOWN)
+    assert second.directory is not None
+    shutil.rmtree(second.directory)
+    with pytest.raises(UsageError, match="is not there any more"):
+        rollback(local, "stable", KNOWN)
+    assert current(local) == "c"
+    assert first.path.exists()
+
+
+def test_what_was_revoked_never_comes_back(local: LocalChannels, workspace: Workspace) -> None:
+    made = promoted(local, workspace, "abc")
+    promote(local, made[2], "testing", KNOWN)
+    moved = revoke(local, made[2], "leaks memory")
+    assert {(e.channel, e.id[:1]) for e in moved.entries} == {("stable", "b"), ("testing", "")}
+    assert standing(local) == {"b" * 64: ("stable",)}
+    with pytest.raises(UsageError, match=r"was revoked, and never comes back: leaks memory"):
+        promote(local, made[2], "stable", KNOWN)
+    assert revoke(local, made[2], "again").entries == ()
+    assert local.revoked(["c" * 64]) == {"c" * 64: "leaks memory"}
+    # One that does not stand anywhere is not gone back to either.
+    promoted(local, workspace, "d")
+    assert revoke(local, made[1], "old").entries == ()
+    rollback(local, "stable", KNOWN)
+    assert current(local) == "a"
+    revoke(local, made[0], "all")
+    revoke(local, local.find("d" * 64) or made[0], "all")
+    assert standing(local) == {}
+    promoted(local, workspace, "e")
+    assert current(local) == "e"
+
+
+def test_a_broken_journal_is_not_taken_for_an_empty_one(local: LocalChannels, workspace: Workspace) -> None:
+    (one,) = promoted(local, workspace, "a")
+    path = workspace.images_dir / "dask" / "channels.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UsageError, match="is no journal of channels"):
+        promote(local, one, "testing", KNOWN)
+
+
+def test_a_move_that_was_not_written_has_not_happened(
+    local: LocalChannels, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = promoted(local, workspace, "ab")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local_channels, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        rollback(local, "stable", KNOWN)
+    with pytest.raises(OSError, match="No space"):
+        revoke(local, one, "x")
+    monkeypatch.undo()
+    assert current(local) == "b"
+    assert local.revoked(["a" * 64]) == {}
+
+
+def test_an_image_that_is_not_ours_has_no_channel(local: LocalChannels, workspace: Workspace) -> None:
+    one = stored(workspace, "a")
+    foreign = StoredImage(artifact=one.artifact, verdict=one.verdict, directory=None)
+    with pytest.raises(UsageError, match="was not built here"):
+        promote(local, foreign, "stable", KNOWN)
+
+
+def test_an_image_is_chosen_by_name_digest_or_path(workspace: Workspace) -> None:
+    one, other = stored(workspace, "a"), stored(workspace, "b")
+    images = [one, other]
+    assert choose(images, "dask", ["dask"]) == other
+    assert choose(images, "aaaa", ["dask"]) == one
+    assert choose(images, str(one.path), ["dask"]) == one
+    for word, said in (
+        ("dusk", "did you mean dask"),
+        ("aaab", "did you mean aaaa"),
+        ("aaa", "there is no image"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            choose(images, word, ["dask"])
+    with pytest.raises(UsageError, match="has not been built yet"):
+        choose([], "dask", ["dask"])
+    twin = stored(workspace, "a")
+    sibling = StoredImage(
+        artifact=Artifact(**{f: getattr(twin.artifact, f) for f in twin.artifact.__slots__}
+                          | {"digest": "aaaa" + "0" * 60}),
+        verdict=None, directory=None,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="several digests"):
+        choose([one, sibling], "aaaa", [])
+
+
+def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = stored(workspace, "a"), stored(workspace, "b")
+    assert commands.run(["promote", "aaaaaaaa", "stable", "--reason", "first"]) == 0
+    assert commands.run(["promote", "dask", "stable", "--json"]) == 0
+    path, answer = capsys.readouterr().out.splitlines()
+    assert path == str(one.path)
+    assert json.loads(answer)["entries"][0]["move"] == "promoted"
+    assert commands.run(["list"]) == 0
+    first, second = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert (first[6], second[6]) == ("", "stable")
+    assert commands.run(["rollback", "stable"]) == 0
+    assert capsys.readouterr().out == f"{one.path}\n"
+    assert commands.run(["list", "--json"]) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert [image["channels"] for image in images] == [["stable"], []]
+    assert commands.run(["revoke", "aaaaaaaa", "--reason", "slow"]) == 0
+    assert f"channel stable: {'b' * 64}" not in capsys.readouterr().err
+    assert commands.run(["history", "stable"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(row[1], row[2][:1], row[4]) for row in rows] == [
+        ("promoted", "a", "first"),
+        ("promoted", "b", ""),
+        ("rolled back", "a", ""),
+        ("revoked", "n", "slow"),
+    ]
+    assert commands.run(["history", "stable", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["standing"] is None
+    assert len(answer["entries"]) == 4
+    assert other.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["promote", "dask", "stabel"], "did you mean stable"),
+        (["promote", "dusk", "stable"], "did you mean dask"),
+        (["rollback", "tseting"], "did you mean testing"),
+        (["history", "stabel"], "did you mean stable"),
+        (["history", "stable", "--image", "dusk"], "did you mean dask"),
+        (["revoke", "dask"], "--reason"),
+    ],
+)
+def test_wrong_words_say_what_is_right(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    stored(workspace, "a")
+    assert commands.run(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+entries = st.lists(
+    st.builds(
+        Entry,
+        channel=st.just("stable"),
+        move=st.sampled_from(Move),
+        id=st.sampled_from(["", "a", "b", "c"]),
+        at=st.just(NOW),
+        by=st.just("me"),
+    )
+)
+
+
+@given(entries, st.sets(st.sampled_from("abc")))
+def test_whatever_the_record(moves: list[Entry], revoked: set[str]) -> None:
+    found = stack(moves, revoked)
+    assert not revoked & set(found)
+    assert "" not in found
+    assert set(found) <= {entry.id for entry in moves}
+    assert all(one != before for one, before in zip(found[1:], found, strict=False))
+    if moves and moves[-1].id and moves[-1].id not in revoked:
+        assert found[-1] == moves[-1].id
