@@ -8,11 +8,20 @@ import typer
 
 from ami_builder import console
 
-from .shared import JsonFlag, app, load_config, open_workspace, plain
+from .shared import (
+    AMI,
+    JsonFlag,
+    TargetFlag,
+    app,
+    load_config,
+    open_workspace,
+    parse_target,
+    plain,
+)
 
 if TYPE_CHECKING:
     from ami_builder.config import Config
-    from ami_builder.model import Image
+    from ami_builder.model import Image, Target
     from ami_builder.pipeline.channels import Channels, Moved
     from ami_builder.workspace import StoredImage
 
@@ -29,54 +38,62 @@ ReasonFlag = Annotated[str, typer.Option("--reason", help="What `history` will t
 
 @app.command()
 def promote(
-    image: ImageWord, channel: ChannelArgument, reason: ReasonFlag = "", as_json: JsonFlag = False
+    image: ImageWord,
+    channel: ChannelArgument,
+    target: TargetFlag = "qemu",
+    reason: ReasonFlag = "",
+    as_json: JsonFlag = False,
 ) -> None:
     """Make a verified image the current one of a channel."""
     from ami_builder.pipeline import channels
 
-    config = load_config()
-    stored = _stored(image, config)
-    chosen = config.select(stored.artifact.image)
-    moved = channels.promote(_open(chosen), stored, channel, chosen.lifecycle.channels, reason)
+    chosen, stored, record = _subject(image, target)
+    moved = channels.promote(record, stored, channel, chosen.lifecycle.channels, reason)
     _print(moved, as_json=as_json)
 
 
 @app.command()
 def rollback(
-    channel: ChannelArgument, image: NamedFlag = None, reason: ReasonFlag = "", as_json: JsonFlag = False
+    channel: ChannelArgument,
+    image: NamedFlag = None,
+    target: TargetFlag = "qemu",
+    reason: ReasonFlag = "",
+    as_json: JsonFlag = False,
 ) -> None:
     """Make the image that stood in a channel before the current one again."""
     from ami_builder.pipeline import channels
 
     chosen = load_config().select(image)
-    moved = channels.rollback(_open(chosen), channel, chosen.lifecycle.channels, reason)
-    _print(moved, as_json=as_json)
+    record = _open(chosen, parse_target(target))
+    _print(channels.rollback(record, channel, chosen.lifecycle.channels, reason), as_json=as_json)
 
 
 @app.command()
 def revoke(
     image: ImageWord,
     reason: Annotated[str, typer.Option("--reason", help="Why, for whoever meets it again.")],
+    target: TargetFlag = "qemu",
     as_json: JsonFlag = False,
 ) -> None:
     """Take an image out of every channel, and keep it from coming back."""
     from ami_builder.pipeline import channels
 
-    config = load_config()
-    stored = _stored(image, config)
-    moved = channels.revoke(_open(config.select(stored.artifact.image)), stored, reason)
+    _, stored, record = _subject(image, target)
+    moved = channels.revoke(record, stored, reason)
     _print(moved, as_json=as_json)
     for entry in moved.entries:
         console.note(f"channel {entry.channel}: {entry.id or 'nothing stands there any more'}")
 
 
 @app.command()
-def history(channel: ChannelArgument, image: NamedFlag = None, as_json: JsonFlag = False) -> None:
+def history(
+    channel: ChannelArgument, image: NamedFlag = None, target: TargetFlag = "qemu", as_json: JsonFlag = False
+) -> None:
     """Tell which image stood in a channel when, who moved it there, and why; the newest last."""
     from ami_builder.pipeline import channels
 
     chosen = load_config().select(image)
-    record = _open(chosen)
+    record = _open(chosen, parse_target(target))
     entries = channels.history(record, channel, chosen.lifecycle.channels)
     if as_json:
         current = [id for id, where in channels.standing(record).items() if channel in where]
@@ -84,19 +101,51 @@ def history(channel: ChannelArgument, image: NamedFlag = None, as_json: JsonFlag
         return
     console.table(
         ("when", "what", "image", "who", "why"),
-        [(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, e.id[:16] or "nothing", e.by, e.reason) for e in entries],
+        [(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, _short(e.id) or "nothing", e.by, e.reason) for e in entries],
     )
 
 
-def _stored(word: str, config: Config) -> StoredImage:
+def _short(id: str) -> str:
+    return id if id.startswith("ami-") else id[:16]
+
+
+def _subject(word: str, target: str) -> tuple[Image, StoredImage, Channels]:
+    """Return the image that is meant, and the record of its channels; an AMI's id needs no --target."""
     from ami_builder.model import Target
     from ami_builder.pipeline.channels import choose
 
-    images = [one for one in open_workspace().images() if one.artifact.target is Target.QEMU]
-    return choose(images, word, config.names)
+    config = load_config()
+    where = Target.AWS if AMI.fullmatch(word) else parse_target(target)
+    known = [one for one in open_workspace().images() if one.artifact.target is where]
+    if where is Target.AWS:
+        return _ami(word, known, config)
+    stored = choose(known, word, config.names)
+    chosen = config.select(stored.artifact.image)
+    return chosen, stored, _open(chosen, where)
 
 
-def _open(image: Image) -> Channels:
+def _ami(word: str, known: list[StoredImage], config: Config) -> tuple[Image, StoredImage, Channels]:
+    """Return an AMI as the account knows it now; one that another machine has built is named by its id."""
+    from ami_builder.pipeline.channels import choose
+    from ami_builder.pipeline.cloud import CloudSite
+    from ami_builder.pipeline.cloud_channels import CloudChannels
+
+    listed = not AMI.fullmatch(word) or any(one.artifact.location == word for one in known)
+    found = choose(known, word, config.names).artifact if listed else None
+    chosen = config.select(found.image if found is not None else None)
+    site = CloudSite.open(chosen, open_workspace())
+    stored = site.ami(chosen, found.location if found is not None else word)
+    return chosen, stored, CloudChannels(site=site, image=chosen)
+
+
+def _open(image: Image, target: Target) -> Channels:
+    from ami_builder.model import Target
+
+    if target is Target.AWS:
+        from ami_builder.pipeline.cloud import CloudSite
+        from ami_builder.pipeline.cloud_channels import CloudChannels
+
+        return CloudChannels(site=CloudSite.open(image, open_workspace()), image=image)
     from ami_builder.pipeline.local_channels import LocalChannels
 
     return LocalChannels(workspace=open_workspace(), image=image.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from ami_builder import console
 from ami_builder.errors import Interrupted, UsageError
 
 from .shared import (
+    AMI,
     ImageArgument,
     JsonFlag,
     TargetFlag,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ami_builder.pipeline.target import Site
     from ami_builder.workspace import StoredImage
 
-_AMI = re.compile(r"ami-[0-9a-f]{8,17}")
 _DISK_NAMES = (".qcow2", ".raw", ".img")
 
 
@@ -216,7 +215,7 @@ def _finished(name: str | None, config: Config, target: str | None) -> tuple[Ima
     """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
     from ami_builder.model import Target
 
-    if name is not None and _AMI.fullmatch(name):
+    if name is not None and AMI.fullmatch(name):
         return _ami(name, config)
     if name is not None and (os.sep in name or name.endswith(_DISK_NAMES)):
         return _disk(name, config)

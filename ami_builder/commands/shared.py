@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show and explain the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+
+
+AMI = re.compile(r"ami-[0-9a-f]{8,17}")
+"""What an AMI's id looks like."""
 
 
 class _Shared:

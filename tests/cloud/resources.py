@@ -207,12 +207,22 @@ def _others(call: Call) -> Iterator[Touched]:
     match call.service, call.action:
         case "sts", "GetCallerIdentity":
             return
-        case "ssm", ("GetParameter" | "GetParameters" | "GetParametersByPath"):
+        case "ssm", (
+            "GetParameter"
+            | "GetParameters"
+            | "GetParametersByPath"
+            | "GetParameterHistory"
+            | "PutParameter"
+            | "LabelParameterVersion"
+            | "DeleteParameter"
+        ):
             given = call.params.get("Names") or [call.params.get("Name") or call.params.get("Path")]
             for name in given:
                 owner = "" if name.startswith("/aws/service/") else ACCOUNT
                 arn = f"arn:aws:ssm:{call.region}:{owner}:parameter/{name.lstrip('/')}"
                 yield Touched(action=call.name, arn=arn)
+                if call.params.get("Tags"):
+                    yield Touched(action="ssm:AddTagsToResource", arn=arn)
         case "iam", "GetInstanceProfile":
             profile = call.params["InstanceProfileName"]
             yield Touched(action=call.name, arn=f"arn:aws:iam::{ACCOUNT}:instance-profile/{profile}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-from . import prices
+from . import parameters, prices
 from .calls import ACCOUNT, Answer, Call, Refused, parse, refusal
 from .ec2 import EC2
 from .faults import Fault, Faults, Rule
@@ -98,6 +98,7 @@ class Shim:
             if call.service == "ssm":
                 # Debian's parameter is there as soon as its region is used.
                 self.state.backend(ACCOUNT, call.region)
+                return parameters.performed(call, self.state, lambda: self._by_moto(environ, body))
             return self._by_moto(environ, body)
 
     def _by_moto(self, environ: dict[str, Any], body: bytes) -> Answer:

@@ -31,6 +31,8 @@ class Options:
     """When set, new images end as failed, with this as StateReason."""
     hidden_describes: int = 0
     """How many describes don't find what was just made."""
+    parameter_reads: int = 0
+    """How many reads of parameters still see what stood before in one that names an AMI."""
     no_capacity: set[tuple[str, str]] = field(default_factory=set)
     """(instance type, subnet id or zone or `*`) without capacity."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -91,6 +93,10 @@ class State:
     def __init__(self) -> None:
         self.options = Options()
         self.machines: Hypervisor | None = None
+        self.parameter: Callable[[], object] | None = None
+        """The write of a parameter that is to be done once `parameter_reads` have passed."""
+        self.reads = 0
+        """Of parameters, that it still waits for."""
         self._addresses: set[str] = set()
         self._furnished: set[tuple[str, str]] = set()
         self._hidden: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -22,6 +22,9 @@ _GIB = 1 << 30
 _POLL_SECONDS = 5.0
 _SEEN_SECONDS = 300.0
 _UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
+# EC2 takes 200 values a filter.
+_VALUES = 200
+_TAG = 256
 _PENDING = frozenset({"pending", "transient"})
 
 
@@ -53,6 +56,11 @@ class Ami:
         word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
         return (word == "passed", digest) if word else None
 
+    @property
+    def revoked(self) -> str | None:
+        """Why it must never stand in a channel again; None when it may."""
+        return self.tags.get(tagging.REVOKED)
+
 
 def get(account: Account, ami: str) -> Ami | None:
     """Return an AMI by its id; None when there is none, or EC2 does not show it yet."""
@@ -80,6 +88,14 @@ def find(account: Account, image: str, digest: str) -> Ami | None:
         if ami.tags.get(tagging.DIGEST, digest) == digest and ami.state in {"available", *_PENDING}
     ]
     return max(fitting, key=lambda ami: (ami.finished, ami.state == "available", _age(ami)), default=None)
+
+
+def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
+    """Return those of these AMIs that are there, by id."""
+    chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
+    return {
+        ami.id: ami for chunk in chunks for ami in _search(account, {"Name": "image-id", "Values": chunk})
+    }
 
 
 def wait_available(
@@ -141,6 +157,14 @@ def record_verdict(account: Account, ami: str, passed: bool, checks_digest: str)
     verdict = f"{'passed' if passed else 'failed'} {checks_digest}"
     with translated():
         account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.VERDICT: verdict}))
+
+
+def revoke(account: Account, ami: str, reason: str) -> None:
+    """Tag an AMI with why it must never stand in a channel again; the first reason stays."""
+    if _existing(account, ami).revoked is None:
+        with translated():
+            told = tagging.as_list({tagging.REVOKED: reason[:_TAG]})
+            account.ec2.create_tags(Resources=[ami], Tags=told)
 
 
 def deregister(account: Account, ami: str) -> None:

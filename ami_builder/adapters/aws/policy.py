@@ -27,6 +27,7 @@ class Section(StrEnum):
     CHECK = "check"
     BUILD = "build"
     VERIFY = "verify"
+    PROMOTE = "promote"
     LIFECYCLE = "lifecycle"
     ALL = "all"
 
@@ -44,6 +45,7 @@ def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
         (Section.CHECK, parts.check),
         (Section.BUILD, parts.build),
         (Section.VERIFY, parts.verify),
+        (Section.PROMOTE, parts.promote),
         (Section.LIFECYCLE, parts.lifecycle),
     ):
         if wanted in (one, Section.ALL):
@@ -90,6 +92,27 @@ class _Statements:
         yield _allow("ReadConsolesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
         yield from self._optional(baking=False)
+
+    def promote(self) -> Iterator[dict[str, Any]]:
+        """Yield what moving channels needs; SSM looks at an AMI with the caller's own permissions."""
+        yield self._look()
+        yield _allow(
+            "MoveChannels",
+            [
+                f"ssm:{action}"
+                for action in (
+                    "GetParameter",
+                    "GetParameterHistory",
+                    "GetParametersByPath",
+                    "PutParameter",
+                    "AddTagsToResource",
+                    "LabelParameterVersion",
+                    "DeleteParameter",
+                )
+            ],
+            [self._arn_of("ssm", self._region, "*", "parameter/ami-builder/*")],
+        )
+        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
         """Yield what collecting leftovers and deregistering needs."""

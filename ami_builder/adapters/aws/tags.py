@@ -24,6 +24,7 @@ VERSION = f"{PREFIX}version"
 CREATED = f"{PREFIX}created"
 FINISHED = f"{PREFIX}finished"
 VERDICT = f"{PREFIX}verdict"
+REVOKED = f"{PREFIX}revoked"
 
 _DIGEST_IN_NAME = 12
 

@@ -1,0 +1,287 @@
+"""Channels in an account: parameters that are read back, a history of their own, and what was revoked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import commands
+from ami_builder.adapters.aws import channels as adapter
+from ami_builder.adapters.aws import images
+from ami_builder.adapters.aws.policy import Section, document
+from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.channels import Move
+from ami_builder.errors import CloudFailed, UsageError
+from ami_builder.model import Image
+from ami_builder.pipeline.channels import promote, revoke, rollback, standing
+from ami_builder.pipeline.cloud import CloudSite
+from ami_builder.pipeline.cloud_channels import CloudChannels
+from ami_builder.workspace import StoredImage, Workspace
+from tests.unit.guest import image as guest_image
+
+from .aws import DIGEST, make_ami, tags
+from .server import Cloud
+from .using import refused
+
+KNOWN = ("testing", "stable")
+NAME = "/ami-builder/dask/x86_64/stable"
+KEY = "AKIALEASTPRIVILEGE00"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(adapter, "_HELD_SECONDS", 0.5)
+
+
+@pytest.fixture
+def configured() -> Image:
+    return Image(**{name: getattr(guest_image(), name) for name in Image.__slots__} | {"name": "dask"})
+
+
+@pytest.fixture
+def opened(cloud: Cloud, tmp_path: Path, configured: Image) -> Callable[[], CloudChannels]:
+    def channels() -> CloudChannels:
+        workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+        return CloudChannels(site=CloudSite(account=Account.open(), workspace=workspace), image=configured)
+
+    return channels
+
+
+@pytest.fixture
+def channels(opened: Callable[[], CloudChannels]) -> CloudChannels:
+    return opened()
+
+
+def proved(cloud: Cloud, channels: CloudChannels, name: str, *, passed: bool | None = True) -> StoredImage:
+    """Return a finished AMI that passed its checks."""
+    account = channels.site.account
+    ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    if passed is not None:
+        images.record_verdict(account, ami, passed, "c" * 64)
+    return channels.site.ami(channels.image, ami)
+
+
+def held(cloud: Cloud, name: str = NAME) -> str | None:
+    ssm = cloud.client("ssm")
+    try:
+        return str(ssm.get_parameter(Name=name)["Parameter"]["Value"])
+    except ssm.exceptions.ParameterNotFound:
+        return None
+
+
+def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: CloudChannels) -> None:
+    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    promote(channels, first, "stable", KNOWN, "the first")
+    assert held(cloud) == first.artifact.location
+    (parameter,) = (
+        one for one in cloud.client("ssm").describe_parameters()["Parameters"] if one["Name"] == NAME
+    )
+    assert (parameter["Type"], parameter["DataType"]) == ("String", "aws:ec2:image")
+    promote(channels, second, "stable", KNOWN)
+    assert promote(channels, second, "stable", KNOWN).entries == ()
+    rollback(channels, "stable", KNOWN, "slow: very")
+    assert held(cloud) == first.artifact.location
+    moves = [(e.move, e.id, e.reason) for e in channels.entries("stable")]
+    assert moves == [
+        (Move.PROMOTED, first.artifact.location, "the first"),
+        (Move.PROMOTED, second.artifact.location, ""),
+        (Move.ROLLED_BACK, first.artifact.location, "slow: very"),
+    ]
+    assert standing(channels) == {first.artifact.location: ("stable",)}
+    with pytest.raises(UsageError, match="nothing stood before"):
+        rollback(channels, "stable", KNOWN)
+    assert channels.entries("testing") == ()
+
+
+def test_an_update_is_waited_for(cloud: Cloud, channels: CloudChannels) -> None:
+    cloud.options.parameter_reads = 3
+    for name in "ab":
+        one = proved(cloud, channels, name)
+        promote(channels, one, "stable", KNOWN)
+        assert held(cloud) == one.artifact.location
+
+
+def test_what_ssm_drops_without_a_word_is_told(
+    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    promote(channels, first, "stable", KNOWN)
+    monkeypatch.setattr(CloudChannels, "id_of", lambda *_: second.artifact.location)
+    cloud.client().deregister_image(ImageId=second.artifact.location)
+    monkeypatch.setattr(CloudChannels, "revoked", lambda *_: {})
+    with pytest.raises(CloudFailed, match="the channel stands where it stood"):
+        promote(channels, second, "stable", KNOWN)
+    assert held(cloud) == first.artifact.location
+
+
+def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: CloudChannels) -> None:
+    pair = [proved(cloud, channels, name) for name in "ab"]
+    promote(channels, pair[0], "stable", KNOWN)
+    ssm = cloud.client("ssm")
+    written = {"Name": NAME, "Value": pair[0].artifact.location, "DataType": "aws:ec2:image"}
+    for _ in range(99):
+        ssm.put_parameter(**written, Overwrite=True)
+    with refused("ParameterMaxVersionLimitExceeded"):
+        ssm.put_parameter(**written, Overwrite=True)
+    for number in range(1, 4):
+        promote(channels, pair[number % 2], "stable", KNOWN)
+    assert len(channels.entries("stable")) == 100
+    (labelled,) = (
+        one for page in ssm.get_paginator("get_parameter_history").paginate(Name=NAME)
+        for one in page["Parameters"] if one["Labels"]
+    )  # fmt: skip
+    assert (labelled["Version"], labelled["Labels"]) == (103, ["current"])
+    oldest = ssm.get_parameter_history(Name=NAME, MaxResults=1)["Parameters"][0]["Version"]
+    ssm.label_parameter_version(Name=NAME, ParameterVersion=oldest, Labels=["theirs"])
+    with pytest.raises(CloudFailed, match="put a label on the oldest") as caught:
+        promote(channels, pair[0], "stable", KNOWN)
+    assert NAME in str(caught.value.hint)
+
+
+def test_a_move_by_somebody_else_is_seen(
+    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    promote(channels, first, "stable", KNOWN)
+    real = adapter._read_back
+
+    def meanwhile(*told: Any) -> int:
+        cloud.client("ssm").put_parameter(
+            Name=NAME, Value=first.artifact.location, DataType="aws:ec2:image", Overwrite=True,
+            Description="by hand",
+        )  # fmt: skip
+        return real(*told)
+
+    monkeypatch.setattr(adapter, "_read_back", meanwhile)
+    with pytest.raises(CloudFailed, match=r"moved to .* by somebody else"):
+        promote(channels, second, "stable", KNOWN)
+    assert (channels.entries("stable")[-1].move, channels.entries("stable")[-1].reason) == (
+        Move.PROMOTED,
+        "by hand",
+    )
+
+
+@pytest.mark.parametrize("fault", ["throttle", "http500", "lost_response", "duplicated", "reset"])
+@pytest.mark.parametrize("action", ["PutParameter", "LabelParameterVersion", "GetParameter"])
+def test_moving_through_faults(cloud: Cloud, channels: CloudChannels, action: str, fault: str) -> None:
+    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    for one in (first, second):
+        cloud.faults.add(action, fault)
+        promote(channels, one, "stable", KNOWN)
+        assert held(cloud) == one.artifact.location
+    rollback(channels, "stable", KNOWN)
+    assert held(cloud) == first.artifact.location
+
+
+@pytest.mark.parametrize(("passed", "said"), [(None, "has not been verified"), (False, "failed its checks")])
+def test_what_was_not_proved_is_refused(
+    cloud: Cloud, channels: CloudChannels, passed: bool | None, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        promote(channels, proved(cloud, channels, "a", passed=passed), "stable", KNOWN)
+    assert held(cloud) is None
+
+
+def test_only_finished_images_of_this_name(cloud: Cloud, channels: CloudChannels) -> None:
+    one = proved(cloud, channels, "a")
+    account = channels.site.account
+    account.ec2.create_tags(
+        Resources=[one.artifact.location], Tags=[{"Key": "ami-builder:image", "Value": "other"}]
+    )
+    with pytest.raises(UsageError, match="is an image of 'other', not of 'dask'"):
+        promote(channels, one, "stable", KNOWN)
+    account.ec2.delete_tags(Resources=[one.artifact.location], Tags=[{"Key": "ami-builder:finished"}])
+    with pytest.raises(UsageError, match="is not a finished AMI of ours"):
+        promote(channels, one, "stable", KNOWN)
+
+
+def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: CloudChannels) -> None:
+    first, second, third = (proved(cloud, channels, name) for name in "abc")
+    for one in (first, second, third):
+        promote(channels, one, "stable", KNOWN)
+    promote(channels, third, "testing", KNOWN)
+    revoke(channels, third, "leaks")
+    assert held(cloud) == second.artifact.location
+    assert held(cloud, NAME.replace("stable", "testing")) is None
+    with pytest.raises(UsageError, match="never comes back: leaks"):
+        promote(channels, third, "stable", KNOWN)
+    assert revoke(channels, third, "again").entries == ()
+    # One that was deregistered is not gone back to either.
+    promote(channels, proved(cloud, channels, "d"), "stable", KNOWN)
+    cloud.client().deregister_image(ImageId=second.artifact.location)
+    rollback(channels, "stable", KNOWN)
+    assert held(cloud) == first.artifact.location
+    assert len(channels.entries("stable")) == 6
+
+
+def test_a_revocation_that_was_killed_is_taken_up(
+    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (proved(cloud, channels, name) for name in "ab")
+    for one in (first, second):
+        promote(channels, one, "stable", KNOWN)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        revoke(channels, second, "leaks")
+    monkeypatch.undo()
+    assert held(cloud) == second.artifact.location
+    monkeypatch.setenv("AWS_ENDPOINT_URL", cloud.url)
+    revoke(channels, second, "leaks")
+    assert held(cloud) == first.artifact.location
+
+
+def test_least_privilege(
+    cloud: Cloud, opened: Callable[[], CloudChannels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = opened()
+    first, second = (proved(cloud, free, name) for name in "ab")
+    allowed = cloud.enforce(document(Section.PROMOTE), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    channels = opened()
+    for one in (first, second):
+        promote(channels, one, "stable", KNOWN)
+    promote(channels, second, "testing", KNOWN)
+    rollback(channels, "stable", KNOWN)
+    revoke(channels, second, "leaks")
+    assert held(cloud, NAME.replace("stable", "testing")) is None
+    assert allowed.refused == []
+    assert allowed.unused == set()
+    with refused("AccessDeniedException"):
+        channels.site.account.client("ssm").put_parameter(Name="/theirs", Value="x", Type="String")
+
+
+def test_the_commands(
+    cloud: Cloud,
+    channels: CloudChannels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(Path(__file__).parents[2] / "ami-builder.toml"))
+    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    # One that this machine has built is known by its name, any other by its id.
+    channels.site.workspace.remember(first.artifact, None)
+    assert commands.run(["promote", "dask", "stable", "--target", "aws"]) == 0
+    assert commands.run(["promote", second.artifact.location, "stable"]) == 0
+    assert capsys.readouterr().out.split() == [first.artifact.location, second.artifact.location]
+    assert commands.run(["rollback", "stable", "--target", "aws", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["artifact"]["location"] == first.artifact.location
+    assert answer["artifact"]["digest"] == DIGEST
+    assert commands.run(["revoke", first.artifact.location, "--reason", "x"]) == 0
+    assert "nothing stands there any more" in capsys.readouterr().err
+    assert commands.run(["history", "stable", "--target", "aws"]) == 0
+    assert commands.run(["promote", "ami-0123456789abcdef0", "stable"]) == 2
+    assert "there is no AMI" in capsys.readouterr().err
