@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from .shared import (
     parse_target,
     plain,
 )
+
+if TYPE_CHECKING:
+    from ami_builder.difference import Measured
 
 
 @app.command()
@@ -66,6 +69,59 @@ def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: Jso
         console.table(("what", "state", "found", "what to do"), rows)
     if stopping:
         raise typer.Exit(stopping[0].exit_code)
+
+
+@app.command()
+def diff(
+    before: Annotated[
+        str, typer.Argument(metavar="A", help="A name, a digest's first digits, a path, an AMI.")
+    ],
+    after: Annotated[str, typer.Argument(metavar="B", help="Likewise; what B has more counts as plus.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show how two images differ: size, available memory at boot, times, packages and container."""
+    from ami_builder.pipeline.channels import choose
+    from ami_builder.pipeline.compare import compare_images
+
+    workspace = open_workspace()
+    images, names = workspace.images(), load_config().names
+    one, other = choose(images, before, names), choose(images, after, names)
+    found = compare_images(one, other, workspace)
+    if as_json:
+        told = {
+            "before": plain(one.artifact),
+            "after": plain(other.artifact),
+            "packages": plain(found.packages),
+        }
+        told["measured"] = [{**plain(each), "change": each.change} for each in found.measured]
+        console.result_json(told)
+        return
+    rows = [
+        (
+            f"{each.quantity} {each.name}".rstrip(),
+            _amount(each, each.before),
+            _amount(each, each.after),
+            "" if each.change is None else f"{each.change:+.1%}",
+        )
+        for each in found.measured
+    ]
+    rows += [
+        (f"package {each.name}", each.before or "-", each.after or "-", "") for each in found.packages or ()
+    ]
+    heading = ("what", one.artifact.digest[:16], other.artifact.digest[:16], "change")
+    console.table(heading, rows)
+    if found.packages is None:
+        console.note("packages are not compared: of one of the images no list was kept here")
+    else:
+        console.note(f"packages that differ: {len(found.packages)}")
+
+
+def _amount(measured: Measured, value: float | None) -> str:
+    from ami_builder.difference import Quantity
+
+    if value is None:
+        return "-"
+    return console.duration(value) if measured.quantity is Quantity.TIME else console.size(int(value))
 
 
 @config_app.command("show")

@@ -1,0 +1,101 @@
+"""How two images differ: pure, from what is recorded about each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Quantity(StrEnum):
+    """What was measured, and so in which unit."""
+
+    SIZE = "size"
+    """Of the image, in bytes."""
+    AVAILABLE = "available memory at boot"
+    """In bytes, for each machine."""
+    TIME = "time"
+    """Of each step of its run, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """What is recorded about one image."""
+
+    packages: Mapping[str, str] | None
+    """Name -> version; the container among them. None when no list was kept."""
+    size: int
+    available: Mapping[str, int] = field(default_factory=dict)
+    """Machine -> AVAILABLE_MEMORY_FOR_DASK on its first boot."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Step -> how long it took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """A package whose version differs; None where it is missing."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One quantity on both sides; None where it was not measured."""
+
+    quantity: Quantity
+    name: str
+    """The machine or the step; empty for the size."""
+    before: float | None
+    after: float | None
+
+    @property
+    def change(self) -> float | None:
+        """The relative change: 0.01 for one percent more; None where it can't be told."""
+        if self.before is None or self.after is None or not self.before:
+            return None
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What moved between two images, and every quantity of either."""
+
+    packages: tuple[Moved, ...] | None
+    """None when either has no list."""
+    measured: tuple[Measured, ...]
+
+
+def compare(before: Side, after: Side) -> Difference:
+    """Return how one image differs from another."""
+    packages = None
+    if before.packages is not None and after.packages is not None:
+        packages = tuple(
+            Moved(name=name, before=before.packages.get(name), after=after.packages.get(name))
+            for name in sorted({*before.packages, *after.packages})
+            if before.packages.get(name) != after.packages.get(name)
+        )
+    measured = [Measured(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
+    measured += _quantities(Quantity.AVAILABLE, before.available, after.available)
+    measured += _quantities(Quantity.TIME, before.seconds, after.seconds)
+    return Difference(packages=packages, measured=tuple(measured))
+
+
+def read_packages(lines: Iterable[str]) -> dict[str, str]:
+    """Return name -> version from lines `name=version`; several versions of one name stand side by side."""
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        name, equals, version = line.strip().rpartition("=")
+        if equals:
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
+
+
+def _quantities(
+    quantity: Quantity, before: Mapping[str, float], after: Mapping[str, float]
+) -> list[Measured]:
+    return [
+        Measured(quantity=quantity, name=name, before=before.get(name), after=after.get(name))
+        for name in dict.fromkeys([*before, *after])
+    ]

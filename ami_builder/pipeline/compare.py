@@ -1,0 +1,33 @@
+"""`ami-builder diff`: what the workspace has recorded about two images."""
+
+from __future__ import annotations
+
+from ami_builder.difference import Difference, Side, compare, read_packages
+from ami_builder.model import RunRecord
+from ami_builder.workspace import StoredImage, Workspace, load
+
+FIRST_BOOT = "boot"
+
+
+def compare_images(before: StoredImage, after: StoredImage, workspace: Workspace) -> Difference:
+    """Return how one finished image differs from another."""
+    return compare(_side(before, workspace), _side(after, workspace))
+
+
+def _side(stored: StoredImage, workspace: Workspace) -> Side:
+    packages = None
+    if stored.directory is not None and (stored.directory / "packages.txt").is_file():
+        packages = read_packages((stored.directory / "packages.txt").read_text(encoding="utf-8").splitlines())
+    measured = stored.verdict.measured if stored.verdict is not None else ()
+    run = load(RunRecord, workspace.runs_dir / stored.artifact.run_id / "record.json")
+    # The image's name is in each step of its run; without it those of differing names compare too.
+    mine = f"build {stored.artifact.image}"
+    steps = run.steps if run is not None else ()
+    return Side(
+        packages=packages,
+        size=stored.artifact.size,
+        available={one.machine: one.available for one in measured if one.phase == FIRST_BOOT},
+        seconds={
+            "build" + one.name.removeprefix(mine): one.seconds for one in steps if one.name.startswith(mine)
+        },
+    )
