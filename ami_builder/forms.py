@@ -281,6 +281,7 @@ Reserved = Annotated[
     ),
 ]
 Memory = Annotated[int, size(512 * MIB, 24 * TIB, examples=("2GiB", "512MiB"))]
+Space = Annotated[int, size(0, 64 * TIB, examples=("0", "100GiB"))]
 Disk = Annotated[int, size(2 * GIB, 64 * TIB, examples=("8GiB",))]
 Duration = Annotated[
     float,

@@ -154,6 +154,14 @@ class Lifecycle:
 
     channels: tuple[str, ...]
     """Where an image can be promoted to."""
+    keep: int
+    """How many of the newest stay, of those that stood in each channel, and that stood in none."""
+    keep_days: int
+    """What is younger stays."""
+    size: int
+    """Nothing local is deleted while all together is no larger; 0: that does not matter."""
+    most_deletions: int
+    """Of one run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from .forms import (
     Reserved,
     Source,
     SourceAmi,
+    Space,
     Subnet,
     Suite,
     Truth,
@@ -208,6 +209,14 @@ class LifecycleTable(Table):
         ("testing", "stable"), json_schema_extra={"uniqueItems": True, "minItems": 1}
     )
     """Where an image can be promoted to."""
+    keep: Annotated[int, count(0, 1000)] = 3
+    """How many of the newest images stay: of those that stood in each channel, and that stood in none."""
+    keep_days: Annotated[int, count(0, 3650)] = 14
+    """Images and caches that are younger stay, in days."""
+    size: Space = 0
+    """Nothing goes here while all local images together are no larger; 0: that does not matter."""
+    most_deletions: Annotated[int, count(1, 1000)] = 10
+    """How many images one run of `prune` deletes at most."""
 
 
 class ImageTable(Table):

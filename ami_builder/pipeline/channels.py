@@ -66,6 +66,10 @@ def promote(
     id = channels.id_of(stored)
     with channels.locked():
         _require_unrevoked(channels, id)
+        # What was chosen before may have been pruned or judged again meanwhile.
+        if (found := channels.find(id)) is None:
+            raise UsageError(f"{id} is not there any more", hint="`ami-builder list` shows what is")
+        _require_proof(found)
         if _stack(channels, channel)[-1:] == (id,):
             return Moved(stored=stored, entries=())
         entry = _entry(channel, Move.PROMOTED, id, reason)

@@ -116,6 +116,7 @@ def test_what_ssm_drops_without_a_word_is_told(
     monkeypatch.setattr(CloudChannels, "id_of", lambda *_: second.artifact.location)
     cloud.client().deregister_image(ImageId=second.artifact.location)
     monkeypatch.setattr(CloudChannels, "revoked", lambda *_: {})
+    monkeypatch.setattr(CloudChannels, "find", lambda *_: second)
     with pytest.raises(CloudFailed, match="the channel stands where it stood"):
         promote(channels, second, "stable", KNOWN)
     assert held(cloud) == first.artifact.location

@@ -85,7 +85,7 @@ DEFAULT = Image(
         spot=False,
         lifetime=7200.0,
     ),
-    lifecycle=Lifecycle(channels=("testing", "stable")),
+    lifecycle=Lifecycle(channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10),
 )
 
 

@@ -1,0 +1,224 @@
+"""Pruning this machine: what is needed stays with its reason, and what goes leaves nothing half."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ami_builder import commands
+from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.pipeline import prune
+from ami_builder.pipeline.channels import promote, revoke, rollback
+from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.retention import Action
+from ami_builder.workspace import StoredImage, Workspace
+
+KNOWN = ("testing", "stable")
+NOW = datetime.now(UTC)
+POLICY = "[images.dask.lifecycle]\nkeep = 1\nkeep_days = 10\nmost_deletions = 3\n"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    (tmp_path / "ami-builder.toml").write_text(POLICY)
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(tmp_path / "ami-builder.toml"))
+    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    made.ensure()
+    return made
+
+
+@pytest.fixture
+def local(workspace: Workspace) -> LocalChannels:
+    return LocalChannels(workspace=workspace, image="dask")
+
+
+def stored(
+    workspace: Workspace, letter: str, days: float, *, name: str = "dask", size: int = 1024
+) -> StoredImage:
+    disk = workspace.state / "out.qcow2"
+    with disk.open("wb") as file:
+        file.truncate(size)
+    digest = letter * 64
+    artifact = Artifact(
+        image=name,
+        target=Target.QEMU,
+        location="",
+        digest=digest,
+        created=NOW - timedelta(days=days),
+        run_id="r",
+        size=0,
+    )
+    result = CheckResult(
+        name="x", phase="boot", machine="2 GiB", outcome=Outcome.PASSED, seconds=1, message=""
+    )
+    verdict = Verdict(digest=digest, checks_digest="c", results=(result,), measured=())
+    return workspace.judge(workspace.store(artifact, disk, None), verdict)
+
+
+def cache(workspace: Workspace, name: str, days: float) -> Path:
+    folder = workspace.cache / name
+    folder.mkdir(parents=True)
+    (folder / "disk").write_bytes(b"x" * 2048)
+    then = (NOW - timedelta(days=days)).timestamp()
+    os.utime(folder, (then, then))
+    return folder
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, tuple[str, str]]:
+    """Return what `prune` says: the first letter of a digest or a cache's name -> (action, reason)."""
+    capsys.readouterr()
+    assert commands.run(["prune", "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)["plan"]
+    return {Path(d["candidate"]["id"]).name[:1]: (d["action"], d["reason"]) for d in found}
+
+
+def left(workspace: Workspace) -> str:
+    return "".join(sorted(one.artifact.digest[0] for one in workspace.images()))
+
+
+def test_what_is_needed_stays_and_the_rest_goes(
+    workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {letter: stored(workspace, letter, 60 - number) for number, letter in enumerate("abcdefg")}
+    stored(workspace, "h", 1)
+    for letter in "abc":
+        promote(local, made[letter], "stable", KNOWN)
+    rollback(local, "stable", KNOWN)
+    promote(local, made["e"], "testing", KNOWN)
+    revoke(local, made["e"], "leaks")
+    plan = planned(capsys)
+    assert plan == {
+        "a": ("keep", "what channel stable goes back to"),
+        "b": ("keep", "in channel stable"),
+        "c": ("keep", "among the newest 1 of channel stable"),
+        "d": ("delete", "57 days old, and nothing needs it"),
+        "e": ("delete", "revoked"),
+        "f": ("delete", "55 days old, and nothing needs it"),
+        "g": ("keep", "a later run deletes it: this one deletes 3 at most"),
+        "h": ("keep", "younger than 10 days"),
+    }
+    assert left(workspace) == "abcdefgh"
+    assert planned(capsys, "--apply") == plan
+    assert left(workspace) == "abcgh"
+    assert {path.name for path in (workspace.images_dir / "dask").iterdir()} == {
+        *(letter * 16 for letter in "abcgh"),
+        "channels.json",
+    }
+    # What was revoked stays known though its image has gone.
+    assert local.revoked(["e" * 64]) == {"e" * 64: "leaks"}
+
+
+def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(workspace, "a", 30)
+    stored(workspace, "b", 20)
+    assert commands.run(["prune"]) == 0
+    shown = capsys.readouterr()
+    first, second = (line.split("\t") for line in shown.out.splitlines())
+    assert first[3:5] == ["to delete", "30 days old, and nothing needs it"]
+    assert second[3] == "keep"
+    assert "1 to delete (1 KiB); nothing was changed: `ami-builder prune --apply`" in shown.err
+    assert left(workspace) == "ab"
+    assert commands.run(["prune", "--apply"]) == 0
+    assert "deleted" in capsys.readouterr().out
+    assert left(workspace) == "b"
+
+
+def test_an_image_without_a_policy_stays(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(workspace, "a", 900, name="gone")
+    assert planned(capsys)["a"] == ("keep", "no policy: ami-builder.toml does not have this image")
+
+
+def test_a_base_of_another_image_stays(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = stored(workspace, "a", 90)
+    stored(workspace, "b", 80)
+    other = f'[images.other.base]\nsource = "{base.path}"\n'
+    (tmp_path / "ami-builder.toml").write_text(POLICY + other)
+    assert planned(capsys)["a"] == ("keep", "the base of image other")
+
+
+def test_while_a_run_is_at_work_its_images_and_the_caches_stay(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(workspace, "a", 90)
+    stored(workspace, "b", 80)
+    for number in range(3):
+        cache(workspace, f"base/{number}", 90 - number)
+    with workspace.run("verify", "dask") as run:
+        for action, reason in planned(capsys).values():
+            assert (action, reason) == ("keep", f"run {run.record.run_id} is going")
+    assert planned(capsys)["a"][0] == planned(capsys)["0"][0] == "delete"
+
+
+def test_caches_go_by_count_and_age(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    old, newest = cache(workspace, "base/0", 50), cache(workspace, "base/1", 40)
+    container = cache(workspace, "container/2", 60)
+    (workspace.cache / "base" / "0.lock").touch()
+    assert planned(capsys, "--apply")["0"] == ("delete", "50 days old, and nothing needs it")
+    assert not old.exists()
+    assert newest.exists()
+    assert container.exists()
+
+
+def test_while_there_is_room_nothing_goes(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, letter in enumerate("abcd"):
+        stored(workspace, letter, 60 - number, size=1 << 20)
+    monkeypatch.setenv("AMI_BUILDER_LIFECYCLE__SIZE", "3MiB")
+    plan = planned(capsys)
+    assert [action for action, _ in plan.values()] == ["delete", "keep", "keep", "keep"]
+    assert plan["b"][1] == "all images together are no larger than allowed"
+
+
+def test_no_pruning_while_a_build_is_going(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(workspace, "a", 90)
+    stored(workspace, "b", 80)
+    with workspace.lock("dask", Target.QEMU):
+        assert commands.run(["prune", "--apply"]) == 8
+    assert "is being built" in capsys.readouterr().err
+    assert left(workspace) == "ab"
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_killed_on_the_way_nothing_half_is_left(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    gone = stored(workspace, "a", 90)
+    stored(workspace, "b", 80)
+    assert gone.directory is not None
+
+    class Killed(BaseException):
+        pass
+
+    steps: Iterator[int] = iter(range(1, 9))
+
+    def killed(*_: object, **__: object) -> None:
+        if next(steps) == 1:
+            raise Killed
+
+    target = {1: (Path, "unlink"), 2: (Path, "rename"), 3: (prune.shutil, "rmtree")}[step]  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, killed)
+        with pytest.raises(Killed):
+            prune._delete(gone.directory)
+    assert left(workspace) == ("ab" if step == 1 else "b")
+    assert planned(capsys, "--apply")["b"][0] == "keep"
+    assert [path.name[:1] for path in (workspace.images_dir / "dask").iterdir()] == ["b"]
+
+
+def test_what_was_pruned_meanwhile_is_not_promoted(
+    workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = stored(workspace, "a", 90)
+    stored(workspace, "b", 80)
+    assert planned(capsys, "--apply")["a"][0] == Action.DELETE
+    with pytest.raises(Exception, match="is not there any more"):
+        promote(local, old, "stable", KNOWN)
