@@ -162,6 +162,8 @@ class Lifecycle:
     """Nothing local is deleted while all together is no larger; 0: that does not matter."""
     most_deletions: int
     """Of one run."""
+    grace_days: int
+    """How long an AMI is deprecated before it is deregistered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class Policy:
     grace: timedelta
     """How long an image is deprecated before it is deleted; zero: it is deleted at once."""
     most: int
-    """How many images one run deletes."""
+    """How many images one run deletes, and how many it deprecates."""
     size: int = 0
     """Nothing goes while all images together are no larger, in bytes; 0: that does not matter."""
 
@@ -45,6 +45,8 @@ class Candidate:
     ours: bool = True
     """It belongs to this account, and carries our tag."""
     finished: bool = True
+    region: str = ""
+    """Where it is; empty for this machine."""
     size: int = 0
     channels: frozenset[str] = frozenset()
     """Where it stands or has stood."""
@@ -90,7 +92,7 @@ def plan(
     ordered = sorted(images, key=lambda one: (one.created or _NEVER, one.id))
     newest = _newest(ordered, policy.keep)
     excess = sum(one.size for one in images if one.ours) - policy.size if policy.size else None
-    decisions, deleted = [], 0
+    decisions, done = [], dict.fromkeys(Action, 0)
     for one in ordered:
         by = used.get(one.id, "")
         if by and uses[one.id] > 1:
@@ -103,10 +105,10 @@ def plan(
             action, reason = _retired(one, policy, now)
             # What is on its way out counts as gone, or every run would retire more.
             excess = excess - one.size if excess is not None else None
-        if action is Action.DELETE and deleted >= policy.most:
-            action, reason = Action.KEEP, f"a later run deletes it: this one deletes {policy.most} at most"
-        if action is Action.DELETE:
-            deleted += 1
+        if action is not Action.KEEP and done[action] >= policy.most:
+            reason = f"a later run {action}s it: this one {action}s {policy.most} at most"
+            action = Action.KEEP
+        done[action] += 1
         decisions.append(Decision(candidate=one, action=action, reason=reason))
     return tuple(decisions)
 

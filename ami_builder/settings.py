@@ -216,7 +216,9 @@ class LifecycleTable(Table):
     size: Space = 0
     """Nothing goes here while all local images together are no larger; 0: that does not matter."""
     most_deletions: Annotated[int, count(1, 1000)] = 10
-    """How many images one run of `prune` deletes at most."""
+    """How many images one run of `prune` deletes at most, and how many it deprecates."""
+    grace_days: Annotated[int, count(0, 365)] = 7
+    """How long an AMI is deprecated before it is deregistered, in days."""
 
 
 class ImageTable(Table):

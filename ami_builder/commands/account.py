@@ -63,7 +63,10 @@ def gc(
 @app.command("iam-policy")
 def iam_policy(
     section: Annotated[
-        str, typer.Argument(metavar="[all|check|build|verify|promote|lifecycle]", help="What it is to allow.")
+        str,
+        typer.Argument(
+            metavar="[all|check|build|verify|promote|prune|lifecycle]", help="What it is to allow."
+        ),
     ] = "all",
     image: Annotated[
         str | None, typer.Option("--image", metavar="IMAGE", help="Whose region, key, profile … it names.")

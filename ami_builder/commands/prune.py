@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ami_builder import console
 
-from .shared import JsonFlag, app, load_config, open_workspace, plain
+from .shared import JsonFlag, TargetFlag, app, load_config, mode, open_workspace, parse_target, plain
+
+if TYPE_CHECKING:
+    from ami_builder.retention import Decision
 
 
 @app.command()
 def prune(
-    apply: Annotated[bool, typer.Option("--apply", help="Delete what the plan says.")] = False,
+    target: TargetFlag = "qemu",
+    apply: Annotated[bool, typer.Option("--apply", help="Do what the plan says.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say of every local image and cache whether it is needed, and why; --apply deletes what is not."""
-    from datetime import UTC, datetime
+    """Say of every image and cache here, or every AMI, whether it is needed, and why; --apply deletes."""
+    from ami_builder.model import Target
 
-    from ami_builder.pipeline.prune import plan_local, prune_local
-    from ami_builder.retention import Action
-
-    images, workspace = load_config().images, open_workspace()
-    decisions = prune_local(workspace, images) if apply else plan_local(workspace, images, datetime.now(UTC))
+    where = parse_target(target)
+    decisions = _cloud(apply) if where is Target.AWS else _local(apply)
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    said = {Action.DELETE: "deleted" if apply else "to delete"}
+    _print(decisions, apply, "" if where is Target.QEMU else f" --target {where}")
+
+
+def _local(apply: bool) -> Sequence[Decision]:
+    from datetime import UTC, datetime
+
+    from ami_builder.pipeline.prune import plan_local, prune_local
+
+    images, workspace = load_config().images, open_workspace()
+    return prune_local(workspace, images) if apply else plan_local(workspace, images, datetime.now(UTC))
+
+
+def _cloud(apply: bool) -> Sequence[Decision]:
+    from ami_builder.pipeline.prune_cloud import plan_cloud, prune_cloud
+
+    with console.open_progress(mode()) as progress:
+        planned = plan_cloud(open_workspace(), load_config().images, progress)
+        if apply:
+            prune_cloud(planned, progress)
+    return [decision for _, decisions in planned for decision in decisions]
+
+
+def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
+    from ami_builder.retention import Action
+
+    to_do = {Action.DELETE: "to delete", Action.DEPRECATE: "to deprecate"}
+    done = {Action.DELETE: "deleted", Action.DEPRECATE: "deprecated"}
+    words = done if apply else to_do
     console.table(
         ("what", "created", "size", "plan", "because", "where"),
         [
@@ -35,18 +64,16 @@ def prune(
                 d.candidate.image,
                 f"{d.candidate.created:%Y-%m-%d %H:%M}Z" if d.candidate.created else "unknown",
                 console.size(d.candidate.size),
-                said.get(d.action, str(d.action)),
+                words.get(d.action, str(d.action)),
                 d.reason,
-                d.candidate.id,
+                f"{d.candidate.id} ({d.candidate.region})" if d.candidate.region else d.candidate.id,
             )
             for d in decisions
         ],
     )
-    doomed = [d for d in decisions if d.action is Action.DELETE]
-    freed = console.size(sum(d.candidate.size for d in doomed))
-    if doomed and not apply:
-        console.note(
-            f"{len(doomed)} to delete ({freed}); nothing was changed: `ami-builder prune --apply` does it"
-        )
-    elif doomed:
-        console.note(f"{len(doomed)} deleted ({freed})")
+    for action, word in words.items():
+        chosen = [d.candidate.size for d in decisions if d.action is action]
+        if chosen:
+            console.note(f"{len(chosen)} {word} ({console.size(sum(chosen))})")
+    if not apply and any(d.action is not Action.KEEP for d in decisions):
+        console.note(f"nothing was changed: `ami-builder prune{flag} --apply` does it")

@@ -96,21 +96,22 @@ def _plan_images(
         if other := bases.get(one.artifact.location):
             references.append(Reference(id=id, by=f"the base of image {other}"))
         references += [Reference(id=id, by=f"run {run.run_id} is going") for run in going]
-    policy = _policy(images[name].lifecycle) if name in images else _KEEP_ALL
-    return plan(candidates, references, policy, now)
+    rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
+    return plan(candidates, references, rules, now)
 
 
-def _policy(lifecycle: Lifecycle) -> Policy:
+def policy(lifecycle: Lifecycle, *, grace: bool = False) -> Policy:
+    """Return what the settings of an image say, with the time that AMIs are deprecated for where they are."""
     return Policy(
         keep=lifecycle.keep,
         young=lifecycle.keep_days * _DAY,
-        grace=timedelta(0),
+        grace=lifecycle.grace_days * _DAY if grace else timedelta(0),
         most=lifecycle.most_deletions,
-        size=lifecycle.size,
+        size=0 if grace else lifecycle.size,
     )
 
 
-_KEEP_ALL = Policy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
+KEEP_ALL = Policy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
 
 
 def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
@@ -118,7 +119,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
     if not images:
         return ()
     settings = [image.lifecycle for image in images.values()]
-    policy = Policy(
+    rules = Policy(
         keep=sum(one.keep for one in settings),
         young=max(one.keep_days for one in settings) * _DAY,
         grace=timedelta(0),
@@ -137,7 +138,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
     ]
     going = _live(workspace)
     references = [Reference(id=one.id, by=f"run {run.run_id} is going") for one in found for run in going]
-    return plan(found, references, policy, now)
+    return plan(found, references, rules, now)
 
 
 def _live(workspace: Workspace) -> list[RunRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any, cast
 
 from moto.core.responses import ActionResult, EmptyResult
@@ -95,6 +96,27 @@ class Instances(Base):
         del self.params["MaxResults"]
         self.params |= {k: v for k, v in (("MaxResults", size), ("NextToken", token)) if v is not None}
         return self.seen("InstanceIds", "Reservations", "InvalidInstanceID.NotFound", result)
+
+    def describe_launch_templates(self) -> ActionResult:
+        """DescribeLaunchTemplates, in pages."""
+        return self._cut(super().describe_launch_templates, "LaunchTemplates", "LaunchTemplateId")
+
+    def describe_launch_template_versions(self) -> ActionResult:
+        """DescribeLaunchTemplateVersions, in pages."""
+        return self._cut(super().describe_launch_template_versions, "LaunchTemplateVersions", "VersionNumber")
+
+    def _cut(self, whole: Callable[[], ActionResult], key: str, name: str) -> ActionResult:
+        """Return one page of what moto cuts off without a token."""
+        size, token = self.params.pop("MaxResults", None), self.params.pop("NextToken", None)
+        self.params["MaxResults"] = 1 << 30
+        result: Any = whole().result
+        del self.params["MaxResults"]
+        listed = {f"{each['LaunchTemplateId']} {each[name]}": each for each in result[key]}
+        size = int(size) if size is not None else None
+        names, following = self.state.page(self._get_action(), list(listed), size, token)
+        result[key] = [listed[each] for each in names if each in listed]
+        result["NextToken"] = following or None
+        return ActionResult(result)
 
     def describe_snapshots(self) -> ActionResult:
         """DescribeSnapshots, of given owners too."""

@@ -226,6 +226,8 @@ def _others(call: Call) -> Iterator[Touched]:
         case "iam", "GetInstanceProfile":
             profile = call.params["InstanceProfileName"]
             yield Touched(action=call.name, arn=f"arn:aws:iam::{ACCOUNT}:instance-profile/{profile}")
+        case "autoscaling", "DescribeLaunchConfigurations":
+            yield Touched(action=call.name, arn="*")
         case "ssm", ("DescribeInstanceInformation" | "DescribeParameters"):
             yield Touched(action=call.name, arn="*")
         case "pricing", "GetProducts":

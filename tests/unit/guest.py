@@ -81,5 +81,7 @@ _IMAGE = Image(
         spot=False,
         lifetime=7200.0,
     ),
-    lifecycle=Lifecycle(channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10),
+    lifecycle=Lifecycle(
+        channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10, grace_days=7
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
@@ -25,6 +25,9 @@ _UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
 # EC2 takes 200 values a filter.
 _VALUES = 200
 _TAG = 256
+_PAGE = 1000
+_UNPROTECTED = ("disabled", "")
+_SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
 _PENDING = frozenset({"pending", "transient"})
 
 
@@ -43,6 +46,10 @@ class Ami:
     snapshots: tuple[str, ...]
     encrypted: bool
     public: bool
+    protected: bool
+    """Whether EC2 refuses to deregister it."""
+    deprecated: datetime | None
+    """Since when it is, or from when on it will be."""
     tags: Mapping[str, str]
 
     @property
@@ -96,6 +103,25 @@ def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     return {
         ami.id: ami for chunk in chunks for ami in _search(account, {"Name": "image-id", "Values": chunk})
     }
+
+
+def ours(account: Account) -> list[Ami]:
+    """Return every AMI of this account that carries our run tag, finished or not."""
+    return _search(account, {"Name": "tag-key", "Values": [tagging.RUN]})
+
+
+def shared_with(account: Account, ami: str) -> str:
+    """Return whom an AMI is shared with, in words; empty for nobody."""
+    with translated():
+        found = account.ec2.describe_image_attribute(ImageId=ami, Attribute="launchPermission")
+    with_whom = [str(who) for each in found.get("LaunchPermissions", []) for who in each.values()]
+    return f"shared with {', '.join(sorted(with_whom))}" if with_whom else ""
+
+
+def deprecate(account: Account, ami: str) -> None:
+    """Deprecate an AMI: nobody new finds it, while who knows its id can launch it still."""
+    with translated():
+        account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
 
 
 def wait_available(
@@ -200,7 +226,9 @@ def delete_snapshot(account: Account, snapshot: str) -> bool:
 
 def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
     with translated():
-        pages = account.ec2.get_paginator("describe_images").paginate(Owners=["self"], Filters=list(filters))
+        pages = account.ec2.get_paginator("describe_images").paginate(
+            Owners=["self"], Filters=list(filters), PaginationConfig={"PageSize": _PAGE}
+        )
         return [_ami(image) for page in pages for image in page["Images"]]
 
 
@@ -229,7 +257,7 @@ def _progress(account: Account, ami: Ami) -> str:
 
 def _ami(image: ImageTypeDef) -> Ami:
     disks = [mapping["Ebs"] for mapping in image.get("BlockDeviceMappings", []) if "Ebs" in mapping]
-    created = image.get("CreationDate", "")
+    created, deprecated = image.get("CreationDate", ""), image.get("DeprecationTime", "")
     return Ami(
         id=image["ImageId"],
         name=image.get("Name", ""),
@@ -240,6 +268,8 @@ def _ami(image: ImageTypeDef) -> Ami:
         snapshots=tuple(disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")),
         encrypted=any(disk.get("Encrypted", False) for disk in disks),
         public=image.get("Public", False),
+        protected=image.get("DeregistrationProtection", "disabled") not in _UNPROTECTED,
+        deprecated=datetime.fromisoformat(deprecated) if deprecated else None,
         tags=tagging.as_dict(image.get("Tags", [])),
     )
 

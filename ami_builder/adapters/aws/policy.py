@@ -28,6 +28,7 @@ class Section(StrEnum):
     BUILD = "build"
     VERIFY = "verify"
     PROMOTE = "promote"
+    PRUNE = "prune"
     LIFECYCLE = "lifecycle"
     ALL = "all"
 
@@ -46,6 +47,7 @@ def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
         (Section.BUILD, parts.build),
         (Section.VERIFY, parts.verify),
         (Section.PROMOTE, parts.promote),
+        (Section.PRUNE, parts.prune),
         (Section.LIFECYCLE, parts.lifecycle),
     ):
         if wanted in (one, Section.ALL):
@@ -113,6 +115,18 @@ class _Statements:
             [self._arn_of("ssm", self._region, "*", "parameter/ami-builder/*")],
         )
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
+
+    def prune(self) -> Iterator[dict[str, Any]]:
+        """Yield what finding every use of an AMI needs, and retiring those of runs."""
+        yield self._look()
+        lists = ["autoscaling:DescribeLaunchConfigurations", "ssm:DescribeParameters"]
+        yield _allow("FindUses", lists, ["*"])
+        reads = ["GetParameters", "GetParametersByPath", "GetParameterHistory"]
+        everything = [self._arn_of("ssm", self._region, "*", "parameter/*")]
+        yield _allow("FindUsesByValue", [f"ssm:{action}" for action in reads], everything)
+        yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._ec2("image"), _OURS)
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
         """Yield what collecting leftovers and deregistering needs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -219,6 +220,7 @@ def _tries(account: Account, image: Image, ami: base.BaseAmi) -> Sequence[tuple[
         of("create_tags", Resources=[own], Tags=tagging.as_list(tags)),
         of("modify_image_attribute", ImageId=own, ImdsSupport={"Value": "v2.0"}),
         of("terminate_instances", InstanceIds=[instance]),
+        of("enable_image_deprecation", ImageId=own, DeprecateAt=datetime.now(UTC) + timedelta(days=1)),
         of("deregister_image", ImageId=own),
         of("delete_snapshot", SnapshotId=snapshot),
         of("delete_volume", VolumeId=volume),

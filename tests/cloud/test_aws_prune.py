@@ -1,0 +1,273 @@
+"""Pruning an account: every use is found to the end of its list, or there is no plan at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from moto.core.utils import utcnow
+
+from ami_builder import commands
+from ami_builder.adapters.aws import channels as adapter
+from ami_builder.adapters.aws import images, references
+from ami_builder.adapters.aws.policy import Section, document
+from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.errors import CloudFailed
+
+from .aws import make_ami, tags
+from .server import REGION, Cloud
+from .using import refused
+
+KEY = "AKIALEASTPRIVILEGE00"
+LISTS = (
+    "DescribeImages",
+    "DescribeInstances",
+    "DescribeLaunchTemplates",
+    "DescribeLaunchTemplateVersions",
+    "DescribeLaunchConfigurations",
+    "DescribeParameters",
+    "GetParameters",
+    "GetParameterHistory",
+    "GetParametersByPath",
+)
+POLICY = f'[images.dask.aws]\nregion = "{REGION}"\n[images.dask.lifecycle]\nkeep = 0\nkeep_days = 10\n'
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ami-builder.toml").write_text(POLICY)
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(tmp_path / "ami-builder.toml"))
+    monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
+
+
+def aged(cloud: Cloud, name: str, days: float = 100, *, deprecated: float | None = None) -> str:
+    """Make a finished and proved AMI of ours that looks old."""
+    account = Account.open()
+    ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    images.record_verdict(account, ami, True, "c" * 64)
+    image = cloud.backend().amis[ami]
+    image.creation_date = utcnow() - timedelta(days=days)
+    if deprecated is not None:
+        image.deprecation_time = _stamp(deprecated)
+    return ami
+
+
+def _stamp(days: float) -> str:
+    return (datetime.now(UTC) - timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+
+def pruned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, tuple[str, str]]:
+    """Return what `prune` says of each AMI: action, reason."""
+    capsys.readouterr()
+    status = commands.run(["--quiet", "prune", "--target", "aws", "--json", *flags])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    found = json.loads(shown.out)["plan"]
+    return {d["candidate"]["id"]: (d["action"], d["reason"]) for d in found}
+
+
+def _instance(cloud: Cloud, ami: str) -> str:
+    ec2 = cloud.client()
+    made = ec2.run_instances(ImageId=ami, InstanceType="t3.small", MinCount=1, MaxCount=1)
+    id = made["Instances"][0]["InstanceId"]
+    ec2.stop_instances(InstanceIds=[id])
+    return "(stop"
+
+
+def _old_template_version(cloud: Cloud, ami: str) -> str:
+    ec2 = cloud.client()
+    data = {"ImageId": ami}
+    made = ec2.create_launch_template(LaunchTemplateName="workers", LaunchTemplateData=data)
+    for _ in range(20):
+        ec2.create_launch_template_version(
+            LaunchTemplateId=made["LaunchTemplate"]["LaunchTemplateId"],
+            LaunchTemplateData={"ImageId": cloud.base_ami()},
+        )
+    ec2.modify_launch_template(LaunchTemplateName="workers", DefaultVersion="20")
+    return "used by launch template workers"
+
+
+def _configuration(cloud: Cloud, ami: str) -> str:
+    cloud.client("autoscaling").create_launch_configuration(
+        LaunchConfigurationName="old", ImageId=ami, InstanceType="t3.small"
+    )
+    return "used by launch configuration old"
+
+
+def _parameter(cloud: Cloud, ami: str) -> str:
+    for number in range(60):
+        cloud.client("ssm").put_parameter(Name=f"/many/{number}", Value="x", Type="String")
+    told = json.dumps({"worker": {"image": ami}})
+    cloud.client("ssm").put_parameter(Name="TheirOwnName", Value=told, Type="String")
+    return "named by SSM parameter TheirOwnName"
+
+
+def _label(cloud: Cloud, ami: str) -> str:
+    ssm = cloud.client("ssm")
+    for value in (ami, cloud.base_ami()):
+        ssm.put_parameter(Name="/t/i", Value=value, Type="String", DataType="aws:ec2:image", Overwrite=True)
+    ssm.label_parameter_version(Name="/t/i", ParameterVersion=1, Labels=["blue"])
+    return "named by SSM parameter /t/i, version 1"
+
+
+def _pinned(cloud: Cloud, ami: str) -> str:
+    ssm = cloud.client("ssm")
+    for value in (ami, cloud.base_ami()):
+        ssm.put_parameter(Name="/t/i", Value=value, Type="String", DataType="aws:ec2:image", Overwrite=True)
+    cloud.client().create_launch_template(
+        LaunchTemplateName="pins", LaunchTemplateData={"ImageId": "resolve:ssm:/t/i:1"}
+    )
+    return "named by SSM parameter /t/i, version 1"
+
+
+def _shared(cloud: Cloud, ami: str) -> str:
+    cloud.client().modify_image_attribute(ImageId=ami, LaunchPermission={"Add": [{"UserId": "999999999999"}]})
+    return "shared with 999999999999"
+
+
+def _public(cloud: Cloud, ami: str) -> str:
+    cloud.client().modify_image_attribute(ImageId=ami, LaunchPermission={"Add": [{"Group": "all"}]})
+    return "public"
+
+
+def _protected(cloud: Cloud, ami: str) -> str:
+    cloud.client().enable_image_deregistration_protection(ImageId=ami)
+    return "protected from deregistration"
+
+
+def _channel(cloud: Cloud, ami: str) -> str:
+    assert commands.run(["promote", ami, "stable"]) == 0
+    return "in channel stable"
+
+
+def _predecessor(cloud: Cloud, ami: str) -> str:
+    assert commands.run(["promote", ami, "stable"]) == 0
+    assert commands.run(["promote", aged(cloud, "next"), "stable"]) == 0
+    return "what channel stable goes back to"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _instance,
+        _old_template_version,
+        _configuration,
+        _parameter,
+        _label,
+        _pinned,
+        _shared,
+        _public,
+        _protected,
+        _channel,
+        _predecessor,
+    ],
+)
+def test_what_is_used_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], use: Callable[[Cloud, str], str]
+) -> None:
+    ami, free = aged(cloud, "used", deprecated=50), aged(cloud, "free", deprecated=50)
+    reason = use(cloud, ami)
+    plan = pruned(capsys, "--apply")
+    assert plan[ami][0] == "keep"
+    assert reason in plan[ami][1]
+    assert plan[free][0] == "delete"
+    assert ami in cloud.left()["image"]
+    assert free not in cloud.left()["image"]
+
+
+def test_deprecated_first_and_deregistered_after_the_grace(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami, young, theirs = aged(cloud, "old"), aged(cloud, "young", 1), make_ami(cloud, "theirs")
+    before = cloud.left()
+    assert pruned(capsys) == {
+        ami: ("deprecate", "100 days old, and nothing needs it; it can be deleted 7 days from now"),
+        young: ("keep", "younger than 10 days"),
+    }
+    assert not {c.action for c in cloud.calls if c.action.startswith(("Deregister", "Enable"))}
+    pruned(capsys, "--apply")
+    image = cloud.backend().amis[ami]
+    assert image.deprecation_time is not None
+    assert pruned(capsys, "--apply")[ami][0] == "keep"
+    assert cloud.left() == before
+    image.deprecation_time = _stamp(8)
+    assert pruned(capsys, "--apply")[ami][0] == "delete"
+    left = cloud.left()
+    assert sorted(left["image"]) == sorted([young, theirs])
+    assert len(left["snapshot"]) == 2
+
+
+@pytest.mark.parametrize("action", LISTS)
+def test_where_one_list_fails_nothing_is_planned(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    ami = aged(cloud, "old", deprecated=50)
+    cloud.client().create_launch_template(LaunchTemplateName="t", LaunchTemplateData={"KeyName": "k"})
+    before = cloud.left()
+    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    cloud.faults.add(action, "http500", times=None)
+    assert commands.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
+    assert action in capsys.readouterr().err
+    assert cloud.left() == before
+    assert ami in before["image"]
+
+
+def test_no_more_calls_than_pages(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    ec2, ssm = cloud.client(), cloud.client("ssm")
+    for number in range(12):
+        ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="t3.small", MinCount=1, MaxCount=1)
+        ec2.create_launch_template(
+            LaunchTemplateName=f"t{number}", LaunchTemplateData={"ImageId": cloud.base_ami()}
+        )
+        ssm.put_parameter(Name=f"/p/{number}", Value="x", Type="String")
+        cloud.client("autoscaling").create_launch_configuration(
+            LaunchConfigurationName=f"c{number}", ImageId=cloud.base_ami(), InstanceType="t3.small"
+        )
+    monkeypatch.setattr(references, "_PAGES", dict.fromkeys(references._PAGES, 5))
+    before = len(cloud.calls)
+    found = references.find(Account.open())
+    # Debian's parameter is the 13th, and names the base.
+    assert len(found) == 12 * 3 + 1
+    made = [call.action for call in cloud.calls[before:]]
+    assert {action: made.count(action) for action in sorted(set(made))} == {
+        "DescribeInstances": 3,
+        "DescribeLaunchConfigurations": 3,
+        "DescribeLaunchTemplateVersions": 12,
+        "DescribeLaunchTemplates": 3,
+        "DescribeParameters": 2,  # moto's pages are of 10, whatever is asked for
+        "GetParameterHistory": 1,
+        "GetParameters": 2,
+    }
+
+
+def test_least_privilege(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aged(cloud, "old")
+    gone = aged(cloud, "older", 200, deprecated=50)
+    current = aged(cloud, "current")
+    assert commands.run(["promote", current, "stable"]) == 0
+    cloud.client().create_launch_template(LaunchTemplateName="t", LaunchTemplateData={"KeyName": "k"})
+    theirs = make_ami(cloud, "theirs")
+    held = cloud.enforce(document(Section.PRUNE), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    plan = pruned(capsys, "--apply")
+    assert sorted(action for action, _ in plan.values()) == ["delete", "deprecate", "keep"]
+    assert gone not in cloud.left()["image"]
+    assert held.refused == []
+    assert held.unused == set()
+    with refused("UnauthorizedOperation"):
+        cloud.client(access_key=KEY).deregister_image(ImageId=theirs)
+
+
+def test_an_unreadable_account_is_an_error(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud.enforce(document(Section.CHECK), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    with pytest.raises(CloudFailed, match="AccessDenied"):
+        references.find(Account.open())
