@@ -199,18 +199,6 @@ def list_images(as_json: JsonFlag = False) -> None:
     )
 
 
-def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
-    """Return the local channels that images stand in, by digest."""
-    from ami_builder.pipeline.channels import standing
-    from ami_builder.pipeline.local_channels import LocalChannels
-
-    workspace = open_workspace()
-    found: dict[str, tuple[str, ...]] = {}
-    for name in {one.artifact.image for one in images}:
-        found |= standing(LocalChannels(workspace=workspace, image=name))
-    return found
-
-
 def _finished(name: str | None, config: Config, target: str | None) -> tuple[Image, StoredImage, Site]:
     """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
     from ami_builder.model import Target
@@ -273,3 +261,15 @@ def _verdict_word(stored: StoredImage) -> str:
     if stored.verdict is None:
         return "not verified"
     return "passed" if stored.verdict.passed else "FAILED"
+
+
+def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
+    """Return the local channels that images stand in, by digest."""
+    from ami_builder.pipeline.channels import standing
+    from ami_builder.pipeline.local_channels import LocalChannels
+
+    workspace = open_workspace()
+    found: dict[str, tuple[str, ...]] = {}
+    for name in {one.artifact.image for one in images}:
+        found |= standing(LocalChannels(workspace=workspace, image=name))
+    return found

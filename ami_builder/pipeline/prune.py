@@ -41,7 +41,8 @@ def prune_local(workspace: Workspace, images: Mapping[str, Image]) -> tuple[Deci
     names = sorted({one.artifact.image for one in workspace.images()} | set(images))
     with ExitStack() as locks:
         for name in names:
-            locks.enter_context(workspace.lock(name, Target.QEMU))
+            for target in Target:  # a build for either uses the caches
+                locks.enter_context(workspace.lock(name, target))
         for name in names:
             locks.enter_context(LocalChannels(workspace=workspace, image=name).locked())
             _sweep(workspace.images_dir / name)

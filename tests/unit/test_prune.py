@@ -179,10 +179,13 @@ def test_while_there_is_room_nothing_goes(
     assert plan["b"][1] == "all images together are no larger than allowed"
 
 
-def test_no_pruning_while_a_build_is_going(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("target", Target)
+def test_no_pruning_while_a_build_is_going(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], target: Target
+) -> None:
     stored(workspace, "a", 90)
     stored(workspace, "b", 80)
-    with workspace.lock("dask", Target.QEMU):
+    with workspace.lock("dask", target):
         assert commands.run(["prune", "--apply"]) == 8
     assert "is being built" in capsys.readouterr().err
     assert left(workspace) == "ab"
