@@ -159,7 +159,7 @@ class Lifecycle:
     keep_days: int
     """What is younger stays."""
     size: int
-    """Nothing local is deleted while all together is no larger; 0: that does not matter."""
+    """Nothing local is deleted while all of its name together is no larger; 0: that does not matter."""
     most_deletions: int
     """Of one run."""
     grace_days: int

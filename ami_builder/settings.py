@@ -214,7 +214,7 @@ class LifecycleTable(Table):
     keep_days: Annotated[int, count(0, 3650)] = 14
     """Images and caches that are younger stay, in days."""
     size: Space = 0
-    """Nothing goes here while all local images together are no larger; 0: that does not matter."""
+    """Nothing local goes while all images of this name together are no larger; 0: that does not matter."""
     most_deletions: Annotated[int, count(1, 1000)] = 10
     """How many images one run of `prune` deletes at most, and how many it deprecates."""
     grace_days: Annotated[int, count(0, 365)] = 7
