@@ -15,9 +15,9 @@ import pytest
 
 from ami_builder.proc import wait_until
 
+from .faulting import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
 from .faults import Fault
 from .flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
-from .matrix import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
 from .server import Cloud
 
 POWER_LOSS = "power loss"
@@ -56,43 +56,10 @@ def _command(environment: dict[str, str], out: Path, arguments: tuple[str, ...])
 
 
 def try_signal(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
-    """Build, stop it while a call is answered, and then see to it that nothing stays; raises Leak."""
-
-    def stopped() -> tuple[Ran, float]:
-        work = home / f"{place.action}-{place.nth}-{column}-{time.monotonic_ns()}"
-        fresh(cloud, work)
-        cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS)
-        process = start(work, cloud.environment(), *BUILD)
-
-        def called() -> bool:
-            if process.exitcode is not None:
-                raise Leak(f"there was no {place}: {(work / 'out').read_text()}")
-            return cloud.count(place.action) >= place.nth
-
-        wait_until(called, what=str(place), timeout=BOUND, interval=0.005)
-        time.sleep(_PERFORMED_SECONDS)
-        started = time.monotonic()
-        assert process.pid is not None
-        children = _descendants(process.pid)
-        os.kill(process.pid, signal.SIGKILL if column == POWER_LOSS else signal.Signals[column])
-        for child in children if column == POWER_LOSS else ():
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        process.join(BOUND)
-        if process.exitcode is None:
-            process.kill()
-            raise Leak(f"{column} at {place} did not end it")
-        wait_until(
-            lambda: not any(Path(f"/proc/{child}").exists() for child in children),
-            what="the end of Packer",
-            timeout=BOUND,
-            interval=0.02,
-        )
-        seconds = time.monotonic() - started
-        cloud.faults.clear()
-        return Ran(status=process.exitcode, out="", err=(work / "out").read_text()), seconds
-
-    ran, seconds = stopped()
+    """Build, stop it at a call, and then see to it that nothing stays; raises Leak."""
+    start = time.monotonic()
+    ran = stopped(cloud, place, column, home / "first")
+    seconds = time.monotonic() - start
     by_hand = column in ("SIGINT", "SIGTERM")
     check_ended(ran, seconds, [_INTERRUPTED if by_hand else -signal.SIGKILL])
     # Once Packer has made it, the AMI is kept for the next build.
@@ -100,11 +67,47 @@ def try_signal(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
     if by_hand and not (left := cloud.left()).keys() <= allowed:
         raise Leak(f"left by {column} at {place}: {left}; {ran.err}")
     verdict = judged(cloud, ran.status)
-    rebuilt(cloud)
     if verdict is not Verdict.ERROR:
-        stopped()
-        rebuilt(cloud)
+        # Once more, with the next build before any `gc`.
+        stopped(cloud, place, column, home / "second")
+    rebuilt(cloud)
     return Cell(place=place, column=column, verdict=verdict, status=ran.status, said="", seconds=seconds)
+
+
+def stopped(cloud: Cloud, place: Place, column: str, home: Path) -> Ran:
+    """Build in a new account and workspace, and stop it while the call has been done, but not answered.
+
+    Returns once Packer has ended too; raises Leak when the command does not end.
+    """
+    fresh(cloud, home)
+    cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS)
+    process = start(home, cloud.environment(), *BUILD)
+
+    def called() -> bool:
+        if process.exitcode is not None:
+            raise Leak(f"there was no {place}: {(home / 'out').read_text()}")
+        return cloud.count(place.action) >= place.nth
+
+    wait_until(called, what=str(place), timeout=BOUND, interval=0.005)
+    time.sleep(_PERFORMED_SECONDS)
+    assert process.pid is not None
+    children = _descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL if column == POWER_LOSS else signal.Signals[column])
+    for child in children if column == POWER_LOSS else ():
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.join(BOUND)
+    if process.exitcode is None:
+        process.kill()
+        raise Leak(f"{column} at {place} did not end it")
+    wait_until(
+        lambda: not any(Path(f"/proc/{child}").exists() for child in children),
+        what="the end of Packer",
+        timeout=BOUND,
+        interval=0.02,
+    )
+    cloud.faults.clear()
+    return Ran(status=process.exitcode, out="", err=(home / "out").read_text())
 
 
 def _descendants(pid: int) -> list[int]:
