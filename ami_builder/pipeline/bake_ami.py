@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import tenacity
 
@@ -16,7 +15,7 @@ from ami_builder.adapters.aws import images, instances, network, tags, user_data
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed
-from ami_builder.ledger import Ledger
+from ami_builder.ledger import Entry, Ledger
 from ami_builder.model import Connect, Resource
 from ami_builder.pipeline.bake import container_archive
 from ami_builder.pipeline.inputs import Inputs
@@ -133,7 +132,7 @@ class _Bake:
             return False
         return bool(_TRANSIENT.search("\n".join((error.message, *error.tail))))
 
-    def _build(self, variables: Mapping[str, Any], step: Step) -> None:
+    def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
         stage = self.run_.directory / "packer"
         if not stage.exists():
             packer.stage(
@@ -179,16 +178,21 @@ class _Bake:
             # Before there is an instance only the account or its network can have failed.
             raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
         finally:
-            self._settle(instance, image)
+            self._settle(instance)
 
-    def _settle(self, instance: Any, image: Any) -> None:
-        """Bring the ledger up to date with what Packer, which cleans up after itself, has left."""
+    def _settle(self, instance: Entry) -> None:
+        """End the instance, as Packer does unless it was killed or cut off.
+
+        An AMI stays in the ledger: one whose making was not answered may show only later.
+        """
         with suppress(AmiBuilderError):
-            if not instances.of_run(self.account, self.run_id):
-                self.ledger.gone(instance)
-            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
-            if found is None or found.name != self.name:
-                self.ledger.gone(image)
+            left = instances.of_run(self.account, self.run_id)
+            # One that was launched a moment ago may not be listed yet.
+            if self.instance and not self.ami:
+                left.append(self.instance)
+            for one in dict.fromkeys(left):
+                instances.terminate(self.account, one)
+            self.ledger.gone(instance)
 
     def _variables(
         self, kind: str, subnet: str, group: str, key: Path, data_file: Path

@@ -21,7 +21,7 @@ from .faults import Fault
 from .flow import READ_SECONDS, Ran, captured
 from .server import Cloud
 
-BUILD = ("build", "--target", "aws")
+BUILD = ("--set", "bake.timeout=10s", "build", "--target", "aws")
 LASTING = "lasting"
 """Not one fault, but HTTP 500 to this call and to all of its action after it, until the command has ended."""
 FAULTS = (*(fault.value for fault in Fault), LASTING)
