@@ -31,10 +31,11 @@ _IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
 _CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
 )
-# Packer asks a few things before it makes anything, and gives up at the first refusal.
+# Packer asks a few things before it makes anything, and gives up at the first refusal; EC2 may not show our
+# security group yet.
 _TRANSIENT = re.compile(
     r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
-    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout"
+    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout|InvalidGroup\.NotFound"
 )
 ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
@@ -130,7 +131,9 @@ class _Bake:
         """Tell whether Packer failed for a moment's reason, before there was an instance."""
         if not isinstance(error, CloudFailed) or self.instance:
             return False
-        return bool(_TRANSIENT.search("\n".join((error.message, *error.tail))))
+        said = "\n".join((error.message, *error.tail))
+        # EC2 answers a lack of capacity with HTTP 500 too: the next place is better.
+        return bool(_TRANSIENT.search(said)) and not _CAPACITY.search(said)
 
     def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
         stage = self.run_.directory / "packer"
