@@ -13,8 +13,9 @@ import tenacity
 from ami_builder.adapters import packer, ssh
 from ami_builder.adapters.aws import images, instances, network, tags, user_data
 from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.waiting import look_for
 from ami_builder.console import Step
-from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed
+from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
 from ami_builder.ledger import Entry, Ledger
 from ami_builder.model import Connect, Resource
 from ami_builder.pipeline.bake import container_archive
@@ -28,6 +29,7 @@ AVAILABLE_SECONDS = 2 * 3600.0
 
 _INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
 _IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
+_IMAGING = re.compile(r"Creating AMI ")
 _CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
 )
@@ -50,10 +52,15 @@ def bake_ami(
     """
     with step.step("container") as child:
         archive = container_archive(inputs, workspace, run, child)
-    ami = _Bake(inputs, account, archive, run).run(step)
-    with step.step("finish the AMI") as child:
-        done = finish(inputs, account, ami, child, public=public)
-        child.done(f"{done.id}, {done.size // _GIB} GiB")
+    bake = _Bake(inputs, account, archive, run)
+    try:
+        ami = bake.run(step)
+        with step.step("finish the AMI") as child:
+            done = finish(inputs, account, ami, child, public=public)
+            child.done(f"{done.id}, {done.size // _GIB} GiB")
+    except Interrupted:
+        bake.drop()
+        raise
     return done
 
 
@@ -77,6 +84,18 @@ class _Bake:
         self.ledger = Ledger(run.directory / "ledger.jsonl")
         self.instance = ""
         self.ami = ""
+        self.imaging = False
+
+    def drop(self) -> None:
+        """Deregister what is not finished yet, as far as that is allowed; else the ledger knows of it."""
+        with suppress(AmiBuilderError):
+            found = look_for(self._made) if self.imaging else self._made()
+            if found is not None and not found.finished:
+                images.deregister(self.account, found.id)
+
+    def _made(self) -> images.Ami | None:
+        found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
+        return found if found is not None and found.name == self.name else None
 
     def run(self, step: Step) -> images.Ami:
         key = ssh.generate_key(self.run_.work)
@@ -93,8 +112,8 @@ class _Bake:
                     raise
                 lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
                 continue
-            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
-            if found is None or found.name != self.name:
+            found = self._made()
+            if found is None:
                 raise CloudFailed(
                     f"Packer succeeded, but there is no AMI {self.name}", log=self.run_.log("packer")
                 )
@@ -153,6 +172,7 @@ class _Bake:
         self.instance = self.ami = ""
 
         def seen(line: str) -> None:
+            self.imaging = self.imaging or _IMAGING.search(line) is not None
             if (found := _INSTANCE.search(line)) and not self.instance:
                 self.instance = found[1]
                 self.ledger.made(instance, self.instance)

@@ -62,11 +62,10 @@ def try_signal(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
     seconds = time.monotonic() - start
     by_hand = column in ("SIGINT", "SIGTERM")
     check_ended(ran, seconds, [_INTERRUPTED if by_hand else -signal.SIGKILL])
-    # Once Packer has made it, the AMI is kept for the next build.
-    allowed = set() if place.step in ("look", "Packer") else {"image", "snapshot"}
-    if by_hand and not (left := cloud.left()).keys() <= allowed:
-        raise Leak(f"left by {column} at {place}: {left}; {ran.err}")
+    left = cloud.left()
     verdict = judged(cloud, ran.status)
+    if by_hand and verdict is Verdict.GC:
+        raise Leak(f"left by {column} at {place}, and not for good: {left}; {ran.err}")
     if verdict is not Verdict.ERROR:
         # Once more, with the next build before any `gc`.
         stopped(cloud, place, column, home / "second")
