@@ -23,8 +23,6 @@ source "qemu" "image" {
   cpus        = var.cpus
   net_device  = "virtio-net"
   qemuargs    = var.qemu_args
-  cd_files    = var.seed_files
-  cd_label    = "cidata"
   headless    = true
   boot_wait   = "-1s" # nothing is typed into a boot menu
 

@@ -152,12 +152,6 @@ variable "qemu_args" {
   default     = []
 }
 
-variable "seed_files" {
-  type        = list(string)
-  description = "qemu: user-data and meta-data for the NoCloud seed; empty where the key comes otherwise."
-  default     = []
-}
-
 variable "region" {
   type        = string
   description = "amazon-ebs: where the AMI is baked."

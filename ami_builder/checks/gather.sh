@@ -13,14 +13,14 @@ trap 'rm -rf "$scratch"' EXIT
 all=$(docker ps -aq --no-trunc 2>/dev/null)
 # shellcheck disable=SC2086  # one word an id
 if [ -n "$all" ]; then docker inspect $all; else echo '[]'; fi >"$scratch/containers" 2>&1 &
-config() { # file, value or nothing
-    file=$1 value=$2
+# What Compose makes of file $1 where nobody measured.
+config() {
+    file=$1
     set -a
     # shellcheck source=/dev/null
     [ ! -e /etc/dask/dask.env ] || . /etc/dask/dask.env
     set +a
     export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="${DASK_ROLE:-local}"
-    [ -z "$value" ] || export AVAILABLE_MEMORY_FOR_DASK="$value"
     # The plugin is a program by itself, and starting it directly saves half the time.
     set -- docker compose
     for plugin in /usr/local/lib /usr/local/libexec /usr/lib /usr/libexec; do
@@ -28,12 +28,9 @@ config() { # file, value or nothing
     done
     "$@" --project-directory /etc/dask -f "$file" config --format json
 }
-value=$(sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=\([0-9][0-9]*\)$/\1/p' /run/dask/memory.env 2>/dev/null)
 if [ "$phase" = boot ]; then
-    (config /etc/dask/compose.yaml '' >"$scratch/compose.unset" 2>&1) &
-    (config /etc/dask/compose.yaml "${value:-1073741824}" >"$scratch/compose.set" 2>&1) &
-    (config /var/lib/ami-builder/compose.image.yaml '' >"$scratch/image.unset" 2>&1) &
-    (config /var/lib/ami-builder/compose.image.yaml "${value:-1073741824}" >"$scratch/image.set" 2>&1) &
+    (config /etc/dask/compose.yaml >"$scratch/compose.unset" 2>&1) &
+    (config /var/lib/ami-builder/compose.image.yaml >"$scratch/image.unset" 2>&1) &
 fi
 
 section booted
@@ -158,7 +155,7 @@ if [ "$phase" = boot ]; then
 fi
 
 wait
-for name in containers compose.unset compose.set image.unset image.set; do
+for name in containers compose.unset image.unset; do
     [ ! -e "$scratch/$name" ] || {
         section "$name"
         cat "$scratch/$name"

@@ -44,10 +44,3 @@ def test_no_variable_means_no_limit(machine: Machine, file: str) -> None:
     """A Compose file with the line must still start where nobody measured."""
     found = limits(machine.text[f"{FILES[file]}.unset"])
     assert set(found.values()) == {0}, f"without {VARIABLE} the limits are {found}, not 0"
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_variable_becomes_the_limit(machine: Machine, variable: int, file: str) -> None:
-    """The one service that starts takes the variable, to the byte."""
-    found = limits(machine.text[f"{FILES[file]}.set"])
-    assert list(found.values()) == [variable], f"with {VARIABLE}={variable} the limits are {found}"

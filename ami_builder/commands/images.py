@@ -80,10 +80,7 @@ def verify(
         str | None,
         typer.Argument(metavar="[IMAGE|PATH|AMI]", help="A built image's name, a disk's path, or an AMI."),
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", metavar="qemu|aws", help="Which one of a name that was built for both."),
-    ] = None,
+    target: TargetFlag = "qemu",
     memory: Annotated[
         list[str] | None,
         typer.Option("--memory", metavar="SIZE", help="Memory of the test machine, e.g. 2GiB; repeatable."),
@@ -199,7 +196,7 @@ def list_images(as_json: JsonFlag = False) -> None:
     )
 
 
-def _finished(name: str | None, config: Config, target: str | None) -> tuple[Image, StoredImage, Site]:
+def _finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
     """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
     from ami_builder.model import Target
 
@@ -208,11 +205,11 @@ def _finished(name: str | None, config: Config, target: str | None) -> tuple[Ima
     if name is not None and (os.sep in name or name.endswith(_DISK_NAMES)):
         return _disk(name, config)
     chosen = config.select(name)
-    wanted = parse_target(target) if target is not None else None
+    wanted = parse_target(target)
     built = [
         s
         for s in open_workspace().images()
-        if s.artifact.image == chosen.name and wanted in (None, s.artifact.target)
+        if s.artifact.image == chosen.name and s.artifact.target is wanted
     ]
     if not built:
         flag = " --target aws" if wanted is Target.AWS else ""
@@ -220,7 +217,7 @@ def _finished(name: str | None, config: Config, target: str | None) -> tuple[Ima
             f"image {chosen.name!r} has not been built yet",
             hint=f"run `ami-builder build {chosen.name}{flag}` first",
         )
-    return chosen, built[-1], open_site(chosen, built[-1].artifact.target)
+    return chosen, built[-1], open_site(chosen, wanted)
 
 
 def _ami(name: str, config: Config) -> tuple[Image, StoredImage, Site]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder.adapters import cloud_image, packer, qemu, recipe, ssh
+from ami_builder.adapters import cloud_image, packer, qemu, recipe, seed, ssh
 from ami_builder.console import Step, size
 from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.inputs import Inputs
@@ -143,11 +143,7 @@ def bake_variables(
         ["-device", "virtio-rng-pci"],
     ]
     if archive is not None:
-        arguments += [
-            ["-blockdev", f"driver=file,filename={archive},node-name=container,read-only=on"],
-            ["-device", "virtio-blk-pci,drive=container,serial=container"],
-        ]
-    seed: list[str] = []
+        arguments += _read_only("container", archive)
     if base.kernel is not None and base.initrd is not None:
         user = "root"
         encoded = base64.b64encode(public_key.encode()).decode()
@@ -160,7 +156,15 @@ def bake_variables(
     else:
         user = image.base.ssh_user
         arguments.append(list(qemu.firmware()))
-        seed = [str(path) for path in _nocloud_files(run, public_key)]
+        # Not as Packer's CD: cloud kernels have no driver for its drive.
+        iso = run.work / "seed.iso"
+        seed.nocloud_iso(
+            iso,
+            user_data="#cloud-config\n",
+            public_key=public_key,
+            instance_id=f"bake-{run.record.run_id}",
+        )
+        arguments += _read_only("seed", iso)
     return {
         "image_name": image.name,
         "image_digest": inputs.digest,
@@ -180,15 +184,12 @@ def bake_variables(
         "memory_mib": image.bake.memory // MIB,
         "cpus": image.bake.cpus,
         "qemu_args": arguments,
-        "seed_files": seed,
     }
 
 
-def _nocloud_files(run: Run, public_key: str) -> tuple[Path, Path]:
-    """Write the seed of a foreign cloud image, which brings cloud-init and no key of ours."""
-    folder = run.work / "seed"
-    folder.mkdir()
-    user_data, meta_data = folder / "user-data", folder / "meta-data"
-    user_data.write_text(f"#cloud-config\nssh_authorized_keys:\n- {public_key}\n")
-    meta_data.write_text(f"instance-id: bake-{run.record.run_id}\n")
-    return user_data, meta_data
+def _read_only(name: str, file: Path) -> list[list[str]]:
+    """Return the arguments that show a file to the machine as a disk of that serial number."""
+    return [
+        ["-blockdev", f"driver=file,filename={file},node-name={name},read-only=on"],
+        ["-device", f"virtio-blk-pci,drive={name},serial={name}"],
+    ]

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import tenacity
 
 from ami_builder.adapters import packer, ssh
 from ami_builder.adapters.aws import images, instances, network, tags, user_data
 from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.waiting import look_for
 from ami_builder.console import Step
-from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed
-from ami_builder.ledger import Ledger
+from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
+from ami_builder.ledger import Entry, Ledger
 from ami_builder.model import Connect, Resource
 from ami_builder.pipeline.bake import container_archive
 from ami_builder.pipeline.inputs import Inputs
@@ -29,13 +29,15 @@ AVAILABLE_SECONDS = 2 * 3600.0
 
 _INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
 _IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
+_IMAGING = re.compile(r"Creating AMI ")
 _CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
 )
-# Packer asks a few things before it makes anything, and gives up at the first refusal.
+# Packer asks a few things before it makes anything, and gives up at the first refusal; EC2 may not show our
+# security group yet.
 _TRANSIENT = re.compile(
     r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
-    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout"
+    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout|InvalidGroup\.NotFound"
 )
 ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
@@ -50,10 +52,15 @@ def bake_ami(
     """
     with step.step("container") as child:
         archive = container_archive(inputs, workspace, run, child)
-    ami = _Bake(inputs, account, archive, run).run(step)
-    with step.step("finish the AMI") as child:
-        done = finish(inputs, account, ami, child, public=public)
-        child.done(f"{done.id}, {done.size // _GIB} GiB")
+    bake = _Bake(inputs, account, archive, run)
+    try:
+        ami = bake.run(step)
+        with step.step("finish the AMI") as child:
+            done = finish(inputs, account, ami, child, public=public)
+            child.done(f"{done.id}, {done.size // _GIB} GiB")
+    except Interrupted:
+        bake.drop()
+        raise
     return done
 
 
@@ -77,6 +84,18 @@ class _Bake:
         self.ledger = Ledger(run.directory / "ledger.jsonl")
         self.instance = ""
         self.ami = ""
+        self.imaging = False
+
+    def drop(self) -> None:
+        """Deregister what is not finished yet, as far as that is allowed; else the ledger knows of it."""
+        with suppress(AmiBuilderError):
+            found = look_for(self._made) if self.imaging else self._made()
+            if found is not None and not found.finished:
+                images.deregister(self.account, found.id)
+
+    def _made(self) -> images.Ami | None:
+        found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
+        return found if found is not None and found.name == self.name else None
 
     def run(self, step: Step) -> images.Ami:
         key = ssh.generate_key(self.run_.work)
@@ -93,8 +112,8 @@ class _Bake:
                     raise
                 lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
                 continue
-            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
-            if found is None or found.name != self.name:
+            found = self._made()
+            if found is None:
                 raise CloudFailed(
                     f"Packer succeeded, but there is no AMI {self.name}", log=self.run_.log("packer")
                 )
@@ -131,9 +150,11 @@ class _Bake:
         """Tell whether Packer failed for a moment's reason, before there was an instance."""
         if not isinstance(error, CloudFailed) or self.instance:
             return False
-        return bool(_TRANSIENT.search("\n".join((error.message, *error.tail))))
+        said = "\n".join((error.message, *error.tail))
+        # EC2 answers a lack of capacity with HTTP 500 too: the next place is better.
+        return bool(_TRANSIENT.search(said)) and not _CAPACITY.search(said)
 
-    def _build(self, variables: Mapping[str, Any], step: Step) -> None:
+    def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
         stage = self.run_.directory / "packer"
         if not stage.exists():
             packer.stage(
@@ -151,6 +172,7 @@ class _Bake:
         self.instance = self.ami = ""
 
         def seen(line: str) -> None:
+            self.imaging = self.imaging or _IMAGING.search(line) is not None
             if (found := _INSTANCE.search(line)) and not self.instance:
                 self.instance = found[1]
                 self.ledger.made(instance, self.instance)
@@ -179,16 +201,21 @@ class _Bake:
             # Before there is an instance only the account or its network can have failed.
             raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
         finally:
-            self._settle(instance, image)
+            self._settle(instance)
 
-    def _settle(self, instance: Any, image: Any) -> None:
-        """Bring the ledger up to date with what Packer, which cleans up after itself, has left."""
+    def _settle(self, instance: Entry) -> None:
+        """End the instance, as Packer does unless it was killed or cut off.
+
+        An AMI stays in the ledger: one whose making was not answered may show only later.
+        """
         with suppress(AmiBuilderError):
-            if not instances.of_run(self.account, self.run_id):
-                self.ledger.gone(instance)
-            found = images.find(self.account, self.inputs.image.name, self.inputs.digest)
-            if found is None or found.name != self.name:
-                self.ledger.gone(image)
+            left = instances.of_run(self.account, self.run_id)
+            # One that was launched a moment ago may not be listed yet.
+            if self.instance and not self.ami:
+                left.append(self.instance)
+            for one in dict.fromkeys(left):
+                instances.terminate(self.account, one)
+            self.ledger.gone(instance)
 
     def _variables(
         self, kind: str, subnet: str, group: str, key: Path, data_file: Path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from .faulting import Place, good_run
+from .flow import in_haste, without_ssh
 from .server import Cloud
 
 
@@ -26,3 +29,13 @@ def cloud(running_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clo
     monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
     yield running_cloud
     running_cloud.machines = None
+
+
+@pytest.fixture
+def places(cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence[Place]:
+    """The calls of a build in order; builds are without ssh from here on, and wait for little."""
+    monkeypatch.setenv("AMI_BUILDER_HOME", "")
+    monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
+    without_ssh(monkeypatch)
+    in_haste(monkeypatch)
+    return good_run(cloud, tmp_path / "good")

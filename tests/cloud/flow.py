@@ -16,7 +16,7 @@ import pytest
 import tenacity
 from botocore.retries import standard
 
-from ami_builder import commands
+from ami_builder import commands, proc
 from ami_builder.adapters import packer
 from ami_builder.adapters.aws import images, instance, instances, network, session, waiting
 from ami_builder.console import Step
@@ -90,6 +90,8 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bake_ami, "PAUSE", tenacity.wait_fixed(0.01))
     monkeypatch.setattr(bake_ami, "ATTEMPTS", 2)
     monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(proc.stop, "__kwdefaults__", {"seconds": 5.0})
+    monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
     for module in (instance, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
     for module in (instances, network):

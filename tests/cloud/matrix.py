@@ -1,208 +1,122 @@
-"""The fault matrix: every call of a build meets every fault, and nothing may be left in the account.
+"""The whole matrix, calls × faults and signals, and the table that README shows of it.
 
-A build here bakes and verifies. Packer's calls count like ours; retries are left to do what they do.
+    python -m tests.cloud.matrix
+
+runs all of it (half an hour) and writes the table between the markers in README.md, if nothing leaks.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ami_builder.adapters.aws.tags import FINISHED
+import pytest
 
-from .calls import Call
-from .faults import Fault
-from .flow import READ_SECONDS, Ran, captured
+from .faulting import FAULTS, Cell, Leak, Place, Row, Verdict, good_run, rows, try_fault
+from .flow import in_haste, without_ssh
 from .server import Cloud
+from .stopping import SIGNALS, try_signal
 
-BUILD = ("build", "--target", "aws")
-LASTING = "lasting"
-"""Not one fault, but HTTP 500 to this call and to all of its action after it, until the command has ended."""
-FAULTS = (*(fault.value for fault in Fault), LASTING)
-BOUND = 120.0
-"""Seconds that a command may take under a fault, with the waiting cut down."""
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+COLUMNS = (*FAULTS, *SIGNALS)
 
-_SLOW_SECONDS = READ_SECONDS + 0.3
-_ERRORS = (4, 6, 7)
-"""The build failed, the cloud API failed, timed out."""
-_OURS_WHILE_PACKER = "ModifyInstanceMetadataOptions"
+# A row's cell shows the one that left the most to do.
+_WORST = (Verdict.OK, Verdict.ERROR, Verdict.KEPT, Verdict.GC)
 
 
-class Verdict(StrEnum):
-    """What a fault came to."""
-
-    OK = "ok"
-    """The command succeeded, and left the AMI alone."""
-    ERROR = "error"
-    """A clear error, and nothing was left."""
-    GC = "gc"
-    """A clear error, and what was left went with `gc --apply`."""
-    KEPT = "kept"
-    """A clear error, and the finished AMI was left, alone: the next build takes it."""
+def whole(places: Sequence[Place]) -> Iterator[tuple[Place, str]]:
+    """Yield every cell: each call with each fault, each row once with each signal."""
+    for row in rows(places):
+        for place in row.places:
+            yield from ((place, fault) for fault in FAULTS)
+        yield from ((row.places[0], signal) for signal in SIGNALS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """One call of the flow: the nth of its action."""
-
-    step: str
-    action: str
-    nth: int
-
-    def __str__(self) -> str:
-        return f"{self.step}: {self.action} {self.nth}"
+def share(places: Sequence[Place]) -> Iterator[tuple[Place, str]]:
+    """Yield some of it: each row with a fault, each third with a signal, in rotation, so that all occur."""
+    for number, row in enumerate(rows(places)):
+        yield row.places[-1], FAULTS[number % len(FAULTS)]
+        if number % 3 == 0:
+            yield row.places[0], SIGNALS[number // 3 % len(SIGNALS)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """What one fault, or one signal, at one call came to."""
-
-    place: Place
-    column: str
-    verdict: Verdict
-    status: int
-    said: str
-    seconds: float
+def cells(places: Sequence[Place]) -> list[tuple[Place, str]]:
+    """Return what the tests try: a share, or with AMI_BUILDER_TEST_WHOLE_MATRIX=1 everything."""
+    return list(whole(places) if os.environ.get("AMI_BUILDER_TEST_WHOLE_MATRIX") == "1" else share(places))
 
 
-class Leak(AssertionError):
-    """Something that must not happen under a fault."""
-
-
-def places(calls: Sequence[Call]) -> list[Place]:
-    """Return all calls of a good run in order, each with the step that makes it."""
-    counted: Counter[str] = Counter()
-    found: list[Place] = []
-    groups = 0
-    step, packer = "look", False
-    for call in calls:
-        counted[call.action] += 1
-        match call.action:
-            case "DescribeVpcs":
-                step = "verify" if groups else "bake"
-            case "DescribeRegions":
-                packer = True
-            case _ if packer and call.params.get("Filters", [{}])[0].get("Name", "").startswith("tag:"):
-                # We look at what Packer has left.
-                packer = False
-        named = "Packer" if packer and call.action != _OURS_WHILE_PACKER else step
-        found.append(Place(step=named, action=call.action, nth=counted[call.action]))
-        if call.action == "DeleteSecurityGroup":
-            groups += 1
-            step = "finish" if groups == 1 else "judge"
-    return found
-
-
-def good_run(cloud: Cloud, home: Path) -> list[Place]:
-    """Build without any fault and return the calls that it made."""
-    fresh(cloud, home)
-    ran = captured(*BUILD)
-    if ran.status != 0:
-        raise Leak(ran.err)
-    return places(cloud.calls)
-
-
-def fresh(cloud: Cloud, home: Path) -> None:
-    """Begin with an empty account and an empty workspace."""
-    cloud.reset()
-    os.environ["AMI_BUILDER_HOME"] = str(home)
-
-
-def try_fault(cloud: Cloud, place: Place, fault: str, home: Path) -> Cell:
-    """Build with one fault, and then see to it that nothing stays; raises Leak when something does.
-
-    After an error it is done twice: once `gc --apply` comes next, and once the next build.
-    """
-
-    def failing() -> Ran:
-        fresh(cloud, home / f"{place.action}-{place.nth}-{fault}-{time.monotonic_ns()}")
-        lasting = fault == LASTING
-        cloud.faults.add(
-            place.action,
-            Fault.HTTP500 if lasting else Fault(fault),
-            nth=place.nth,
-            times=None if lasting else 1,
-            seconds=_SLOW_SECONDS,
-        )
-        ran = captured(*BUILD)
-        if cloud.count(place.action) < place.nth:
-            raise Leak(f"there was no {place}")
+def tried(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
+    """Try one cell; raises Leak."""
+    attempt = try_signal if column in SIGNALS else try_fault
+    try:
+        return attempt(cloud, place, column, home)
+    finally:
         cloud.faults.clear()
-        return ran
-
-    start = time.monotonic()
-    ran = failing()
-    seconds = time.monotonic() - start
-    check_ended(ran, seconds, (0, *_ERRORS))
-    verdict = judged(cloud, ran.status)
-    if verdict is not Verdict.OK:
-        rebuilt(cloud)
-        failing()
-        rebuilt(cloud)
-    return Cell(
-        place=place, column=fault, verdict=verdict, status=ran.status, said=_said(ran), seconds=seconds
-    )
+        shutil.rmtree(home, ignore_errors=True)
 
 
-def check_ended(ran: Ran, seconds: float, allowed: Sequence[int]) -> None:
-    """Raise Leak unless a command ended as documented, in time, and with words for people."""
-    if ran.status not in allowed:
-        raise Leak(f"exit status {ran.status}: {ran.err}")
-    if "Traceback" in ran.err or "defect" in ran.err:
-        raise Leak(ran.err)
-    if seconds > BOUND:
-        raise Leak(f"it took {seconds:.0f} s: {ran.err}")
+def table(wanted: Sequence[Row], cells: Sequence[Cell]) -> str:
+    """Return the matrix as a Markdown table."""
+    lines = [f"| step | call | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in wanted:
+        found: Mapping[str, list[Verdict]] = {
+            column: [cell.verdict for cell in cells if cell.place in row.places and cell.column == column]
+            for column in COLUMNS
+        }
+        shown = [max(verdicts, key=_WORST.index) for verdicts in found.values()]
+        lines.append(f"| {row.name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
-def judged(cloud: Cloud, status: int) -> Verdict:
-    """Return what a command that has ended came to; raises Leak when anything is left after `gc --apply`."""
-    left = cloud.left()
-    if status == 0:
-        only_the_ami(cloud)
-        return Verdict.OK
-    collect()
-    now = cloud.left()
-    if now and not (_has_finished(cloud) and now.keys() == {"image", "snapshot"}):
-        raise Leak(f"left after `gc --apply`: {now}; before it: {left}")
-    if left != now:
-        return Verdict.GC
-    return Verdict.KEPT if now else Verdict.ERROR
+def names(readme: str) -> list[str]:
+    """Return the rows that a README shows."""
+    shown = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    return [" | ".join(part.strip() for part in line.split("|")[1:3]) for line in shown]
 
 
-def _has_finished(cloud: Cloud) -> bool:
-    """Tell whether the account's one AMI was finished."""
-    owned = cloud.client().describe_images(Owners=["self"])["Images"]
-    return [FINISHED in {tag["Key"] for tag in image.get("Tags", [])} for image in owned] == [True]
+def write(told: str) -> None:
+    """Put the table into README.md."""
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{told}\n{END}{after}", encoding="utf-8")
 
 
-def collect() -> None:
-    """Run `gc --apply`."""
-    ran = captured("gc", "--apply")
-    if ran.status != 0:
-        raise Leak(f"gc --apply ended with {ran.status}: {ran.err}")
+def main() -> None:
+    """Run the whole matrix and write its table."""
+    done: list[Cell] = []
+    leaks = 0
+    with (
+        Cloud() as cloud,
+        pytest.MonkeyPatch.context() as monkeypatch,
+        tempfile.TemporaryDirectory(prefix="matrix-") as folder,
+    ):
+        for name, value in cloud.environment().items():
+            monkeypatch.setenv(name, value)
+        without_ssh(monkeypatch)
+        in_haste(monkeypatch)
+        places = good_run(cloud, Path(folder))
+        for place, column in whole(places):
+            start = time.monotonic()
+            try:
+                cell = tried(cloud, place, column, Path(folder) / "cell")
+            except Leak as leak:
+                leaks += 1
+                print(f"{place}, {column}: LEAK, {leak}", flush=True)
+                continue
+            done.append(cell)
+            told = f"{place}, {column}: {cell.verdict} ({cell.status}), {time.monotonic() - start:.1f} s"
+            print(told, cell.said, flush=True)
+    if leaks:
+        raise SystemExit(f"{leaks} of {leaks + len(done)} cells leak; README.md stays as it is")
+    write(table(rows(places), done))
+    print(f"{len(done)} cells, no leak; {README} has the table")
 
 
-def rebuilt(cloud: Cloud) -> None:
-    """Build without a fault, whatever was left, and collect: only its AMI may remain."""
-    ran = captured(*BUILD)
-    if ran.status != 0:
-        raise Leak(f"the next build ended with {ran.status}: {ran.err}")
-    collect()
-    only_the_ami(cloud)
-
-
-def only_the_ami(cloud: Cloud) -> None:
-    """Raise Leak unless the account has one AMI and its snapshot."""
-    left = cloud.left()
-    if {kind: len(ids) for kind, ids in left.items()} != {"image": 1, "snapshot": 1}:
-        raise Leak(f"left beside the AMI: {left}")
-
-
-def _said(ran: Ran) -> str:
-    lines = ran.err.strip().splitlines()
-    return next((line for line in lines if "error" in line.lower()), "")
+if __name__ == "__main__":
+    os.environ.pop("AWS_PROFILE", None)
+    main()

@@ -1,4 +1,4 @@
-"""Faults on purpose: each kind once, met by boto3 and set from outside."""
+"""Faults on purpose: each kind once, met by boto3 and set from outside; then at each call of a build."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -13,6 +15,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import HTTPClientError
 
+from . import matrix
+from .faulting import FAULTS, Place, rows
 from .faults import Fault
 from .server import Cloud
 from .using import launch, refused
@@ -79,3 +83,22 @@ def test_other_processes_set_faults(cloud: Cloud, ec2: Any) -> None:
     assert cloud.calls == ()
     with pytest.raises(urllib.error.HTTPError, match="400"):
         control("POST", "faults", {"action": "*", "fault": "flood"})
+
+
+def test_a_fault_at_any_call_leaves_nothing(
+    cloud: Cloud, places: Sequence[Place], tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for place, column in matrix.cells(places):
+        if column in FAULTS:
+            with subtests.test(str(place), fault=column):
+                matrix.tried(cloud, place, column, tmp_path)
+
+
+def test_every_call_of_a_build_is_in_the_table(places: Sequence[Place]) -> None:
+    readme = matrix.README.read_text(encoding="utf-8")
+    assert matrix.names(readme) == [row.name for row in rows(places)]
+
+
+def test_every_fault_and_signal_has_its_turn(places: Sequence[Place]) -> None:
+    assert {column for _, column in matrix.share(places)} == set(matrix.COLUMNS)
+    assert {place.action for place, _ in matrix.share(places)} == {place.action for place in places}

@@ -61,3 +61,47 @@ def test_an_unchanged_build_asks_a_little_and_makes_nothing(
     assert again["unchanged"] is True
     assert again["artifact"]["location"] == first["artifact"]["location"]
     assert {call.action for call in cloud.calls[before:]} <= {"DescribeImages"}
+
+
+def test_an_ami_is_verified_again_on_several_types(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    ami = _built(capsys)["artifact"]["location"]
+    status = ami_builder(
+        "verify", ami, "--instance-type", "m5.large", "--instance-type", "r6i.large", "--json"
+    )
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    verdict = json.loads(shown.out)["verdict"]
+    assert [m["machine"] for m in verdict["measured"]] == ["m5.large", "r6i.large"]
+    memory = [m["total"] for m in verdict["measured"]]
+    assert memory[0] < memory[1]
+    assert {kind: len(ids) for kind, ids in cloud.left().items()} == {"image": 1, "snapshot": 1}
+
+
+def test_a_name_means_the_local_image_unless_told_otherwise(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami = _built(capsys)["artifact"]["location"]
+    assert ami_builder("verify") == 2
+    assert "has not been built yet" in capsys.readouterr().err
+    assert ami_builder("verify", "--target", "aws") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == ami
+    assert ami_builder("list") == 0
+    assert f"{ami} (us-east-1)" in capsys.readouterr().out
+
+
+def test_baking_on_a_spot_instance(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    status = ami_builder("--set", "aws.spot=true", "build", "--target", "aws", "--json")
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert cloud.count("CreateFleet") == 1
+    assert {kind: len(ids) for kind, ids in cloud.left().items()} == {"image": 1, "snapshot": 1}
+
+
+def test_publishing_needs_the_flag(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    status = ami_builder("build", "--target", "aws", "--public", "--json")
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    ami = json.loads(shown.out)["artifact"]["location"]
+    (image,) = cloud.client().describe_images(ImageIds=[ami])["Images"]
+    assert image["Public"] is True
+    assert ami_builder("build", "--public") == 2

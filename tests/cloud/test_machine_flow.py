@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import ami_builder
+from ami_builder import config
+from ami_builder.adapters import qemu, recipe
+from ami_builder.workspace import Workspace
+from tests.vm.conftest import HOME, ROOT, ami_builder
 
 from .machines import Machines
 from .server import Cloud
-from .test_machines import machines  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.vm
 
 TYPE = "t3.small"
+MIB = 2048
 
 
-def test_an_ami_keeps_the_promise_on_an_instance(
-    cloud: Cloud,
-    machines: Machines,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
+    workspace = Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
+    workspace.ensure()
+    image = config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+    base = recipe.base_recipe(image)
+    log = tmp_path / "base.log"
+    digest = base.resolve(workspace, log, refresh=False)
+    disk = base.make(workspace, digest, "disk.qcow2", log, lambda line: None) / "disk.qcow2"
+    accelerator, _ = qemu.choose_accelerator(
+        disk, cache=workspace.cache / "accelerator.json", directory=tmp_path
+    )
+    with Machines(
+        base=disk, directory=tmp_path / "cloud", accelerator=accelerator, memory={TYPE: MIB}
+    ) as machines:
+        cloud.machines = machines
+        yield machines
+        cloud.machines = None
+
+
+def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machines) -> None:
     settings = {
         "aws.source_cidrs": "127.0.0.1/32",
         "aws.ssh_port": str(machines.port),

@@ -472,16 +472,6 @@ ILL: dict[str, tuple[list[Change], str, set[str]]] = {
         dask(VALUE),
         {"compose: no variable means no limit (the image's own)"},
     ),
-    "compose ignores it": (
-        [sub("compose.set", str(VALUE), "1073741824")],
-        dask(VALUE),
-        {"compose: variable becomes the limit (in place)"},
-    ),
-    "image's compose ignores it": (
-        [sub("image.set", str(VALUE), "0")],
-        dask(VALUE),
-        {"compose: variable becomes the limit (the image's own)"},
-    ),
     # first boot
     "disk not grown": (
         [sub("disk", r"\A\d+", str(3 << 30))],

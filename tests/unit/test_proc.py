@@ -108,7 +108,9 @@ def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
     assert parent.stdout is not None
     with parent.stdout:
         child = int(parent.stdout.readline())
-    assert _alive(child)
+    # Between its fork and its first system calls nobody has asked the kernel yet.
+    asked = Path(f"/proc/{child}/comm")
+    proc.wait_until(lambda: asked.read_text() == "sleep\n", what="the child", timeout=10, interval=0.01)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=5, interval=0.05)

@@ -1,0 +1,117 @@
+"""The real command in a process of its own, stopped by a signal at an exact call of its."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from ami_builder.proc import wait_until
+
+from .faulting import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
+from .faults import Fault
+from .flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
+from .server import Cloud
+
+POWER_LOSS = "power loss"
+"""SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""
+SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL", POWER_LOSS)
+_HELD_SECONDS = READ_SECONDS - 0.2
+_PERFORMED_SECONDS = 0.05
+_INTERRUPTED = 130
+
+
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Return what starts commands: a server that has imported everything, and forks for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "ami_builder.pipeline.cloud", "ami_builder.pipeline.collect"])
+    return context
+
+
+def start(home: Path, environment: dict[str, str], *arguments: str) -> ForkServerProcess:
+    """Start a command whose output goes to `home`/out."""
+    home.mkdir(parents=True, exist_ok=True)
+    environment = {**environment, "AMI_BUILDER_HOME": str(home)}
+    process = processes().Process(target=_command, args=(environment, home / "out", arguments))
+    process.start()
+    return process
+
+
+def _command(environment: dict[str, str], out: Path, arguments: tuple[str, ...]) -> None:
+    os.environ.update(environment)
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    monkeypatch = pytest.MonkeyPatch()
+    without_ssh(monkeypatch)
+    in_haste(monkeypatch)
+    sys.exit(ami_builder(*arguments))
+
+
+def try_signal(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
+    """Build, stop it at a call, and then see to it that nothing stays; raises Leak."""
+    start = time.monotonic()
+    ran = stopped(cloud, place, column, home / "first")
+    seconds = time.monotonic() - start
+    by_hand = column in ("SIGINT", "SIGTERM")
+    check_ended(ran, seconds, [_INTERRUPTED if by_hand else -signal.SIGKILL])
+    left = cloud.left()
+    verdict = judged(cloud, ran.status)
+    if by_hand and verdict is Verdict.GC:
+        raise Leak(f"left by {column} at {place}, and not for good: {left}; {ran.err}")
+    if verdict is not Verdict.ERROR:
+        # Once more, with the next build before any `gc`.
+        stopped(cloud, place, column, home / "second")
+    rebuilt(cloud)
+    return Cell(place=place, column=column, verdict=verdict, status=ran.status, said="", seconds=seconds)
+
+
+def stopped(cloud: Cloud, place: Place, column: str, home: Path) -> Ran:
+    """Build in a new account and workspace, and stop it while the call has been done, but not answered.
+
+    Returns once Packer has ended too; raises Leak when the command does not end.
+    """
+    fresh(cloud, home)
+    cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS)
+    process = start(home, cloud.environment(), *BUILD)
+
+    def called() -> bool:
+        if process.exitcode is not None:
+            raise Leak(f"there was no {place}: {(home / 'out').read_text()}")
+        return cloud.count(place.action) >= place.nth
+
+    wait_until(called, what=str(place), timeout=BOUND, interval=0.005)
+    time.sleep(_PERFORMED_SECONDS)
+    assert process.pid is not None
+    children = _descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL if column == POWER_LOSS else signal.Signals[column])
+    for child in children if column == POWER_LOSS else ():
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    process.join(BOUND)
+    if process.exitcode is None:
+        process.kill()
+        raise Leak(f"{column} at {place} did not end it")
+    wait_until(
+        lambda: not any(Path(f"/proc/{child}").exists() for child in children),
+        what="the end of Packer",
+        timeout=BOUND,
+        interval=0.02,
+    )
+    cloud.faults.clear()
+    return Ran(status=process.exitcode, out="", err=(home / "out").read_text())
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found + [each for child in found for each in _descendants(child)]

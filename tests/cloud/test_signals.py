@@ -1,0 +1,38 @@
+"""A build that is stopped by a signal at any of its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from . import matrix
+from .faulting import BUILD, Place, collect, only_the_ami
+from .flow import captured
+from .server import Cloud
+from .stopping import POWER_LOSS, SIGNALS, stopped
+
+
+def test_a_signal_at_any_call_leaves_nothing(
+    cloud: Cloud, places: Sequence[Place], tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for place, column in matrix.cells(places):
+        if column in SIGNALS:
+            with subtests.test(str(place), signal=column):
+                matrix.tried(cloud, place, column, tmp_path)
+
+
+def test_the_next_build_takes_the_ami_that_a_killed_one_had_made(
+    cloud: Cloud, places: Sequence[Place], tmp_path: Path
+) -> None:
+    made = next(number for number, place in enumerate(places) if place.action == "CreateImage")
+    stopped(cloud, places[made + 1], POWER_LOSS, tmp_path / "killed")
+    (ami,) = cloud.left()["image"]
+    assert cloud.count("CreateTags") == 0
+    before = cloud.count("RunInstances")
+    assert captured(*BUILD).out.splitlines()[-1] == ami
+    assert cloud.count("RunInstances") == before + 1, "verified, and not baked again"
+    collect()
+    only_the_ami(cloud)
+    assert cloud.left()["image"] == [ami]
