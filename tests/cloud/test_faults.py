@@ -48,7 +48,8 @@ def test_faults(cloud: Cloud, ec2: Any, fault: Fault) -> None:
                 make("second")
         case _:
             make("second")
-    assert (time.monotonic() - start > 0.2) == (fault is Fault.SLOW)
+    if fault is Fault.SLOW:
+        assert time.monotonic() - start > 0.2
     make("third")
     performed = fault in (Fault.SLOW, Fault.LOST_RESPONSE, Fault.DUPLICATED)
     assert len(cloud.left()["security-group"]) == (3 if performed else 2)
@@ -96,7 +97,8 @@ def test_a_fault_at_any_call_leaves_nothing(
 
 def test_every_call_of_a_build_is_in_the_table(places: Sequence[Place]) -> None:
     readme = matrix.README.read_text(encoding="utf-8")
-    assert matrix.names(readme) == [row.name for row in rows(places)]
+    # Not their order: Packer and we call at the same time.
+    assert set(matrix.names(readme)) == {row.name for row in rows(places)}
 
 
 def test_every_fault_and_signal_has_its_turn(places: Sequence[Place]) -> None:

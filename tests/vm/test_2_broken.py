@@ -165,6 +165,6 @@ def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path
     for name in ("service: service is active", "chain: variable was measured", "limit: one container runs"):
         assert name in answer.stderr
     folder = next(Path(w) for w in answer.stderr.split() if w.rstrip(".").endswith("/machines"))
-    assert "broken on purpose" in (folder / "2048MiB" / "journal.txt").read_text()
-    assert (folder / "2048MiB" / "console.log").stat().st_size > 0
-    assert (folder / "2048MiB" / "docker-inspect.json").exists()
+    assert "broken on purpose" in (folder / "2GiB" / "journal.txt").read_text()
+    assert (folder / "2GiB" / "console.log").stat().st_size > 0
+    assert (folder / "2GiB" / "docker-inspect.json").exists()
