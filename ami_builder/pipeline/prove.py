@@ -11,7 +11,7 @@ from pathlib import Path
 from ami_builder import proc
 from ami_builder.adapters import checks, qemu, ssh
 from ami_builder.console import Step
-from ami_builder.errors import AmiBuilderError, BuildFailed
+from ami_builder.errors import AmiBuilderError
 from ami_builder.model import CheckResult, Image, Measurement, Outcome, Role
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import user_data
@@ -151,10 +151,11 @@ class _Way:
         """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
         for name, command in _EVIDENCE.items():
             try:
-                session.fetch(command, self.evidence / name, sudo=True, timeout=_SHORT_SECONDS)
+                # What a broken machine lacks must not keep the rest from being told.
+                session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=_SHORT_SECONDS)
             except AmiBuilderError as gone:
                 (self.evidence / name).write_text(f"not available: {gone}\n")
-                if isinstance(gone, BuildFailed):
+                if isinstance(gone, ssh.Unreachable):
                     return
 
     def _keep_console(self) -> None:
