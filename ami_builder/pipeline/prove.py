@@ -19,7 +19,7 @@ from ami_builder.resources import checks_dir
 from ami_builder.workspace import Run
 
 # A multi-threaded TCG boot now and then panics in the guest's kernel: that says nothing about the image.
-_BOOTS = 2
+_BOOTS = 3
 _SHORT_SECONDS = 60.0
 # A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
 _OWN_COMPOSE_FILE = """
