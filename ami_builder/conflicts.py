@@ -72,6 +72,11 @@ def find(table: ImageTable) -> Iterator[Conflict]:
             ("aws.connect", "aws.instance_profile"),
             "expected ssh, or an aws.instance_profile that lets the instance speak to Session Manager",
         )
+    if table.nightly.channel not in ("", *table.lifecycle.channels):
+        yield Conflict(
+            ("nightly.channel", "lifecycle.channels"),
+            f"expected one of lifecycle.channels: {', '.join(table.lifecycle.channels)}",
+        )
 
 
 def _registry(reference: str) -> str | None:

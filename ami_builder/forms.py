@@ -233,8 +233,17 @@ _AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?-]{1,128}"
 _KMS_KEY = r"[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+"
 
 Name = Annotated[str, text(r"[a-z0-9][a-z0-9-]*", "a name of a-z, 0-9 and -, at most 63 characters", most=63)]
+Channel = Annotated[str, text(r"(?:[a-z0-9][a-z0-9-]*)?", "one of lifecycle.channels, or nothing", most=63)]
 Line = Annotated[str, text(r"[^\x00-\x1f\x7f]*", "one line of at most 200 characters", most=200)]
 Package = Annotated[str, text(r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package", examples=("htop",))]
+Pattern = Annotated[
+    str,
+    text(
+        r"[a-zA-Z0-9*?\[\]][a-zA-Z0-9+._*?\[\]-]*",
+        "the name of a package, or a pattern with * and ?",
+        examples=("linux-image-*",),
+    ),
+]
 Unit = Annotated[
     str,
     text(

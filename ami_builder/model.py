@@ -167,6 +167,21 @@ class Lifecycle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Nightly:
+    """Where a night's image goes, and how far it may drift from the one that stands there."""
+
+    channel: str
+    memory_drift_percent: int
+    """How much less memory may be available at boot."""
+    time_drift_percent: int
+    """How much longer ssh and Dask may take to answer."""
+    size_drift_percent: int
+    """How much larger the image may be."""
+    hold_packages: tuple[str, ...]
+    """Patterns (`linux-image-*`) of packages whose change a person decides about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """What to build: everything that decides about an image's content and its proof."""
 
@@ -180,6 +195,7 @@ class Image:
     verify: Verify
     aws: Aws
     lifecycle: Lifecycle
+    nightly: Nightly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from . import model, resources
 from .forms import (
     DEBIAN,
     DEFAULT_REFERENCE,
+    Channel,
     Checksum,
     Cidr,
     Disk,
@@ -33,6 +34,7 @@ from .forms import (
     Mirror,
     Name,
     Package,
+    Pattern,
     Reference,
     Region,
     Reserved,
@@ -221,6 +223,23 @@ class LifecycleTable(Table):
     """How long an AMI is deprecated before it is deregistered, in days."""
 
 
+class NightlyTable(Table):
+    """Where the image of `ami-builder nightly` goes, and what holds it back from there."""
+
+    channel: Channel = ""
+    """The channel that a night promotes to, one of lifecycle.channels; empty: the first of them."""
+    memory_drift_percent: Annotated[int, count(0, 100)] = 3
+    """The promotion is held when so much less memory is available at boot than on the promoted image."""
+    time_drift_percent: Annotated[int, count(0, 1000)] = 50
+    """The promotion is held when ssh or Dask take so much longer to answer."""
+    size_drift_percent: Annotated[int, count(0, 1000)] = 20
+    """The promotion is held when the image is so much larger."""
+    hold_packages: Annotated[tuple[Pattern, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """The promotion is held when one of these packages has changed: names, or patterns such as `linux-*`."""
+
+
 class ImageTable(Table):
     """The settings of an image."""
 
@@ -234,6 +253,7 @@ class ImageTable(Table):
     verify: VerifyTable = Field(default_factory=VerifyTable)
     aws: AwsTable = Field(default_factory=AwsTable)
     lifecycle: LifecycleTable = Field(default_factory=LifecycleTable)
+    nightly: NightlyTable = Field(default_factory=NightlyTable)
 
     def overlaid(self, upper: ImageTable) -> ImageTable:
         """Return these settings with those that `upper` sets itself; a list replaces a list."""
@@ -272,6 +292,9 @@ class ImageTable(Table):
             verify=model.Verify(**_values(self.verify)),
             aws=model.Aws(**_values(self.aws)),
             lifecycle=model.Lifecycle(**_values(self.lifecycle)),
+            nightly=model.Nightly(
+                **_values(self.nightly) | {"channel": self.nightly.channel or self.lifecycle.channels[0]}
+            ),
         )
 
 

@@ -90,7 +90,9 @@ def _content_settings(image: Image, *, ami: bool) -> str:
         container=replace(image.container, requirements=None),
         bake=replace(image.bake, memory=0, cpus=0, timeout=0),
     )
-    settings = TypeAdapter(Image).dump_json(neutral, exclude={"verify", "aws", "lifecycle"}).decode()
+    settings = (
+        TypeAdapter(Image).dump_json(neutral, exclude={"verify", "aws", "lifecycle", "nightly"}).decode()
+    )
     return f"{settings} {image.aws.encrypt} {image.aws.kms_key}" if ami else settings
 
 

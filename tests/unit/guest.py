@@ -16,6 +16,7 @@ from ami_builder.model import (
     Image,
     Lifecycle,
     Network,
+    Nightly,
     Reserve,
     Role,
     Verify,
@@ -83,5 +84,12 @@ _IMAGE = Image(
     ),
     lifecycle=Lifecycle(
         channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10, grace_days=7
+    ),
+    nightly=Nightly(
+        channel="testing",
+        memory_drift_percent=3,
+        time_drift_percent=50,
+        size_drift_percent=20,
+        hold_packages=(),
     ),
 )
