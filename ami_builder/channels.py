@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -37,15 +37,28 @@ def stack(entries: Iterable[Entry], revoked: Iterable[str] = ()) -> tuple[str, .
     `entries` are of one channel, the oldest first. A promotion puts an image on top; going back takes away
     all above the one that it goes back to. What was revoked is nowhere.
     """
-    standing: list[str] = []
-    for entry in entries:
-        if not entry.id:
-            standing = []
-        elif entry.move is Move.PROMOTED or entry.id not in standing:
-            standing.append(entry.id)
-        else:
-            while standing[-1] != entry.id:
-                standing.pop()
+    standing, _ = _walk(entries)
     gone = set(revoked)
     left = [id for id in standing if id not in gone]
     return tuple(id for id, before in zip(left, ["", *left], strict=False) if id != before)
+
+
+def taken_back(entries: Iterable[Entry]) -> Mapping[str, Entry]:
+    """Return the ids that were taken out of a channel, and by which move; a later promotion puts one back.
+
+    `entries` are of one channel, the oldest first.
+    """
+    return _walk(entries)[1]
+
+
+def _walk(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
+    standing: list[str] = []
+    taken: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.id and (entry.move is Move.PROMOTED or entry.id not in standing):
+            standing.append(entry.id)
+        else:
+            while standing and standing[-1] != entry.id:
+                taken[standing.pop()] = entry
+        taken.pop(entry.id, None)
+    return standing, taken

@@ -7,8 +7,6 @@ for it.
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from . import lines
 from .model import Resource
+
+
+FILE = "ledger.jsonl"
+"""What a run's ledger is called in its directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,62 +52,39 @@ class Ledger:
                 number=self._next, kind=kind, region=region, intended=datetime.now(UTC), find=dict(find)
             )
             self._next += 1
-            self._append(
-                event="intended",
-                number=entry.number,
-                kind=str(kind),
-                region=region,
-                at=entry.intended.isoformat(),
-                find=dict(find),
+            lines.append(
+                self.path,
+                {
+                    "event": "intended",
+                    "number": entry.number,
+                    "kind": str(kind),
+                    "region": region,
+                    "at": entry.intended.isoformat(),
+                    "find": dict(find),
+                },
             )
         return entry
 
     def made(self, entry: Entry, id: str) -> Entry:
         """Note the id that the entry's thing got."""
         with self._lock:
-            self._append(event="made", number=entry.number, id=id)
+            lines.append(self.path, {"event": "made", "number": entry.number, "id": id})
         return replace(entry, id=id)
 
     def gone(self, entry: Entry) -> Entry:
         """Note that the entry's thing was deleted, or was never made."""
         with self._lock:
-            self._append(event="gone", number=entry.number)
+            lines.append(self.path, {"event": "gone", "number": entry.number})
         return replace(entry, gone=True)
-
-    def _append(self, **line: object) -> None:
-        new = not self.path.exists()
-        with open(self.path, "a+b", opener=_private) as file:
-            # What a killed process wrote in part stays a line of its own.
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def read(path: Path) -> tuple[Entry, ...]:
     """Return a ledger's entries as they stand now; lines that were written only in part are passed over."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return ()
     entries: dict[int, Entry] = {}
-    for raw in lines:
+    for line in lines.read(path):
         try:
-            _apply(json.loads(raw), entries)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            _apply(line, entries)
+        except (ValueError, KeyError, TypeError):
             continue
     return tuple(entries.values())
 

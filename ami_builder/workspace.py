@@ -3,7 +3,8 @@
 cache/<kind>/<digest>/           a base disk, a container archive: complete, or not there
 state/images/<name>/<digest>/    a finished image, or where it is: artifact, verdict, package list
 state/runs/<run id>/             record.json, logs, rendered files; work/ while the run lives
-state/locks/                     one build at a time for an image and target
+state/nights/<name>.<target>/    one folder a night: its journal and summary; `latest` is the last one
+state/locks/                     one build at a time for an image and target, and one night
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,6 +134,11 @@ class Workspace:
         """Run directories."""
         return self.state / "runs"
 
+    @property
+    def nights_dir(self) -> Path:
+        """What each night did."""
+        return self.state / "nights"
+
     def resolve_logs(self) -> Path:
         """Return the folder for logs of what happens before there is a run."""
         folder = self.cache / "logs"
@@ -218,11 +224,26 @@ class Workspace:
         except (Timeout, OSError):
             return False
 
-    @contextmanager
-    def lock(self, image: str, target: Target) -> Iterator[None]:
+    def lock(self, image: str, target: Target) -> AbstractContextManager[None]:
         """Hold the build lock of an image and target; raises Locked with who holds it."""
+        return self._locked(
+            f"{image}.{target}",
+            f"image {image!r} is being built for {target}",
+            "wait for it to end, or build another image meanwhile",
+        )
+
+    def lock_night(self, image: str, target: Target) -> AbstractContextManager[None]:
+        """Hold the lock of the nights of an image and target; raises Locked with who holds it."""
+        return self._locked(
+            f"{image}.{target}.night",
+            f"a night of image {image!r} for {target} is going",
+            "wait for it to end: two at once would do the same",
+        )
+
+    @contextmanager
+    def _locked(self, name: str, what: str, hint: str) -> Iterator[None]:
         self.ensure()
-        path = self.state / "locks" / f"{image}.{target}.lock"
+        path = self.state / "locks" / f"{name}.lock"
         holder = path.with_suffix(".json")
         lock = FileLock(path)
         try:
@@ -233,10 +254,7 @@ class Workspace:
                 text = f"process {who['pid']} (since {who['since']})"
             except (OSError, ValueError, KeyError):
                 text = "another process"
-            raise Locked(
-                f"image {image!r} is being built for {target} by {text}",
-                hint="wait for it to end, or build another image meanwhile",
-            ) from busy
+            raise Locked(f"{what} by {text}", hint=hint) from busy
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))

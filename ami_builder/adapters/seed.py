@@ -9,7 +9,7 @@ from pathlib import Path
 from ami_builder import proc
 
 
-def nocloud_iso(path: Path, *, user_data: str, public_key: str, instance_id: str) -> None:
+def nocloud_iso(path: Path, *, user_data: bytes, public_key: str, instance_id: str) -> None:
     """Write an ISO labelled `cidata` to `path`, replacing one that is there; raises BuildFailed.
 
     `public_key` is one line of an authorized_keys file. cloud-init's NoCloud reads it.
@@ -21,7 +21,7 @@ def nocloud_iso(path: Path, *, user_data: str, public_key: str, instance_id: str
     path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".seed-") as name:
         folder = Path(name)
-        (folder / "user-data").write_text(user_data)
+        (folder / "user-data").write_bytes(user_data)
         (folder / "meta-data").write_text(meta_data + "\n")
         argv: list[str | Path] = ["xorriso", "-as", "genisoimage", "-quiet", "-o", path, "-volid", "cidata"]
         argv += ["-joliet", "-rock", folder / "user-data", folder / "meta-data"]

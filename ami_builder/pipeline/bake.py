@@ -160,7 +160,7 @@ def bake_variables(
         iso = run.work / "seed.iso"
         seed.nocloud_iso(
             iso,
-            user_data="#cloud-config\n",
+            user_data=b"#cloud-config\n",
             public_key=public_key,
             instance_id=f"bake-{run.record.run_id}",
         )

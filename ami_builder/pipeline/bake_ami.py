@@ -16,6 +16,7 @@ from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.waiting import look_for
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
+from ami_builder.ledger import FILE as LEDGER
 from ami_builder.ledger import Entry, Ledger
 from ami_builder.model import Connect, Resource
 from ami_builder.pipeline.bake import container_archive
@@ -81,7 +82,7 @@ class _Bake:
         self.archive = archive
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
-        self.ledger = Ledger(run.directory / "ledger.jsonl")
+        self.ledger = Ledger(run.directory / LEDGER)
         self.instance = ""
         self.ami = ""
         self.imaging = False

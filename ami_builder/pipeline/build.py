@@ -34,10 +34,24 @@ def build(image: Image, options: Options, site: Site, workspace: Workspace, prog
 
     Raises Locked, MissingTool, BuildFailed, ChecksFailed, CloudFailed, TimedOut, Interrupted.
     """
+    inputs = resolve(image, site, workspace, progress, refresh=options.refresh)
+    return build_from(inputs, options, site, workspace, progress)
+
+
+def resolve(image: Image, site: Site, workspace: Workspace, progress: Progress, *, refresh: bool) -> Inputs:
+    """Return what would go into an image now; `refresh` asks the package archive again."""
     workspace.ensure()
     with progress.step("resolve inputs") as step:
-        inputs = site.gather(image, refresh=options.refresh)
+        inputs = site.gather(image, refresh=refresh)
         step.done(inputs.digest[:16])
+    return inputs
+
+
+def build_from(
+    inputs: Inputs, options: Options, site: Site, workspace: Workspace, progress: Progress
+) -> Built:
+    """Return the baked and verified image of inputs that were resolved before; raises what `build` does."""
+    image = inputs.image
     if (stored := _answer(inputs, options, site)) is not None:
         return Built(stored=stored, unchanged=True)
     with workspace.lock(image.name, site.target):

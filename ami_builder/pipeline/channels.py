@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
-from ami_builder.channels import Entry, Move, stack
+from ami_builder.channels import Entry, Move, stack, taken_back
 from ami_builder.errors import UsageError
 from ami_builder.spelling import did_you_mean
 from ami_builder.workspace import StoredImage
@@ -130,6 +130,21 @@ def standing(channels: Channels) -> dict[str, tuple[str, ...]]:
         for id in _stack(channels, channel)[-1:]:
             found[id] = (*found.get(id, ()), channel)
     return found
+
+
+def current(channels: Channels, channel: str) -> str:
+    """Return the id that stands in a channel; empty when nothing does."""
+    return next(iter(_stack(channels, channel)[-1:]), "")
+
+
+def taken_out(channels: Channels, channel: str, id: str) -> str:
+    """Return why a person would not want an image back in a channel; empty when nobody took it out."""
+    if reason := channels.revoked([id]).get(id):
+        return f"it was revoked: {reason}"
+    if (entry := taken_back(channels.entries(channel)).get(id)) is None:
+        return ""
+    why = f": {entry.reason}" if entry.reason else ""
+    return f"channel {channel} was {entry.move} from it on {entry.at:%Y-%m-%d} by {entry.by}{why}"
 
 
 def choose(images: Sequence[StoredImage], word: str, names: Sequence[str]) -> StoredImage:

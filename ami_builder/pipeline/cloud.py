@@ -13,6 +13,7 @@ from ami_builder.adapters.aws.instance import Instance, Launch
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Step
 from ami_builder.errors import UsageError
+from ami_builder.ledger import FILE as LEDGER
 from ami_builder.ledger import Ledger
 from ami_builder.model import Artifact, CheckResult, Connect, Endpoint, Image, Outcome, Target, Verdict
 from ami_builder.pipeline.bake_ami import bake_ami, finish
@@ -123,7 +124,7 @@ class CloudSite:
     ) -> Iterator[tuple[Sequence[Machine], int]]:
         """Yield an instance for each configured type, in a security group that lives as long."""
         run_id = run.record.run_id
-        ledger = Ledger(run.directory / "ledger.jsonl")
+        ledger = Ledger(run.directory / LEDGER)
         told = tags.tags(image.name, stored.artifact.digest, run_id, tags.Purpose.VERIFY)
         through_ssm = image.aws.connect is Connect.SESSION_MANAGER
         group = network.SecurityGroup(

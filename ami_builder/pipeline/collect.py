@@ -10,11 +10,10 @@ from ami_builder.adapters.aws import gc
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Progress
 from ami_builder.errors import CloudFailed
+from ami_builder.ledger import FILE as LEDGER
 from ami_builder.ledger import Entry, Ledger, read
 from ami_builder.leftovers import Action, Leftover, RunState, plan
 from ami_builder.workspace import Workspace
-
-LEDGER = "ledger.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

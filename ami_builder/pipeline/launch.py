@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ami_builder.adapters import imds, qemu, ssh
+from ami_builder.adapters import qemu, ssh
 from ami_builder.console import Progress
-from ami_builder.model import Image, Network
+from ami_builder.model import Datasource, Image, Network
+from ami_builder.pipeline.local import LocalMachine
 from ami_builder.workspace import Workspace
 
 _LOOK_SECONDS = 2.0
@@ -43,6 +44,9 @@ def launch(
     Raises Interrupted by Ctrl-C, which is the normal end; BuildFailed when the machine dies.
     """
     qemu.image_info(disk)
+    # A person wants the network, and EC2's way of handing over what a control plane sends.
+    verify = replace(image.verify, network=Network.NAT, datasource=Datasource.EC2)
+    settings = replace(image, verify=verify)
     with workspace.run("run", image.name) as run, ExitStack() as stack:
         with progress.step("choose the accelerator") as step:
             accelerator, reason = qemu.choose_accelerator(
@@ -51,29 +55,9 @@ def launch(
             step.done(reason)
         with progress.step("boot", detail="waiting for ssh") as step:
             key = ssh.generate_key(run.work)
-            instance_id = imds.new_instance_id()
-            metadata = stack.enter_context(
-                imds.MetadataServer(
-                    imds.InstanceMetadata(
-                        instance_id=instance_id,
-                        user_data=user_data.read_bytes() if user_data is not None else None,
-                        public_key=key.with_suffix(".pub").read_text().strip(),
-                    )
-                )
-            )
-            machine = qemu.Machine(
-                disk=disk,
-                directory=run.work,
-                memory=memory,
-                cpus=image.verify.cpus,
-                disk_size=image.verify.disk_size,
-                accelerator=accelerator,
-                user=image.base.ssh_user,
-                imds_port=metadata.port,
-                network=Network.NAT,
-                instance_id=instance_id,
-            )
-            endpoint = stack.enter_context(machine)
+            machine = LocalMachine(image=settings, disk=disk, accelerator=accelerator, memory=memory)
+            told = user_data.read_bytes() if user_data is not None else None
+            endpoint = machine.boot(stack, run.work, told, key.with_suffix(".pub").read_text().strip())
             session = stack.enter_context(ssh.Session(endpoint, key=key, directory=run.work / "ssh"))
             session.wait(image.verify.timeout, machine.check_alive)
             step.done("ssh answers")

@@ -36,18 +36,20 @@ class LocalMachine:
 
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         """Boot the disk with EC2's metadata service, or with a NoCloud seed."""
+        return self.boot(stack, directory, user_data.encode(), public_key)
+
+    def boot(self, stack: ExitStack, directory: Path, user_data: bytes | None, public_key: str) -> Endpoint:
+        """Boot the disk with user data of any kind, or with none at all."""
         settings = self.image.verify
         instance_id = imds.new_instance_id()
         metadata: imds.MetadataServer | None = None
         iso: Path | None = None
         if settings.datasource is Datasource.EC2:
-            told = imds.InstanceMetadata(
-                instance_id=instance_id, user_data=user_data.encode(), public_key=public_key
-            )
+            told = imds.InstanceMetadata(instance_id=instance_id, user_data=user_data, public_key=public_key)
             metadata = stack.enter_context(imds.MetadataServer(told))
         else:
             iso = directory / "seed.iso"
-            seed.nocloud_iso(iso, user_data=user_data, public_key=public_key, instance_id=instance_id)
+            seed.nocloud_iso(iso, user_data=user_data or b"", public_key=public_key, instance_id=instance_id)
         self._machine = qemu.Machine(
             disk=self.disk,
             directory=directory,

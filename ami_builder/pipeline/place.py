@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from ami_builder.console import Step
 from ami_builder.pipeline.channels import Channels
-from ami_builder.workspace import StoredImage
+from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.workspace import StoredImage, Workspace
 
 
 class Place(Protocol):
@@ -28,3 +30,28 @@ class Place(Protocol):
 
     def share(self, stored: StoredImage, step: Step) -> None:
         """Let those launch an image that it is configured to be shared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPlace:
+    """This machine, where every image of the local target stands already."""
+
+    workspace: Workspace
+    image: str
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return "this machine"
+
+    @property
+    def channels(self) -> Channels:
+        """The journal beside the images."""
+        return LocalChannels(workspace=self.workspace, image=self.image)
+
+    def bring(self, stored: StoredImage, step: Step) -> StoredImage:
+        """Return the image itself."""
+        return stored
+
+    def share(self, stored: StoredImage, step: Step) -> None:
+        """Do nothing: whoever may read the disk may boot it."""

@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from ami_builder import ledger
 from ami_builder.channels import stack
+from ami_builder.journal import unfinished
 from ami_builder.model import Image, Lifecycle, RunRecord, RunStatus, Target
 from ami_builder.pipeline.channels import Channels
 from ami_builder.pipeline.local_channels import LocalChannels
@@ -17,6 +19,8 @@ from ami_builder.workspace import StoredImage, Workspace, load
 
 CACHES = ("base", "container")
 _DAY = timedelta(days=1)
+_RECORDS_STAY = 365 * _DAY
+_MOST_RECORDS = 1000
 
 
 def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
@@ -29,7 +33,7 @@ def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime)
     for name in sorted({one.artifact.image for one in stored}):
         mine = [one for one in stored if one.artifact.image == name]
         decisions += _plan_images(workspace, name, mine, images, now)
-    return (*decisions, *_plan_caches(workspace, images, now))
+    return (*decisions, *_plan_caches(workspace, images, now), *_plan_records(workspace, now))
 
 
 def prune_local(workspace: Workspace, images: Mapping[str, Image]) -> tuple[Decision, ...]:
@@ -78,6 +82,7 @@ def _plan_images(
     used = {reference.id: reference.by for reference in channel_references(record)}
     bases = {image.base.source: other for other, image in images.items() if image.base.source}
     going = [run for run in _live(workspace) if run.image == name]
+    nights = {night.digest: night.id for night in unfinished(workspace)}
     candidates, references = [], []
     for one in stored:
         id = str(one.directory)
@@ -96,6 +101,8 @@ def _plan_images(
             references.append(Reference(id=id, by=by))
         if other := bases.get(one.artifact.location):
             references.append(Reference(id=id, by=f"the base of image {other}"))
+        if night := nights.get(one.artifact.digest):
+            references.append(Reference(id=id, by=f"night {night} goes on with it"))
         references += [Reference(id=id, by=f"run {run.run_id} is going") for run in going]
     rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
     return plan(candidates, references, rules, now)
@@ -140,6 +147,41 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
     going = _live(workspace)
     references = [Reference(id=one.id, by=f"run {run.run_id} is going") for one in found for run in going]
     return plan(found, references, rules, now)
+
+
+def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
+    """Decide about what tells of past runs and nights: small, and needed as long as what came of it."""
+    rules = Policy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
+    runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
+    nights = [
+        _record("nights", folder)
+        for folder in sorted(workspace.nights_dir.glob("*/*/"))
+        if not folder.is_symlink()
+    ]
+    made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
+    references = [Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)]
+    latest = {str(link.resolve()) for link in workspace.nights_dir.glob("*/latest")}
+    references += [Reference(id=one.id, by="the last night") for one in nights if one.id in latest]
+    return plan([*runs, *nights], references, rules, now)
+
+
+def _record(kind: str, folder: Path) -> Candidate:
+    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return Candidate(
+        id=str(folder),
+        image=kind,
+        created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+        size=sum(file.st_size for file in files),
+    )
+
+
+def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Iterator[str]:
+    if workspace.is_live(folder.name):
+        yield "it is going"
+    if folder.name in made:
+        yield f"how {made[folder.name]} was made"
+    if any(not entry.gone for entry in ledger.read(folder / ledger.FILE)):
+        yield "`ami-builder gc` looks for what it left"
 
 
 def _live(workspace: Workspace) -> list[RunRecord]:

@@ -24,7 +24,7 @@ def content(iso: Path, name: str, to: Path) -> str:
 def test_seed_is_what_cloud_init_looks_for(tmp_path: Path) -> None:
     iso = tmp_path / "seed.iso"
     iso.write_text("an older one")
-    nocloud_iso(iso, user_data=USER_DATA, public_key=KEY, instance_id="i-0abc")
+    nocloud_iso(iso, user_data=USER_DATA.encode(), public_key=KEY, instance_id="i-0abc")
     # The volume's name stands in the primary descriptor of ISO 9660.
     assert iso.read_bytes()[16 * 2048 + 40 : 16 * 2048 + 72].rstrip() in (b"cidata", b"CIDATA")
     assert content(iso, "user-data", tmp_path / "user-data") == USER_DATA
@@ -40,4 +40,4 @@ def test_a_seed_that_cannot_be_written(tmp_path: Path) -> None:
     iso = tmp_path / "seed.iso"
     iso.mkdir()
     with pytest.raises((AmiBuilderError, IsADirectoryError, PermissionError)):
-        nocloud_iso(iso, user_data=USER_DATA, public_key=KEY, instance_id="i-0abc")
+        nocloud_iso(iso, user_data=USER_DATA.encode(), public_key=KEY, instance_id="i-0abc")

@@ -1,0 +1,115 @@
+"""The command that a timer runs every night."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ami_builder import console
+
+from .shared import (
+    JsonFlag,
+    TargetFlag,
+    app,
+    load_config,
+    mode,
+    open_site,
+    open_workspace,
+    parse_target,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from ami_builder.config import Config
+    from ami_builder.console import Progress
+    from ami_builder.model import Image, Target
+    from ami_builder.night import Night
+    from ami_builder.pipeline.place import Place
+    from ami_builder.retention import Decision
+
+
+@app.command()
+def nightly(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IMAGE]...", help="Images of ami-builder.toml; all when none is named."),
+    ] = None,
+    target: TargetFlag = "qemu",
+    prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune --apply` does.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build, verify, compare, copy, share, promote and prune what changed since last night.
+
+    Killed anywhere and started again, it goes on where it was. AMI_BUILDER_WEBHOOK names a webhook
+    (Slack-compatible) that hears how it ended. Exit codes: 0 promoted or unchanged, 4 the build failed,
+    5 checks failed, 6 the cloud or a region failed, 7 timed out, 8 another night is going, 9 held: a person
+    decides.
+    """
+    from ami_builder.adapters import webhook
+    from ami_builder.pipeline.nightly import Subject
+    from ami_builder.pipeline.nightly import nightly as go
+
+    config, where = load_config(), parse_target(target)
+    chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
+    with console.open_progress(mode()) as progress:
+        ended = go(
+            [Subject(image=one, site=open_site(one, where), places=_places(one, where)) for one in chosen],
+            open_workspace(),
+            progress,
+            prune=partial(_prune, config, where) if prune else None,
+            notify=lambda text: webhook.notify_if_set(os.environ, text),
+        )
+    nights = [one.night for one in ended]
+    for one in ended:
+        if one.error is not None:
+            console.error(one.error)
+    _print(nights, as_json=as_json)
+    status = next((night.exit_code for night in nights if night.exit_code), 0)
+    if status:
+        raise typer.Exit(status)
+
+
+def _places(image: Image, target: Target) -> Sequence[Place]:
+    from ami_builder.model import Target
+
+    if target is Target.AWS:
+        from ami_builder.pipeline.cloud_place import places
+
+        return places(image, open_workspace())
+    from ami_builder.pipeline.place import LocalPlace
+
+    return (LocalPlace(workspace=open_workspace(), image=image.name),)
+
+
+def _prune(config: Config, target: Target, progress: Progress) -> Sequence[Decision]:
+    from ami_builder.model import Target
+
+    if target is Target.AWS:
+        from ami_builder.pipeline.prune_cloud import plan_cloud, prune_cloud
+
+        planned = plan_cloud(open_workspace(), config.images, progress)
+        prune_cloud(planned, progress)
+        return [decision for _, decisions in planned for decision in decisions]
+    from ami_builder.pipeline.prune import prune_local
+    from ami_builder.retention import Action
+
+    with progress.step("prune") as step:
+        decisions = prune_local(open_workspace(), config.images)
+        step.done(f"{sum(one.action is Action.DELETE for one in decisions)} deleted")
+    return decisions
+
+
+def _print(nights: Sequence[Night], *, as_json: bool) -> None:
+    if as_json:
+        console.result_json({"nights": plain(nights)})
+        return
+    rows = []
+    for night in nights:
+        ended = [(one.place, one.ending, one.id, one.text) for one in night.places]
+        ended = ended or [("", night.ending, night.location, night.error or "; ".join(night.drifts))]
+        rows += [(night.image, night.channel, *row) for row in ended]
+    console.table(("image", "channel", "where", "ended", "stands", "because"), rows)

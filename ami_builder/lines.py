@@ -1,0 +1,48 @@
+"""Files of one JSON object a line that only grow: what was written stays, whatever kills the writer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a line; it is on disk when this returns. Only this user can read the file."""
+    new = not path.exists()
+    with open(path, "a+b", opener=_private) as file:
+        # What a killed process wrote in part stays a line of its own.
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file, none when there is no file; those written only in part are passed over."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for raw in lines:
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

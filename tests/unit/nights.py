@@ -1,0 +1,176 @@
+"""Nights without machines: a site whose images are a few bytes and whose machines say what they are told.
+
+What is real: the configuration, the pipeline, the journals, the channels, the workspace, pruning. What is not
+imitated: Packer, QEMU, and what the checks find out; tests/vm has a real night.
+
+As a command it runs one night the way `ami-builder nightly` does, and can be killed after the Nth entry that it
+makes in its journal: python -m tests.unit.nights FOLDER [DIE_AFTER]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import commands
+from ami_builder.commands import nightly as command
+from ami_builder.console import Step
+from ami_builder.errors import BuildFailed
+from ami_builder.journal import Journal
+from ami_builder.model import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
+from ami_builder.pipeline import verify
+from ami_builder.pipeline.inputs import Inputs
+from ami_builder.pipeline.prove import Proof
+from ami_builder.pipeline.target import Machine
+from ami_builder.workspace import Run, StoredImage, Workspace
+
+GIB = 1 << 30
+WORLD = "world.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a night meets; stands in FOLDER/world.json."""
+
+    inputs: str = "one"
+    """What the image is made of: another text is another digest."""
+    archive: bool = True
+    """Whether the package archive answers."""
+    bakes: bool = True
+    """Whether Packer succeeds."""
+    passes: bool = True
+    """Whether the checks pass."""
+    available: int = 1_780_000_000
+    """What is left to Dask on the machine."""
+    packages: tuple[str, ...] = ("systemd=257",)
+    webhook: str = ""
+
+
+def told(folder: Path) -> World:
+    """Return the world as it stands in a folder."""
+    values = json.loads((folder / WORLD).read_text())
+    return World(**values | {"packages": tuple(values["packages"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeMachine:
+    """Only its name; `prove` is replaced."""
+
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeSite:
+    """A local site in which baking writes some bytes, and notes that it did in FOLDER/bakes."""
+
+    folder: Path
+    workspace: Workspace
+    target: Target = field(default=Target.QEMU, init=False)
+
+    def gather(self, image: Image, *, refresh: bool) -> Inputs:
+        """Digest what the world says, as the archive would be asked."""
+        world = told(self.folder)
+        if not world.archive:
+            raise BuildFailed("the package archive does not answer")
+        digest = hashlib.sha256(f"{image.name} {world.inputs}".encode()).hexdigest()
+        return Inputs(image=image, guest={}, base_digest="b", container_digest="c", digest=digest)
+
+    def find(self, inputs: Inputs) -> StoredImage | None:
+        """Return the finished image of exactly these inputs."""
+        return self.workspace.image(inputs.image.name, inputs.digest)
+
+    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+        """Write a disk of a few bytes."""
+        world = told(self.folder)
+        with (self.folder / "bakes").open("a") as file:
+            file.write(f"{inputs.digest}\n")
+        if not world.bakes:
+            raise BuildFailed("provisioner 10-guest.sh failed")
+        disk = run.work / "image.qcow2"
+        disk.write_bytes(inputs.digest.encode())
+        packages = run.directory / "packages.txt"
+        packages.write_text("\n".join(world.packages) + "\n")
+        artifact = Artifact(
+            image=inputs.image.name,
+            target=self.target,
+            location="",
+            digest=inputs.digest,
+            created=datetime.now(UTC),
+            run_id=run.record.run_id,
+            size=0,
+        )
+        return self.workspace.store(artifact, disk, packages)
+
+    @contextmanager
+    def machines(
+        self, image: Image, stored: StoredImage, run: Run, step: Step
+    ) -> Iterator[tuple[Sequence[Machine], int]]:
+        """Yield a machine of each configured size."""
+        yield [FakeMachine(name=f"{m // GIB} GiB", memory=m) for m in image.verify.memory], 1  # type: ignore[list-item]
+
+    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Put the verdict beside the image."""
+        return self.workspace.judge(stored, verdict)
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ami-builder nightly` in this process meet the world in `folder`."""
+
+    def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
+        world = told(folder)
+        outcome = Outcome.PASSED if world.passes else Outcome.FAILED
+        result = CheckResult(
+            name="the chain is equal", phase="boot", machine=machine.name, outcome=outcome, seconds=0, message="x"
+        )
+        one = Measurement(
+            machine=machine.name, phase="boot", total=machine.memory, available=world.available
+        )
+        return Proof(results=(result,), measured=(one,))
+
+    def site(image: Image, target: Target, *, public: bool = False) -> FakeSite:
+        return FakeSite(folder=folder, workspace=Workspace.open(os.environ))
+
+    monkeypatch.setattr(verify, "prove", proved)
+    monkeypatch.setattr(command, "open_site", site)
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(folder / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(folder / "ami-builder.toml"))
+
+
+def die_after(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process be killed, as by kill -9, once it has made so many entries in its journal."""
+    left = entries
+    note = Journal.note
+
+    def noted(self: Journal, *args: Any, **told: Any) -> None:
+        nonlocal left
+        note(self, *args, **told)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Journal, "note", noted)
+
+
+def main(folder: Path, die: int) -> int:
+    """Run one night, and return its exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(folder, monkeypatch)
+        if die:
+            die_after(die, monkeypatch)
+        return commands.run(["nightly"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

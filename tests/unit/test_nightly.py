@@ -1,0 +1,292 @@
+"""Nights: nothing twice, nothing half, and whatever a person did to a channel stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import time_machine
+
+from ami_builder import commands
+from ami_builder.journal import Journal, Step, open_night, unfinished
+from ami_builder.model import RunRecord, Target
+from ami_builder.pipeline import channels
+from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.workspace import Workspace, load
+
+from .nights import WORLD, World, install
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+[images.dask.lifecycle]
+keep = 1
+keep_days = 2
+[images.dask.verify]
+memory = ["1GiB", "2GiB"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a world stands in which nothing has been built yet."""
+    (tmp_path / "ami-builder.toml").write_text(CONFIG)
+    install(tmp_path, monkeypatch)
+    monkeypatch.delenv("AMI_BUILDER_WEBHOOK", raising=False)
+    meet(tmp_path, World())
+    return tmp_path
+
+
+@pytest.fixture
+def workspace(folder: Path) -> Workspace:
+    return Workspace.open({"AMI_BUILDER_HOME": str(folder / "home")})
+
+
+@pytest.fixture
+def record(workspace: Workspace) -> LocalChannels:
+    return LocalChannels(workspace=workspace, image="dask")
+
+
+def meet(folder: Path, world: World) -> None:
+    (folder / WORLD).write_text(json.dumps(asdict(world)))
+
+
+def bakes(folder: Path) -> list[str]:
+    path = folder / "bakes"
+    return path.read_text().split() if path.exists() else []
+
+
+def standing(record: LocalChannels, channel: str = "testing") -> str:
+    return channels.current(record, channel)
+
+
+def night(capsys: pytest.CaptureFixture[str], *flags: str, status: int = 0) -> dict[str, object]:
+    """Run one night and return what --json says of it."""
+    capsys.readouterr()
+    assert commands.run(["nightly", "--json", *flags]) == status
+    (found,) = json.loads(capsys.readouterr().out)["nights"]
+    return dict(found)
+
+
+def test_a_first_night_builds_proves_and_promotes_and_the_next_finds_nothing_to_do(
+    folder: Path, workspace: Workspace, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = night(capsys)
+    assert first["ending"] == "promoted"
+    assert standing(record) == first["digest"] == bakes(folder)[0]
+    second = night(capsys)
+    assert second["ending"] == "unchanged"
+    assert second["id"] != first["id"]
+    assert len(bakes(folder)) == 1
+    assert len(list(workspace.runs_dir.iterdir())) == 1
+    assert len(record.entries("testing")) == 1
+
+
+def test_a_night_promotes_every_machine_size_that_is_configured(
+    folder: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night(capsys)
+    (image,) = workspace.images()
+    assert image.verdict is not None
+    assert [one.machine for one in image.verdict.measured] == ["1 GiB", "2 GiB"]
+
+
+def test_what_drifts_too_far_is_held_until_a_person_promotes_it(
+    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = night(capsys)["digest"]
+    heavy = World(inputs="two", available=1_500_000_000, packages=("systemd=258", "agent=1"))
+    meet(folder, heavy)
+    for _ in range(2):
+        held = night(capsys, status=9)
+        assert held["ending"] == "held"
+        assert any("available memory" in line for line in held["drifts"])  # type: ignore[attr-defined]
+        assert any("systemd" in line for line in held["moved"])  # type: ignore[attr-defined]
+        assert standing(record) == before == held["before"]
+    assert len(bakes(folder)) == 2
+    assert commands.run(["promote", str(held["digest"]), "testing"]) == 0
+    assert night(capsys)["ending"] == "unchanged"
+
+
+def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_again(
+    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = night(capsys)["digest"]
+    for world, status, said in (
+        (World(archive=False), 4, "the package archive does not answer"),
+        (World(inputs="two", bakes=False), 4, "provisioner"),
+        (World(inputs="two", passes=False), 5, "checks failed"),
+    ):
+        meet(folder, world)
+        failed = night(capsys, status=status)
+        assert failed["ending"] == "failed"
+        assert said in str(failed["error"])
+        assert standing(record) == before
+    meet(folder, World(inputs="two"))
+    # What was baked is proved again, not baked again.
+    assert night(capsys)["ending"] == "promoted"
+    assert len(bakes(folder)) == 3
+    assert standing(record) != before
+
+
+@pytest.mark.parametrize("command", ["rollback testing --reason slow", "revoke IMAGE --reason slow"])
+def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
+    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    before = night(capsys)["digest"]
+    meet(folder, World(inputs="two"))
+    bad = str(night(capsys)["digest"])
+    assert commands.run(command.replace("IMAGE", bad).split()) == 0
+    held = night(capsys, status=9)
+    assert held["ending"] == "held"
+    assert "slow" in str(held["places"])
+    assert standing(record) == before
+    meet(folder, World(inputs="three"))
+    assert night(capsys)["ending"] == "promoted"
+    assert len(bakes(folder)) == 3
+
+
+def run_apart(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run a night in a process of its own."""
+    argv = [sys.executable, "-m", "tests.unit.nights", str(folder), *more]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_night_that_is_killed_after_any_entry_of_its_journal_goes_on_where_it_was(
+    folder: Path, workspace: Workspace, record: LocalChannels
+) -> None:
+    meet(folder, World(inputs="zero"))
+    assert run_apart(folder).returncode == 0
+    entries = len((workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines())
+    assert entries == len(Step)
+    for number in range(1, entries + 1):
+        meet(folder, World(inputs=f"killed after {number}"))
+        built = len(bakes(folder))
+        killed = run_apart(folder, str(number))
+        assert killed.returncode == -9, killed.stderr
+        cut_off = [journal.id for journal in unfinished(workspace)]
+        assert len(cut_off) == (number < entries)
+        ended = run_apart(folder)
+        assert ended.returncode == 0, ended.stderr
+        assert not list(unfinished(workspace))
+        latest = Journal((workspace.nights_dir / "dask.qemu" / "latest").resolve())
+        assert latest.id in cut_off or number == entries
+        assert len(bakes(folder)) == built + 1
+        assert standing(record) == bakes(folder)[-1]
+        assert [entry.id for entry in record.entries("testing")].count(standing(record)) == 1
+
+
+def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
+    folder: Path, workspace: Workspace, record: LocalChannels
+) -> None:
+    assert run_apart(folder, "1").returncode == -9
+    (cut_off,) = unfinished(workspace)
+    meet(folder, World(inputs="two"))
+    assert run_apart(folder).returncode == 0
+    ended = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
+    assert len(bakes(folder)) == 1
+    assert standing(record) == bakes(folder)[0]
+    assert ended is None or "inputs have changed" in ended["ending"]
+
+
+def test_of_two_nights_at_once_the_second_says_who_is_at_it(
+    folder: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with workspace.lock_night("dask", Target.QEMU):
+        assert commands.run(["nightly"]) == 8
+        assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
+    assert not bakes(folder)
+    assert commands.run(["nightly"]) == 0
+
+
+def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
+    workspace: Workspace, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = datetime.now(UTC)
+    with time_machine.travel(now, tick=True):
+        workspace.ensure()
+        cut_off = open_night(workspace, "dask", Target.QEMU, "d" * 64)
+    with time_machine.travel(now - timedelta(days=400), tick=True):
+        assert open_night(workspace, "dask", Target.QEMU, "d" * 64).id == cut_off.id
+        cut_off.note(Step.ENDED)
+        assert night(capsys)["ending"] == "promoted"
+    with time_machine.travel(now - timedelta(days=800), tick=True):
+        assert night(capsys)["ending"] == "unchanged"
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """A webhook on loopback; returns the texts that it was sent."""
+    texts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AMI_BUILDER_WEBHOOK", f"http://127.0.0.1:{server.server_port}/secret")
+    yield lambda: texts
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_seven_nights(
+    folder: Path,
+    workspace: Workspace,
+    record: LocalChannels,
+    hook: Callable[[], list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A week unattended: inputs change on some nights, faults come on others, and the clock moves on."""
+    monday = datetime(2026, 3, 2, 2, 30, tzinfo=UTC)
+    base = World()
+    week: list[tuple[World, int, str]] = [
+        (base, 0, "promoted"),
+        (base, 0, "unchanged"),
+        (replace(base, inputs="two", packages=("systemd=258",)), 0, "promoted"),
+        (replace(base, archive=False), 4, "failed"),
+        (replace(base, inputs="three", available=1_500_000_000, packages=("agent=1",)), 9, "held"),
+        (replace(base, inputs="four", passes=False), 5, "failed"),
+        (replace(base, inputs="four"), 0, "promoted"),
+    ]
+    digests: dict[str, str] = {}
+    for number, (world, status, ending) in enumerate(week):
+        meet(folder, world)
+        with time_machine.travel(monday + timedelta(days=number), tick=True):
+            ended = night(capsys, status=status)
+        assert ended["ending"] == ending
+        if ended["digest"]:
+            digests[world.inputs] = str(ended["digest"])
+    assert bakes(folder) == list(digests.values())
+
+    assert standing(record) == digests["four"]
+    assert [entry.id for entry in record.entries("testing")] == [digests[i] for i in ("one", "two", "four")]
+    # Younger than two days, in the channel or what it goes back to, or the newest that never stood anywhere.
+    assert {one.artifact.digest for one in workspace.images()} == {digests[i] for i in ("two", "three", "four")}
+    assert not list(unfinished(workspace))
+    assert not list(workspace.runs_dir.glob("*/work"))
+    records = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
+    assert sorted(str(one.status) for one in records if one) == ["failed", "passed", "passed", "passed", "passed"]
+
+    assert len(hook()) == 6, "an unchanged night has nothing to tell"
+    capsys.readouterr()
+    assert commands.run(["history", "testing"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split("\t")[0][:10] for line in told.splitlines()] == ["2026-03-02", "2026-03-04", "2026-03-08"]
+    nights = sorted((workspace.nights_dir / "dask.qemu").glob("2026*"))
+    assert len(nights) == 7
+    assert "held" in (nights[4] / "summary.md").read_text()
