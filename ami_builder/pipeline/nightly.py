@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 from ami_builder import gate
 from ami_builder.console import Progress
@@ -225,7 +226,7 @@ class _Going:
         self._tell(before=str(told["before"]), drifts=drifts, moved=tuple(told["moved"]))
         return drifts
 
-    def _compare(self, stored: StoredImage) -> Mapping[str, object]:
+    def _compare(self, stored: StoredImage) -> Mapping[str, Any]:
         record = self.places[0].channels
         id = channels.current(record, self.channel)
         before = record.find(id) if id else None

@@ -3,8 +3,8 @@
 What is real: the configuration, the pipeline, the journals, the channels, the workspace, pruning. What is not
 imitated: Packer, QEMU, and what the checks find out; tests/vm has a real night.
 
-As a command it runs one night the way `ami-builder nightly` does, and can be killed after the Nth entry that it
-makes in its journal: python -m tests.unit.nights FOLDER [DIE_AFTER]
+As a command it runs one night the way `ami-builder nightly` does, and can be killed after the Nth entry that
+it makes in its journal: python -m tests.unit.nights FOLDER [DIE_AFTER]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -118,7 +118,7 @@ class FakeSite:
         self, image: Image, stored: StoredImage, run: Run, step: Step
     ) -> Iterator[tuple[Sequence[Machine], int]]:
         """Yield a machine of each configured size."""
-        yield [FakeMachine(name=f"{m // GIB} GiB", memory=m) for m in image.verify.memory], 1  # type: ignore[list-item]
+        yield [cast(Machine, FakeMachine(name=f"{m // GIB} GiB", memory=m)) for m in image.verify.memory], 1
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Put the verdict beside the image."""
@@ -132,11 +132,14 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         world = told(folder)
         outcome = Outcome.PASSED if world.passes else Outcome.FAILED
         result = CheckResult(
-            name="the chain is equal", phase="boot", machine=machine.name, outcome=outcome, seconds=0, message="x"
+            name="the chain is equal",
+            phase="boot",
+            machine=machine.name,
+            outcome=outcome,
+            seconds=0,
+            message="x",
         )
-        one = Measurement(
-            machine=machine.name, phase="boot", total=machine.memory, available=world.available
-        )
+        one = Measurement(machine=machine.name, phase="boot", total=machine.memory, available=world.available)
         return Proof(results=(result,), measured=(one,))
 
     def site(image: Image, target: Target, *, public: bool = False) -> FakeSite:

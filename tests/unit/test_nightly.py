@@ -276,17 +276,29 @@ def test_seven_nights(
     assert standing(record) == digests["four"]
     assert [entry.id for entry in record.entries("testing")] == [digests[i] for i in ("one", "two", "four")]
     # Younger than two days, in the channel or what it goes back to, or the newest that never stood anywhere.
-    assert {one.artifact.digest for one in workspace.images()} == {digests[i] for i in ("two", "three", "four")}
+    assert {one.artifact.digest for one in workspace.images()} == {
+        digests[i] for i in ("two", "three", "four")
+    }
     assert not list(unfinished(workspace))
     assert not list(workspace.runs_dir.glob("*/work"))
     records = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
-    assert sorted(str(one.status) for one in records if one) == ["failed", "passed", "passed", "passed", "passed"]
+    assert sorted(str(one.status) for one in records if one) == [
+        "failed",
+        "passed",
+        "passed",
+        "passed",
+        "passed",
+    ]
 
     assert len(hook()) == 6, "an unchanged night has nothing to tell"
     capsys.readouterr()
     assert commands.run(["history", "testing"]) == 0
     told = capsys.readouterr().out
-    assert [line.split("\t")[0][:10] for line in told.splitlines()] == ["2026-03-02", "2026-03-04", "2026-03-08"]
+    assert [line.split("\t")[0][:10] for line in told.splitlines()] == [
+        "2026-03-02",
+        "2026-03-04",
+        "2026-03-08",
+    ]
     nights = sorted((workspace.nights_dir / "dask.qemu").glob("2026*"))
     assert len(nights) == 7
     assert "held" in (nights[4] / "summary.md").read_text()
