@@ -17,7 +17,6 @@ from typing import Any
 from . import lines
 from .model import Resource
 
-
 FILE = "ledger.jsonl"
 """What a run's ledger is called in its directory."""
 

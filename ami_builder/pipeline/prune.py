@@ -150,7 +150,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
 
 
 def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
-    """Decide about what tells of past runs and nights: small, and needed as long as what came of it."""
+    """Return what may go of past runs and nights: all of it is small, and what stays would fill a table."""
     rules = Policy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
     runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
     nights = [
@@ -159,10 +159,13 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
         if not folder.is_symlink()
     ]
     made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
-    references = [Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)]
+    references = [
+        Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
+    ]
     latest = {str(link.resolve()) for link in workspace.nights_dir.glob("*/latest")}
     references += [Reference(id=one.id, by="the last night") for one in nights if one.id in latest]
-    return plan([*runs, *nights], references, rules, now)
+    decisions = plan([*runs, *nights], references, rules, now)
+    return tuple(one for one in decisions if one.action is not Action.KEEP)
 
 
 def _record(kind: str, folder: Path) -> Candidate:

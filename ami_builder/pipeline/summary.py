@@ -1,3 +1,9 @@
 """stub"""
-def markdown(n): return f"{n}"
-def text(n): return f"{n.image} {n.ending}"
+
+
+def markdown(n):
+    return f"{n}"
+
+
+def text(n):
+    return f"{n.image} {n.ending}"

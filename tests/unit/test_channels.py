@@ -6,6 +6,7 @@ import json
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from ami_builder import commands
 from ami_builder.channels import Entry, Move, stack
 from ami_builder.errors import UsageError
-from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.model import Artifact
 from ami_builder.pipeline import channels, local_channels
 from ami_builder.pipeline.channels import Moved, choose, promote, revoke, rollback, standing
 from ami_builder.pipeline.local_channels import LocalChannels
 from ami_builder.workspace import StoredImage, Workspace
+
+from .stored import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -26,48 +29,20 @@ KNOWN = ("testing", "stable")
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(ROOT / "ami-builder.toml"))
-    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
-    made.ensure()
-    return made
-
-
-@pytest.fixture
 def local(workspace: Workspace) -> LocalChannels:
     return LocalChannels(workspace=workspace, image="dask")
 
 
-def stored(
-    workspace: Workspace, letter: str, *, passed: bool | None = True, target: Target = Target.QEMU
-) -> StoredImage:
-    """Return a finished image whose digest is one letter over and over."""
-    disk = workspace.state / "out.qcow2"
-    disk.write_bytes(letter.encode())
-    digest = letter * 64
-    artifact = Artifact(
-        image="dask",
-        target=target,
-        location="",
-        digest=digest,
-        created=NOW + timedelta(hours=ord(letter)),
-        run_id="r",
-        size=0,
-    )
-    made = workspace.store(artifact, disk, None)
-    if passed is None:
-        return made
-    outcome = Outcome.PASSED if passed else Outcome.FAILED
-    result = CheckResult(name="x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message="")
-    return workspace.judge(made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=()))
+def made(workspace: Workspace, letter: str, **more: Any) -> StoredImage:
+    """Return a finished image; a later letter is a newer one."""
+    return stored(workspace, letter, created=NOW + timedelta(hours=ord(letter)), **more)
 
 
 def promoted(local: LocalChannels, workspace: Workspace, letters: str) -> list[StoredImage]:
-    made = [stored(workspace, letter) for letter in letters]
-    for one in made:
+    images = [made(workspace, letter) for letter in letters]
+    for one in images:
         promote(local, one, "stable", KNOWN)
-    return made
+    return images
 
 
 def current(local: LocalChannels) -> str:
@@ -103,13 +78,13 @@ def test_what_was_not_proved_is_refused(
     local: LocalChannels, workspace: Workspace, passed: bool | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
-        promote(local, stored(workspace, "a", passed=passed), "stable", KNOWN)
+        promote(local, made(workspace, "a", passed=passed), "stable", KNOWN)
     assert "ami-builder verify" in str(caught.value.hint)
     assert standing(local) == {}
 
 
 def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Workspace) -> None:
-    one, other = stored(workspace, "a"), stored(workspace, "b")
+    one, other = made(workspace, "a"), made(workspace, "b")
     assert other.verdict is not None
     swapped = workspace.judge(one, other.verdict)
     with pytest.raises(UsageError, match="has not been verified"):
@@ -118,7 +93,7 @@ def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Wo
 
 def test_a_rollback_needs_the_image_and_its_proof(local: LocalChannels, workspace: Workspace) -> None:
     first, second, _ = promoted(local, workspace, "abc")
-    stored(workspace, "b", passed=False)
+    made(workspace, "b", passed=False)
     with pytest.raises(UsageError, match="failed its checks"):
         rollback(local, "stable", KNOWN)
     assert second.directory is not None
@@ -178,14 +153,14 @@ def test_a_move_that_was_not_written_has_not_happened(
 
 
 def test_an_image_that_is_not_ours_has_no_channel(local: LocalChannels, workspace: Workspace) -> None:
-    one = stored(workspace, "a")
+    one = made(workspace, "a")
     foreign = StoredImage(artifact=one.artifact, verdict=one.verdict, directory=None)
     with pytest.raises(UsageError, match="was not built here"):
         promote(local, foreign, "stable", KNOWN)
 
 
 def test_an_image_is_chosen_by_name_digest_or_path(workspace: Workspace) -> None:
-    one, other = stored(workspace, "a"), stored(workspace, "b")
+    one, other = made(workspace, "a"), made(workspace, "b")
     images = [one, other]
     assert choose(images, "dask", ["dask"]) == other
     assert choose(images, "aaaa", ["dask"]) == one
@@ -199,7 +174,7 @@ def test_an_image_is_chosen_by_name_digest_or_path(workspace: Workspace) -> None
             choose(images, word, ["dask"])
     with pytest.raises(UsageError, match="has not been built yet"):
         choose([], "dask", ["dask"])
-    twin = stored(workspace, "a")
+    twin = made(workspace, "a")
     sibling = StoredImage(
         artifact=Artifact(**{f: getattr(twin.artifact, f) for f in twin.artifact.__slots__}
                           | {"digest": "aaaa" + "0" * 60}),
@@ -210,7 +185,7 @@ def test_an_image_is_chosen_by_name_digest_or_path(workspace: Workspace) -> None
 
 
 def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    one, other = stored(workspace, "a"), stored(workspace, "b")
+    one, other = made(workspace, "a"), made(workspace, "b")
     assert commands.run(["promote", "aaaaaaaa", "stable", "--reason", "first"]) == 0
     assert commands.run(["promote", "dask", "stable", "--json"]) == 0
     path, answer = capsys.readouterr().out.splitlines()
@@ -255,7 +230,7 @@ def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_words_say_what_is_right(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    stored(workspace, "a")
+    made(workspace, "a")
     assert commands.run(arguments) == 2
     assert said in capsys.readouterr().err
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,45 +13,13 @@ import pytest
 from ami_builder import __version__, commands, proc
 from ami_builder.adapters import qemu
 from ami_builder.errors import Interrupted
-from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
 from ami_builder.pipeline import build as build_module
 from ami_builder.pipeline import launch
-from ami_builder.workspace import StoredImage, Workspace
+from ami_builder.workspace import Workspace
+
+from .stored import stored
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(ROOT / "ami-builder.toml"))
-    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
-    made.ensure()
-    return made
-
-
-def _stored(workspace: Workspace, tmp_path: Path, *, passed: bool | None) -> StoredImage:
-    disk = tmp_path / "out.qcow2"
-    disk.write_bytes(b"disk")
-    artifact = Artifact(
-        image="dask",
-        target=Target.QEMU,
-        location="",
-        digest="a" * 64,
-        created=datetime(2026, 1, 2, tzinfo=UTC),
-        run_id="r",
-        size=0,
-    )
-    stored = workspace.store(artifact, disk, None)
-    if passed is None:
-        return stored
-    outcome = Outcome.PASSED if passed else Outcome.FAILED
-    result = CheckResult(
-        name="chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
-    )
-    return workspace.judge(
-        stored, Verdict(digest="a" * 64, checks_digest="c", results=(result,), measured=())
-    )
 
 
 @pytest.mark.parametrize(
@@ -109,11 +76,11 @@ def test_list_shows_verdicts(
     assert commands.run(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == []
     for passed, word in ((None, "not verified"), (True, "passed"), (False, "FAILED")):
-        stored = _stored(workspace, tmp_path, passed=passed)
+        one = stored(workspace, "a", passed=passed)
         assert commands.run(["list"]) == 0
         shown = capsys.readouterr().out
         assert word in shown
-        assert str(stored.path) in shown
+        assert str(one.path) in shown
 
 
 def test_a_result_is_one_json_object(
@@ -122,16 +89,16 @@ def test_a_result_is_one_json_object(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stored = _stored(workspace, tmp_path, passed=True)
-    built = build_module.Built(stored=stored, unchanged=True)
+    one = stored(workspace, "a")
+    built = build_module.Built(stored=one, unchanged=True)
     monkeypatch.setattr(build_module, "build", lambda *_: built)
     assert commands.run(["build", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["schema_version"] == 1
     assert answer["unchanged"] is True
-    assert answer["artifact"]["location"] == str(stored.path)
+    assert answer["artifact"]["location"] == str(one.path)
     assert commands.run(["--quiet", "build"]) == 0
-    assert capsys.readouterr().out == f"{stored.path}\n"
+    assert capsys.readouterr().out == f"{one.path}\n"
 
 
 def test_render_shows_and_writes_the_guest(
@@ -201,7 +168,7 @@ def test_stopping_a_machine_that_runs_is_its_normal_end(
     is_up: bool,
     status: int,
 ) -> None:
-    _stored(workspace, tmp_path, passed=True)
+    stored(workspace, "a")
 
     def stopped(*_: object, on_ready: Callable[[launch.Launched], None], **__: object) -> None:
         if is_up:

@@ -7,30 +7,30 @@ import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ami_builder import commands
-from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder import commands, ledger
+from ami_builder.ledger import Ledger
+from ami_builder.model import Resource, Target
 from ami_builder.pipeline import prune
 from ami_builder.pipeline.channels import promote, revoke, rollback
 from ami_builder.pipeline.local_channels import LocalChannels
 from ami_builder.retention import Action
 from ami_builder.workspace import StoredImage, Workspace
 
+from .stored import stored
+
 KNOWN = ("testing", "stable")
 NOW = datetime.now(UTC)
 POLICY = "[images.dask.lifecycle]\nkeep = 1\nkeep_days = 10\nmost_deletions = 3\n"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+@pytest.fixture(autouse=True)
+def configured(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ami-builder.toml").write_text(POLICY)
-    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(tmp_path / "ami-builder.toml"))
-    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
-    made.ensure()
-    return made
 
 
 @pytest.fixture
@@ -38,27 +38,8 @@ def local(workspace: Workspace) -> LocalChannels:
     return LocalChannels(workspace=workspace, image="dask")
 
 
-def stored(
-    workspace: Workspace, letter: str, days: float, *, name: str = "dask", size: int = 1024
-) -> StoredImage:
-    disk = workspace.state / "out.qcow2"
-    with disk.open("wb") as file:
-        file.truncate(size)
-    digest = letter * 64
-    artifact = Artifact(
-        image=name,
-        target=Target.QEMU,
-        location="",
-        digest=digest,
-        created=NOW - timedelta(days=days),
-        run_id="r",
-        size=0,
-    )
-    result = CheckResult(
-        name="x", phase="boot", machine="2 GiB", outcome=Outcome.PASSED, seconds=1, message=""
-    )
-    verdict = Verdict(digest=digest, checks_digest="c", results=(result,), measured=())
-    return workspace.judge(workspace.store(artifact, disk, None), verdict)
+def aged(workspace: Workspace, letter: str, days: float, **more: Any) -> StoredImage:
+    return stored(workspace, letter, created=NOW - timedelta(days=days), **more)
 
 
 def cache(workspace: Workspace, name: str, days: float) -> Path:
@@ -85,8 +66,8 @@ def left(workspace: Workspace) -> str:
 def test_what_is_needed_stays_and_the_rest_goes(
     workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {letter: stored(workspace, letter, 60 - number) for number, letter in enumerate("abcdefg")}
-    stored(workspace, "h", 1)
+    made = {letter: aged(workspace, letter, 60 - number) for number, letter in enumerate("abcdefg")}
+    aged(workspace, "h", 1)
     for letter in "abc":
         promote(local, made[letter], "stable", KNOWN)
     rollback(local, "stable", KNOWN)
@@ -115,8 +96,8 @@ def test_what_is_needed_stays_and_the_rest_goes(
 
 
 def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    stored(workspace, "a", 30)
-    stored(workspace, "b", 20)
+    aged(workspace, "a", 30)
+    aged(workspace, "b", 20)
     assert commands.run(["prune"]) == 0
     shown = capsys.readouterr()
     first, second = (line.split("\t") for line in shown.out.splitlines())
@@ -131,15 +112,15 @@ def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_image_without_a_policy_stays(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    stored(workspace, "a", 900, name="gone")
+    aged(workspace, "a", 900, name="gone")
     assert planned(capsys)["a"] == ("keep", "no policy: ami-builder.toml does not have this image")
 
 
 def test_a_base_of_another_image_stays(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    base = stored(workspace, "a", 90)
-    stored(workspace, "b", 80)
+    base = aged(workspace, "a", 90)
+    aged(workspace, "b", 80)
     other = f'[images.other.base]\nsource = "{base.path}"\n'
     (tmp_path / "ami-builder.toml").write_text(POLICY + other)
     assert planned(capsys)["a"] == ("keep", "the base of image other")
@@ -148,8 +129,8 @@ def test_a_base_of_another_image_stays(
 def test_while_a_run_is_at_work_its_images_and_the_caches_stay(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stored(workspace, "a", 90)
-    stored(workspace, "b", 80)
+    aged(workspace, "a", 90)
+    aged(workspace, "b", 80)
     for number in range(3):
         cache(workspace, f"base/{number}", 90 - number)
     with workspace.run("verify", "dask") as run:
@@ -172,7 +153,7 @@ def test_while_there_is_room_nothing_goes(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, letter in enumerate("abcd"):
-        stored(workspace, letter, 60 - number, size=1 << 20)
+        aged(workspace, letter, 60 - number, size=1 << 20)
     monkeypatch.setenv("AMI_BUILDER_LIFECYCLE__SIZE", "3MiB")
     plan = planned(capsys)
     assert [action for action, _ in plan.values()] == ["delete", "keep", "keep", "keep"]
@@ -183,8 +164,8 @@ def test_while_there_is_room_nothing_goes(
 def test_no_pruning_while_a_build_is_going(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], target: Target
 ) -> None:
-    stored(workspace, "a", 90)
-    stored(workspace, "b", 80)
+    aged(workspace, "a", 90)
+    aged(workspace, "b", 80)
     with workspace.lock("dask", target):
         assert commands.run(["prune", "--apply"]) == 8
     assert "is being built" in capsys.readouterr().err
@@ -195,8 +176,8 @@ def test_no_pruning_while_a_build_is_going(
 def test_killed_on_the_way_nothing_half_is_left(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    gone = stored(workspace, "a", 90)
-    stored(workspace, "b", 80)
+    gone = aged(workspace, "a", 90)
+    aged(workspace, "b", 80)
     assert gone.directory is not None
 
     class Killed(BaseException):
@@ -221,8 +202,29 @@ def test_killed_on_the_way_nothing_half_is_left(
 def test_what_was_pruned_meanwhile_is_not_promoted(
     workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = stored(workspace, "a", 90)
-    stored(workspace, "b", 80)
+    old = aged(workspace, "a", 90)
+    aged(workspace, "b", 80)
     assert planned(capsys, "--apply")["a"][0] == Action.DELETE
     with pytest.raises(Exception, match="is not there any more"):
         promote(local, old, "stable", KNOWN)
+
+
+def test_records_go_after_a_year_unless_something_needs_them(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aged(workspace, "a", 1)
+    folders = {name: workspace.runs_dir / name for name in ("old", "young", "r", "owing")}
+    night = workspace.nights_dir / "dask.qemu"
+    folders |= {name: night / name for name in ("old-night", "last-night")}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        if name == "owing":
+            Ledger(folder / ledger.FILE).intend(Resource.INSTANCE, "us-east-1")
+        then = (NOW - timedelta(days=300 if name == "young" else 400)).timestamp()
+        os.utime(folder, (then, then))
+    (night / "latest").symlink_to("last-night")
+    assert commands.run(["prune", "--apply"]) == 0
+    assert {name for name, folder in folders.items() if folder.exists()} == {
+        *("young", "r", "owing", "last-night")
+    }
+    assert "a" in left(workspace)

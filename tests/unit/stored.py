@@ -1,0 +1,36 @@
+"""Finished images of a few bytes: whole in the workspace, and never baked."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.workspace import StoredImage, Workspace
+
+
+def stored(
+    workspace: Workspace,
+    letter: str,
+    *,
+    passed: bool | None = True,
+    target: Target = Target.QEMU,
+    name: str = "dask",
+    created: datetime = datetime(2026, 1, 2, tzinfo=UTC),
+    size: int = 1024,
+) -> StoredImage:
+    """Return a finished image whose digest is one letter over and over; `passed` None: never verified."""
+    disk = workspace.state / "out.qcow2"
+    with disk.open("wb") as file:
+        file.truncate(size)
+    digest = letter * 64
+    artifact = Artifact(
+        image=name, target=target, location="", digest=digest, created=created, run_id="r", size=0
+    )
+    made = workspace.store(artifact, disk, None)
+    if passed is None:
+        return made
+    outcome = Outcome.PASSED if passed else Outcome.FAILED
+    result = CheckResult(
+        name="chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
+    )
+    return workspace.judge(made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=()))
