@@ -68,6 +68,12 @@ class Locked(AmiBuilderError):
     exit_code = 8
 
 
+class Held(AmiBuilderError):
+    """What was built drifted too far from what is promoted; a person decides."""
+
+    exit_code = 9
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM: everything that was started has been ended.
 
