@@ -14,6 +14,10 @@ class Quantity(StrEnum):
     """Of the image, in bytes."""
     AVAILABLE = "available memory at boot"
     """In bytes, for each machine."""
+    SSH = "seconds to ssh"
+    """Of the first boot, for each machine."""
+    DASK = "seconds to Dask"
+    """Likewise."""
     TIME = "time"
     """Of each step of its run, in seconds."""
 
@@ -27,6 +31,10 @@ class Side:
     size: int
     available: Mapping[str, int] = field(default_factory=dict)
     """Machine -> AVAILABLE_MEMORY_FOR_DASK on its first boot."""
+    ssh: Mapping[str, float] = field(default_factory=dict)
+    """Machine -> seconds from its first start until ssh answered."""
+    dask: Mapping[str, float] = field(default_factory=dict)
+    """Machine -> seconds from its first start until Dask answered."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Step -> how long it took."""
 
@@ -78,6 +86,8 @@ def compare(before: Side, after: Side) -> Difference:
         )
     measured = [Measured(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
     measured += _quantities(Quantity.AVAILABLE, before.available, after.available)
+    measured += _quantities(Quantity.SSH, before.ssh, after.ssh)
+    measured += _quantities(Quantity.DASK, before.dask, after.dask)
     measured += _quantities(Quantity.TIME, before.seconds, after.seconds)
     return Difference(packages=packages, measured=tuple(measured))
 

@@ -8,6 +8,9 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
+FIRST_BOOT = "boot"
+"""The phase in which the checks of a first boot run as well, and whose measurements compare."""
+
 
 class Target(StrEnum):
     """Where an image is baked and booted."""
@@ -271,6 +274,10 @@ class Measurement:
     """The machine's memory."""
     available: int
     """AVAILABLE_MEMORY_FOR_DASK."""
+    ssh_seconds: float | None = None
+    """From the start, or from the call to reboot, until a login by ssh; None where nothing booted."""
+    dask_seconds: float | None = None
+    """From the same start until Dask answered on a system that was up; None when that was not seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

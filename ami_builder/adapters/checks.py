@@ -64,13 +64,15 @@ def run(
     timeout: float,
     share_connection: bool = True,
     on_result: Callable[[CheckResult], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
 ) -> tuple[CheckResult, ...]:
     """Run check files on the machine `host` of `ssh_config` and return a result for every check.
 
     What keeps the checks from being believed (no checks, all skipped, another machine, pytest broken or
     stopped) is a failed result whose name begins with `guard:`, never a pass. `directory` gets pytest's log,
     JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
-    checks themselves: Dask gets `context.timeout` to come up, and its client as much again.
+    checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
+    called when the right machine's Dask has answered, before the first check.
     Raises UsageError when a file is missing.
     """
     for path in files:
@@ -82,7 +84,7 @@ def run(
     # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
     (clean / "pytest.ini").write_text("[pytest]\n")
     replace(context, phase=phase).write(clean / "context.json")
-    tally = _Tally(phase=phase, machine=context.machine, on_result=on_result)
+    tally = _Tally(phase=phase, machine=context.machine, on_result=on_result, on_ready=on_ready)
     log = directory / f"checks-{phase}.log"
     receiver, sender = os.pipe()
     with (
@@ -122,6 +124,7 @@ class _Tally:
     phase: str
     machine: str
     on_result: Callable[[CheckResult], None] | None
+    on_ready: Callable[[], None] | None
     results: list[CheckResult] = field(default_factory=list)
     expected: int = 0
     checks: int = 0
@@ -132,6 +135,9 @@ class _Tally:
         match event["event"]:
             case "collected":
                 self.expected = event["count"]
+            case "ready":
+                if self.on_ready is not None:
+                    self.on_ready()
             case "result":
                 self.checks += 1
                 self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])

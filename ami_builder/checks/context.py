@@ -6,13 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ami_builder.model import Datasource, Reserve, Role
+from ami_builder.model import FIRST_BOOT, Datasource, Reserve, Role
 
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
 """Names the JSON file."""
-
-FIRST_BOOT = "boot"
-"""The phase in which the checks of a first boot run as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,10 @@ import pytest
 import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
-from .context import ENVIRONMENT, FIRST_BOOT, Context
-from .state import Container, Dask, Incomplete, Machine, sections
+from ami_builder.model import FIRST_BOOT
+
+from .context import ENVIRONMENT, Context
+from .state import ANSWERS, Container, Dask, Incomplete, Machine, sections
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
@@ -117,6 +119,8 @@ class _Run:
         if not self.context.nonce or found["nonce"].strip() != self.context.nonce:
             told = found["nonce"].strip() or "nothing: no user data was applied"
             self.refuse(name, f"it should answer {self.context.nonce or 'something'}, and answers {told}")
+        if found.get("settled", "").strip() == ANSWERS:
+            self.tell(event="ready")
         pid = [*found.get("container", "").split("\n"), ""][1]
         self.machine = self.pool.submit(self._gather, settled, pid)
         self.dask = self.pool.submit(self._ask_dask, pid)

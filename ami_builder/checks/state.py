@@ -12,6 +12,8 @@ from typing import Any
 
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 PROJECT = "dask"
+ANSWERS = "Dask answers"
+"""How settle.sh says that its wait ended well."""
 
 _LINE = re.compile(rf"{VARIABLE}=([0-9]{{1,18}})\n?")
 

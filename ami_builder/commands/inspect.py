@@ -23,7 +23,8 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ami_builder.difference import Measured
+    from ami_builder.difference import Difference, Measured
+    from ami_builder.workspace import StoredImage
 
 
 @app.command()
@@ -77,15 +78,21 @@ def diff(
         str, typer.Argument(metavar="A", help="A name, a digest's first digits, a path, an AMI.")
     ],
     after: Annotated[str, typer.Argument(metavar="B", help="Likewise; what B has more counts as plus.")],
+    gate: Annotated[
+        bool,
+        typer.Option("--gate", help="Fail with exit code 9 when this would hold a night's promotion of B."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show how two images differ: size, available memory at boot, times, packages and container."""
+    from ami_builder.gate import judge, not_compared, require_close
     from ami_builder.pipeline.channels import choose
     from ami_builder.pipeline.compare import compare_images
 
-    workspace = open_workspace()
-    images, names = workspace.images(), load_config().names
+    workspace, config = open_workspace(), load_config()
+    images, names = workspace.images(), config.names
     one, other = choose(images, before, names), choose(images, after, names)
+    bounds = config.select(other.artifact.image).nightly if gate else None
     found = compare_images(one, other, workspace)
     if as_json:
         told = {
@@ -94,8 +101,19 @@ def diff(
             "packages": plain(found.packages),
         }
         told["measured"] = [{**plain(each), "change": each.change} for each in found.measured]
+        if bounds is not None:
+            told["held"] = plain(judge(found, bounds))
+            told["not_compared"] = plain(not_compared(found))
         console.result_json(told)
-        return
+    else:
+        _print_difference(one, other, found)
+        for line in not_compared(found):
+            console.note(line)
+    if bounds is not None:
+        require_close(found, bounds)
+
+
+def _print_difference(one: StoredImage, other: StoredImage, found: Difference) -> None:
     rows = [
         (
             f"{each.quantity} {each.name}".rstrip(),
@@ -110,9 +128,7 @@ def diff(
     ]
     heading = ("what", one.artifact.digest[:16], other.artifact.digest[:16], "change")
     console.table(heading, rows)
-    if found.packages is None:
-        console.note("packages are not compared: of one of the images no list was kept here")
-    else:
+    if found.packages is not None:
         console.note(f"packages that differ: {len(found.packages)}")
 
 
@@ -121,7 +137,9 @@ def _amount(measured: Measured, value: float | None) -> str:
 
     if value is None:
         return "-"
-    return console.duration(value) if measured.quantity is Quantity.TIME else console.size(int(value))
+    if measured.quantity in {Quantity.SIZE, Quantity.AVAILABLE}:
+        return console.size(int(value))
+    return console.duration(value)
 
 
 @config_app.command("show")

@@ -15,7 +15,17 @@ from ami_builder.console import Step
 from ami_builder.errors import UsageError
 from ami_builder.ledger import FILE as LEDGER
 from ami_builder.ledger import Ledger
-from ami_builder.model import Artifact, CheckResult, Connect, Endpoint, Image, Outcome, Target, Verdict
+from ami_builder.model import (
+    Artifact,
+    CheckResult,
+    Connect,
+    Endpoint,
+    Image,
+    Measurement,
+    Outcome,
+    Target,
+    Verdict,
+)
 from ami_builder.pipeline.bake_ami import bake_ami, finish
 from ami_builder.pipeline.inputs import Inputs, gather
 from ami_builder.pipeline.target import Machine
@@ -157,7 +167,11 @@ class CloudSite:
         """Tag an AMI of ours with the verdict, so that any machine knows it."""
         if stored.artifact.run_id:
             images.record_verdict(
-                self.account, stored.artifact.location, verdict.passed, verdict.checks_digest
+                self.account,
+                stored.artifact.location,
+                verdict.passed,
+                verdict.checks_digest,
+                verdict.measured,
             )
         return self.workspace.judge(stored, verdict)
 
@@ -186,7 +200,7 @@ class CloudSite:
         mine = known is not None and known.artifact.location == ami.id
         verdict = known.verdict if known is not None and mine else None
         if verdict is None and ami.verdict is not None:
-            verdict = _told(digest, *ami.verdict)
+            verdict = _told(digest, *ami.verdict, ami.measured)
         return StoredImage(
             artifact=artifact,
             verdict=verdict,
@@ -194,8 +208,8 @@ class CloudSite:
         )
 
 
-def _told(digest: str, passed: bool, checks_digest: str) -> Verdict:
-    """Return the verdict that an AMI's tag tells of, whoever reached it: its single results are not known."""
+def _told(digest: str, passed: bool, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:
+    """Return the verdict that an AMI's tags tell of, whoever reached it: its single results are not known."""
     result = CheckResult(
         name="the verdict that the AMI is tagged with",
         phase="",
@@ -204,4 +218,4 @@ def _told(digest: str, passed: bool, checks_digest: str) -> Verdict:
         seconds=0,
         message="",
     )
-    return Verdict(digest=digest, checks_digest=checks_digest, results=(result,), measured=())
+    return Verdict(digest=digest, checks_digest=checks_digest, results=(result,), measured=measured)

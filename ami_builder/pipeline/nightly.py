@@ -233,8 +233,9 @@ class _Going:
         if before is None or before.artifact.digest == stored.artifact.digest:
             return {"before": id, "drifts": [], "moved": []}
         difference = compare_images(before, stored, self.workspace)
-        drifts = [drift.text for drift in gate.judge(difference, self.image.nightly)]
-        return {"before": id, "drifts": drifts, "moved": list(gate.moved(difference))}
+        bounds = self.image.nightly
+        drifts = [drift.text for drift in gate.judge(difference, bounds)]
+        return {"before": id, "drifts": drifts, "moved": list(gate.moved(difference, bounds))}
 
     def _release(self, stored: StoredImage, journal: Journal) -> list[PlaceEnding]:
         """Bring the image to every place, and promote it wherever that went well."""

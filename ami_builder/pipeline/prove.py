@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,17 +87,21 @@ class _Way:
             text = user_data(self.image, nonce=self.nonce)
             with step.step("start"):
                 endpoint = self.machine.start(stack, self.work, text, self.public_key)
+            # Not before: how long a cloud looks for room says nothing about the image.
+            began = time.monotonic()
             session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
             try:
                 with step.step("first boot", detail="waiting for ssh") as child:
                     session.wait(timeout, self.machine.check_alive)
-                    self._check(session, "boot", child)
+                    self._check(session, "boot", child, began, ssh_seconds=time.monotonic() - began)
                 with step.step("service restart, with the image's own Compose file") as child:
+                    began = time.monotonic()
                     session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=timeout)
-                    self._check(session, "restart", child)
+                    self._check(session, "restart", child, began)
                 with step.step("reboot", detail="waiting for ssh") as child:
+                    began = time.monotonic()
                     session.reboot(timeout, self.machine.check_alive)
-                    self._check(session, "reboot", child)
+                    self._check(session, "reboot", child, began, ssh_seconds=time.monotonic() - began)
             except AmiBuilderError as failed:
                 self.machine.save_console()
                 if failed.log == endpoint.console_log:
@@ -108,7 +113,15 @@ class _Way:
                 self._keep_evidence(session)
         return Proof(results=tuple(self.results), measured=tuple(self.measured))
 
-    def _check(self, session: ssh.Session, phase: str, step: Step) -> None:
+    def _check(
+        self, session: ssh.Session, phase: str, step: Step, began: float, ssh_seconds: float | None = None
+    ) -> None:
+        dask_seconds: float | None = None
+
+        def ready() -> None:
+            nonlocal dask_seconds
+            dask_seconds = time.monotonic() - began
+
         step.update("waiting for Dask")
         settings = self.image.verify
         results = checks.run(
@@ -132,6 +145,7 @@ class _Way:
             directory=self.evidence,
             timeout=settings.timeout,
             on_result=lambda result: step.update(result.name),
+            on_ready=ready,
         )
         self.results += results
         measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=_SHORT_SECONDS).stdout.strip()
@@ -142,6 +156,8 @@ class _Way:
                     phase=phase,
                     total=self.machine.memory,
                     available=int(measured),
+                    ssh_seconds=ssh_seconds,
+                    dask_seconds=dask_seconds,
                 )
             )
         failed = sum(r.outcome is Outcome.FAILED for r in results)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ami_builder.adapters.aws import images
+from ami_builder.adapters.aws import images, measured
 from ami_builder.adapters.aws import tags as tagging
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.model import Measurement
 
 from .aws import DIGEST, RUN, make_ami, tags
 from .server import Cloud
@@ -113,6 +118,75 @@ def test_the_verdict_stands_on_the_ami(cloud: Cloud, account: Account) -> None:
         found = images.get(account, ami)
         assert found is not None
         assert found.verdict == (passed, "ef" * 32)
+
+
+def test_the_measurements_stand_on_the_ami_beside_the_verdict(cloud: Cloud, account: Account) -> None:
+    ami = make_ami(cloud, NAME)
+    one = Measurement(machine="m6i.large", phase="boot", total=8 << 30, available=7 << 30, ssh_seconds=31.25)
+    later = replace(one, phase="reboot")
+    images.record_verdict(account, ami, True, "ef" * 32, (one, later))
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.tags[tagging.MEASURED] == "m6i.large=8589934592/7516192768/31.2/-"
+    assert found.measured == (replace(one, ssh_seconds=31.2),)
+    assert cloud.count("CreateTags") == 1
+    images.record_verdict(account, ami, False, "ef" * 32)
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.measured == (), "nothing stays of a verdict before"
+
+
+seconds = st.none() | st.integers(0, 999_999).map(lambda tenths: tenths / 10)
+kinds = st.from_regex(r"[a-z][a-z0-9-]{1,8}\.[a-z0-9]{4,10}", fullmatch=True)
+starts = st.builds(
+    Measurement,
+    machine=kinds,
+    phase=st.just("boot"),
+    total=st.integers(1 << 38, 1 << 45),
+    available=st.integers(1, 1 << 38),
+    ssh_seconds=seconds,
+    dask_seconds=seconds,
+)
+
+
+@given(st.lists(starts, unique_by=lambda one: one.machine, max_size=8))
+def test_as_many_measurements_as_a_tag_holds(some: list[Measurement]) -> None:
+    value = measured.write(some)
+    assert len(value) <= 256
+    assert re.fullmatch(r"[a-z0-9 =/.-]*", value), "of the characters that every service takes in tags"
+    found = measured.read(value)
+    assert [one for one in some if one in found] == list(found)
+    assert len(found) >= min(len(some), 3)
+
+
+@given(st.text() | st.text("m6i.large=/0123456789- "))
+def test_garbage_in_the_tag_is_no_measurement(value: str) -> None:
+    for one in measured.read(value):
+        assert measured.read(measured.write([one])) == (one,)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "m6i.large=8/7/1.0",
+        "m6i.large=0/0/1.0/1.0",
+        "m6i.large=7/8/1.0/1.0",
+        "m6i.large=8/7/1/1.0",
+        "m6i.large=8/7/nan/1.0",
+        "m6i.large=8/07/1.0/1.0",
+        "M6I.large=8/7/1.0/1.0",
+        "m6i.large=8/7/1.0/1.0\n",
+        "m6i.large=8/٧/1.0/1.0",
+    ],
+)
+def test_only_what_we_write_is_read(entry: str) -> None:
+    good = "c6i.large=8/7/1.0/2.0"
+    assert [one.machine for one in measured.read(f"{entry} {good}")] == ["c6i.large"]
+
+
+def test_a_machine_without_an_instance_type_is_left_out() -> None:
+    local = Measurement(machine="2 GiB", phase="boot", total=8, available=7)
+    assert measured.write([local]) == ""
 
 
 @pytest.mark.parametrize("fault", [None, "throttle", "lost_response", "duplicated"])

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from .flow import ami_builder, without_ssh
+from ami_builder import config
+from ami_builder.model import Measurement
+from ami_builder.pipeline.cloud import CloudSite
+from ami_builder.workspace import Workspace
+
+from .flow import SETTINGS, ami_builder, without_ssh
 from .server import Cloud
 
 
@@ -41,13 +46,14 @@ def test_an_ami_is_baked_verified_and_all_that_is_left(
     assert told["ami-builder:digest"] == artifact["digest"]
     assert told["ami-builder:base-ami"] == cloud.base_ami()
     assert told["ami-builder:verdict"].startswith("passed ")
+    assert told["ami-builder:measured"] == "m6i.large=8589934592/1073741824/-/-"
     assert ami["ImdsSupport"] == "v2.0"
     assert ami["Public"] is False
     (disk,) = (m["Ebs"] for m in ami["BlockDeviceMappings"] if "Ebs" in m)
     (snapshot,) = ec2.describe_snapshots(SnapshotIds=[disk["SnapshotId"]])["Snapshots"]
-    assert told.items() - {(k, v) for k, v in told.items() if k.endswith(("finished", "verdict"))} <= {
-        (tag["Key"], tag["Value"]) for tag in snapshot["Tags"]
-    }
+    assert told.items() - {
+        (k, v) for k, v in told.items() if k.endswith(("finished", "verdict", "measured"))
+    } <= {(tag["Key"], tag["Value"]) for tag in snapshot["Tags"]}
     left = cloud.left()
     assert {kind: len(ids) for kind, ids in left.items()} == {"image": 1, "snapshot": 1}, left
 
@@ -61,6 +67,22 @@ def test_an_unchanged_build_asks_a_little_and_makes_nothing(
     assert again["unchanged"] is True
     assert again["artifact"]["location"] == first["artifact"]["location"]
     assert {call.action for call in cloud.calls[before:]} <= {"DescribeImages"}
+
+
+def test_another_machine_knows_what_was_measured(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ami = _built(capsys)["artifact"]["location"]
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "elsewhere"))
+    settings = config.overrides_from(word for word in SETTINGS if word != "--set")
+    image = config.load(None, environ={}, overrides=settings).select()
+    site = CloudSite.open(image, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "elsewhere")}))
+    verdict = site.ami(image, ami).verdict
+    assert verdict is not None
+    assert verdict.passed
+    assert verdict.measured == (
+        Measurement(machine="m6i.large", phase="boot", total=8 << 30, available=1 << 30),
+    )
 
 
 def test_an_ami_is_verified_again_on_several_types(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,12 @@ from xml.etree import ElementTree
 import pytest
 
 from ami_builder.adapters import checks
+from ami_builder.checks.state import ANSWERS, sections
 from ami_builder.errors import UsageError
 from ami_builder.model import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
 from ami_builder.resources import checks_dir
+
+from . import fakes as programs
 
 CONTEXT = checks.Context(
     nonce="5ecret",
@@ -53,6 +56,8 @@ class Fake:
         self.folder = folder
         self.evidence = folder.parent / "evidence"
         self.seen: list[CheckResult] = []
+        self.ready_after: list[int] = []
+        """How many results there were each time that Dask was said to answer."""
         recorded = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
         recorded |= {"nonce": CONTEXT.nonce, "stderr": ""}
         (folder / "ssh_config").write_text("Host dask-vm\n")
@@ -62,7 +67,8 @@ class Fake:
 
     def settled(self, recorded: dict[str, str]) -> None:
         self.answer(
-            "settled", {n: recorded[n] for n in recorded if n in ("nonce", "container", "memory.stat")}
+            "settled",
+            {n: recorded[n] for n in recorded if n in ("nonce", "settled", "container", "memory.stat")},
         )
 
     def answer(self, name: str, sections: dict[str, str]) -> None:
@@ -92,6 +98,7 @@ class Fake:
             timeout=timeout,
             share_connection=share_connection,
             on_result=self.seen.append,
+            on_ready=lambda: self.ready_after.append(len(self.seen)),
         )
 
 
@@ -122,6 +129,49 @@ GOOD = """\
     def test_it_is_there(host):
         assert host.run("echo hello").stdout == "hello\\n"
     """
+
+
+def test_it_is_told_once_that_dask_answers_before_the_first_check(fake: Fake) -> None:
+    assert verdict(fake.run(fake.file(GOOD))).passed
+    assert fake.ready_after == [0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"nonce": CONTEXT.nonce, "settled": "dask.service has failed\n", "memory.stat": ""},
+        {"nonce": "another", "settled": f"{ANSWERS}\n", "memory.stat": ""},
+        {"nonce": CONTEXT.nonce},
+    ],
+    ids=["failed", "another machine", "cut off"],
+)
+def test_nobody_is_told_of_a_dask_that_does_not_answer(fake: Fake, answer: dict[str, str]) -> None:
+    fake.settled(answer)
+    fake.run(fake.file(GOOD))
+    assert fake.ready_after == []
+
+
+@pytest.mark.parametrize(
+    ("health", "service", "reason"),
+    [
+        ("HTTP/1.0 200 OK", "active", ANSWERS),
+        ("", "failed", "dask.service has failed"),
+        ("HTTP/1.0 503 x", "inactive", "dask.service was never started"),
+    ],
+)
+def test_how_settle_ends(tmp_path: Path, health: str, service: str, reason: str) -> None:
+    told = f"echo running; [ \"$1\" != show ] || printf 'ActiveState={service}\\nNRestarts=0\\nJob=\\n'"
+    for name, told_by in {"timeout": f"printf '%s' '{health}'", "systemctl": told, "docker": ":"}.items():
+        programs.fake(tmp_path, name, told_by)
+    script = Path(checks.__file__).parents[1] / "checks" / "settle.sh"
+    done = subprocess.run(
+        ["sh", script, "", "60"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sections(done.stdout)["settled"].strip() == reason
 
 
 def test_results_come_as_they_are_made(fake: Fake) -> None:

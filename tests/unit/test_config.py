@@ -599,6 +599,7 @@ BAD = [
     Bad('aws.kms_key = "alias/ours"', "has no effect, since aws.encrypt is false"),
     Bad('aws.kms_key = "two words"', "alias/… or ARN of a KMS key"),
     Bad("aws.spot = []", "expected true or false"),
+    Bad('nightly.channel = "nowhere"', "expected one of lifecycle.channels: testing, stable"),
     Bad('aws.lifetime = "8000h"', "expected a duration"),
     Bad('description = "two\\nlines"', "one line"),
     Bad("verify = 1", "expected a table"),
@@ -669,6 +670,15 @@ def test_a_conflict_is_laid_to_the_one_who_made_it() -> None:
         'AMI_BUILDER_MEMORY__RESERVE: memory.reserve = "3GiB": expected less than the least of verify.memory,'
         " which is 2GiB"
     ]
+
+
+def test_a_night_goes_to_a_channel_that_there_is() -> None:
+    text = '[images.dask]\nlifecycle.channels = ["canary"]\nnightly.channel = "testing"\n'
+    (line,) = mistakes(text)
+    assert line.startswith('ami-builder.toml:3: images.dask.nightly.channel = "testing": expected one of')
+    assert line.endswith("lifecycle.channels: canary")
+    assert loaded(text.replace("testing", "canary")).select().nightly.channel == "canary"
+    assert loaded(text.replace("testing", "")).select().nightly.channel == "canary"
 
 
 def test_nothing_is_said_about_what_depends_on_a_mistake() -> None:

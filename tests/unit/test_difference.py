@@ -81,7 +81,7 @@ def test_applying_what_moved_gives_the_other(before: dict[str, str], after: dict
     assert all(one.before != one.after for one in found)
 
 
-def _stored(workspace: Workspace, letter: str, packages: str, available: int, seconds: float) -> StoredImage:
+def stored(workspace: Workspace, letter: str, packages: str, available: int, seconds: float) -> StoredImage:
     with workspace.run("build", "dask", letter * 64) as run:
         (run.work / "disk").write_bytes(letter.encode() * 1024)
         if packages:
@@ -105,7 +105,14 @@ def _stored(workspace: Workspace, letter: str, packages: str, available: int, se
         name="x", phase="boot", machine="2 GiB", outcome=Outcome.PASSED, seconds=1, message=""
     )
     measured = tuple(
-        Measurement(machine="2 GiB", phase=phase, total=2 * GIB, available=available - at)
+        Measurement(
+            machine="2 GiB",
+            phase=phase,
+            total=2 * GIB,
+            available=available - at,
+            ssh_seconds=seconds - 40 if phase == "boot" else None,
+            dask_seconds=seconds + 20,
+        )
         for at, phase in enumerate(("boot", "restart"))
     )
     return workspace.judge(
@@ -121,13 +128,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    _stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
-    _stored(workspace, "b", "apt=2\nbash=5\n", GIB + GIB // 100, 50.0)
+    stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
+    stored(workspace, "b", "apt=2\nbash=5\n", GIB + GIB // 100, 50.0)
     assert commands.run(["diff", "aaaa", "dask"]) == 0
     shown = capsys.readouterr()
     assert [line.split("\t") for line in shown.out.splitlines()] == [
         ["size", "1 KiB", "1 KiB", "+0.0%"],
         ["available memory at boot 2 GiB", "1 GiB", "1.01 GiB", "+1.0%"],
+        ["seconds to ssh 2 GiB", "1:00 min", "10 s", "-83.3%"],
+        ["seconds to Dask 2 GiB", "2:00 min", "1:10 min", "-41.7%"],
         ["time build", "1:40 min", "50 s", "-50.0%"],
         ["time build > bake with Packer", "1:40 min", "50 s", "-50.0%"],
         ["package apt", "1", "2", ""],
@@ -137,15 +146,15 @@ def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -
     answer = json.loads(capsys.readouterr().out)
     assert answer["packages"] == [{"name": "apt", "before": "1", "after": "2"}]
     assert answer["measured"][1]["after"] == GIB + GIB // 100
-    assert answer["measured"][2]["change"] == -0.5
+    assert answer["measured"][4]["change"] == -0.5
     assert answer["before"]["digest"] == "a" * 64
 
 
 def test_without_a_list_packages_are_not_compared(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _stored(workspace, "a", "", GIB, 1.0)
-    _stored(workspace, "b", "apt=2\n", GIB, 1.0)
+    stored(workspace, "a", "", GIB, 1.0)
+    stored(workspace, "b", "apt=2\n", GIB, 1.0)
     assert commands.run(["diff", "aaaa", "bbbb"]) == 0
     assert "packages are not compared" in capsys.readouterr().err
     assert commands.run(["diff", "aaab", "bbbb"]) == 2

@@ -77,6 +77,16 @@ def test_a_verdict_survives_the_round_trip(tmp_path: Path) -> None:
     assert load(Verdict, tmp_path / "v.json") == verdict
 
 
+def test_a_verdict_from_before_times_were_measured_loads(tmp_path: Path) -> None:
+    measured = '{"machine": "2 GiB", "phase": "boot", "total": 4, "available": 3}'
+    path = tmp_path / "v.json"
+    path.write_text(f'{{"digest": "d", "checks_digest": "c", "results": [], "measured": [{measured}]}}')
+    verdict = load(Verdict, path)
+    assert verdict is not None
+    assert verdict.measured == (Measurement(machine="2 GiB", phase="boot", total=4, available=3),)
+    assert verdict.measured[0].ssh_seconds is None
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 1}', b"\xff\xfe"])
 def test_a_broken_record_is_no_record(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "v.json"

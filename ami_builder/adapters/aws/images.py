@@ -11,7 +11,9 @@ from botocore.exceptions import ClientError
 
 from ami_builder import proc
 from ami_builder.errors import CloudFailed, UsageError
+from ami_builder.model import Measurement
 
+from . import measured as measuring
 from . import tags as tagging
 from .session import Account, code_of, translated
 
@@ -24,7 +26,6 @@ _SEEN_SECONDS = 300.0
 _UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
 # EC2 takes 200 values a filter.
 _VALUES = 200
-_TAG = 256
 _PAGE = 1000
 _UNPROTECTED = ("disabled", "")
 _SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
@@ -62,6 +63,11 @@ class Ami:
         """Whether the checks passed, and the digest of those checks; None when they never ran."""
         word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
         return (word == "passed", digest) if word else None
+
+    @property
+    def measured(self) -> tuple[Measurement, ...]:
+        """What its first boots measured, on as many machines as the tag had room for."""
+        return measuring.read(self.tags.get(tagging.MEASURED, ""))
 
     @property
     def revoked(self) -> str | None:
@@ -178,18 +184,26 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
     return _existing(account, ami)
 
 
-def record_verdict(account: Account, ami: str, passed: bool, checks_digest: str) -> None:
-    """Tag an AMI with whether the checks of `checks_digest` passed on it."""
-    verdict = f"{'passed' if passed else 'failed'} {checks_digest}"
+def record_verdict(
+    account: Account, ami: str, passed: bool, checks_digest: str, measured: Sequence[Measurement] = ()
+) -> None:
+    """Tag an AMI with whether the checks of `checks_digest` passed on it, and what its first boots measured.
+
+    Nothing stays of a verdict before.
+    """
+    told = {
+        tagging.VERDICT: f"{'passed' if passed else 'failed'} {checks_digest}",
+        tagging.MEASURED: measuring.write(measured),
+    }
     with translated():
-        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.VERDICT: verdict}))
+        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(told))
 
 
 def revoke(account: Account, ami: str, reason: str) -> None:
     """Tag an AMI with why it must never stand in a channel again; the first reason stays."""
     if _existing(account, ami).revoked is None:
         with translated():
-            told = tagging.as_list({tagging.REVOKED: reason[:_TAG]})
+            told = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
             account.ec2.create_tags(Resources=[ami], Tags=told)
 
 

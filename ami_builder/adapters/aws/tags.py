@@ -24,8 +24,11 @@ VERSION = f"{PREFIX}version"
 CREATED = f"{PREFIX}created"
 FINISHED = f"{PREFIX}finished"
 VERDICT = f"{PREFIX}verdict"
+MEASURED = f"{PREFIX}measured"
 REVOKED = f"{PREFIX}revoked"
 
+LONGEST = 256
+"""Characters that EC2 takes as a tag's value."""
 _DIGEST_IN_NAME = 12
 
 

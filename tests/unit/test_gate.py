@@ -1,0 +1,267 @@
+"""The gate: harm past a bound holds, with a reason that a person understands, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ami_builder import commands
+from ami_builder.difference import Quantity, Side, compare
+from ami_builder.errors import Held
+from ami_builder.gate import judge, moved, not_compared, require_close
+from ami_builder.model import Nightly
+from ami_builder.workspace import Workspace
+
+from .test_difference import stored, workspace  # noqa: F401 - a fixture
+
+GIB = 1 << 30
+MIB = 1 << 20
+BOUNDS = Nightly(
+    channel="testing",
+    memory_drift_percent=3,
+    time_drift_percent=50,
+    size_drift_percent=20,
+    hold_packages=("linux-image-*",),
+)
+BASE = Side(
+    packages={"apt": "1", "linux-image-6.12": "6.12.1"},
+    size=GIB,
+    available={"2 GiB": 1700 * MIB},
+    ssh={"2 GiB": 60.0},
+    dask={"2 GiB": 90.0},
+    seconds={"build": 100.0},
+)
+
+
+def _texts(after: Side, before: Side = BASE, bounds: Nightly = BOUNDS) -> list[str]:
+    return [drift.text for drift in judge(compare(before, after), bounds)]
+
+
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [
+        (
+            replace(BASE, available={"2 GiB": 1557 * MIB}),
+            "available memory at boot on 2 GiB fell from 1.66 GiB to 1.52 GiB (-8.4 %, bound 3 %)",
+        ),
+        (
+            replace(BASE, available={"2 GiB": 0}),
+            "available memory at boot on 2 GiB fell from 1.66 GiB to 0.00 GiB (-100.0 %, bound 3 %)",
+        ),
+        (
+            replace(BASE, ssh={"2 GiB": 91.0}),
+            "seconds to ssh on 2 GiB rose from 60.0 s to 91.0 s (+51.7 %, bound 50 %)",
+        ),
+        (
+            replace(BASE, dask={"2 GiB": 180.0}),
+            "seconds to Dask on 2 GiB rose from 90.0 s to 180.0 s (+100.0 %, bound 50 %)",
+        ),
+        (
+            replace(BASE, size=GIB * 5 // 4),
+            "the image's size rose from 1.00 GiB to 1.25 GiB (+25.0 %, bound 20 %)",
+        ),
+        (
+            replace(BASE, available={"4 GiB": 3 * GIB}, ssh={}, dask={}),
+            "2 GiB was measured before (1.66 GiB available at boot), and is not now",
+        ),
+        (
+            replace(BASE, packages={"apt": "1", "linux-image-6.12": "6.12.2"}),
+            "linux-image-6.12 moved from 6.12.1 to 6.12.2, which nightly.hold_packages (linux-image-*) leaves"
+            " to a person",
+        ),
+        (
+            replace(BASE, packages={**(BASE.packages or {}), "linux-image-6.13": "6.13.1"}),
+            "linux-image-6.13 6.13.1 is new, which nightly.hold_packages (linux-image-*) leaves to a person",
+        ),
+        (
+            replace(BASE, packages={"apt": "1"}),
+            "linux-image-6.12 6.12.1 is gone, which nightly.hold_packages (linux-image-*) leaves to a person",
+        ),
+    ],
+)  # fmt: skip
+def test_what_holds(after: Side, text: str) -> None:
+    assert _texts(after) == [text]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        replace(BASE, available={"2 GiB": 1700 * MIB * 97 // 100}),
+        replace(BASE, ssh={"2 GiB": 90.0}),
+        replace(BASE, size=GIB * 6 // 5),
+        replace(BASE, size=1),
+        replace(BASE, seconds={"build": 10000.0}),
+        replace(BASE, packages={"apt": "2", "linux-image-6.12": "6.12.1"}),
+        replace(BASE, available={"2 GiB": 1700 * MIB, "4 GiB": 1}),
+        replace(BASE, packages=None),
+        replace(BASE, ssh={}),
+    ],
+)
+def test_what_does_not_hold(after: Side) -> None:
+    assert _texts(after) == []
+
+
+def test_a_bound_of_zero_is_to_the_byte_and_shows_it() -> None:
+    exact = replace(BOUNDS, memory_drift_percent=0)
+    (text,) = _texts(replace(BASE, available={"2 GiB": 1700 * MIB - 1}), bounds=exact)
+    assert "fell from 1,782,579,200 to 1,782,579,199" in text
+
+
+def test_what_can_not_be_compared_is_said() -> None:
+    unknown = Side(packages=None, size=0)
+    assert not_compared(compare(BASE, BASE)) == ()
+    assert _texts(BASE, before=unknown) == []
+    assert not_compared(compare(unknown, BASE)) == (
+        "the image's size can't be compared: 0.00 GiB before, 1.00 GiB now",
+        "available memory at boot on 2 GiB can't be compared: not measured before, 1.66 GiB now",
+        "packages are not compared: of one of the images no list was kept here",
+    )
+    assert not_compared(compare(unknown, unknown)) == (
+        "the image's size can't be compared: 0.00 GiB before, 0.00 GiB now",
+        "available memory at boot is not compared: neither image has a measurement here",
+        "packages are not compared: of one of the images no list was kept here",
+    )
+    assert not_compared(compare(BASE, replace(BASE, ssh={}))) == (
+        "seconds to ssh on 2 GiB can't be compared: 60.0 s before, not measured now",
+    )
+
+
+def test_what_moved_is_named_with_the_likeliest_first() -> None:
+    names = ["apt", "zlib", "docker.io", "linux-image-6.12", "container:dask:1", "libhold1"]
+    before = Side(packages=dict.fromkeys(names, "1"), size=1)
+    after = Side(packages={**dict.fromkeys(names[1:], "2"), "bash": "5"}, size=1)
+    difference, bounds = compare(before, after), replace(BOUNDS, hold_packages=("libhold*",))
+    assert moved(difference, bounds) == (
+        "libhold1 moved from 1 to 2",
+        "container:dask:1 moved from 1 to 2",
+        "linux-image-6.12 moved from 1 to 2",
+        "docker.io moved from 1 to 2",
+        "apt 1 is gone",
+        "bash 5 is new",
+        "zlib moved from 1 to 2",
+    )
+    assert moved(difference, bounds, most=2)[1:] == (
+        "container:dask:1 moved from 1 to 2",
+        "and 5 more packages",
+    )
+    assert moved(compare(before, replace(after, packages=None)), bounds) == ()
+
+
+def test_a_hold_says_which_package_moved() -> None:
+    require_close(compare(BASE, BASE), BOUNDS)
+    packages = {"apt": "2", "linux-image-6.12": "6.12.2"}
+    with pytest.raises(Held) as caught:
+        require_close(compare(BASE, replace(BASE, size=2 * GIB, packages=packages)), BOUNDS)
+    assert [line[:16] for line in caught.value.tail] == [
+        "the image's size",
+        "linux-image-6.12",
+        "apt moved from 1",
+    ]
+    with pytest.raises(Held) as caught:
+        require_close(compare(BASE, replace(BASE, packages=packages)), BOUNDS)
+    assert len(caught.value.tail) == 1, "of a hold for its package alone, the others say nothing"
+    assert caught.value.exit_code == 9
+
+
+machines = st.sampled_from(["1 GiB", "2 GiB", "m6i.large"])
+whole = st.integers(0, 1 << 45)
+times = st.floats(0, 1e6)
+packages = st.none() | st.dictionaries(
+    st.sampled_from(["apt", "bash", "linux-image-1"]), st.sampled_from("12")
+)
+sides = st.builds(
+    Side,
+    packages=packages,
+    size=whole,
+    available=st.dictionaries(machines, whole),
+    ssh=st.dictionaries(machines, times),
+    dask=st.dictionaries(machines, times),
+    seconds=st.dictionaries(st.just("build"), times),
+)
+percents = st.integers(0, 1000)
+bounds = st.builds(
+    Nightly,
+    channel=st.just("testing"),
+    memory_drift_percent=percents,
+    time_drift_percent=percents,
+    size_drift_percent=percents,
+    hold_packages=st.lists(st.sampled_from(["*", "apt", "linux-*"]), max_size=2).map(tuple),
+)
+
+
+@given(sides, bounds)
+def test_the_same_never_drifts(side: Side, bound: Nightly) -> None:
+    assert judge(compare(side, side), bound) == ()
+
+
+@given(sides, sides, bounds, bounds)
+def test_a_wider_bound_never_holds_more(before: Side, after: Side, one: Nightly, other: Nightly) -> None:
+    wider = Nightly(
+        channel="",
+        memory_drift_percent=max(one.memory_drift_percent, other.memory_drift_percent),
+        time_drift_percent=max(one.time_drift_percent, other.time_drift_percent),
+        size_drift_percent=max(one.size_drift_percent, other.size_drift_percent),
+        hold_packages=tuple(set(one.hold_packages) & set(other.hold_packages)),
+    )
+    difference = compare(before, after)
+    strict = {(drift.quantity, drift.name) for drift in judge(difference, one)}
+    assert {(drift.quantity, drift.name) for drift in judge(difference, wider)} <= strict
+
+
+@given(sides, sides, bounds)
+def test_an_improvement_never_holds(before: Side, after: Side, bound: Nightly) -> None:
+    better = Side(
+        packages=before.packages,
+        size=min(before.size, after.size),
+        available={
+            name: max(value, after.available.get(name, 0)) for name, value in before.available.items()
+        },
+        ssh={name: min(value, after.ssh.get(name, value)) for name, value in before.ssh.items()},
+        dask={name: min(value, after.dask.get(name, value)) for name, value in before.dask.items()},
+    )
+    assert judge(compare(before, better), bound) == ()
+
+
+@given(sides, sides, bounds)
+def test_every_quantity_of_before_is_judged_or_said(before: Side, after: Side, bound: Nightly) -> None:
+    difference = compare(before, after)
+    held = judge(difference, bound)
+    for drift in held:
+        assert drift.text
+        assert "None" not in drift.text
+        assert "\n" not in drift.text
+    gone = {
+        drift.name for drift in held if drift.quantity is Quantity.AVAILABLE and "is not now" in drift.text
+    }
+    assert gone == set(before.available) - set(after.available)
+    lines = not_compared(difference)
+    assert ("packages" in " ".join(lines)) == (difference.packages is None)
+
+
+def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
+    stored(workspace, "b", "apt=2\nbash=5\n", GIB * 9 // 10, 100.0)
+    assert commands.run(["diff", "aaaa", "bbbb"]) == 0
+    plain = capsys.readouterr()
+    assert commands.run(["diff", "aaaa", "bbbb", "--gate"]) == 9
+    gated = capsys.readouterr()
+    assert gated.out == plain.out
+    assert (
+        "available memory at boot on 2 GiB fell from 1.00 GiB to 0.90 GiB (-10.0 %, bound 3 %)" in gated.err
+    )
+    assert "apt moved from 1 to 2" in gated.err
+    assert commands.run(["diff", "bbbb", "aaaa", "--gate"]) == 0
+    assert "error" not in capsys.readouterr().err
+    wide = ["--set", "nightly.memory_drift_percent=11", "--set", "nightly.hold_packages=apt"]
+    assert commands.run([*wide, "diff", "aaaa", "bbbb", "--gate", "--json"]) == 9
+    shown = capsys.readouterr()
+    answer = json.loads(shown.out)
+    assert [(one["quantity"], one["name"]) for one in answer["held"]] == [(None, "apt")]
+    assert answer["not_compared"] == []
+    assert "nightly.hold_packages (apt)" in shown.err
+    assert commands.run(["diff", "aaaa", "bbbb", "--json"]) == 0
+    assert "held" not in json.loads(capsys.readouterr().out)
