@@ -46,6 +46,7 @@ _KEPT_ENVIRONMENT = (
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
 )  # fmt: skip
 _KEPT_PREFIXES = ("PIP_", "AMI_BUILDER_", "LC_")
+_UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
 
 
 def find(program: str) -> Path:
@@ -63,7 +64,11 @@ def find(program: str) -> Path:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return a small environment for a child: tools, caches and proxies, no credentials."""
-    kept = {k: v for k, v in os.environ.items() if k in _KEPT_ENVIRONMENT or k.startswith(_KEPT_PREFIXES)}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if (k in _KEPT_ENVIRONMENT or k.startswith(_KEPT_PREFIXES)) and not k.startswith(_UNKEPT_PREFIX)
+    }
     kept["PATH"] = os.pathsep.join([kept.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     return kept | dict(extra or {})
 

@@ -1,12 +1,141 @@
-"""stub"""
+"""A message to people by a webhook that takes Slack's JSON; what goes wrong is told, never raised.
 
+The URL is a secret: it comes from the environment or a file alone, and no message holds more of it than
+its host.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
 import json
+import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from email.message import Message
+from pathlib import Path
+from threading import Thread
+from typing import IO
+from urllib.parse import SplitResult, urlsplit
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity.wait import wait_base
+
+VARIABLE = "AMI_BUILDER_WEBHOOK"
+FILE_VARIABLE = "AMI_BUILDER_WEBHOOK_FILE"
+SECONDS = 10.0
+ATTEMPTS = 3
+PAUSE = wait_exponential(multiplier=0.5, max=2)
+
+_TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def notify_if_set(environ, text):
-    url = environ.get("AMI_BUILDER_WEBHOOK")
-    if not url:
-        return ""
-    urllib.request.urlopen(urllib.request.Request(url, data=json.dumps({"text": text}).encode())).close()
-    return ""
+def notify_if_set(environ: Mapping[str, str], text: str) -> str:
+    """Send a text to the webhook that the environment names; return what went wrong, empty for nothing.
+
+    Without AMI_BUILDER_WEBHOOK the URL is the first line of the file that AMI_BUILDER_WEBHOOK_FILE names; an
+    empty one means that nobody is to be told.
+    """
+    url = environ.get(VARIABLE, "").strip()
+    if not url and (file := environ.get(FILE_VARIABLE)):
+        try:
+            url = "".join(Path(file).read_text(encoding="utf-8").split("\n")[:1]).strip()
+        except (OSError, ValueError) as unreadable:
+            return f"webhook: {FILE_VARIABLE} names {file}: {_reason(unreadable)}"
+    return notify(url, text) if url else ""
+
+
+def notify(url: str, text: str, *, seconds: float = SECONDS, pause: wait_base = PAUSE) -> str:
+    """Post `{"text": text}`, up to three times; return what went wrong, empty for nothing.
+
+    It takes `seconds` in all and no longer, whatever the server or the name service do.
+    """
+    try:
+        parts = urlsplit(url)
+        local = _is_loopback(parts.hostname or "")
+        shown = f"webhook {parts.scheme}://{_host(parts)}/…"
+    except ValueError:
+        return f"webhook: {VARIABLE} is not a URL"
+    secure = parts.scheme == "https" or (parts.scheme == "http" and local)
+    if not parts.hostname or not secure or "@" in parts.netloc:
+        return f"webhook: {VARIABLE} must be an https:// URL, without a user"
+    said = [f"no answer within {seconds:g} s"]
+    # A thread, because neither a name that isn't resolved nor an answer in drops minds a socket's timeout.
+    thread = Thread(target=_post, args=(url, text, local, seconds, pause, said), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return f"{shown}: {said[-1]}" if said[-1] else ""
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which would carry the message to a host that nobody named."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        return None
+
+
+def _post(url: str, text: str, local: bool, seconds: float, pause: wait_base, said: list[str]) -> None:
+    """Add to `said` how it ended: empty when the message was taken."""
+    handlers: list[urllib.request.BaseHandler] = [_Stay()]
+    if local:
+        # Without TLS a proxy would read the URL.
+        handlers.append(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(*handlers)
+    body = json.dumps({"text": text}).encode()
+
+    def once() -> None:
+        request = urllib.request.Request(  # noqa: S310 - https, or loopback
+            url, body, {"Content-Type": "application/json", "User-Agent": "ami-builder"}
+        )
+        try:
+            with opener.open(request, timeout=seconds / ATTEMPTS):
+                pass
+        except urllib.error.HTTPError as refused:
+            refused.close()
+            raise
+
+    retrying = Retrying(
+        retry=retry_if_exception(_passes), stop=stop_after_attempt(ATTEMPTS), wait=pause, reraise=True
+    )
+    try:
+        retrying(once)
+        said.append("")
+    except Exception as failed:  # whatever it is, a night does not end for it
+        said.append(_reason(failed))
+
+
+def _passes(failed: BaseException) -> bool:
+    if isinstance(failed, urllib.error.HTTPError):
+        return failed.code in _TRY_AGAIN
+    return isinstance(failed, OSError | http.client.HTTPException) and not isinstance(
+        failed, http.client.InvalidURL
+    )
+
+
+def _reason(failed: BaseException) -> str:
+    """Return what went wrong in words that can't hold the URL, as those of an exception or a server can."""
+    if isinstance(failed, urllib.error.HTTPError):
+        if 300 <= failed.code < 400:
+            return f"it answered {failed.code}, a redirect, which is not followed"
+        return f"it answered {failed.code} {http.client.responses.get(failed.code, '')}".rstrip()
+    cause = failed.reason if isinstance(failed, urllib.error.URLError) else failed
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    return (isinstance(cause, OSError) and cause.strerror) or type(cause).__name__
+
+
+def _host(parts: SplitResult) -> str:
+    """Return host and port; raises ValueError for a bad port."""
+    host = parts.hostname or ""
+    return f"{host}:{parts.port}" if parts.port else host
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

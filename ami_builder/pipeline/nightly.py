@@ -77,7 +77,10 @@ def nightly(
         going = side_by_side(calls, workers=at_once or 1)
         retired, wrong = _prune(prune, progress)
         return tuple(
-            Ended(night=_finish(night, journal, retired, wrong, notify), error=error)
+            Ended(
+                night=_finish(replace(night, steps=progress.steps), journal, retired, wrong, notify),
+                error=error,
+            )
             for night, journal, error in going
         )
 
