@@ -178,11 +178,14 @@ def accelerator(disk: Path, directory: Path) -> qemu.Accelerator:
     return qemu.choose_accelerator(disk, cache=cache, directory=directory)[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def machine(
     built: Mapping[str, Any], image: Image, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Booted]:
-    """One booted machine, shared: a test that changes it puts back what it changed."""
+    """One booted machine, shared: a test that changes it puts back what it changed.
+
+    It ends with the tests of its file: an idle emulated machine takes half a processor from the next ones.
+    """
     disk = Path(built["artifact"]["location"])
     with ExitStack() as stack:
         for last in (False, False, True):
