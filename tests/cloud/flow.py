@@ -21,7 +21,7 @@ from ami_builder.adapters import packer
 from ami_builder.adapters.aws import images, instance, instances, network, session, waiting
 from ami_builder.console import Step
 from ami_builder.model import CheckResult, Image, Measurement, Outcome
-from ami_builder.pipeline import bake_ami, verify
+from ami_builder.pipeline import bake_ami, cells
 from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import RenderedFile
@@ -74,7 +74,7 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
         return Proof(results=(result,), measured=(one,))
 
     monkeypatch.setattr(packer, "stage", staged)
-    monkeypatch.setattr(verify, "prove", proved)
+    monkeypatch.setattr(cells, "prove", proved)
 
 
 PACKER_RETRIES = 3
