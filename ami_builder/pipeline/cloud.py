@@ -82,7 +82,8 @@ class CloudSite:
         """Prove an AMI on an instance of each configured type, all of them whatever becomes of one."""
         wanted = cells(image, stored, run.record.run_id, travelling=self.dask_scheduler is not None)
         with open_executor(self.dask_scheduler, len(wanted)) as executor:
-            return proved(prove_matrix(wanted, executor, step, run.directory / "machines"))
+            proofs = prove_matrix(wanted, executor, step, run.directory / "machines")
+        return proved(proofs)
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Tag an AMI of ours with the verdict, so that any machine knows it."""

@@ -25,12 +25,17 @@ def open_executor(dask_scheduler: str | None, workers: int) -> AbstractContextMa
 @contextmanager
 def threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Yield an executor of threads; when the block raises, what they run ends, and they with it."""
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        try:
-            yield pool
-        except BaseException:
-            _end(pool)
-            raise
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            try:
+                yield pool
+            except BaseException:
+                _end(pool)
+                raise
+    except Exception:
+        # Unlike after Ctrl-C, work may go on elsewhere.
+        proc.resume()
+        raise
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None) -> list[T]:

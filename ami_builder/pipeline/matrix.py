@@ -56,11 +56,9 @@ def verify_matrix(
         ]
         every = [cell for group in groups for cell in group]
         try:
-            with (
-                progress.step(f"verify {first.name}") as step,
-                open_executor(dask_scheduler, len(every)) as executor,
-            ):
-                proofs = prove_matrix(every, executor, step, machines)
+            with progress.step(f"verify {first.name}") as step:
+                with open_executor(dask_scheduler, len(every)) as executor:
+                    proofs = prove_matrix(every, executor, step, machines)
                 rest = iter(proofs)
                 verdicts = [
                     _judged(one, [next(rest) for _ in group])
@@ -87,7 +85,7 @@ def prove_matrix(
     several = len({_place(cell) for cell in cells}) > 1
     with ExitStack() as stack:
         opened = {
-            place: stack.enter_context(step.step(str(place))) if several else step
+            place: stack.enter_context(step.step(" in ".join(place.parts))) if several else step
             for place in dict.fromkeys(map(_place, cells))
         }
         parents = [opened[_place(cell)] for cell in cells]
