@@ -25,6 +25,7 @@ _ANSWER_SECONDS = 15.0
 _LOOK_SECONDS = 5.0
 _ALONE_LOOKS = 24
 _CLOSE_SECONDS = 5.0
+_ADDRESS = "an address looks like tcp://10.0.0.7:8786"
 _INSTALL = "pip install 'ami-builder[dask]'"
 
 
@@ -95,6 +96,8 @@ def _connected(address: str) -> Client:
         raise MissingTool(
             f"{FLAG} needs Dask (distributed), which is not installed", hint=_INSTALL
         ) from missing
+    if not address:  # for which Dask would start a cluster here
+        raise UsageError(f"{FLAG}: the address is empty", hint=_ADDRESS)
     try:
         with warnings.catch_warnings():
             # Other versions of NumPy or of Python's patch level are none of our business.
@@ -103,9 +106,7 @@ def _connected(address: str) -> Client:
                 address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder"
             )
     except (ValueError, TypeError) as wrong:
-        raise UsageError(
-            f"{FLAG} {address}: {wrong}", hint="an address looks like tcp://10.0.0.7:8786"
-        ) from wrong
+        raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
     except OSError as silent:  # a timeout is one too
         raise TimedOut(
             f"{FLAG} {address}: no scheduler of Dask answers there",
