@@ -157,11 +157,15 @@ class Workspace:
                 ) from bad
 
     @contextmanager
-    def run(self, command: str, image: str, digest: str | None = None) -> Iterator[Run]:
-        """Own a run directory: its record ends as passed, failed or interrupted, and its work/ is removed."""
+    def run(self, command: str, image: str, digest: str | None = None, *, of: str = "") -> Iterator[Run]:
+        """Own a run directory: its record ends as passed, failed or interrupted, and its work/ is removed.
+
+        The id of one that is part of another run, perhaps of another machine's, begins with the id of that.
+        """
         self.ensure()
         now = datetime.now(UTC)
-        run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+        unique = secrets.token_hex(3)
+        run_id = f"{of}.{unique}" if of else f"{now:%Y%m%dT%H%M%SZ}-{unique}"
         directory = self.runs_dir / run_id
         record = RunRecord(
             run_id=run_id,

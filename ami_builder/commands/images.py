@@ -14,6 +14,7 @@ from ami_builder.errors import Interrupted, UsageError
 
 from .shared import (
     AMI,
+    DaskFlag,
     ImageArgument,
     JsonFlag,
     TargetFlag,
@@ -24,6 +25,7 @@ from .shared import (
     open_workspace,
     parse_target,
     plain,
+    refuse_dask,
     shared,
 )
 
@@ -48,6 +50,7 @@ def build(
     public: Annotated[
         bool, typer.Option("--public", help="With --target aws: publish the AMI to everyone.")
     ] = False,
+    dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Bake an image, boot it, verify it, and print its path, or its AMI's id.
@@ -57,12 +60,17 @@ def build(
     from ami_builder.model import Target
     from ami_builder.pipeline.build import Options
     from ami_builder.pipeline.build import build as build_image
+    from ami_builder.pipeline.concurrent import open_executor
 
     where = parse_target(target)
     if public and where is not Target.AWS:
         raise UsageError("--public: only an AMI can be published", hint="add --target aws")
     chosen = load_config().select(image)
-    site = open_site(chosen, where, public=public)
+    site = open_site(chosen, where, public=public, dask_scheduler=dask_scheduler)
+    if dask_scheduler is not None and verify:
+        # What is wrong with the cluster is to be told before anything is baked.
+        with open_executor(dask_scheduler, 1):
+            pass
     with console.open_progress(mode()) as progress:
         built = build_image(
             chosen,
@@ -89,13 +97,18 @@ def verify(
         list[str] | None,
         typer.Option("--instance-type", metavar="TYPE", help="Type of the test instance; repeatable."),
     ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option("--region", metavar="REGION", help="Of AWS: prove the AMI there; repeatable."),
+    ] = None,
     datasource: Annotated[
         str | None, typer.Option("--datasource", help="ec2 or nocloud: how the machine gets its user data.")
     ] = None,
+    dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Boot a finished image on machines of its own and run the checks."""
-    from ami_builder.pipeline.standalone import verify_image
+    from ami_builder.model import Target
 
     if memory:
         shared.overrides["verify.memory"] = ",".join(memory)
@@ -103,7 +116,17 @@ def verify(
         shared.overrides["verify.instance_types"] = ",".join(instance_type)
     if datasource:
         shared.overrides["verify.datasource"] = datasource
+    if region:
+        shared.overrides["aws.region"] = region[0]
     chosen, stored, site = _finished(image, load_config(), target)
+    if site.target is Target.AWS:
+        _verify_amis(chosen, stored, region or [], dask_scheduler, as_json=as_json)
+        return
+    refuse_dask(dask_scheduler)
+    if region:
+        raise UsageError(f"--region {region[0]}: a local image has no region", hint="add --target aws")
+    from ami_builder.pipeline.standalone import verify_image
+
     with console.open_progress(mode()) as progress:
         proof = verify_image(chosen, stored, site, open_workspace(), progress)
     if as_json:
@@ -111,6 +134,32 @@ def verify(
     else:
         console.verdict(proof)
         console.result(stored.artifact.location)
+
+
+def _verify_amis(
+    image: Image,
+    stored: StoredImage,
+    regions: Sequence[str],
+    dask_scheduler: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Prove an AMI where it is, or its copies in `regions`, which are found by its digest."""
+    from ami_builder.pipeline.cloud import subjects_in
+    from ami_builder.pipeline.matrix import verify_matrix
+
+    subjects = subjects_in(regions or [stored.artifact.region], image, stored, open_workspace())
+    with console.open_progress(mode()) as progress:
+        proved = verify_matrix(subjects, dask_scheduler, open_workspace(), progress)
+    found = [
+        {"region": one.stored.artifact.region, "ami": one.stored.artifact.location, "verdict": plain(verdict)}
+        for one, verdict in zip(subjects, proved.verdicts, strict=True)
+    ]
+    if as_json:
+        console.result_json({"passed": proved.whole.passed, "verdict": plain(proved.whole), "amis": found})
+    else:
+        console.verdict(proved.whole)
+        console.result([one.stored.artifact.location for one in subjects])
 
 
 @app.command("run")

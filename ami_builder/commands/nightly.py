@@ -40,6 +40,7 @@ def nightly(
     ] = None,
     target: TargetFlag = "qemu",
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune --apply` does.")] = True,
+    dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build, verify, compare, copy, share, promote and prune what changed since last night.
@@ -57,7 +58,14 @@ def nightly(
     chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
     with console.open_progress(mode()) as progress:
         ended = go(
-            [Subject(image=one, site=open_site(one, where), places=_places(one, where)) for one in chosen],
+            [
+                Subject(
+                    image=one,
+                    site=open_site(one, where, dask_scheduler=dask_scheduler),
+                    places=_places(one, where),
+                )
+                for one in chosen
+            ],
             open_workspace(),
             progress,
             prune=partial(_prune, config, where) if prune else None,

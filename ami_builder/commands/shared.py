@@ -116,17 +116,41 @@ def parse_target(text: str) -> Target:
         ) from wrong
 
 
-def open_site(image: Image, target: Target, *, public: bool = False) -> Site:
+DaskFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--dask-scheduler",
+        metavar="ADDRESS",
+        help="With --target aws: prove on the workers of this Dask cluster, e.g. tcp://10.0.0.7:8786.",
+    ),
+]
+
+
+def open_site(
+    image: Image, target: Target, *, public: bool = False, dask_scheduler: str | None = None
+) -> Site:
     """Return where an image is baked and booted; only AWS's imports boto3."""
     from ami_builder.model import Target
 
     if target is Target.AWS:
         from ami_builder.pipeline.cloud import CloudSite
 
-        return CloudSite.open(image, open_workspace(), public=public)
+        return CloudSite.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
+    refuse_dask(dask_scheduler)
     from ami_builder.pipeline.local import LocalSite
 
     return LocalSite(workspace=open_workspace())
+
+
+def refuse_dask(dask_scheduler: str | None) -> None:
+    """Raise UsageError when the machines of a local image are to be spread."""
+    from ami_builder.errors import UsageError
+
+    if dask_scheduler is not None:
+        raise UsageError(
+            f"--dask-scheduler {dask_scheduler}: a disk on this machine can't travel to a worker",
+            hint="add --target aws, or leave the flag out: machines run side by side here",
+        )
 
 
 def mode() -> console.Mode:

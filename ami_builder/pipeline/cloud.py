@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ami_builder.adapters.aws import base, images, network, tags
-from ami_builder.adapters.aws.instance import Instance, Launch
+from ami_builder.adapters.aws import base, images, tags
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Step
 from ami_builder.errors import UsageError
-from ami_builder.ledger import FILE as LEDGER
-from ami_builder.ledger import Ledger
-from ami_builder.model import (
-    Artifact,
-    CheckResult,
-    Connect,
-    Endpoint,
-    Image,
-    Measurement,
-    Outcome,
-    Target,
-    Verdict,
-)
+from ami_builder.model import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
 from ami_builder.pipeline.bake_ami import bake_ami, finish
+from ami_builder.pipeline.cells import cells
+from ami_builder.pipeline.concurrent import open_executor
 from ami_builder.pipeline.inputs import Inputs, gather
-from ami_builder.pipeline.target import Machine
+from ami_builder.pipeline.matrix import Subject, prove_matrix, proved
+from ami_builder.pipeline.prove import Proof
 from ami_builder.workspace import Run, StoredImage, Workspace
-
-
-@dataclass(slots=True, kw_only=True)
-class CloudMachine:
-    """An EC2 instance of an AMI."""
-
-    name: str
-    image: Image
-    ami: str
-    account: Account
-    ledger: Ledger
-    group: str
-    run_id: str
-    tags: dict[str, str]
-    memory: int = field(default=0, init=False)
-    _instance: Instance | None = field(default=None, init=False)
-
-    def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
-        """Launch it; it ends itself after aws.lifetime, whatever happens here."""
-        aws = self.image.aws
-        launch = Launch(
-            ami=self.ami,
-            instance_types=(self.name,),
-            subnets=aws.subnets,
-            security_group=self.group,
-            user_data=user_data,
-            public_key=public_key,
-            user=self.image.base.ssh_user,
-            lifetime=aws.lifetime,
-            disk_size=self.image.verify.disk_size,
-            instance_profile=aws.instance_profile,
-            connect=aws.connect,
-            ssh_port=aws.ssh_port,
-            encrypt=aws.encrypt,
-            kms_key=aws.kms_key,
-        )
-        self._instance = Instance(
-            self.account, self.ledger, launch, run_id=self.run_id, tags=self.tags, directory=directory
-        )
-        endpoint = stack.enter_context(self._instance)
-        self.memory = self._instance.memory
-        return endpoint
-
-    def check_alive(self) -> None:
-        """Raise BuildFailed when the instance is ending."""
-        assert self._instance is not None, "it was not started"
-        self._instance.check_alive()
-
-    def save_console(self) -> None:
-        """Fetch what EC2 has of the console."""
-        if self._instance is not None and self._instance.instance_id:
-            self._instance.save_console()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +28,21 @@ class CloudSite:
     account: Account
     workspace: Workspace
     public: bool = False
+    dask_scheduler: str | None = None
+    """Whose workers prove images; None for threads here."""
     target: Target = field(default=Target.AWS, init=False)
 
     @classmethod
-    def open(cls, image: Image, workspace: Workspace, *, public: bool = False) -> CloudSite:
+    def open(
+        cls, image: Image, workspace: Workspace, *, public: bool = False, dask_scheduler: str | None = None
+    ) -> CloudSite:
         """Return the site that an image is configured for; raises CloudFailed without credentials."""
-        return cls(account=Account.open(image.aws.region), workspace=workspace, public=public)
+        return cls(
+            account=Account.open(image.aws.region),
+            workspace=workspace,
+            public=public,
+            dask_scheduler=dask_scheduler,
+        )
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
@@ -109,10 +55,14 @@ class CloudSite:
 
     def find(self, inputs: Inputs) -> StoredImage | None:
         """Return the finished AMI of exactly these inputs, whichever machine baked it."""
-        ami = images.find(self.account, inputs.image.name, inputs.digest)
+        return self.of_digest(inputs.image, inputs.digest)
+
+    def of_digest(self, image: Image, digest: str) -> StoredImage | None:
+        """Return the finished AMI of a digest in this region."""
+        ami = images.find(self.account, image.name, digest)
         if ami is None or not ami.finished or ami.state != "available":
             return None
-        return self._stored(inputs.image, inputs.digest, ami)
+        return self._stored(image, digest, ami)
 
     def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
         """Bake an AMI, or finish the one that a killed run had made."""
@@ -128,40 +78,12 @@ class CloudSite:
         stored = self._stored(inputs.image, inputs.digest, ami)
         return self.workspace.remember(stored.artifact, packages)
 
-    @contextmanager
-    def machines(
-        self, image: Image, stored: StoredImage, run: Run, step: Step
-    ) -> Iterator[tuple[Sequence[Machine], int]]:
-        """Yield an instance for each configured type, in a security group that lives as long."""
-        run_id = run.record.run_id
-        ledger = Ledger(run.directory / LEDGER)
-        told = tags.tags(image.name, stored.artifact.digest, run_id, tags.Purpose.VERIFY)
-        through_ssm = image.aws.connect is Connect.SESSION_MANAGER
-        group = network.SecurityGroup(
-            self.account,
-            ledger,
-            run_id=run_id,
-            purpose=tags.Purpose.VERIFY,
-            tags=told,
-            cidrs=() if through_ssm else network.my_cidrs(image.aws.source_cidrs),
-            port=image.aws.ssh_port,
-            subnet=image.aws.subnets[0] if image.aws.subnets else "",
-        )
-        with group as group_id:
-            machines: list[Machine] = [
-                CloudMachine(
-                    name=kind,
-                    image=image,
-                    ami=stored.artifact.location,
-                    account=self.account,
-                    ledger=ledger,
-                    group=group_id,
-                    run_id=run_id,
-                    tags=told,
-                )
-                for kind in image.verify.instance_types
-            ]
-            yield machines, len(machines)
+    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
+        """Prove an AMI on an instance of each configured type, all of them whatever becomes of one."""
+        wanted = cells(image, stored, run.record.run_id, travelling=self.dask_scheduler is not None)
+        with open_executor(self.dask_scheduler, len(wanted)) as executor:
+            proofs = prove_matrix(wanted, executor, step, run.directory / "machines")
+        return proved(proofs)
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Tag an AMI of ours with the verdict, so that any machine knows it."""
@@ -206,6 +128,31 @@ class CloudSite:
             verdict=verdict,
             directory=known.directory if known is not None and mine else None,
         )
+
+
+def subjects_in(
+    regions: Sequence[str], image: Image, stored: StoredImage, workspace: Workspace
+) -> list[Subject]:
+    """Return an AMI where it is, and its copies elsewhere, which are found by its digest.
+
+    Raises UsageError for a region that has none.
+    """
+    found = []
+    for region in dict.fromkeys(regions):
+        there = replace(image, aws=replace(image.aws, region=region))
+        site = CloudSite.open(there, workspace)
+        artifact = stored.artifact
+        one = stored if artifact.region == region else None
+        if one is None and artifact.digest:
+            one = site.of_digest(there, artifact.digest)
+        if one is None:
+            raise UsageError(
+                f"--region {region}: there is no copy of {stored.name} (image {image.name},"
+                f" digest {artifact.digest[:16] or 'unknown'})",
+                hint=f"it is in {artifact.region}; an AMI that isn't finished doesn't count",
+            )
+        found.append(Subject(image=there, stored=one, site=site))
+    return found
 
 
 def _told(digest: str, passed: bool, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:

@@ -1,15 +1,41 @@
-"""Independent parts side by side: the first failure ends the others, Ctrl-C ends all."""
+"""Independent parts side by side, in threads of this process or on a Dask cluster; Ctrl-C ends all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from ami_builder import proc
+from ami_builder.adapters import cluster
 from ami_builder.errors import Interrupted
 
 T = TypeVar("T")
+
+
+def open_executor(dask_scheduler: str | None, workers: int) -> AbstractContextManager[Executor]:
+    """Return an executor to use in a `with`: `workers` threads, or the Dask cluster of that address.
+
+    Entering that of a cluster raises MissingTool, UsageError or TimedOut when it can't be used.
+    """
+    return threads(workers) if dask_scheduler is None else cluster.executor(dask_scheduler)
+
+
+@contextmanager
+def threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor of threads; when the block raises, what they run ends, and they with it."""
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            try:
+                yield pool
+            except BaseException:
+                _end(pool)
+                raise
+    except Exception:
+        # Unlike after Ctrl-C, work may go on elsewhere.
+        proc.resume()
+        raise
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None) -> list[T]:
@@ -18,15 +44,11 @@ def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None
     When one raises, the children of the others are stopped, and the first error is raised; likewise
     when this thread is interrupted. Nothing runs any more when this returns.
     """
-    with ThreadPoolExecutor(max_workers=workers or len(calls) or 1) as pool:
+    with threads(workers or len(calls) or 1) as pool:
         futures = [pool.submit(call) for call in calls]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            if any(f.done() and f.exception() for f in futures):
-                _end(pool)
-        except BaseException:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if any(f.done() and f.exception() for f in futures):
             _end(pool)
-            raise
     errors = [error for f in futures if not f.cancelled() and (error := f.exception()) is not None]
     if errors:
         proc.resume()

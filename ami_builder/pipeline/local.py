@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from ami_builder.adapters import imds, qemu, seed
 from ami_builder.console import Step, size
 from ami_builder.model import Artifact, Datasource, Endpoint, Image, Target, Verdict
 from ami_builder.pipeline.bake import bake
+from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.inputs import Inputs, gather
-from ami_builder.pipeline.target import Machine
+from ami_builder.pipeline.prove import Proof, prove
 from ami_builder.workspace import Run, StoredImage, Workspace
 
 
@@ -103,22 +105,20 @@ class LocalSite:
         )
         return self.workspace.store(artifact, baked.disk, baked.packages)
 
-    @contextmanager
-    def machines(
-        self, image: Image, stored: StoredImage, run: Run, step: Step
-    ) -> Iterator[tuple[Sequence[Machine], int]]:
-        """Yield a machine for each configured size."""
+    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
+        """Prove a disk on a machine of each configured size; the first that fails ends the others."""
         qemu.image_info(stored.path)
         accelerator, reason = qemu.choose_accelerator(
             stored.path, cache=self.workspace.cache / "accelerator.json", directory=run.work
         )
         step.update(reason)
-        machines: list[Machine] = [
+        machines = [
             LocalMachine(image=image, disk=stored.path, accelerator=accelerator, memory=memory)
             for memory in image.verify.memory
         ]
         # More machines than processors would only make each other late.
-        yield machines, max(1, (os.cpu_count() or 1) // image.verify.cpus)
+        at_once = max(1, (os.cpu_count() or 1) // image.verify.cpus)
+        return side_by_side([partial(prove, image, one, run, step) for one in machines], workers=at_once)
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Put the verdict beside an image of ours."""

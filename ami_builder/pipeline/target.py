@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.console import Step
 from ami_builder.model import Endpoint, Image, Target, Verdict
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.workspace import Run, StoredImage
+
+if TYPE_CHECKING:
+    from ami_builder.pipeline.prove import Proof
 
 
 class Machine(Protocol):
@@ -50,10 +53,11 @@ class Site(Protocol):
     def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
         """Bake an image, or finish one that a killed run has baked unless it is to be done `again`."""
 
-    def machines(
-        self, image: Image, stored: StoredImage, run: Run, step: Step
-    ) -> AbstractContextManager[tuple[Sequence[Machine], int]]:
-        """Own what test machines need; yields them, and how many may run at once."""
+    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
+        """Prove an image on every configured machine, in their order.
+
+        Raises BuildFailed, CloudFailed or TimedOut when one doesn't come up.
+        """
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Keep a verdict with the image that it is about."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -12,8 +12,7 @@ from ami_builder.adapters import checks
 from ami_builder.console import Step
 from ami_builder.errors import ChecksFailed
 from ami_builder.model import Image, Outcome, Target, Verdict, Verify
-from ami_builder.pipeline.concurrent import side_by_side
-from ami_builder.pipeline.prove import prove
+from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Site
 from ami_builder.resources import checks_dir
 from ami_builder.workspace import Run, StoredImage
@@ -46,17 +45,20 @@ def verify(image: Image, stored: StoredImage, site: Site, run: Run, step: Step) 
     Raises BuildFailed, CloudFailed or TimedOut when a machine doesn't come up; failed checks are in the
     verdict.
     """
-    with site.machines(image, stored, run, step) as (machines, at_once):
-        calls = [partial(prove, image, machine, run, step) for machine in machines]
-        proofs = side_by_side(calls, workers=at_once)
-    verdict = Verdict(
+    proofs = site.prove(image, stored, run, step)
+    verdict = verdict_of(image, stored, proofs)
+    run.update(verdict=verdict)
+    return verdict
+
+
+def verdict_of(image: Image, stored: StoredImage, proofs: Sequence[Proof]) -> Verdict:
+    """Return what the proofs of all of an image's machines come to."""
+    return Verdict(
         digest=stored.artifact.digest,
-        checks_digest=checks_digest(image, site.target),
+        checks_digest=checks_digest(image, stored.artifact.target),
         results=tuple(result for proof in proofs for result in proof.results),
         measured=tuple(one for proof in proofs for one in proof.measured),
     )
-    run.update(verdict=verdict)
-    return verdict
 
 
 def require_passed(verdict: Verdict, evidence: Path) -> None:

@@ -7,7 +7,7 @@ In verification an instance is really launched and terminated, and then said to 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,7 @@ from ami_builder.adapters import packer
 from ami_builder.adapters.aws import images, instance, instances, network, session, waiting
 from ami_builder.console import Step
 from ami_builder.model import CheckResult, Image, Measurement, Outcome
-from ami_builder.pipeline import bake_ami, verify
+from ami_builder.pipeline import bake_ami, cells
 from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import RenderedFile
@@ -40,8 +40,8 @@ SETTINGS = (
 )
 
 
-def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Packer's machine do nothing, and verification believe the machine."""
+def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] = lambda: None) -> None:
+    """Let Packer's machine do nothing, and verification believe it; `running` is called while it runs."""
     stage = packer.stage
 
     def staged(
@@ -62,6 +62,7 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
         with step.step(f"machine of {machine.name}"), ExitStack() as stack:
             machine.start(stack, run.work / machine.name, "#cloud-config\n", "ssh-ed25519 AAAA x")
+            running()
             result = CheckResult(
                 name="it ran",
                 phase="boot",
@@ -74,7 +75,7 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
         return Proof(results=(result,), measured=(one,))
 
     monkeypatch.setattr(packer, "stage", staged)
-    monkeypatch.setattr(verify, "prove", proved)
+    monkeypatch.setattr(cells, "prove", proved)
 
 
 PACKER_RETRIES = 3

@@ -13,7 +13,7 @@ import pytest
 from ami_builder.console import Step
 from ami_builder.errors import BuildFailed
 from ami_builder.model import Image
-from ami_builder.pipeline import verify
+from ami_builder.pipeline import cells
 from ami_builder.pipeline.target import Machine
 from ami_builder.workspace import Run
 
@@ -57,7 +57,7 @@ def test_build_and_verify(
     assert cloud.count("RunInstances") == made, "unchanged"
     proved = captured("verify", ami)
     assert proved.status == 0, proved.err
-    monkeypatch.setattr(verify, "prove", _lost)
+    monkeypatch.setattr(cells, "prove", _lost)
     assert captured("verify", ami).status == BuildFailed.exit_code
     assert held.refused == []
     assert held.unused == set()

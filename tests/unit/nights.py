@@ -14,12 +14,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -29,10 +28,8 @@ from ami_builder.console import Step
 from ami_builder.errors import BuildFailed
 from ami_builder.journal import Journal
 from ami_builder.model import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
-from ami_builder.pipeline import verify
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.pipeline.prove import Proof
-from ami_builder.pipeline.target import Machine
 from ami_builder.workspace import Run, StoredImage, Workspace
 
 GIB = 1 << 30
@@ -61,14 +58,6 @@ def told(folder: Path) -> World:
     """Return the world as it stands in a folder."""
     values = json.loads((folder / WORLD).read_text())
     return World(**values | {"packages": tuple(values["packages"])})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeMachine:
-    """Only its name; `prove` is replaced."""
-
-    name: str
-    memory: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +102,24 @@ class FakeSite:
         )
         return self.workspace.store(artifact, disk, packages)
 
-    @contextmanager
-    def machines(
-        self, image: Image, stored: StoredImage, run: Run, step: Step
-    ) -> Iterator[tuple[Sequence[Machine], int]]:
-        """Yield a machine of each configured size."""
-        yield [cast(Machine, FakeMachine(name=f"{m // GIB} GiB", memory=m)) for m in image.verify.memory], 1
+    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
+        """Say what the world says of a machine of each configured size."""
+        world = told(self.folder)
+        outcome = Outcome.PASSED if world.passes else Outcome.FAILED
+        proofs = []
+        for memory in image.verify.memory:
+            machine = f"{memory // GIB} GiB"
+            result = CheckResult(
+                name="the chain is equal",
+                phase="boot",
+                machine=machine,
+                outcome=outcome,
+                seconds=0,
+                message="x",
+            )
+            one = Measurement(machine=machine, phase="boot", total=memory, available=world.available)
+            proofs.append(Proof(results=(result,), measured=(one,)))
+        return proofs
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Put the verdict beside the image."""
@@ -128,24 +129,9 @@ class FakeSite:
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `ami-builder nightly` in this process meet the world in `folder`."""
 
-    def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
-        world = told(folder)
-        outcome = Outcome.PASSED if world.passes else Outcome.FAILED
-        result = CheckResult(
-            name="the chain is equal",
-            phase="boot",
-            machine=machine.name,
-            outcome=outcome,
-            seconds=0,
-            message="x",
-        )
-        one = Measurement(machine=machine.name, phase="boot", total=machine.memory, available=world.available)
-        return Proof(results=(result,), measured=(one,))
-
-    def site(image: Image, target: Target, *, public: bool = False) -> FakeSite:
+    def site(image: Image, target: Target, **_: object) -> FakeSite:
         return FakeSite(folder=folder, workspace=Workspace.open(os.environ))
 
-    monkeypatch.setattr(verify, "prove", proved)
     monkeypatch.setattr(command, "open_site", site)
     monkeypatch.setenv("AMI_BUILDER_HOME", str(folder / "home"))
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(folder / "ami-builder.toml"))
