@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from ami_builder import config, errors
+from ami_builder.adapters import webhook
 from ami_builder.commands import app, config_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,47 @@ def test_the_tree_is_the_tree(name: str) -> None:
     places = (ROOT, ROOT / "packer", ROOT / "scripts", ROOT / "ami_builder")
     pattern = name.replace("NN-*", "*")
     assert any(list(place.glob(pattern.rstrip("/"))) for place in places), name
+
+
+NIGHTS = README.split("## Run it every night")[1].split("\n## ")[0]
+
+
+def test_the_files_that_a_timer_needs_are_there() -> None:
+    named = re.findall(r"/opt/ami-builder/([\w./@-]+)", NIGHTS)
+    assert "scripts/systemd/ami-builder-nightly@.timer" in named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_set_up_makes_what_the_service_names() -> None:
+    service = (ROOT / "scripts" / "systemd" / "ami-builder-nightly@.service").read_text(encoding="utf-8")
+    for path in re.findall(r"=-?(?:webhook:)?(/etc/ami-builder[\w./]*)", service):
+        assert f"{path}   " in NIGHTS or f"-d {path} " in NIGHTS, path
+    assert "useradd --system" in NIGHTS
+    for block in re.findall(r"```sh\n(.*?)```", NIGHTS, re.S):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_the_crontab_is_one() -> None:
+    (crontab,) = re.findall(r"```crontab\n(.*?)```", NIGHTS, re.S)
+    setting, line = crontab.splitlines()
+    assert setting.startswith(f"{webhook.FILE_VARIABLE}=/")
+    minute, hour, *every, command = line.split(maxsplit=5)
+    assert int(minute) < 60
+    assert int(hour) < 24
+    assert every == ["*"] * 3
+    # cron takes % for a line's end.
+    assert "%" not in command
+    subprocess.run(["bash", "-n"], input=command, text=True, check=True)
+
+
+def test_the_codes_of_a_night_are_what_the_service_acts_on() -> None:
+    service = (ROOT / "scripts" / "systemd" / "ami-builder-nightly@.service").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d, ]+) \| .* \| (\w+)", NIGHTS, re.M)
+    does = {code: deed for codes, deed in rows for code in codes.split(", ")}
+    (final,) = re.findall(r"^RestartPreventExitStatus=(.*)", service, re.M)
+    assert {code for code, deed in does.items() if deed == "fails"} == set(final.split())
+    assert {code for code, deed in does.items() if deed == "tries"} == {"6", "7"}
 
 
 def test_links_lead_somewhere() -> None:

@@ -114,7 +114,8 @@ def test_a_redirect_is_not_followed(status: int) -> None:
 
 def test_a_silent_server_holds_nobody_up() -> None:
     with _server(silent=True) as server:
-        assert _notify(server.url, seconds=0.3).endswith("/…: no answer within 0.3 s")
+        # Of the last attempt or of all together, whichever is heard first.
+        assert "/…: no answer " in _notify(server.url, seconds=0.3)
 
 
 def test_a_server_that_answers_in_drops_holds_nobody_up() -> None:
