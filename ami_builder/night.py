@@ -58,6 +58,8 @@ class Night:
     """What held the promotion, one line each."""
     moved: tuple[str, ...] = ()
     """The packages whose versions changed, one line each."""
+    not_compared: tuple[str, ...] = ()
+    """What the gate could not look at, one line each."""
     retired: tuple[str, ...] = ()
     """What was deprecated or deleted, one line each."""
     error: str = ""

@@ -140,7 +140,7 @@ def _asked(client: Client, call: Callable[[], Any]) -> Any:
     async def ask() -> Any:
         return await call()
 
-    return client.sync(ask, callback_timeout=_ANSWER_SECONDS)  # type: ignore[no-untyped-call]
+    return client.sync(ask, callback_timeout=_ANSWER_SECONDS)
 
 
 @contextmanager

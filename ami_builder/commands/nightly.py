@@ -12,6 +12,7 @@ import typer
 from ami_builder import console
 
 from .shared import (
+    DaskFlag,
     JsonFlag,
     TargetFlag,
     app,
@@ -51,21 +52,23 @@ def nightly(
     decides.
     """
     from ami_builder.adapters import webhook
+    from ami_builder.errors import Held
     from ami_builder.pipeline.nightly import Subject
     from ami_builder.pipeline.nightly import nightly as go
 
     config, where = load_config(), parse_target(target)
     chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
+    subjects = [
+        Subject(
+            image=one,
+            site=open_site(one, where, dask_scheduler=dask_scheduler),
+            places=_places(one, where),
+        )
+        for one in chosen
+    ]
     with console.open_progress(mode()) as progress:
         ended = go(
-            [
-                Subject(
-                    image=one,
-                    site=open_site(one, where, dask_scheduler=dask_scheduler),
-                    places=_places(one, where),
-                )
-                for one in chosen
-            ],
+            subjects,
             open_workspace(),
             progress,
             prune=partial(_prune, config, where) if prune else None,
@@ -76,9 +79,10 @@ def nightly(
         if one.error is not None:
             console.error(one.error)
     _print(nights, as_json=as_json)
-    status = next((night.exit_code for night in nights if night.exit_code), 0)
-    if status:
-        raise typer.Exit(status)
+    codes = [night.exit_code for night in nights if night.exit_code]
+    if codes:
+        # What trying again may mend must not hide behind what waits for a person.
+        raise typer.Exit(min(codes, key=lambda code: code == Held.exit_code))
 
 
 def _places(image: Image, target: Target) -> Sequence[Place]:

@@ -172,6 +172,7 @@ class _Going:
         return self.night, journal, error
 
     def _go(self, inputs: Inputs, journal: Journal) -> None:
+        self._tell(before=channels.current(self.places[0].channels, self.channel))
         if journal.find(Step.BUILT) is None and (standing := self._standing(inputs)):
             self._tell(
                 ending=Ending.UNCHANGED,
@@ -226,7 +227,12 @@ class _Going:
             told = self._compare(stored)
             journal.note(Step.COMPARED, **told)
         drifts = tuple(told["drifts"])
-        self._tell(before=str(told["before"]), drifts=drifts, moved=tuple(told["moved"]))
+        self._tell(
+            before=str(told["before"]),
+            drifts=drifts,
+            moved=tuple(told["moved"]),
+            not_compared=tuple(told["not_compared"]),
+        )
         return drifts
 
     def _compare(self, stored: StoredImage) -> Mapping[str, Any]:
@@ -234,11 +240,16 @@ class _Going:
         id = channels.current(record, self.channel)
         before = record.find(id) if id else None
         if before is None or before.artifact.digest == stored.artifact.digest:
-            return {"before": id, "drifts": [], "moved": []}
+            return {"before": id, "drifts": [], "moved": [], "not_compared": []}
         difference = compare_images(before, stored, self.workspace)
         bounds = self.image.nightly
         drifts = [drift.text for drift in gate.judge(difference, bounds)]
-        return {"before": id, "drifts": drifts, "moved": list(gate.moved(difference, bounds))}
+        return {
+            "before": id,
+            "drifts": drifts,
+            "moved": list(gate.moved(difference, bounds)),
+            "not_compared": list(gate.not_compared(difference)),
+        }
 
     def _release(self, stored: StoredImage, journal: Journal) -> list[PlaceEnding]:
         """Bring the image to every place, and promote it wherever that went well."""

@@ -51,6 +51,7 @@ def markdown(night: Night) -> str:
         parts += ["## What went wrong", _plain(night.error)]
     parts += [_list("What held it back", night.drifts)]
     parts += [_list("Packages that moved", night.moved)]
+    parts += [_list("Not compared", night.not_compared)]
     parts += [_list("Retired", night.retired)]
     if night.steps:
         steps = [(one.name, one.status, duration(one.seconds), one.detail) for one in night.steps]

@@ -110,7 +110,7 @@ def copied(cloud: Cloud, ami: str) -> str:
 def verdict_tag(cloud: Cloud, ami: str, region: str) -> str:
     (image,) = cloud.client(region=region).describe_images(ImageIds=[ami])["Images"]
     tags = {tag["Key"]: tag["Value"] for tag in image["Tags"]}
-    return tags.get("ami-builder:verdict", "none").partition(" ")[0]
+    return str(tags.get("ami-builder:verdict", "none")).partition(" ")[0]
 
 
 def meanwhile(act: Callable[[], None]) -> threading.Thread:
@@ -128,7 +128,7 @@ def launched(cloud: Cloud, count: int) -> None:
 def wait_for_workers(crew: Crew, count: int) -> None:
     from distributed import Client
 
-    with Client(crew.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with Client(crew.address, set_as_default=False) as client:
         client.wait_for_workers(count, timeout=BOUND)
 
 
