@@ -74,7 +74,7 @@ class _Crew(Executor):
 
     def __init__(self, client: Client) -> None:
         # Not pure: each call is one of its own, whatever its arguments.
-        self._executor = client.get_executor(pure=False)  # type: ignore[no-untyped-call]
+        self._executor = client.get_executor(pure=False)
         self._futures: list[Future[Any]] = []
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -102,7 +102,7 @@ def _connected(address: str) -> Client:
         with warnings.catch_warnings():
             # Other versions of NumPy or of Python's patch level are none of our business.
             warnings.simplefilter("ignore")
-            return Client(  # type: ignore[no-untyped-call]
+            return Client(
                 address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder"
             )
     except (ValueError, TypeError) as wrong:
