@@ -1,22 +1,23 @@
 """Whether the memory limits of a running cluster's workers are right: pure; sizes are bytes.
 
-What is available to Dask is bounded by nested *domains*: every cgroup above a worker that has a limit, and the
-machine. A domain has a capacity, and all workers in it have to get along with it together:
+What is available to Dask is bounded by nested *domains*: every cgroup above a worker that has a limit, and
+the machine. A domain has a capacity, and all workers in it have to get along with it together:
 
 - a cgroup: its limit, for that is what the kernel enforces, whatever Dask believes;
-- a machine: MemAvailable now, and what the workers and their nannies hold now (anonymous and shared pages, for
-  what their files map is in MemAvailable already). That is what would be available if they were gone: the same
-  number that an image of ours measures just before Dask starts.
+- a machine: MemAvailable now, and what the workers and their nannies hold now (anonymous and shared pages,
+  for what their files map is in MemAvailable already). That is what would be available if they were gone:
+  the same number that an image of ours measures just before Dask starts.
 
-A worker's *share* of a domain is its part of the capacity by threads, as Dask itself divides memory. Then its
-limit is
+A worker's *share* of a domain is its part of the capacity by threads, as Dask itself divides memory. Then
+its limit is
 
 - missing where Dask has none: nothing is spilled, paused or restarted;
-- too high where the limits in a domain add up to more than the capacity, and this one to more than its share: the
-  kernel would act before Dask. A machine's memory is never whole Dask's, so limits that add up to it are too high
-  however large it is;
-- needlessly low where every domain has room left, and this one's part of it is more than a tenth of its share and
-  128 MiB. Less than that is a reserve that somebody may have meant: for agents that grow, or for the nanny;
+- too high where the limits in a domain add up to more than the capacity, and this one to more than its
+  share: the kernel would act before Dask. A machine's memory is never whole Dask's, so limits that add up
+  to it are too high however large it is;
+- needlessly low where every domain has room left, and this one's part of it is more than a tenth of its
+  share and 128 MiB. Less than that is a reserve that somebody may have meant: for agents that grow, or for
+  the nanny;
 - right otherwise.
 
 Whoever follows all the advice ends with limits that no domain is too small for.
@@ -163,9 +164,7 @@ def diagnose(workers: Sequence[Worker]) -> tuple[Diagnosis, ...]:
     read = {w.address: w.reading for w in workers if w.reading is not None}
     domains = _domains(read)
     return tuple(
-        _unread(worker)
-        if worker.reading is None
-        else _judge(worker, worker.reading, domains[worker.address])
+        _unread(worker) if worker.reading is None else _judge(worker, worker.reading, domains[worker.address])
         for worker in workers
     )
 
@@ -257,9 +256,7 @@ def _judge(worker: Worker, reading: Reading, domains: Sequence[_Domain]) -> Diag
             excess=reading.limit - advised,
             warnings=warnings,
         )
-    return Diagnosis(
-        worker=worker, health=Health.RIGHT, reason=f"fits {tightest.name}", warnings=warnings
-    )
+    return Diagnosis(worker=worker, health=Health.RIGHT, reason=f"fits {tightest.name}", warnings=warnings)
 
 
 def _excess(domain: _Domain) -> str:
@@ -273,12 +270,13 @@ def _excess(domain: _Domain) -> str:
 
 
 def _pages(size: float, page: int) -> int:
-    return int(size) // page * page
+    # Not 0, which is no limit to Dask.
+    return max(1, int(size) // page) * page
 
 
 def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
     if reading.spill_system in IN_MEMORY:
-        yield f"spills to {reading.spill_system} ({reading.directory}), which is memory: use a folder on a disk"
+        yield f"spills to {reading.spill_system} ({reading.directory}), which is memory: use a disk"
     if reading.levels and reading.swap and not any(level.swap == 0 for level in reading.levels):
         yield "its cgroup may use swap: Dask doesn't count it, and slows down instead of spilling"
     if not reading.nanny:
@@ -303,8 +301,7 @@ def _late_nanny(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
         if nannies and not domain.full and domain.taken * terminate > room > 0:
             share = room / terminate * max(1, reading.nthreads) / domain.threads
             yield (
-                f"the kernel kills it before its nanny restarts it: at {terminate:.0%} of the limit, what is left "
-                f"of {domain.name} is less than the nanny itself; a limit of {_pages(share, reading.page)} "
-                "leaves room for both"
+                f"the kernel kills it before its nanny does: at {terminate:.0%} of the limit the nanny "
+                f"doesn't fit into {domain.name} too; a limit of {_pages(share, reading.page)} leaves room"
             )
             return

@@ -29,11 +29,12 @@ def doctor(
 ) -> None:
     """Say which workers of a running Dask cluster have a memory limit that is missing, too high or too low.
 
-    Works on any cluster, and changes nothing on it. Exits with 0 when every limit is right, with 5 when one isn't
-    or can't be read, and with 7 when the scheduler, or else only some worker, didn't answer.
+    Works on any cluster, and changes nothing on it. Exits with 0 when every limit is right, with 5 when one
+    isn't or can't be read, and with 7 when all that is wrong is that somebody didn't answer.
 
-    A TLS cluster is reached with Dask's own configuration: a tls:// address, DASK_DISTRIBUTED__COMM__TLS__CA_FILE,
-    DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY.
+    A TLS cluster is reached with Dask's own configuration: a tls:// address and
+    DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
+    DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY.
     """
     from ami_builder.diagnosis import Health
     from ami_builder.pipeline.doctor import examine, summary

@@ -16,7 +16,11 @@ def examine(address: str, seconds: float, progress: Progress) -> tuple[Diagnosis
         workers = read_cluster(address, seconds)
         answered = sum(not worker.silent for worker in workers)
         step.done(f"{answered} of {len(workers)} answered")
-    return diagnose(workers)
+    return tuple(sorted(diagnose(workers), key=_worst_first))
+
+
+def _worst_first(diagnosis: Diagnosis) -> tuple[bool, str, str]:
+    return diagnosis.health is Health.RIGHT, diagnosis.worker.name, diagnosis.worker.address
 
 
 def summary(diagnoses: tuple[Diagnosis, ...]) -> str:
@@ -26,6 +30,6 @@ def summary(diagnoses: tuple[Diagnosis, ...]) -> str:
     counts = {health: sum(d.health is health for d in diagnoses) for health in Health}
     right, total = counts.pop(Health.RIGHT), len(diagnoses)
     others = ", ".join(f"{count} {health}" for health, count in counts.items() if count)
-    verb = "has" if right == 1 else "have"
+    verb = "has" if 1 in (right, total) else "have"
     first = f"{right} of {total} worker{'s' if total > 1 else ''} {verb} a right limit"
     return f"{first}: {others}" if others else first

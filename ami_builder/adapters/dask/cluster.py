@@ -1,7 +1,7 @@
 """Asks a scheduler for its workers, and every worker through it for its memory.
 
-It speaks the operations that a `Client` sends for `scheduler_info` and `run`, and does without the Client: one of
-another version than the scheduler's doesn't connect, and it asks for the first five workers only.
+It sends the operations that a `Client` sends for `scheduler_info` and `run`, without a Client: a new one
+doesn't connect to an old scheduler.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def read_cluster(address: str, seconds: float) -> tuple[Worker, ...]:
     """
     with _quiet():
         try:
-            import distributed  # noqa: F401 - heavy, and perhaps not there
+            import distributed
         except ImportError as missing:
             raise MissingTool(
                 f"Dask isn't installed here ({missing})", hint="pip install 'ami-builder[dask]'"
             ) from missing
-        return asyncio.run(_read(address, seconds))
+        return asyncio.run(_read(distributed, address, seconds))
 
 
 @contextmanager
@@ -65,24 +65,22 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-async def _read(address: str, seconds: float) -> tuple[Worker, ...]:
-    from distributed import rpc
-    from distributed.comm import parse_address, parse_host_port
-    from distributed.security import Security
-
+async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker, ...]:
     try:
-        parse_host_port(parse_address(address)[1])
-        connection = Security().get_connection_args("client")
-        scheduler = rpc(address, timeout=seconds, connection_args=connection)
+        distributed.comm.parse_host_port(distributed.comm.parse_address(address)[1])
+        connection = distributed.Security().get_connection_args("client")
+        scheduler = distributed.rpc(address, timeout=seconds, connection_args=connection)
     except (ValueError, TypeError, KeyError) as wrong:
         raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
     end = time.monotonic() + seconds
     try:
         try:
             known = await asyncio.wait_for(_identity(scheduler), seconds)
-        except (OSError, asyncio.TimeoutError) as gone:
+        except OSError as gone:
             why = str(gone).strip() or "no answer"
-            hint = "is it a scheduler, and reachable from here? With TLS, `ami-builder doctor --help` says how"
+            hint = (
+                "is it a scheduler, and reachable from here? With TLS, `ami-builder doctor --help` says how"
+            )
             raise TimedOut(f"{address} didn't answer within {seconds:.0f} s: {why}", hint=hint) from gone
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
@@ -104,12 +102,12 @@ async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
 
 
 async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapping[str, Any]:
-    """Ask all workers at once, and each for itself when one of them keeps that from ending in half the time."""
+    """Ask all workers at once, and one by one when some worker keeps that from ending in half the time."""
     if not addresses:
         return {}
     try:
         return await asyncio.wait_for(_ask(scheduler, addresses), max(0.0, end - time.monotonic()) / 2)
-    except (OSError, asyncio.TimeoutError):
+    except OSError:
         pass
     answers: dict[str, Any] = {}
     waiting = list(reversed(addresses))
@@ -120,7 +118,7 @@ async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapp
             address = waiting.pop()
             try:
                 answers.update(await asyncio.wait_for(_ask(scheduler, [address]), bound))
-            except (OSError, asyncio.TimeoutError):
+            except OSError:
                 continue
 
     asking = [asyncio.ensure_future(ask_next()) for _ in range(min(_ONE_BY_ONE, len(addresses)))]
@@ -140,13 +138,15 @@ async def _ask(scheduler: Any, addresses: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _worker(address: str, known: Mapping[str, Any], answer: Any) -> Worker:
-    """Return a worker from what the scheduler knows and the worker answered; bytes are an error of the way."""
+    """Return a worker from what the scheduler knows and the worker answered, if it was reached."""
     name, host = str(known.get("name", "")), str(known.get("host", ""))
     if not isinstance(answer, Mapping):
         return Worker(address=address, name=name, host=host, silent=True, problem="it didn't answer in time")
     told = answer.get("result")
     if answer.get("status") != "OK" or not isinstance(told, Mapping):
-        problem = f"reading failed there: {answer.get('text') or answer.get('exception_text') or 'no reason given'}"
+        problem = (
+            f"reading failed there: {answer.get('text') or answer.get('exception_text') or 'no reason given'}"
+        )
         return Worker(address=address, name=name, host=host, problem=problem)
     if "error" in told:
         return Worker(address=address, name=name, host=host, problem=str(told["error"]))

@@ -44,7 +44,10 @@ def managed(worker: Any) -> dict[str, Any]:
         nthreads=getattr(worker.state, "nthreads", 0) if hasattr(worker, "state") else worker.nthreads,
         nanny=bool(getattr(worker, "nanny", None)),
         directory=getattr(worker, "local_directory", ""),
-        versions={"distributed": distributed.__version__, "python": platform.python_version()},
+        versions={
+            "distributed": getattr(distributed, "__version__", "unknown"),
+            "python": platform.python_version(),
+        },
     )
 
 
@@ -86,7 +89,7 @@ def held(pid: int) -> int:
 
 def processes(worker: Any) -> dict[str, Any]:
     """Return what the worker's process and its nanny's hold, each under a name that is one on the machine."""
-    space, own = os.readlink("/proc/self/ns/pid"), os.getpid()
+    space, own = os.readlink("/proc/self/ns/pid"), os.getpid()  # noqa: PTH115 - Python 3.8
     found = {f"{space} {own}": held(own)}
     nanny = None
     if getattr(worker, "nanny", None):
@@ -113,7 +116,7 @@ def least(*numbers: int | None) -> int | None:
 
 
 def cgroup_folders() -> tuple[bool, list[str]]:
-    """Return whether it is cgroup v2, and the worker's folder with those above it, as far as they are seen."""
+    """Return whether it is cgroup v2, and the worker's folder with those above it that are seen."""
     own = {}
     for line in text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -142,7 +145,7 @@ def cgroup_folders() -> tuple[bool, list[str]]:
 
 
 def levels() -> list[dict[str, Any]]:
-    """Return the worker's cgroup and those above it that limit memory; the limit is the least of its files."""
+    """Return those of the worker's cgroup and the ones above it that have a limit: the least of its files."""
     second, folders = cgroup_folders()
     found = []
     for folder in folders:
