@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from ami_builder import proc
-from ami_builder.adapters import cluster
+from ami_builder.adapters.dask import executor as cluster
 from ami_builder.errors import Interrupted
 
 T = TypeVar("T")

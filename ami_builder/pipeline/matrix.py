@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ami_builder.adapters import cluster
+from ami_builder.adapters.dask import executor as cluster
 from ami_builder.console import Progress, Step
 from ami_builder.errors import AmiBuilderError
 from ami_builder.model import CheckResult, Image, Measurement, Outcome, Verdict

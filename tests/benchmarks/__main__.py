@@ -23,6 +23,7 @@ from ami_builder.model import Image
 from ami_builder.pipeline import bake
 from ami_builder.pipeline.inputs import gather
 from ami_builder.workspace import Workspace
+from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
 from tests.benchmarks.planning import planning_seconds
 from tests.vm.conftest import HOME, ROOT, booted, environment
 
@@ -223,11 +224,24 @@ def planning() -> Sequence[Row]:
     )
 
 
+def doctor() -> Sequence[Row]:
+    """`ami-builder doctor` for 1,000 real workers in one process, and its judgement alone."""
+    whole, one = doctor_seconds(1000), doctor_seconds(1)
+    return (
+        Row(
+            what="`doctor`, 1,000 simulated workers",
+            figure=f"{whole:.2f} s",
+            against=f"{one:.2f} s for one; judging them takes {judging_seconds(1000) * 1000:.0f} ms of CPU",
+            bound="5 s",
+        ),
+    )
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning)}
+BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning, doctor)}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ami_builder import proc
-from ami_builder.adapters import cluster
+from ami_builder.adapters.dask import executor as cluster
 from ami_builder.model import RunStatus
 from ami_builder.proc import wait_until
 from ami_builder.workspace import Workspace

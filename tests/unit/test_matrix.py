@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from ami_builder import errors
-from ami_builder.adapters import cluster, qemu, ssh
+from ami_builder.adapters import qemu, ssh
+from ami_builder.adapters.dask import executor as cluster
 from ami_builder.console import Mode, Progress, Step, open_progress
 from ami_builder.errors import (
     AmiBuilderError,

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ami_builder import __version__
+from ami_builder.adapters.dask import INSTALL
 from ami_builder.errors import AmiBuilderError, BuildFailed, Interrupted, MissingTool, TimedOut, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _LOOK_SECONDS = 5.0
 _ALONE_LOOKS = 24
 _CLOSE_SECONDS = 5.0
 _ADDRESS = "an address looks like tcp://10.0.0.7:8786"
-_INSTALL = "pip install 'ami-builder[dask]'"
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _connected(address: str) -> Client:
         from distributed import Client
     except ImportError as missing:
         raise MissingTool(
-            f"{FLAG} needs Dask (distributed), which is not installed", hint=_INSTALL
+            f"{FLAG} needs Dask (distributed), which is not installed", hint=INSTALL
         ) from missing
     if not address:  # for which Dask would start a cluster here
         raise UsageError(f"{FLAG}: the address is empty", hint=_ADDRESS)
@@ -102,9 +102,7 @@ def _connected(address: str) -> Client:
         with warnings.catch_warnings():
             # Other versions of NumPy or of Python's patch level are none of our business.
             warnings.simplefilter("ignore")
-            return Client(
-                address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder"
-            )
+            return Client(address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder")
     except (ValueError, TypeError) as wrong:
         raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
     except OSError as silent:  # a timeout is one too
@@ -130,7 +128,7 @@ def _require_workers(client: Client, address: str) -> None:
         raise MissingTool(
             f"{FLAG} {address}: {len(wrong)} of {len(told)} workers don't have ami-builder {__version__}",
             tail=tuple(f"{worker}: {found}" for worker, found in sorted(wrong.items())),
-            hint=f"install that version in each worker's environment: {_INSTALL}",
+            hint=f"install that version in each worker's environment: {INSTALL}",
         )
 
 

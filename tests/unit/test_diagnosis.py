@@ -1,0 +1,221 @@
+"""What is said of workers' limits: by example, and for any cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ami_builder.diagnosis import Diagnosis, Health, Level, Reading, Worker, diagnose
+from ami_builder.spelling import GIB, MIB
+
+PAGE = 4096
+HELD = {"worker": 100 * MIB, "nanny": 64 * MIB}
+
+
+def reading(limit: int | None, **more: object) -> Reading:
+    plain = Reading(
+        boot="one",
+        limit=limit,
+        nthreads=2,
+        total=8 * GIB,
+        available=7 * GIB - sum(HELD.values()),
+        processes=HELD,
+        nanny_process="nanny",
+        target=0.6,
+        spill=0.7,
+        pause=0.8,
+        terminate=0.95,
+        spill_system="ext4",
+    )
+    return replace(plain, **more)  # type: ignore[arg-type]
+
+
+def judged(*readings: Reading) -> tuple[Diagnosis, ...]:
+    return diagnose([Worker(address=f"w{n}", reading=each) for n, each in enumerate(readings)])
+
+
+def healths(*readings: Reading) -> list[Health]:
+    return [each.health for each in judged(*readings)]
+
+
+def test_what_was_available_before_dask_started_is_right() -> None:
+    (one,) = judged(reading(7 * GIB))
+    assert (one.health, one.advised, one.excess, one.warnings) == (Health.RIGHT, None, None, ())
+
+
+def test_none_and_0_are_missing_and_the_advice_is_what_is_available() -> None:
+    for limit in (None, 0):
+        (one,) = judged(reading(limit))
+        assert (one.health, one.advised) == (Health.MISSING, 7 * GIB)
+
+
+def test_the_whole_machine_is_too_high_however_large_it_is() -> None:
+    (one,) = judged(reading(8 * GIB))
+    assert (one.health, one.advised, one.excess) == (Health.TOO_HIGH, 7 * GIB, GIB)
+    assert "whole memory" in one.reason
+    large = 24 * 1024 * GIB
+    assert healths(reading(large, total=large, available=large - GIB)) == [Health.TOO_HIGH]
+    assert healths(reading(large - GIB, total=large, available=large - GIB)) == [Health.RIGHT]
+
+
+def test_dask_divides_the_whole_machine_among_workers_and_drops_fractions_of_bytes() -> None:
+    total = 8 * GIB + 1
+    auto = int(total / 3)
+    assert (
+        healths(*[reading(auto, total=total, available=total - 50 * MIB, processes={})] * 3)
+        == [Health.TOO_HIGH] * 3
+    )
+
+
+def test_a_reading_s_noise_is_no_fault() -> None:
+    assert healths(reading(7 * GIB + 7 * GIB // 200)) == [Health.RIGHT]
+    assert healths(reading(7 * GIB + 7 * GIB // 50)) == [Health.TOO_HIGH]
+
+
+def test_workers_of_a_machine_share_it_and_the_greedy_one_is_blamed() -> None:
+    own = {"a": 100 * MIB}, {"b": 100 * MIB}
+    available = 7 * GIB - 200 * MIB
+    modest, greedy = judged(
+        reading(3 * GIB, processes=own[0], available=available),
+        reading(6 * GIB, processes=own[1], available=available),
+    )
+    assert modest.health is Health.RIGHT
+    assert (greedy.health, greedy.advised, greedy.excess) == (Health.TOO_HIGH, 7 * GIB // 2, 5 * GIB // 2)
+    assert healths(reading(6 * GIB), reading(6 * GIB, boot="two")) == [Health.TOO_LOW] * 2
+
+
+def test_one_process_with_several_workers_is_counted_once() -> None:
+    assert healths(*[reading(7 * GIB // 4)] * 4) == [Health.RIGHT] * 4
+
+
+def test_a_quarter_of_the_machine_is_needlessly_low_and_a_reserve_is_not() -> None:
+    (low,) = judged(reading(2 * GIB))
+    assert (low.health, low.advised, low.excess) == (Health.TOO_LOW, 7 * GIB, -5 * GIB)
+    assert healths(reading(7 * GIB - 600 * MIB)) == [Health.RIGHT]
+
+
+def test_more_than_the_cgroup_allows_is_too_high_and_a_page_is_rounding() -> None:
+    levels = (Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
+    (one,) = judged(reading(4 * GIB, levels=levels))
+    assert (one.health, one.advised, one.excess) == (Health.TOO_HIGH, 2 * GIB, 2 * GIB)
+    assert healths(reading(2 * GIB + PAGE - 1, levels=levels)) == [Health.RIGHT]
+    assert healths(reading(2 * GIB + PAGE + 1, levels=levels)) == [Health.TOO_HIGH]
+
+
+def test_a_limit_above_the_worker_s_own_cgroup_counts_for_all_below_it() -> None:
+    above = Level(id="slice", path="/sys/fs/cgroup/dask.slice", limit=3 * GIB)
+    both = [
+        reading(2 * GIB, levels=(Level(id=str(n), path=f"/c{n}", limit=2 * GIB), above)) for n in range(2)
+    ]
+    told = judged(*both)
+    assert [(each.health, each.advised) for each in told] == [(Health.TOO_HIGH, 3 * GIB // 2)] * 2
+    assert "dask.slice" in told[0].reason
+
+
+def test_a_small_container_on_a_large_machine_is_what_it_is_meant_to_be() -> None:
+    levels = (Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
+    assert healths(reading(2 * GIB, levels=levels)) == [Health.RIGHT]
+    assert healths(reading(GIB, levels=levels)) == [Health.TOO_LOW]
+
+
+def test_who_was_not_read_is_told_apart() -> None:
+    told = diagnose([Worker(address="a", silent=True, problem="late"), Worker(address="b", problem="a Mac")])
+    assert [(each.health, each.reason) for each in told] == [
+        (Health.SILENT, "late"),
+        (Health.UNKNOWN, "a Mac"),
+    ]
+
+
+def warned(one: Reading) -> str:
+    return " | ".join(judged(one)[0].warnings)
+
+
+def test_warnings() -> None:
+    level = Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB)
+    assert "spills to tmpfs (/tmp/x)" in warned(reading(7 * GIB, spill_system="tmpfs", directory="/tmp/x"))
+    assert "may use swap" in warned(reading(2 * GIB, levels=(level,), swap=GIB))
+    assert "may use swap" not in warned(reading(2 * GIB, levels=(replace(level, swap=0),), swap=GIB))
+    assert "no nanny" in warned(reading(7 * GIB, nanny=False))
+    assert "terminate is off" in warned(reading(7 * GIB, terminate=None))
+    assert "spill is off" in warned(reading(7 * GIB, spill=None))
+
+
+def test_a_nanny_that_does_not_fit_into_the_last_5_percent_comes_too_late() -> None:
+    small = Level(id="1", path="/sys/fs/cgroup", limit=GIB)
+    text = warned(reading(GIB, levels=(small,)))
+    assert "the kernel kills it before its nanny does" in text
+    remedy = int(text.split("a limit of ")[1].split()[0])
+    assert remedy % PAGE == 0
+    assert remedy * 0.95 + HELD["nanny"] <= GIB
+    assert warned(reading(remedy, levels=(small,))) == ""
+    assert warned(reading(4 * GIB, levels=(replace(small, limit=4 * GIB),))) == ""
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> list[Worker]:
+    """Machines on which the system takes 2 % and more, with workers, some in containers or a slice."""
+    workers: list[Worker] = []
+    for boot in range(draw(st.integers(1, 3))):
+        total = draw(st.integers(512 * MIB, 64 * GIB))
+        held = draw(st.integers(64 * MIB, total // 4))
+        available = draw(st.integers(0, int(total * 0.98) - held))
+        sizes = st.integers(32 * MIB, 2 * total)
+        top = (Level(id="top", path="/top", limit=draw(sizes)),) if draw(st.booleans()) else ()
+        for group in range(draw(st.integers(1, 3))):
+            own = (Level(id=str(group), path=f"/{group}", limit=draw(sizes)),) if draw(st.booleans()) else ()
+            for _ in range(draw(st.integers(1, 3))):
+                one = reading(
+                    draw(st.none() | sizes),
+                    boot=str(boot),
+                    total=total,
+                    available=available,
+                    processes={"all": held},
+                    nanny_process=None,
+                    nthreads=draw(st.integers(1, 64)),
+                    levels=own + top,
+                )
+                workers.append(Worker(address=str(len(workers)), reading=one))
+    return workers
+
+
+def advised(each: Diagnosis) -> Worker:
+    assert each.worker.reading is not None
+    limit = each.worker.reading.limit if each.advised is None else each.advised
+    return replace(each.worker, reading=replace(each.worker.reading, limit=limit))
+
+
+@given(clusters())
+def test_advice_that_all_follow_leaves_no_limit_missing_or_too_high(workers: list[Worker]) -> None:
+    told = diagnose(workers)
+    assert [each.worker for each in told] == workers
+    followed = diagnose([advised(each) for each in told])
+    wrong = {Health.MISSING, Health.TOO_HIGH}
+    assert not [each for each in followed if each.health in wrong]
+
+
+@given(clusters())
+def test_advice_is_whole_pages_and_on_the_right_side_of_the_limit(workers: list[Worker]) -> None:
+    for each in diagnose(workers):
+        assert each.worker.reading is not None
+        limit = each.worker.reading.limit
+        assert (each.advised is None) == (each.health is Health.RIGHT)
+        assert (each.health is Health.MISSING) == (not limit)
+        if each.advised is not None:
+            assert each.advised % PAGE == 0
+            if limit:
+                assert each.excess == limit - each.advised
+                assert (each.excess > 0) == (each.health is Health.TOO_HIGH)
+
+
+@given(clusters())
+def test_limits_that_exceed_a_machine_are_never_all_right(workers: list[Worker]) -> None:
+    told = diagnose(workers)
+    for boot in {w.reading.boot for w in workers if w.reading}:
+        here = [each for each in told if each.worker.reading and each.worker.reading.boot == boot]
+        first = here[0].worker.reading
+        assert first is not None
+        limits = sum(each.worker.reading.limit or 0 for each in here if each.worker.reading)
+        if limits > (first.available + sum(first.processes.values())) * 1.02 + PAGE:
+            assert any(each.health is Health.TOO_HIGH for each in here)

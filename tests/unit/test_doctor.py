@@ -1,0 +1,241 @@
+"""`doctor` on a real scheduler with real workers: a healthy one, one without a limit and one with too little.
+
+They share this machine, so each is told a boot id and a /proc/meminfo of its own; its processes, nannies,
+limits and cgroups are real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import commands, proc
+from ami_builder.adapters.dask import cluster
+from ami_builder.spelling import GIB, MIB
+
+PRELOAD = Path(__file__).with_name("dask_machine.py")
+TOTAL, AVAILABLE = 8 * GIB, 7500 * MIB
+LIMITS = {"healthy": AVAILABLE, "unlimited": 0, "low": GIB}
+
+
+@contextmanager
+def dask(*arguments: str, log: Path, **environment: str) -> Iterator[Path]:
+    """Run a real dask command until the block ends."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "info", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def said(log: Path, text: str) -> str:
+    """Wait until a log has `text`, and return the log."""
+
+    def look() -> str | None:
+        found = log.read_text(encoding="utf-8")
+        return found if text in found else None
+
+    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=120, interval=0.1)
+
+
+@contextmanager
+def scheduler(folder: Path, protocol: str = "tcp", *more: str) -> Iterator[str]:
+    log = folder / f"{protocol}.log"
+    where = ("--host", f"{protocol}://127.0.0.1", "--port", "0", "--no-dashboard")
+    with dask("scheduler", *where, *more, log=log):
+        text = said(log, "Scheduler at:")
+        found = re.search(rf"{protocol}://127\.0\.0\.1:\d+", text)
+        assert found is not None, text
+        yield found[0]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as stack:
+        address = stack.enter_context(scheduler(folder))
+        for name, limit in LIMITS.items():
+            machine = folder / name
+            machine.mkdir()
+            (machine / "boot_id").write_text(f"boot-of-{name}\n")
+            held = 100 * MIB  # about what a worker and its nanny hold
+            (machine / "meminfo").write_text(
+                f"MemTotal: {TOTAL // 1024} kB\nMemAvailable: {(AVAILABLE - held) // 1024} kB\n"
+            )
+            flags = ["--name", name, "--nthreads", "1", "--memory-limit", str(limit), "--no-dashboard"]
+            flags += ["--preload", str(PRELOAD), "--local-directory", str(machine)]
+            stack.enter_context(
+                dask(
+                    *("worker", address, *flags),
+                    log=folder / f"{name}.log",
+                    TEST_MACHINE=str(machine),
+                )
+            )
+        for name in LIMITS:
+            said(folder / f"{name}.log", "Registered to")
+        yield address
+
+
+def examined(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    status = commands.run(["-q", "doctor", "--json", *arguments])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return status, json.loads(printed.out)
+
+
+def test_it_tells_a_healthy_worker_from_an_unlimited_and_a_low_one(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, told = examined(capsys, address)
+    found = {each["worker"]["name"]: each for each in told["workers"]}
+    assert {name: each["health"] for name, each in found.items()} == {
+        "healthy": "right",
+        "unlimited": "missing",
+        "low": "needlessly low",
+    }
+    assert (status, told["healthy"], told["right"]) == (5, False, 1)
+    for each in found.values():
+        reading = each["worker"]["reading"]
+        assert reading["nanny"] is True
+        assert len(reading["processes"]) == 2
+        assert min(reading["processes"].values()) > 10 * MIB
+    assert found["healthy"]["worker"]["reading"]["limit"] == AVAILABLE
+    for name in ("unlimited", "low"):
+        assert abs(found[name]["advised"] - AVAILABLE) < 75 * MIB
+        assert found[name]["advised"] % 4096 == 0
+    assert found["low"]["excess"] == GIB - found["low"]["advised"]
+
+
+def test_the_verdict_comes_first_and_the_rows_go_to_programs(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(["-q", "doctor", address]) == 5
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == "1 of 3 workers has a right limit: 1 missing, 1 needlessly low"
+    rows = [line.split("\t") for line in printed.out.splitlines()]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("low", "needlessly low"),
+        ("unlimited", "missing"),
+        ("healthy", "right"),
+    ]
+    assert rows[0][3] == f"{GIB} (1 GiB)"
+
+
+def test_a_worker_that_does_not_answer_is_listed_and_the_others_are_judged(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, told = examined(capsys, address)
+    reading = next(e for e in told["workers"] if e["worker"]["name"] == "low")["worker"]["reading"]
+    pid = next(int(p.split()[1]) for p in reading["processes"] if p != reading["nanny_process"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        status, told = examined(capsys, address, "--timeout", "6s")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert status == 5
+    assert {each["worker"]["name"]: each["health"] for each in told["workers"]} == {
+        "healthy": "right",
+        "unlimited": "missing",
+        "low": "no answer",
+    }
+
+
+def test_a_tls_cluster_is_reached_by_dask_s_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dask_module = pytest.importorskip("dask")
+    from distributed import Security
+
+    temporary: Any = Security.temporary()  # type: ignore[no-untyped-call]
+    files = {}
+    for kind, content in {
+        "ca-file": temporary.tls_ca_file,
+        "cert": temporary.tls_client_cert,
+        "key": temporary.tls_client_key,
+    }.items():
+        files[kind] = tmp_path / f"{kind}.pem"
+        files[kind].write_text(content)
+    flags = (f"--tls-{kind}={path}" for kind, path in files.items())
+    with scheduler(tmp_path, "tls", *flags) as address:
+        assert commands.run(["-q", "doctor", address, "--timeout", "5s"]) in (2, 7)
+        capsys.readouterr()
+        monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CA_FILE", str(files["ca-file"]))
+        monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT", str(files["cert"]))
+        monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY", str(files["key"]))
+        with dask_module.config.set():
+            dask_module.config.refresh()
+            assert commands.run(["-q", "doctor", address]) == 5
+        assert capsys.readouterr().err == "the scheduler has no workers\n"
+    monkeypatch.undo()
+    dask_module.config.refresh()
+
+
+def test_an_address_where_nobody_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert commands.run(["-q", "doctor", f"tcp://127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
+    assert f"127.0.0.1:{port} didn't answer within" in capsys.readouterr().err
+
+
+def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        assert commands.run(["-q", "doctor", f"127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
+    assert "didn't answer within" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["http://127.0.0.1:8787"], "http://127.0.0.1:8787: unknown address scheme"),
+        (["nowhere"], "nowhere: missing port number"),
+        (["127.0.0.1:8786", "--timeout", "5m"], "--timeout 5m: expected a duration"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["-q", "doctor", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_dask_it_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert commands.run(["-q", "doctor", "127.0.0.1:8786"]) == 3
+    assert "pip install 'ami-builder[dask]'" in capsys.readouterr().err
+
+
+def test_other_commands_start_without_dask() -> None:
+    code = "import ami_builder.commands, sys; print({'dask', 'distributed', 'asyncio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_what_a_worker_could_not_tell_is_unknown() -> None:
+    known = {"name": "w", "host": "h"}
+    mac = cluster._worker("a", known, {"status": "OK", "result": {"error": "runs on Darwin"}})
+    assert (mac.problem, mac.silent, mac.reading) == ("runs on Darwin", False, None)
+    failed = cluster._worker("a", known, {"status": "error", "text": "No module named dask"})
+    assert "No module named dask" in failed.problem
+    assert cluster._worker("a", known, b"a pickled error").silent
