@@ -117,7 +117,7 @@ def copied(cloud: Cloud, ami: str) -> str:
 
 def verdict_tag(cloud: Cloud, ami: str, region: str) -> str:
     (image,) = cloud.client(region=region).describe_images(ImageIds=[ami])["Images"]
-    tags = {tag["Key"]: tag["Value"] for tag in image["Tags"]}
+    tags: dict[str, str] = {tag["Key"]: tag["Value"] for tag in image["Tags"]}
     return tags.get("ami-builder:verdict", "none").partition(" ")[0]
 
 
