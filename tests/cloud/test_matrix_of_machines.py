@@ -44,7 +44,16 @@ class Crew:
     folder: Path
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def add_worker(self) -> None:
+    def muster(self, count: int) -> None:
+        """Start workers until so many are there."""
+        from distributed import Client
+
+        while sum(each.poll() is None for each in self.workers) < count:
+            self._add_worker()
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(count, timeout=BOUND)
+
+    def _add_worker(self) -> None:
         flags = ("--no-nanny", "--nthreads", "1", "--no-dashboard", "--preload", "tests.cloud.preload")
         place = ("--local-directory", str(self.folder), "--death-timeout", "60")
         self.workers.append(_dask(self.environment, self.folder, "worker", self.address, *flags, *place))
@@ -69,15 +78,14 @@ def crew(running_cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iter
     }
     told = folder / "scheduler.json"
     where = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(told), "--no-dashboard")
+    workers: list[subprocess.Popen[bytes]] = []
     scheduler = _dask(environment, folder, "scheduler", *where)
-    made: list[subprocess.Popen[bytes]] = [scheduler]
     try:
         wait_until(lambda: told.exists() and told.read_text(), what="a scheduler", timeout=BOUND)
         address = json.loads(told.read_text())["address"]
-        crew = Crew(address=address, go=go, environment=environment, folder=folder, workers=made)
-        yield crew
+        yield Crew(address=address, go=go, environment=environment, folder=folder, workers=workers)
     finally:
-        for process in made:
+        for process in (*workers, scheduler):
             process.kill()
             process.wait()
 
@@ -109,8 +117,8 @@ def copied(cloud: Cloud, ami: str) -> str:
 
 def verdict_tag(cloud: Cloud, ami: str, region: str) -> str:
     (image,) = cloud.client(region=region).describe_images(ImageIds=[ami])["Images"]
-    tags = {tag["Key"]: tag["Value"] for tag in image["Tags"]}
-    return str(tags.get("ami-builder:verdict", "none")).partition(" ")[0]
+    tags: dict[str, str] = {tag["Key"]: tag["Value"] for tag in image["Tags"]}
+    return tags.get("ami-builder:verdict", "none").partition(" ")[0]
 
 
 def meanwhile(act: Callable[[], None]) -> threading.Thread:
@@ -123,13 +131,6 @@ def launched(cloud: Cloud, count: int) -> None:
     wait_until(
         lambda: cloud.count("RunInstances") >= count, what="the launches", timeout=BOUND, interval=0.05
     )
-
-
-def wait_for_workers(crew: Crew, count: int) -> None:
-    from distributed import Client
-
-    with Client(crew.address, set_as_default=False) as client:
-        client.wait_for_workers(count, timeout=BOUND)
 
 
 def answer(*arguments: str) -> Any:
@@ -184,10 +185,8 @@ def test_a_cluster_without_workers_is_told_at_once(cloud: Cloud, crew: Crew) -> 
 def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -> None:
     ami = built()
     before = cloud.count("RunInstances")
-    for _ in range(2):
-        crew.add_worker()
+    crew.muster(2)
     killed = crew.workers[-1]
-    wait_for_workers(crew, 2)
 
     def kill() -> None:
         launched(cloud, before + 2)
@@ -209,6 +208,7 @@ def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -
 
 
 def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew) -> None:
+    crew.muster(1)
     ami = built()
     before = cloud.count("RunInstances")
 
@@ -235,6 +235,7 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
 def test_workers_with_another_version_are_refused(
     cloud: Cloud, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    crew.muster(1)
     monkeypatch.setattr(cluster, "__version__", "99")
     ran = captured("build", "--target", "aws", "--dask-scheduler", crew.address)
     assert ran.status == 3
@@ -243,6 +244,7 @@ def test_workers_with_another_version_are_refused(
 
 
 def test_the_records_of_cells_stand_beside_that_of_their_run(cloud: Cloud, crew: Crew) -> None:
+    crew.muster(1)
     crew.go.touch()
     ami = built()
     told = answer("verify", ami, "--instance-type", TYPES[0], "--dask-scheduler", crew.address)

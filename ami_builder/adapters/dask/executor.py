@@ -92,6 +92,7 @@ class _Crew(Executor):
 def _connected(address: str) -> Client:
     try:
         from distributed import Client
+        from distributed.comm.addressing import get_address_host_port
     except ImportError as missing:
         raise MissingTool(
             f"{FLAG} needs Dask (distributed), which is not installed", hint=INSTALL
@@ -99,12 +100,27 @@ def _connected(address: str) -> Client:
     if not address:  # for which Dask would start a cluster here
         raise UsageError(f"{FLAG}: the address is empty", hint=_ADDRESS)
     try:
+        # A client that finds this out itself has been started by half.
+        get_address_host_port(address)
+    except (ValueError, TypeError) as wrong:
+        raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
+    started: Future[Client] = Future()
+
+    def start() -> None:
+        try:
+            started.set_result(
+                Client(address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder")
+            )
+        except Exception as wrong:
+            started.set_exception(wrong)
+
+    try:
         with warnings.catch_warnings():
             # Other versions of NumPy or of Python's patch level are none of our business.
             warnings.simplefilter("ignore")
-            return Client(address, timeout=_ANSWER_SECONDS, set_as_default=False, name="ami-builder")
-    except (ValueError, TypeError) as wrong:
-        raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
+            # Where something accepts and says nothing, a client waits beyond its own timeout.
+            threading.Thread(target=start, name="dask-client", daemon=True).start()
+            return started.result(_ANSWER_SECONDS + _CLOSE_SECONDS)
     except OSError as silent:  # a timeout is one too
         raise TimedOut(
             f"{FLAG} {address}: no scheduler of Dask answers there",
