@@ -25,6 +25,8 @@ CREATED = f"{PREFIX}created"
 FINISHED = f"{PREFIX}finished"
 VERDICT = f"{PREFIX}verdict"
 REVOKED = f"{PREFIX}revoked"
+COPY_OF = f"{PREFIX}copy-of"
+"""The AMI, in another region, that this is a copy of."""
 
 _DIGEST_IN_NAME = 12
 
