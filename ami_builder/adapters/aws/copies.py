@@ -37,12 +37,13 @@ def copy(
     """Return the finished copy of a finished AMI, with its tags as they stand now; made if there is none.
 
     `origin` is the region of the source. A copy that was begun by a run that is gone is waited for and
-    finished; one that failed stays until the one that takes its place is there. Raises CloudFailed with EC2's
-    reason, TimedOut.
+    finished; one that failed makes room for the next. Raises CloudFailed with EC2's reason, TimedOut.
     """
     known = images.copies(there, source.id, source.name)
     spent = sorted(ami.id for ami in known if ami.state in _FAILED)
     found = _best(known)
+    for failed in spent:
+        images.deregister(there, failed)
     if found is None:
         found = _made(source, origin, there, destination, encrypt=encrypt, spent=spent)
     whole = images.wait_available(there, found.id, COPYING.total_seconds(), on_progress)
@@ -51,10 +52,7 @@ def copy(
             f"the copy {whole.id} of {source.id} is not encrypted, and is to be",
             hint="deregister it: the next run makes another one",
         )
-    whole = _finished(there, whole, source)
-    for failed in spent:
-        images.deregister(there, failed)
-    return whole
+    return _finished(there, whole, source)
 
 
 def _best(known: Sequence[images.Ami]) -> images.Ami | None:

@@ -116,7 +116,7 @@ class _Statements:
         changes = ["ec2:CreateTags", "ec2:ModifyImageAttribute"]
         yield _allow("ChangeImagesOfRuns", changes, self._kept("image"), _OURS)
         yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
-        # One that failed goes once another has taken its place.
+        # One that failed makes room for the next.
         yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
         yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
         if self._aws is not None and (keys := [one for one in self._aws.copy_to if one.kms_key]):
