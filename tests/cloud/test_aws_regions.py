@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from botocore.retries import standard
 
 from ami_builder import commands, config
 from ami_builder.adapters.aws import channels as adapter
-from ami_builder.adapters.aws import images
+from ami_builder.adapters.aws import copies, images
 from ami_builder.adapters.aws import tags as tagging
 from ami_builder.adapters.aws.policy import Section, document
 from ami_builder.adapters.aws.session import Account
@@ -56,6 +57,7 @@ Configure = Callable[..., Image]
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
     monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 3)
+    monkeypatch.setattr(copies, "COPYING", timedelta(minutes=1))
     monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(images, "_SEEN_SECONDS", 0.5)
     monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
