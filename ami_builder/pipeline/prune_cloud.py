@@ -141,13 +141,15 @@ def _launchers(account: Account, ami: str) -> str:
 def _candidate(
     account: Account, ami: amis.Ami, name: str, been: Mapping[str, set[str]], protected: str = ""
 ) -> Candidate:
+    if ami.state == "disabled":
+        protected = protected or "disabled: somebody wants to keep it without its being launched"
     return Candidate(
         id=ami.id,
         image=name,
         region=account.region,
         created=ami.created,
         size=ami.size,
-        finished=ami.finished and ami.state == "available",
+        finished=ami.finished and ami.state in ("available", "disabled"),
         channels=frozenset(channel for channel, ids in been.items() if ami.id in ids),
         revoked=ami.revoked is not None,
         shared="public" if ami.public else "",

@@ -303,6 +303,8 @@ def test_orphans_are_those_of_ours_that_no_ami_uses(
     disk = aged(cloud, "used", deprecated=0)
     cloud.client().create_snapshot(VolumeId=cloud.client().create_volume(
         AvailabilityZone=f"{REGION}a", Size=8)["VolumeId"])  # fmt: skip
+    disabled = aged(cloud, "disabled", deprecated=50)
+    cloud.client().disable_image(ImageId=disabled)
     # One that another account's AMI has, which was lent to us.
     lent = orphan(cloud)
     theirs = cloud.backend().amis[make_ami(cloud, "theirs")]
@@ -311,7 +313,9 @@ def test_orphans_are_those_of_ours_that_no_ami_uses(
     theirs.mapping[0]["Ebs"]["SnapshotId"] = lent
     before = cloud.left()["snapshot"]
     plan = pruned(capsys, "--apply")
-    assert set(plan) == {*found, other, fresh, disk}
+    assert set(plan) == {*found, other, fresh, disk, disabled}
+    assert plan[disabled][0] == "keep"
+    assert plan[disabled][1].startswith("disabled")
     assert [plan[one][0] for one in found] == ["delete", "delete", "keep", "keep"]
     assert "a later run deletes it: this one deletes 2 at most" in plan[found[2]][1]
     assert "no policy" in plan[other][1]

@@ -57,7 +57,7 @@ Configure = Callable[..., Image]
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
     monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 3)
-    monkeypatch.setattr(copies, "COPYING", timedelta(minutes=1))
+    monkeypatch.setattr(copies, "COPYING", timedelta(minutes=5))
     monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(images, "_SEEN_SECONDS", 0.5)
     monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
