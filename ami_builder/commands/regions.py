@@ -33,7 +33,7 @@ def copy(
         typer.Option(
             "--region",
             metavar="REGION[=KEY]",
-            help="Where to, and the KMS key there; repeatable.  [default: aws.copy_to]",
+            help="Where to, and the KMS key there, instead of aws.copy_to; repeatable.",
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -70,9 +70,9 @@ def copy(
 def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
     """Let those of aws.share_with launch an AMI and its copies; prints region and AMI id, one a line.
 
-    It only ever adds: whom aws.share_with names no more is told, and keeps what was granted until somebody
-    takes it back in AWS, since clusters may be running from it. The key of an encrypted AMI must let them use
-    it besides.
+    It only ever adds. Whom aws.share_with names no more is told, and stays
+    until somebody takes it back in AWS: clusters may be running from it.
+    The key of an encrypted AMI must let them use it besides.
     """
     from ami_builder.pipeline.cloud_place import at_each, places, require_all
 
