@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .forms import DEBIAN, DEFAULT_REFERENCE
 from .model import Connect
-from .settings import DEBIAN_USER, ContainerSource, ImageTable
+from .settings import DEBIAN_USER, AwsTable, ContainerSource, ImageTable
 from .spelling import format_size
 
 
@@ -72,11 +72,51 @@ def find(table: ImageTable) -> Iterator[Conflict]:
             ("aws.connect", "aws.instance_profile"),
             "expected ssh, or an aws.instance_profile that lets the instance speak to Session Manager",
         )
+    yield from _regions(table.aws)
     if table.nightly.channel not in ("", *table.lifecycle.channels):
         yield Conflict(
             ("nightly.channel", "lifecycle.channels"),
             f"expected one of lifecycle.channels: {', '.join(table.lifecycle.channels)}",
         )
+
+
+def _regions(aws: AwsTable) -> Iterator[Conflict]:
+    regions = [one.region for one in aws.copy_to]
+    for region in sorted({each for each in regions if regions.count(each) > 1}):
+        yield Conflict(("aws.copy_to",), f"expected each region once, but {region} is there several times")
+    if aws.region in regions:
+        yield Conflict(
+            ("aws.copy_to", "aws.region"), f"has no effect: {aws.region} is where the AMI is baked"
+        )
+    partitions = {_partition(each) for each in (*regions, aws.region) if each}
+    if len(partitions) > 1:
+        yield Conflict(
+            ("aws.copy_to", "aws.region"), "expected regions of one partition: none is copied out of its own"
+        )
+    for one in aws.copy_to:
+        if one.kms_key.startswith("arn:") and one.kms_key.split(":")[3] != one.region:
+            yield Conflict(
+                ("aws.copy_to",), f"expected a key of {one.region}, since no copy is encrypted with another's"
+            )
+    if not aws.share_with:
+        return
+    default = "expected nobody, since snapshots under the default key can't be shared"
+    if aws.encrypt and aws.kms_key in _DEFAULT_KEYS:
+        yield Conflict(("aws.share_with", "aws.encrypt", "aws.kms_key"), f"{default}: set aws.kms_key")
+    elif own := [
+        one.region for one in aws.copy_to if one.kms_key in _DEFAULT_KEYS and (aws.encrypt or one.kms_key)
+    ]:
+        yield Conflict(
+            ("aws.share_with", "aws.copy_to", "aws.encrypt"),
+            f"{default}: write {own[0]}=KEY in aws.copy_to",
+        )
+
+
+_DEFAULT_KEYS = ("", "alias/aws/ebs")
+
+
+def _partition(region: str) -> str:
+    return next((start for start in ("cn-", "us-gov-", "us-iso") if region.startswith(start)), "")
 
 
 def _registry(reference: str) -> str | None:

@@ -197,6 +197,18 @@ def _cidr(value: object, folder: Path) -> str:
     return str(network)
 
 
+def parse_destination(value: object) -> model.Destination:
+    """Return the region, and the key, of `eu-west-1` or `eu-west-1=alias/ours`; raises ValueError."""
+    region, equals, key = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not re.fullmatch(_REGION, region) or not re.fullmatch(_KMS_KEYS, key) or bool(equals) != bool(key):
+        raise ValueError("expected a region, or region=KEY with the id, alias/… or ARN of a KMS key there")
+    return model.Destination(region=region, kms_key=key)
+
+
+def _show_destination(value: model.Destination) -> str:
+    return f"{value.region}={value.kms_key}" if value.kms_key else value.region
+
+
 Item = TypeVar("Item")
 
 
@@ -230,7 +242,12 @@ _UNIT = (
 )
 _ARN = r"arn:aws[a-z-]*"
 _AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?-]{1,128}"
-_KMS_KEY = r"[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+"
+_KMS_KEYS = (
+    rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:(?:key/[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)"
+    r"|[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)?"
+)
+_REGION = r"[a-z]{2,}(?:-[a-z]+)+-[0-9]"
+_ORGANIZATION = rf"{_ARN}:organizations::[0-9]{{12}}"
 
 Name = Annotated[str, text(r"[a-z0-9][a-z0-9-]*", "a name of a-z, 0-9 and -, at most 63 characters", most=63)]
 Channel = Annotated[str, text(r"(?:[a-z0-9][a-z0-9-]*)?", "one of lifecycle.channels, or nothing", most=63)]
@@ -307,9 +324,7 @@ Duration = Annotated[
     ),
 ]
 Truth = Annotated[bool, Form(parse=_truth, show=bool, schema={"type": "boolean"}, truth=True)]
-Region = Annotated[
-    str, text(r"(?:[a-z]{2,}(?:-[a-z]+)+-[0-9])?", "an AWS region, or nothing", examples=("eu-central-1",))
-]
+Region = Annotated[str, text(rf"(?:{_REGION})?", "an AWS region, or nothing", examples=("eu-central-1",))]
 SourceAmi = Annotated[
     str,
     text(
@@ -329,12 +344,26 @@ InstanceProfile = Annotated[
         "the name or ARN of an instance profile, or nothing",
     ),
 ]
-KmsKey = Annotated[
+KmsKey = Annotated[str, text(_KMS_KEYS, "the id, alias/… or ARN of a KMS key, or nothing")]
+CopyTo = Annotated[
+    model.Destination,
+    Form(
+        parse=lambda value, folder: parse_destination(value),
+        show=_show_destination,
+        schema={
+            "type": "string",
+            "pattern": f"^{_REGION}(?:=.+)?$",
+            "examples": ["eu-west-1", "eu-west-1=alias/ours"],
+        },
+    ),
+]
+Sharer = Annotated[
     str,
     text(
-        rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:key/[A-Za-z0-9-]+"
-        rf"|{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:alias/[A-Za-z0-9:/_-]+|{_KMS_KEY})?",
-        "the id, alias/… or ARN of a KMS key, or nothing",
+        rf"[0-9]{{12}}|{_ORGANIZATION}:organization/o-[a-z0-9]{{10,32}}"
+        rf"|{_ORGANIZATION}:ou/o-[a-z0-9]{{10,32}}/ou-[a-z0-9]{{4,32}}-[a-z0-9]{{8,32}}",
+        "the 12 digits of an account, or the ARN of an organization or an organizational unit",
+        examples=("123456789012", "arn:aws:organizations::123456789012:organization/o-0123456789"),
     ),
 ]
 Cidr = Annotated[str, Form(parse=_cidr, show=str, schema={"type": "string", "examples": ["203.0.113.7/32"]})]

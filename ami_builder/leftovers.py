@@ -12,6 +12,9 @@ from .model import Resource
 MARGIN = timedelta(hours=1)
 """Beyond an instance's lifetime: how long the machine of another may still need what it made."""
 
+COPYING = timedelta(hours=2)
+"""How long a copy to another region may take."""
+
 ORDER = (
     Resource.INSTANCE,
     Resource.VOLUME,
@@ -53,6 +56,8 @@ class Found:
     """The AMI that a snapshot belongs to."""
     used_by: str = ""
     """Something that is not ours and uses it."""
+    copied: bool = False
+    """It is a copy from another region: its run has ended, and whoever copies it may still be at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,17 +99,19 @@ def _decide(one: Found, runs: Mapping[str, RunState], now: datetime, lifetime: f
         return Action.KEEP, "a finished image"
     if one.used_by:
         return Action.KEEP, f"{one.used_by}, which is not ours, uses it"
-    state = runs.get(one.run_id)
+    subject = "it is a copy" if one.copied else f"run {one.run_id} is another machine's"
+    state = None if one.copied else runs.get(one.run_id)
     if state is RunState.LIVE:
         return Action.KEEP, f"run {one.run_id} is still going"
     if state is RunState.ENDED:
         return Action.DELETE, f"run {one.run_id} has ended"
     if one.created is None:
-        return Action.KEEP, f"run {one.run_id} is another machine's, and its age is unknown"
-    age, allowed = now - one.created, timedelta(seconds=lifetime) + MARGIN
+        return Action.KEEP, f"{subject}, and its age is unknown"
+    going = max(timedelta(seconds=lifetime), COPYING) if one.copied else timedelta(seconds=lifetime)
+    age, allowed = now - one.created, going + MARGIN
     if age <= allowed:
-        return Action.KEEP, f"run {one.run_id} is another machine's, and may be going still ({_hours(age)})"
-    return Action.DELETE, f"run {one.run_id} is another machine's, and too old to be going ({_hours(age)})"
+        return Action.KEEP, f"{subject}, and may be going still ({_hours(age)})"
+    return Action.DELETE, f"{subject}, and too old to be going ({_hours(age)})"
 
 
 def _hours(age: timedelta) -> str:

@@ -126,6 +126,15 @@ class Verify:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A region that an AMI is copied to."""
+
+    region: str
+    kms_key: str = ""
+    """Id, ARN or alias of that region's key for the copy; empty: as aws.encrypt says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Aws:
     """Where and how an AMI is baked, and reached."""
 
@@ -149,6 +158,9 @@ class Aws:
     spot: bool
     lifetime: float
     """After these seconds an instance ends itself, whatever happened to us."""
+    copy_to: tuple[Destination, ...]
+    share_with: tuple[str, ...]
+    """Account ids, and ARNs of organizations and organizational units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

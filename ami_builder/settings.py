@@ -21,6 +21,7 @@ from .forms import (
     Channel,
     Checksum,
     Cidr,
+    CopyTo,
     Disk,
     Duration,
     File,
@@ -38,6 +39,7 @@ from .forms import (
     Reference,
     Region,
     Reserved,
+    Sharer,
     Source,
     SourceAmi,
     Space,
@@ -202,6 +204,14 @@ class AwsTable(Table):
     """Whether baking runs on a spot instance."""
     lifetime: Duration = 2 * 3600.0
     """After this time an instance ends itself, whatever happened to this machine."""
+    copy_to: Annotated[tuple[CopyTo, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Regions that the AMI is copied to; `region=KEY` encrypts the copy with that region's KMS key."""
+    share_with: Annotated[tuple[Sharer, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Accounts (12 digits), organizations and organizational units (ARNs) that may launch the AMI."""
 
 
 class LifecycleTable(Table):

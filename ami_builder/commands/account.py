@@ -27,7 +27,11 @@ def gc(
     from ami_builder.leftovers import Action
     from ami_builder.pipeline.collect import find_leftovers, in_every_region, remove_leftovers
 
-    images = [(image.aws.region, image.aws.lifetime) for image in load_config().images.values()]
+    images = [
+        (region, image.aws.lifetime)
+        for image in load_config().images.values()
+        for region in (image.aws.region, *(one.region for one in image.aws.copy_to))
+    ]
     regions = in_every_region(images, more or (), Account.open)
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
@@ -65,7 +69,7 @@ def iam_policy(
     section: Annotated[
         str,
         typer.Argument(
-            metavar="[all|check|build|verify|promote|prune|lifecycle]", help="What it is to allow."
+            metavar="[all|check|build|verify|copy|promote|prune|lifecycle]", help="What it is to allow."
         ),
     ] = "all",
     image: Annotated[

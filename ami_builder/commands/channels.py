@@ -12,6 +12,7 @@ from .shared import (
     AMI,
     JsonFlag,
     TargetFlag,
+    ami_of,
     app,
     load_config,
     open_workspace,
@@ -20,7 +21,6 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ami_builder.config import Config
     from ami_builder.model import Image, Target
     from ami_builder.pipeline.channels import Channels, Moved
     from ami_builder.workspace import StoredImage
@@ -114,28 +114,15 @@ def _subject(word: str, target: str) -> tuple[Image, StoredImage, Channels]:
     from ami_builder.model import Target
     from ami_builder.pipeline.channels import choose
 
-    config = load_config()
     where = Target.AWS if AMI.fullmatch(word) else parse_target(target)
-    known = [one for one in open_workspace().images() if one.artifact.target is where]
     if where is Target.AWS:
-        return _ami(word, known, config)
+        chosen, stored = ami_of(word)
+        return chosen, stored, _open(chosen, where)
+    config = load_config()
+    known = [one for one in open_workspace().images() if one.artifact.target is where]
     stored = choose(known, word, config.names)
     chosen = config.select(stored.artifact.image)
     return chosen, stored, _open(chosen, where)
-
-
-def _ami(word: str, known: list[StoredImage], config: Config) -> tuple[Image, StoredImage, Channels]:
-    """Return an AMI as the account knows it now; one that another machine has built is named by its id."""
-    from ami_builder.pipeline.channels import choose
-    from ami_builder.pipeline.cloud import CloudSite
-    from ami_builder.pipeline.cloud_channels import CloudChannels
-
-    listed = not AMI.fullmatch(word) or any(one.artifact.location == word for one in known)
-    found = choose(known, word, config.names).artifact if listed else None
-    chosen = config.select(found.image if found is not None else None)
-    site = CloudSite.open(chosen, open_workspace())
-    stored = site.ami(chosen, found.location if found is not None else word)
-    return chosen, stored, CloudChannels(site=site, image=chosen)
 
 
 def _open(image: Image, target: Target) -> Channels:

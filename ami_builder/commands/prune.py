@@ -21,7 +21,10 @@ def prune(
     apply: Annotated[bool, typer.Option("--apply", help="Do what the plan says.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say of every image and cache here, or every AMI, whether it is needed, and why; --apply deletes."""
+    """Say of every image and cache here, or every AMI, whether it is needed, and why; --apply deletes.
+
+    Of an account: each region that images are baked in or copied to, and snapshots whose AMI is gone.
+    """
     from ami_builder.model import Target
 
     where = parse_target(target)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ami_builder.config import Config
     from ami_builder.model import Image, Target
     from ami_builder.pipeline.target import Site
-    from ami_builder.workspace import Workspace
+    from ami_builder.workspace import StoredImage, Workspace
 
 app = typer.Typer(
     name="ami-builder",
@@ -151,6 +151,25 @@ def refuse_dask(dask_scheduler: str | None) -> None:
             f"--dask-scheduler {dask_scheduler}: a disk on this machine can't travel to a worker",
             hint="add --target aws, or leave the flag out: machines run side by side here",
         )
+
+
+def ami_of(word: str | None) -> tuple[Image, StoredImage]:
+    """Return an AMI as the account knows it now; one that another machine has built is named by its id.
+
+    None means the newest of the default image. Raises UsageError, CloudFailed.
+    """
+    from ami_builder.model import Target
+    from ami_builder.pipeline.channels import choose
+    from ami_builder.pipeline.cloud import CloudSite
+
+    config, workspace = load_config(), open_workspace()
+    word = word or config.select().name
+    known = [one for one in workspace.images() if one.artifact.target is Target.AWS]
+    listed = not AMI.fullmatch(word) or any(one.artifact.location == word for one in known)
+    found = choose(known, word, config.names).artifact if listed else None
+    chosen = config.select(found.image if found is not None else None)
+    site = CloudSite.open(chosen, workspace)
+    return chosen, site.ami(chosen, found.location if found is not None else word)
 
 
 def mode() -> console.Mode:

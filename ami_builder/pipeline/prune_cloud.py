@@ -1,101 +1,155 @@
-"""`ami-builder prune --target aws`: which AMIs nothing needs, deprecated first, then deregistered."""
+"""`ami-builder prune --target aws`: which AMIs and snapshots nothing needs; AMIs are deprecated first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from ami_builder.adapters.aws import images as amis
-from ami_builder.adapters.aws import references, tags
+from ami_builder.adapters.aws import references, sharing, snapshots, tags
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Progress
+from ami_builder.errors import CloudFailed
 from ami_builder.model import Image
-from ami_builder.pipeline.cloud import CloudSite
-from ami_builder.pipeline.cloud_channels import CloudChannels
+from ami_builder.pipeline.cloud_place import CloudPlace, places
+from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.prune import KEEP_ALL, channel_references, policy
-from ami_builder.retention import Action, Candidate, Decision, Reference, plan
+from ami_builder.retention import Action, Candidate, Decision, Policy, Reference, plan
 from ami_builder.workspace import Workspace
+
+_NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
+# A snapshot is there before the AMI that it is made for is shown.
+_LEAST_AGE = timedelta(days=1)
 
 
 def plan_cloud(
     workspace: Workspace, images: Mapping[str, Image], progress: Progress
 ) -> tuple[tuple[Account, tuple[Decision, ...]], ...]:
-    """Decide about every AMI of ours in the region of each image; nothing is changed.
+    """Decide about every AMI and orphan snapshot of ours, each region by itself; nothing is changed.
 
-    Raises CloudFailed when anything that may need an AMI can't be read: then there is no plan at all.
+    The regions are those that images are baked in or copied to. Raises CloudFailed when anything that may
+    need an AMI can't be read in any of them: then there is no plan at all.
     """
-    regions: dict[str, tuple[Account, dict[str, Image]]] = {}
+    regions: dict[str, dict[str, CloudPlace]] = defaultdict(dict)
     for name, image in images.items():
-        account = Account.open(image.aws.region)
-        regions.setdefault(account.region, (account, {}))[1][name] = image
-    planned = []
-    for account, mine in regions.values():
+        for place in places(image, workspace):
+            regions[place.name][name] = place
+
+    def one(mine: Mapping[str, CloudPlace]) -> tuple[Account, tuple[Decision, ...]]:
+        account = next(iter(mine.values())).site.account
         with progress.step(f"look in {account.region}") as step:
-            decisions = _plan_region(account, workspace, mine)
+            decisions = _plan_region(account, mine)
             doomed = sum(one.action is not Action.KEEP for one in decisions)
-            step.done(f"{len(decisions)} AMIs, {doomed} to deprecate or delete")
-        planned.append((account, decisions))
-    return tuple(planned)
+            step.done(f"{len(decisions)} AMIs and orphans, {doomed} to deprecate or delete")
+        return account, decisions
+
+    return tuple(side_by_side([partial(one, mine) for mine in regions.values()]))
 
 
 def prune_cloud(planned: Sequence[tuple[Account, tuple[Decision, ...]]], progress: Progress) -> None:
     """Do what a plan that was made just now says; an AMI goes with its snapshots. Raises CloudFailed."""
     for account, decisions in planned:
         for decision in decisions:
-            ami = decision.candidate.id
+            id = decision.candidate.id
             if decision.action is Action.DEPRECATE:
-                with progress.step(f"deprecate {ami}"):
-                    amis.deprecate(account, ami)
+                with progress.step(f"deprecate {id}"):
+                    amis.deprecate(account, id)
+            elif decision.action is Action.DELETE and id.startswith("snap-"):
+                with progress.step(f"delete {id}"):
+                    if not amis.delete_snapshot(account, id):
+                        raise CloudFailed(f"the snapshot {id} can't be deleted: an AMI uses it")
             elif decision.action is Action.DELETE:
-                with progress.step(f"deregister {ami}"):
-                    amis.deregister(account, ami)
+                with progress.step(f"deregister {id}"):
+                    amis.deregister(account, id)
 
 
-def _plan_region(account: Account, workspace: Workspace, images: Mapping[str, Image]) -> tuple[Decision, ...]:
-    found = amis.ours(account)
+def _plan_region(account: Account, mine: Mapping[str, CloudPlace]) -> tuple[Decision, ...]:
+    owned = amis.owned(account)
     uses: list[Reference] = references.find(account)
+    found: dict[str, list[amis.Ami]] = defaultdict(list)
+    for ami in owned:
+        if tags.RUN in ami.tags:
+            found[ami.tags.get(tags.IMAGE, "")].append(ami)
     decisions: list[Decision] = []
-    for name in sorted({ami.tags.get(tags.IMAGE, "") for ami in found}):
-        mine = [ami for ami in found if ami.tags.get(tags.IMAGE, "") == name]
-        if name not in images:
-            stays = "no policy: ami-builder.toml does not have this image in this region"
-            candidates = [_candidate(account, ami, name, {}, stays) for ami in mine]
+    for name, group in sorted(found.items()):
+        if name not in mine:
+            candidates = [_candidate(account, ami, name, {}, _NO_POLICY) for ami in group]
             decisions += plan(candidates, uses, KEEP_ALL, datetime.now(UTC))
             continue
-        site = CloudSite(account=account, workspace=workspace)
-        record = CloudChannels(site=site, image=images[name])
+        record = mine[name].channels
         been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
-        candidates = [_candidate(account, ami, name, been) for ami in mine]
+        candidates = [_candidate(account, ami, name, been) for ami in group]
+        rules = policy(mine[name].image.lifecycle, grace=True)
         needed = [*channel_references(record), *uses]
-        decisions += _unshared(account, candidates, needed, images[name])
-    return tuple(decisions)
+        decisions += _unshared(candidates, needed, rules, partial(_launchers, account))
+    return (*decisions, *_orphans(account, mine, owned, uses))
+
+
+def _orphans(
+    account: Account, mine: Mapping[str, CloudPlace], owned: Sequence[amis.Ami], uses: Sequence[Reference]
+) -> tuple[Decision, ...]:
+    """Decide about the snapshots of ours that no AMI uses any more."""
+    found: dict[str, list[Candidate]] = defaultdict(list)
+    for one in snapshots.orphans(account, owned):
+        name = one.tags.get(tags.IMAGE, "")
+        protected = "" if name in mine else _NO_POLICY
+        found[name].append(
+            Candidate(
+                id=one.id,
+                image=name,
+                region=account.region,
+                created=one.created,
+                size=one.size,
+                protected=protected or ("" if one.complete else "not complete: something still makes it"),
+            )
+        )
+    decisions: list[Decision] = []
+    for name, candidates in sorted(found.items()):
+        rules = KEEP_ALL
+        if name in mine:
+            told = policy(mine[name].image.lifecycle)
+            rules = replace(told, keep=0, young=max(told.young, _LEAST_AGE), size=0)
+        decisions += _unshared(candidates, uses, rules, partial(snapshots.shared_with, account))
+    return tuple(replace(one, reason=f"its AMI is gone; {one.reason}") for one in decisions)
 
 
 def _unshared(
-    account: Account, candidates: list[Candidate], needed: Sequence[Reference], image: Image
+    candidates: Sequence[Candidate],
+    needed: Sequence[Reference],
+    rules: Policy,
+    shared_with: Callable[[str], str],
 ) -> tuple[Decision, ...]:
     """Plan, asking only of those that would go whom they are shared with, until none of these is shared."""
     asked: dict[str, str] = {}
     while True:
         told = [replace(one, shared=one.shared or asked.get(one.id, "")) for one in candidates]
-        decisions = plan(told, needed, policy(image.lifecycle, grace=True), datetime.now(UTC))
+        decisions = plan(told, needed, rules, datetime.now(UTC))
         doomed = [one.candidate.id for one in decisions if one.action is not Action.KEEP]
         if all(id in asked for id in doomed):
             return decisions
-        asked |= {id: amis.shared_with(account, id) for id in doomed if id not in asked}
+        asked |= {id: shared_with(id) for id in doomed if id not in asked}
+
+
+def _launchers(account: Account, ami: str) -> str:
+    found = sharing.launchers(account, ami)
+    return f"shared with {', '.join(sorted(found))}" if found else ""
 
 
 def _candidate(
     account: Account, ami: amis.Ami, name: str, been: Mapping[str, set[str]], protected: str = ""
 ) -> Candidate:
+    if ami.state == "disabled":
+        protected = protected or "disabled: somebody wants to keep it without its being launched"
     return Candidate(
         id=ami.id,
         image=name,
         region=account.region,
         created=ami.created,
         size=ami.size,
-        finished=ami.finished and ami.state == "available",
+        finished=ami.finished and ami.state in ("available", "disabled"),
         channels=frozenset(channel for channel, ids in been.items() if ami.id in ids),
         revoked=ami.revoked is not None,
         shared="public" if ami.public else "",

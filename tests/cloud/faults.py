@@ -38,6 +38,8 @@ class Rule:
     """None: from then on, every time."""
     seconds: float = 2.0
     """How late a slow answer is."""
+    region: str = ""
+    """Where; empty: in every region."""
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Rule:
@@ -60,9 +62,12 @@ class Faults:
         nth: int = 1,
         times: int | None = 1,
         seconds: float = 2.0,
+        region: str = "",
     ) -> None:
         """Put a fault at the nth call of an action, counted from now; botocore's own retries count too."""
-        self.add_rule(Rule(action=action, fault=Fault(fault), nth=nth, times=times, seconds=seconds))
+        self.add_rule(
+            Rule(action=action, fault=Fault(fault), nth=nth, times=times, seconds=seconds, region=region)
+        )
 
     def add_rule(self, rule: Rule) -> None:
         """Put a rule in force."""
@@ -74,12 +79,12 @@ class Faults:
         with self._lock:
             self._rules.clear()
 
-    def meet(self, action: str) -> Rule | None:
-        """Count one call of `action`, and return the first rule that it meets."""
+    def meet(self, action: str, region: str = "") -> Rule | None:
+        """Count one call of `action` in a region, and return the first rule that it meets."""
         met: Rule | None = None
         with self._lock:
             for rule, seen in self._rules:
-                if rule.action not in (action, "*"):
+                if rule.action not in (action, "*") or rule.region not in (region, ""):
                     continue
                 seen[0] += 1
                 last = None if rule.times is None else rule.nth + rule.times - 1

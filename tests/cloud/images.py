@@ -67,6 +67,8 @@ class Images(Base):
         token = params.pop("ClientToken", "")
 
         def copied() -> list[str]:
+            if self.region in self.state.options.full_regions:
+                raise Refused("ResourceLimitExceeded", f"Too many image copies in progress in {self.region}")
             self.state.backend(self.current_account, params["SourceRegion"])
             source = ec2_backends[self.current_account][params["SourceRegion"]].amis.get(
                 params["SourceImageId"]
@@ -96,6 +98,10 @@ class Images(Base):
             if params.get("CopyImageTags"):
                 own = source.ec2_backend.tags.get(source.id, {})
                 image.add_tags({key: value for key, value in own.items() if not key.startswith("aws:")})
+            self.state.copies.append(image)
+            together = len(self.state.copies) >= self.state.options.copies_together
+            for one in self.state.copies:
+                one.captured = together
             self._add(image)
             if self.state.machines is not None:
                 self.state.machines.copy(source, image)
@@ -164,6 +170,8 @@ class Images(Base):
         )
         if public and image.encrypted:
             raise Refused("InvalidParameter", "images with encrypted snapshots can't be public")
+        if added and image.encrypted and image.ebs_snapshot.kms_key_id is None:
+            raise Refused("InvalidParameter", "snapshots encrypted with the default key can't be shared")
         return super().modify_image_attribute()
 
     def enable_image_deprecation(self) -> ActionResult:

@@ -126,6 +126,13 @@ class Instances(Base):
             result["Snapshots"] = [s for s in result["Snapshots"] if s.owner_id in owners]
         return self.seen("SnapshotIds", "Snapshots", "InvalidSnapshot.NotFound", result)
 
+    def modify_snapshot_attribute(self) -> ActionResult:
+        """ModifySnapshotAttribute, unless the snapshot is under the default key."""
+        snapshot = self.ec2_backend.get_snapshot(self._get_param("SnapshotId"))
+        if snapshot.encrypted and snapshot.kms_key_id is None:
+            raise Refused("InvalidParameter", "Encrypted snapshots with EBS default key cannot be shared")
+        return super().modify_snapshot_attribute()
+
     def describe_volumes(self) -> ActionResult:
         """DescribeVolumes."""
         result: Any = super().describe_volumes().result

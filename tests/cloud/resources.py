@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moto.ec2.models import ec2_backends
+
 from .calls import ACCOUNT, Call, Refused
 
 NEW = "*"
@@ -140,6 +142,9 @@ def _implied(call: Call, backend: Any) -> Iterator[Touched]:
             # The role of a profile has the profile's name here.
             role = profile.get("Name") or profile["Arn"].rpartition("/")[2]
             yield Touched(action="iam:PassRole", arn=f"arn:aws:iam::{ACCOUNT}:role/{role}")
+    if call.action == "CopyImage":
+        origin = params["SourceRegion"]
+        yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
     if call.action == "CreateSecurityGroup" and not params.get("VpcId"):
         yield Touched(action=name, arn=_arn(call.region, "vpc", "vpc-default"))
     if call.action == "DeregisterImage" and params.get("DeleteAssociatedSnapshots"):

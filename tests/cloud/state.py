@@ -29,6 +29,10 @@ class Options:
     """How long a new image is pending at least."""
     image_failure: str = ""
     """When set, new images end as failed, with this as StateReason."""
+    copies_together: int = 0
+    """How many copies must have been begun before the first of them can become available."""
+    full_regions: set[str] = field(default_factory=set)
+    """Regions that take no further copy."""
     hidden_describes: int = 0
     """How many describes don't find what was just made."""
     parameter_reads: int = 0
@@ -95,6 +99,7 @@ class State:
         self.machines: Hypervisor | None = None
         self.parameter: Callable[[], object] | None = None
         """The write of a parameter that is to be done once `parameter_reads` have passed."""
+        self.copies: list[Image] = []
         self.reads = 0
         """Of parameters, that it still waits for."""
         self._addresses: set[str] = set()

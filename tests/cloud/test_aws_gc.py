@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from moto.core.utils import utcnow
 
 from ami_builder.adapters.aws import gc, images, instances, network, waiting
 from ami_builder.adapters.aws import instance as instance_module
@@ -208,3 +209,20 @@ def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: p
     one = Found(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
     with pytest.raises(CloudFailed, match=f"the volume {volume} can't be deleted"):
         gc.remove(account, Leftover(found=one, action=Action.DELETE, reason="because"))
+
+
+def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) -> None:
+    # The run that baked its source has ended long ago; whoever copies has no run.
+    ami = make_ami(cloud, "copy", **tags(Purpose.IMAGE), **{tagging.COPY_OF: "ami-0123456789abcdef0"})
+    (snapshot,) = cloud.left()["snapshot"]
+    account.ec2.create_tags(
+        Resources=[snapshot], Tags=tagging.as_list(tags(Purpose.IMAGE) | {tagging.COPY_OF: ami})
+    )
+    for leftover in collect(account):
+        assert leftover.action is Action.KEEP
+        assert "it is a copy, and may be going still" in leftover.reason
+    for thing in (cloud.backend().amis[ami], cloud.backend().snapshots[snapshot]):
+        field = "creation_date" if hasattr(thing, "creation_date") else "start_time"
+        setattr(thing, field, utcnow() - timedelta(hours=4))
+    collect(account)
+    assert cloud.left() == {}

@@ -6,19 +6,23 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moto.core.utils import utcnow
+from moto.ec2.utils import random_ami_id
 
 from ami_builder import commands
 from ami_builder.adapters.aws import channels as adapter
 from ami_builder.adapters.aws import images, references
+from ami_builder.adapters.aws import tags as tagging
 from ami_builder.adapters.aws.policy import Section, document
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed
 
 from .aws import make_ami, tags
+from .image import Image
 from .server import REGION, Cloud
 from .using import refused
 
@@ -33,6 +37,7 @@ LISTS = (
     "GetParameters",
     "GetParameterHistory",
     "GetParametersByPath",
+    "DescribeSnapshots",
 )
 POLICY = f'[images.dask.aws]\nregion = "{REGION}"\n[images.dask.lifecycle]\nkeep = 0\nkeep_days = 10\n'
 
@@ -70,6 +75,20 @@ def pruned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, tuple[s
     assert status == 0, shown.err
     found = json.loads(shown.out)["plan"]
     return {d["candidate"]["id"]: (d["action"], d["reason"]) for d in found}
+
+
+def orphan(cloud: Cloud, *, days: float = 100, region: str = REGION, name: str = "dask") -> str:
+    """Make a snapshot of ours that looks old, and whose AMI is gone."""
+    ec2 = cloud.client(region=region)
+    volume = ec2.create_volume(AvailabilityZone=f"{region}a", Size=8)["VolumeId"]
+    told = tags(Purpose.IMAGE) | {tagging.IMAGE: name}
+    snapshot = ec2.create_snapshot(
+        VolumeId=volume, TagSpecifications=tagging.specifications(told, "snapshot")
+    )
+    ec2.delete_volume(VolumeId=volume)
+    id = str(snapshot["SnapshotId"])
+    cloud.backend(region).snapshots[id].start_time = utcnow() - timedelta(days=days)
+    return id
 
 
 def _instance(cloud: Cloud, ami: str) -> str:
@@ -218,6 +237,150 @@ def test_where_one_list_fails_nothing_is_planned(
     assert ami in before["image"]
 
 
+def _disk_of_a_template(cloud: Cloud, snapshot: str) -> str:
+    disk = {"DeviceName": "/dev/sdb", "Ebs": {"SnapshotId": snapshot}}
+    data = {"BlockDeviceMappings": [disk]}
+    cloud.client().create_launch_template(LaunchTemplateName="data", LaunchTemplateData=data)
+    return "used by launch template data"
+
+
+def _disk_of_a_configuration(cloud: Cloud, snapshot: str) -> str:
+    disk = {"DeviceName": "/dev/sdb", "Ebs": {"SnapshotId": snapshot}}
+    cloud.client("autoscaling").create_launch_configuration(
+        LaunchConfigurationName="data",
+        ImageId=cloud.base_ami(),
+        InstanceType="t3.small",
+        BlockDeviceMappings=[disk],
+    )
+    return "used by launch configuration data"
+
+
+def _named(cloud: Cloud, snapshot: str) -> str:
+    cloud.client("ssm").put_parameter(Name="/data", Value=f"from {snapshot}", Type="String")
+    return "named by SSM parameter /data"
+
+
+def _lent_snapshot(cloud: Cloud, snapshot: str) -> str:
+    cloud.client().modify_snapshot_attribute(
+        SnapshotId=snapshot, Attribute="createVolumePermission", OperationType="add", UserIds=["9" * 12]
+    )
+    return f"shared with {'9' * 12}"
+
+
+def _incomplete(cloud: Cloud, snapshot: str) -> str:
+    cloud.backend().snapshots[snapshot].status = "pending"
+    return "not complete"
+
+
+def _young(cloud: Cloud, snapshot: str) -> str:
+    cloud.backend().snapshots[snapshot].start_time = utcnow() - timedelta(days=9)
+    return "younger than 10 days"
+
+
+@pytest.mark.parametrize(
+    "use", [_disk_of_a_template, _disk_of_a_configuration, _named, _lent_snapshot, _incomplete, _young]
+)
+def test_an_orphan_that_is_needed_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], use: Callable[[Cloud, str], str]
+) -> None:
+    snapshot, free = orphan(cloud), orphan(cloud)
+    reason = use(cloud, snapshot)
+    plan = pruned(capsys, "--apply")
+    assert plan[snapshot][0] == "keep"
+    assert reason in plan[snapshot][1]
+    assert plan[free] == ("delete", "its AMI is gone; 100 days old, and nothing needs it")
+    assert cloud.left()["snapshot"] == [snapshot]
+
+
+def test_orphans_are_those_of_ours_that_no_ami_uses(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = POLICY.replace("keep_days = 10", "keep_days = 0\nmost_deletions = 2")
+    (tmp_path / "ami-builder.toml").write_text(text)
+    found = [orphan(cloud, days=100 - number) for number in range(4)]
+    other = orphan(cloud, name="other")
+    fresh = orphan(cloud, days=0.5)
+    disk = aged(cloud, "used", deprecated=0)
+    cloud.client().create_snapshot(VolumeId=cloud.client().create_volume(
+        AvailabilityZone=f"{REGION}a", Size=8)["VolumeId"])  # fmt: skip
+    disabled = aged(cloud, "disabled", deprecated=50)
+    cloud.client().disable_image(ImageId=disabled)
+    # One that another account's AMI has, which was lent to us.
+    lent = orphan(cloud)
+    theirs = cloud.backend().amis[make_ami(cloud, "theirs")]
+    theirs.owner_id = "999999999999"
+    theirs.launch_permissions.append({"UserId": "123456789012"})
+    theirs.mapping[0]["Ebs"]["SnapshotId"] = lent
+    before = cloud.left()["snapshot"]
+    plan = pruned(capsys, "--apply")
+    assert set(plan) == {*found, other, fresh, disk, disabled}
+    assert plan[disabled][0] == "keep"
+    assert plan[disabled][1].startswith("disabled")
+    assert [plan[one][0] for one in found] == ["delete", "delete", "keep", "keep"]
+    assert "a later run deletes it: this one deletes 2 at most" in plan[found[2]][1]
+    assert "no policy" in plan[other][1]
+    assert plan[fresh] == ("keep", "its AMI is gone; younger than 24 h")
+    assert sorted(cloud.left()["snapshot"]) == sorted(set(before) - set(found[:2]))
+
+
+def test_each_region_is_planned_by_itself(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    there = "eu-west-1"
+    (tmp_path / "ami-builder.toml").write_text(
+        POLICY.replace(f'region = "{REGION}"', f'region = "{REGION}"\ncopy_to = ["{there}"]')
+    )
+    ami, kept = aged(cloud, "old"), aged(cloud, "current")
+    for each in (ami, kept):
+        assert commands.run(["--quiet", "copy", each]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    copy, other = (line.split("\t")[1] for line in lines)
+    for one in (copy, other):
+        cloud.backend(there).amis[one].creation_date = utcnow() - timedelta(days=50)
+    # What stands in the channel here is free there, and the other way round.
+    assert commands.run(["promote", kept, "stable"]) == 0
+    cloud.client("ssm", region=there).put_parameter(
+        Name="/ami-builder/dask/x86_64/stable", Value=copy, Type="String", DataType="aws:ec2:image"
+    )
+    lost = orphan(cloud, region=there)
+    plan = pruned(capsys, "--apply")
+    assert {id: action for id, (action, _) in plan.items()} == {
+        ami: "deprecate", kept: "keep", copy: "keep", other: "deprecate", lost: "delete",
+    }  # fmt: skip
+    assert plan[copy][1].startswith("in channel stable")
+    assert cloud.backend(there).amis[other].deprecation_time is not None
+    assert lost not in cloud.left(there)["snapshot"]
+    # A region that can't be read stops the plan of all.
+    cloud.faults.add("*", "reset", times=None, region=there)
+    assert commands.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
+
+
+def test_ten_thousand_images_take_no_more_calls_than_pages(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = cloud.backend()
+    template = backend.amis[aged(cloud, "first", 1000)]
+    for number in range(9_999):
+        copy: Any = Image.__new__(Image)
+        copy.__dict__ |= vars(template) | {
+            "id": random_ami_id(),
+            "creation_date": utcnow() - timedelta(hours=number),
+        }
+        backend.amis[copy.id] = copy
+        backend.tags[copy.id] = dict(backend.tags[template.id])
+    before = len(cloud.calls)
+    plan = pruned(capsys)
+    assert len(plan) == 10_000
+    assert sum(action == "deprecate" for action, _ in plan.values()) == 10
+    made = [call.action for call in cloud.calls[before:]]
+    counted = {action: made.count(action) for action in set(made)}
+    assert counted.pop("DescribeImages") == 10
+    # Whom they are shared with is asked of the ten that would go.
+    assert counted.pop("DescribeImageAttribute") == 10
+    assert max(counted.values()) <= 2, counted
+
+
 def test_no_more_calls_than_pages(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     ec2, ssm = cloud.client(), cloud.client("ssm")
     for number in range(12):
@@ -255,10 +418,12 @@ def test_least_privilege(
     assert commands.run(["promote", current, "stable"]) == 0
     cloud.client().create_launch_template(LaunchTemplateName="t", LaunchTemplateData={"KeyName": "k"})
     theirs = make_ami(cloud, "theirs")
+    lost = orphan(cloud)
     held = cloud.enforce(document(Section.PRUNE), KEY)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     plan = pruned(capsys, "--apply")
-    assert sorted(action for action, _ in plan.values()) == ["delete", "deprecate", "keep"]
+    assert sorted(action for action, _ in plan.values()) == ["delete", "delete", "deprecate", "keep"]
+    assert lost not in cloud.left()["snapshot"]
     assert gone not in cloud.left()["image"]
     assert held.refused == []
     assert held.unused == set()

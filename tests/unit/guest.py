@@ -81,6 +81,8 @@ _IMAGE = Image(
         kms_key="",
         spot=False,
         lifetime=7200.0,
+        copy_to=(),
+        share_with=(),
     ),
     lifecycle=Lifecycle(
         channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10, grace_days=7

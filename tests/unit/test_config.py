@@ -29,6 +29,7 @@ from ami_builder.model import (
     Container,
     Dask,
     Datasource,
+    Destination,
     Image,
     Lifecycle,
     Network,
@@ -85,6 +86,8 @@ DEFAULT = Image(
         kms_key="",
         spot=False,
         lifetime=7200.0,
+        copy_to=(),
+        share_with=(),
     ),
     lifecycle=Lifecycle(
         channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10, grace_days=7
@@ -269,6 +272,8 @@ encrypt = true
 kms_key = "arn:aws:kms:eu-central-1:123456789012:alias/ours"
 spot = true
 lifetime = "90min"
+copy_to = ["eu-west-1=alias/ours", "eu-north-1=arn:aws:kms:eu-north-1:123456789012:key/1-2"]
+share_with = ["123456789012", "arn:aws:organizations::123456789012:ou/o-0123456789/ou-ab12-0123456789"]
 """
     aws = (
         loaded(text, flags={"aws.spot": "false", "aws.instance_types": "t3.small,m7i-flex.large"})
@@ -288,6 +293,20 @@ lifetime = "90min"
         kms_key="arn:aws:kms:eu-central-1:123456789012:alias/ours",
         spot=False,
         lifetime=5400.0,
+        copy_to=(
+            Destination(region="eu-west-1", kms_key="alias/ours"),
+            Destination(region="eu-north-1", kms_key="arn:aws:kms:eu-north-1:123456789012:key/1-2"),
+        ),
+        share_with=(
+            "123456789012",
+            "arn:aws:organizations::123456789012:ou/o-0123456789/ou-ab12-0123456789",
+        ),
+    )
+    assert loaded(
+        "[images.dask]", flags={"aws.copy_to": "eu-west-1,us-west-2=alias/x"}
+    ).select().aws.copy_to == (
+        Destination(region="eu-west-1"),
+        Destination(region="us-west-2", kms_key="alias/x"),
     )
     (line,) = mistakes("[images.dask]", flags={"aws.encrypt": "yes"})
     assert line == '--set: aws.encrypt = "yes": expected true or false'
@@ -601,6 +620,29 @@ BAD = [
     Bad("aws.spot = []", "expected true or false"),
     Bad('nightly.channel = "nowhere"', "expected one of lifecycle.channels: testing, stable"),
     Bad('aws.lifetime = "8000h"', "expected a duration"),
+    Bad('aws.copy_to = ["Ireland"]', "expected a region, or region=KEY"),
+    Bad('aws.copy_to = ["eu-west-1="]', "expected a region, or region=KEY"),
+    Bad('aws.copy_to = ["eu-west-1=two words"]', "expected a region, or region=KEY"),
+    Bad("aws.copy_to = [1]", "expected a region, or region=KEY"),
+    Bad('aws.copy_to = ["eu-west-1", "eu-west-1"]', "expected each item once"),
+    Bad('aws.copy_to = ["eu-west-1", "eu-west-1=alias/x"]', "but eu-west-1 is there several times"),
+    Bad('aws.copy_to = ["us-east-1", "cn-north-1"]', "expected regions of one partition"),
+    Bad(
+        'aws.copy_to = ["eu-west-1=arn:aws:kms:us-east-1:123456789012:key/1-2"]',
+        "expected a key of eu-west-1",
+    ),
+    Bad('aws = { region = "eu-west-1", copy_to = ["eu-west-1"] }', "eu-west-1 is where the AMI is baked"),
+    Bad('aws.share_with = ["1234"]', "expected the 12 digits of an account"),
+    Bad('aws.share_with = ["all"]', "expected the 12 digits of an account"),
+    Bad('aws = { encrypt = true, share_with = ["123456789012"] }', "under the default key can't be shared"),
+    Bad(
+        'aws = { encrypt = true, kms_key = "ours", copy_to = ["eu-west-1"], share_with = ["123456789012"] }',
+        "write eu-west-1=KEY in aws.copy_to",
+    ),
+    Bad(
+        'aws = { copy_to = ["eu-west-1=alias/aws/ebs"], share_with = ["123456789012"] }',
+        "under the default key can't be shared",
+    ),
     Bad('description = "two\\nlines"', "one line"),
     Bad("verify = 1", "expected a table"),
     Bad("verify = []", "expected a table"),

@@ -166,7 +166,7 @@ def test_a_tls_cluster_is_reached_by_dask_s_own_configuration(
     dask_module = pytest.importorskip("dask")
     from distributed import Security
 
-    temporary: Any = Security.temporary()  # type: ignore[no-untyped-call]
+    temporary: Any = Security.temporary()
     files = {}
     for kind, content in {
         "ca-file": temporary.tls_ca_file,

@@ -105,6 +105,7 @@ def _images_and_snapshots(account: Account, entries: Sequence[Entry]) -> Iterabl
                 name=image.get("Name", ""),
                 created=datetime.fromisoformat(image["CreationDate"]) if image.get("CreationDate") else None,
                 finished=tagging.FINISHED in tags,
+                copied=tagging.COPY_OF in tags,
             )
     yield from ours.values()
     of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
@@ -193,6 +194,7 @@ def _found(
         created=created,
         image=image,
         used_by=used_by,
+        copied=tagging.COPY_OF in tags,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
@@ -57,6 +58,11 @@ class Ami:
     def finished(self) -> bool:
         """True when all that makes it ours was done; what is not finished may be collected."""
         return tagging.FINISHED in self.tags
+
+    @property
+    def pending(self) -> bool:
+        """True while it is on its way to being available."""
+        return self.state in _PENDING
 
     @property
     def verdict(self) -> tuple[bool, str] | None:
@@ -111,23 +117,38 @@ def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     }
 
 
-def ours(account: Account) -> list[Ami]:
-    """Return every AMI of this account that carries our run tag, finished or not."""
-    return _search(account, {"Name": "tag-key", "Values": [tagging.RUN]})
+def owned(account: Account) -> list[Ami]:
+    """Return every AMI of this account, whoever made it; also those that are disabled."""
+    return _listed(account, Owners=["self"], IncludeDisabled=True)
 
 
-def shared_with(account: Account, ami: str) -> str:
-    """Return whom an AMI is shared with, in words; empty for nobody."""
-    with translated():
-        found = account.ec2.describe_image_attribute(ImageId=ami, Attribute="launchPermission")
-    with_whom = [str(who) for each in found.get("LaunchPermissions", []) for who in each.values()]
-    return f"shared with {', '.join(sorted(with_whom))}" if with_whom else ""
+def lent(account: Account) -> list[Ami]:
+    """Return the AMIs of other accounts that this one was given to launch."""
+    return _listed(account, ExecutableUsers=["self"])
+
+
+def copies(account: Account, source: str, name: str) -> list[Ami]:
+    """Return the copies of another region's AMI, in whatever state; one without its tags by its name."""
+    tagged = _search(account, _tagged(tagging.COPY_OF, source))
+    named = _search(account, {"Name": "name", "Values": [name]})
+    found = {ami.id: ami for ami in [*tagged, *named] if ami.tags.get(tagging.COPY_OF, source) == source}
+    return list(found.values())
 
 
 def deprecate(account: Account, ami: str) -> None:
     """Deprecate an AMI: nobody new finds it, while who knows its id can launch it still."""
     with translated():
         account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
+
+
+def wait_seen(account: Account, ami: str, seconds: float = math.inf) -> Ami:
+    """Wait until EC2 shows an AMI that was made a moment ago, whatever its state; raises TimedOut."""
+    return proc.wait_until(
+        lambda: get(account, ami),
+        what=f"the appearance of {ami}",
+        timeout=min(seconds, _SEEN_SECONDS),
+        interval=_POLL_SECONDS,
+    )
 
 
 def wait_available(
@@ -137,18 +158,13 @@ def wait_available(
 
     Raises CloudFailed with EC2's reason when it never will be, TimedOut after `seconds`.
     """
-    proc.wait_until(
-        lambda: get(account, ami),
-        what=f"the appearance of {ami}",
-        timeout=min(seconds, _SEEN_SECONDS),
-        interval=_POLL_SECONDS,
-    )
+    wait_seen(account, ami, seconds)
 
     def settled() -> Ami | None:
         found = get(account, ami)
         if found is None:
             return None
-        if found.state in _PENDING:
+        if found.pending:
             on_progress(f"snapshot {_progress(account, found)}")
             return None
         return found
@@ -239,9 +255,13 @@ def delete_snapshot(account: Account, snapshot: str) -> bool:
 
 
 def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
+    return _listed(account, Owners=["self"], Filters=list(filters))
+
+
+def _listed(account: Account, **which: Any) -> list[Ami]:
     with translated():
         pages = account.ec2.get_paginator("describe_images").paginate(
-            Owners=["self"], Filters=list(filters), PaginationConfig={"PageSize": _PAGE}
+            **which, PaginationConfig={"PageSize": _PAGE}
         )
         return [_ami(image) for page in pages for image in page["Images"]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from ami_builder.errors import CloudFailed
 
 from . import tags as tagging
-from .session import Account, code_of, translated
+from .session import DENIED, Account, code_of, translated
 from .waiting import settle
 
 if TYPE_CHECKING:
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 
 _SEEN_SECONDS = 60.0
 _TERMINATED_SECONDS = 600.0
+# What a region or its quotas lack, whatever the AMI is.
+_NOT_ITS_FAULT = frozenset(
+    {
+        "InstanceLimitExceeded",
+        "InsufficientInstanceCapacity",
+        "MissingInput",
+        "Unsupported",
+        "VPCIdNotSpecified",
+        "VcpuLimitExceeded",
+    }
+)
 
 
 def describe(account: Account, instance: str) -> InstanceTypeDef | None:
@@ -50,6 +61,33 @@ def require_imdsv2(account: Account, instance: str) -> None:
         account.ec2.modify_instance_metadata_options(
             InstanceId=instance, HttpTokens="required", HttpPutResponseHopLimit=1
         )
+
+
+def try_launch(account: Account, ami: str, instance_type: str, tags: Mapping[str, str]) -> str:
+    """Ask EC2 whether an AMI could be launched in the default VPC, without launching it.
+
+    Returns why that could not be told, such as lacking permissions or no default VPC; empty when it could be.
+    Raises CloudFailed when it can't be launched.
+    """
+    with translated():
+        try:
+            account.ec2.run_instances(
+                DryRun=True,
+                ImageId=ami,
+                InstanceType=instance_type,  # type: ignore[arg-type] # EC2 has more than the stubs know
+                MinCount=1,
+                MaxCount=1,
+                TagSpecifications=tagging.specifications(tags, "instance", "volume"),
+            )
+        except ClientError as error:
+            code = code_of(error)
+            if code in DENIED:
+                return "these credentials may not launch it"
+            if code in _NOT_ITS_FAULT:
+                return code
+            if code != "DryRunOperation":
+                raise
+    return ""
 
 
 def terminate(account: Account, instance: str) -> None:

@@ -27,6 +27,7 @@ class Section(StrEnum):
     CHECK = "check"
     BUILD = "build"
     VERIFY = "verify"
+    COPY = "copy"
     PROMOTE = "promote"
     PRUNE = "prune"
     LIFECYCLE = "lifecycle"
@@ -36,8 +37,8 @@ class Section(StrEnum):
 def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
     """Return the policy for one part of the work, or for all.
 
-    `aws` narrows it to its region, and adds what its settings need: an instance profile, a KMS key, spot,
-    Session Manager, an SSM parameter.
+    `aws` narrows it to its region, and for AMIs and channels to those of its copies too; and adds what its
+    settings need: an instance profile, KMS keys, spot, Session Manager, an SSM parameter.
     """
     wanted = Section(section)
     parts = _Statements(aws)
@@ -46,6 +47,7 @@ def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
         (Section.CHECK, parts.check),
         (Section.BUILD, parts.build),
         (Section.VERIFY, parts.verify),
+        (Section.COPY, parts.copy),
         (Section.PROMOTE, parts.promote),
         (Section.PRUNE, parts.prune),
         (Section.LIFECYCLE, parts.lifecycle),
@@ -60,6 +62,8 @@ class _Statements:
     def __init__(self, aws: Aws | None) -> None:
         self._aws = aws
         self._region = aws.region if aws is not None and aws.region else "*"
+        copies = [one.region for one in aws.copy_to] if aws is not None else []
+        self._regions = [self._region] if self._region == "*" else [self._region, *copies]
         starts = {"cn-": "aws-cn", "us-gov-": "aws-us-gov"}
         self._partition = next((p for s, p in starts.items() if self._region.startswith(s)), "aws")
 
@@ -82,7 +86,7 @@ class _Statements:
         )
         # Older Packer tags an AMI only after it was made.
         yield _allow("MakeImages", ["ec2:CreateImage"], self._ec2("image", "snapshot"))
-        yield self._claim()
+        yield self._claim(self._ec2("image", "snapshot"))
         yield _allow(
             "ChangeImagesOfRuns", ["ec2:CreateTags", "ec2:ModifyImageAttribute"], self._ec2("image"), _OURS
         )
@@ -94,6 +98,31 @@ class _Statements:
         yield _allow("ReadConsolesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
         yield from self._optional(baking=False)
+
+    def copy(self) -> Iterator[dict[str, Any]]:
+        """Yield what bringing an AMI to other regions and sharing it needs."""
+        yield self._look()
+        made = self._kept("image", "snapshot")
+        yield _allow("CopyImagesOfRuns", ["ec2:CopyImage"], made, _OURS)
+        yield _allow("MakeCopies", ["ec2:CopyImage"], made, _ASKED)
+        yield _allow(
+            "TagCopies",
+            ["ec2:CreateTags"],
+            made,
+            {"StringEquals": {"ec2:CreateAction": ["CopyImage"]}, **_KEYS},
+        )
+        # One that was begun without its tags is known by its name.
+        yield self._claim(made)
+        changes = ["ec2:CreateTags", "ec2:ModifyImageAttribute"]
+        yield _allow("ChangeImagesOfRuns", changes, self._kept("image"), _OURS)
+        yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
+        # One that failed makes room for the next.
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
+        if self._aws is not None and (keys := [one for one in self._aws.copy_to if one.kms_key]):
+            yield from self._keys("Copies", [self._key(one.kms_key, one.region) for one in keys])
+            if self._aws.kms_key:
+                yield from self._keys("", [self._key(self._aws.kms_key, self._region)])
 
     def promote(self) -> Iterator[dict[str, Any]]:
         """Yield what moving channels needs; SSM looks at an AMI with the caller's own permissions."""
@@ -112,9 +141,9 @@ class _Statements:
                     "DeleteParameter",
                 )
             ],
-            [self._arn_of("ssm", self._region, "*", "parameter/ami-builder/*")],
+            self._everywhere("ssm", "*", "parameter/ami-builder/*"),
         )
-        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
+        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._kept("image"), _OURS)
 
     def prune(self) -> Iterator[dict[str, Any]]:
         """Yield what finding every use of an AMI needs, and retiring those of runs."""
@@ -122,20 +151,20 @@ class _Statements:
         lists = ["autoscaling:DescribeLaunchConfigurations", "ssm:DescribeParameters"]
         yield _allow("FindUses", lists, ["*"])
         reads = ["GetParameters", "GetParametersByPath", "GetParameterHistory"]
-        everything = [self._arn_of("ssm", self._region, "*", "parameter/*")]
+        everything = self._everywhere("ssm", "*", "parameter/*")
         yield _allow("FindUsesByValue", [f"ssm:{action}" for action in reads], everything)
-        yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._ec2("image"), _OURS)
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
+        yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._kept("image"), _OURS)
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
         """Yield what collecting leftovers and deregistering needs."""
         yield self._look()
         yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
-        yield self._claim()
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
+        yield self._claim(self._kept("image", "snapshot"))
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
         yield _allow("DeleteGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
 
     def _look(self) -> dict[str, Any]:
@@ -167,9 +196,9 @@ class _Statements:
             _OURS,
         )
 
-    def _claim(self) -> dict[str, Any]:
+    def _claim(self, things: Sequence[str]) -> dict[str, Any]:
         """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
-        return _allow("TagImages", ["ec2:CreateTags"], self._ec2("image", "snapshot"), {**_ASKED, **_KEYS})
+        return _allow("TagImages", ["ec2:CreateTags"], things, {**_ASKED, **_KEYS})
 
     def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what only some settings need."""
@@ -195,14 +224,7 @@ class _Statements:
             sessions = [self._arn_of("ssm", self._region, "*", "session/*")]
             yield _allow("EndConnections", ["ssm:TerminateSession", "ssm:ResumeSession"], sessions)
         if aws.kms_key:
-            key = aws.kms_key if aws.kms_key.startswith("arn:") else "*"
-            keys = [
-                self._arn_of("kms", self._region, "*", "key/*") if ":alias/" in key or key == "*" else key
-            ]
-            uses = [f"kms:{use}" for use in ("DescribeKey", "Decrypt", "ReEncrypt*", "GenerateDataKey*")]
-            yield _allow("UseKey", uses, keys)
-            for_aws = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
-            yield _allow("LetEc2UseKey", ["kms:CreateGrant"], keys, for_aws)
+            yield from self._keys("", [self._key(aws.kms_key, self._region)])
         if aws.spot and baking:
             # Packer makes a fleet from a launch template, and tags neither; it tags the instance afterwards.
             fleet = self._ec2("fleet", "launch-template", "instance", "volume", "network-interface")
@@ -214,6 +236,23 @@ class _Statements:
                 self._ec2("launch-template"),
             )
             yield _allow("SpotTags", ["ec2:CreateTags"], self._ec2("instance", "volume"), {**_ASKED, **_KEYS})
+
+    def _keys(self, of: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+        uses = [f"kms:{use}" for use in ("DescribeKey", "Decrypt", "ReEncrypt*", "GenerateDataKey*")]
+        yield _allow(f"UseKey{of}", uses, keys)
+        for_aws = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
+        yield _allow(f"LetEc2UseKey{of}", ["kms:CreateGrant"], keys, for_aws)
+
+    def _key(self, key: str, region: str) -> str:
+        exact = key.startswith("arn:") and ":alias/" not in key
+        return key if exact else self._arn_of("kms", region, "*", "key/*")
+
+    def _kept(self, *kinds: str) -> list[str]:
+        """Return what `_ec2` does, in the regions of copies too."""
+        return [arn for kind in kinds for arn in self._everywhere("ec2", "", f"{kind}/*")]
+
+    def _everywhere(self, service: str, account: str, resource: str) -> list[str]:
+        return [self._arn_of(service, region, account, resource) for region in self._regions]
 
     def _ec2(self, *kinds: str) -> list[str]:
         return [
@@ -233,6 +272,7 @@ def _allow(
 
 
 def _merge(statements: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
-    """Add a statement, or its actions to the one of the same name, which has the same resources."""
+    """Add a statement, or its actions and resources to the one of the same name and condition."""
     known = statements.setdefault(new["Sid"], new)
-    known["Action"] += [action for action in new["Action"] if action not in known["Action"]]
+    for part in ("Action", "Resource"):
+        known[part] += [one for one in new[part] if one not in known[part]]

@@ -1,16 +1,16 @@
-"""What in a region needs an AMI: instances, launch templates, launch configurations, SSM parameters."""
+"""What in a region needs an AMI or a snapshot: instances, templates, configurations, SSM parameters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ami_builder.retention import Reference
 
 from .session import Account, translated
 
-_AMI = re.compile(r"\bami-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
+_NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
 _PINNED = re.compile(r"resolve:ssm:([^:]+):([^:]+)")
 _ENDED = "terminated"
 _AT_ONCE = 10  # parameters that SSM tells the values of in one call
@@ -25,7 +25,7 @@ _PAGES = {
 
 
 def find(account: Account) -> list[Reference]:
-    """Return every use of an AMI in this region, whoever's AMI it is; one call for each page of each list.
+    """Return every use of an AMI or a snapshot in this region; one call for each page of each list.
 
     Raises CloudFailed when any list can't be read to its end, since what is not known may need an AMI.
     Of parameters the current value counts, whatever the name and wherever in it an AMI's id stands; of those
@@ -34,7 +34,7 @@ def find(account: Account) -> list[Reference]:
     templates = list(_templates(account))
     return [
         *_instances(account),
-        *(Reference(id=ami, by=by) for ami, by in templates if ami.startswith("ami-")),
+        *(Reference(id=id, by=by) for id, by in templates if id.startswith(("ami-", "snap-"))),
         *_configurations(account),
         *_parameters(account, {pin.groups() for named, _ in templates if (pin := _PINNED.fullmatch(named))}),
     ]
@@ -49,21 +49,26 @@ def _instances(account: Account) -> Iterator[Reference]:
 
 
 def _templates(account: Account) -> Iterator[tuple[str, str]]:
-    """Yield what each version of each launch template names as its image, and the version in words."""
+    """Yield what each version of each launch template names as image or disk, and the version in words."""
     for template in _listed(account, "ec2", "describe_launch_templates", "LaunchTemplates"):
         id, name = template["LaunchTemplateId"], template["LaunchTemplateName"]
         for version in _listed(
             account, "ec2", "describe_launch_template_versions", "LaunchTemplateVersions", LaunchTemplateId=id
         ):
-            if named := version["LaunchTemplateData"].get("ImageId"):
-                yield named, f"used by launch template {name} ({id}), version {version['VersionNumber']}"
+            data, by = version["LaunchTemplateData"], f"used by launch template {name} ({id})"
+            for named in (data.get("ImageId", ""), *_disks(data)):
+                yield named, f"{by}, version {version['VersionNumber']}"
 
 
 def _configurations(account: Account) -> Iterator[Reference]:
     for one in _listed(account, "autoscaling", "describe_launch_configurations", "LaunchConfigurations"):
-        yield Reference(
-            id=one["ImageId"], by=f"used by launch configuration {one['LaunchConfigurationName']}"
-        )
+        by = f"used by launch configuration {one['LaunchConfigurationName']}"
+        yield from (Reference(id=id, by=by) for id in (one["ImageId"], *_disks(one)))
+
+
+def _disks(shown: Mapping[str, Any]) -> list[str]:
+    disks = (mapping.get("Ebs", {}) for mapping in shown.get("BlockDeviceMappings", []))
+    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
 
 
 def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterator[Reference]:
@@ -75,7 +80,7 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
         with translated("ssm"):
             answer = account.client("ssm").get_parameters(Names=names[start : start + _AT_ONCE])
         for one in answer["Parameters"]:
-            found = _AMI.findall(one["Value"])
+            found = _NAMED.findall(one["Value"])
             if found:
                 images.add(one["Name"])
             yield from _named(found, f"named by SSM parameter {one['Name']}")
@@ -84,12 +89,12 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
             number = str(version["Version"])
             if version.get("Labels") or (name, number) in pinned:
                 yield from _named(
-                    _AMI.findall(version["Value"]), f"named by SSM parameter {name}, version {number}"
+                    _NAMED.findall(version["Value"]), f"named by SSM parameter {name}, version {number}"
                 )
 
 
-def _named(amis: Iterable[str], by: str) -> Iterator[Reference]:
-    return (Reference(id=ami, by=by) for ami in amis)
+def _named(ids: Iterable[str], by: str) -> Iterator[Reference]:
+    return (Reference(id=id, by=by) for id in ids)
 
 
 def _listed(account: Account, service: str, call: str, key: str, **more: Any) -> list[Any]:

@@ -81,6 +81,12 @@ class Account:
             )
         return cls(session, session.region_name)
 
+    def elsewhere(self, region: str) -> Account:
+        """Return the same account in another region."""
+        other = Account(self._session, region)
+        other._lock = self._lock  # a session must not make two clients at once
+        return self if region == self.region else other
+
     @property
     def ec2(self) -> EC2Client:
         """The client of EC2."""

@@ -26,6 +26,8 @@ FINISHED = f"{PREFIX}finished"
 VERDICT = f"{PREFIX}verdict"
 MEASURED = f"{PREFIX}measured"
 REVOKED = f"{PREFIX}revoked"
+COPY_OF = f"{PREFIX}copy-of"
+"""The AMI, in another region, that this is a copy of."""
 
 LONGEST = 256
 """Characters that EC2 takes as a tag's value."""

@@ -1,0 +1,451 @@
+"""An AMI in several regions: copied side by side, once whatever happens, shared, and promoted there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+from botocore.retries import standard
+
+from ami_builder import commands, config
+from ami_builder.adapters.aws import channels as adapter
+from ami_builder.adapters.aws import copies, images
+from ami_builder.adapters.aws import tags as tagging
+from ami_builder.adapters.aws.policy import Section, document
+from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.console import Progress
+from ami_builder.errors import CloudFailed, UsageError
+from ami_builder.model import Image
+from ami_builder.pipeline import cloud_place
+from ami_builder.pipeline.channels import promote
+from ami_builder.pipeline.cloud_place import CloudPlace, places
+from ami_builder.pipeline.place import Place
+from ami_builder.proc import wait_until
+from ami_builder.workspace import StoredImage, Workspace
+
+from .aws import DIGEST, RUN, make_ami, tags
+from .server import REGION, Cloud
+from .stopping import start
+from .using import image, refused
+
+NAME = tagging.ami_name("dask", DIGEST, RUN)
+KEY = "AKIALEASTPRIVILEGE00"
+TWO = ("eu-west-1", "us-west-2")
+TEN = (
+    *TWO,
+    *("eu-central-1", "eu-north-1", "ap-south-1", "ap-northeast-1", "ap-southeast-2", "sa-east-1"),
+    *("ca-central-1", "us-east-2"),
+)
+OURS = "123456789012"
+THEIRS = "999999999999"
+ORGANIZATION = f"arn:aws:organizations::{THEIRS}:organization/o-0123456789"
+UNIT = f"arn:aws:organizations::{THEIRS}:ou/o-0123456789/ou-ab12-0123456789"
+
+Configure = Callable[..., Image]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
+    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 3)
+    monkeypatch.setattr(copies, "COPYING", timedelta(minutes=5))
+    monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(images, "_SEEN_SECONDS", 0.5)
+    monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Return what writes the settings of aws; they stand for two regions at first."""
+    path = tmp_path / "ami-builder.toml"
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(path))
+
+    def write(**settings: object) -> Image:
+        told = {"region": REGION, "copy_to": list(TWO), **settings}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in told.items()]
+        path.write_text("\n".join(["[images.dask.aws]", *lines, ""]))
+        return config.load(path, environ={}, overrides={}).select()
+
+    write()
+    return write
+
+
+def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True) -> str:
+    """Make a finished AMI of ours, with a tag of its owner's."""
+    account = Account.open()
+    ami = make_ami(cloud, name, **tags(Purpose.IMAGE), team="data")
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    images.record_verdict(account, ami, passed, "c" * 64)
+    return ami
+
+
+def copied(capsys: pytest.CaptureFixture[str], ami: str, *flags: str, status: int = 0) -> dict[str, str]:
+    """Run `copy` and return region -> AMI."""
+    capsys.readouterr()
+    assert commands.run(["--quiet", "copy", ami, *flags]) == status
+    return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+
+
+def mine(cloud: Cloud, region: str) -> list[str]:
+    return cloud.left(region).get("image", [])
+
+
+def opened(configured: Image, tmp_path: Path) -> tuple[CloudPlace, ...]:
+    return places(configured, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")}))
+
+
+def brought(place: CloudPlace, stored: StoredImage) -> StoredImage:
+    with Progress(_Silent()) as progress, progress.step("bring") as step:
+        return place.bring(stored, step)
+
+
+class _Silent:
+    def started(self, step: object) -> None: ...
+    def updated(self, step: object) -> None: ...
+    def ended(self, step: object) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_ten_regions_at_once(cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(copy_to=TEN)
+    ami = baked(cloud)
+    # No copy becomes available before all ten were begun: one after the other they would wait for ever.
+    cloud.options.copies_together = len(TEN)
+    found = copied(capsys, ami)
+    assert tuple(found) == TEN
+    source = Account.open().ec2.describe_images(ImageIds=[ami])["Images"][0]
+    for region, copy in found.items():
+        ec2 = cloud.client(region=region)
+        shown = image(ec2, copy)
+        told = tagging.as_dict(shown["Tags"])
+        finished = told.pop(tagging.FINISHED)
+        assert finished
+        assert told == {
+            **{k: v for k, v in tagging.as_dict(source["Tags"]).items() if k != tagging.FINISHED},
+            tagging.COPY_OF: ami,
+        }
+        assert (shown["Name"], shown["ImdsSupport"], shown["Public"]) == (NAME, "v2.0", False)
+        (disk,) = (m["Ebs"] for m in shown["BlockDeviceMappings"])
+        (snapshot,) = ec2.describe_snapshots(SnapshotIds=[disk["SnapshotId"]])["Snapshots"]
+        assert tagging.as_dict(snapshot["Tags"]) == tags(Purpose.IMAGE) | {
+            tagging.CREATED: told[tagging.CREATED],
+            tagging.COPY_OF: ami,
+        }
+        last = [c for c in cloud.calls if c.region == region and c.action == "CreateTags"][-1]
+        assert [tag["Key"] for tag in last.params["Tags"]] == [tagging.FINISHED]
+    assert copied(capsys, ami) == found
+    calls = [call for call in cloud.calls if call.action == "CopyImage"]
+    assert len(calls) == len(TEN)
+    assert {len(call.params["ClientToken"]) for call in calls} == {64}
+    assert len({call.params["ClientToken"] for call in calls}) == len(TEN)
+
+
+@pytest.mark.parametrize("trouble", ["down", "throttled", "full"])
+def test_one_region_in_trouble_does_not_keep_the_others(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    ami = baked(cloud)
+    bad, good = TWO
+    said = {
+        "down": "AWS did not answer",
+        "throttled": "RequestLimitExceeded",
+        "full": "ResourceLimitExceeded: Too many image copies",
+    }
+    match trouble:
+        case "down":
+            cloud.faults.add("*", "reset", times=None, region=bad)
+        case "throttled":
+            cloud.faults.add("CopyImage", "throttle", times=None, region=bad)
+        case _:
+            cloud.options.full_regions = {bad}
+    assert commands.run(["--quiet", "copy", ami, "--json"]) == 6
+    shown = capsys.readouterr()
+    answer = json.loads(shown.out)
+    assert [one["region"] for one in answer["copies"]] == [good]
+    (failed,) = answer["failed"]
+    assert failed["region"] == bad
+    assert f"1 of 2 regions failed: {bad}" in shown.err
+    assert f"{bad}: AWS" in shown.err
+    assert said[trouble] in shown.err
+    cloud.faults.clear()
+    cloud.options.full_regions = set()
+    assert tuple(copied(capsys, ami)) == TWO
+    assert [len(mine(cloud, region)) for region in TWO] == [1, 1]
+
+
+def test_killed_on_the_way_and_run_again(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ami = baked(cloud)
+    cloud.options.image_describes = 1 << 30
+    environment = {**cloud.environment(), "AMI_BUILDER_CONFIG": os.environ["AMI_BUILDER_CONFIG"]}
+    process = start(tmp_path / "home", environment, "copy", ami)
+    wait_until(lambda: cloud.count("CopyImage") == 2, what="both copies", timeout=60, interval=0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    begun = {region: mine(cloud, region) for region in TWO}
+    assert [len(each) for each in begun.values()] == [1, 1]
+    for region in TWO:
+        cloud.backend(region).amis[begun[region][0]].last_describe = 1
+    assert copied(capsys, ami) == {region: each[0] for region, each in begun.items()}
+    assert cloud.count("CopyImage") == 2
+
+
+def test_an_unfinished_copy_is_found_by_its_name(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami, region = baked(cloud), TWO[0]
+    copy = copied(capsys, ami)[region]
+    cloud.backend(region).tags.pop(copy)
+    assert copied(capsys, ami)[region] == copy
+    assert cloud.count("CopyImage") == 2
+    told = tagging.as_dict(image(cloud.client(region=region), copy)["Tags"])
+    assert {tagging.FINISHED, tagging.COPY_OF, tagging.VERDICT, "team"} <= told.keys()
+    # Another bake of the same digest is another image.
+    other = baked(cloud, f"{NAME}-again")
+    assert copied(capsys, other)[region] != copy
+
+
+@pytest.mark.parametrize("fault", ["lost_response", "duplicated", "throttle", "http500", "reset"])
+@pytest.mark.parametrize("action", ["CopyImage", "CreateTags", "DescribeImages"])
+def test_copying_through_faults(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], action: str, fault: str
+) -> None:
+    configure(copy_to=TWO[:1])
+    ami = baked(cloud)
+    cloud.options.hidden_describes = 1
+    cloud.faults.add(action, fault, region=TWO[0])
+    assert copied(capsys, ami) == {TWO[0]: mine(cloud, TWO[0])[0]}
+    assert len(mine(cloud, TWO[0])) == 1
+
+
+def test_a_failed_copy_makes_room_for_another(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(copy_to=TWO[:1])
+    ami, region = baked(cloud), TWO[0]
+    cloud.options.image_describes = 1
+    cloud.options.image_failure = "the key is disabled"
+    assert commands.run(["--quiet", "copy", ami]) == 6
+    assert f"{region}: {mine(cloud, region)[0]} is failed: the key is disabled" in capsys.readouterr().err
+    (failed,) = mine(cloud, region)
+    cloud.options.image_failure = ""
+    found = copied(capsys, ami)
+    assert found[region] != failed
+    assert cloud.left(region) == {"image": [found[region]], "snapshot": cloud.left(region)["snapshot"]}
+    assert len(cloud.left(region)["snapshot"]) == 1
+    # Somebody deregisters it: what its token stands for is gone, and another is made.
+    cloud.client(region=region).deregister_image(ImageId=found[region])
+    again = copied(capsys, ami)
+    assert mine(cloud, region) == [again[region]]
+    assert again[region] not in (failed, found[region])
+
+
+def test_copies_are_encrypted_with_each_regions_key(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disks(found: dict[str, str]) -> list[tuple[bool, str | None]]:
+        held = [cloud.backend(region).amis[copy].ebs_snapshot for region, copy in found.items()]
+        return [(one.encrypted, one.kms_key_id) for one in held]
+
+    configure(copy_to=["eu-west-1=alias/ours", "us-west-2", "us-east-2"])
+    ami = baked(cloud)
+    assert disks(copied(capsys, ami, "--region", "eu-west-1", "--region", "us-west-2=k-1")) == [
+        (True, "alias/ours"),
+        (True, "k-1"),
+    ]
+    assert disks(copied(capsys, ami, "--region", "us-east-2")) == [(False, None)]
+    configure(encrypt=True, copy_to=["us-east-2", "ca-central-1"])
+    assert disks(copied(capsys, ami, "--region", "ca-central-1")) == [(True, None)]
+    assert commands.run(["--quiet", "copy", ami]) == 6
+    assert "us-east-2: the copy" in (said := capsys.readouterr().err)
+    assert "is not encrypted, and is to be" in said
+
+
+def test_what_copy_refuses(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(copy_to=[])
+    ami = baked(cloud)
+    for flags, said in (
+        ((), "no region to copy to"),
+        (("--region", "Ireland"), "--region Ireland: expected a region"),
+        (("--region", REGION), f"{REGION} is there twice"),
+        (("--region", "eu-west-1", "--region", "eu-west-1=k"), "eu-west-1 is there twice"),
+    ):
+        assert commands.run(["copy", ami, *flags]) == 2
+        assert said in capsys.readouterr().err
+    theirs = make_ami(cloud, "theirs")
+    assert commands.run(["copy", theirs, "--region", "eu-west-1"]) == 6
+    assert f"{theirs} is not a finished AMI of ours in {REGION}" in capsys.readouterr().err
+    assert commands.run(["copy"]) == 2
+    assert "has not been built yet" in capsys.readouterr().err
+    configured = replace(configure(copy_to=["eu-west-1"]), name="dask")
+    elsewhere = replace(configured, aws=replace(configured.aws, region=""))
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    with pytest.raises(UsageError, match="or is where the AMI is baked"):
+        places(elsewhere, Workspace.open({}))
+
+
+def test_a_place_of_its_own(cloud: Cloud, configure: Configure, tmp_path: Path) -> None:
+    configured = configure()
+    home, *others = opened(configured, tmp_path)
+    every: list[Place] = [home, *others]
+    assert [place.name for place in every] == [REGION, *TWO]
+    ami = baked(cloud)
+    stored = home.site.ami(configured, ami)
+    assert others[0].find(stored) is None
+    there = brought(home, stored)
+    assert (there.artifact.location, there.artifact.region) == (ami, REGION)
+    copy = brought(others[0], there)
+    assert copy.artifact.region == TWO[0]
+    assert copy.artifact.digest == DIGEST
+    assert brought(others[0], copy) == copy == others[0].find(stored)
+    assert cloud.count("CopyImage") == 1
+    promote(others[0].channels, copy, "stable", ("stable",))
+    held = cloud.client("ssm", region=TWO[0]).get_parameter(Name="/ami-builder/dask/x86_64/stable")
+    assert held["Parameter"]["Value"] == copy.artifact.location
+    assert home.channels.entries("stable") == ()
+    # Judged again at home, and revoked there: its copies are told.
+    images.record_verdict(home.site.account, ami, False, "d" * 64)
+    images.revoke(home.site.account, ami, "leaks")
+    again = brought(others[0], stored)
+    assert again.verdict is not None
+    assert not again.verdict.passed
+    with pytest.raises(UsageError, match="failed its checks"):
+        promote(others[0].channels, again, "testing", ("testing",))
+    assert others[0].channels.revoked([copy.artifact.location]) == {copy.artifact.location: "leaks"}
+
+
+def test_one_that_can_not_be_launched_there(
+    cloud: Cloud, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = configure()
+    home = opened(configured, tmp_path)[0]
+    stored = home.site.ami(configured, baked(cloud))
+    tried = [call for call in cloud.calls if call.action == "RunInstances"]
+    brought(home, stored)
+    (dry,) = [c for c in cloud.calls if c.action == "RunInstances" and c not in tried]
+    assert dry.params["DryRun"]
+    assert dry.outcome == "DryRunOperation"
+    cloud.faults.add("RunInstances", "http500", times=None)
+    with pytest.raises(CloudFailed, match=f"{REGION}: AWS refused ec2:RunInstances"):
+        brought(home, stored)
+    cloud.faults.clear()
+    cloud.backend().amis[stored.artifact.location].state = "failed"
+    with pytest.raises(CloudFailed, match=f"{REGION}: {stored.artifact.location} is failed"):
+        brought(home, stored)
+
+
+def test_a_region_that_is_not_enabled() -> None:
+    def asked() -> None:
+        answer: Any = {"Error": {"Code": "AuthFailure", "Message": "not able to validate"}}
+        with cloud_place._named("ap-east-1"):
+            try:
+                raise ClientError(answer, "DescribeImages")
+            except ClientError as error:
+                raise CloudFailed("refused", hint="log in again") from error
+
+    with pytest.raises(CloudFailed, match="ap-east-1: refused") as caught:
+        asked()
+    assert caught.value.hint == "is ap-east-1 enabled for this account? If so, log in again"
+
+
+def test_sharing_adds_what_lacks_and_takes_nothing_back(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(share_with=[THEIRS, ORGANIZATION, UNIT])
+    ami = baked(cloud)
+    cloud.client().modify_image_attribute(
+        ImageId=ami, LaunchPermission={"Add": [{"UserId": "888888888888"}, {"UserId": THEIRS}]}
+    )
+    assert commands.run(["--quiet", "share", ami]) == 6
+    shown = capsys.readouterr()
+    assert shown.out == f"{REGION}\t{ami}\n"
+    assert f"{TWO[0]}: there is no copy of {ami}" in shown.err
+    found = copied(capsys, ami)
+    assert commands.run(["share", ami]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"{region}\t{id}" for region, id in {REGION: ami, **found}.items()]
+    assert f"{REGION}: 888888888888 may launch {ami} too" in shown.err
+    for region, id in {REGION: ami, **found}.items():
+        held = cloud.backend(region).amis[id]
+        assert {"Group": "all"} not in held.launch_permissions
+        for one in ({"UserId": THEIRS}, {"OrganizationArn": ORGANIZATION}, {"OrganizationalUnitArn": UNIT}):
+            assert one in held.launch_permissions
+        assert held.ebs_snapshot.create_volume_permission_userids == {THEIRS}
+    before = len(cloud.calls)
+    configure(share_with=[ORGANIZATION])
+    assert commands.run(["--quiet", "share", ami, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["shared"]
+    assert [one["added"] for one in told] == [[], [], []]
+    assert told[1] == {
+        "region": TWO[0],
+        "ami": found[TWO[0]],
+        "added": [],
+        "extra": sorted([THEIRS, UNIT]),
+    }
+    assert not [c for c in cloud.calls[before:] if c.action.startswith("Modify")]
+
+
+def test_what_is_under_the_default_key_is_not_shared(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(copy_to=[], share_with=[THEIRS])
+    ami = baked(cloud)
+    held = cloud.backend().amis[ami]
+    held.mapping[0]["Ebs"]["Encrypted"] = held.ebs_snapshot.encrypted = True
+    assert commands.run(["--quiet", "share", ami]) == 6
+    assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in capsys.readouterr().err
+
+
+def test_least_privilege(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = configure(share_with=[THEIRS])
+    ami, theirs = baked(cloud), make_ami(cloud, "theirs")
+    cloud.options.image_describes = 1
+    cloud.options.image_failure = "it failed"
+    copied(capsys, ami, "--region", TWO[0], status=6)
+    cloud.options.image_failure = ""
+    held = cloud.enforce(document(Section.COPY, configured.aws), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    found = copied(capsys, ami)
+    cloud.backend(TWO[0]).tags.pop(found[TWO[0]])
+    assert copied(capsys, ami) == found
+    assert commands.run(["--quiet", "share", ami]) == 0
+    # Whether it can be launched is asked of those only who may launch.
+    assert {action for action, _ in held.refused} == {"ec2:RunInstances"}
+    assert held.unused == set()
+    for source, more in ((theirs, tags(Purpose.IMAGE)), (ami, {"team": "ours"})):
+        with refused("UnauthorizedOperation"):
+            cloud.client(access_key=KEY, region=TWO[0]).copy_image(
+                Name="stolen",
+                SourceImageId=source,
+                SourceRegion=REGION,
+                TagSpecifications=tagging.specifications(more, "image", "snapshot"),
+            )
+
+
+def test_the_policy_names_the_regions_of_copies_only_where_images_are_kept(configure: Configure) -> None:
+    aws = configure(copy_to=["eu-west-1=arn:aws:kms:eu-west-1:123456789012:key/1-2", "us-west-2"]).aws
+    found = {one["Sid"]: one for one in document(Section.ALL, aws)["Statement"]}
+    regions = {
+        sid: {arn.split(":")[3] for arn in one["Resource"] if arn != "*"} for sid, one in found.items()
+    }
+    everywhere = {REGION, *TWO}
+    assert regions["Launch"] == regions["MakeImages"] == {REGION}
+    for sid in ("MakeCopies", "MoveChannels", "FindUsesByValue", "DeregisterImagesOfRuns", "TagImages"):
+        assert regions[sid] == everywhere, sid
+    assert found["UseKeyCopies"]["Resource"] == ["arn:aws:kms:eu-west-1:123456789012:key/1-2"]
