@@ -60,6 +60,12 @@ class Journal:
         """What it is about; empty when it was killed before it knew."""
         return str((self.find(Step.RESOLVED) or {}).get("digest", ""))
 
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where its image is, in every place that it was brought to: paths, or AMI ids."""
+        told = (line.get("location") for line in self._done.values())
+        return tuple(dict.fromkeys(str(location) for location in told if location))
+
     def find(self, step: Step, place: str = "") -> Mapping[str, Any] | None:
         """Return what was noted of a step that is done; None when it is not."""
         return self._done.get((step, place))

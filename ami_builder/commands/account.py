@@ -23,16 +23,10 @@ def gc(
     as_json: JsonFlag = False,
 ) -> None:
     """Find what killed runs left in the AWS account, by ledger and by tag; show the plan, or act on it."""
-    from ami_builder.adapters.aws.session import Account
     from ami_builder.leftovers import Action
-    from ami_builder.pipeline.collect import find_leftovers, in_every_region, remove_leftovers
+    from ami_builder.pipeline.collect import every_region, find_leftovers, remove_leftovers
 
-    images = [
-        (region, image.aws.lifetime)
-        for image in load_config().images.values()
-        for region in (image.aws.region, *(one.region for one in image.aws.copy_to))
-    ]
-    regions = in_every_region(images, more or (), Account.open)
+    regions = every_region(load_config().images.values(), more or ())
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
         leftovers = find_leftovers(regions, workspace, progress)

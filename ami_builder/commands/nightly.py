@@ -40,7 +40,7 @@ def nightly(
         typer.Argument(metavar="[IMAGE]...", help="Images of ami-builder.toml; all when none is named."),
     ] = None,
     target: TargetFlag = "qemu",
-    prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune --apply` does.")] = True,
+    prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -101,10 +101,13 @@ def _prune(config: Config, target: Target, progress: Progress) -> Sequence[Decis
     from ami_builder.model import Target
 
     if target is Target.AWS:
+        from ami_builder.pipeline.collect import every_region, find_leftovers, remove_leftovers
         from ami_builder.pipeline.prune_cloud import plan_cloud, prune_cloud
 
-        planned = plan_cloud(open_workspace(), config.images, progress)
+        workspace, regions = open_workspace(), every_region(config.images.values())
+        planned = plan_cloud(workspace, config.images, progress)
         prune_cloud(planned, progress)
+        remove_leftovers(find_leftovers(regions, workspace, progress), regions, workspace, progress)
         return [decision for _, decisions in planned for decision in decisions]
     from ami_builder.pipeline.prune import prune_local
     from ami_builder.retention import Action

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -13,6 +13,7 @@ from ami_builder.errors import CloudFailed
 from ami_builder.ledger import FILE as LEDGER
 from ami_builder.ledger import Entry, Ledger, read
 from ami_builder.leftovers import Action, Leftover, RunState, plan
+from ami_builder.model import Image
 from ami_builder.workspace import Workspace
 
 
@@ -89,14 +90,17 @@ def _runs(workspace: Workspace) -> list[str]:
     return sorted(path.name for path in workspace.runs_dir.glob("*/"))
 
 
-def in_every_region(
-    images: Sequence[tuple[str, float]], extra: Sequence[str], account: Callable[[str], Account]
-) -> list[Region]:
-    """Return the regions of all images and those named besides, each with its longest lifetime."""
+def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> list[Region]:
+    """Return the regions of all images and of their copies, and those named besides; each once."""
     lifetimes: dict[str, tuple[Account, float]] = {}
-    longest = max((lifetime for _, lifetime in images), default=0.0)
-    for region, lifetime in [*images, *((name, longest) for name in extra)]:
-        opened = account(region)
+    named = [
+        (region, image.aws.lifetime)
+        for image in images
+        for region in (image.aws.region, *(one.region for one in image.aws.copy_to))
+    ]
+    longest = max((lifetime for _, lifetime in named), default=0.0)
+    for region, lifetime in [*named, *((name, longest) for name in extra)]:
+        opened = Account.open(region)
         _, known = lifetimes.get(opened.region, (opened, 0.0))
         lifetimes[opened.region] = (opened, max(known, lifetime))
     return [Region(account=opened, lifetime=lifetime) for opened, lifetime in lifetimes.values()]

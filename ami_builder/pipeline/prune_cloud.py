@@ -13,6 +13,7 @@ from ami_builder.adapters.aws import references, sharing, snapshots, tags
 from ami_builder.adapters.aws.session import Account
 from ami_builder.console import Progress
 from ami_builder.errors import CloudFailed
+from ami_builder.journal import unfinished
 from ami_builder.model import Image
 from ami_builder.pipeline.cloud_place import CloudPlace, places
 from ami_builder.pipeline.concurrent import side_by_side
@@ -38,10 +39,16 @@ def plan_cloud(
         for place in places(image, workspace):
             regions[place.name][name] = place
 
+    going = [
+        Reference(id=location, by=f"night {night.id} goes on with it")
+        for night in unfinished(workspace)
+        for location in night.locations
+    ]
+
     def one(mine: Mapping[str, CloudPlace]) -> tuple[Account, tuple[Decision, ...]]:
         account = next(iter(mine.values())).site.account
         with progress.step(f"look in {account.region}") as step:
-            decisions = _plan_region(account, mine)
+            decisions = _plan_region(account, mine, going)
             doomed = sum(one.action is not Action.KEEP for one in decisions)
             step.done(f"{len(decisions)} AMIs and orphans, {doomed} to deprecate or delete")
         return account, decisions
@@ -66,9 +73,11 @@ def prune_cloud(planned: Sequence[tuple[Account, tuple[Decision, ...]]], progres
                     amis.deregister(account, id)
 
 
-def _plan_region(account: Account, mine: Mapping[str, CloudPlace]) -> tuple[Decision, ...]:
+def _plan_region(
+    account: Account, mine: Mapping[str, CloudPlace], going: Sequence[Reference]
+) -> tuple[Decision, ...]:
     owned = amis.owned(account)
-    uses: list[Reference] = references.find(account)
+    uses: list[Reference] = [*references.find(account), *going]
     found: dict[str, list[amis.Ami]] = defaultdict(list)
     for ami in owned:
         if tags.RUN in ami.tags:

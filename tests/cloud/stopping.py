@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ami_builder.proc import wait_until
+from tests.unit.nights import die_after
 
 from .faulting import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
 from .faults import Fault
@@ -23,6 +24,8 @@ from .server import Cloud
 POWER_LOSS = "power loss"
 """SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL", POWER_LOSS)
+DIES_AFTER = "TEST_DIES_AFTER"
+"""In the environment of a command that is to be killed once it has made so many entries in its journal."""
 _HELD_SECONDS = READ_SECONDS - 0.2
 _PERFORMED_SECONDS = 0.05
 _INTERRUPTED = 130
@@ -52,6 +55,8 @@ def _command(environment: dict[str, str], out: Path, arguments: tuple[str, ...])
     monkeypatch = pytest.MonkeyPatch()
     without_ssh(monkeypatch)
     in_haste(monkeypatch)
+    if entries := environment.get(DIES_AFTER):
+        die_after(int(entries), monkeypatch)
     sys.exit(ami_builder(*arguments))
 
 

@@ -1,0 +1,124 @@
+"""Nights on AWS: three regions, killed after every entry of the journal, and with a region that is down."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder.journal import Journal, Step, unfinished
+from ami_builder.workspace import Workspace
+
+from .faults import Fault
+from .flow import captured, in_haste, without_ssh
+from .server import REGION, Cloud
+from .stopping import BOUND, DIES_AFTER, start
+
+COPIES = ("eu-west-1", "eu-central-1")
+PARAMETER = "/ami-builder/dask/x86_64/testing"
+NIGHT = ("--set", f"aws.copy_to={','.join(COPIES)}", "nightly", "--target", "aws")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    home = tmp_path / "home"
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(home))
+    monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
+    without_ssh(monkeypatch)
+    in_haste(monkeypatch)
+    return Workspace.open({"AMI_BUILDER_HOME": str(home)})
+
+
+def night(*flags: str, status: int = 0) -> dict[str, Any]:
+    ran = captured(*flags, *NIGHT, "--json")
+    assert ran.status == status, ran.err
+    (found,) = json.loads(ran.out)["nights"]
+    return dict(found)
+
+
+def standing(cloud: Cloud) -> dict[str, str]:
+    """Return the AMI that stands in each region."""
+    found = {}
+    for region in (REGION, *COPIES):
+        ssm = cloud.client("ssm", region=region)
+        try:
+            found[region] = ssm.get_parameter(Name=PARAMETER)["Parameter"]["Value"]
+        except ssm.exceptions.ParameterNotFound:
+            continue
+    return found
+
+
+def owned(cloud: Cloud, region: str) -> list[str]:
+    images = cloud.client(region=region).describe_images(Owners=["self"])["Images"]
+    return sorted(image["ImageId"] for image in images)
+
+
+def test_a_night_brings_one_ami_to_every_region_and_the_next_does_nothing(
+    cloud: Cloud, workspace: Workspace
+) -> None:
+    first = night()
+    assert first["ending"] == "promoted"
+    there = standing(cloud)
+    assert set(there) == {REGION, *COPIES}
+    assert all(owned(cloud, region) == [ami] for region, ami in there.items())
+    before = len(cloud.calls)
+    assert night()["ending"] == "unchanged"
+    asked = Counter(call.action for call in cloud.calls[before:])
+    assert not [action for action in asked if not action.startswith(("Describe", "Get", "List"))]
+    assert standing(cloud) == there
+
+
+def test_a_region_that_is_down_is_named_and_the_next_night_brings_it_up(
+    cloud: Cloud, workspace: Workspace
+) -> None:
+    cloud.faults.add("CopyImage", Fault.HTTP500, times=None, region=COPIES[1])
+    partly = night(status=6)
+    assert partly["ending"] == "partly"
+    endings = {one["place"]: one["ending"] for one in partly["places"]}
+    assert endings == {REGION: "promoted", COPIES[0]: "promoted", COPIES[1]: "failed"}
+    assert set(standing(cloud)) == {REGION, COPIES[0]}
+    assert COPIES[1] in partly["error"]
+    cloud.faults.clear()
+    baked = cloud.count("CreateImage")
+    assert night()["ending"] == "promoted"
+    assert set(standing(cloud)) == {REGION, *COPIES}
+    assert cloud.count("CreateImage") == baked
+
+
+def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(
+    cloud: Cloud, workspace: Workspace
+) -> None:
+    home = workspace.state.parent
+
+    def run(number: int, dies_after: int = 0) -> int:
+        environment = cloud.environment() | {DIES_AFTER: str(dies_after or "")}
+        process = start(home, environment, "--set", f"memory.reserve={number + 1}MiB", *NIGHT)
+        process.join(BOUND)
+        assert process.exitcode is not None
+        assert process.exitcode in (0, -9), (home / "out").read_text()
+        return process.exitcode
+
+    assert run(0) == 0
+    entries = len((workspace.nights_dir / "dask.aws" / "latest" / "journal.jsonl").read_text().splitlines())
+    # Brought and promoted in each of three places.
+    assert entries == len(Step) + 4
+    for number in range(1, entries + 1):
+        made = {action: cloud.count(action) for action in ("CreateImage", "CopyImage")}
+        assert run(number, number) == -9
+        cut_off = [journal.id for journal in unfinished(workspace)]
+        assert len(cut_off) == (number < entries)
+        assert run(number) == 0
+        assert not list(unfinished(workspace))
+        latest = Journal((workspace.nights_dir / "dask.aws" / "latest").resolve())
+        assert latest.id in cut_off or number == entries
+        assert {action: cloud.count(action) - count for action, count in made.items()} == {
+            "CreateImage": 1,
+            "CopyImage": len(COPIES),
+        }
+        there = standing(cloud)
+        assert len(there) == 1 + len(COPIES)
+        assert all(len(owned(cloud, region)) == number + 1 for region in there)
+    assert set(cloud.left()) <= {"image", "snapshot"}
