@@ -16,7 +16,7 @@ import typer
 from ami_builder import console, proc
 from ami_builder.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 
-from . import account, channels, images, inspect, nightly, prune  # noqa: F401 - they register their commands
+from . import account, channels, images, inspect, nightly, prune, report  # noqa: F401 - they register their commands
 from .shared import app, config_app, shared
 
 __all__ = ["app", "config_app", "run"]
