@@ -62,20 +62,22 @@ class RecordedNight:
 
 def runs(workspace: Workspace) -> tuple[Run, ...]:
     """Return every run that has a record, the last one last."""
-    found = []
-    for path in workspace.runs_dir.glob(f"*/{RECORD}"):
-        if (record := load(RunRecord, path)) is not None:
-            found.append(Run(record=record, directory=path.parent))
+    found = [
+        Run(record=record, directory=path.parent)
+        for path in workspace.runs_dir.glob(f"*/{RECORD}")
+        if (record := load(RunRecord, path)) is not None
+    ]
     return tuple(sorted(found, key=lambda run: (run.when, run.id)))
 
 
 def nights(workspace: Workspace) -> tuple[RecordedNight, ...]:
     """Return every night that has ended, the last one last."""
-    found = []
-    for path in workspace.nights_dir.glob(f"*/*/{NIGHT}"):
+    found = [
+        RecordedNight(night=night, directory=path.parent)
+        for path in workspace.nights_dir.glob(f"*/*/{NIGHT}")
         # `latest` names one of the others.
-        if not path.parent.is_symlink() and (night := load(Night, path)) is not None:
-            found.append(RecordedNight(night=night, directory=path.parent))
+        if not path.parent.is_symlink() and (night := load(Night, path)) is not None
+    ]
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 
 
@@ -95,7 +97,9 @@ def find(workspace: Workspace, word: str | None) -> Run | RecordedNight:
         return matching[0]
     if matching:
         ids = ", ".join(one.id for one in matching[-3:])
-        raise UsageError(f"{word}: {len(matching)} ids begin like that, {ids} among them", hint="give more of it")
+        raise UsageError(
+            f"{word}: {len(matching)} ids begin like that, {ids} among them", hint="give more of it"
+        )
     raise UsageError(
         f"there is no run or night {word}{did_you_mean(word, [one.id for one in known])}",
         hint=f"their ids are the names of the folders in {workspace.runs_dir} and {workspace.nights_dir}",

@@ -18,9 +18,10 @@ from ami_builder.report import Fact, Page, Tone
 from ami_builder.workspace import Workspace, dump, write_atomically
 
 PAGE = "report.html"
+_COMMANDS = {"build": "Build", "verify": "Verification"}
 
 _ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
-    Ending.UNCHANGED: (Tone.IDLE, "Unchanged", "What stands in {} was made of the same inputs: nothing was built."),
+    Ending.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
     Ending.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
     Ending.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
     Ending.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
@@ -55,16 +56,16 @@ def _of_run(run: Run, known: tuple[Run, ...], workspace: Workspace, path: Path) 
     tone, word, sentence = _run_ended(run, workspace)
     build = run if run.baked else _builder(known, record.digest, run.when)
     page = Page(
-        title=f"{record.command.capitalize()} of image {record.image}",
+        title=f"{_COMMANDS.get(record.command, record.command)} of image {record.image}",
         tone=tone,
         word=word,
         sentence=sentence,
         facts=(
             *_image_facts(record.digest, build),
-            *_time_facts(run.when, shown.took(record.steps)),
+            *_time_facts(run.when, shown.took(run)),
             Fact(name="Run", text=run.id, exact=True),
         ),
-        steps=shown.bars(record.steps),
+        steps=shown.bars(shown.steps(run)),
         links=shown.links([run.directory], path),
     )
     page = _with_proof(page, run)
@@ -79,10 +80,10 @@ def _of_run(run: Run, known: tuple[Run, ...], workspace: Workspace, path: Path) 
 def _run_ended(run: Run, workspace: Workspace) -> tuple[Tone, str, str]:
     record, verdict = run.record, run.record.verdict
     match record.status:
-        case RunStatus.PASSED if verdict is None:
-            return Tone.WARN, "Not verified", "The image was made, and nothing was proved."
-        case RunStatus.PASSED:
+        case RunStatus.PASSED if verdict is not None:
             return Tone.GOOD, "Passed", f"The image keeps its promise: {_counted(verdict)}."
+        case RunStatus.PASSED:
+            return Tone.WARN, "Not verified", "The image was made, and nothing was proved."
         case RunStatus.FAILED:
             return Tone.BAD, "Failed", record.error or "It is not recorded why."
         case RunStatus.INTERRUPTED:
@@ -106,7 +107,7 @@ def _of_night(one: RecordedNight, known: tuple[Run, ...], workspace: Workspace, 
     tone, word, sentence = _ENDINGS[night.ending]
     run = _run_of(one, known)
     # What an earlier run took is not where this night's time went.
-    mine = run.record.steps if run is not None and run.when >= night.started else ()
+    mine = shown.steps(run) if run is not None and run.when >= night.started else ()
     ended = (night.ended - night.started).total_seconds() if night.ended else None
     page = Page(
         title=f"Night of image {night.image}",
@@ -142,7 +143,8 @@ def _of_night(one: RecordedNight, known: tuple[Run, ...], workspace: Workspace, 
 def _run_of(one: RecordedNight, known: tuple[Run, ...]) -> Run | None:
     """Return the run that a night made, else the one that proved what it found."""
     night = one.night
-    about = [run for run in known if night.digest and run.record.digest == night.digest and run.when <= one.when]
+    same = [run for run in known if night.digest and run.record.digest == night.digest]
+    about = [run for run in same if run.when <= one.when]
     noted = (Journal(one.directory).find(Step.BUILT) or {}).get("run")
     proved = [run for run in about if run.record.verdict is not None]
     in_it = [run for run in about if run.when >= night.started]

@@ -41,10 +41,12 @@ def checks(verdict: Verdict) -> tuple[Check, ...]:
 
 def failures(verdict: Verdict) -> tuple[Failure, ...]:
     """Return what failed, in the order in which it ran."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for result in verdict.results:
+        if result.outcome is Outcome.FAILED:
+            found.setdefault((result.name, result.message), []).append((result.machine, result.phase))
     return tuple(
-        Failure(name=r.name, machine=r.machine, phase=r.phase, message=r.message)
-        for r in verdict.results
-        if r.outcome is Outcome.FAILED
+        Failure(name=name, message=message, starts=tuple(starts)) for (name, message), starts in found.items()
     )
 
 
@@ -95,7 +97,7 @@ def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ..
         limits = sum(worker.memory_limit or 0 for worker in dask.workers)
     name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"
     # Sharing among several workers rounds each one's part down.
-    equal = None not in (limits, variable) and variable - max(1, workers) < limits <= variable
+    equal = limits is not None and variable is not None and variable - workers < limits <= variable
     return (
         Number(name="HostConfig.Memory", value=docker, equal=docker == variable),
         Number(name="memory.max", value=kernel, equal=kernel == variable),
@@ -112,35 +114,40 @@ def _json(path: Path) -> Mapping[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
-    """Return the steps as a tree, each with when it began.
+def steps(run: Run) -> tuple[StepRecord, ...]:
+    """Return a run's own steps: in a night, its record has those of the images before it as well."""
+    mine = f"build {run.record.image}"
+    own = tuple(step for step in run.record.steps if f"{step.name}{_INSIDE}".startswith(f"{mine}{_INSIDE}"))
+    return own or run.record.steps
 
-    Records have durations alone: a step begins where the one before it ended, or with its parent where it
-    can only have run beside the others.
-    """
+
+def took(run: Run) -> float | None:
+    """Return how long a run took in seconds; None when it has no steps."""
+    return max((bar.begin + bar.seconds for bar in bars(steps(run))), default=None)
+
+
+def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
+    """Return the steps as a tree."""
+    first = min((step.began for step in steps), default=0.0)
     inside: dict[str, list[StepRecord]] = {}
     known = {step.name for step in steps}
     for step in steps:
         parent = step.name.rpartition(_INSIDE)[0]
         inside.setdefault(parent if parent in known else "", []).append(step)
 
-    def walk(parent: str, depth: int, begin: float, end: float) -> Iterator[Bar]:
-        next_one = begin
+    def walk(parent: str, depth: int) -> Iterator[Bar]:
         for step in inside.pop(parent, ()):
-            at = next_one if next_one + step.seconds <= end + 1 else begin
-            name = step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name
-            status = str(step.status)
-            yield Bar(name=name, depth=depth, begin=at, seconds=step.seconds, status=status, detail=step.detail)
-            yield from walk(step.name, depth + 1, at, at + step.seconds)
-            next_one = at + step.seconds
+            yield Bar(
+                name=step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name,
+                depth=depth,
+                begin=step.began - first,
+                seconds=step.seconds,
+                status=str(step.status),
+                detail=step.detail,
+            )
+            yield from walk(step.name, depth + 1)
 
-    return tuple(walk("", 0, 0.0, float("inf")))
-
-
-def took(steps: Sequence[StepRecord]) -> float | None:
-    """Return how long a run took in seconds; None when it has no steps."""
-    outermost = [bar.seconds for bar in bars(steps) if bar.depth == 0]
-    return sum(outermost) if outermost else None
+    return tuple(walk("", 0))
 
 
 def trends(builds: Sequence[Run]) -> tuple[Trend, ...]:
@@ -149,7 +156,7 @@ def trends(builds: Sequence[Run]) -> tuple[Trend, ...]:
     time = [
         Point(when=run.when, value=seconds)
         for run in builds
-        if run.record.status is RunStatus.PASSED and (seconds := took(run.record.steps)) is not None
+        if run.record.status is RunStatus.PASSED and (seconds := took(run)) is not None
     ]
     memory: dict[str, list[Point]] = {}
     for run in builds:

@@ -68,12 +68,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A check that failed."""
+    """A check that failed, with the starts at which it did so in the same words."""
 
     name: str
-    machine: str
-    phase: str
     message: str
+    starts: tuple[tuple[str, str], ...]
+    """Machine and phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One step: how deep it is nested, when it began as far as that can be told, and how long it took."""
+    """One step: how deep it is nested, when it began after the first one, and how long it took."""
 
     name: str
     depth: int

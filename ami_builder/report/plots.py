@@ -15,14 +15,16 @@ from ami_builder.spelling import GIB, MIB
 
 from .page import Trend
 
-_INCHES = (4.6, 1.9)
+_INCHES = (3.7, 1.6)
 # Stand for what the page's style sheet decides, in the light and in the dark.
 _COLOURS = {"#010203": "currentColor", "#010204": "var(--accent)", "#010205": "var(--line)"}
 _TEXT, _ACCENT, _LINE = _COLOURS
 _STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "ami-builder",
     "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "text.color": _TEXT,
     "text.parse_math": False,
     "xtick.color": _LINE,
@@ -47,8 +49,8 @@ def draw(trend: Trend) -> str:
     """Return an `<svg>` of a quantity over builds that stand evenly spaced, with the last one marked."""
     one, name = _unit(trend.quantity, max(point.value for point in trend.points))
     values = [point.value / one for point in trend.points]
-    # Whatever a user's matplotlibrc says, the same trend is the same picture.
-    with style.context(["default", _STYLE]):
+    # Whatever a user's matplotlibrc says, the same trend is the same picture, with ids that no other one has.
+    with style.context(["default", _STYLE, {"svg.hashsalt": trend.title}]):
         figure = Figure(figsize=_INCHES)
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -62,10 +64,13 @@ def draw(trend: Trend) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} {name}" if value else "0"))
         ends = [0, len(values) - 1]
         axes.set_xticks(ends, [f"{trend.points[end].when:%Y-%m-%d}" for end in ends])
-        for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
+        left, right = axes.get_xticklabels()
+        left.set_horizontalalignment("left")
+        right.set_horizontalalignment("right")
         out = io.StringIO()
-        canvas.print_svg(out, metadata={"Date": None, "Creator": None})
+        canvas.print_svg(  # type: ignore[no-untyped-call]
+            out, metadata={"Date": None, "Creator": None}
+        )
     return _inline(out.getvalue())
 
 
@@ -77,7 +82,7 @@ def _unit(quantity: Quantity, highest: float) -> tuple[float, str]:
 
 
 def _inline(document: str) -> str:
-    """Return the element alone, in the page's colours, without ids that several plots would share."""
+    """Return the element alone, in the page's colours, without the ids that all plots have."""
     svg = _IDS.sub("", document[document.index("<svg") :])
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for stand_in, colour in _COLOURS.items():
