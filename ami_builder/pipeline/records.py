@@ -17,7 +17,7 @@ NIGHT = "night.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RecordedRun:
     """A run's record and folder."""
 
     record: RunRecord
@@ -60,10 +60,10 @@ class RecordedNight:
         return self.night.ended or self.night.started
 
 
-def runs(workspace: Workspace) -> tuple[Run, ...]:
+def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
     """Return every run that has a record, the last one last."""
     found = [
-        Run(record=record, directory=path.parent)
+        RecordedRun(record=record, directory=path.parent)
         for path in workspace.runs_dir.glob(f"*/{RECORD}")
         if (record := load(RunRecord, path)) is not None
     ]
@@ -81,12 +81,12 @@ def nights(workspace: Workspace) -> tuple[RecordedNight, ...]:
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 
 
-def find(workspace: Workspace, word: str | None) -> Run | RecordedNight:
+def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNight:
     """Return the run or the night whose id is or begins with a word, or whose folder it names.
 
     Without a word, what ended last. Raises UsageError with the nearest right spelling.
     """
-    known: list[Run | RecordedNight] = [*runs(workspace), *nights(workspace)]
+    known: list[RecordedRun | RecordedNight] = [*runs(workspace), *nights(workspace)]
     if word is None:
         if not known:
             raise UsageError("nothing has run yet", hint="`ami-builder build` makes an image, and a record")
@@ -106,7 +106,9 @@ def find(workspace: Workspace, word: str | None) -> Run | RecordedNight:
     )
 
 
-def builds(known: tuple[Run, ...], image: str, target: Target, until: datetime) -> tuple[Run, ...]:
+def builds(
+    known: tuple[RecordedRun, ...], image: str, target: Target, until: datetime
+) -> tuple[RecordedRun, ...]:
     """Return the runs that made an image of this name for this target up to then."""
     return tuple(
         run

@@ -13,7 +13,7 @@ from ami_builder.model import Outcome, RunStatus, Verdict
 from ami_builder.night import Ending, Night
 from ami_builder.pipeline import records, shown
 from ami_builder.pipeline.compare import compare_images
-from ami_builder.pipeline.records import RecordedNight, Run
+from ami_builder.pipeline.records import RecordedNight, RecordedRun
 from ami_builder.report import Fact, Page, Tone
 from ami_builder.workspace import Workspace, dump, write_atomically
 
@@ -29,11 +29,13 @@ _ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
 }
 
 
-def write_page(subject: Run | RecordedNight, workspace: Workspace, output: Path | None = None) -> Path:
+def write_page(
+    subject: RecordedRun | RecordedNight, workspace: Workspace, output: Path | None = None
+) -> Path:
     """Write the page of a run or a night beside its record, or to `output`, and return where it is."""
     path = output or subject.directory / PAGE
     known = records.runs(workspace)
-    if isinstance(subject, Run):
+    if isinstance(subject, RecordedRun):
         page = _of_run(subject, known, workspace, path)
     else:
         page = _of_night(subject, known, workspace, path)
@@ -51,7 +53,7 @@ def keep_night(night: Night, directory: Path, workspace: Workspace) -> None:
         console.note(f"the page of night {night.id} was not made: {type(wrong).__name__}: {wrong}")
 
 
-def _of_run(run: Run, known: tuple[Run, ...], workspace: Workspace, path: Path) -> Page:
+def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
     record = run.record
     tone, word, sentence = _run_ended(run, workspace)
     build = run if run.baked else _builder(known, record.digest, run.when)
@@ -77,7 +79,7 @@ def _of_run(run: Run, known: tuple[Run, ...], workspace: Workspace, path: Path) 
     return _with_difference(replace(page, trends=shown.trends(earlier)), before, build, workspace)
 
 
-def _run_ended(run: Run, workspace: Workspace) -> tuple[Tone, str, str]:
+def _run_ended(run: RecordedRun, workspace: Workspace) -> tuple[Tone, str, str]:
     record, verdict = run.record, run.record.verdict
     match record.status:
         case RunStatus.PASSED if verdict is not None:
@@ -102,7 +104,7 @@ def _counted(verdict: Verdict) -> str:
     return f"{ran} checks passed on {' and '.join(machines)}{left_out}"
 
 
-def _of_night(one: RecordedNight, known: tuple[Run, ...], workspace: Workspace, path: Path) -> Page:
+def _of_night(one: RecordedNight, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
     night = one.night
     tone, word, sentence = _ENDINGS[night.ending]
     run = _run_of(one, known)
@@ -140,7 +142,7 @@ def _of_night(one: RecordedNight, known: tuple[Run, ...], workspace: Workspace, 
     return _with_difference(page, before, build, workspace)
 
 
-def _run_of(one: RecordedNight, known: tuple[Run, ...]) -> Run | None:
+def _run_of(one: RecordedNight, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
     """Return the run that a night made, else the one that proved what it found."""
     night = one.night
     same = [run for run in known if night.digest and run.record.digest == night.digest]
@@ -151,17 +153,17 @@ def _run_of(one: RecordedNight, known: tuple[Run, ...]) -> Run | None:
     return next(iter([*in_it[-1:], *proved[-1:], *(run for run in about if run.id == noted)]), None)
 
 
-def _builder(known: tuple[Run, ...], digest: str | None, until: datetime) -> Run | None:
+def _builder(known: tuple[RecordedRun, ...], digest: str | None, until: datetime) -> RecordedRun | None:
     """Return the run that made the image of a digest; the last one, if there were several."""
     made = [run for run in known if run.baked and run.record.digest == digest and run.when <= until]
     return made[-1] if made else None
 
 
-def _is(run: Run, id: str) -> bool:
+def _is(run: RecordedRun, id: str) -> bool:
     return run.baked is not None and id in (run.baked.artifact.digest, run.baked.artifact.location)
 
 
-def _image_facts(digest: str | None, build: Run | None) -> tuple[Fact, ...]:
+def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, ...]:
     facts = [Fact(name="Digest", text=digest, exact=True)] if digest else []
     if build is not None and build.baked is not None:
         artifact = build.baked.artifact
@@ -179,7 +181,7 @@ def _time_facts(began: datetime, seconds: float | None) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def _with_proof(page: Page, run: Run) -> Page:
+def _with_proof(page: Page, run: RecordedRun) -> Page:
     verdict = run.record.verdict
     if verdict is None:
         return page
@@ -192,7 +194,9 @@ def _with_proof(page: Page, run: Run) -> Page:
     )
 
 
-def _with_difference(page: Page, before: Run | None, after: Run, workspace: Workspace) -> Page:
+def _with_difference(
+    page: Page, before: RecordedRun | None, after: RecordedRun, workspace: Workspace
+) -> Page:
     if before is None or before.baked is None or after.baked is None:
         return page
     if before.baked.artifact.digest == after.baked.artifact.digest:

@@ -13,7 +13,7 @@ from ami_builder.checks.state import Dask, Incomplete, Machine
 from ami_builder.difference import Quantity
 from ami_builder.model import Outcome, RunStatus, StepRecord, Verdict
 from ami_builder.pipeline.compare import FIRST_BOOT
-from ami_builder.pipeline.records import Run
+from ami_builder.pipeline.records import RecordedRun
 from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
 
 _CHAIN = "chain: "
@@ -88,7 +88,7 @@ def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ..
         machine = Machine.parse(told)
         docker = machine.container.memory if machine.container else None
         maximum = machine.levels[0].get("max") if machine.levels else ""
-        kernel = int(maximum) if maximum.isdigit() else 0 if maximum == "max" else None
+        kernel = int(maximum) if maximum.isdecimal() else 0 if maximum == "max" else None
     except Incomplete:
         pass
     dask = Dask.parse(answer.get("stdout", ""), answer.get("stderr", ""), answer.get("status", 0))
@@ -114,14 +114,14 @@ def _json(path: Path) -> Mapping[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def steps(run: Run) -> tuple[StepRecord, ...]:
+def steps(run: RecordedRun) -> tuple[StepRecord, ...]:
     """Return a run's own steps: in a night, its record has those of the images before it as well."""
     mine = f"build {run.record.image}"
     own = tuple(step for step in run.record.steps if f"{step.name}{_INSIDE}".startswith(f"{mine}{_INSIDE}"))
     return own or run.record.steps
 
 
-def took(run: Run) -> float | None:
+def took(run: RecordedRun) -> float | None:
     """Return how long a run took in seconds; None when it has no steps."""
     return max((bar.begin + bar.seconds for bar in bars(steps(run))), default=None)
 
@@ -150,7 +150,7 @@ def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
     return tuple(walk("", 0))
 
 
-def trends(builds: Sequence[Run]) -> tuple[Trend, ...]:
+def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
     """Return what changed over the builds of an image: its size, what Dask may use, how long it took."""
     size = [Point(when=run.when, value=run.baked.artifact.size) for run in builds if run.baked]
     time = [

@@ -41,7 +41,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "duration": duration,
         "size": size,
-        "number": lambda value: f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+        "number": lambda value: Markup("\N{NARROW NO-BREAK SPACE}").join(f"{value:,}".split(",")),
         "percent": lambda value: f"{value:.1%}",
         "change": lambda value: "" if value is None else f"{value:+.1%}".replace("-", "\N{MINUS SIGN}"),
         "width": lambda value: f"{value:.2f}%",
