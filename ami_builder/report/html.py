@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cache
@@ -13,6 +14,7 @@ from markupsafe import Markup
 
 from ami_builder.console import clean, duration, size
 from ami_builder.difference import Measured, Quantity
+from ami_builder.model import Outcome
 
 from .page import Check, Page, Trend
 
@@ -49,6 +51,7 @@ def _environment() -> jinja2.Environment:
         "paragraph": _paragraph,
         "amount": _amount,
         "groups": _groups,
+        "counts": _counts,
         "machines": _machines,
     }
     return environment
@@ -76,6 +79,11 @@ def _groups(checks: Iterable[Check]) -> Mapping[str, list[tuple[str, Check]]]:
         group, _, name = check.name.partition(": ")
         found.setdefault(group, []).append((name or group, check))
     return found
+
+
+def _counts(checks: Iterable[Check]) -> str:
+    found = Counter(outcome for check in checks for outcome in check.outcomes)
+    return ", ".join(f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome])
 
 
 def _machines(columns: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:

@@ -195,7 +195,7 @@ def test_the_verdict_comes_first_then_the_chain(workspace: Workspace) -> None:
         "all equal",
         f"{VALUE:,}".replace(",", "\u202f"),
     ]
-    order += ["All 2 checks", "bake", "Size of the image", "systemd", "packer.log"]
+    order += ["every start: 2 passed", "bake", "Size of the image", "systemd", "packer.log"]
     places = [page.text.index(text) for text in order]
     assert places == sorted(places)
     assert page.text.count(f"{VALUE:,}".replace(",", "\u202f")) == 4
