@@ -69,7 +69,7 @@ def draw(trend: Trend) -> str:
         right.set_horizontalalignment("right")
         out = io.StringIO()
         canvas.print_svg(  # type: ignore[no-untyped-call]
-            out, metadata={"Date": None, "Creator": None}
+            out
         )
     return _inline(out.getvalue())
 

@@ -222,10 +222,10 @@ def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: 
 
 def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
     run = build(workspace, 0)
-    answer = json.dumps({"workers": [worker(VALUE // 3)] * 3})
+    answer = json.dumps({"workers": [worker(VALUE // 5)] * 5})
     (run.directory / "machines/2GiB/dask-boot.json").write_text(json.dumps({"stdout": answer}))
     (start,) = shown.starts(verdict_of(run), run.directory / "machines")
-    assert start.further[-1].name == "memory_limit of 3 workers"
+    assert start.further[-1].name == "memory_limit of 5 workers"
     assert all(one.equal for one in start.further)
 
 
@@ -265,6 +265,18 @@ def test_how_a_run_ended(workspace: Workspace, status: RunStatus, verdict: bool,
     run = build(workspace, 0, status=status)
     record = run.record if verdict else replace(run.record, verdict=None)
     assert f"\n{word}\n" in page_of(replace(run, record=record), workspace).text
+
+
+def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> None:
+    build(workspace, 0)
+    run = build(workspace, 1)
+    build(workspace, 2)
+    when = DAY + timedelta(days=1, hours=1)
+    record = replace(run.record, command="verify", run_id="later", started=when, artifact=None)
+    page = page_of(records.RecordedRun(record=record, directory=workspace.runs_dir / "later"), workspace)
+    assert "Verification of image dask" in page.text
+    assert f"/images/{'01' * 8}/image.qcow2" in page.text
+    assert "281 MiB now, 280 MiB the build before" in page.text
 
 
 def test_a_run_that_goes_on_is_no_failure(workspace: Workspace) -> None:
