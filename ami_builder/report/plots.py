@@ -68,9 +68,7 @@ def draw(trend: Trend) -> str:
         left.set_horizontalalignment("left")
         right.set_horizontalalignment("right")
         out = io.StringIO()
-        canvas.print_svg(  # type: ignore[no-untyped-call]
-            out
-        )
+        canvas.print_svg(out)  # type: ignore[no-untyped-call]
     return _inline(out.getvalue())
 
 
