@@ -325,6 +325,8 @@ class StepRecord:
     seconds: float
     status: RunStatus
     detail: str = ""
+    began: float = 0.0
+    """In seconds after the first step did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

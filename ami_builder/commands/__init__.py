@@ -17,7 +17,7 @@ from ami_builder import console, proc
 from ami_builder.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 
 # They register their commands.
-from . import account, channels, doctor, images, inspect, nightly, prune, regions  # noqa: F401
+from . import account, channels, doctor, images, inspect, nightly, prune, regions, report  # noqa: F401
 from .shared import app, config_app, shared
 
 __all__ = ["app", "config_app", "run"]

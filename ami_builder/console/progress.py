@@ -61,7 +61,7 @@ class Progress:
     def steps(self) -> tuple[StepRecord, ...]:
         """All steps so far in the order in which they started, nested ones as `parent > child`."""
         with self._lock:
-            return tuple(step.record for step in self._steps)
+            return tuple(step.record(since=self._steps[0].started) for step in self._steps)
 
     @contextmanager
     def run(self, step: Step) -> Iterator[Step]:
@@ -137,9 +137,12 @@ class Step:
         """How long the step took, or has taken so far."""
         return (self._progress.clock() if self.ended is None else self.ended) - self.started
 
-    @property
-    def record(self) -> StepRecord:
-        """The step as the run's record keeps it."""
+    def record(self, *, since: float) -> StepRecord:
+        """Return the step as the run's record keeps it; `since` is when the first one began."""
         return StepRecord(
-            name=self.path, seconds=round(self.seconds, 3), status=self.status, detail=self.detail
+            name=self.path,
+            seconds=round(self.seconds, 3),
+            status=self.status,
+            detail=self.detail,
+            began=round(self.started - since, 3),
         )

@@ -27,6 +27,7 @@ from ami_builder.pipeline.compare import compare_images
 from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.pipeline.place import Place
+from ami_builder.pipeline.report import keep_night
 from ami_builder.pipeline.target import Site
 from ami_builder.pipeline.verify import is_verified
 from ami_builder.retention import Action, Decision
@@ -76,11 +77,9 @@ def nightly(
         calls = [_Going(one, workspace, progress).go for one in subjects]
         going = side_by_side(calls, workers=at_once or 1)
         retired, wrong = _prune(prune, progress)
+        finish = partial(_finish, workspace=workspace, retired=retired, wrong=wrong, notify=notify)
         return tuple(
-            Ended(
-                night=_finish(replace(night, steps=progress.steps), journal, retired, wrong, notify),
-                error=error,
-            )
+            Ended(night=finish(replace(night, steps=progress.steps), journal), error=error)
             for night, journal, error in going
         )
 
@@ -97,6 +96,7 @@ def _prune(prune: Prune | None, progress: Progress) -> tuple[Sequence[Decision],
 def _finish(
     night: Night,
     journal: Journal,
+    workspace: Workspace,
     retired: Sequence[Decision],
     wrong: AmiBuilderError | None,
     notify: Callable[[str], str],
@@ -117,6 +117,7 @@ def _finish(
     journal.note(Step.PRUNED, retired=mine)
     night = replace(night, retired=tuple(mine), ended=datetime.now(UTC))
     write_atomically(journal.directory / "summary.md", summary.markdown(night))
+    keep_night(night, journal.directory, workspace)
     unsent = ""
     if journal.find(Step.REPORTED) is None:
         # Noted before: a message that is lost with the machine is better than one that comes twice.

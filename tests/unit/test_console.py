@@ -96,19 +96,19 @@ def test_steps_are_recorded_in_the_order_in_which_they_started() -> None:
             with step.step("boot") as boot:
                 boot.update("waiting")
                 clock.now += 1.5
-                assert progress.steps[1] == record("bake > boot", 1.5, RunStatus.RUNNING, "waiting")
+                assert progress.steps[1] == record("bake > boot", 1.5, RunStatus.RUNNING, "waiting", began=2)
         with progress.step("verify") as step:
             step.update("a line of a log")
             step.done("23 checks passed")
     assert progress.steps == (
         record("bake", 3.5, RunStatus.PASSED, "with TCG"),
-        record("bake > boot", 1.5, RunStatus.PASSED, ""),
-        record("verify", 0.0, RunStatus.PASSED, "23 checks passed"),
+        record("bake > boot", 1.5, RunStatus.PASSED, "", began=2),
+        record("verify", 0.0, RunStatus.PASSED, "23 checks passed", began=3.5),
     )
 
 
-def record(name: str, seconds: float, status: RunStatus, detail: str) -> StepRecord:
-    return StepRecord(name=name, seconds=seconds, status=status, detail=detail)
+def record(name: str, seconds: float, status: RunStatus, detail: str, *, began: float = 0.0) -> StepRecord:
+    return StepRecord(name=name, seconds=seconds, status=status, detail=detail, began=began)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_json_is_one_line_with_a_schema_version(capsys: pytest.CaptureFixture[st
         "schema_version": 1,
         "path": "/a",
         "when": "2026-01-02T00:00:00+00:00",
-        "step": {"name": "bäke", "seconds": 1.0, "status": "passed", "detail": ""},
+        "step": {"name": "bäke", "seconds": 1.0, "status": "passed", "detail": "", "began": 0.0},
         "view": {"b": 1},
         "set": ["a", "z"],
     }

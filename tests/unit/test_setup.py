@@ -333,7 +333,7 @@ def ready(checkout: Checkout) -> Checkout:
     for name in ("packer", "qemu-img", "shfmt", "docker-registry", "shellcheck"):
         fake(checkout.bin, name, "")
     checkout.run(script="scripts/test")
-    for name in ("ruff", "mypy", "lint-imports"):
+    for name in ("ruff", "mypy", "lint-imports", "check-jsonschema"):
         fake(checkout.venv / "bin", name, "")
     return checkout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,17 @@ def test_its_configuration_is_the_shipped_one(installed: Path, tmp_path: Path) -
     shown = _run(installed, tmp_path, "config", "show")
     assert "memory.reserve" in shown
     assert str(installed) in shown
+
+
+def test_its_page_is_the_same(installed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "state" / "runs" / "20261123T221956Z-100427"
+    folder.mkdir(parents=True)
+    record: dict[str, object] = {"run_id": folder.name, "command": "build", "image": "dask", "digest": None}
+    record |= {"status": "failed", "started": "2026-11-23T22:19:56Z", "steps": [], "error": "no space left"}
+    (folder / "record.json").write_text(json.dumps(record))
+    page = Path(_run(ROOT, tmp_path, "report").strip())
+    ours = page.read_text()
+    assert "no space left" in ours
+    page.unlink()
+    _run(installed, tmp_path, "report")
+    assert page.read_text() == ours

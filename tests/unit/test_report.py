@@ -1,0 +1,552 @@
+"""The page of a run or a night: what was recorded and nothing else, as text, the same every time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import matplotlib as mpl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ami_builder import commands, proc, report
+from ami_builder.difference import Quantity
+from ami_builder.model import (
+    Artifact,
+    CheckResult,
+    Measurement,
+    Outcome,
+    RunRecord,
+    RunStatus,
+    StepRecord,
+    Target,
+    Verdict,
+)
+from ami_builder.night import Ending, Night, PlaceEnding
+from ami_builder.pipeline import records, shown
+from ami_builder.pipeline.report import keep_night, write_page
+from ami_builder.report import Tone
+from ami_builder.workspace import Workspace, dump, load
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+VALUE = int(MACHINE["memory.env"].split("=")[1])
+GIB = 1 << 30
+DAY = datetime(2026, 11, 20, 22, 0, tzinfo=UTC)
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}$\\frac{$&amp;\x1b[31m\u202e"
+VOID = {"meta", "wbr", "br", "img", "link", "input", "use", "path"}
+
+
+class Parsed(HTMLParser):
+    """A page's elements in order, its texts, and whether what was opened was closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def find(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def shape(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(tag, tuple(attributes)) for tag, attributes in self.tags]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    return Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+
+
+def result(
+    name: str, outcome: Outcome = Outcome.PASSED, message: str = "", phase: str = "boot"
+) -> CheckResult:
+    return CheckResult(name=name, phase=phase, machine="2 GiB", outcome=outcome, seconds=0, message=message)
+
+
+def build(
+    workspace: Workspace,
+    day: int,
+    *,
+    image: str = "dask",
+    status: RunStatus = RunStatus.PASSED,
+    results: tuple[CheckResult, ...] = (result("chain: docker has the variable"), result("limit: no swap")),
+    packages: str = "apt=1\nsystemd=257\n",
+    error: str | None = None,
+    detail: str = "",
+) -> records.RecordedRun:
+    """Record a build of that day, as `ami-builder build` does."""
+    when = DAY + timedelta(days=day)
+    run_id, digest = f"{when:%Y%m%dT%H%M%SZ}-{day:06}", f"{day:02}" * 32
+    directory = workspace.runs_dir / run_id
+    evidence = directory / "machines" / "2GiB"
+    evidence.mkdir(parents=True)
+    (directory / "logs").mkdir()
+    (directory / "logs" / "packer.log").write_text("log")
+    (directory / "packages.txt").write_text(packages)
+    (evidence / "machine-boot.json").write_text(json.dumps(MACHINE))
+    answer = json.dumps({"workers": [worker(VALUE)]})
+    (evidence / "dask-boot.json").write_text(json.dumps({"stdout": answer, "stderr": "", "status": 0}))
+    measured = Measurement(machine="2 GiB", phase="boot", total=2 * GIB, available=VALUE)
+    step = f"build {image}"
+    record = RunRecord(
+        run_id=run_id,
+        command="build",
+        image=image,
+        digest=digest,
+        status=status,
+        started=when,
+        steps=(
+            StepRecord(name=step, seconds=90.0 + day, status=status, began=2.0),
+            StepRecord(
+                name=f"{step} > bake", seconds=30.0, status=RunStatus.PASSED, began=2.0, detail=detail
+            ),
+            StepRecord(name=f"{step} > verify", seconds=60.0, status=status, began=32.0),
+        ),
+        artifact=Artifact(
+            image=image,
+            target=Target.QEMU,
+            location=f"/images/{digest[:16]}/image.qcow2",
+            digest=digest,
+            created=when,
+            run_id=run_id,
+            size=(280 + day) << 20,
+        ),
+        verdict=Verdict(digest=digest, checks_digest="c", results=results, measured=(measured,)),
+        error=error,
+    )
+    dump(record, directory / "record.json")
+    return records.RecordedRun(record=record, directory=directory)
+
+
+def verdict_of(run: records.RecordedRun) -> Verdict:
+    assert run.record.verdict is not None
+    return run.record.verdict
+
+
+def worker(limit: int) -> dict[str, object]:
+    return {
+        "address": "tcp://127.0.0.1:1",
+        "memory_limit": limit,
+        "target": 0.6,
+        "spill": 0.7,
+        "pause": 0.8,
+        "directory": "/spill",
+        "nanny": {"terminate": 0.95},
+    }
+
+
+def night(run: records.RecordedRun, ending: Ending = Ending.PROMOTED, **more: object) -> Night:
+    told = Night(
+        id="20261123T230000Z-abcdef",
+        image=run.record.image,
+        target=Target.QEMU,
+        channel="testing",
+        started=run.when - timedelta(seconds=5),
+        ended=run.when + timedelta(seconds=200),
+        ending=ending,
+        digest=run.record.digest or "",
+        before="",
+        location="/images/x",
+    )
+    return replace(told, **more)  # type: ignore[arg-type]
+
+
+def page_of(subject: records.RecordedRun | records.RecordedNight, workspace: Workspace) -> Parsed:
+    return Parsed(write_page(subject, workspace).read_text())
+
+
+def test_the_verdict_comes_first_then_the_chain(workspace: Workspace) -> None:
+    build(workspace, 0, packages="apt=1\nold=1\nsystemd=256\n")
+    page = page_of(build(workspace, 1), workspace)
+    order = [
+        "Passed",
+        "keeps its promise: 2 checks",
+        "01" * 32,
+        "all equal",
+        f"{VALUE:,}".replace(",", "\u202f"),
+    ]
+    order += ["every start: 2 passed", "bake", "Size of the image", "systemd", "packer.log"]
+    places = [page.text.index(text) for text in order]
+    assert places == sorted(places)
+    assert page.text.count(f"{VALUE:,}".replace(",", "\u202f")) == 4
+    assert f"{VALUE / (2 * GIB):.1%}" in page.text
+    assert "– (gone)" in page.text
+
+
+@pytest.mark.parametrize(("memory", "shown_as"), [(0, "✗ no limit"), (VALUE - 4096, "✗ 1\u202f7")])
+def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: int, shown_as: str) -> None:
+    wrong = result("chain: docker has the variable", Outcome.FAILED, "first line\n  second line")
+    run = build(workspace, 0, status=RunStatus.FAILED, results=(wrong,), error="1 of 1 checks failed")
+    containers = json.loads(MACHINE["containers"])
+    containers[0]["HostConfig"]["Memory"] = memory
+    (run.directory / "machines/2GiB/machine-boot.json").write_text(
+        json.dumps({**MACHINE, "containers": json.dumps(containers)})
+    )
+    page = page_of(run, workspace)
+    assert shown_as in page.text
+    assert "✗ not equal" in page.text
+    assert page.text.index("Failed") < page.text.index("1 of 1 checks failed")
+    assert "first line\nsecond line" in page.text
+    assert ("details", {"open": None}) in page.tags
+
+
+def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    answer = json.dumps({"workers": [worker(VALUE // 5)] * 5})
+    (run.directory / "machines/2GiB/dask-boot.json").write_text(json.dumps({"stdout": answer}))
+    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    assert start.further[-1].name == "memory_limit of 5 workers"
+    assert all(one.equal for one in start.further)
+
+
+def test_evidence_that_is_gone_is_said_to_be(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    for file in (run.directory / "machines/2GiB").glob("*.json"):
+        file.write_text('{"half')
+    assert page_of(run, workspace).text.count("not recorded") == 3
+
+
+def test_a_machine_that_was_booted_again_is_shown_as_it_was_then(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    first = run.directory / "machines/2GiB"
+    first.rename(first.with_name("2GiB-2"))
+    first.mkdir()
+    assert "not recorded" not in page_of(run, workspace).text
+
+
+def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
+    again = tuple(result("limit: no swap", Outcome.FAILED, "swap", phase) for phase in ("boot", "reboot"))
+    page = page_of(build(workspace, 0, results=again, status=RunStatus.FAILED), workspace)
+    assert len([one for one in page.find("article") if one["class"] == "failure"]) == 1
+    assert "2 GiB first boot, 2 GiB reboot" in page.text
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "word"),
+    [
+        (RunStatus.PASSED, True, "Passed"),
+        (RunStatus.PASSED, False, "Not verified"),
+        (RunStatus.FAILED, True, "Failed"),
+        (RunStatus.INTERRUPTED, False, "Interrupted"),
+        (RunStatus.RUNNING, False, "Interrupted"),
+    ],
+)
+def test_how_a_run_ended(workspace: Workspace, status: RunStatus, verdict: bool, word: str) -> None:
+    run = build(workspace, 0, status=status)
+    record = run.record if verdict else replace(run.record, verdict=None)
+    assert f"\n{word}\n" in page_of(replace(run, record=record), workspace).text
+
+
+def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> None:
+    build(workspace, 0)
+    run = build(workspace, 1)
+    build(workspace, 2)
+    when = DAY + timedelta(days=1, hours=1)
+    record = replace(run.record, command="verify", run_id="later", started=when, artifact=None)
+    page = page_of(records.RecordedRun(record=record, directory=workspace.runs_dir / "later"), workspace)
+    assert "Verification of image dask" in page.text
+    assert f"/images/{'01' * 8}/image.qcow2" in page.text
+    assert "281 MiB now, 280 MiB the build before" in page.text
+
+
+def test_a_run_that_goes_on_is_no_failure(workspace: Workspace) -> None:
+    with workspace.run("build", "dask", "d" * 64) as run:
+        found = records.find(workspace, run.record.run_id)
+        assert "Running" in page_of(found, workspace).text
+
+
+@pytest.mark.parametrize("ending", Ending)
+def test_how_a_night_ended(workspace: Workspace, ending: Ending, tmp_path: Path) -> None:
+    build(workspace, 0)
+    run = build(workspace, 1, packages="apt=2\n")
+    place = PlaceEnding(place="eu-west-1", id="ami-1", ending=ending, text="the reason")
+    told = night(
+        run,
+        ending,
+        places=(place,),
+        drifts=("less memory",),
+        moved=("apt 1 -> 2",),
+        retired=("deleted ami-0: old",),
+        before="00" * 32,
+        error="it broke" if ending is Ending.FAILED else "",
+    )
+    directory = workspace.nights_dir / "dask.qemu" / told.id
+    keep_night(told, directory, workspace)
+    assert load(Night, directory / "night.json") == told
+    page = Parsed((directory / "report.html").read_text())
+    for text in (
+        "eu-west-1",
+        "the reason",
+        "less memory",
+        "deleted ami-0: old",
+        "apt",
+        "all equal",
+        told.error,
+    ):
+        assert text in page.text
+    assert "../../../runs/" in " ".join(one["href"] or "" for one in page.find("a"))
+    assert len({one["class"] for one in page.find("section") if one.get("class")}) == 1
+
+
+def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    told = night(run, Ending.FAILED, digest="", error="the package archive does not answer", location="")
+    directory = workspace.nights_dir / "dask.qemu" / told.id
+    keep_night(told, directory, workspace)
+    text = Parsed((directory / "report.html").read_text()).text
+    assert told.error in text
+    assert "all equal" not in text
+
+
+def test_moved_packages_are_told_when_the_image_before_is_gone(workspace: Workspace) -> None:
+    told = night(build(workspace, 0), before="ff" * 32, moved=("apt 1 -> 2",))
+    directory = workspace.nights_dir / "dask.qemu" / told.id
+    keep_night(told, directory, workspace)
+    assert "apt 1 -> 2" in Parsed((directory / "report.html").read_text()).text
+
+
+def test_a_page_that_can_not_be_drawn_fails_no_night(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(page: report.Page) -> str:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(report, "render", broken)
+    told = night(build(workspace, 0))
+    keep_night(told, workspace.nights_dir / "dask.qemu" / told.id, workspace)
+    assert load(Night, workspace.nights_dir / "dask.qemu" / told.id / "night.json") == told
+    assert "RuntimeError: no fonts" in capsys.readouterr().err
+
+
+def everything(workspace: Workspace, text: str) -> str:
+    """Return the page of a night in whose every string stands `text`."""
+    build(workspace, 0, image=text, packages="apt=1\n")
+    failed = result(f"limit: {text}", Outcome.FAILED, text)
+    named = tuple(replace(one, machine=text, phase=text) for one in (failed, result(text)))
+    run = build(
+        workspace,
+        1,
+        image=text,
+        results=named,
+        status=RunStatus.FAILED,
+        error=text,
+        detail=text,
+        packages=f"apt={text.replace('=', '')}\n",
+    )
+    measured = tuple(replace(one, machine=text, phase=text) for one in verdict_of(run).measured)
+    record = replace(
+        run.record, verdict=Verdict(digest=text, checks_digest="", results=named, measured=measured)
+    )
+    assert record.artifact is not None
+    record = replace(record, artifact=replace(record.artifact, location=text, region=text))
+    dump(record, run.directory / "record.json")
+    (run.directory / "logs" / f"{text.replace('/', '')}.log").touch()
+    place = PlaceEnding(place=text, id=text, ending=Ending.FAILED, text=text)
+    lines = (text,)
+    told = night(run, places=(place,), drifts=lines, moved=lines, retired=lines, error=text, channel=text)
+    told = replace(told, before="00" * 32, location=text)
+    directory = workspace.nights_dir / "n" / told.id
+    keep_night(told, directory, workspace)
+    return (directory / "report.html").read_text()
+
+
+def test_no_text_of_a_record_is_taken_for_markup(tmp_path: Path) -> None:
+    def page(folder: str, text: str) -> Parsed:
+        return Parsed(everything(Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / folder)}), text))
+
+    hostile, tame = page("a", HOSTILE), page("b", "tame")
+    assert hostile.shape == tame.shape
+    assert hostile.text.count("<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}") > 12
+    assert "\x1b" not in hostile.text
+    assert "tame" in tame.text
+
+
+def test_nothing_is_loaded_and_nothing_runs(workspace: Workspace) -> None:
+    build(workspace, 0)
+    path = write_page(build(workspace, 1), workspace)
+    page = Parsed(path.read_text())
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "img", "iframe", "object", "base", "form"}
+    policy = [one["content"] for one in page.find("meta") if one.get("http-equiv")]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name.startswith("xmlns") or "://" not in (value or ""), (tag, name, value)
+    assert "url(http" not in path.read_text()
+    assert "@import" not in path.read_text()
+
+
+@pytest.mark.parametrize("output", [None, "elsewhere/deep/page.html"])
+def test_links_lead_to_the_files(workspace: Workspace, tmp_path: Path, output: str | None) -> None:
+    run = build(workspace, 0)
+    (run.directory / "logs" / "a b#c?.log").touch()
+    (run.directory / ".alive").touch()
+    path = write_page(run, workspace, tmp_path / output if output else None)
+    hrefs = [one["href"] or "" for one in Parsed(path.read_text()).find("a")]
+    found = {(path.parent / unquote(href)).resolve() for href in hrefs}
+    assert all(file.is_file() for file in found)
+    assert {file.name for file in found} == {
+        "a b#c?.log", "packer.log", "packages.txt", "record.json", "machine-boot.json", "dask-boot.json"
+    }  # fmt: skip
+
+
+def test_a_person_who_can_not_see_it_is_told_the_same(workspace: Workspace) -> None:
+    build(workspace, 0)
+    page = page_of(build(workspace, 1), workspace)
+    assert ("html", {"lang": "en"}) in page.tags
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in {"h1", "h2", "h3", "h4"}]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert all("scope" in one for one in page.find("th"))
+    drawings = [one for one in page.find("div") if one.get("role") == "img"]
+    assert len(drawings) == len(page.find("svg")) == 3
+    assert all("the build before; between" in (one["aria-label"] or "") for one in drawings)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_record_gives_the_same_bytes(workspace: Workspace) -> None:
+    build(workspace, 0)
+    run = build(workspace, 1)
+    first = write_page(run, workspace).read_bytes()
+    with mpl.rc_context({"lines.linewidth": 9, "svg.fonttype": "path", "svg.hashsalt": "other"}):
+        assert write_page(run, workspace).read_bytes() == first
+    # What was built since is no part of this run's past.
+    build(workspace, 2)
+    assert write_page(run, workspace).read_bytes() == first
+    program = "import sys; from ami_builder.commands import run; sys.exit(run(['report', sys.argv[1]]))"
+    home = str(workspace.state.parent)
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-c", program, run.id],
+            cwd=ROOT,
+            env=proc.environment({"AMI_BUILDER_HOME": home, "PYTHONHASHSEED": seed}),
+            check=True,
+            capture_output=True,
+        )
+        assert (run.directory / "report.html").read_bytes() == first
+
+
+def test_plots_take_the_pages_colours(workspace: Workspace) -> None:
+    build(workspace, 0)
+    text = write_page(build(workspace, 1), workspace).read_text()
+    drawn = text[text.index("<svg") : text.rindex("</svg>")]
+    assert "currentColor" in drawn
+    assert "var(--accent)" in drawn
+    assert "#0102" not in drawn
+    assert "#ffffff" not in drawn
+
+
+def test_matplotlib_is_imported_only_to_draw(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    program = (
+        "import sys; from ami_builder.commands import run; run(['report', sys.argv[1]])\n"
+        "assert not {'matplotlib', 'numpy'} & set(sys.modules)"
+    )
+    environment = proc.environment({"AMI_BUILDER_HOME": str(workspace.state.parent)})
+    subprocess.run([sys.executable, "-c", program, run.id], cwd=ROOT, env=environment, check=True)
+
+
+def test_the_command_takes_the_last_or_what_is_named(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(*arguments: str) -> tuple[int, str, str]:
+        status = commands.run(["report", *arguments])
+        said = capsys.readouterr()
+        return status, said.out.strip(), said.err
+
+    status, _, err = ask()
+    assert (status, "nothing has run yet" in err) == (2, True)
+    first, last = build(workspace, 0), build(workspace, 1)
+    assert ask() == (0, str(last.directory / "report.html"), "")
+    assert ask(first.id[:8])[1] == str(first.directory / "report.html")
+    assert ask(str(first.directory))[1] == str(first.directory / "report.html")
+    assert "2 ids begin like that" in ask("2026")[2]
+    status, _, err = ask(f"{first.id[:-1]}9")
+    assert (status, f"did you mean {first.id}?" in err) == (2, True)
+    assert f"--output {tmp_path} is a folder" in ask("-o", str(tmp_path))[2]
+    assert ask("-o", str(tmp_path / "x.html"))[1] == str(tmp_path / "x.html")
+    told = night(last)
+    directory = workspace.nights_dir / "dask.qemu" / told.id
+    keep_night(told, directory, workspace)
+    (directory.parent / "latest").symlink_to(told.id)
+    assert ask()[1] == str(directory / "report.html")
+
+
+def test_of_a_night_a_run_shows_its_own_steps(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    other = StepRecord(name="build other", seconds=500.0, status=RunStatus.PASSED)
+    longer = StepRecord(name="build dask-gpu", seconds=500.0, status=RunStatus.PASSED, began=100)
+    record = replace(run.record, steps=(other, *run.record.steps, longer))
+    assert shown.steps(replace(run, record=record)) == run.record.steps
+    assert shown.took(replace(run, record=record)) == 90
+
+
+paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(" > ".join)
+step_lists = st.lists(
+    st.builds(
+        StepRecord,
+        name=paths,
+        seconds=st.floats(0, 1e6),
+        status=st.sampled_from(RunStatus),
+        began=st.floats(0, 1e6),
+    ),
+    max_size=12,
+)
+
+
+@given(step_lists)
+def test_every_step_is_shown_once_below_what_it_is_inside(steps: list[StepRecord]) -> None:
+    bars = shown.bars(steps)
+    assert sorted(bar.seconds for bar in bars) == sorted(step.seconds for step in steps)
+    assert all(bar.begin >= 0 for bar in bars)
+    depths = [bar.depth for bar in bars]
+    assert all(after <= before + 1 for before, after in pairwise([-1, *depths]))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(0, 2**50), min_size=2, max_size=5))
+def test_any_trend_can_be_drawn(values: list[float]) -> None:
+    points = tuple(report.Point(when=DAY, value=value) for value in values)
+    page = report.Page(
+        title="t",
+        tone=Tone.GOOD,
+        word="w",
+        sentence="",
+        facts=(),
+        trends=tuple(report.Trend(title=str(q), quantity=q, points=points) for q in Quantity),
+        links={},
+    )
+    assert Parsed(report.render(page)).find("svg")
