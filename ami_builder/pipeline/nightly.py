@@ -239,9 +239,12 @@ class _Going:
     def _compare(self, stored: StoredImage) -> Mapping[str, Any]:
         record = self.places[0].channels
         id = channels.current(record, self.channel)
+        same: Mapping[str, Any] = {"before": id, "drifts": [], "moved": [], "not_compared": []}
+        if why := channels.taken_out(record, self.channel, record.id_of(stored)):
+            return {**same, "drifts": [why]}
         before = record.find(id) if id else None
         if before is None or before.artifact.digest == stored.artifact.digest:
-            return {"before": id, "drifts": [], "moved": [], "not_compared": []}
+            return same
         difference = compare_images(before, stored, self.workspace)
         bounds = self.image.nightly
         drifts = [drift.text for drift in gate.judge(difference, bounds)]

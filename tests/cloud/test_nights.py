@@ -12,10 +12,11 @@ import pytest
 from ami_builder.journal import Journal, Step, unfinished
 from ami_builder.workspace import Workspace
 
+from .faulting import BOUND
 from .faults import Fault
 from .flow import captured, in_haste, without_ssh
 from .server import REGION, Cloud
-from .stopping import BOUND, DIES_AFTER, start
+from .stopping import DIES_AFTER, start
 
 COPIES = ("eu-west-1", "eu-central-1")
 PARAMETER = "/ami-builder/dask/x86_64/testing"

@@ -146,7 +146,7 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
     assert commands.run(command.replace("IMAGE", bad).split()) == 0
     held = night(capsys, status=9)
     assert held["ending"] == "held"
-    assert "slow" in str(held["places"])
+    assert "slow" in str(held["drifts"])
     assert standing(record) == before
     meet(folder, World(inputs="three"))
     assert night(capsys)["ending"] == "promoted"
