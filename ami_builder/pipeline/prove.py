@@ -19,7 +19,8 @@ from ami_builder.render import user_data
 from ami_builder.resources import checks_dir
 from ami_builder.workspace import Run
 
-# A multi-threaded TCG boot now and then panics in the guest's kernel: that says nothing about the image.
+# A multi-threaded TCG boot now and then panics in the guest's kernel, or hangs before it: that says nothing
+# about the image.
 _BOOTS = 3
 _SHORT_SECONDS = 60.0
 # A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
@@ -57,10 +58,10 @@ def prove(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
             way = _Way(image, machine, run, attempt)
             try:
                 return way.go(child)
-            except qemu.GuestPanic as panic:
+            except qemu.GuestStuck as panic:
                 if attempt == _BOOTS or not panic.boot_again:
                     raise
-                child.update("the guest's kernel panicked under emulation: booting again")
+                child.update("the emulated machine got stuck: booting again")
         raise AssertionError("unreachable")
 
 

@@ -118,7 +118,7 @@ class Vm(threading.Thread):
             return False
         try:
             self._machine.check_alive()
-        except qemu.GuestPanic as panic:
+        except qemu.GuestStuck as panic:
             if not panic.boot_again:
                 return False
             # Emulation's fault: an instance would have come up.

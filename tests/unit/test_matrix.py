@@ -344,7 +344,7 @@ def test_checks_of_the_user_travel_with_what_lies_beside_them(
 ERRORS = [
     *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AmiBuilderError)),
     qemu.MachineDied,
-    qemu.GuestPanic,
+    qemu.GuestStuck,
     ssh.Unreachable,
 ]
 

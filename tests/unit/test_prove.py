@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ami_builder.adapters import checks, ssh
-from ami_builder.adapters.qemu import GuestPanic
+from ami_builder.adapters.qemu import GuestStuck
 from ami_builder.console import Mode, open_progress
 from ami_builder.errors import TimedOut
 from ami_builder.model import CheckResult, Endpoint, Measurement, Outcome
@@ -90,7 +90,7 @@ class Session:
         self.guest.now += SSH
         if self.guest.panics:
             self.guest.panics -= 1
-            panic = GuestPanic("the guest's kernel panicked")
+            panic = GuestStuck("the guest's kernel panicked")
             panic.boot_again = True
             raise panic
 

@@ -10,8 +10,9 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from ami_builder import proc
 from ami_builder.adapters import qemu
-from ami_builder.adapters.qemu import Accelerator, GuestPanic, Machine, MachineDied, accelerator, machine
+from ami_builder.adapters.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
 from ami_builder.errors import BuildFailed, MissingTool, UsageError
 from ami_builder.model import Network
 
@@ -401,10 +402,39 @@ def test_guest_panic(
 ) -> None:
     fake(console=b"[    1.2] Oops\r\n[    1.3] " + line + b"\r\n[    1.4] Rebooting\r\n")
     it = build(accelerator=accelerated)
-    with it, pytest.raises(GuestPanic, match=re.escape(line.decode())) as caught:
+    with it, pytest.raises(GuestStuck, match=re.escape(line.decode())) as caught:
         it.check_alive()
     assert caught.value.boot_again is again
     assert caught.value.tail[-1] == "[    1.4] Rebooting"
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "console", "silent", "stuck"),
+    [
+        (Accelerator.TCG, b"[    9.9] reboot: Restarting system\r\nUEFI\r\n", 200, True),
+        (Accelerator.TCG, b"UEFI\r\n", 200, True),
+        (Accelerator.TCG, b"UEFI\r\n", 100, False),
+        (Accelerator.TCG, b"UEFI\r\n[    0.000000] Linux version 6\r\n", 200, False),
+        (Accelerator.TCG, b"reboot: Restarting system\r\nWelcome to Debian\r\n", 200, False),
+        (Accelerator.KVM, b"UEFI\r\n", 200, False),
+    ],
+)
+def test_firmware_that_hangs_under_emulation_is_told_from_a_quiet_system(
+    fake: Fake,
+    build: Callable[..., Machine],
+    accelerated: Accelerator,
+    console: bytes,
+    silent: float,
+    stuck: bool,
+) -> None:
+    fake(console=console)
+    it = build(accelerator=accelerated)
+    with it:
+        then = time.time() - silent
+        os.utime(it.console_log, (then, then))
+        with pytest.raises(GuestStuck, match="firmware") if stuck else nullcontext() as caught:
+            it.check_alive()
+    assert caught is None or caught.value.boot_again
 
 
 def test_the_console_of_an_earlier_machine_does_not_count(
@@ -532,7 +562,11 @@ def test_a_damaged_cache_is_made_anew(fake: Fake, choose: Choose, tmp_path: Path
         ({"state": "internal-error"}, "opens, but the guest could not go on under KVM", True),
         ({"console": b"UEFI only"}, "said nothing", False),
         ({"console": b"\x1b[47mWelcome to GRUB!\r\n"}, "said nothing", False),
-        ({"console": b"Kernel panic - not syncing: what"}, "the guest's kernel panicked", False),
+        (
+            {"console": b"Kernel panic - not syncing: what"},
+            "kernel panicked: Kernel panic - not syncing: what",
+            False,
+        ),
     ],
 )
 def test_kvm_that_runs_no_guest_is_not_used(

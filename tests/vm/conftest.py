@@ -191,7 +191,7 @@ def machine(
         for last in (False, False, True):
             try:
                 up = stack.enter_context(booted(image, disk, tmp_path_factory.mktemp("machine")))
-            except qemu.GuestPanic as panic:
+            except qemu.GuestStuck as panic:
                 if last or not panic.boot_again:
                     raise
             else:

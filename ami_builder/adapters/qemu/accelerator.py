@@ -12,7 +12,7 @@ from ami_builder import proc
 from ami_builder.errors import TimedOut, UsageError
 from ami_builder.workspace import write_atomically
 
-from .machine import QEMU, Accelerator, GuestPanic, Machine, MachineDied
+from .machine import QEMU, Accelerator, GuestStuck, Machine, MachineDied
 
 KVM_SECONDS = 60.0
 """How long a guest may take under KVM to reach its userspace; a working one takes about ten."""
@@ -72,7 +72,7 @@ def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
     try:
         with machine:
             proc.wait_until(up, what="a guest under KVM", timeout=KVM_SECONDS, interval=0.1)
-    except GuestPanic as panic:
+    except GuestStuck as panic:
         return Accelerator.TCG, f"TCG (slow): under KVM, {panic.message}", False
     except MachineDied as error:
         return Accelerator.TCG, f"TCG (slow): /dev/kvm opens, but {error.message}", True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -46,6 +47,10 @@ _EC2_NETWORK = "net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpst
 _PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
 # What a kernel says when the image is at fault; other panics under TCG are now and then the emulator's.
 _IMAGE_AT_FAULT = re.compile(rb"Unable to mount root|No working init|No init found|Requested init")
+_RESTARTING = b"reboot: Restarting system"
+_KERNEL = re.compile(rb"Linux version|\[ *\d+\.\d+\] |systemd\[1\]|Welcome to (?!GRUB)|\blogin: ")
+# More than ten times as long as it takes.
+_FIRMWARE_SECONDS = 150.0
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\x20-\x7e\n]")
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
 
@@ -69,8 +74,8 @@ class MachineDied(BuildFailed):
     """QEMU ended or could not go on, through no fault of this machine's disk space."""
 
 
-class GuestPanic(MachineDied):
-    """The guest's kernel panicked; `boot_again` when the emulator may be at fault rather than the image."""
+class GuestStuck(MachineDied):
+    """The guest's kernel panicked, or its firmware hangs; `boot_again` when the emulator may be at fault."""
 
     boot_again = False
 
@@ -178,6 +183,8 @@ class Machine:
             raise self._ended()
         if panic := _PANIC.search(self._console()):
             raise self._panicked(panic[0])
+        if self._hangs():
+            raise self._stuck(f"its firmware has said nothing for {_FIRMWARE_SECONDS:.0f} s")
         state = self._state()
         if state == "internal-error":
             raise MachineDied(
@@ -193,6 +200,16 @@ class Machine:
                 log=self.console_log,
                 tail=self._tail(),
             )
+
+    def _hangs(self) -> bool:
+        """Tell whether an emulated machine's firmware has stopped on the way to a kernel.
+
+        Emulated processors now and then wait for each other there for ever, after a reboot most of all.
+        """
+        if self._accelerator is not Accelerator.TCG:
+            return False
+        silent = time.time() - self.console_log.stat().st_mtime
+        return silent > _FIRMWARE_SECONDS and not _KERNEL.search(self._console().rpartition(_RESTARTING)[2])
 
     def console_shows(self, pattern: re.Pattern[bytes]) -> bool:
         """Tell whether the guest has written `pattern` to its serial console since it was started."""
@@ -248,18 +265,21 @@ class Machine:
         how = "does not answer" if status is None else _how(status)
         return MachineDied(f"QEMU {how}", log=self._log, tail=tuple(said) or self._tail())
 
-    def _panicked(self, line: bytes) -> GuestPanic:
+    def _panicked(self, line: bytes) -> GuestStuck:
         text = _printable(line)[0]
         if self._accelerator is Accelerator.TCG and not _IMAGE_AT_FAULT.search(line):
-            panic = GuestPanic(
-                f"the guest's kernel panicked under emulation: {text}",
-                hint="multi-threaded emulation does this now and then: boot it again",
-                log=self.console_log,
-                tail=self._tail(),
-            )
-            panic.boot_again = True
-            return panic
-        return GuestPanic(f"the guest's kernel panicked: {text}", log=self.console_log, tail=self._tail())
+            return self._stuck(f"its kernel panicked: {text}")
+        return GuestStuck(f"the guest's kernel panicked: {text}", log=self.console_log, tail=self._tail())
+
+    def _stuck(self, why: str) -> GuestStuck:
+        stuck = GuestStuck(
+            f"the emulated machine got stuck: {why}",
+            hint="multi-threaded emulation does this now and then: boot it again",
+            log=self.console_log,
+            tail=self._tail(),
+        )
+        stuck.boot_again = True
+        return stuck
 
     def _tail(self) -> tuple[str, ...]:
         return _printable(self._console())[-_CONSOLE_LINES:]
