@@ -1,21 +1,21 @@
 """How long `doctor` takes for many workers; run as a program, it is their cluster.
 
-The scheduler is real and so are the workers (without nannies), but all live in one process, where one after
-the other answers: on machines of their own they would answer side by side.
+The scheduler is real. The workers are servers of Dask's that are registered and answer what one real worker
+has read about itself, since a thousand whole ones don't fit on one machine; they share a process and a
+processor, and answer one after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import suppress
 
 from ami_builder.diagnosis import Level, Reading, Worker, diagnose
 from ami_builder.spelling import GIB
-
-AT_A_TIME = 50
 
 
 def judging_seconds(count: int) -> float:
@@ -72,25 +72,73 @@ def doctor_seconds(count: int) -> float:
         cluster.wait()
 
 
-async def _serve(count: int) -> None:
-    import dask
-    from distributed import Scheduler, Worker
+async def _schedule(count: int) -> None:
+    """Run a scheduler and, in another process, its workers; say its address once they are there."""
+    from distributed import Scheduler
 
-    dask.config.set({"distributed.admin.system-monitor.interval": "1h"})
-    dask.config.set({"distributed.worker.profile.enabled": False})
-    async with AsyncExitStack() as stack:
-        scheduler = await stack.enter_async_context(Scheduler(host="127.0.0.1", port=0, dashboard=False))
-        for first in range(0, count, AT_A_TIME):
-            workers = [
-                Worker(
-                    scheduler.address, nthreads=1, memory_limit=GIB, dashboard=False, heartbeat_interval="1h"
-                )
-                for _ in range(first, min(count, first + AT_A_TIME))
-            ]
-            await asyncio.gather(*map(stack.enter_async_context, workers))
-        print(scheduler.address, flush=True)
-        await asyncio.Event().wait()
+    async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        argv = [sys.executable, "-m", "tests.benchmarks.doctoring", str(count), scheduler.address]
+        crew = await asyncio.create_subprocess_exec(*argv)
+        try:
+            while len(scheduler.workers) < count:
+                await asyncio.sleep(0.1)
+            print(scheduler.address, flush=True)
+            await crew.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                crew.kill()
+
+
+async def _work(count: int, address: str) -> None:
+    """Answer as `count` workers do, each with a server and a registration of its own."""
+    from distributed import Worker
+    from distributed.comm import connect
+    from distributed.core import Server
+    from distributed.versions import get_versions
+
+    from ami_builder.adapters.dask.probe import read
+
+    async with Worker(address, nthreads=1, memory_limit=GIB, dashboard=False) as real:
+        metrics, extra = await real.get_metrics(), await real.get_startup_information()
+        answer: dict[str, object] = {"status": "OK", "result": read(real)}
+
+    def run(**_: object) -> dict[str, object]:
+        return answer
+
+    servers, comms = [], []
+    for number in range(count):
+        server = Server({"run": run})
+        await server.listen("tcp://127.0.0.1:0")
+        comm = await connect(address)
+        await comm.write(
+            {
+                "op": "register-worker",
+                "reply": False,
+                "address": server.address,
+                "status": "running",
+                "server_id": server.id,
+                "nthreads": 1,
+                "name": f"simulated-{number}",
+                "now": time.time(),
+                "resources": {},
+                "memory_limit": GIB,
+                "metrics": metrics,
+                "services": {},
+                "local_directory": "/nowhere",
+                "versions": get_versions(),
+                "nanny": None,
+                "extra": extra,
+                "stimulus_id": f"simulated-{number}",
+            },
+            serializers=["msgpack"],
+        )
+        await comm.read(deserializers=["msgpack"])
+        servers.append(server)
+        comms.append(comm)
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(int(sys.argv[1])))
+    # Each worker has three connections.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    asyncio.run(_work(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 2 else _schedule(int(sys.argv[1])))
