@@ -92,7 +92,7 @@ async def _schedule(count: int) -> None:
 async def _work(count: int, address: str) -> None:
     """Answer as `count` workers do, each with a server and a registration of its own."""
     from distributed import Worker
-    from distributed.comm import connect
+    from distributed.comm.core import connect
     from distributed.core import Server
     from distributed.versions import get_versions
 
