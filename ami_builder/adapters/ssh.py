@@ -32,6 +32,7 @@ REFUSED_SECONDS = 120.0
 # A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
 _SOCKET_BYTES = 90
 _BANNER_SECONDS = 3.0
+_DOWN_SECONDS = 60.0
 _MASTER_SECONDS = 60.0
 # sshd >= 9.8 shuts an address out for a while after failed logins in quick succession (PerSourcePenalties).
 _REFUSED_PAUSE = 6.0
@@ -182,11 +183,16 @@ class Session:
         # The connection may end before the command does.
         with contextlib.suppress(Unreachable):
             self.run("systemctl reboot", sudo=True)
-        self.drop()
         deadline = time.monotonic() + timeout
+        # Until it goes down, the old system takes logins, and each would keep it from that: the end of our
+        # connection tells that it has come so far.
+        with contextlib.suppress(TimedOut):
+            proc.wait_until(
+                lambda: not self._socket.exists(), what="going down", timeout=min(timeout, _DOWN_SECONDS)
+            )
+        self.drop()
 
         def rebooted() -> bool:
-            # Until it goes down, the old system takes logins.
             with contextlib.suppress(Unreachable):
                 self.wait(max(1.0, deadline - time.monotonic()), alive)
                 if self.boot_id() != before:

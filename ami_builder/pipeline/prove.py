@@ -107,7 +107,8 @@ class _Way:
                 self.machine.save_console()
                 if failed.log == endpoint.console_log:
                     failed.tail = proc.last_lines(endpoint.console_log)
-                self._keep_evidence(session)
+                if not isinstance(failed, qemu.GuestStuck):
+                    self._keep_evidence(session)
                 raise
             if any(r.outcome is Outcome.FAILED for r in self.results):
                 self.machine.save_console()
