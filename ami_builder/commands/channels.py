@@ -91,6 +91,7 @@ def history(
 ) -> None:
     """Tell which image stood in a channel when, who moved it there, and why; the newest last."""
     from ami_builder.pipeline import channels
+    from ami_builder.pipeline.summary import short
 
     chosen = load_config().select(image)
     record = _open(chosen, parse_target(target))
@@ -101,12 +102,8 @@ def history(
         return
     console.table(
         ("when", "what", "image", "who", "why"),
-        [(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, _short(e.id) or "nothing", e.by, e.reason) for e in entries],
+        [(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, short(e.id) or "nothing", e.by, e.reason) for e in entries],
     )
-
-
-def _short(id: str) -> str:
-    return id if id.startswith("ami-") else id[:16]
 
 
 def _subject(word: str, target: str) -> tuple[Image, StoredImage, Channels]:

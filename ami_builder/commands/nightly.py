@@ -119,12 +119,16 @@ def _prune(config: Config, target: Target, progress: Progress) -> Sequence[Decis
 
 
 def _print(nights: Sequence[Night], *, as_json: bool) -> None:
+    from ami_builder.pipeline.summary import headline, short
+
     if as_json:
         console.result_json({"nights": plain(nights)})
         return
     rows = []
     for night in nights:
-        ended = [(one.place, one.ending, one.id, one.text) for one in night.places]
-        ended = ended or [("", night.ending, night.location, night.error or "; ".join(night.drifts))]
+        ended = [(one.place, one.ending, short(one.id), one.text) for one in night.places]
+        ended = ended or [("", night.ending, short(night.digest), night.error or "; ".join(night.drifts))]
         rows += [(night.image, night.channel, *row) for row in ended]
-    console.table(("image", "channel", "where", "ended", "stands", "because"), rows)
+    console.table(("image", "channel", "where", "ended", "id", "because"), rows)
+    for night in nights:
+        console.note(headline(night))

@@ -195,7 +195,7 @@ class _Going:
         self._tell(location=stored.artifact.location)
         with self.progress.step(f"compare with {self.channel}") as step:
             drifts = self._compared(stored, journal)
-            step.done(f"{len(drifts)} drifts" if drifts else "no drift")
+            step.done("; ".join(drifts) or "no drift")
         if drifts:
             self._tell(ending=Ending.HELD, exit_code=Held.exit_code)
             return
