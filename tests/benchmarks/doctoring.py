@@ -92,7 +92,7 @@ async def _schedule(count: int) -> None:
 async def _work(count: int, address: str) -> None:
     """Answer as `count` workers do, each with a server and a registration of its own."""
     from distributed import Worker
-    from distributed.comm.core import connect
+    from distributed.comm.core import CommClosedError, connect
     from distributed.core import Server
     from distributed.versions import get_versions
 
@@ -135,7 +135,10 @@ async def _work(count: int, address: str) -> None:
         await comm.read(deserializers=["msgpack"])
         servers.append(server)
         comms.append(comm)
-    await asyncio.Event().wait()
+    # Until the scheduler goes.
+    with suppress(CommClosedError):
+        while True:
+            await comms[0].read(deserializers=["msgpack"])
 
 
 if __name__ == "__main__":
