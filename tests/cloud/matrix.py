@@ -2,7 +2,7 @@
 
     python -m tests.cloud.matrix
 
-runs all of it (half an hour) and writes the table between the markers in README.md, if nothing leaks.
+runs all of it, on every processor, and writes the table between the markers in README.md, if nothing leaks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -86,31 +90,58 @@ def write(told: str) -> None:
     README.write_text(f"{before}{BEGIN}\n{told}\n{END}{after}", encoding="utf-8")
 
 
-def main() -> None:
-    """Run the whole matrix and write its table."""
-    done: list[Cell] = []
-    leaks = 0
-    with (
-        Cloud() as cloud,
-        pytest.MonkeyPatch.context() as monkeypatch,
-        tempfile.TemporaryDirectory(prefix="matrix-") as folder,
-    ):
-        for name, value in cloud.environment().items():
+class _Bench:
+    """What one process tries cells on: an EC2 of its own, and a folder."""
+
+    def __init__(self) -> None:
+        self.owned = ExitStack()
+        # A pool's processes end without running what waits for their end.
+        Finalize(self, self.owned.close, exitpriority=1)
+        self.cloud = self.owned.enter_context(Cloud())
+        monkeypatch = self.owned.enter_context(pytest.MonkeyPatch.context())
+        self.folder = Path(self.owned.enter_context(tempfile.TemporaryDirectory(prefix="matrix-")))
+        monkeypatch.delenv("AWS_PROFILE", raising=False)
+        for name, value in self.cloud.environment().items():
             monkeypatch.setenv(name, value)
         without_ssh(monkeypatch)
         in_haste(monkeypatch)
-        places = good_run(cloud, Path(folder))
-        for place, column in whole(places):
-            start = time.monotonic()
-            try:
-                cell = tried(cloud, place, column, Path(folder) / "cell")
-            except Leak as leak:
+
+
+@cache
+def _bench() -> _Bench:
+    return _Bench()
+
+
+def _places() -> list[Place]:
+    bench = _bench()
+    return good_run(bench.cloud, bench.folder)
+
+
+def _try(place: Place, column: str) -> Cell | str:
+    """Return what a cell came to, or what leaked."""
+    bench = _bench()
+    try:
+        return tried(bench.cloud, place, column, bench.folder / "cell")
+    except Leak as leak:
+        return str(leak)
+
+
+def main() -> None:
+    """Run the whole matrix, a process for each processor, and write its table."""
+    done: list[Cell] = []
+    leaks = 0
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        places = pool.submit(_places).result()
+        wanted = list(whole(places))
+        futures = [pool.submit(_try, place, column) for place, column in wanted]
+        for (place, column), future in zip(wanted, futures, strict=True):
+            came = future.result()
+            if isinstance(came, str):
                 leaks += 1
-                print(f"{place}, {column}: LEAK, {leak}", flush=True)
+                print(f"{place}, {column}: LEAK, {came}", flush=True)
                 continue
-            done.append(cell)
-            told = f"{place}, {column}: {cell.verdict} ({cell.status}), {time.monotonic() - start:.1f} s"
-            print(told, cell.said, flush=True)
+            done.append(came)
+            print(f"{place}, {column}: {came.verdict} ({came.status})", came.said, flush=True)
     if leaks:
         raise SystemExit(f"{leaks} of {leaks + len(done)} cells leak; README.md stays as it is")
     write(table(rows(places), done))
@@ -118,5 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.pop("AWS_PROFILE", None)
     main()

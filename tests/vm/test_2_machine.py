@@ -1,6 +1,7 @@
 """Each check of the chain, seen failing: one machine, broken in one way after the other.
 
-Every break is one that a person could make, and the checks must name it.
+Every break is one that a person could make, and the checks must name it. The same machine has a real systemd
+for the units of `nightly`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 from ami_builder import proc
-from tests.vm.conftest import Booted, ami_builder, red
+from tests.vm.conftest import ROOT, Booted, ami_builder, red
 
 START_DASK = "/usr/local/sbin/start-dask"
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 UNIT = "/etc/systemd/system/dask.service"
+NIGHTLY = "ami-builder-nightly@qemu.service"
 
 # The lines that start-dask exports and records the value with.
 _EXPORT = "/export AVAILABLE_MEMORY_FOR_DASK=/,/mv .*memory.env/"
@@ -170,3 +172,68 @@ def test_a_broken_image_goes_red(machine: Booted, restore: Callable[[str], None]
     failed = red(machine.check(broken.name.replace(" ", "-")))
     assert broken.red <= failed.keys(), failed
     assert not any(name.startswith("guard:") for name in failed), failed
+
+
+# Stands in for scripts/ami-builder: says how it was started, and ends as the test wants.
+NIGHT = """#!/bin/sh
+{ id -un; echo "$@"; cat "$AMI_BUILDER_WEBHOOK_FILE"; touch /etc/mine 2>/dev/null && echo "wrote to /etc"; } \
+    >/var/lib/ami-builder/told
+trap 'exit 130' TERM
+[ ! -e /etc/ami-builder/wait ] || { sleep 600 & wait; }
+exit "$(cat /etc/ami-builder/status)"
+"""
+
+
+def test_the_units_of_nightly_under_a_real_systemd(machine: Booted) -> None:
+    """The README's set-up, with a program that only tells how it was called."""
+    units = ROOT / "scripts" / "systemd"
+    files = {f"/etc/systemd/system/{unit.name}": unit.read_text() for unit in sorted(units.iterdir())}
+    files |= {
+        "/opt/ami-builder/scripts/ami-builder": NIGHT,
+        "/etc/ami-builder/nightly.env": "OPTIONS=--no-prune dask\n",
+        "/etc/ami-builder/webhook": "https://hooks.example.com/secret\n",
+    }
+    for path, content in files.items():
+        script = f"mkdir -p {Path(path).parent} && cat >{path} && chmod 600 {path}"
+        machine.session.run(script, sudo=True, stdin=content)
+    machine.root(
+        "useradd --system --home-dir /var/lib/ami-builder ami-builder; chmod 755 /opt/ami-builder/scripts/*;"
+        " systemctl daemon-reload; systemctl enable --now ami-builder-nightly@qemu.timer"
+    )
+
+    def night(status: int) -> dict[str, str]:
+        machine.root(
+            f"systemctl reset-failed {NIGHTLY} 2>/dev/null; echo {status} >/etc/ami-builder/status;"
+            f" systemctl start --no-block {NIGHTLY}; sleep 3; while systemctl show -p SubState {NIGHTLY} |"
+            " grep -q start; do sleep 1; done",
+        )
+        return shown()
+
+    def shown() -> dict[str, str]:
+        told = machine.root(f"systemctl show {NIGHTLY} -p ActiveState -p SubState -p Result")
+        return dict(line.split("=", 1) for line in told.split())
+
+    try:
+        assert night(0) == {"ActiveState": "inactive", "SubState": "dead", "Result": "success"}
+        assert machine.root("cat /var/lib/ami-builder/told").splitlines() == [
+            "ami-builder",
+            "nightly --target qemu --no-prune dask",
+            "https://hooks.example.com/secret",
+        ]
+        assert night(9) == {"ActiveState": "failed", "SubState": "failed", "Result": "exit-code"}
+        assert night(6)["SubState"] == "auto-restart"
+        machine.root(f"systemctl stop {NIGHTLY}; touch /etc/ami-builder/wait")
+        machine.root(f"systemctl start --no-block {NIGHTLY}; sleep 5")
+        assert shown()["ActiveState"] == "activating"
+        machine.root(f"systemctl stop {NIGHTLY}")
+        assert shown() == {"ActiveState": "inactive", "SubState": "dead", "Result": "success"}
+        assert "ami-builder-nightly@qemu.service" in machine.root("systemctl list-timers --no-pager")
+    finally:
+        machine.root(
+            f"systemctl disable --now ami-builder-nightly@qemu.timer; systemctl stop {NIGHTLY};"
+            f" systemctl reset-failed {NIGHTLY}; chown -R root: /var/lib/ami-builder;"
+            " userdel ami-builder; rm -rf /opt/ami-builder"
+            " /etc/ami-builder /var/lib/ami-builder/told /etc/systemd/system/ami-builder-nightly@*;"
+            " systemctl daemon-reload",
+            check=False,
+        )
