@@ -17,7 +17,7 @@ from .session import Account, translated
 _FAILED = frozenset({"failed", "error", "invalid"})
 _ATTEMPTS = 3
 # What is told of an AMI after it was made, and may change; a client token goes with the same tags only.
-_LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.REVOKED})
+_LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.MEASURED, tagging.REVOKED})
 
 
 def find(there: Account, source: images.Ami) -> images.Ami | None:
