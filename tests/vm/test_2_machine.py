@@ -205,7 +205,7 @@ def test_the_units_of_nightly_under_a_real_systemd(machine: Booted) -> None:
         machine.root(
             f"systemctl reset-failed {NIGHTLY} 2>/dev/null; echo {status} >/etc/ami-builder/status;"
             f" systemctl start --no-block {NIGHTLY}; sleep 3; while systemctl show -p SubState {NIGHTLY} |"
-            " grep -q start; do sleep 1; done",
+            " grep -q =start; do sleep 1; done",
         )
         return shown()
 
