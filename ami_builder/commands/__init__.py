@@ -17,10 +17,31 @@ from ami_builder import console, proc
 from ami_builder.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 
 # They register their commands.
-from . import account, channels, doctor, images, inspect, nightly, prune, regions, report  # noqa: F401
+from . import account, channels, doctor, finished, images, inspect, nightly, prune, regions, report  # noqa: F401
 from .shared import app, config_app, shared
 
 __all__ = ["app", "config_app", "run"]
+
+_PANELS = {
+    "Bake and prove": ("build", "verify", "run", "check", "render"),
+    "Look": ("list", "show", "diff", "report", "doctor"),
+    "Channels and nights": ("nightly", "promote", "rollback", "revoke", "history", "prune"),
+    "AWS": ("copy", "share", "gc", "iam-policy"),
+}
+"""How the help groups the commands, and their order."""
+
+
+def _arrange() -> None:
+    place = {name: (panel, number) for panel, names in _PANELS.items() for number, name in enumerate(names)}
+    panels = list(_PANELS)
+    for command in app.registered_commands:
+        assert command.callback is not None
+        command.name = command.name or command.callback.__name__
+        command.rich_help_panel = place[command.name][0]
+    app.registered_commands.sort(key=lambda c: (panels.index(place[str(c.name)][0]), place[str(c.name)][1]))
+
+
+_arrange()
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:

@@ -1,11 +1,11 @@
-"""The commands that make, prove, boot and list images."""
+"""The commands that make, prove and boot images."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from .shared import (
     JsonFlag,
     TargetFlag,
     app,
+    image_object,
     load_config,
     mode,
     open_site,
@@ -212,39 +213,6 @@ def run_image(
         console.note("the machine is stopped")
 
 
-@app.command("list")
-def list_images(as_json: JsonFlag = False) -> None:
-    """List the finished images that this machine knows of, the newest last."""
-    images = open_workspace().images()
-    channels = _channels(images)
-    if as_json:
-        console.result_json(
-            {
-                "images": [
-                    {**_image_object(one), "channels": channels.get(one.artifact.digest, ())}
-                    for one in images
-                ]
-            }
-        )
-        return
-    console.table(
-        ("image", "target", "digest", "created", "size", "verdict", "channels", "where"),
-        [
-            (
-                s.artifact.image,
-                s.artifact.target,
-                s.artifact.digest[:16],
-                f"{s.artifact.created:%Y-%m-%d %H:%M}Z",
-                console.size(s.artifact.size),
-                _verdict_word(s),
-                ", ".join(channels.get(s.artifact.digest, ())),
-                f"{s.artifact.location} ({s.artifact.region})" if s.artifact.region else s.artifact.location,
-            )
-            for s in images
-        ],
-    )
-
-
 def _finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
     """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
     from ami_builder.model import Target
@@ -292,30 +260,8 @@ def _disk(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
 
 def _print_image(stored: StoredImage, *, as_json: bool, unchanged: bool) -> None:
     if as_json:
-        console.result_json({**_image_object(stored), "unchanged": unchanged})
+        console.result_json({**image_object(stored), "unchanged": unchanged})
         return
     if stored.verdict is not None:
         console.verdict(stored.verdict)
     console.result(stored.artifact.location)
-
-
-def _image_object(stored: StoredImage) -> dict[str, Any]:
-    return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}
-
-
-def _verdict_word(stored: StoredImage) -> str:
-    if stored.verdict is None:
-        return "not verified"
-    return "passed" if stored.verdict.passed else "FAILED"
-
-
-def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
-    """Return the local channels that images stand in, by digest."""
-    from ami_builder.pipeline.channels import standing
-    from ami_builder.pipeline.local_channels import LocalChannels
-
-    workspace = open_workspace()
-    found: dict[str, tuple[str, ...]] = {}
-    for name in {one.artifact.image for one in images}:
-        found |= standing(LocalChannels(workspace=workspace, image=name))
-    return found

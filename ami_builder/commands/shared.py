@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(help="Show and explain the configuration.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
+app.add_typer(config_app, name="config", rich_help_panel="Look")
 
 
 AMI = re.compile(r"ami-[0-9a-f]{8,17}")
@@ -182,3 +182,8 @@ def plain(value: object) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Any).dump_python(value, mode="json")
+
+
+def image_object(stored: StoredImage) -> dict[str, Any]:
+    """Return an image and its verdict as `--json` shows them."""
+    return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}

@@ -52,7 +52,9 @@ def test_wrong_usage_says_what_is_right(
 
 def test_help_and_no_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run(["--help"]) == 0
-    assert "verify" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Bake and prove" in shown
+    assert shown.index("build") < shown.index("verify") < shown.index("nightly") < shown.index("gc")
     assert commands.run([]) == 2
 
 
@@ -81,6 +83,20 @@ def test_list_shows_verdicts(
         shown = capsys.readouterr().out
         assert word in shown
         assert str(one.path) in shown
+
+
+def test_show_tells_of_one_image(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = stored(workspace, "a"), stored(workspace, "b", passed=False)
+    assert commands.run(["show", "aaaa"]) == 0
+    shown = capsys.readouterr().out
+    assert f"where\t{good.path}" in shown
+    assert "verdict\tpassed" in shown
+    assert commands.run(["show", str(bad.path)]) == 0
+    assert "failed on 2 GiB boot\tchain: x" in capsys.readouterr().out
+    assert commands.run(["show", "bbbb", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifact"]["digest"] == bad.artifact.digest
+    assert commands.run(["show", "cccc"]) == 2
+    assert "ami-builder list" in capsys.readouterr().err
 
 
 def test_a_result_is_one_json_object(
