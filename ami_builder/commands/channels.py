@@ -26,7 +26,7 @@ from .shared import (
 if TYPE_CHECKING:
     from ami_builder.channels import Entry
     from ami_builder.console import Progress
-    from ami_builder.model import Image, Target
+    from ami_builder.model import Image
     from ami_builder.pipeline.channels import Moved
     from ami_builder.pipeline.cloud_place import CloudPlace
     from ami_builder.pipeline.local_channels import LocalChannels
@@ -236,7 +236,7 @@ def _everywhere(
     *,
     as_json: bool,
 ) -> None:
-    """Move a channel in every region, and print region and AMI, one a line; the id alone without aws.copy_to."""
+    """Move a channel in every region, and print region and AMI, one a line; without aws.copy_to the id."""
     from ami_builder.pipeline import cloud_place, regions
 
     with console.open_progress(mode()) as progress:

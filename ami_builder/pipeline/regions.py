@@ -53,7 +53,7 @@ def promote(
 
 
 def rollback(places: Sequence[CloudPlace], channel: str, reason: str, progress: Progress) -> Moves:
-    """Go back, in every region in which the image stands that stands in the first, to the one before it there.
+    """Go back to the image before, wherever the one stands that stands in the first region.
 
     Regions in which another one stands stay as they are. Raises UsageError, and moves nothing, when the first
     region has none to go back to.

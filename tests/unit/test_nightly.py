@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -22,9 +20,8 @@ from ami_builder.pipeline import channels
 from ami_builder.pipeline.local_channels import LocalChannels
 from ami_builder.workspace import Workspace, load
 
-from .nights import WORLD, World, install
+from .nights import WORLD, World, begin, ended, install
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 [images.dask.lifecycle]
 keep = 1
@@ -153,31 +150,28 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
     assert len(bakes(folder)) == 3
 
 
-def run_apart(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a night in a process of its own."""
-    argv = [sys.executable, "-m", "tests.unit.nights", str(folder), *more]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_a_night_that_is_killed_after_any_entry_of_its_journal_goes_on_where_it_was(
-    folder: Path, workspace: Workspace, record: LocalChannels
+@pytest.mark.parametrize("unnoted", [False, True], ids=["once it is made", "before it is made"])
+def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was(
+    folder: Path, workspace: Workspace, record: LocalChannels, unnoted: bool
 ) -> None:
     meet(folder, World(inputs="zero"))
-    assert run_apart(folder).returncode == 0
+    assert ended(begin(folder)) == 0
     entries = len((workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines())
     assert entries == len(Step)
     for number in range(1, entries + 1):
-        meet(folder, World(inputs=f"killed after {number}"))
+        meet(folder, World(inputs=f"killed at {number}"))
         built = len(bakes(folder))
-        killed = run_apart(folder, str(number))
-        assert killed.returncode == -9, killed.stderr
+        assert ended(begin(folder, dies_after=number, unnoted=unnoted)) == -9
         cut_off = [journal.id for journal in unfinished(workspace)]
-        assert len(cut_off) == (number < entries)
-        ended = run_apart(folder)
-        assert ended.returncode == 0, ended.stderr
+        noted = number - unnoted
+        assert len(cut_off) == (noted < entries)
+        assert ended(begin(folder)) == 0, (folder / "out").read_text()
         assert not list(unfinished(workspace))
         latest = Journal((workspace.nights_dir / "dask.qemu" / "latest").resolve())
-        assert latest.id in cut_off or number == entries
+        assert latest.id in cut_off or noted == entries
+        end = latest.find(Step.ENDED)
+        assert end is not None
+        assert end["ending"] == ("unchanged" if noted == entries else "promoted")
         assert len(bakes(folder)) == built + 1
         assert standing(record) == bakes(folder)[-1]
         assert [entry.id for entry in record.entries("testing")].count(standing(record)) == 1
@@ -186,14 +180,15 @@ def test_a_night_that_is_killed_after_any_entry_of_its_journal_goes_on_where_it_
 def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
     folder: Path, workspace: Workspace, record: LocalChannels
 ) -> None:
-    assert run_apart(folder, "1").returncode == -9
+    assert ended(begin(folder, dies_after=1)) == -9
     (cut_off,) = unfinished(workspace)
     meet(folder, World(inputs="two"))
-    assert run_apart(folder).returncode == 0
-    ended = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
+    assert ended(begin(folder)) == 0
+    last = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
     assert len(bakes(folder)) == 1
     assert standing(record) == bakes(folder)[0]
-    assert ended is None or "inputs have changed" in ended["ending"]
+    assert last is not None
+    assert "inputs have changed" in last["ending"]
 
 
 def test_of_two_nights_at_once_the_second_says_who_is_at_it(
@@ -204,6 +199,18 @@ def test_of_two_nights_at_once_the_second_says_who_is_at_it(
         assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
     assert not bakes(folder)
     assert commands.run(["nightly"]) == 0
+
+
+def test_nights_that_begin_at_the_same_moment_make_one_image(
+    folder: Path, workspace: Workspace, record: LocalChannels
+) -> None:
+    statuses = [ended(each) for each in [begin(folder) for _ in range(4)]]
+    # One does it; the others find it going, or done.
+    assert set(statuses) <= {0, 8}, (folder / "out").read_text()
+    assert 0 in statuses
+    assert bakes(folder) == [standing(record)]
+    assert len(record.entries("testing")) == 1
+    assert not list(unfinished(workspace))
 
 
 def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
@@ -242,6 +249,54 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_a_night_that_can_not_begin_is_told_too(
+    folder: Path,
+    workspace: Workspace,
+    hook: Callable[[], list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "ami-builder.toml").write_text("[images.dask.nightly]\nchanel = 'testing'\n")
+    assert commands.run(["nightly"]) == 2
+    (folder / "ami-builder.toml").write_text(CONFIG)
+    with workspace.lock_night("dask", Target.QEMU):
+        assert commands.run(["nightly", "dask"]) == 8
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a <defect>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ami_builder.pipeline.nightly.resolve", broken)
+        assert commands.run(["nightly"]) == 1
+    config, locked, defect = hook()
+    assert config.startswith("*all images (qemu): FAILED, there was no night: ")
+    assert "chanel" in config
+    assert "exit code 2" in config
+    assert "dask (qemu): FAILED, there was no night: a night of image 'dask' for qemu is going" in locked
+    assert "KeyError: 'a &lt;defect&gt;'" in defect
+    # What a defect cut off is gone on with.
+    assert commands.run(["nightly"]) == 0
+    assert hook()[-1].startswith("*dask (qemu): promoted")
+
+
+@pytest.mark.parametrize("webhook", ["http://127.0.0.1:9/nobody", "http://example.com/not-secure", "no url"])
+def test_a_webhook_that_fails_does_not_fail_a_night(
+    folder: Path,
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    webhook: str,
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_WEBHOOK", webhook)
+    ended = night(capsys)
+    assert ended["ending"] == "promoted"
+    entries = (workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines()
+    last = json.loads(entries[-1])
+    assert last["unsent"].startswith("webhook")
+    assert "nobody" not in last["unsent"]
+    assert night(capsys)["ending"] == "unchanged"
 
 
 def test_seven_nights(

@@ -278,7 +278,8 @@ def _night(state: Path, name: str, text: str) -> str:
     folder = state / "nights" / name / text
     return (
         # A file's time is the clock's at its last tick, and a real night takes longer than that.
-        f"sleep 0.05 && mkdir -p {folder} && echo '{{}}' >{folder}/journal.jsonl && echo '# {text}' >{folder}/summary.md"
+        f"sleep 0.05 && mkdir -p {folder} && echo '{{}}' >{folder}/journal.jsonl"
+        f" && echo '# {text}' >{folder}/summary.md"
         f" && ln -sfn {text} {folder.parent}/latest"
     )
 
