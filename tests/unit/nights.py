@@ -58,6 +58,7 @@ class World:
     """What is left to Dask on the machine."""
     packages: tuple[str, ...] = ("systemd=257",)
     webhook: str = ""
+    """Who is told of a night that runs in a process of its own."""
 
 
 def told(folder: Path) -> World:
@@ -191,6 +192,7 @@ def _night(folder: Path, dies_after: int, unnoted: bool, at: datetime | None) ->
         os.dup2(file.fileno(), 2)
     with pytest.MonkeyPatch.context() as monkeypatch, ExitStack() as stack:
         install(folder, monkeypatch)
+        monkeypatch.setenv("AMI_BUILDER_WEBHOOK", told(folder).webhook)
         if dies_after:
             die_after(dies_after, monkeypatch, unnoted=unnoted)
         if at is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,8 +17,10 @@ import time_machine
 from ami_builder import commands
 from ami_builder.journal import Journal, Step, open_night, unfinished
 from ami_builder.model import RunRecord, Target
+from ami_builder.night import Night
 from ami_builder.pipeline import channels
 from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.pipeline.records import NIGHT
 from ami_builder.workspace import Workspace, load
 
 from .nights import WORLD, World, begin, ended, install
@@ -299,6 +302,17 @@ def test_a_webhook_that_fails_does_not_fail_a_night(
     assert night(capsys)["ending"] == "unchanged"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One night of a week: what it meets, and how it must end."""
+
+    at: datetime
+    world: World
+    status: int
+    ending: str
+    dies_after: int = 0
+
+
 def test_seven_nights(
     folder: Path,
     workspace: Workspace,
@@ -306,54 +320,81 @@ def test_seven_nights(
     hook: Callable[[], list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A week unattended: inputs change on some nights, faults come on others, and the clock moves on."""
-    monday = datetime(2026, 3, 2, 2, 30, tzinfo=UTC)
-    base = World()
-    week: list[tuple[World, int, str]] = [
-        (base, 0, "promoted"),
-        (base, 0, "unchanged"),
-        (replace(base, inputs="two", packages=("systemd=258",)), 0, "promoted"),
-        (replace(base, archive=False), 4, "failed"),
-        (replace(base, inputs="three", available=1_500_000_000, packages=("agent=1",)), 9, "held"),
-        (replace(base, inputs="four", passes=False), 5, "failed"),
-        (replace(base, inputs="four"), 0, "promoted"),
+    """A week unattended, each night a process: inputs change, faults come, one is killed, the clock jumps."""
+    monday, day = datetime(2026, 3, 2, 2, 30, tzinfo=UTC), timedelta(days=1)
+    base = World(webhook=os.environ["AMI_BUILDER_WEBHOOK"])
+    two = replace(base, inputs="two", packages=("systemd=258",))
+    heavy = replace(base, inputs="three", available=1_500_000_000, packages=("agent=1",))
+    last_year = datetime(2025, 1, 1, tzinfo=UTC)
+    week = [
+        Planned(at=monday, world=base, status=0, ending="promoted"),
+        Planned(at=monday + day, world=base, status=0, ending="unchanged"),
+        # The power fails once the image is built; the timer starts the night again.
+        Planned(at=monday + 2 * day, world=two, status=-9, ending="", dies_after=2),
+        Planned(at=monday + 2 * day + day / 96, world=two, status=0, ending="promoted"),
+        # Neither the archive answers, nor who is to be told of it.
+        Planned(
+            at=monday + 3 * day,
+            world=replace(base, archive=False, webhook="http://127.0.0.1:9/x"),
+            status=4,
+            ending="failed",
+        ),
+        Planned(at=monday + 4 * day, world=heavy, status=9, ending="held"),
+        # The clock has lost its battery.
+        Planned(at=last_year, world=replace(base, inputs="four", passes=False), status=5, ending="failed"),
+        Planned(at=monday + 6 * day, world=replace(base, inputs="four"), status=0, ending="promoted"),
     ]
     digests: dict[str, str] = {}
-    for number, (world, status, ending) in enumerate(week):
-        meet(folder, world)
-        with time_machine.travel(monday + timedelta(days=number), tick=True):
-            ended = night(capsys, status=status)
-        assert ended["ending"] == ending
-        if ended["digest"]:
-            digests[world.inputs] = str(ended["digest"])
-    assert bakes(folder) == list(digests.values())
+    for one in week:
+        meet(folder, one.world)
+        assert ended(begin(folder, at=one.at, dies_after=one.dies_after)) == one.status, one
+        if not one.ending:
+            continue
+        last = load(Night, workspace.nights_dir / "dask.qemu" / "latest" / NIGHT)
+        assert last is not None
+        assert (last.ending, last.exit_code) == (one.ending, one.status)
+        digests |= {one.world.inputs: last.digest} if last.digest else {}
+    assert bakes(folder) == list(digests.values()), "nothing twice"
 
+    # The right channel, and the right images: those of the channel and what it goes back to, and the newest
+    # that never stood anywhere.
     assert standing(record) == digests["four"]
     assert [entry.id for entry in record.entries("testing")] == [digests[i] for i in ("one", "two", "four")]
-    # Younger than two days, in the channel or what it goes back to, or the newest that never stood anywhere.
-    assert {one.artifact.digest for one in workspace.images()} == {
-        digests[i] for i in ("two", "three", "four")
+    kept = {digests[i] for i in ("two", "three", "four")}
+    assert {one.artifact.digest for one in workspace.images()} == kept
+
+    # Nothing left over.
+    assert {path.name for path in (workspace.images_dir / "dask").iterdir()} == {
+        "channels.json",
+        *(one.directory.name for one in workspace.images() if one.directory),
     }
     assert not list(unfinished(workspace))
     assert not list(workspace.runs_dir.glob("*/work"))
+    assert not [one for one in workspace.runs_dir.iterdir() if workspace.is_live(one.name)]
+    hidden = {path.name for path in (folder / "home").rglob(".*") if path.is_file()}
+    assert hidden <= {".alive"}, "nothing half-written"
     records = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
-    assert sorted(str(one.status) for one in records if one) == [
-        "failed",
-        "passed",
-        "passed",
-        "passed",
-        "passed",
-    ]
+    assert sorted(str(one.status) for one in records if one) == ["failed", *["passed"] * 4]
 
-    assert len(hook()) == 6, "an unchanged night has nothing to tell"
+    # Who was to be told was told, once of each night but the unchanged one and the one that could not.
+    assert [text.split(":")[1].split()[0] for text in hook()] == [
+        *("promoted", "promoted", "HELD", "FAILED,", "promoted")
+    ]
+    nights = sorted((workspace.nights_dir / "dask.qemu").glob("202*"))
+    assert len(nights) == 7
+    assert all((night / "report.html").is_file() for night in nights)
+    lines = [(night / "summary.md").read_text().splitlines()[0] for night in nights]
+    assert [line.removeprefix("# dask (qemu): ").split()[0].rstrip(",") for line in lines] == [
+        *("FAILED", "promoted", "unchanged", "promoted", "FAILED", "HELD", "promoted")
+    ]
+    assert "the package archive does not answer" in lines[4]
+
+    # And a history that a person can read.
     capsys.readouterr()
     assert commands.run(["history", "testing"]) == 0
-    told = capsys.readouterr().out
-    assert [line.split("\t")[0][:10] for line in told.splitlines()] == [
-        "2026-03-02",
-        "2026-03-04",
-        "2026-03-08",
+    told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(when[:10], move, image, why[:13]) for when, move, image, _, why in told] == [
+        ("2026-03-02", "promoted", digests["one"][:16], "night 2026030"),
+        ("2026-03-04", "promoted", digests["two"][:16], "night 2026030"),
+        ("2026-03-08", "promoted", digests["four"][:16], "night 2026030"),
     ]
-    nights = sorted((workspace.nights_dir / "dask.qemu").glob("2026*"))
-    assert len(nights) == 7
-    assert "held" in (nights[4] / "summary.md").read_text()
