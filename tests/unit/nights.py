@@ -164,15 +164,20 @@ def die_after(entries: int, monkeypatch: pytest.MonkeyPatch, *, unnoted: bool = 
 
 
 def begin(
-    folder: Path, *, dies_after: int = 0, unnoted: bool = False, at: datetime | None = None
+    folder: Path,
+    *,
+    dies_after: int = 0,
+    unnoted: bool = False,
+    at: datetime | None = None,
+    drawn: bool = True,
 ) -> ForkServerProcess:
-    """Begin a night whose output goes to FOLDER/out; at another time than now, if told."""
+    """Begin a night whose output goes to FOLDER/out; at another time than now, or without its page, if told."""
     context = multiprocessing.get_context("forkserver")
     # So that each night need not import all of this again.
     context.set_forkserver_preload(
         [__name__, "ami_builder.pipeline.nightly", "ami_builder.pipeline.prune", "ami_builder.report.plots"]
     )
-    process = context.Process(target=_night, args=(folder, dies_after, unnoted, at))
+    process = context.Process(target=_night, args=(folder, dies_after, unnoted, at, drawn))
     process.start()
     return process
 
@@ -186,13 +191,15 @@ def ended(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def _night(folder: Path, dies_after: int, unnoted: bool, at: datetime | None) -> None:
+def _night(folder: Path, dies_after: int, unnoted: bool, at: datetime | None, drawn: bool) -> None:
     with (folder / "out").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with pytest.MonkeyPatch.context() as monkeypatch, ExitStack() as stack:
         install(folder, monkeypatch)
         monkeypatch.setenv("AMI_BUILDER_WEBHOOK", told(folder).webhook)
+        if not drawn:
+            monkeypatch.setattr("ami_builder.pipeline.report.write_page", lambda *_: None)
         if dies_after:
             die_after(dies_after, monkeypatch, unnoted=unnoted)
         if at is not None:

@@ -164,11 +164,11 @@ def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was
     for number in range(1, entries + 1):
         meet(folder, World(inputs=f"killed at {number}"))
         built = len(bakes(folder))
-        assert ended(begin(folder, dies_after=number, unnoted=unnoted)) == -9
+        assert ended(begin(folder, dies_after=number, unnoted=unnoted, drawn=False)) == -9
         cut_off = [journal.id for journal in unfinished(workspace)]
         noted = number - unnoted
         assert len(cut_off) == (noted < entries)
-        assert ended(begin(folder)) == 0, (folder / "out").read_text()
+        assert ended(begin(folder, drawn=False)) == 0, (folder / "out").read_text()
         assert not list(unfinished(workspace))
         latest = Journal((workspace.nights_dir / "dask.qemu" / "latest").resolve())
         assert latest.id in cut_off or noted == entries
