@@ -171,7 +171,7 @@ def begin(
     at: datetime | None = None,
     drawn: bool = True,
 ) -> ForkServerProcess:
-    """Begin a night whose output goes to FOLDER/out; at another time than now, or without its page, if told."""
+    """Begin a night whose output goes to FOLDER/out; if told, at another time than now, or without a page."""
     context = multiprocessing.get_context("forkserver")
     # So that each night need not import all of this again.
     context.set_forkserver_preload(
