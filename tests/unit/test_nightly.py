@@ -382,7 +382,8 @@ def test_seven_nights(
     ]
     nights = sorted((workspace.nights_dir / "dask.qemu").glob("202*"))
     assert len(nights) == 7
-    assert all((night / "report.html").is_file() for night in nights)
+    drawn = [(night / "report.html").is_file() for night in nights]
+    assert drawn == [True, True, False, True, True, True, True], "an unchanged one has nothing to show"
     lines = [(night / "summary.md").read_text().splitlines()[0] for night in nights]
     assert [line.removeprefix("# dask (qemu): ").split()[0].rstrip(",") for line in lines] == [
         *("FAILED", "promoted", "unchanged", "promoted", "FAILED", "HELD", "promoted")
