@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def nightly(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[IMAGE]...", help="Images of ami-builder.toml; all when none is named."),
+        typer.Argument(metavar="IMAGE", help="Images of ami-builder.toml; all when none is named."),
     ] = None,
     target: TargetFlag = "qemu",
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
@@ -47,10 +47,12 @@ def nightly(
 ) -> None:
     """Build, verify, compare, copy, share, promote and prune what changed since last night.
 
-    Killed anywhere and started again, it goes on where it was. AMI_BUILDER_WEBHOOK names a webhook
-    (Slack-compatible) that hears how it ended. Exit codes: 0 promoted or unchanged, 4 the build failed,
-    5 checks failed, 6 the cloud or a region failed, 7 timed out, 8 another night is going, 9 held: a person
-    decides.
+    Killed anywhere and started again, it goes on where it was. The webhook
+    of AMI_BUILDER_WEBHOOK (Slack-compatible) hears how it ended.
+
+    Exit codes: 0 promoted or unchanged, 4 the build failed, 5 checks failed,
+    6 the cloud or a region failed, 7 timed out, 8 another night is going,
+    9 held: a person decides.
     """
     try:
         ended = _nights(images or (), target, prune, dask_scheduler)
