@@ -104,6 +104,9 @@ def running(
     )
     _children.add(process)
     try:
+        if _cancelled.is_set():
+            # `cancel` came while it was started, and has not seen it.
+            _signal_group(process, signal.SIGTERM)
         yield process
     finally:
         stop(process)

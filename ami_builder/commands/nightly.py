@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ami_builder.console import Progress
     from ami_builder.model import Image, Target
     from ami_builder.night import Night
+    from ami_builder.pipeline.nightly import Ended
     from ami_builder.pipeline.place import Place
     from ami_builder.retention import Decision
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def nightly(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[IMAGE]...", help="Images of ami-builder.toml; all when none is named."),
+        typer.Argument(metavar="IMAGE", help="Images of ami-builder.toml; all when none is named."),
     ] = None,
     target: TargetFlag = "qemu",
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
@@ -46,34 +47,23 @@ def nightly(
 ) -> None:
     """Build, verify, compare, copy, share, promote and prune what changed since last night.
 
-    Killed anywhere and started again, it goes on where it was. AMI_BUILDER_WEBHOOK names a webhook
-    (Slack-compatible) that hears how it ended. Exit codes: 0 promoted or unchanged, 4 the build failed,
-    5 checks failed, 6 the cloud or a region failed, 7 timed out, 8 another night is going, 9 held: a person
-    decides.
-    """
-    from ami_builder.adapters import webhook
-    from ami_builder.errors import Held
-    from ami_builder.pipeline.nightly import Subject
-    from ami_builder.pipeline.nightly import nightly as go
+    Killed anywhere and started again, it goes on where it was. The webhook
+    of AMI_BUILDER_WEBHOOK (Slack-compatible) hears how it ended.
 
-    config, where = load_config(), parse_target(target)
-    chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
-    subjects = [
-        Subject(
-            image=one,
-            site=open_site(one, where, dask_scheduler=dask_scheduler),
-            places=_places(one, where),
-        )
-        for one in chosen
-    ]
-    with console.open_progress(mode()) as progress:
-        ended = go(
-            subjects,
-            open_workspace(),
-            progress,
-            prune=partial(_prune, config, where) if prune else None,
-            notify=lambda text: webhook.notify_if_set(os.environ, text),
-        )
+    Exit codes: 0 promoted or unchanged, 4 the build failed, 5 checks failed,
+    6 the cloud or a region failed, 7 timed out, 8 another night is going,
+    9 held: a person decides.
+    """
+    try:
+        ended = _nights(images or (), target, prune, dask_scheduler)
+    except Exception as aborted:
+        # A night that tells of itself how it ended does not come here.
+        from ami_builder.pipeline.summary import aborted_text
+
+        _notify(aborted_text(images or (), target, aborted))
+        raise
+    from ami_builder.errors import Held
+
     nights = [one.night for one in ended]
     for one in ended:
         if one.error is not None:
@@ -83,6 +73,38 @@ def nightly(
     if codes:
         # What trying again may mend must not hide behind what waits for a person.
         raise typer.Exit(min(codes, key=lambda code: code == Held.exit_code))
+
+
+def _nights(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:
+    from ami_builder.pipeline.nightly import Subject
+    from ami_builder.pipeline.nightly import nightly as go
+
+    config, where = load_config(), parse_target(target)
+    subjects = [
+        Subject(
+            image=one,
+            site=open_site(one, where, dask_scheduler=dask_scheduler),
+            places=_places(one, where),
+        )
+        for one in (config.select(name) for name in dict.fromkeys(images or config.names))
+    ]
+    with console.open_progress(mode()) as progress:
+        return go(
+            subjects,
+            open_workspace(),
+            progress,
+            prune=partial(_prune, config, where) if prune else None,
+            notify=_notify,
+        )
+
+
+def _notify(text: str) -> str:
+    from ami_builder.adapters import webhook
+
+    unsent = webhook.notify_if_set(os.environ, text)
+    if unsent:
+        console.note(f"nobody was told: {unsent}")
+    return unsent
 
 
 def _places(image: Image, target: Target) -> Sequence[Place]:

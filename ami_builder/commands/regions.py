@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ami_builder import console
 from ami_builder.errors import CloudFailed, UsageError
 
-from .shared import JsonFlag, ami_of, app, mode, open_workspace, plain
+from .shared import JsonFlag, ami_of, app, failures, mode, open_workspace, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ami_builder.adapters.aws.sharing import Shared
     from ami_builder.console import Step
     from ami_builder.model import Aws, Destination
-    from ami_builder.pipeline.cloud_place import CloudPlace, Outcome
+    from ami_builder.pipeline.cloud_place import CloudPlace
     from ami_builder.workspace import StoredImage
 
 AmiArgument = Annotated[
@@ -60,7 +60,7 @@ def copy(
         outcomes = at_each(others, bring, progress)
     done = [one.value.artifact for one in outcomes if one.value is not None]
     if as_json:
-        console.result_json({"copies": plain(done), "failed": _failed(outcomes)})
+        console.result_json({"copies": plain(done), "failed": failures(outcomes)})
     elif done:
         console.result([f"{one.region}\t{one.location}" for one in done])
     require_all(outcomes)
@@ -93,7 +93,7 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
     done = [(one.place, *one.value) for one in outcomes if one.value is not None]
     if as_json:
         told = [{"region": region, "ami": ami, **plain(shared)} for region, ami, shared in done]
-        console.result_json({"shared": told, "failed": _failed(outcomes)})
+        console.result_json({"shared": told, "failed": failures(outcomes)})
     elif done:
         console.result([f"{region}\t{ami}" for region, ami, _ in done])
     for region, ami, shared in done:
@@ -115,8 +115,3 @@ def _destinations(words: Sequence[str], aws: Aws) -> tuple[Destination, ...]:
             raise UsageError(f"--region {word}: {wrong}") from wrong
         found.append(asked if asked.kms_key else known.get(asked.region, asked))
     return tuple(found)
-
-
-def _failed(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, str]]:
-    failed = [(one.place, one.error) for one in outcomes if one.error is not None]
-    return [{"region": place, "error": error.message} for place, error in failed]

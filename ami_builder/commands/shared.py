@@ -12,8 +12,11 @@ import typer
 from ami_builder import __version__, console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ami_builder.config import Config
     from ami_builder.model import Image, Target
+    from ami_builder.pipeline.cloud_place import Outcome
     from ami_builder.pipeline.target import Site
     from ami_builder.workspace import StoredImage, Workspace
 
@@ -187,3 +190,9 @@ def plain(value: object) -> Any:
 def image_object(stored: StoredImage) -> dict[str, Any]:
     """Return an image and its verdict as `--json` shows them."""
     return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}
+
+
+def failures(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, str]]:
+    """Return the regions that failed, and why, as --json tells."""
+    failed = [(one.place, one.error) for one in outcomes if one.error is not None]
+    return [{"region": place, "error": error.message} for place, error in failed]

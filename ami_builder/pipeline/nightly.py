@@ -290,11 +290,13 @@ class _Going:
             if why := channels.taken_out(record, self.channel, id):
                 return ending(ending=Ending.HELD, text=f"{why}; promote it by hand if that is meant")
             with self.progress.step(f"promote in {place.name}") as step:
-                known = self.image.lifecycle.channels
-                moved = channels.promote(record, stored, self.channel, known, f"night {journal.id}")
+                known, why = self.image.lifecycle.channels, f"night {journal.id}"
+                moved = channels.promote(record, stored, self.channel, known, why)
+                # Killed before it was noted, this night finds there what it did itself.
+                ours = moved.entries or [e for e in record.entries(self.channel)[-1:] if e.reason == why]
                 done = ending(
-                    ending=Ending.PROMOTED if moved.entries else Ending.UNCHANGED,
-                    text=f"stands in {self.channel} now" if moved.entries else "stands there already",
+                    ending=Ending.PROMOTED if ours else Ending.UNCHANGED,
+                    text=f"stands in {self.channel} now" if ours else "stands there already",
                 )
                 step.done(done.text)
         except AmiBuilderError as failed:

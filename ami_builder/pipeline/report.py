@@ -44,8 +44,11 @@ def write_page(
 
 
 def keep_night(night: Night, directory: Path, workspace: Workspace) -> None:
-    """Write what a night did into its folder, and its page; never fails because of the page."""
+    """Write what a night did into its folder, and its page if it did anything; never fails because of it."""
     dump(night, directory / records.NIGHT)
+    if night.ending is Ending.UNCHANGED:
+        # It would show the page before once more; `ami-builder report` draws it for whoever asks.
+        return
     try:
         write_page(RecordedNight(night=night, directory=directory), workspace)
     except Exception as wrong:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ami_builder.console import duration
+from ami_builder.errors import AmiBuilderError
 from ami_builder.model import Target
 from ami_builder.night import Ending, Night, PlaceEnding
 
@@ -30,6 +31,17 @@ def text(night: Night) -> str:
         lines.append(_escaped(todo))
     lines.append(f"night {_escaped(night.id or '-')}, {_took(night)}, exit code {night.exit_code}")
     return "\n".join(lines)
+
+
+def aborted_text(images: Sequence[str], target: str, error: Exception) -> str:
+    """Return the message about a night that could not begin, or that a defect of ours ended."""
+    what = f"{', '.join(images) or 'all images'} ({target})"
+    if isinstance(error, AmiBuilderError):
+        why, code = error.message, error.exit_code
+    else:
+        why, code = f"a defect of ami-builder, or of this machine: {type(error).__name__}: {error}", 1
+    line = " ".join(f"{what}: FAILED, there was no night: {why}".split())[:_LONGEST_LINE]
+    return f"*{_escaped(line)}*\nexit code {code}"
 
 
 def markdown(night: Night) -> str:

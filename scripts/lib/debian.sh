@@ -90,7 +90,7 @@ resolve() {
     local suite="$1" mirror="$2" lines root
     shift 2
     lines="$(sources "$suite" "$mirror")"
-    # The lists are kept: for an unchanged archive this costs three small requests and no parsing.
+    # The lists and the answers are kept: for an unchanged archive this costs three small requests.
     root="$cache/apt/$(printf '%s' "$lines" | sha256sum | cut -c 1-16)"
     mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} \
         "$root"/var/{lib/apt/lists/partial,cache/apt/archives/partial,lib/dpkg}
@@ -110,9 +110,20 @@ APT::Sandbox::User "root";
 Acquire::Languages "none";
 EOF
         export APT_CONFIG="$root/apt.conf"
-        apt-get -qq --error-on=any update >"$work/resolve.log" 2>&1 &&
-            apt-get -qq --print-uris install "?narrow(?codename(^$suite\$),?essential)" apt "$@" \
-                >"$work/resolved" 2>>"$work/resolve.log"
+        # Its caches only matter where something has changed: then the next call makes them.
+        apt-get -qq --error-on=any -o pkgCacheFile::Generate=false update >"$work/resolve.log" 2>&1 || exit
+        # With the same lists, which these name by their hashes, the same packages get the same answer.
+        known="$root/resolved/$({
+            cat "$root"/var/lib/apt/lists/*Release
+            stat -c '%n %s %Y' "$root"/var/lib/apt/lists/*_*
+            printf '%s\n' "$suite" "$@"
+        } | sha256sum | cut -c 1-32)"
+        [ ! -s "$known" ] || exec cp "$known" "$work/resolved"
+        apt-get -qq --print-uris install "?narrow(?codename(^$suite\$),?essential)" apt "$@" \
+            >"$work/resolved" 2>>"$work/resolve.log" || exit
+        mkdir -p "$root/resolved"
+        find "$root/resolved" -type f -mtime +30 -delete
+        cp "$work/resolved" "$work/known" && mv "$work/known" "$known"
     ) 9>"$root/lock" || {
         tail -n 20 "$work/resolve.log" >&2
         fail "apt can't resolve the packages for $suite"

@@ -339,7 +339,7 @@ def test_each_region_is_planned_by_itself(
     for one in (copy, other):
         cloud.backend(there).amis[one].creation_date = utcnow() - timedelta(days=50)
     # What stands in the channel here is free there, and the other way round.
-    assert commands.run(["promote", kept, "stable"]) == 0
+    assert commands.run(["promote", kept, "stable", "--region", REGION]) == 0
     cloud.client("ssm", region=there).put_parameter(
         Name="/ami-builder/dask/x86_64/stable", Value=copy, Type="String", DataType="aws:ec2:image"
     )

@@ -80,11 +80,12 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
     return write
 
 
-def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True) -> str:
+def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = DIGEST) -> str:
     """Make a finished AMI of ours, with a tag of its owner's."""
     account = Account.open()
-    ami = make_ami(cloud, name, **tags(Purpose.IMAGE), team="data")
-    images.finish(account, ami, tags(Purpose.IMAGE))
+    told = tagging.tags("dask", digest, RUN, Purpose.IMAGE)
+    ami = make_ami(cloud, name, **told, team="data")
+    images.finish(account, ami, told)
     images.record_verdict(account, ami, passed, "c" * 64)
     return ami
 
@@ -346,6 +347,86 @@ def test_one_that_can_not_be_launched_there(
     cloud.backend().amis[stored.artifact.location].state = "failed"
     with pytest.raises(CloudFailed, match=f"{REGION}: {stored.artifact.location} is failed"):
         brought(home, stored)
+
+
+CHANNEL = "/ami-builder/dask/x86_64/stable"
+
+
+def standing(cloud: Cloud) -> dict[str, str]:
+    """Return the AMI that stands in the channel in each region."""
+    found = {}
+    for region in (REGION, *TWO):
+        ssm = cloud.client("ssm", region=region)
+        try:
+            found[region] = str(ssm.get_parameter(Name=CHANNEL)["Parameter"]["Value"])
+        except ssm.exceptions.ParameterNotFound:
+            continue
+    return found
+
+
+def moved(capsys: pytest.CaptureFixture[str], *command: str, status: int = 0) -> dict[str, str]:
+    """Run a command that moves the channel, and return region -> AMI."""
+    capsys.readouterr()
+    assert commands.run(["--quiet", *command]) == status
+    return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_person_moves_a_channel_in_every_region(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = baked(cloud), baked(cloud, f"{NAME}-again", digest="cd" * 32)
+    there = {ami: {REGION: ami, **copied(capsys, ami)} for ami in (first, second)}
+    for ami in (first, second):
+        assert moved(capsys, "promote", ami, "stable") == there[ami] == standing(cloud)
+    assert moved(capsys, "rollback", "stable", "--target", "aws") == there[first] == standing(cloud)
+    assert moved(capsys, "promote", second, "stable") == there[second]
+    assert commands.run(["--quiet", "revoke", second, "--reason", "leaks"]) == 0
+    assert standing(cloud) == there[first]
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"{region}: channel stable: {ami}" for region, ami in there[first].items()]
+    for region, ami in there[second].items():
+        alone = ("--set", f"aws.region={region}", "--set", "aws.copy_to=")
+        assert commands.run([*alone, "promote", ami, "stable"]) == 2
+        assert "never comes back: leaks" in capsys.readouterr().err
+    assert commands.run(["history", "stable", "--target", "aws"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    moves = ["promoted", "promoted", "rolled back", "promoted", "revoked"]
+    assert [(row[0], row[2]) for row in rows] == [(r, move) for r in (REGION, *TWO) for move in moves]
+    assert commands.run(["history", "stable", "--target", "aws", "--json", "--region", TWO[1]]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["standing"] == there[first][TWO[1]]
+    assert [one["region"] for one in answer["regions"]] == [TWO[1]]
+
+
+def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = baked(cloud), baked(cloud, f"{NAME}-again", digest="cd" * 32)
+    copies = copied(capsys, first)
+    assert moved(capsys, "promote", first, "stable") == {REGION: first, **copies}
+    there = copied(capsys, second, "--region", TWO[0])
+    # It has no copy in the other one, whose channel stays.
+    assert moved(capsys, "promote", second, "stable", status=6) == {REGION: second, **there}
+    assert standing(cloud) == {REGION: second, **there, TWO[1]: copies[TWO[1]]}
+    # What is rolled back is that image, and no other where it never stood.
+    assert moved(capsys, "rollback", "stable", "--target", "aws") == {REGION: first, TWO[0]: copies[TWO[0]]}
+    assert standing(cloud) == {REGION: first, **copies}
+    for command, said in (
+        (("promote", second, "testing", "--region", "eu-north-1"), "no image is promoted there"),
+        (("rollback", "stable", "--region", TWO[0]), "only AMIs have regions"),
+        (("rollback", "stable", "--target", "aws"), "nothing stood before"),
+        (("promote", second, "stabel"), "did you mean stable"),
+    ):
+        assert commands.run(["--quiet", *command]) == 2
+        assert said in capsys.readouterr().err
+    assert standing(cloud) == {REGION: first, **copies}
+    # One region alone; and one that is down keeps no other.
+    assert moved(capsys, "promote", second, "stable", "--region", TWO[0]) == there
+    cloud.faults.add("*", "reset", times=None, region=TWO[1])
+    assert commands.run(["--quiet", "revoke", first, "--reason", "x", "--json"]) == 6
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["region"] for one in answer["regions"]] == [REGION, TWO[0]]
+    assert [one["region"] for one in answer["failed"]] == [TWO[1]]
 
 
 def test_a_region_that_is_not_enabled() -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from ami_builder.adapters.aws import images, session
+from ami_builder.adapters.aws import tags as tagging
+from ami_builder.adapters.aws.session import Account
 from ami_builder.journal import Journal, Step, unfinished
 from ami_builder.workspace import Workspace
 
@@ -72,21 +75,59 @@ def test_a_night_brings_one_ami_to_every_region_and_the_next_does_nothing(
     assert standing(cloud) == there
 
 
-def test_a_region_that_is_down_is_named_and_the_next_night_brings_it_up(
-    cloud: Cloud, workspace: Workspace
+@pytest.mark.parametrize("trouble", ["down", "throttled", "full"])
+def test_a_region_in_trouble_is_named_and_the_next_night_brings_it_up(
+    cloud: Cloud, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    cloud.faults.add("CopyImage", Fault.HTTP500, times=None, region=COPIES[1])
+    monkeypatch.setattr(session, "ATTEMPTS", 3)
+    bad = COPIES[1]
+    match trouble:
+        case "down":
+            cloud.faults.add("*", Fault.RESET, times=None, region=bad)
+        case "throttled":
+            cloud.faults.add("CopyImage", Fault.THROTTLE, times=None, region=bad)
+        case _:
+            cloud.options.full_regions = {bad}
     partly = night(status=6)
     assert partly["ending"] == "partly"
     endings = {one["place"]: one["ending"] for one in partly["places"]}
-    assert endings == {REGION: "promoted", COPIES[0]: "promoted", COPIES[1]: "failed"}
-    assert set(standing(cloud)) == {REGION, COPIES[0]}
-    assert COPIES[1] in partly["error"]
+    assert endings == {REGION: "promoted", COPIES[0]: "promoted", bad: "failed"}
+    assert bad in partly["error"]
     cloud.faults.clear()
+    cloud.options.full_regions = set()
+    assert set(standing(cloud)) == {REGION, COPIES[0]}
     baked = cloud.count("CreateImage")
     assert night()["ending"] == "promoted"
     assert set(standing(cloud)) == {REGION, *COPIES}
     assert cloud.count("CreateImage") == baked
+
+
+def test_two_machines_that_begin_the_same_night_leave_one_image_in_each_channel(
+    cloud: Cloud, workspace: Workspace, tmp_path: Path
+) -> None:
+    homes = [tmp_path / name for name in ("one", "two")]
+
+    def nights() -> list[str]:
+        """Return what those said that did not end well."""
+        going = [start(home, cloud.environment(), *NIGHT) for home in homes]
+        for process in going:
+            process.join(BOUND)
+        ends = zip(going, [(home / "out").read_text() for home in homes], strict=True)
+        return [said for process, said in ends if process.exitcode != 0]
+
+    # No lock is common to them: each bakes and finishes its own, and who comes too late to a channel says so.
+    unwell = [said for said in nights() if "by somebody else at the same time" not in said]
+    assert not unwell, "\n".join(unwell)
+    there = standing(cloud)
+    assert set(there) == {REGION, *COPIES}
+    baked = cloud.count("CreateImage")
+    assert nights() == []
+    assert standing(cloud) == there
+    assert cloud.count("CreateImage") == baked
+    assert set(cloud.left()) <= {"image", "snapshot"}
+    owned_here = owned(cloud, REGION)
+    assert len(owned_here) == baked
+    assert all(tagging.FINISHED in one.tags for one in images.by_ids(Account.open(), owned_here).values())
 
 
 def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(

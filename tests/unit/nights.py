@@ -3,24 +3,28 @@
 What is real: the configuration, the pipeline, the journals, the channels, the workspace, pruning. What is not
 imitated: Packer, QEMU, and what the checks find out; tests/vm has a real night.
 
-As a command it runs one night the way `ami-builder nightly` does, and can be killed after the Nth entry that
-it makes in its journal: python -m tests.unit.nights FOLDER [DIE_AFTER]
+`begin` runs one night in a process of its own the way `ami-builder nightly` does; it can be killed after the
+Nth entry that it makes in its journal.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import time_machine
 
 from ami_builder import commands
 from ami_builder.commands import nightly as command
@@ -34,6 +38,8 @@ from ami_builder.workspace import Run, StoredImage, Workspace
 
 GIB = 1 << 30
 WORLD = "world.json"
+SECONDS = 60.0
+"""How long a night may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,7 @@ class World:
     """What is left to Dask on the machine."""
     packages: tuple[str, ...] = ("systemd=257",)
     webhook: str = ""
+    """Who is told of a night that runs in a process of its own."""
 
 
 def told(folder: Path) -> World:
@@ -137,29 +144,65 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(folder / "ami-builder.toml"))
 
 
-def die_after(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process be killed, as by kill -9, once it has made so many entries in its journal."""
+def die_after(entries: int, monkeypatch: pytest.MonkeyPatch, *, unnoted: bool = False) -> None:
+    """Let this process be killed, as by kill -9, once it has made so many entries in its journal.
+
+    `unnoted`: just before it makes the last of them, when what this would tell of has been done.
+    """
     left = entries
     note = Journal.note
 
     def noted(self: Journal, *args: Any, **told: Any) -> None:
         nonlocal left
-        note(self, *args, **told)
         left -= 1
+        if left > 0 or not unnoted:
+            note(self, *args, **told)
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Journal, "note", noted)
 
 
-def main(folder: Path, die: int) -> int:
-    """Run one night, and return its exit code."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
+def begin(
+    folder: Path,
+    *,
+    dies_after: int = 0,
+    unnoted: bool = False,
+    at: datetime | None = None,
+    drawn: bool = True,
+) -> ForkServerProcess:
+    """Begin a night whose output goes to FOLDER/out; if told, at another time than now, or without a page."""
+    context = multiprocessing.get_context("forkserver")
+    # So that each night need not import all of this again.
+    context.set_forkserver_preload(
+        [__name__, "ami_builder.pipeline.nightly", "ami_builder.pipeline.prune", "ami_builder.report.plots"]
+    )
+    process = context.Process(target=_night, args=(folder, dies_after, unnoted, at, drawn))
+    process.start()
+    return process
+
+
+def ended(process: ForkServerProcess) -> int:
+    """Return how a night ended: its exit code, or the negative number of a signal."""
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"a night did not end within {SECONDS:.0f} s")
+    return process.exitcode
+
+
+def _night(folder: Path, dies_after: int, unnoted: bool, at: datetime | None, drawn: bool) -> None:
+    with (folder / "out").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    with pytest.MonkeyPatch.context() as monkeypatch, ExitStack() as stack:
         install(folder, monkeypatch)
-        if die:
-            die_after(die, monkeypatch)
-        return commands.run(["nightly"])
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+        monkeypatch.setenv("AMI_BUILDER_WEBHOOK", told(folder).webhook)
+        if not drawn:
+            monkeypatch.setattr("ami_builder.pipeline.report.write_page", lambda *_: None)
+        if dies_after:
+            die_after(dies_after, monkeypatch, unnoted=unnoted)
+        if at is not None:
+            stack.enter_context(time_machine.travel(at, tick=True))
+        status = commands.run(["nightly"])
+    sys.exit(status)

@@ -125,7 +125,9 @@ STAYS = 'trap "exit 0" TERM; : >"$0.$1.ready"; sleep 60 & wait'
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_local_fails_when_the_worker_ends_by_itself(tmp_path: Path, status: int) -> None:
-    process = _local(tmp_path, f"case $1 in worker) exit {status} ;; esac\n{STAYS}")
+    # A shell that has only just forked may lose the signal that ends it; no real worker ends that early.
+    early = f'until [ -e "$0.scheduler.ready" ]; do sleep 0.01; done; exit {status}'
+    process = _local(tmp_path, f"case $1 in worker) {early} ;; esac\n{STAYS}")
     assert process.wait(30) == 1
     # The scheduler may be stopped before it has said that it was called.
     assert any(call.startswith("worker ") for call in calls(tmp_path, "dask"))

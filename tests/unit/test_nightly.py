@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,13 +17,14 @@ import time_machine
 from ami_builder import commands
 from ami_builder.journal import Journal, Step, open_night, unfinished
 from ami_builder.model import RunRecord, Target
+from ami_builder.night import Night
 from ami_builder.pipeline import channels
 from ami_builder.pipeline.local_channels import LocalChannels
+from ami_builder.pipeline.records import NIGHT
 from ami_builder.workspace import Workspace, load
 
-from .nights import WORLD, World, install
+from .nights import WORLD, World, begin, ended, install
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 [images.dask.lifecycle]
 keep = 1
@@ -153,31 +153,28 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
     assert len(bakes(folder)) == 3
 
 
-def run_apart(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a night in a process of its own."""
-    argv = [sys.executable, "-m", "tests.unit.nights", str(folder), *more]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_a_night_that_is_killed_after_any_entry_of_its_journal_goes_on_where_it_was(
-    folder: Path, workspace: Workspace, record: LocalChannels
+@pytest.mark.parametrize("unnoted", [False, True], ids=["once it is made", "before it is made"])
+def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was(
+    folder: Path, workspace: Workspace, record: LocalChannels, unnoted: bool
 ) -> None:
     meet(folder, World(inputs="zero"))
-    assert run_apart(folder).returncode == 0
+    assert ended(begin(folder)) == 0
     entries = len((workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines())
     assert entries == len(Step)
     for number in range(1, entries + 1):
-        meet(folder, World(inputs=f"killed after {number}"))
+        meet(folder, World(inputs=f"killed at {number}"))
         built = len(bakes(folder))
-        killed = run_apart(folder, str(number))
-        assert killed.returncode == -9, killed.stderr
+        assert ended(begin(folder, dies_after=number, unnoted=unnoted, drawn=False)) == -9
         cut_off = [journal.id for journal in unfinished(workspace)]
-        assert len(cut_off) == (number < entries)
-        ended = run_apart(folder)
-        assert ended.returncode == 0, ended.stderr
+        noted = number - unnoted
+        assert len(cut_off) == (noted < entries)
+        assert ended(begin(folder, drawn=False)) == 0, (folder / "out").read_text()
         assert not list(unfinished(workspace))
         latest = Journal((workspace.nights_dir / "dask.qemu" / "latest").resolve())
-        assert latest.id in cut_off or number == entries
+        assert latest.id in cut_off or noted == entries
+        end = latest.find(Step.ENDED)
+        assert end is not None
+        assert end["ending"] == ("unchanged" if noted == entries else "promoted")
         assert len(bakes(folder)) == built + 1
         assert standing(record) == bakes(folder)[-1]
         assert [entry.id for entry in record.entries("testing")].count(standing(record)) == 1
@@ -186,14 +183,15 @@ def test_a_night_that_is_killed_after_any_entry_of_its_journal_goes_on_where_it_
 def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
     folder: Path, workspace: Workspace, record: LocalChannels
 ) -> None:
-    assert run_apart(folder, "1").returncode == -9
+    assert ended(begin(folder, dies_after=1)) == -9
     (cut_off,) = unfinished(workspace)
     meet(folder, World(inputs="two"))
-    assert run_apart(folder).returncode == 0
-    ended = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
+    assert ended(begin(folder)) == 0
+    last = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
     assert len(bakes(folder)) == 1
     assert standing(record) == bakes(folder)[0]
-    assert ended is None or "inputs have changed" in ended["ending"]
+    assert last is not None
+    assert "inputs have changed" in last["ending"]
 
 
 def test_of_two_nights_at_once_the_second_says_who_is_at_it(
@@ -204,6 +202,18 @@ def test_of_two_nights_at_once_the_second_says_who_is_at_it(
         assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
     assert not bakes(folder)
     assert commands.run(["nightly"]) == 0
+
+
+def test_nights_that_begin_at_the_same_moment_make_one_image(
+    folder: Path, workspace: Workspace, record: LocalChannels
+) -> None:
+    statuses = [ended(each) for each in [begin(folder) for _ in range(4)]]
+    # One does it; the others find it going, or done.
+    assert set(statuses) <= {0, 8}, (folder / "out").read_text()
+    assert 0 in statuses
+    assert bakes(folder) == [standing(record)]
+    assert len(record.entries("testing")) == 1
+    assert not list(unfinished(workspace))
 
 
 def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
@@ -244,6 +254,65 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
     server.server_close()
 
 
+def test_a_night_that_can_not_begin_is_told_too(
+    folder: Path,
+    workspace: Workspace,
+    hook: Callable[[], list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "ami-builder.toml").write_text("[images.dask.nightly]\nchanel = 'testing'\n")
+    assert commands.run(["nightly"]) == 2
+    (folder / "ami-builder.toml").write_text(CONFIG)
+    with workspace.lock_night("dask", Target.QEMU):
+        assert commands.run(["nightly", "dask"]) == 8
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a <defect>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ami_builder.pipeline.nightly.resolve", broken)
+        assert commands.run(["nightly"]) == 1
+    config, locked, defect = hook()
+    assert config.startswith("*all images (qemu): FAILED, there was no night: ")
+    assert "chanel" in config
+    assert "exit code 2" in config
+    assert "dask (qemu): FAILED, there was no night: a night of image 'dask' for qemu is going" in locked
+    assert "KeyError: 'a &lt;defect&gt;'" in defect
+    # What a defect cut off is gone on with.
+    assert commands.run(["nightly"]) == 0
+    assert hook()[-1].startswith("*dask (qemu): promoted")
+
+
+@pytest.mark.parametrize("webhook", ["http://127.0.0.1:9/nobody", "http://example.com/not-secure", "no url"])
+def test_a_webhook_that_fails_does_not_fail_a_night(
+    folder: Path,
+    workspace: Workspace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    webhook: str,
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_WEBHOOK", webhook)
+    ended = night(capsys)
+    assert ended["ending"] == "promoted"
+    entries = (workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines()
+    last = json.loads(entries[-1])
+    assert last["unsent"].startswith("webhook")
+    assert "nobody" not in last["unsent"]
+    assert night(capsys)["ending"] == "unchanged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One night of a week: what it meets, and how it must end."""
+
+    at: datetime
+    world: World
+    status: int
+    ending: str
+    dies_after: int = 0
+
+
 def test_seven_nights(
     folder: Path,
     workspace: Workspace,
@@ -251,54 +320,82 @@ def test_seven_nights(
     hook: Callable[[], list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A week unattended: inputs change on some nights, faults come on others, and the clock moves on."""
-    monday = datetime(2026, 3, 2, 2, 30, tzinfo=UTC)
-    base = World()
-    week: list[tuple[World, int, str]] = [
-        (base, 0, "promoted"),
-        (base, 0, "unchanged"),
-        (replace(base, inputs="two", packages=("systemd=258",)), 0, "promoted"),
-        (replace(base, archive=False), 4, "failed"),
-        (replace(base, inputs="three", available=1_500_000_000, packages=("agent=1",)), 9, "held"),
-        (replace(base, inputs="four", passes=False), 5, "failed"),
-        (replace(base, inputs="four"), 0, "promoted"),
+    """A week unattended, each night a process: inputs change, faults come, one is killed, the clock jumps."""
+    monday, day = datetime(2026, 3, 2, 2, 30, tzinfo=UTC), timedelta(days=1)
+    base = World(webhook=os.environ["AMI_BUILDER_WEBHOOK"])
+    two = replace(base, inputs="two", packages=("systemd=258",))
+    heavy = replace(base, inputs="three", available=1_500_000_000, packages=("agent=1",))
+    last_year = datetime(2025, 1, 1, tzinfo=UTC)
+    week = [
+        Planned(at=monday, world=base, status=0, ending="promoted"),
+        Planned(at=monday + day, world=base, status=0, ending="unchanged"),
+        # The power fails once the image is built; the timer starts the night again.
+        Planned(at=monday + 2 * day, world=two, status=-9, ending="", dies_after=2),
+        Planned(at=monday + 2 * day + day / 96, world=two, status=0, ending="promoted"),
+        # Neither the archive answers, nor who is to be told of it.
+        Planned(
+            at=monday + 3 * day,
+            world=replace(base, archive=False, webhook="http://127.0.0.1:9/x"),
+            status=4,
+            ending="failed",
+        ),
+        Planned(at=monday + 4 * day, world=heavy, status=9, ending="held"),
+        # The clock has lost its battery.
+        Planned(at=last_year, world=replace(base, inputs="four", passes=False), status=5, ending="failed"),
+        Planned(at=monday + 6 * day, world=replace(base, inputs="four"), status=0, ending="promoted"),
     ]
     digests: dict[str, str] = {}
-    for number, (world, status, ending) in enumerate(week):
-        meet(folder, world)
-        with time_machine.travel(monday + timedelta(days=number), tick=True):
-            ended = night(capsys, status=status)
-        assert ended["ending"] == ending
-        if ended["digest"]:
-            digests[world.inputs] = str(ended["digest"])
-    assert bakes(folder) == list(digests.values())
+    for one in week:
+        meet(folder, one.world)
+        assert ended(begin(folder, at=one.at, dies_after=one.dies_after)) == one.status, one
+        if not one.ending:
+            continue
+        last = load(Night, workspace.nights_dir / "dask.qemu" / "latest" / NIGHT)
+        assert last is not None
+        assert (last.ending, last.exit_code) == (one.ending, one.status)
+        digests |= {one.world.inputs: last.digest} if last.digest else {}
+    assert bakes(folder) == list(digests.values()), "nothing twice"
 
+    # The right channel, and the right images: those of the channel and what it goes back to, and the newest
+    # that never stood anywhere.
     assert standing(record) == digests["four"]
     assert [entry.id for entry in record.entries("testing")] == [digests[i] for i in ("one", "two", "four")]
-    # Younger than two days, in the channel or what it goes back to, or the newest that never stood anywhere.
-    assert {one.artifact.digest for one in workspace.images()} == {
-        digests[i] for i in ("two", "three", "four")
+    kept = {digests[i] for i in ("two", "three", "four")}
+    assert {one.artifact.digest for one in workspace.images()} == kept
+
+    # Nothing left over.
+    assert {path.name for path in (workspace.images_dir / "dask").iterdir()} == {
+        "channels.json",
+        *(one.directory.name for one in workspace.images() if one.directory),
     }
     assert not list(unfinished(workspace))
     assert not list(workspace.runs_dir.glob("*/work"))
+    assert not [one for one in workspace.runs_dir.iterdir() if workspace.is_live(one.name)]
+    hidden = {path.name for path in (folder / "home").rglob(".*") if path.is_file()}
+    assert hidden <= {".alive"}, "nothing half-written"
     records = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
-    assert sorted(str(one.status) for one in records if one) == [
-        "failed",
-        "passed",
-        "passed",
-        "passed",
-        "passed",
-    ]
+    assert sorted(str(one.status) for one in records if one) == ["failed", *["passed"] * 4]
 
-    assert len(hook()) == 6, "an unchanged night has nothing to tell"
+    # Who was to be told was told, once of each night but the unchanged one and the one that could not.
+    assert [text.split(":")[1].split()[0] for text in hook()] == [
+        *("promoted", "promoted", "HELD", "FAILED,", "promoted")
+    ]
+    nights = sorted((workspace.nights_dir / "dask.qemu").glob("202*"))
+    assert len(nights) == 7
+    drawn = [(night / "report.html").is_file() for night in nights]
+    assert drawn == [True, True, False, True, True, True, True], "an unchanged one has nothing to show"
+    lines = [(night / "summary.md").read_text().splitlines()[0] for night in nights]
+    assert [line.removeprefix("# dask (qemu): ").split()[0].rstrip(",") for line in lines] == [
+        *("FAILED", "promoted", "unchanged", "promoted", "FAILED", "HELD", "promoted")
+    ]
+    assert "the package archive does not answer" in lines[4]
+
+    # And a history that a person can read.
     capsys.readouterr()
     assert commands.run(["history", "testing"]) == 0
-    told = capsys.readouterr().out
-    assert [line.split("\t")[0][:10] for line in told.splitlines()] == [
-        "2026-03-02",
-        "2026-03-04",
-        "2026-03-08",
+    told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(when[:10], move, image, why[:13]) for when, move, image, _, why in told] == [
+        ("2026-03-02", "promoted", digests["one"][:16], "night 2026030"),
+        ("2026-03-04", "promoted", digests["two"][:16], "night 2026030"),
+        ("2026-03-08", "promoted", digests["four"][:16], "night 2026030"),
     ]
-    nights = sorted((workspace.nights_dir / "dask.qemu").glob("2026*"))
-    assert len(nights) == 7
-    assert "held" in (nights[4] / "summary.md").read_text()

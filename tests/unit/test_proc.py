@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,6 +142,27 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
         side_by_side([slow, failing])
     # And work can go on afterwards.
     assert proc.output(["echo", "fine"]) == "fine\n"
+
+
+def test_what_is_started_while_everything_is_cancelled_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.Popen
+
+    def late(*argv: Any, **more: Any) -> Any:
+        process = real(*argv, **more)
+        # Whoever cancels now does not see it yet.
+        proc.cancel()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    started = time.monotonic()
+    try:
+        with pytest.raises(Interrupted):
+            proc.stream(["sleep", "100"], log=tmp_path / "log", what="sleep", timeout=100)
+    finally:
+        proc.resume()
+    assert time.monotonic() - started < 20
 
 
 def test_a_wait_ends_when_everything_is_cancelled() -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ami_builder import commands, ledger
+from ami_builder.channels import Entry
+from ami_builder.errors import UsageError
 from ami_builder.ledger import Ledger
-from ami_builder.model import Resource, Target
+from ami_builder.model import Artifact, CheckResult, Outcome, Resource, Target, Verdict
 from ami_builder.pipeline import prune
-from ami_builder.pipeline.channels import promote, revoke, rollback
+from ami_builder.pipeline.channels import current, promote, revoke, rollback
 from ami_builder.pipeline.local_channels import LocalChannels
-from ami_builder.retention import Action
+from ami_builder.retention import Action, Candidate, Policy, plan
 from ami_builder.workspace import StoredImage, Workspace
 
 from .stored import stored
@@ -228,3 +233,82 @@ def test_records_go_after_a_year_unless_something_needs_them(
         *("young", "r", "owing", "last-night")
     }
     assert "a" in left(workspace)
+
+
+class Record:
+    """Channels in memory, whose images are letters."""
+
+    def __init__(self) -> None:
+        self.moves: list[Entry] = []
+        self.reasons: dict[str, str] = {}
+
+    def locked(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def id_of(self, stored: StoredImage) -> str:
+        return stored.artifact.digest
+
+    def find(self, id: str) -> StoredImage | None:
+        artifact = Artifact(
+            image="dask", target=Target.QEMU, location=id, digest=id, created=NOW, run_id="r", size=0
+        )
+        return StoredImage(artifact=artifact, verdict=proof(id), directory=None)
+
+    def entries(self, channel: str) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.moves if entry.channel == channel)
+
+    def used(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(entry.channel for entry in self.moves))
+
+    def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
+        return {id: self.reasons[id] for id in ids if id in self.reasons}
+
+    def write(self, entry: Entry) -> None:
+        self.moves.append(entry)
+
+    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+        self.reasons.setdefault(id, reason)
+        self.moves += entries
+
+
+def proof(digest: str) -> Verdict:
+    result = CheckResult(
+        name="x", phase="boot", machine="2 GiB", outcome=Outcome.PASSED, seconds=1, message=""
+    )
+    return Verdict(digest=digest, checks_digest="c", results=(result,), measured=())
+
+
+moves = st.tuples(
+    st.sampled_from(["promote", "promote", "rollback", "revoke"]),
+    st.sampled_from("abcde"),
+    st.sampled_from(KNOWN),
+)
+
+
+@given(st.lists(moves, max_size=20))
+def test_whatever_people_did_what_stands_and_what_it_goes_back_to_stays(
+    done: list[tuple[str, str, str]],
+) -> None:
+    record = Record()
+    for move, letter, channel in done:
+        image = record.find(letter)
+        assert image is not None
+        with suppress(UsageError):
+            match move:
+                case "promote":
+                    promote(record, image, channel, KNOWN)
+                case "rollback":
+                    rollback(record, channel, KNOWN)
+                case _:
+                    revoke(record, image, "leaks")
+    harsh = Policy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
+    old = [Candidate(id=letter, image="dask", created=NOW - timedelta(days=900)) for letter in "abcde"]
+    decisions = plan(old, list(prune.channel_references(record)), harsh, NOW)
+    gone = {one.candidate.id for one in decisions if one.action is Action.DELETE}
+    needed = set()
+    for channel in record.used():
+        needed |= {current(record, channel)} - {""}
+        with suppress(UsageError):
+            needed.add(rollback(record, channel, KNOWN).stored.artifact.digest)
+    assert gone == set("abcde") - needed
+    assert not needed & record.reasons.keys()

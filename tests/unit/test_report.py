@@ -32,6 +32,7 @@ from ami_builder.model import (
 )
 from ami_builder.night import Ending, Night, PlaceEnding
 from ami_builder.pipeline import records, shown
+from ami_builder.pipeline.records import RecordedNight
 from ami_builder.pipeline.report import keep_night, write_page
 from ami_builder.report import Tone
 from ami_builder.workspace import Workspace, dump, load
@@ -303,6 +304,10 @@ def test_how_a_night_ended(workspace: Workspace, ending: Ending, tmp_path: Path)
     directory = workspace.nights_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     assert load(Night, directory / "night.json") == told
+    if ending is Ending.UNCHANGED:
+        # Whoever wants a page of nothing new asks for it.
+        assert not (directory / "report.html").exists()
+        write_page(RecordedNight(night=told, directory=directory), workspace)
     page = Parsed((directory / "report.html").read_text())
     for text in (
         "eu-west-1",

@@ -277,7 +277,9 @@ def _night(state: Path, name: str, text: str) -> str:
     """Return the shell script of a night that leaves what the real one does."""
     folder = state / "nights" / name / text
     return (
-        f"mkdir -p {folder} && echo '{{}}' >{folder}/journal.jsonl && echo '# {text}' >{folder}/summary.md"
+        # A file's time is the clock's at its last tick, and a real night takes longer than that.
+        f"sleep 0.05 && mkdir -p {folder} && echo '{{}}' >{folder}/journal.jsonl"
+        f" && echo '# {text}' >{folder}/summary.md"
         f" && ln -sfn {text} {folder.parent}/latest"
     )
 

@@ -109,6 +109,11 @@ def find(account: Account, image: str, digest: str) -> Ami | None:
     return max(fitting, key=lambda ami: (ami.finished, ami.state == "available", _age(ami)), default=None)
 
 
+def named(account: Account, name: str) -> Ami | None:
+    """Return the AMI of a name, which no two of an account have in a region, in whatever state."""
+    return next(iter(_search(account, {"Name": "name", "Values": [name]})), None)
+
+
 def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     """Return those of these AMIs that are there, by id."""
     chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
