@@ -63,6 +63,12 @@ def find(table: ImageTable) -> Iterator[Conflict]:
             ("memory.reserve", "verify.memory"),
             f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
         )
+    if 2 * table.memory.nanny_headroom > min(verify.memory):
+        yield Conflict(
+            ("memory.nanny_headroom", "verify.memory"),
+            "expected at most half of the least of verify.memory, which is"
+            f" {format_size(min(verify.memory))}: the workers need the rest",
+        )
     for check in verify.checks:
         yield from _missing("verify.checks", check)
     if table.aws.kms_key and not table.aws.encrypt:

@@ -11,6 +11,9 @@ from pathlib import Path
 FIRST_BOOT = "boot"
 """The phase in which the checks of a first boot run as well, and whose measurements compare."""
 
+PRESSURE = "pressure"
+"""The phase in which a machine that is up runs out of memory, and only the checks of that run."""
+
 
 class Target(StrEnum):
     """Where an image is baked and booted."""
@@ -121,6 +124,8 @@ class Verify:
     checks: tuple[Path, ...]
     """The user's own pytest-testinfra files, run beside ours."""
     timeout: float
+    pressure: bool
+    """Whether the machines are put under memory pressure in the end."""
     instance_types: tuple[str, ...]
     """The EC2 instances that an AMI is proved on: one of each type."""
 
@@ -205,6 +210,8 @@ class Image:
     base: Base
     container: Container
     reserve: Reserve
+    nanny_headroom: int
+    """How much less than the container's limit the workers' own limits add up to, in bytes."""
     dask: Dask
     bake: Bake
     verify: Verify
@@ -268,12 +275,13 @@ class CheckResult:
 
     name: str
     phase: str
-    """`boot`, `restart` or `reboot`."""
+    """`boot`, `restart`, `reboot` or `pressure`."""
     machine: str
     """Which machine: its memory (`2 GiB`), or its instance type."""
     outcome: Outcome
     seconds: float
     message: str
+    """What is wrong, or why it was skipped; of a check that passed what it noted, if anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,11 @@ class MemoryTable(Table):
 
     reserve: Reserved = model.Reserve()
     """What stays with the system out of what is available when Dask starts: a size or a percentage."""
+    nanny_headroom: Space = 0
+    """How much less than the container's limit the workers' own limits add up to.
+
+    So that the nanny, which lives in the container too, restarts a worker before the kernel kills it.
+    """
 
 
 class DaskTable(Table):
@@ -165,6 +170,8 @@ class VerifyTable(Table):
     """Your own pytest-testinfra files, run beside those that ship with ami-builder."""
     timeout: Duration = 15 * 60.0
     """How long one machine may take to boot, and its checks to run."""
+    pressure: Truth = True
+    """Whether each machine is put under memory pressure in the end: minutes on an emulated one."""
     instance_types: Annotated[tuple[InstanceType, ...], AfterValidator(distinct), AfterValidator(some)] = (
         Field(("m6i.large",), json_schema_extra={"uniqueItems": True, "minItems": 1})
     )
@@ -297,6 +304,7 @@ class ImageTable(Table):
             base=model.Base(**base),
             container=model.Container(**container),
             reserve=self.memory.reserve,
+            nanny_headroom=self.memory.nanny_headroom,
             dask=model.Dask(**_values(self.dask)),
             bake=model.Bake(**_values(self.bake)),
             verify=model.Verify(**_values(self.verify)),

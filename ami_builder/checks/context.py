@@ -23,6 +23,8 @@ class Context:
     machine_memory: int
     disk: int
     reserve: Reserve
+    headroom: int
+    """How much less than the container's limit the workers' own limits must add up to."""
     datasource: Datasource
     role: Role
     workers: int
@@ -32,9 +34,11 @@ class Context:
     public_key: str
     """The one key that may be in an authorized_keys."""
     timeout: float
-    """Seconds that Dask and its workers get to come up."""
+    """Seconds that Dask and its workers get to come up, and to go through the phase `pressure`."""
+    work: float = 2.0
+    """How many times their limit the workers have to spill in the phase `pressure`."""
     phase: str = FIRST_BOOT
-    """`boot`, `restart` or `reboot`."""
+    """`boot`, `restart`, `reboot` or `pressure`."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, readable by its owner alone."""

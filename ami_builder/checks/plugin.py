@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
 import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
-from ami_builder.model import FIRST_BOOT
+from ami_builder.model import FIRST_BOOT, PRESSURE
 
 from .context import ENVIRONMENT, Context
+from .pressed import Pressed
+from .reports import NOTE, message_of, name_of
 from .state import ANSWERS, Container, Dask, Incomplete, Machine, sections
+from .watch import ANSWER, watch
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
@@ -32,6 +37,10 @@ GUARD_STATUS = 64
 _HERE = Path(__file__).resolve().parent
 # Importing distributed takes ten seconds on an emulated machine, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
+# A script that outlives the login that began it.
+_ALONE = f'umask 022; exec setsid -f /bin/sh -c "$@" </dev/null >{ANSWER} 2>{ANSWER}.err'
+
+Told = TypeVar("Told")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "first_boot: run in the phase `boot` only")
+    config.addinivalue_line("markers", "pressure: run in the phase `pressure` only, alone there")
     config.pluginmanager.register(_Run(config), "ami-builder-run")
 
 
@@ -55,6 +65,7 @@ class _Run:
         self.pool = ThreadPoolExecutor(max_workers=2)
         self.machine: Future[Machine] | None = None
         self.dask: Future[Dask] | None = None
+        self.pressed: Future[Pressed] | None = None
         self.failed = 0
         self.blocked = ""
         self.unreadable = False
@@ -94,8 +105,12 @@ class _Run:
 
     def ask(self, script: str, *arguments: str) -> tuple[str, str, int]:
         """Run one of the scripts as root and return stdout, stderr and status."""
+        return self.run(_text(script), *arguments)
+
+    def run(self, script: str, *arguments: str) -> tuple[str, str, int]:
+        """Run the text of a script as root and return stdout, stderr and status."""
         command = "sudo -n /bin/sh -c %s sh" + " %s" * len(arguments)
-        done = self.host.run(command, (_HERE / script).read_text(encoding="utf-8"), *arguments)
+        done = self.host.run(command, script, *arguments)
         # Not .stdout: that asks the machine for its encoding first.
         return (
             done.stdout_bytes.decode("utf-8", "replace"),
@@ -121,7 +136,10 @@ class _Run:
             self.refuse(name, f"it should answer {self.context.nonce or 'something'}, and answers {told}")
         if found.get("settled", "").strip() == ANSWERS:
             self.tell(event="ready")
-        pid = [*found.get("container", "").split("\n"), ""][1]
+        name, pid, *_ = [*found.get("container", "").split("\n"), "", ""]
+        if self.context.phase == PRESSURE:
+            self.pressed = self.pool.submit(self._press, name, pid)
+            return
         self.machine = self.pool.submit(self._gather, settled, pid)
         self.dask = self.pool.submit(self._ask_dask, pid)
 
@@ -138,11 +156,26 @@ class _Run:
         if not pid:
             return Dask(workers=(), error="no Dask container is running")
         seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
-        program = (_HERE / "probe.py").read_text(encoding="utf-8")
+        program = _text("probe.py")
         arguments = (self.context.role.value, str(self.context.workers), f"{seconds:.0f}")
         stdout, stderr, status = self.ask("probe.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
         self.record("dask", {"stdout": stdout, "stderr": stderr, "status": status})
         return Dask.parse(stdout, stderr, status)
+
+    def _press(self, container: str, pid: str) -> Pressed:
+        if not pid:
+            raise Incomplete("no Dask container is running")
+        seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
+        texts = (_text("probe.sh"), _text("press.py"))
+        numbers = (f"{seconds:.0f}", str(self.context.workers), str(self.context.work))
+        arguments = (container, pid, *numbers, *texts)
+        self.run(_ALONE, _text("press.sh"), "sh", *arguments)
+        host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
+        watched = watch(["ssh", "-F", ssh_config, host.removeprefix("ssh://"), "--"], 1.5 * seconds)
+        answer, errors, _ = self.run(f"cat {ANSWER}; cat {ANSWER}.err >&2")
+        text = sections(answer)
+        self.record("pressed", {**text, "stderr": errors, "watched": asdict(watched)})
+        return Pressed.parse(text, watched)
 
     def record(self, name: str, answer: Mapping[str, object]) -> None:
         folder = self.config.getoption("record")
@@ -150,11 +183,12 @@ class _Run:
             path = Path(folder) / f"{name}-{self.context.phase}.json"
             path.write_text(json.dumps(answer, indent=1), encoding="utf-8")
 
-    def joined(self) -> Machine:
+    def joined(self, told: Future[Told] | None) -> Told:
         """Return what the machine told; the session ends as failed when it told nothing that can be read."""
-        assert self.machine is not None
+        if told is None:
+            pytest.fail(f"in the phase {self.context.phase} the machine is not asked for that")
         try:
-            return self.machine.result()
+            return told.result()
         except (Incomplete, RuntimeError, OSError) as wrong:
             self.refuse("guard: the machine answers", str(wrong))
 
@@ -162,15 +196,15 @@ class _Run:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Refuse files without checks, leave out what belongs to a first boot, put Dask's checks last."""
+        """Refuse files without checks, leave out what belongs to other phases, put Dask's checks last."""
         wanted = {Path(argument.split("::")[0]).resolve() for argument in config.args}
         empty = [path for path in sorted(wanted) if not any(_within(item.path, path) for item in items)]
         if empty and not config.option.collectonly and not self.unreadable:
             self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
-        if self.read_context().phase != FIRST_BOOT:
-            later = [item for item in items if item.get_closest_marker("first_boot")]
-            config.hook.pytest_deselected(items=later)
-            items[:] = [item for item in items if item not in later]
+        phase = self.read_context().phase
+        others = [item for item in items if not _belongs(item, phase)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
         items.sort(key=lambda item: "client" in getattr(item, "fixturenames", ()))
 
     @pytest.hookimpl(tryfirst=True)
@@ -190,13 +224,13 @@ class _Run:
         if hasattr(report, "wasxfail"):
             # A check that is expected to fail proves nothing, whether or not it does.
             outcome = "failed"
-        message = "" if outcome == "passed" else _message(report)
+        message = message_of(report)
         self.failed += outcome == "failed"
         if outcome == "skipped" and message.startswith(BLOCKED):
-            self.blocked = self.blocked or f"{_name(report)}: {message}"
+            self.blocked = self.blocked or f"{name_of(report)}: {message}"
         self.tell(
             event="result",
-            name=_name(report),
+            name=name_of(report),
             outcome=outcome,
             seconds=round(report.duration, 3),
             message=message,
@@ -205,7 +239,7 @@ class _Run:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.unreadable = True
-            self.tell(event="guard", name="guard: the files can be read", message=_message(report))
+            self.tell(event="guard", name="guard: the files can be read", message=message_of(report))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -216,36 +250,18 @@ class _Run:
         self.tell(event="finished")
 
 
+def _belongs(item: pytest.Item, phase: str) -> bool:
+    if item.get_closest_marker("pressure"):
+        return phase == PRESSURE
+    return phase != PRESSURE and (phase == FIRST_BOOT or not item.get_closest_marker("first_boot"))
+
+
+def _text(script: str) -> str:
+    return (_HERE / script).read_text(encoding="utf-8")
+
+
 def _within(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
-
-
-def readable(nodeid: str) -> str:
-    """Return a check's name for people: `test_limit.py::test_swap_is_off` is `limit: swap is off`."""
-    path, _, function = nodeid.partition("::")
-    stem = Path(path).stem.removeprefix("test_").replace("_", " ")
-    name, _, parameters = function.rstrip("]").partition("[")
-    words = " ".join(part.removeprefix("test_") for part in name.split("::")).replace("_", " ")
-    return f"{stem}: {words} ({parameters})" if parameters else f"{stem}: {words}"
-
-
-def _name(report: pytest.TestReport) -> str:
-    # A file that lies outside pytest's root has no path in its node id.
-    return readable(f"{report.location[0]}::{report.nodeid.partition('::')[2]}")
-
-
-def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return the first line that says what is wrong."""
-    longrepr: Any = report.longrepr
-    if isinstance(longrepr, tuple):  # a skip: path, line, reason
-        return str(longrepr[2]).removeprefix("Skipped: ")
-    crash = getattr(longrepr, "reprcrash", None)
-    text = crash.message if crash is not None else str(longrepr)
-    lines: Iterable[str] = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line), "no message")
-    if crash is None:  # a file that can't be imported: its last line is the error
-        first = [line.strip() for line in text.splitlines() if line.strip()][-1].removeprefix("E").strip()
-    return first.removeprefix("AssertionError: ").removeprefix("Failed: ")
 
 
 def _run(config: pytest.Config) -> _Run:
@@ -290,7 +306,21 @@ def context(request: pytest.FixtureRequest) -> Context:
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> Machine:
     """What the machine told about this start."""
-    return _run(request.config).joined()
+    run = _run(request.config)
+    return run.joined(run.machine)
+
+
+@pytest.fixture(scope="session")
+def pressed(request: pytest.FixtureRequest) -> Pressed:
+    """What the machine showed under memory pressure; in the phase `pressure` only."""
+    run = _run(request.config)
+    return run.joined(run.pressed)
+
+
+@pytest.fixture
+def note(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Say something about a check that passed."""
+    return partial(record_property, NOTE)
 
 
 @pytest.fixture(scope="session")
@@ -308,9 +338,8 @@ def variable(machine: Machine) -> int:
 @pytest.fixture(scope="session")
 def client(request: pytest.FixtureRequest) -> Dask:
     """What Dask's own client was told, or why it was told nothing."""
-    future = _run(request.config).dask
-    assert future is not None
-    return future.result()
+    run = _run(request.config)
+    return run.joined(run.dask)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,15 @@
 set -u
 pid=$1 seconds=$2 program=$3
 shift 3
+set -- PYTHONDONTWRITEBYTECODE=1 nsenter -t "$pid" -m -n -i -u -p -- python -c "$program" "$@"
 # shellcheck disable=SC2016  # expanded by the shell that xargs starts
 exec timeout "$seconds" xargs -0 -a "/proc/$pid/environ" sh -c '
-    pid=$0 program=$1 first=$2 second=$3 third=$4
-    shift 4
-    exec env -i "$@" PYTHONDONTWRITEBYTECODE=1 nsenter -t "$pid" -m -n -i -u -p -- python -c "$program" "$first" "$second" "$third"
-' "$pid" "$program" "$@"
+    # The environment comes last, and env wants it first.
+    words=$0
+    while [ "$words" -gt 0 ]; do
+        set -- "$@" "$1"
+        shift
+        words=$((words - 1))
+    done
+    exec env -i "$@"
+' "$#" "$@"

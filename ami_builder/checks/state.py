@@ -45,6 +45,16 @@ def numbers(text: str) -> dict[str, int]:
     return found
 
 
+def taken(stat: Mapping[str, int]) -> int:
+    """Return what a cgroup holds that can't be dropped: all but page cache and reclaimable slab.
+
+    Kernel, Documentation/admin-guide/cgroup-v2.rst, memory.stat: `file` has shmem in it, which can't be
+    dropped; `kernel` has all slab in it, of which slab_reclaimable can.
+    """
+    kernel = stat.get("kernel", 0) - stat.get("slab_reclaimable", 0)
+    return stat.get("anon", 0) + stat.get("shmem", 0) + stat.get("sock", 0) + kernel
+
+
 def seconds(timestamp: str) -> float:
     """Return Docker's RFC 3339 time, which has nine decimals and ends in Z, as seconds since 1970."""
     whole, _, fraction = timestamp.removesuffix("Z").partition(".")
@@ -183,14 +193,8 @@ class Machine:
 
     @property
     def taken(self) -> int:
-        """What only the end of the Dask container would give back: all but page cache and reclaimable slab.
-
-        Kernel, Documentation/admin-guide/cgroup-v2.rst, memory.stat: `file` has shmem in it, which can't be
-        dropped; `kernel` has all slab in it, of which slab_reclaimable can.
-        """
-        stat = self.memory_stat
-        kernel = stat.get("kernel", 0) - stat.get("slab_reclaimable", 0)
-        return stat.get("anon", 0) + stat.get("shmem", 0) + stat.get("sock", 0) + kernel
+        """What only the end of the Dask container would give back."""
+        return taken(self.memory_stat)
 
     def mount_of(self, directory: str) -> Mount | None:
         """Return the mount that a path in the container is on."""

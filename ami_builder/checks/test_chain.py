@@ -58,10 +58,12 @@ def test_container_sees_the_variable(machine: Machine, container: Container, var
 
 
 def test_workers_share_the_variable(context: Context, dask: Dask, variable: int) -> None:
-    """The workers' limits must add up to the container's, less what rounding down takes of each."""
+    """The workers' limits must add up to the container's, less the headroom and what rounding takes."""
     if context.role is Role.SCHEDULER:
         pytest.skip("a scheduler has no workers: the chain ends at memory.max")
     limits = [worker.memory_limit or 0 for worker in dask.workers]
-    assert variable - max(1, len(limits)) < sum(limits) <= variable, (
-        f"{len(limits)} workers have {limits} = {told(sum(limits))}, {VARIABLE} is {told(variable)}"
+    share = variable - context.headroom
+    less = f", less a headroom of {told(context.headroom)}" if context.headroom else ""
+    assert share - max(1, len(limits)) < sum(limits) <= share, (
+        f"{len(limits)} workers have {limits} = {told(sum(limits))}, {VARIABLE} is {told(variable)}{less}"
     )

@@ -1,10 +1,11 @@
-"""One machine's way through the phases: first boot, service restart, reboot, with the checks after each."""
+"""One machine's way through the phases: first boot, service restart, reboot, memory pressure."""
 
 from __future__ import annotations
 
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ami_builder import proc
 from ami_builder.adapters import checks, qemu, ssh
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError
-from ami_builder.model import CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.model import PRESSURE, CheckResult, Image, Measurement, Outcome, Role
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import user_data
 from ami_builder.resources import checks_dir
@@ -103,6 +104,10 @@ class _Way:
                     began = time.monotonic()
                     session.reboot(timeout, self.machine.check_alive)
                     self._check(session, "reboot", child, began, ssh_seconds=time.monotonic() - began)
+                # A machine without the right limit may freeze for good, and its evidence with it.
+                if self.image.verify.pressure and not self._failed():
+                    with step.step("memory pressure") as child:
+                        self._judge(session, PRESSURE, child)
             except AmiBuilderError as failed:
                 self.machine.save_console()
                 if failed.log == endpoint.console_log:
@@ -110,7 +115,7 @@ class _Way:
                 if not isinstance(failed, qemu.GuestStuck):
                     self._keep_evidence(session)
                 raise
-            if any(r.outcome is Outcome.FAILED for r in self.results):
+            if self._failed():
                 self.machine.save_console()
                 self._keep_evidence(session)
         return Proof(results=tuple(self.results), measured=tuple(self.measured))
@@ -125,31 +130,7 @@ class _Way:
             dask_seconds = time.monotonic() - began
 
         step.update("waiting for Dask")
-        settings = self.image.verify
-        results = checks.run(
-            files=[*checks.shipped(checks_dir()), *settings.checks],
-            ssh_config=session.config,
-            host=ssh.HOST,
-            phase=phase,
-            context=checks.Context(
-                nonce=self.nonce,
-                machine=self.machine.name,
-                machine_memory=self.machine.memory,
-                disk=settings.disk_size,
-                reserve=self.image.reserve,
-                datasource=settings.datasource,
-                role=Role.LOCAL,
-                workers=self.image.dask.workers,
-                user=self.image.base.ssh_user,
-                public_key=self.public_key,
-                timeout=settings.timeout,
-            ),
-            directory=self.evidence,
-            timeout=settings.timeout,
-            on_result=lambda result: step.update(result.name),
-            on_ready=ready,
-        )
-        self.results += results
+        self._judge(session, phase, step, ready)
         measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=_SHORT_SECONDS).stdout.strip()
         if measured.isdigit():
             self.measured.append(
@@ -162,8 +143,44 @@ class _Way:
                     dask_seconds=dask_seconds,
                 )
             )
+
+    def _judge(
+        self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        """Run the checks of a phase, and say on the step how they ended."""
+        settings = self.image.verify
+        results = checks.run(
+            files=[*checks.shipped(checks_dir()), *settings.checks],
+            ssh_config=session.config,
+            host=ssh.HOST,
+            phase=phase,
+            context=checks.Context(
+                nonce=self.nonce,
+                machine=self.machine.name,
+                machine_memory=self.machine.memory,
+                disk=settings.disk_size,
+                reserve=self.image.reserve,
+                headroom=self.image.nanny_headroom,
+                datasource=settings.datasource,
+                role=Role.LOCAL,
+                workers=self.image.dask.workers,
+                user=self.image.base.ssh_user,
+                public_key=self.public_key,
+                timeout=settings.timeout,
+            ),
+            directory=self.evidence,
+            timeout=settings.timeout,
+            on_result=lambda result: step.update(result.name),
+            on_ready=on_ready,
+        )
+        self.results += results
         failed = sum(r.outcome is Outcome.FAILED for r in results)
-        step.done(f"{failed} of {len(results)} checks failed" if failed else f"{len(results)} checks passed")
+        notes = [r.message for r in results if r.outcome is Outcome.PASSED and r.message]
+        passed = "; ".join([f"{len(results)} checks passed", *notes])
+        step.done(f"{failed} of {len(results)} checks failed" if failed else passed)
+
+    def _failed(self) -> bool:
+        return any(result.outcome is Outcome.FAILED for result in self.results)
 
     def _keep_evidence(self, session: ssh.Session) -> None:
         """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""

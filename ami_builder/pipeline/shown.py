@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from ami_builder.checks.state import Dask, Incomplete, Machine
 from ami_builder.difference import Quantity
-from ami_builder.model import FIRST_BOOT, Outcome, RunStatus, StepRecord, Verdict
+from ami_builder.model import FIRST_BOOT, PRESSURE, Outcome, RunStatus, StepRecord, Verdict
 from ami_builder.pipeline.records import RecordedRun
 from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
 
@@ -54,6 +54,8 @@ def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
     measured = {(one.machine, one.phase): one for one in verdict.measured}
     found = []
     for machine, phase in columns(verdict):
+        if phase == PRESSURE:  # nothing starts there
+            continue
         one = measured.get((machine, phase))
         outcomes = {
             r.outcome
@@ -92,9 +94,12 @@ def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ..
         pass
     dask = Dask.parse(answer.get("stdout", ""), answer.get("stderr", ""), answer.get("status", 0))
     workers = len(dask.workers)
+    headroom = _json(folder / f"checks-{phase}" / "context.json").get("headroom") or 0
     if workers:
-        limits = sum(worker.memory_limit or 0 for worker in dask.workers)
+        limits = sum(worker.memory_limit or 0 for worker in dask.workers) + headroom
     name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"
+    if headroom:
+        name += " + nanny_headroom"
     # Sharing among several workers rounds each one's part down.
     equal = limits is not None and variable is not None and variable - workers < limits <= variable
     return (

@@ -19,7 +19,12 @@ from ami_builder.model import Outcome
 from .page import Check, Page, Trend
 
 _TEMPLATE = "page.html.j2"
-_PHASES = {"boot": "first boot", "restart": "service restart", "reboot": "reboot"}
+_PHASES = {
+    "boot": "first boot",
+    "restart": "service restart",
+    "reboot": "reboot",
+    "pressure": "memory pressure",
+}
 
 
 def render(page: Page) -> str:

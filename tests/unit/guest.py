@@ -17,6 +17,7 @@ def image(
     workers: int = 1,
     threads: int | None = None,
     reserve: Reserve | None = None,
+    headroom: int = 0,
     after: tuple[str, ...] = (),
     reference: str = "ami-builder/dask:2026.8.0",
 ) -> Image:
@@ -27,4 +28,5 @@ def image(
         container=replace(default.container, reference=reference, requirements=Path("requirements.txt")),
         dask=replace(default.dask, role=role, workers=workers, threads=threads, after=after),
         reserve=reserve or Reserve(),
+        nanny_headroom=headroom,
     )

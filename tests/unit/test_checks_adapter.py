@@ -27,6 +27,7 @@ CONTEXT = checks.Context(
     machine_memory=2 << 30,
     disk=10 << 30,
     reserve=Reserve(),
+    headroom=0,
     datasource=Datasource.EC2,
     role=Role.LOCAL,
     workers=1,
@@ -41,6 +42,9 @@ SSH = """\
 echo "$@" | head -n 1 >>'{folder}/argv'
 for last; do :; done
 case $last in
+    *'Put the Dask container'*) exit 0 ;;
+    *'tail -c 4 /run/ami-builder-pressure'*) echo end; exit ;;
+    *'cat /run/ami-builder-pressure;'*) exec cat '{folder}/pressed' ;;
     *'Wait until this machine'*) exec cat '{folder}/settled' ;;
     *'Tell everything'*) exec cat '{folder}/gathered' ;;
     *'Ask Dask through'*) exec cat '{folder}/probed' ;;
@@ -64,6 +68,8 @@ class Fake:
         self.settled(recorded)
         self.answer("gathered", {name: text for name, text in recorded.items() if name != "nonce"})
         (folder / "probed").write_text('{"workers": []}\n')
+        pressed = json.loads((Path(__file__).parent / "test_checks_pressed.json").read_text())
+        self.answer("pressed", {name: text for name, text in pressed.items() if name != "watched"})
 
     def settled(self, recorded: dict[str, str]) -> None:
         self.answer(
@@ -234,6 +240,56 @@ def test_a_first_boot_is_checked_once(fake: Fake) -> None:
     assert [r.name for r in fake.run(own, phase="boot")] == ["own: first", "own: always"]
     assert [r.name for r in fake.run(own, phase="reboot")] == ["own: always"]
     assert (fake.evidence / "junit-reboot.xml").exists()
+
+
+def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        @pytest.mark.pressure
+        def test_restarts(pressed, note):
+            note(f"{len(pressed.kills)} kills")
+
+        def test_always():
+            pass
+        """
+    )
+    results = fake.run(*checks.shipped(checks_dir()), own, phase="pressure")
+    assert verdict(results).passed, results
+    assert {r.name.split(":")[0] for r in results} == {"pressure", "own"}
+    assert {r.name: r.message for r in results}["own: restarts"] == "3 kills"
+    assert [r.name for r in fake.run(own, phase="restart")] == ["own: always"]
+    told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
+    assert len(told["watched"]["times"]) == 2
+
+
+def test_a_machine_that_never_ends_under_pressure_is_not_judged(fake: Fake) -> None:
+    fake.answer("pressed", {"memcg": "/a", "client": ""})
+    own = fake.file("import pytest\n\n@pytest.mark.pressure\ndef test_a(pressed):\n    pass\n")
+    told = guard(fake.run(own, phase="pressure"))
+    assert told.startswith(
+        "the machine answers: the machine did not come to an end under pressure; it last told: client"
+    )
+
+
+def test_what_a_phase_does_not_ask_for_is_not_there(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        @pytest.mark.pressure
+        def test_a(machine):
+            pass
+
+        def test_b(pressed):
+            pass
+        """
+    )
+    for phase, name in (("pressure", "a"), ("boot", "b")):
+        (result,) = fake.run(own, phase=phase)
+        assert (result.name, result.outcome) == (f"own: {name}", Outcome.FAILED)
+        assert "the phase" in result.message
 
 
 def test_checks_of_a_first_boot_alone_are_none_after_a_reboot(fake: Fake) -> None:

@@ -113,6 +113,18 @@ def test_the_shares_of_several_workers_stay_within_the_limit(workers: int, pages
     assert limit - workers <= total <= limit
 
 
+@pytest.mark.parametrize("role", ["local", "worker"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_headroom_leaves_the_share_to_start_dask(role: str, workers: int) -> None:
+    """Without a measurement a fraction remains, as it is without a headroom."""
+    fraction = _share(image(workers=workers), role)
+    with_headroom = image(workers=workers, headroom=64 << 20)
+    assert _share(with_headroom, role) == "${DASK_WORKER_MEMORY:-%s}" % fraction  # noqa: UP031
+    plain, sent = (render.user_data(of, nonce="n") for of in (image(workers=workers), with_headroom))
+    assert f"--memory-limit {fraction} " in plain
+    assert f"--memory-limit ${{DASK_WORKER_MEMORY:-{fraction}}} " in sent
+
+
 def _local(tmp_path: Path, scenario: str) -> subprocess.Popen[bytes]:
     """Start the local role's shell with a `dask` that behaves as `scenario` says."""
     fake(tmp_path, "dask", scenario)

@@ -61,6 +61,7 @@ DEFAULT = Image(
         insecure_registry=None,
     ),
     reserve=Reserve(),
+    nanny_headroom=0,
     dask=Dask(role=Role.LOCAL, workers=1, threads=None, spill_percent=80, after=()),
     bake=Bake(memory=2 * GIB, cpus=2, timeout=1800.0),
     verify=Verify(
@@ -71,6 +72,7 @@ DEFAULT = Image(
         network=Network.ISOLATED,
         checks=(),
         timeout=900.0,
+        pressure=True,
         instance_types=("m6i.large",),
     ),
     aws=Aws(
@@ -568,6 +570,11 @@ BAD = [
     Bad('container.insecure_registry = "x"', "host:port"),
     Bad('container.insecure_registry = "x:5000"', "has no effect"),
     Bad('memory.reserve = "2GiB"', "expected less than the least of verify.memory, which is 2GiB"),
+    Bad(
+        'memory.nanny_headroom = "1025MiB"',
+        "expected at most half of the least of verify.memory, which is 2GiB",
+    ),
+    Bad('memory.nanny_headroom = "5%"', "expected a size such as"),
     Bad('memory.reserve = "-1"', "expected a size such as 256MiB, or a percentage"),
     Bad('memory.reserve = "1GB"', "did you mean 1GiB?"),
     Bad("memory.reserve = 0.05", "expected a size such as 256MiB, or a percentage"),

@@ -34,7 +34,7 @@ from ami_builder.night import Ending, Night, PlaceEnding
 from ami_builder.pipeline import records, shown
 from ami_builder.pipeline.records import RecordedNight
 from ami_builder.pipeline.report import keep_night, write_page
-from ami_builder.report import Tone
+from ami_builder.report import Number, Tone
 from ami_builder.workspace import Workspace, dump, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,6 +228,27 @@ def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
     (start,) = shown.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1].name == "memory_limit of 5 workers"
     assert all(one.equal for one in start.further)
+
+
+def test_a_headroom_is_part_of_the_chain(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    folder = run.directory / "machines/2GiB"
+    answer = json.dumps({"workers": [worker(VALUE - 4096)]})
+    (folder / "dask-boot.json").write_text(json.dumps({"stdout": answer}))
+    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    assert not start.further[-1].equal
+    (folder / "checks-boot").mkdir()
+    (folder / "checks-boot/context.json").write_text(json.dumps({"headroom": 4096}))
+    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    assert start.further[-1] == Number(name="memory_limit + nanny_headroom", value=VALUE, equal=True)
+
+
+def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
+    """It has its column of checks, and no chain of numbers."""
+    results = (result("chain: docker has the variable"), result("pressure: a", phase="pressure"))
+    run = build(workspace, 0, results=results)
+    assert [start.phase for start in shown.starts(verdict_of(run), run.directory / "machines")] == ["boot"]
+    assert shown.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
 
 
 def test_evidence_that_is_gone_is_said_to_be(workspace: Workspace) -> None:

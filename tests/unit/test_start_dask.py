@@ -227,6 +227,30 @@ def test_the_reserve_stays_with_the_system(machine: Machine, reserve: Reserve, e
     assert ("<3>" in started.output) == (expected is None)
 
 
+@pytest.mark.parametrize(("workers", "share"), [(1, 1797754880), (3, 599251626)])
+def test_a_headroom_is_off_the_workers_limits_alone(machine: Machine, workers: int, share: int) -> None:
+    started = machine.start(image(headroom=16 << 20, workers=workers))
+    assert started.exported == "1814532096"
+    assert started.environment["DASK_WORKER_MEMORY"] == str(share)
+    assert (16 << 20) + workers * share <= 1814532096 < (16 << 20) + workers * (share + 1)
+
+
+def test_a_headroom_that_leaves_too_little_is_none(machine: Machine) -> None:
+    started = machine.start(image(headroom=1 << 30))
+    assert started.exported == "1814532096"
+    assert "DASK_WORKER_MEMORY" not in started.environment
+    assert "<3>start-dask: the nanny has no headroom" in started.output
+
+
+@pytest.mark.parametrize("headroom", [0, 16 << 20])
+def test_no_share_comes_from_outside_or_without_a_limit(machine: Machine, headroom: int) -> None:
+    (machine.root / "proc/meminfo").unlink()
+    started = machine.start(image(headroom=headroom), {"DASK_WORKER_MEMORY": "123"})
+    assert started.environment
+    assert "DASK_WORKER_MEMORY" not in started.environment
+    assert started.output.count("<3>") == 1
+
+
 def test_older_containers_are_gone_before_anything_is_measured(machine: Machine) -> None:
     # The container's removal is what makes the memory available.
     full, empty = MEMINFO / "0.5-gib", MEMINFO / "2-gib"
@@ -389,7 +413,11 @@ def test_a_larger_page_is_honoured(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     "of",
-    [image(), image(workers=3), image(threads=2, reserve=Reserve(bytes=1 << 28, percent=2.5))],
+    [
+        image(),
+        image(workers=3, headroom=16 << 20),
+        image(threads=2, reserve=Reserve(bytes=1 << 28, percent=2.5)),
+    ],
     ids=["default", "workers", "reserve"],
 )
 def test_the_rendered_scripts_pass_shellcheck(tmp_path: Path, of: Image) -> None:

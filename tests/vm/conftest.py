@@ -162,6 +162,7 @@ def booted(image: Image, disk: Path, directory: Path, *, memory: int = 2 * GIB) 
             machine_memory=memory,
             disk=image.verify.disk_size,
             reserve=image.reserve,
+            headroom=image.nanny_headroom,
             datasource=image.verify.datasource,
             role=Role.LOCAL,
             workers=image.dask.workers,

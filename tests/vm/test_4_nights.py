@@ -61,6 +61,7 @@ workers = 2
 
 [images.dask.verify]
 datasource = "nocloud"
+pressure = false
 memory = ["1536MiB"]
 """
     )

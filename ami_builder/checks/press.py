@@ -1,0 +1,164 @@
+"""Runs inside the Dask container (Python 3.9 and later): brings the workers to their limits, step by step.
+
+What drives the steps is left behind in the scheduler: a client of its own would take some 100 MB for as long
+as it waits, on a machine whose available memory was given to Dask. press.sh follows the steps by files.
+
+Arguments: the number of workers, how many times their limit they have to work on, seconds for all steps, the
+files' common path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SCHEDULER = "tcp://127.0.0.1:8786"
+TOPIC = "ami-builder-pressure"
+BLOCK = 1 << 16
+# Two deaths of a worker fail a task, where Dask's default of 3 takes four: each costs a restart.
+ALLOWED_FAILURES = 1
+
+
+def about(dask_worker: Any) -> dict[str, Any]:
+    """Tell which process this worker is, what its limit is, and how much it can spill."""
+    memory, directory = dask_worker.memory_manager, dask_worker.local_directory
+    room = shutil.disk_usage(directory).free
+    return {
+        "pid": os.getpid(),
+        "limit": memory.memory_limit or 0,
+        "spillable": min(room, memory.max_spill or room),
+    }
+
+
+def spilled(dask_worker: Any) -> int:
+    """Tell how many bytes of this worker's results are on its disk now."""
+    total = getattr(dask_worker.data, "spilled_total", None)
+    return int(total.disk) if total is not None else 0
+
+
+def chunk(number: int, size: int) -> bytes:
+    """Make `size` bytes that no other chunk has."""
+    return os.urandom(BLOCK) * (size // BLOCK)
+
+
+def length(data: bytes) -> int:
+    """Look at each part of a chunk, and return its length; -1 when it isn't what it was."""
+    same = all(data[at : at + 64] == data[:64] for at in range(0, len(data), BLOCK))
+    return len(data) if same else -1
+
+
+def leak(limit: int) -> int:
+    """Take memory past `limit`: fast up to 85 % of it, then 1 % for each of the nanny's looks (100 ms)."""
+    import psutil  # type: ignore[import-untyped,unused-ignore]
+    from distributed import get_worker  # type: ignore[import-not-found,unused-ignore]
+
+    get_worker().log_event(TOPIC, {"pid": os.getpid()})
+    process, held = psutil.Process(), []
+    time.sleep(0.3)  # until that has left
+    while (size := process.memory_info().rss) < limit * 1.1:
+        held.append(b"\1" * (limit // 100))
+        if size > limit * 0.85:
+            time.sleep(0.1)
+    return int(size)
+
+
+async def follow(scheduler: Any, workers: int, work: float, seconds: float, path: str) -> None:
+    """Go all steps and write what they showed; what goes wrong on the way is part of that."""
+    answer: dict[str, Any] = {"step": "nothing", "error": "", "seconds": {}}
+    before = scheduler.allowed_failures
+    scheduler.allowed_failures = ALLOWED_FAILURES
+    try:
+        await asyncio.wait_for(steps(scheduler, workers, work, path, answer), seconds)
+    except (TimeoutError, asyncio.TimeoutError):  # noqa: UP041 - two kinds before Python 3.11
+        answer["error"] = f"{answer['step']} had not ended after {seconds:.0f} s in all"
+    except Exception as wrong:  # there is nobody else to tell
+        answer["error"] = f"{answer['step']}: {type(wrong).__name__}: {wrong}"
+    finally:
+        scheduler.allowed_failures = before
+        answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in scheduler.get_events(TOPIC)]
+        by_nanny = scheduler.get_events("worker-restart-memory")
+        answer["nanny"] = [{"time": t, "pid": m["pid"], "rss": m["rss"]} for t, m in by_nanny]
+        done = Path(f"{path}.json")
+        done.with_suffix(".new").write_text(json.dumps(answer))
+        done.with_suffix(".new").rename(done)
+
+
+async def steps(scheduler: Any, workers: int, work: float, path: str, answer: dict[str, Any]) -> None:
+    """Spill `work` times the limit, leak past it, let somebody else grow past it, and be back."""
+    from distributed import Client, wait  # type: ignore[import-not-found,unused-ignore]
+
+    began = time.monotonic()
+
+    def step(name: str) -> None:
+        nonlocal began
+        now = time.monotonic()
+        answer["seconds"][answer["step"]], answer["step"] = round(now - began, 1), name
+        began = now
+
+    async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
+        step("asking")
+        while len(scheduler.running) < max(1, workers):
+            await asyncio.sleep(0.5)
+        told = list((await client.run(about)).values())
+        nannies = await client.run(os.getpid, nanny=True)
+        answer["workers"] = told
+        answer["nannies"], answer["scheduler"] = list(nannies.values()), os.getpid()
+
+        step("spilling")
+        limit = sum(w["limit"] for w in told)
+        size = min(int(work * limit), limit // 2 + sum(w["spillable"] for w in told) * 9 // 10)
+        each = max(size // 100, 4 << 20) // BLOCK * BLOCK
+        answer["spill"] = spill = {"limit": limit, "size": size // each * each}
+        made = client.map(chunk, range(size // each), size=each, pure=False)
+        with client.as_current():
+            await wait(made)
+        spill["spilled"] = sum((await client.run(spilled)).values())
+        # What is still in memory first: it makes room for the rest.
+        read = client.map(length, made[::-1], pure=False)
+        del made  # each goes once it was read, else it takes the place of one that is written again
+        lengths = await client.gather(read)
+        spill["read"] = sum(lengths) if min(lengths) >= 0 else -1
+        spill["pids"] = [w["pid"] for w in (await client.run(about)).values()]
+
+        step("leaking")
+        try:
+            survived = await client.submit(leak, max(w["limit"] for w in told), pure=False)
+            answer["leaked"] = f"went on to the end, with {survived} bytes"
+        except Exception as wrong:  # whatever it is, is judged
+            answer["leaked"] = type(wrong).__name__
+        Path(f"{path}.leaked").touch()
+
+        step("what grows beside Dask")
+        while not Path(f"{path}.grown").exists():
+            await asyncio.sleep(0.5)
+
+        step("coming back")
+        while len(scheduler.running) < max(1, workers):
+            await asyncio.sleep(0.5)
+        answer["served"] = await client.submit(sum, [20, 22], pure=False)
+        answer["back"] = list((await client.run(about)).values())
+        step("nothing")
+
+
+def begin(workers: int, work: float, seconds: float, path: str, dask_scheduler: Any = None) -> None:
+    """Start all that in the scheduler, and return."""
+    going = asyncio.get_running_loop().create_task(follow(dask_scheduler, workers, work, seconds, path))
+    dask_scheduler.ami_builder_pressure = going  # a task that nobody holds may vanish
+
+
+def main(workers: int, work: float, seconds: float, path: str) -> None:
+    """Leave the steps with the scheduler."""
+    from distributed import Client  # type: ignore[import-not-found,unused-ignore]
+
+    with Client(SCHEDULER, timeout=seconds, set_as_default=False) as client:
+        client.run_on_scheduler(begin, workers=workers, work=work, seconds=seconds, path=path)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,88 @@
+# Put the Dask container under memory pressure and tell what happened to it, and to the machine around it.
+# Arguments: the container's id and main pid, seconds, the number of workers, how many times their limit they have
+# to work on, the texts of probe.sh and press.py.
+# POSIX sh, run by root, with no one attached: a machine that can't keep its limit may lose every login.
+set -u
+export LC_ALL=C
+id=$1 pid=$2 seconds=$3 workers=$4 work=$5 probe=$6 program=$7
+# Whoever is killed, not the one who tells.
+echo -1000 >/proc/self/oom_score_adj
+
+section() { printf '\n\036%s\n' "$1"; }
+clock() { date +%s.%N; }
+uptime_seconds() {
+    read -r up _ </proc/uptime
+    echo "${up%.*}"
+}
+end=$(($(uptime_seconds) + seconds))
+# Wait for one of some files, or the end of the container or of the time.
+wait_for() {
+    while [ -e "/proc/$pid/root" ] && [ "$(uptime_seconds)" -lt "$end" ]; do
+        for file; do [ ! -e "$file" ] || return 0; done
+        sleep 1
+    done
+}
+services() {
+    systemctl show '*.service' -p Id -p Type -p ActiveState -p SubState -p Result -p NRestarts -p InvocationID
+}
+container() {
+    docker inspect -f '{{.Id}} {{.State.Running}} {{.State.StartedAt}} {{.RestartCount}}' "$id" 2>&1
+}
+
+memcg=$(sed -n 's/^0:://p' "/proc/$pid/cgroup")
+folder=/sys/fs/cgroup$memcg
+inside=/dev/shm/ami-builder-pressure
+outside=/proc/$pid/root$inside
+rm -f "$outside".*
+began=$(clock)
+
+section memcg
+printf '%s\n' "$memcg"
+section memory.max
+cat "$folder/memory.max"
+section meminfo
+cat /proc/meminfo
+section services.before
+services
+section container.before
+container
+
+section client
+# Dask has to give up before this does.
+sh -c "$probe" sh "$pid" "$seconds" "$program" "$workers" "$work" "$((seconds * 3 / 4))" "$inside" 2>&1
+wait_for "$outside.leaked" "$outside.json"
+
+# The whole limit, beside what is in use already; without one, nearly all that the machine has.
+size=$(cat "$folder/memory.max")
+[ "$size" != max ] || size=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) * 1000))
+section grower
+printf 'began %s\n' "$(clock)"
+# shellcheck disable=SC2016  # expanded by the inner shell
+sh -c 'echo 0 >/proc/self/oom_score_adj; echo $$ >"$0/cgroup.procs" &&
+    exec dd if=/dev/zero of=/dev/null bs="$1" count=1 iflag=fullblock status=none' "$folder" "$size" 2>&1 &
+grower=$!
+timeout 120 tail --pid="$grower" -f /dev/null || kill -9 "$grower"
+wait "$grower"
+printf 'status %s\npid %s\nended %s\n' "$?" "$grower" "$(clock)"
+touch "$outside.grown"
+wait_for "$outside.json"
+
+section dask
+cat "$outside.json"
+rm -f "$outside".*
+section memory.stat
+cat "$folder/memory.stat"
+section processes
+# Now that all are up and idle, process by process: id in the container, memory of its own, name.
+while read -r process; do
+    sed -n 's/^NSpid:.*\t/NSpid: /p; s/^RssAnon:[ \t]*/RssAnon: /p; s/^Name:[ \t]*/Name: /p' "/proc/$process/status"
+done <"$folder/cgroup.procs"
+section services.after
+services
+section container.after
+container
+section kernel
+journalctl --sync
+journalctl -q --no-pager -k -b -o short-unix --since "@${began%.*}" | grep -F oom-kill:
+section end
+echo end

@@ -1,0 +1,180 @@
+"""What a machine under memory pressure showed, parsed from press.sh, press.py and the logins meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from ami_builder import pressure
+from ami_builder.pressure import Constraint, Kill
+
+from .state import Incomplete, Sections, numbers, taken
+from .watch import Watched
+
+# They come and go with logins and D-Bus calls, and not for want of memory.
+_PASSING = ("user@", "user-runtime-dir@", "ssh@", "sshd@")
+
+
+class Slayer(StrEnum):
+    """Who ended a worker."""
+
+    NANNY = "the nanny"
+    CONTAINER = "the kernel, at the container's limit"
+    MACHINE = "the kernel, because the whole machine had no memory left"
+    NOBODY = "nobody that told of it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A systemd service at one moment."""
+
+    type: str
+    active: str
+    result: str
+    restarts: str
+    invocation: str
+
+    def same(self, later: Service | None) -> bool:
+        """Tell whether nobody touched it; what D-Bus starts may end by itself."""
+        if later is None or later.result != "success":
+            return False
+        idle = self.type == "dbus" and later.active == "inactive"
+        return idle or (later.active, later.restarts, later.invocation) == (
+            self.active,
+            self.restarts,
+            self.invocation,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grower:
+    """The process that took the container's whole limit outside Dask's eyes; times are seconds since 1970."""
+
+    pid: int
+    status: int
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressed:
+    """What happened from the first step to the last; sizes are bytes, times seconds."""
+
+    memcg: str
+    limit: int | None
+    """The container's; None without one."""
+    total: int
+    beside: int
+    """What all in the container but its workers holds when they are back and idle."""
+    scheduler: int
+    """What the scheduler holds of that."""
+    idle: int
+    """What the workers hold then."""
+    dask: Mapping[str, Any]
+    """What press.py wrote; without what belongs to steps that it did not come to."""
+    said: str
+    """What the client said that began it all; nothing when all went well."""
+    grower: Grower
+    kills: tuple[Kill, ...]
+    before: Mapping[str, Service]
+    after: Mapping[str, Service]
+    container: tuple[str, str]
+    """Id, whether it runs, start and restarts of the container, before and after."""
+    watched: Watched
+
+    @classmethod
+    def parse(cls, text: Sections, watched: Watched) -> Pressed:
+        """Read the sections of press.sh; raises Incomplete when one is missing or can't be read."""
+        if "end" not in text:
+            last = list(text)[-1] if text else "nothing"
+            raise Incomplete(f"the machine did not come to an end under pressure; it last told: {last}")
+        try:
+            dask = json.loads(text["dask"]) if text["dask"].strip() else {}
+            own = _processes(text["processes"])
+            workers = sum(own.get(w["pid"], 0) for w in dask.get("back", ()))
+            grower = dict(line.split(" ", 1) for line in text["grower"].splitlines() if " " in line)
+            limit = text["memory.max"].strip()
+            return cls(
+                memcg=text["memcg"].strip(),
+                limit=None if limit == "max" else int(limit),
+                total=numbers(text["meminfo"])["MemTotal"],
+                beside=taken(numbers(text["memory.stat"])) - workers,
+                scheduler=own.get(dask.get("scheduler", 0), 0),
+                idle=workers,
+                dask=dask,
+                said=text["client"].strip(),
+                grower=Grower(
+                    pid=int(grower["pid"]),
+                    status=int(grower["status"]),
+                    began=float(grower["began"]),
+                    ended=float(grower["ended"]),
+                ),
+                kills=pressure.kills(text["kernel"]),
+                before=_services(text["services.before"]),
+                after=_services(text["services.after"]),
+                container=(text["container.before"].strip(), text["container.after"].strip()),
+                watched=watched,
+            )
+        except (KeyError, ValueError, TypeError, IndexError) as wrong:
+            raise Incomplete(f"the machine's answer under pressure can't be read: {wrong!r}") from wrong
+
+    @property
+    def error(self) -> str:
+        """Why the steps did not all come to their end; empty when they did."""
+        last = (self.said.splitlines() or ["it did not tell how it went"])[-1]
+        return str(self.dask["error"]) if self.dask else last
+
+    def deaths(self) -> tuple[Slayer, ...]:
+        """Return who ended each of the workers that leaked, whoever of them came first."""
+        leaks = self.dask.get("leaks", [])
+        ends = [*(leak["time"] for leak in leaks[1:]), self.grower.began]
+        return tuple(self._death(leak, end) for leak, end in zip(leaks, ends, strict=False))
+
+    def _death(self, leak: Mapping[str, Any], end: float) -> Slayer:
+        by: list[tuple[float, Slayer]] = [
+            (event["time"], Slayer.NANNY) for event in self.dask["nanny"] if event["pid"] == leak["pid"]
+        ]
+        by += [
+            (kill.seconds, Slayer.CONTAINER if kill.inside(self.memcg) else Slayer.MACHINE)
+            for kill in self.kills
+            if leak["time"] <= kill.seconds < end
+        ]
+        return min(by)[1] if by else Slayer.NOBODY
+
+    def elsewhere(self) -> tuple[Kill, ...]:
+        """Return the kills that were not inside the container alone."""
+        return tuple(
+            kill for kill in self.kills if kill.constraint is Constraint.GLOBAL or not kill.inside(self.memcg)
+        )
+
+    def touched(self) -> tuple[str, ...]:
+        """Return the services that were up before, and are not, or not any more the same."""
+        return tuple(
+            name
+            for name, service in self.before.items()
+            if service.active == "active" and not service.same(self.after.get(name))
+        )
+
+
+def _processes(text: str) -> dict[int, int]:
+    # Lines of /proc/PID/status, of which Name is the first.
+    each = [numbers(part) for part in text.split("Name: ")[1:]]
+    return {process["NSpid"]: process.get("RssAnon", 0) for process in each}
+
+
+def _services(text: str) -> dict[str, Service]:
+    found: dict[str, Service] = {}
+    for part in text.strip().split("\n\n"):
+        of = dict(line.split("=", 1) for line in part.splitlines() if "=" in line)
+        if of and not of["Id"].startswith(_PASSING):
+            found[of["Id"]] = Service(
+                type=of.get("Type", ""),
+                active=of["ActiveState"],
+                result=of.get("Result", ""),
+                restarts=of.get("NRestarts", ""),
+                invocation=of.get("InvocationID", ""),
+            )
+    return found

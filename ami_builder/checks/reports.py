@@ -1,0 +1,43 @@
+"""How a check is called and what it said, from pytest's reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTE = "note"
+"""The property of a passed check that says something about it."""
+
+
+def readable(nodeid: str) -> str:
+    """Return a check's name for people: `test_limit.py::test_swap_is_off` is `limit: swap is off`."""
+    path, _, function = nodeid.partition("::")
+    stem = Path(path).stem.removeprefix("test_").replace("_", " ")
+    name, _, parameters = function.rstrip("]").partition("[")
+    words = " ".join(part.removeprefix("test_") for part in name.split("::")).replace("_", " ")
+    return f"{stem}: {words} ({parameters})" if parameters else f"{stem}: {words}"
+
+
+def name_of(report: pytest.TestReport) -> str:
+    """Return the name of the check that a report is about."""
+    # A file that lies outside pytest's root has no path in its node id.
+    return readable(f"{report.location[0]}::{report.nodeid.partition('::')[2]}")
+
+
+def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return the first line that says what is wrong, or why it was skipped; what a passed check noted."""
+    if isinstance(report, pytest.TestReport) and report.passed and not hasattr(report, "wasxfail"):
+        return "; ".join(str(value) for key, value in report.user_properties if key == NOTE)
+    longrepr: Any = report.longrepr
+    if isinstance(longrepr, tuple):  # a skip: path, line, reason
+        return str(longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else str(longrepr)
+    lines: Iterable[str] = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line), "no message")
+    if crash is None:  # a file that can't be imported: its last line is the error
+        first = [line.strip() for line in text.splitlines() if line.strip()][-1].removeprefix("E").strip()
+    return first.removeprefix("AssertionError: ").removeprefix("Failed: ")

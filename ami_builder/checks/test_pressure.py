@@ -1,0 +1,169 @@
+"""What happens when memory runs out: Dask copes or a worker is restarted, and nobody else notices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ami_builder import pressure
+from ami_builder.checks.context import Context
+from ami_builder.checks.plugin import BLOCKED
+from ami_builder.checks.pressed import Pressed, Slayer
+from ami_builder.checks.state import told
+
+pytestmark = pytest.mark.pressure
+
+MIB = 1 << 20
+GIB = 1 << 30
+SILENT_SECONDS = 10.0
+"""A login takes half a second on an idle emulated machine; a frozen one is silent for minutes."""
+
+KILLED = 137
+"""Exit status of what the kernel killed."""
+
+
+def came_to(pressed: Pressed, key: str) -> Any:
+    """Return what a step showed; a check that needs it is blocked when Dask did not get there."""
+    if key not in pressed.dask:
+        pytest.skip(f"{BLOCKED}{pressed.error or 'the step was not gone'}")
+    return pressed.dask[key]
+
+
+def size(amount: int) -> str:
+    """Write a size in short."""
+    return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"
+
+
+def test_all_steps_were_gone(pressed: Pressed) -> None:
+    """Spill, leak, grow, come back: what stopped in between proves nothing about the rest."""
+    assert not pressed.error, f"Dask under memory pressure: {pressed.error}"
+
+
+def test_work_twice_the_limit_finishes_by_spilling(
+    pressed: Pressed, context: Context, note: Callable[[str], None]
+) -> None:
+    """What Dask manages itself goes to disk in time, and comes back as it was, without a restart."""
+    spill, before = came_to(pressed, "spill"), came_to(pressed, "workers")
+    read, limit = spill.get("read"), spill["limit"]
+    if spill["size"] < 1.2 * limit:
+        why = (
+            "the disk has no room for more (verify.disk_size)"
+            if context.work > 1.2
+            else "no more was asked for"
+        )
+        pytest.skip(f"only {size(spill['size'])} of work were done: {why}")
+    assert read == spill["size"], f"of {told(spill['size'])} of results {read} bytes came back"
+    assert spill["spilled"] > spill["size"] - limit, f"only {told(spill['spilled'])} were spilled"
+    assert sorted(spill["pids"]) == sorted(w["pid"] for w in before), "a worker was restarted meanwhile"
+    note(
+        f"{size(spill['size'])} of work ({spill['size'] / limit:.1f} x the limit)"
+        f" in {pressed.dask['seconds']['spilling']:.0f} s"
+    )
+
+
+def test_a_leak_ends_as_a_killed_worker(pressed: Pressed) -> None:
+    """A task that takes its worker with it is tried again, then failed: the cluster does not hang."""
+    leaked, tried = came_to(pressed, "leaked"), len(came_to(pressed, "leaks"))
+    assert leaked == "KilledWorker", (
+        f"a task that leaks past the limit ended as {leaked}, tried {tried} times"
+    )
+    assert tried == 2, f"a task whose worker died was tried {tried} times, not twice"
+
+
+def test_the_leaking_worker_is_restarted(
+    pressed: Pressed, context: Context, note: Callable[[str], None]
+) -> None:
+    """By the nanny where all else in the container fits beside 95 % of the limit, else by the kernel."""
+    came_to(pressed, "back")
+    deaths = pressed.deaths()
+    by = " and ".join(f"{who} ({n} times)" for who, n in Counter(deaths).items())
+    assert deaths, "no worker was restarted"
+    assert set(deaths) <= {Slayer.NANNY, Slayer.CONTAINER}, f"restarted by {by}"
+    assert pressed.limit is not None, f"restarted by {by}, without a limit of the container"
+    room = _room(pressed, pressed.limit)
+    late = Slayer.CONTAINER in deaths and room > 0.03 * pressed.limit
+    assert not late, f"restarted by {by}, though {told(room)} were left when the nanny should have done it"
+    note(f"restarted by {by}; {_in_time(pressed, pressed.limit, context)}")
+
+
+def _room(pressed: Pressed, limit: int) -> int:
+    """Return what the container has left when one worker reaches its nanny's threshold, the others idle."""
+    workers = pressed.dask["workers"]
+    largest = max(worker["limit"] for worker in workers)
+    idle = pressed.idle * (len(workers) - 1) // len(workers)
+    return pressure.room(limit, beside=pressed.beside + idle, headroom=limit - largest)
+
+
+def _in_time(pressed: Pressed, limit: int, context: Context) -> str:
+    """Say what machine is the smallest on which the nanny comes first when all workers are full."""
+    headroom = limit - sum(worker["limit"] for worker in pressed.dask["workers"])
+    system = context.machine_memory - limit
+
+    def machine(beside: int) -> str:
+        least = system + pressure.smallest_limit(beside=beside, headroom=headroom)
+        return f"{-(-least * 10 // GIB) / 10} GiB"
+
+    needed = pressure.least_headroom(limit, beside=pressed.beside)
+    enough = f", here with a headroom of {-(-needed // MIB)} MiB" if needed > headroom else ""
+    return (
+        f"beside the workers {size(pressed.beside)} are in use, so the nanny is in time on machines from"
+        f" {machine(pressed.beside)} on ({machine(pressed.beside - pressed.scheduler)} without a scheduler"
+        f" in the container){enough}"
+    )
+
+
+def test_another_process_dies_alone(pressed: Pressed) -> None:
+    """What takes the limit outside Dask's eyes is what the kernel kills, and nothing else with it."""
+    grower = pressed.grower
+    killed = [k for k in pressed.kills if grower.began <= k.seconds <= grower.ended]
+    others = [f"{k.task} ({k.pid})" for k in killed if k.pid != grower.pid]
+    assert grower.status == KILLED, (
+        f"a process in the container took the whole limit, and ended with status {grower.status}"
+    )
+    assert any(k.pid == grower.pid and k.inside(pressed.memcg) for k in killed), (
+        "the kernel's log does not say that it was killed because of the container's limit"
+    )
+    assert not others, f"killed with it: {', '.join(others)}"
+
+
+def test_the_kernel_kills_nobody_else(pressed: Pressed) -> None:
+    """A kill because the whole machine has no memory left may hit anything, and freezes it before."""
+    found = [f"{k.task} in {k.task_memcg} ({k.constraint})" for k in pressed.elsewhere()]
+    assert not found, f"{len(found)} kills that were not inside the container alone: {', '.join(found[:5])}"
+
+
+def test_no_service_is_touched(pressed: Pressed) -> None:
+    """Docker, ssh and all the others run on, the same ones."""
+    assert pressed.before, "no service was told of"
+    touched = pressed.touched()
+    assert not touched, f"failed, ended or restarted: {', '.join(touched[:5])}"
+
+
+def test_the_container_goes_on(pressed: Pressed) -> None:
+    """A container that ends with its worker takes the scheduler and all results with it."""
+    before, after = pressed.container
+    assert before, "the container was not told of"
+    assert after == before, f"the container was {before!r}, and is {after!r}"
+
+
+def test_the_workers_are_back(pressed: Pressed, context: Context) -> None:
+    """As many as before, with the same limits, and at work."""
+    served, back = came_to(pressed, "served"), came_to(pressed, "back")
+    limits = sorted(worker["limit"] for worker in back)
+    assert served == sum([20, 22]), f"20 + 22 was {served}"
+    assert len(back) == (context.workers or len(back)), f"{len(back)} of {context.workers} workers are back"
+    assert limits == sorted(worker["limit"] for worker in pressed.dask["workers"]), f"limits are now {limits}"
+
+
+def test_ssh_answers_all_the_time(pressed: Pressed, note: Callable[[str], None]) -> None:
+    """Who can't log in can't help, and a cluster takes a machine that is silent for dead."""
+    watched = pressed.watched
+    silence = pressure.silence(watched.times, over=SILENT_SECONDS)
+    assert silence.longest <= SILENT_SECONDS, (
+        f"no login for {silence.longest:.0f} s, {silence.total:.0f} s in all, {len(watched.failed)} failed"
+    )
+    assert not watched.failed, f"{len(watched.failed)} logins failed: {watched.failed[0]}"
+    note(f"{len(watched.times)} logins, {silence.longest:.1f} s between two at most")

@@ -1,0 +1,355 @@
+"""Every check of the phase `pressure`, held against what real machines answered, and against ill ones."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ami_builder.checks import plugin, reports
+from ami_builder.checks.context import Context
+from ami_builder.checks.pressed import Pressed, Slayer
+from ami_builder.checks.state import Incomplete
+from ami_builder.checks.watch import Watched
+
+from .test_checks import CONTEXT, MIB, Change, Text, put, sub
+
+HERE = Path(__file__).parent
+GOOD = json.loads((HERE / "test_checks_pressed.json").read_text())
+"""What a machine of 2 GiB answered, limited as ours are."""
+UNLIMITED = json.loads((HERE / "test_checks_unlimited.json").read_text())
+"""A machine with the two lines about memory taken out of its Compose file, given little to spill."""
+
+DASK = json.loads(GOOD["dask"])
+MEMCG = GOOD["memcg"].strip()
+GROWER = re.search(r"pid (\d+)", GOOD["grower"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _markers(pytestconfig: pytest.Config) -> None:
+    pytestconfig.addinivalue_line("markers", "pressure: as the plugin has it")
+
+
+def module() -> ModuleType:
+    return importlib.import_module("ami_builder.checks.test_pressure")
+
+
+def each_check() -> Iterator[tuple[str, Callable[..., object]]]:
+    for name, check in vars(module()).items():
+        if name.startswith("test_"):
+            yield reports.readable(f"test_pressure.py::{name}"), check
+
+
+def parse(recorded: dict[str, Any]) -> Pressed:
+    text = {name: value for name, value in recorded.items() if name != "watched"}
+    return Pressed.parse(text, Watched(**recorded["watched"]))
+
+
+def judge(
+    recorded: dict[str, Any], notes: list[str] | None = None, context: Context = CONTEXT
+) -> dict[str, str]:
+    """Run every check as pytest would, and return those that did not pass with their message."""
+    makers: dict[str, Callable[[], object]] = {
+        "pressed": partial(parse, recorded),
+        "context": lambda: context,
+        "note": lambda: (notes if notes is not None else []).append,
+    }
+    failed: dict[str, str] = {}
+    for name, check in each_check():
+        try:
+            check(**{key: makers[key]() for key in inspect.signature(check).parameters})
+        except AssertionError as wrong:
+            failed[name] = str(wrong)
+        except pytest.skip.Exception as skipped:
+            failed[name] = f"skipped: {skipped}"
+    return failed
+
+
+def red(recorded: dict[str, Any]) -> set[str]:
+    return {name for name, why in judge(recorded).items() if not why.startswith("skipped: ")}
+
+
+def dask(*path: str | int, value: object) -> Change:
+    """Change one value of what press.py wrote."""
+
+    def change(text: Text) -> None:
+        answer = json.loads(text["dask"])
+        place = answer
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        text["dask"] = json.dumps(answer)
+
+    return change
+
+
+def stopped(at: str, *without: str) -> Change:
+    """An answer of steps that came to an end too early."""
+
+    def change(text: Text) -> None:
+        answer = json.loads(text["dask"]) | {"error": f"{at}: it went wrong"}
+        text["dask"] = json.dumps({key: value for key, value in answer.items() if key not in without})
+
+    return change
+
+
+def watched(**changed: object) -> Change:
+    return lambda text: text.__setitem__("watched", GOOD["watched"] | changed)
+
+
+def globally(count: int = 0) -> Change:
+    """So many were killed because the whole machine was full; 0: all."""
+    return sub("kernel", r"CONSTRAINT_MEMCG(.*?)oom_memcg=[^,]*", r"CONSTRAINT_NONE\1global_oom", count=count)
+
+
+def beside(text: Text) -> None:
+    """The container's limit is large, so that the nanny has all room."""
+    put("memory.max", f"{16 << 30}\n")(text)
+    for key in ("workers", "back"):
+        dask(key, 0, "limit", value=16 << 30)(text)
+    dask("spill", "limit", value=1 << 30)(text)
+
+
+# name of the machine -> (what is changed, the checks that must be red)
+ILL: dict[str, tuple[list[Change], set[str]]] = {
+    "Dask hangs": (
+        [stopped("leaking", "leaked", "served", "back")],
+        {"pressure: all steps were gone"},
+    ),
+    "the client gets no answer": (
+        [put("dask", ""), put("client", "OSError: Timed out trying to connect\n")],
+        {"pressure: all steps were gone"},
+    ),
+    "results come back wrong": (
+        [dask("spill", "read", value=-1)],
+        {"pressure: work twice the limit finishes by spilling"},
+    ),
+    "nothing spilled": (
+        [dask("spill", "spilled", value=0)],
+        {"pressure: work twice the limit finishes by spilling"},
+    ),
+    "restarted while spilling": (
+        [dask("spill", "pids", value=[4711])],
+        {"pressure: work twice the limit finishes by spilling"},
+    ),
+    "the leak is survived": (
+        [
+            dask("leaked", value="went on to the end, with 1 bytes"),
+            dask("leaks", value=[]),
+            put("kernel", ""),
+        ],
+        {
+            "pressure: a leak ends as a killed worker",
+            "pressure: the leaking worker is restarted",
+            "pressure: another process dies alone",
+        },
+    ),
+    "never tried again": (
+        [dask("leaks", value=DASK["leaks"][:1])],
+        {"pressure: a leak ends as a killed worker"},
+    ),
+    "nobody tells who killed": (
+        [sub("kernel", r"^.*task=python.*$\n", "")],
+        {"pressure: the leaking worker is restarted"},
+    ),
+    "the machine had no memory left": (
+        [globally(1)],
+        {"pressure: the leaking worker is restarted", "pressure: the kernel kills nobody else"},
+    ),
+    "there is no limit": (
+        [put("memory.max", "max\n"), globally()],
+        {
+            "pressure: the leaking worker is restarted",
+            "pressure: another process dies alone",
+            "pressure: the kernel kills nobody else",
+        },
+    ),
+    "killed outside the container": (
+        [sub("kernel", r"task_memcg=[^,]*", "task_memcg=/system.slice/docker.service", count=1)],
+        {"pressure: the leaking worker is restarted", "pressure: the kernel kills nobody else"},
+    ),
+    "the nanny sleeps": ([beside], {"pressure: the leaking worker is restarted"}),
+    "the other process survives": (
+        [sub("grower", r"status \d+", "status 0"), sub("kernel", r"^.*task=dd.*$\n", "")],
+        {"pressure: another process dies alone"},
+    ),
+    "the other process takes one with it": (
+        [lambda text: put("kernel", text["kernel"] + text["kernel"].replace(f"pid={pid()}", "pid=1"))(text)],
+        {"pressure: another process dies alone"},
+    ),
+    "docker was restarted": (
+        [
+            sub(
+                "services.after",
+                r"(Type=\w+\nResult=success\nNRestarts=)0(\nId=docker\.service)",
+                r"\g<1>1\2",
+            )
+        ],
+        {"pressure: no service is touched"},
+    ),
+    "the journal is another one": (
+        [sub("services.after", r"(Id=systemd-journald(?:.|\n)*?InvocationID=)\w+", r"\g<1>f00")],
+        {"pressure: no service is touched"},
+    ),
+    "ssh failed": (
+        [sub("services.after", r"Result=success(\nNRestarts=0\nId=ssh\.service)", r"Result=oom-kill\1")],
+        {"pressure: no service is touched"},
+    ),
+    "the container is a new one": (
+        [sub("container.after", r"true \S+", "true 2026-11-25T17:00:00Z")],
+        {"pressure: the container goes on"},
+    ),
+    "the worker came back with another limit": (
+        [dask("back", 0, "limit", value=123 * MIB)],
+        {"pressure: the workers are back"},
+    ),
+    "the worker does not work": ([dask("served", value=None)], {"pressure: the workers are back"}),
+    "a worker stayed away": (
+        [dask("back", value=[])],
+        {"pressure: the workers are back"},
+    ),
+    "frozen": (
+        [watched(times=[0.0, 1.0, 30.0, 31.0])],
+        {"pressure: ssh answers all the time"},
+    ),
+    "a login failed": (
+        [watched(failed=["Connection reset by peer"])],
+        {"pressure: ssh answers all the time"},
+    ),
+}
+
+
+def pid() -> str:
+    assert GROWER is not None
+    return GROWER[1]
+
+
+def test_a_machine_like_ours_is_green_and_says_how_it_went() -> None:
+    notes: list[str] = []
+    assert judge(GOOD, notes) == {}
+    spilled, restarted, logins = notes
+    assert re.fullmatch(r"3\.\d GiB of work \(2\.0 x the limit\) in \d+ s", spilled)
+    assert "by the kernel, at the container's limit (2 times)" in restarted
+    assert re.search(r"in time on machines from [\d.]+ GiB on \([\d.]+ GiB without a scheduler", restarted)
+    assert re.fullmatch(r"\d+ logins, [\d.]+ s between two at most", logins)
+
+
+def test_a_machine_without_a_limit_is_red() -> None:
+    found = judge(UNLIMITED)
+    assert set(found) - {"pressure: work twice the limit finishes by spilling"} == {
+        "pressure: the leaking worker is restarted",
+        "pressure: another process dies alone",
+        "pressure: the kernel kills nobody else",
+        "pressure: ssh answers all the time",
+    }
+    assert parse(UNLIMITED).deaths() == (Slayer.MACHINE, Slayer.MACHINE)
+    assert "no login for 29 s" in found["pressure: ssh answers all the time"]
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_ill_machine_is_found_out(name: str) -> None:
+    changes, expected = ILL[name]
+    recorded = dict(GOOD)
+    for change in changes:
+        change(recorded)
+    assert red(recorded) == expected
+
+
+def test_every_check_can_fail_and_says_why_it_matters() -> None:
+    found_out = set().union(*(expected for _, expected in ILL.values()))
+    assert {name for name, _ in each_check()} == found_out
+    assert [name for name, check in each_check() if not (check.__doc__ or "").strip()] == []
+
+
+def test_what_was_not_come_to_is_blocked() -> None:
+    recorded = dict(GOOD)
+    stopped("spilling", "leaked", "served", "back")(recorded)
+    found = judge(recorded)
+    assert found["pressure: the workers are back"] == f"skipped: {plugin.BLOCKED}spilling: it went wrong"
+    assert set(found) == {
+        "pressure: all steps were gone",
+        "pressure: a leak ends as a killed worker",
+        "pressure: the leaking worker is restarted",
+        "pressure: the workers are back",
+    }
+
+
+def test_a_small_disk_is_said_not_hidden() -> None:
+    recorded = dict(GOOD)
+    dask("spill", "size", value=1024 * MIB)(recorded)
+    name = "pressure: work twice the limit finishes by spilling"
+    assert judge(recorded)[name].endswith("the disk has no room for more (verify.disk_size)")
+    assert judge(recorded, context=replace(CONTEXT, work=0.3))[name].endswith("no more was asked for")
+
+
+def test_the_nannys_headroom_is_named_where_it_is_needed() -> None:
+    """200 MiB beside the workers are more than 5 % of 1697 MiB."""
+    recorded, notes = dict(GOOD), list[str]()
+    put("memory.stat", f"anon {200 * MIB + parse(GOOD).idle}\n")(recorded)
+    assert judge(recorded, notes) == {}
+    assert "beside the workers 200 MiB are in use" in notes[1]
+    assert "on machines from 4.3 GiB on" in notes[1]
+    assert "here with a headroom of 122 MiB" in notes[1]
+
+
+def test_whoever_comes_first_ended_the_worker() -> None:
+    first = DASK["leaks"][0]
+    event = {"time": first["time"] + 0.1, "pid": first["pid"], "rss": 1}
+    recorded = dict(GOOD)
+    dask("nanny", value=[event])(recorded)
+    assert parse(recorded).deaths() == (Slayer.NANNY, Slayer.CONTAINER)
+    dask("nanny", value=[event | {"pid": 1}])(recorded)
+    assert parse(recorded).deaths() == (Slayer.CONTAINER, Slayer.CONTAINER)
+    dask("nanny", value=[event | {"time": first["time"] + 3600}])(recorded)
+    assert parse(recorded).deaths() == (Slayer.CONTAINER, Slayer.CONTAINER)
+
+
+def test_a_service_that_dbus_started_may_end() -> None:
+    recorded = dict(GOOD)
+    idle = "Type=dbus\nResult=success\nNRestarts=0\nId=idle.service\nActiveState={}\nInvocationID={}\n\n"
+    for name, state in (("before", ("active", "f")), ("after", ("inactive", ""))):
+        recorded[f"services.{name}"] = idle.format(*state) + recorded[f"services.{name}"].lstrip()
+    assert red(recorded) == set()
+    recorded["services.before"] = recorded["services.before"].replace("Type=dbus", "Type=simple", 1)
+    assert red(recorded) == {"pressure: no service is touched"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.pop("end"),
+        lambda text: text.pop("services.after"),
+        put("memory.max", "many\n"),
+        put("dask", "{"),
+        put("grower", "began 1\n"),
+        put("kernel", "oom-kill:constraint=CONSTRAINT_MEMCG, cut off\n"),
+    ],
+    ids=["end", "section", "limit", "dask", "grower", "kernel"],
+)
+def test_half_an_answer_is_none(change: Change) -> None:
+    recorded = dict(GOOD)
+    change(recorded)
+    with pytest.raises(Incomplete):
+        parse(recorded)
+
+
+def test_another_number_of_workers() -> None:
+    """The idle ones take from the room that the nanny needs."""
+    recorded = dict(GOOD)
+    share = DASK["back"][0]["limit"] // 2
+    two = [{"pid": n, "limit": share, "spillable": 1} for n in (1, 2)]
+    for key in ("workers", "back"):
+        dask(key, value=two)(recorded)
+    context = replace(CONTEXT, workers=2)
+    module().test_the_workers_are_back(parse(recorded), context)
+    with pytest.raises(AssertionError, match="were left when the nanny should have done it"):
+        module().test_the_leaking_worker_is_restarted(parse(recorded), context, print)
