@@ -7,7 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 venv="$root/.venv"
 tools="$root/.cache/tools"
 # Where programs of the system administrator are, which other users' PATH leaves out.
-PATH="$PATH:$tools/usr/bin:/usr/sbin:/sbin"
+PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin"
 work=
 
 # set_up run|test: make sure that everything for that is there, and say what is done for it.

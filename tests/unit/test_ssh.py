@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -23,9 +24,23 @@ from ami_builder.proc import Completed
 
 from .fakes import calls, fake
 
-SSHD = Path("/usr/sbin/sshd")
+ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(not SSHD.exists(), reason="no /usr/sbin/sshd: apt-get install openssh-server")
+SSHD = shutil.which("sshd", path="/usr/sbin") or str(ROOT / ".cache" / "tools" / "usr" / "sbin" / "sshd")
+_AS_ROOT = 'mount --bind "$0" /etc/passwd && exec "$@"'
+
+pytestmark = pytest.mark.skipif(not Path(SSHD).exists(), reason="sshd is not here; scripts/test brings it")
+
+
+def _sshd(folder: Path) -> list[str]:
+    """Return what runs sshd; root's wants a user of that name, which is there where it is installed."""
+    passwd = Path("/etc/passwd").read_text()
+    if os.geteuid() != 0 or "\nsshd:" in passwd:
+        return [SSHD]
+    ours = folder / "passwd"
+    ours.write_text(f"{passwd}sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin\n")
+    ours.chmod(0o644)
+    return ["unshare", "--mount", "sh", "-c", _AS_ROOT, str(ours), SSHD]
 
 
 class Server:
@@ -34,6 +49,7 @@ class Server:
     def __init__(self, folder: Path, authorized: Path) -> None:
         folder.mkdir()
         self.folder = folder
+        self.sshd = _sshd(folder)
         self.config = folder / "sshd_config"
         self.authorized = folder / "authorized_keys"
         self.authorized.write_bytes(authorized.read_bytes())
@@ -60,7 +76,7 @@ class Server:
             except OSError:
                 return
             with connection, (self.folder / "log").open("ab") as log:
-                argv = [str(SSHD), "-i", "-e", "-f", str(self.config)]
+                argv = [*self.sshd, "-i", "-e", "-f", str(self.config)]
                 end = connection.fileno()
                 child = subprocess.Popen(argv, stdin=end, stdout=end, stderr=log)
                 self.children.append(child)
