@@ -1,0 +1,217 @@
+"""The page of an experiment, and its rows as a table on stdout has them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ami_builder import report
+from ami_builder.console import duration, size
+from ami_builder.experiment.cases import Policy, Work
+from ami_builder.experiment.criteria import PUBLISHED, Answer, Judged, Row, judge, rows
+from ami_builder.experiment.findings import notes, shares
+from ami_builder.experiment.results import Result
+from ami_builder.model import Image
+from ami_builder.pipeline.experiment import Outcome, read_trace
+from ami_builder.report import Comparison, Criterion, Curve, Fact, Page, Panel, Table, Tone
+from ami_builder.spelling import format_size
+from ami_builder.workspace import StoredImage, write_atomically
+
+PAGE = "report.html"
+_MAIN = Work.SPIKES
+_TONES = {Answer.PASSED: Tone.GOOD, Answer.FAILED: Tone.BAD, Answer.NOT_SHOWN: Tone.IDLE}
+
+_Value = Callable[[Result], float]
+_NUMBERS: tuple[tuple[str, _Value, Callable[[float], str]], ...] = (
+    ("done", lambda r: r.done, "{:g}".format),
+    ("failed", lambda r: r.failed, "{:g}".format),
+    ("unfinished", lambda r: r.unfinished, "{:g}".format),
+    ("took", lambda r: r.seconds, duration),
+    ("by nanny", lambda r: r.by_nanny, "{:g}".format),
+    ("by kernel", lambda r: r.by_kernel, "{:g}".format),
+    ("global kills", lambda r: r.global_kills, "{:g}".format),
+    ("container kills", lambda r: r.container_kills, "{:g}".format),
+    ("frozen", lambda r: r.frozen, duration),
+    ("longest", lambda r: r.frozen_longest, duration),
+    ("ssh failed", lambda r: r.ssh_failed, "{:g}".format),
+    ("ssh longest", lambda r: r.ssh_longest, duration),
+    ("stalled", lambda r: r.stalled_full, duration),
+    ("spilled", lambda r: r.spilled, lambda value: size(int(value))),
+    ("peak", lambda r: r.peak, lambda value: size(int(value))),
+)
+COLUMNS = tuple(name for name, _, _ in _NUMBERS)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's texts: what it is about, how many runs, and each number's median with its spread."""
+    about = (format_size(row.memory), str(row.work), str(row.policy), str(row.runs))
+    return (*about, *(_cell(row, value, text) for _, value, text in _NUMBERS))
+
+
+def _cell(row: Row, value: _Value, text: Callable[[float], str]) -> str:
+    spread = row.spread(value)
+    least, middle, most = text(spread.least), text(spread.median), text(spread.most)
+    return middle if least == most else f"{middle} ({least} – {most})"
+
+
+def write_page(image: Image, stored: StoredImage, outcome: Outcome) -> Path:
+    """Write the page beside the results, and return where it is."""
+    path = outcome.folder / PAGE
+    write_atomically(path, report.render(_page(image, stored, outcome)))
+    return path
+
+
+def _page(image: Image, stored: StoredImage, outcome: Outcome) -> Page:
+    results = outcome.results
+    judged = judge(results)
+    tone, word, sentence = _verdict(judged)
+    found = rows(results)
+    fewest = min(row.runs for row in found)
+    accelerators = ", ".join(sorted({result.accelerator.upper() for result in results}))
+    return Page(
+        title=f"Experiment with image {image.name}",
+        tone=tone,
+        word=word,
+        sentence=sentence,
+        facts=(
+            Fact(name="Digest", text=stored.artifact.digest, exact=True),
+            Fact(name="Runs", text=_counted(len(results), fewest)),
+            Fact(name="Machines", text=f"{_machines(results)}, under {accelerators}, without swap"),
+            Fact(name="Made", text=f"{min(r.when for r in results)} to {max(r.when for r in results)}"),
+        ),
+        comparison=Comparison(
+            criteria=tuple(
+                Criterion(
+                    text=one.text, tone=_TONES[one.answer], word=one.answer, found=one.found, runs=one.runs
+                )
+                for one in judged
+            ),
+            panels=_panels(found),
+            curves=_curves(outcome),
+            tables=(_shares(results), _all(found)),
+            notes=notes(results),
+            command=_command(image, results),
+        ),
+        links={},
+    )
+
+
+def _verdict(judged: Sequence[Judged]) -> tuple[Tone, str, str]:
+    counts = {answer: sum(one.answer is answer for one in judged) for answer in Answer}
+    told = f"Of {len(judged)} criteria {counts[Answer.PASSED]} are reached"
+    told += f", {counts[Answer.FAILED]} are not" if counts[Answer.FAILED] else ""
+    told += f", {counts[Answer.NOT_SHOWN]} are not shown" if counts[Answer.NOT_SHOWN] else ""
+    if counts[Answer.FAILED]:
+        return Tone.BAD, "Not all reached", f"{told}."
+    if counts[Answer.NOT_SHOWN]:
+        return Tone.WARN, "Not all shown", f"{told}."
+    return Tone.GOOD, "Reached", f"{told}."
+
+
+def _counted(count: int, fewest: int) -> str:
+    few = (
+        f"; fewer than the {PUBLISHED} of a kind that a published number should have"
+        if fewest < PUBLISHED
+        else ""
+    )
+    return f"{count}, at least {fewest} of each kind{few}"
+
+
+def _machines(results: Sequence[Result]) -> str:
+    kinds = sorted({(r.case.memory, r.case.cpus) for r in results})
+    return ", ".join(f"{format_size(memory)} with {cpus} CPUs" for memory, cpus in kinds)
+
+
+def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
+    """Return what became of the main work under each policy; of any other one where that was not run."""
+    work = _MAIN if any(row.work is _MAIN for row in found) else found[0].work
+    panels = []
+    for memory in sorted({row.memory for row in found if row.work is work}):
+        group = [row for row in found if (row.memory, row.work) == (memory, work)]
+        for title, unit, value in (
+            ("tasks done", "", lambda r: r.done),
+            ("stood still", "s", lambda r: r.frozen),
+            ("took", "s", lambda r: r.seconds),
+            ("kills for want of the machine’s memory", "", lambda r: r.global_kills),
+        ):
+            bars = tuple((str(row.policy), tuple(map(value, row.results))) for row in group)
+            panels.append(Panel(title=f"{format_size(memory)}, {work}: {title}", unit=unit, bars=bars))
+    return tuple(panels)
+
+
+def _curves(outcome: Outcome) -> tuple[Curve, ...]:
+    """Return a run of each policy: of the first machine and work that show most of them."""
+    found = []
+    shown: set[tuple[int, Policy]] = set()
+    leaks = [row for row in rows(outcome.results) if row.work in (Work.LEAK_SLOW, Work.LEAK_FAST)]
+    for row in leaks or rows(outcome.results):
+        # The one in the middle, by how long the machine stood still.
+        result = sorted(row.results, key=lambda each: each.frozen)[row.runs // 2]
+        trace = read_trace(outcome.folder, result.case)
+        if trace is None or not trace.times or (row.memory, row.policy) in shown:
+            continue
+        shown.add((row.memory, row.policy))
+        found.append(
+            Curve(
+                title=f"{format_size(row.memory)}, {row.work}: {row.policy.text}",
+                times=trace.times,
+                held=trace.held,
+                limit=None if row.policy is Policy.NONE else result.limit,
+                available=result.available,
+                total=result.total,
+                paused=tuple(time for time, kind in trace.marks if kind == "paused"),
+                lost=tuple(time for time, kind in trace.marks if kind == "lost"),
+            )
+        )
+    return tuple(found)
+
+
+def _shares(results: Sequence[Result]) -> Table:
+    return Table(
+        title="What Dask may use",
+        text=(
+            "Its limit, as part of MemTotal, and as part of what the system really gave a leak before it "
+            "first stood still; and in how many runs something outside the container was hurt."
+        ),
+        columns=("machine", "policy", "limit", "of MemTotal", "of what it gave", "hurt"),
+        named=2,
+        rows=tuple(
+            (
+                format_size(one.memory),
+                one.policy.text,
+                size(int(one.limit)),
+                f"{one.of_total:.1%}",
+                "–" if one.of_given is None else f"{one.of_given:.1%}",
+                f"{one.hurt} of {one.runs}",
+            )
+            for one in shares(results)
+        ),
+    )
+
+
+def _all(found: Sequence[Row]) -> Table:
+    return Table(
+        title="All numbers",
+        text=(
+            "Medians, with the least and the most of all runs. Frozen: silences of more than a second inside "
+            "the machine, in all and the longest. Stalled: PSI, full."
+        ),
+        columns=("machine", "work", "policy", "runs", *COLUMNS),
+        named=3,
+        rows=tuple(cells(row) for row in found),
+    )
+
+
+def _command(image: Image, results: Sequence[Result]) -> str:
+    """Return what makes these runs again; there may be more of a kind than some had."""
+    cases = [result.case for result in results]
+    words = ["ami-builder", "--set", f"verify.cpus={cases[0].cpus}", "experiment", image.name]
+    for memory in sorted({case.memory for case in cases}):
+        words += ["--memory", format_size(memory)]
+    for policy in Policy:
+        words += ["--policy", policy] if any(case.policy is policy for case in cases) else []
+    for work in Work:
+        words += ["--work", work] if any(case.work is work for case in cases) else []
+    words += ["--repeat", str(max(case.repeat for case in cases)), "--seed", str(cases[0].seed)]
+    return shlex.join(words)
