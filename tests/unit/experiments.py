@@ -33,7 +33,7 @@ def result(**changes: Any) -> Result:
 
 
 GOOD = (
-    *(result(repeat=n, policy=Policy.NONE, limit=980 * MIB, done=150, unfinished=50, seconds=600.0, frozen=80.0,
+    *(result(repeat=n, policy=Policy.NONE, limit=980 * MIB, done=150, unfinished=50, seconds=600, frozen=80,
              frozen_longest=30.0, global_kills=8, container_kills=0, ssh_failed=4, ssh_longest=40.0,
              ssh_frozen=90.0) for n in (1, 2, 3)),
     *(result(repeat=n) for n in (1, 2, 3)),
