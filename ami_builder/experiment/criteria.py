@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ami_builder.experiment.cases import Policy, Work
 from ami_builder.experiment.results import FROZEN_SECONDS, Result
-from ami_builder.spelling import MIB, format_size
+from ami_builder.spelling import GIB, MIB
 
 SILENT_SECONDS = 5.0
 LESS_FROZEN = 10.0
@@ -82,6 +82,11 @@ class Row:
     def median(self, value: Callable[[Result], float]) -> float:
         """Return a number's median over them."""
         return self.spread(value).median
+
+
+def said(memory: int) -> str:
+    """Return a machine's memory as a person says it."""
+    return f"{memory / GIB:g} GiB"
 
 
 def rows(results: Iterable[Result]) -> tuple[Row, ...]:
@@ -171,7 +176,7 @@ def _compared(
     text: str, memory: int, work: Work, results: Sequence[Result],
     compare: Callable[[Row, Row], tuple[Answer, str]],
 ) -> Judged:  # fmt: skip
-    text = f"{format_size(memory)}: {text}"
+    text = f"{said(memory)}: {text}"
     pair = _pair(memory, work, results)
     if pair is None:
         return Judged(text=text, answer=Answer.NOT_SHOWN, found="not run under both", runs=0)
@@ -227,7 +232,7 @@ def given(memory: int, results: Sequence[Result]) -> float | None:
 
 
 def _used(memory: int, results: Sequence[Result]) -> Judged:
-    text = f"{format_size(memory)}: Dask may use at least {USED_PERCENT} % of what the system can really give"
+    text = f"{said(memory)}: Dask may use at least {USED_PERCENT} % of what the system can really give"
     most = given(memory, results)
     limits = [r.limit for r in results if (r.case.memory, r.case.policy) == (memory, Policy.AVAILABLE)]
     if most is None or not limits:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ami_builder.experiment.cases import Policy
-from ami_builder.experiment.criteria import Row, given, rows, unhurt
+from ami_builder.experiment.criteria import Row, given, rows, said, unhurt
 from ami_builder.experiment.results import Result
-from ami_builder.spelling import format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         without = free.get((row.memory, row.work))
         if row.policy is not Policy.AVAILABLE or without is None:
             continue
-        where = f"{format_size(row.memory)}, {row.work.text}"
+        where = f"{said(row.memory)}, {row.work.text}"
         if all(unhurt(result) for result in without.results):
             yield f"{where}: no difference to the machine; nothing was hurt without a limit either."
         before, now = without.median(_lost), row.median(_lost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ami_builder.workspace import StoredImage, write_atomically
 
 PAGE = "report.html"
 _MAIN = Work.SPIKES
+# The later, the better what happened is seen in the curve of its memory.
+_LEGIBLE = (Work.MATRIX, Work.ARRAY, Work.AGENT, Work.SPIKES, Work.LEAK_SLOW, Work.LEAK_FAST)
 _TONES = {Answer.PASSED: Tone.GOOD, Answer.FAILED: Tone.BAD, Answer.NOT_SHOWN: Tone.IDLE}
 
 _Value = Callable[[Result], float]
@@ -45,7 +48,7 @@ COLUMNS = tuple(name for name, _, _ in _NUMBERS)
 
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row's texts: what it is about, how many runs, and each number's median with its spread."""
-    about = (format_size(row.memory), str(row.work), str(row.policy), str(row.runs))
+    about = (size(row.memory), str(row.work), str(row.policy), str(row.runs))
     return (*about, *(_cell(row, value, text) for _, value, text in _NUMBERS))
 
 
@@ -120,7 +123,7 @@ def _counted(count: int, fewest: int) -> str:
 
 def _machines(results: Sequence[Result]) -> str:
     kinds = sorted({(r.case.memory, r.case.cpus) for r in results})
-    return ", ".join(f"{format_size(memory)} with {cpus} CPUs" for memory, cpus in kinds)
+    return ", ".join(f"{size(memory)} with {cpus} CPUs" for memory, cpus in kinds)
 
 
 def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
@@ -136,25 +139,27 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
             ("kills for want of the machine’s memory", "", lambda r: r.global_kills),
         ):
             bars = tuple((str(row.policy), tuple(map(value, row.results))) for row in group)
-            panels.append(Panel(title=f"{format_size(memory)}, {work}: {title}", unit=unit, bars=bars))
+            panels.append(Panel(title=f"{size(memory)}, {work}: {title}", unit=unit, bars=bars))
     return tuple(panels)
 
 
 def _curves(outcome: Outcome) -> tuple[Curve, ...]:
-    """Return a run of each policy: of the first machine and work that show most of them."""
+    """Return a run of each policy on each machine: of the work that was run under most policies."""
+    all_rows = rows(outcome.results)
+    policies = Counter((row.memory, row.work) for row in all_rows)
     found = []
-    shown: set[tuple[int, Policy]] = set()
-    leaks = [row for row in rows(outcome.results) if row.work in (Work.LEAK_SLOW, Work.LEAK_FAST)]
-    for row in leaks or rows(outcome.results):
+    for row in all_rows:
+        same = [work for work in Work if policies[row.memory, work]]
+        if row.work is not max(same, key=lambda work: (policies[row.memory, work], _LEGIBLE.index(work))):
+            continue
         # The one in the middle, by how long the machine stood still.
         result = sorted(row.results, key=lambda each: each.frozen)[row.runs // 2]
         trace = read_trace(outcome.folder, result.case)
-        if trace is None or not trace.times or (row.memory, row.policy) in shown:
+        if trace is None or not trace.times:
             continue
-        shown.add((row.memory, row.policy))
         found.append(
             Curve(
-                title=f"{format_size(row.memory)}, {row.work}: {row.policy.text}",
+                title=f"{size(row.memory)}, {row.work}: {row.policy.text}",
                 times=trace.times,
                 held=trace.held,
                 limit=None if row.policy is Policy.NONE else result.limit,
@@ -178,7 +183,7 @@ def _shares(results: Sequence[Result]) -> Table:
         named=2,
         rows=tuple(
             (
-                format_size(one.memory),
+                size(one.memory),
                 one.policy.text,
                 size(int(one.limit)),
                 f"{one.of_total:.1%}",

@@ -105,12 +105,12 @@ def test_a_bad_one_fails_each_criterion() -> None:
 def test_what_was_not_run_is_not_shown() -> None:
     found = answers(GOOD[3:6])
     assert found["without a limit the same work breaks one of these"] is Answer.NOT_SHOWN
-    assert found["1GiB: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
+    assert found["1 GiB: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
 
 
 def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
     found = answers(SAME)
-    assert found["8GiB: W3 stands still at least 10 times less than without a limit"] is Answer.NOT_SHOWN
+    assert found["8 GiB: W3 stands still at least 10 times less than without a limit"] is Answer.NOT_SHOWN
     assert found["without a limit the same work breaks one of these"] is Answer.FAILED
     assert any("no difference to the machine" in line for line in notes(SAME))
     assert any("restarted 10 times, without it 0" in line for line in notes(SAME))
@@ -118,7 +118,7 @@ def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
 
 def test_an_array_that_is_not_finished_is_not_fast() -> None:
     short = (GOOD[6], replace(GOOD[7], seconds=10.0, failed=1))
-    assert answers(short)["1GiB: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
+    assert answers(short)["1 GiB: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
 
 
 def test_one_login_that_fails_is_harm() -> None:
