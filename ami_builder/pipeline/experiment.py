@@ -123,7 +123,7 @@ def _make_all(
             return
         try:
             with progress.step(f"run {number} of {len(left)}: {case.name}") as step:
-                result, trace = make(case, place, run.work, step)
+                result, trace = make(case, place, run, step)
                 with lock:
                     dump(trace, folder / "traces" / f"{case.name}.json")
                     lines.append(folder / _RESULTS, _RESULT.dump_python(result, mode="json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from ami_builder.experiment.user_data import FOLDER, TICKS, user_data
 from ami_builder.model import Datasource, Image, Network
 from ami_builder.pipeline.local import LocalMachine
 from ami_builder.pressure import kills
+from ami_builder.workspace import Run
 
 # A multi-threaded TCG boot now and then gets stuck: see prove.py.
 _BOOTS = 3
@@ -53,23 +55,36 @@ class Place:
     """For the work of one run, in seconds."""
 
 
-def make(case: Case, place: Place, directory: Path, step: Step) -> tuple[Result, Trace]:
+def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]:
     """Boot a machine for the case, give Dask the work, and return what was seen.
 
-    Raises BuildFailed or TimedOut when the machine doesn't come up, or the policy didn't arrive.
+    The logs of a machine that shows nothing are kept with the run. Raises BuildFailed or TimedOut when it does
+    not come up, or the policy did not arrive.
     """
     for attempt in range(1, _BOOTS + 1):
-        folder = directory / f"{case.name}-{attempt}"
+        folder = run.work / f"{case.name}-{attempt}"
         folder.mkdir(parents=True)
-        run = _Run(case, place, folder, step)
+        made = _Run(case, place, folder, step)
         try:
-            return run.go()
-        except qemu.GuestStuck as stuck:
+            return made.go()
+        except AmiBuilderError as failed:
             # One that gets stuck while it works is not put down to the emulator, and not run until it fits.
-            if attempt == _BOOTS or not stuck.boot_again or run.working:
-                raise
-            step.update("the emulated machine got stuck: booting again")
+            stuck = isinstance(failed, qemu.GuestStuck) and failed.boot_again and not made.working
+            if stuck and attempt < _BOOTS:
+                step.update("the emulated machine got stuck: booting again")
+                continue
+            _keep_logs(folder, run.directory / "machines" / case.name, failed)
+            raise
     raise AssertionError("unreachable")
+
+
+def _keep_logs(folder: Path, to: Path, failed: AmiBuilderError) -> None:
+    """Take what a person needs out of the folder that goes with the run."""
+    to.mkdir(parents=True, exist_ok=True)
+    for log in folder.glob("*.log"):
+        shutil.copy(log, to)
+        if failed.log == log:
+            failed.log = to / log.name
 
 
 class _Run:
