@@ -58,8 +58,8 @@ class Place:
 def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]:
     """Boot a machine for the case, give Dask the work, and return what was seen.
 
-    The logs of a machine that shows nothing are kept with the run. Raises BuildFailed or TimedOut when it does
-    not come up, or the policy did not arrive.
+    The logs of a machine that shows nothing are kept with the run. Raises BuildFailed or TimedOut when it
+    does not come up, or the policy did not arrive.
     """
     for attempt in range(1, _BOOTS + 1):
         folder = run.work / f"{case.name}-{attempt}"
