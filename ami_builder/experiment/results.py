@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,9 @@ FROZEN_SECONDS = 1.0
 SSH_FROZEN_SECONDS = 5.0
 """A login that takes longer is counted as silence: an emulated machine needs a second or two for one."""
 _POINTS = 400
+_TICK = re.compile(r"^tick (\d+\.\d+) (\d+) (\d+) (\d+) (\d+) \.\r?$", re.MULTILINE)
+# Linux, mm/oom_kill.c, __oom_kill_process.
+_CONSOLE_KILL = re.compile(r"(Out of memory|Memory cgroup out of memory): Killed process \d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,8 @@ class Result:
     failed: int
     unfinished: int
     """When the time was up."""
+    came_back: bool
+    """Whether the machine let us in afterwards; else restarts and kills are what its console showed."""
     seconds: float
     by_nanny: int
     """Restarts of the worker by its nanny."""
@@ -101,27 +107,23 @@ class Trace:
 
 
 def ticks(text: str) -> tuple[Tick, ...]:
-    """Read what ticker.py wrote; the last line may be incomplete.
+    """Read what ticker.py wrote to a console; a line that the kernel wrote into is passed over."""
+    return tuple(
+        Tick(
+            uptime=float(uptime),
+            held=int(held),
+            available=int(available),
+            some=int(some) / 1e6,
+            full=int(full) / 1e6,
+        )
+        for uptime, held, available, some, full in _TICK.findall(text)
+    )
 
-    Raises ValueError for any other line that it can't have written.
-    """
-    found = []
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if len(words) == 5:
-            uptime, held, available, some, full = words
-            tick = Tick(
-                uptime=float(uptime),
-                held=int(held),
-                available=int(available),
-                some=int(some) / 1e6,
-                full=int(full) / 1e6,
-            )
-            found.append(tick)
-        elif number < len(lines):
-            raise ValueError(f"line {number} is no sign of life: {line[:80]!r}")
-    return tuple(found)
+
+def console_kills(text: str) -> tuple[int, int]:
+    """Return how many were killed for want of the machine's memory, and of a cgroup's, by its console."""
+    found = _CONSOLE_KILL.findall(text)
+    return found.count("Out of memory"), found.count("Memory cgroup out of memory")
 
 
 def watched(found: Sequence[Tick], began: float, seconds: float) -> tuple[Tick, ...]:

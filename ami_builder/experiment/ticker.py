@@ -1,7 +1,8 @@
 """Runs on the machine, outside the container: a sign of life ten times a second, and the memory at that time.
 
-Each line: uptime in seconds, what Dask's container holds (anonymous memory), MemAvailable, and for how many
-microseconds some and all tasks were stalled for want of memory. Bytes otherwise; Python's library alone.
+It writes to the serial console, which QEMU keeps: a machine that stands still lets nobody in to read a file.
+Each line: `tick`, uptime in seconds, what the container holds (anonymous memory), MemAvailable, and for how
+many microseconds some and all tasks were stalled for want of memory. Bytes otherwise; Python's library alone.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ def stalled(content: str) -> str:
 def main() -> None:
     """Write to the file that is named first, for ever."""
     path = ""
-    with open(sys.argv[1], "a", buffering=1) as out:  # noqa: PTH123
+    with open(sys.argv[1], "w") as out:  # noqa: PTH123
         while True:
             if not path or not os.path.exists(path):  # noqa: PTH110
                 path = next(iter(glob.glob(_CONTAINER)), "")  # noqa: PTH207
             held = word_after(text(path)[:200], "anon") if path else 0
             available = word_after(text("/proc/meminfo")[:300], "MemAvailable:") * 1024
             now = time.clock_gettime(time.CLOCK_BOOTTIME)
-            out.write(f"{now:.3f} {held} {available} {stalled(text('/proc/pressure/memory'))}\n")
+            stalls = stalled(text("/proc/pressure/memory"))
+            # Whatever the kernel has written, the line begins anew.
+            out.write(f"\ntick {now:.3f} {held} {available} {stalls} .\n")
+            out.flush()
             time.sleep(0.1)
 
 

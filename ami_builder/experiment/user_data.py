@@ -11,7 +11,7 @@ from ami_builder.model import Image
 from ami_builder.spelling import GIB, MIB
 
 FOLDER = "/var/lib/ami-builder-experiment"
-TICKS = "/run/ami-builder-ticks"
+CONSOLE = "/dev/ttyS0"
 TICKER_UNIT = "ami-builder-ticker"
 
 _VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
@@ -41,7 +41,7 @@ _COMPUTE = {
 
 def user_data(image: Image, policy: Policy, scheduler: str) -> bytes:
     """Return a cloud-config whose Compose file starts one worker of the scheduler under a policy."""
-    watch = f"until [ -e {FOLDER}/ticker.py ]; do sleep 0.2; done; exec python3 {FOLDER}/ticker.py {TICKS}"
+    watch = f"until [ -e {FOLDER}/ticker.py ]; do sleep 0.2; done; exec python3 {FOLDER}/ticker.py {CONSOLE}"
     # Before Dask measures, so that what the watch itself uses is not counted as available.
     ticker = [
         "systemd-run", "--no-block", f"--unit={TICKER_UNIT}", "--property=Restart=always",

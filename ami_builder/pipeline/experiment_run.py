@@ -16,11 +16,11 @@ from ami_builder import proc
 from ami_builder.adapters import qemu, ssh
 from ami_builder.adapters.dask.driver import Driver, driving
 from ami_builder.console import Step
-from ami_builder.errors import AmiBuilderError, BuildFailed
+from ami_builder.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.experiment import results, tasks
 from ami_builder.experiment.cases import METHOD, Case, expected_limit
 from ami_builder.experiment.results import Login, Result, Trace
-from ami_builder.experiment.user_data import FOLDER, TICKS, user_data
+from ami_builder.experiment.user_data import FOLDER, user_data
 from ami_builder.model import Datasource, Image, Network
 from ami_builder.pipeline.local import LocalMachine
 from ami_builder.pressure import kills
@@ -30,7 +30,7 @@ from ami_builder.workspace import Run
 _BOOTS = 3
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
-_EVIDENCE_SECONDS = 240.0
+_BACK_SECONDS = 90.0
 # As QEMU's user network calls this machine, where EC2's metadata are (adapters/qemu/machine.py).
 _THIS_MACHINE = "169.254.169.2"
 
@@ -173,10 +173,14 @@ class _Run:
         ended: Mapping[str, Any], seen: list[Login],
     ) -> tuple[Result, Trace]:  # fmt: skip
         self.step.update("reading what the machine has seen")
-        kernel, ticks, nanny = self._evidence(session)
-        found = results.ticks(ticks)
-        inside = results.watched(found, began, ended["seconds"])
-        by_kernel, everywhere, in_containers, harmed = results.counted(kills(kernel))
+        counts = self._counts(session)
+        console = (self.directory / "console.log").read_text(errors="replace")
+        inside = results.watched(results.ticks(console), began, ended["seconds"])
+        came_back = counts is not None
+        if counts is None:
+            everywhere, in_containers = results.console_kills(console)
+            counts = (0, everywhere + in_containers, everywhere, in_containers, ())
+        by_nanny, by_kernel, everywhere, in_containers, harmed = counts
         frozen_longest, frozen = results.stood_still(inside, began, ended["seconds"])
         ssh_longest, ssh_frozen = results.waits(seen)
         result = Result(
@@ -190,8 +194,9 @@ class _Run:
             done=ended["done"],
             failed=ended["failed"],
             unfinished=ended["unfinished"],
+            came_back=came_back,
             seconds=ended["seconds"],
-            by_nanny=int(nanny),
+            by_nanny=by_nanny,
             by_kernel=by_kernel,
             global_kills=everywhere,
             container_kills=in_containers,
@@ -210,27 +215,23 @@ class _Run:
         )
         return result, results.trace(inside, began, ended["marks"])
 
-    def _evidence(self, session: ssh.Session) -> tuple[str, str, str]:
-        """Read it as soon as the machine lets us; a machine that never does has no result."""
-        failed: list[AmiBuilderError] = []
+    def _counts(self, session: ssh.Session) -> tuple[int, int, int, int, tuple[str, ...]] | None:
+        """Return restarts by the nanny and whom the kernel killed; None when the machine never comes back."""
 
-        def read() -> tuple[str, str, str] | None:
+        def read() -> tuple[str, str] | None:
             self.machine.check_alive()
             try:
-                session.wait(60, self.machine.check_alive)
-                kernel = session.run(_KERNEL, sudo=True, timeout=90).stdout
-                ticks = session.run(f"cat {TICKS}", sudo=True, timeout=90).stdout
-                return kernel, ticks, session.run(_NANNY, sudo=True, timeout=90).stdout.strip()
-            except qemu.MachineDied:
-                raise
-            except AmiBuilderError as late:
-                failed.append(late)
+                session.wait(_BACK_SECONDS, self.machine.check_alive)
+                kernel = session.run(_KERNEL, sudo=True, timeout=_BACK_SECONDS).stdout
+                return kernel, session.run(_NANNY, sudo=True, timeout=_BACK_SECONDS).stdout
+            except (ssh.Unreachable, TimedOut):
                 return None
 
         try:
-            return proc.wait_until(read, what="reading the evidence", timeout=_EVIDENCE_SECONDS)
-        except AmiBuilderError as late:
-            raise (failed[-1] if failed else late) from late
+            kernel, nanny = proc.wait_until(read, what="reading the logs", timeout=_BACK_SECONDS)
+        except TimedOut:
+            return None
+        return (int(nanny), *results.counted(kills(kernel)))
 
 
 @contextmanager

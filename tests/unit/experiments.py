@@ -22,7 +22,8 @@ def result(**changes: Any) -> Result:
     told: dict[str, Any] = {
         "method": METHOD, "when": "2026-11-25T16:00:00+00:00", "accelerator": "tcg",
         "total": 980 * MIB, "available": 740 * MIB, "limit": 740 * MIB,
-        "done": 200, "failed": 0, "unfinished": 0, "seconds": 60.0, "by_nanny": 0, "by_kernel": 9,
+        "done": 200, "failed": 0, "unfinished": 0, "came_back": True,
+        "seconds": 60.0, "by_nanny": 0, "by_kernel": 9,
         "global_kills": 0, "container_kills": 9, "harmed": (), "frozen_longest": 0.6, "frozen": 0.0,
         "ssh_tries": 20, "ssh_failed": 0, "ssh_longest": 1.9, "ssh_frozen": 0.0,
         "stalled_some": 2.0,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ami_builder import proc
 from ami_builder.experiment import results
 from ami_builder.experiment.cases import Policy, Work
 from ami_builder.experiment.criteria import Answer, judge, rows, unhurt
@@ -23,14 +27,42 @@ def tick(uptime: float, held: int = 0) -> Tick:
     return Tick(uptime=uptime, held=held, available=0, some=0.0, full=0.0)
 
 
-def test_signs_of_life_are_read_and_a_last_half_line_is_passed_over() -> None:
-    found = results.ticks("10.100 5 700 1000000 500000\n10.201 6 699 1000000 500000\n10.3 7 6")
-    assert found == (
+CONSOLE = """\
+[    9.000000] something\r
+tick 10.100 5 700 1000000 500000 .\r
+\r
+tick 10.2[   10.2] Out of memory: Killed process 12 (python) total-vm:1kB
+01 6 6 1 1 .\r
+[   10.25] Memory cgroup out of memory: Killed process 13 (python) total-vm:1kB\r
+tick 10.301 6 699 1000000 500000 .\r
+tick 10.4 6"""
+
+
+def test_signs_of_life_are_read_from_between_what_others_write() -> None:
+    assert results.ticks(CONSOLE) == (
         Tick(uptime=10.1, held=5, available=700, some=1.0, full=0.5),
-        Tick(uptime=10.201, held=6, available=699, some=1.0, full=0.5),
+        Tick(uptime=10.301, held=6, available=699, some=1.0, full=0.5),
     )
-    with pytest.raises(ValueError, match="line 1 is no sign of life"):
-        results.ticks("nonsense\n10.201 6 699 1000000 500000\n")
+
+
+def test_the_console_tells_kills_of_a_machine_that_does_not_come_back() -> None:
+    assert results.console_kills(CONSOLE) == (1, 1)
+
+
+def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "console"
+    ticker = Path(results.__file__).with_name("ticker.py")
+    with subprocess.Popen([sys.executable, ticker, out]) as process:
+        try:
+            proc.wait_until(
+                lambda: out.exists() and len(results.ticks(out.read_text())) >= 3, what="ticks", timeout=20
+            )
+        finally:
+            process.kill()
+    first, second, *_ = results.ticks(out.read_text())
+    assert 0.09 < second.uptime - first.uptime < 5
+    assert first.available > 0
+    assert second.some >= second.full >= 0
 
 
 def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
