@@ -103,9 +103,9 @@ def experiment(
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
         outcome = make(chosen, stored, wanted, workspace, progress)
-    if not outcome.results:
+    page = write_page(chosen.name, stored.artifact.digest, workspace)
+    if page is None:
         raise UsageError("no run of this image has been made yet", hint="leave --no-run out")
-    page = write_page(chosen, stored, outcome)
     _print(outcome, str(page), as_json=as_json)
 
 

@@ -23,6 +23,8 @@ from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.experiment_run import Place, make
 from ami_builder.workspace import Run, StoredImage, Workspace, dump, load
 
+EXPERIMENT = "experiment"
+"""The command's name in the records of runs."""
 _RESULTS = "results.jsonl"
 _RESULT = TypeAdapter(Result)
 
@@ -45,7 +47,6 @@ class Wanted:
 class Outcome:
     """What there is after a call."""
 
-    folder: Path
     results: tuple[Result, ...]
     """All that this image has shown, by this call and earlier ones."""
     left: tuple[Case, ...]
@@ -53,10 +54,9 @@ class Outcome:
     failed: tuple[tuple[Case, AmiBuilderError], ...]
 
 
-def folder_of(image: StoredImage, workspace: Workspace) -> Path:
+def folder_of(image: str, digest: str, workspace: Workspace) -> Path:
     """Return where the results of an image are kept."""
-    artifact = image.artifact
-    return workspace.state / "experiments" / artifact.image / artifact.digest[:16]
+    return workspace.state / "experiments" / image / digest[:16]
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
@@ -84,7 +84,7 @@ def experiment(
 
     Raises MissingTool, Locked, BuildFailed when no run could be made.
     """
-    folder = folder_of(stored, workspace)
+    folder = folder_of(image.name, stored.artifact.digest, workspace)
     with workspace.lock_experiment(image.name, stored.artifact.digest):
         folder.mkdir(parents=True, exist_ok=True)
         left = _left(wanted.cases, read_results(folder))
@@ -92,12 +92,12 @@ def experiment(
         if left:
             require_distributed()
             qemu.image_info(stored.path)
-            with workspace.run("experiment", image.name, stored.artifact.digest) as run:
+            with workspace.run(EXPERIMENT, image.name, stored.artifact.digest) as run:
                 failed = _make_all(image, stored, left, wanted, folder, workspace, run, progress)
         found = read_results(folder)
     if failed and len(failed) == len(left):
         raise failed[0][1]
-    return Outcome(folder=folder, results=found, left=_left(wanted.cases, found), failed=tuple(failed))
+    return Outcome(results=found, left=_left(wanted.cases, found), failed=tuple(failed))
 
 
 def _left(cases: Sequence[Case], found: Sequence[Result]) -> tuple[Case, ...]:

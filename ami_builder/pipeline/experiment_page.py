@@ -13,11 +13,10 @@ from ami_builder.experiment.cases import Policy, Work
 from ami_builder.experiment.criteria import PUBLISHED, Answer, Judged, Row, judge, rows
 from ami_builder.experiment.findings import notes, shares
 from ami_builder.experiment.results import Result
-from ami_builder.model import Image
-from ami_builder.pipeline.experiment import Outcome, read_trace
+from ami_builder.pipeline.experiment import folder_of, read_results, read_trace
 from ami_builder.report import Comparison, Criterion, Curve, Fact, Page, Panel, Table, Tone
 from ami_builder.spelling import format_size
-from ami_builder.workspace import StoredImage, write_atomically
+from ami_builder.workspace import Workspace, write_atomically
 
 PAGE = "report.html"
 _MAIN = Work.SPIKES
@@ -58,27 +57,30 @@ def _cell(row: Row, value: _Value, text: Callable[[float], str]) -> str:
     return middle if least == most else f"{middle} ({least} – {most})"
 
 
-def write_page(image: Image, stored: StoredImage, outcome: Outcome) -> Path:
-    """Write the page beside the results, and return where it is."""
-    path = outcome.folder / PAGE
-    write_atomically(path, report.render(_page(image, stored, outcome)))
+def write_page(image: str, digest: str, workspace: Workspace, output: Path | None = None) -> Path | None:
+    """Write the page beside the results, or to `output`, and return where it is; None without results."""
+    folder = folder_of(image, digest, workspace)
+    results = read_results(folder)
+    if not results:
+        return None
+    path = output or folder / PAGE
+    write_atomically(path, report.render(_page(image, digest, folder, results)))
     return path
 
 
-def _page(image: Image, stored: StoredImage, outcome: Outcome) -> Page:
-    results = outcome.results
+def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) -> Page:
     judged = judge(results)
     tone, word, sentence = _verdict(judged)
     found = rows(results)
     fewest = min(row.runs for row in found)
     accelerators = ", ".join(sorted({result.accelerator.upper() for result in results}))
     return Page(
-        title=f"Experiment with image {image.name}",
+        title=f"Experiment with image {image}",
         tone=tone,
         word=word,
         sentence=sentence,
         facts=(
-            Fact(name="Digest", text=stored.artifact.digest, exact=True),
+            Fact(name="Digest", text=digest, exact=True),
             Fact(name="Runs", text=_counted(len(results), fewest)),
             Fact(name="Machines", text=f"{_machines(results)}, under {accelerators}, without swap"),
             Fact(name="Made", text=f"{min(r.when for r in results)} to {max(r.when for r in results)}"),
@@ -91,7 +93,7 @@ def _page(image: Image, stored: StoredImage, outcome: Outcome) -> Page:
                 for one in judged
             ),
             panels=_panels(found),
-            curves=_curves(outcome),
+            curves=_curves(folder, found),
             tables=(_shares(results), _all(found)),
             notes=notes(results),
             command=_command(image, results),
@@ -143,21 +145,20 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
     return tuple(panels)
 
 
-def _curves(outcome: Outcome) -> tuple[Curve, ...]:
+def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
     """Return a run of each policy on each machine: of the work that was run under most policies."""
-    all_rows = rows(outcome.results)
-    policies = Counter((row.memory, row.work) for row in all_rows)
-    found = []
-    for row in all_rows:
+    policies = Counter((row.memory, row.work) for row in found)
+    curves = []
+    for row in found:
         same = [work for work in Work if policies[row.memory, work]]
         if row.work is not max(same, key=lambda work: (policies[row.memory, work], _LEGIBLE.index(work))):
             continue
         # The one in the middle, by how long the machine stood still.
         result = sorted(row.results, key=lambda each: each.frozen)[row.runs // 2]
-        trace = read_trace(outcome.folder, result.case)
+        trace = read_trace(folder, result.case)
         if trace is None or not trace.times:
             continue
-        found.append(
+        curves.append(
             Curve(
                 title=f"{size(row.memory)}, {row.work}: {row.policy.text}",
                 times=trace.times,
@@ -169,7 +170,7 @@ def _curves(outcome: Outcome) -> tuple[Curve, ...]:
                 lost=tuple(time for time, kind in trace.marks if kind == "lost"),
             )
         )
-    return tuple(found)
+    return tuple(curves)
 
 
 def _shares(results: Sequence[Result]) -> Table:
@@ -208,10 +209,10 @@ def _all(found: Sequence[Row]) -> Table:
     )
 
 
-def _command(image: Image, results: Sequence[Result]) -> str:
+def _command(image: str, results: Sequence[Result]) -> str:
     """Return what makes these runs again; there may be more of a kind than some had."""
     cases = [result.case for result in results]
-    words = ["ami-builder", "--set", f"verify.cpus={cases[0].cpus}", "experiment", image.name]
+    words = ["ami-builder", "--set", f"verify.cpus={cases[0].cpus}", "experiment", image]
     for memory in sorted({case.memory for case in cases}):
         words += ["--memory", format_size(memory)]
     for policy in Policy:

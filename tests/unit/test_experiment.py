@@ -149,7 +149,7 @@ def test_bad_input_is_said(
 
 
 def test_the_page_shows_the_criteria_the_policies_and_the_command(
-    machines: Machines, capsys: pytest.CaptureFixture[str]
+    machines: Machines, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     page = Path(
         told(capsys, "--memory", "1GiB", "--repeat", "2", "--work", "spikes", "--work", "array")["page"]
@@ -169,6 +169,9 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     )
     told(capsys, "--no-run")
     assert page.read_text(encoding="utf-8") == text
+    # What ran last is the experiment.
+    assert commands.run(["report", "-o", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
 def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
