@@ -6,6 +6,8 @@ import json
 import subprocess
 from collections import Counter
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import yaml
@@ -44,7 +46,9 @@ PLANS = st.fixed_dictionaries(
 
 
 @given(PLANS, st.randoms(use_true_random=False))
-def test_what_was_made_is_not_made_again_and_nothing_else_moves(asked, random) -> None:  # type: ignore[no-untyped-def]
+def test_what_was_made_is_not_made_again_and_nothing_else_moves(
+    asked: dict[str, Any], random: Random
+) -> None:
     whole = plan(**asked)
     assert len(set(whole)) == len(whole)
     assert len({one.name for one in whole}) == len(whole)
@@ -58,7 +62,7 @@ def test_what_was_made_is_not_made_again_and_nothing_else_moves(asked, random) -
 
 
 @given(PLANS)
-def test_more_repeats_add_runs_at_the_end(asked) -> None:  # type: ignore[no-untyped-def]
+def test_more_repeats_add_runs_at_the_end(asked: dict[str, Any]) -> None:
     more = plan(**(asked | {"repeat": asked["repeat"] + 1}))
     assert more[: len(plan(**asked))] == plan(**asked)
 
