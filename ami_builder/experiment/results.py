@@ -93,6 +93,8 @@ class Result:
     """Anonymous memory of the container at most."""
     unharmed: int
     """The same, until the machine first stood still."""
+    starved: float
+    """How long the machine waited for a processor of the host: that is silence too, and not the policy's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

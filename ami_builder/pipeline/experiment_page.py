@@ -36,6 +36,7 @@ _NUMBERS: tuple[tuple[str, _Value, Callable[[float], str]], ...] = (
     ("container kills", lambda r: r.container_kills, "{:g}".format),
     ("frozen", lambda r: r.frozen, duration),
     ("longest", lambda r: r.frozen_longest, duration),
+    ("host busy", lambda r: r.starved, duration),
     ("ssh failed", lambda r: r.ssh_failed, "{:g}".format),
     ("ssh longest", lambda r: r.ssh_longest, duration),
     ("stalled", lambda r: r.stalled_full, duration),
@@ -201,7 +202,8 @@ def _all(found: Sequence[Row]) -> Table:
         title="All numbers",
         text=(
             "Medians, with the least and the most of all runs. Frozen: silences of more than a second inside "
-            "the machine, in all and the longest. Stalled: PSI, full."
+            "the machine, in all and the longest. Host busy: how long the machine itself waited for a processor "
+            "of the host meanwhile. Stalled: PSI, full."
         ),
         columns=("machine", "work", "policy", "runs", *COLUMNS),
         named=3,

@@ -117,8 +117,10 @@ class _Run:
             with _logins(session) as seen:
                 # What the login for it took is not part of the work.
                 began = self._uptime(session)
+                waited = self.machine.waited()
                 ended = self._work(driver, machine)
-            return self._told(session, when, machine, limit, began, ended, seen)
+                starved = qemu.starved(waited, self.machine.waited())
+            return self._told(session, when, machine, limit, began, ended, seen, starved)
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
@@ -170,7 +172,7 @@ class _Run:
 
     def _told(
         self, session: ssh.Session, when: str, machine: tasks.Machine, limit: int, began: float,
-        ended: Mapping[str, Any], seen: list[Login],
+        ended: Mapping[str, Any], seen: list[Login], starved: float,
     ) -> tuple[Result, Trace]:  # fmt: skip
         self.step.update("reading what the machine has seen")
         counts = self._counts(session)
@@ -212,6 +214,7 @@ class _Run:
             spilled=ended["spilled"],
             peak=max(tick.held for tick in inside),
             unharmed=results.unharmed(inside),
+            starved=round(starved, 2),
         )
         return result, results.trace(inside, began, ended["marks"])
 

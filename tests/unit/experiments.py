@@ -28,6 +28,7 @@ def result(**changes: Any) -> Result:
         "ssh_tries": 20, "ssh_failed": 0, "ssh_longest": 1.9, "ssh_frozen": 0.0,
         "stalled_some": 2.0,
         "stalled_full": 1.0, "spilled": 0, "peak": 730 * MIB, "unharmed": 730 * MIB,
+        "starved": 0.3,
     }  # fmt: skip
     known = told | {name: value for name, value in changes.items() if name in told}
     return Result(case=case(**changes), **known)
