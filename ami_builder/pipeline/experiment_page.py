@@ -202,8 +202,8 @@ def _all(found: Sequence[Row]) -> Table:
         title="All numbers",
         text=(
             "Medians, with the least and the most of all runs. Frozen: silences of more than a second inside "
-            "the machine, in all and the longest. Host busy: how long the machine itself waited for a processor of "
-            "the host meanwhile. Stalled: PSI, full."
+            "the machine, in all and the longest. Host busy: how long the machine itself had to wait for a "
+            "processor of the host. Stalled: PSI, full."
         ),
         columns=("machine", "work", "policy", "runs", *COLUMNS),
         named=3,
