@@ -17,6 +17,9 @@ HEADROOM_PERCENT = 5
 """What the policy with a headroom leaves of what is available."""
 PAGE = 4096
 
+Kind = tuple[int, int]
+"""A machine's memory in bytes, and its CPUs."""
+
 
 class Policy(StrEnum):
     """What becomes Dask's memory limit."""
@@ -99,6 +102,11 @@ class Case:
         return (
             f"{self.memory // MIB}MiB-{self.cpus}cpu-{self.policy}-{self.work}-seed{self.seed}-{self.repeat}"
         )
+
+    @property
+    def kind(self) -> Kind:
+        """The machine: what is compared runs on the same."""
+        return self.memory, self.cpus
 
     @property
     def draw(self) -> int:

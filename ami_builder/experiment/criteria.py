@@ -11,7 +11,7 @@ from enum import StrEnum
 from statistics import median
 from typing import TypeVar
 
-from ami_builder.experiment.cases import Policy, Work
+from ami_builder.experiment.cases import Kind, Policy, Work
 from ami_builder.experiment.results import FROZEN_SECONDS, Result
 from ami_builder.spelling import GIB, MIB
 
@@ -23,6 +23,7 @@ PUBLISHED = 5
 """Of so many runs of each kind a number that is published should be the median."""
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Answer(StrEnum):
@@ -65,7 +66,7 @@ class Spread:
 class Row:
     """All runs of one policy and work on one kind of machine."""
 
-    memory: int
+    kind: Kind
     work: Work
     policy: Policy
     results: tuple[Result, ...]
@@ -84,24 +85,25 @@ class Row:
         return self.spread(value).median
 
 
-def said(memory: int) -> str:
-    """Return a machine's memory as a person says it."""
-    return f"{memory / GIB:g} GiB"
+def said(kind: Kind) -> str:
+    """Return a machine as a person says it."""
+    memory, cpus = kind
+    return f"{memory / GIB:g} GiB, {cpus} CPU{'s' if cpus > 1 else ''}"
 
 
 def rows(results: Iterable[Result]) -> tuple[Row, ...]:
     """Group runs, by machine, work and policy in the order of their definition."""
-    found = grouped(results, lambda result: (result.case.memory, result.case.work, result.case.policy))
+    found = grouped(results, lambda result: (result.case.kind, result.case.work, result.case.policy))
     works, policies = list(Work), list(Policy)
     ordered = sorted(found, key=lambda key: (key[0], works.index(key[1]), policies.index(key[2])))
-    return tuple(Row(memory=key[0], work=key[1], policy=key[2], results=tuple(found[key])) for key in ordered)
+    return tuple(Row(kind=key[0], work=key[1], policy=key[2], results=tuple(found[key])) for key in ordered)
 
 
-def grouped(results: Iterable[Result], key: Callable[[Result], K]) -> Mapping[K, list[Result]]:
-    """Return results by a key."""
-    found: dict[K, list[Result]] = {}
-    for result in results:
-        found.setdefault(key(result), []).append(result)
+def grouped(values: Iterable[V], key: Callable[[V], K]) -> Mapping[K, list[V]]:
+    """Return values by a key."""
+    found: dict[K, list[V]] = {}
+    for value in values:
+        found.setdefault(key(value), []).append(value)
     return found
 
 
@@ -116,15 +118,15 @@ def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
         _none_of(limited, "with it no login by ssh fails", lambda r: r.ssh_failed, "logins failed"),
         _none_of(limited, "with it no other service is killed", lambda r: len(r.harmed), "processes killed"),
         _fails_without(free),
-        *(_of_spikes(memory, results) for memory in _sizes(results)),
-        *(_frozen(memory, results) for memory in _sizes(results)),
-        *(_array(memory, results) for memory in _sizes(results)),
-        *(_used(memory, results) for memory in _sizes(results)),
+        *(_of_spikes(kind, results) for kind in _kinds(results)),
+        *(_frozen(kind, results) for kind in _kinds(results)),
+        *(_array(kind, results) for kind in _kinds(results)),
+        *(_used(kind, results) for kind in _kinds(results)),
     )  # fmt: skip
 
 
-def _sizes(results: Sequence[Result]) -> list[int]:
-    return sorted({result.case.memory for result in results})
+def _kinds(results: Sequence[Result]) -> list[Kind]:
+    return sorted({result.case.kind for result in results})
 
 
 def _none_of(runs: Sequence[Result], text: str, count: Callable[[Result], int], what: str) -> Judged:
@@ -165,37 +167,35 @@ def unhurt(result: Result) -> bool:
     return not (result.global_kills or result.harmed or result.ssh_failed) and silent <= SILENT_SECONDS
 
 
-def _pair(memory: int, work: Work, results: Sequence[Result]) -> tuple[Row, Row] | None:
-    found = {row.policy: row for row in rows(results) if (row.memory, row.work) == (memory, work)}
+def _pair(kind: Kind, work: Work, results: Sequence[Result]) -> tuple[Row, Row] | None:
+    found = {row.policy: row for row in rows(results) if (row.kind, row.work) == (kind, work)}
     if Policy.NONE in found and Policy.AVAILABLE in found:
         return found[Policy.NONE], found[Policy.AVAILABLE]
     return None
 
 
 def _compared(
-    text: str, memory: int, work: Work, results: Sequence[Result],
+    text: str, kind: Kind, work: Work, results: Sequence[Result],
     compare: Callable[[Row, Row], tuple[Answer, str]],
 ) -> Judged:  # fmt: skip
-    text = f"{said(memory)}: {text}"
-    pair = _pair(memory, work, results)
+    text = f"{said(kind)}: {text}"
+    pair = _pair(kind, work, results)
     if pair is None:
         return Judged(text=text, answer=Answer.NOT_SHOWN, found="not run under both", runs=0)
     answer, found = compare(*pair)
     return Judged(text=text, answer=answer, found=found, runs=min(row.runs for row in pair))
 
 
-def _of_spikes(memory: int, results: Sequence[Result]) -> Judged:
+def _of_spikes(kind: Kind, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.done), limited.median(lambda r: r.done)
         answer = Answer.PASSED if now >= before else Answer.FAILED
         return answer, f"{now:g} tasks with it, {before:g} without"
 
-    return _compared(
-        "W3 completes at least as much as without a limit", memory, Work.SPIKES, results, compare
-    )
+    return _compared("W3 completes at least as much as without a limit", kind, Work.SPIKES, results, compare)
 
 
-def _frozen(memory: int, results: Sequence[Result]) -> Judged:
+def _frozen(kind: Kind, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.frozen), limited.median(lambda r: r.frozen)
         found = f"{now:.1f} s with it, {before:.1f} s without"
@@ -204,37 +204,35 @@ def _frozen(memory: int, results: Sequence[Result]) -> Judged:
         return Answer.PASSED if now * LESS_FROZEN <= before else Answer.FAILED, found
 
     text = f"W3 stands still at least {LESS_FROZEN:g} times less than without a limit"
-    return _compared(text, memory, Work.SPIKES, results, compare)
+    return _compared(text, kind, Work.SPIKES, results, compare)
 
 
-def _array(memory: int, results: Sequence[Result]) -> Judged:
+def _array(kind: Kind, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.seconds), limited.median(lambda r: r.seconds)
         whole = all(not (r.failed or r.unfinished) for r in limited.results)
         found = f"{now:.0f} s with it, {before:.0f} s without" + ("" if whole else "; not all of it was done")
         return Answer.PASSED if whole and now <= SLOWER * before else Answer.FAILED, found
 
-    return _compared(
-        f"W1 takes at most {SLOWER:g} × as long as without", memory, Work.ARRAY, results, compare
-    )
+    return _compared(f"W1 takes at most {SLOWER:g} × as long as without", kind, Work.ARRAY, results, compare)
 
 
-def given(memory: int, results: Sequence[Result]) -> float | None:
+def given(kind: Kind, results: Sequence[Result]) -> float | None:
     """Return what the system can really give Dask: what a leak without a cgroup held before it suffered."""
     leaks = [
         r.unharmed
         for r in results
-        if r.case.memory == memory
+        if r.case.kind == kind
         and r.case.work in (Work.LEAK_SLOW, Work.LEAK_FAST)
         and r.case.policy in (Policy.NONE, Policy.DASK_ONLY)
     ]
     return median(leaks) if leaks else None
 
 
-def _used(memory: int, results: Sequence[Result]) -> Judged:
-    text = f"{said(memory)}: Dask may use at least {USED_PERCENT} % of what the system can really give"
-    most = given(memory, results)
-    limits = [r.limit for r in results if (r.case.memory, r.case.policy) == (memory, Policy.AVAILABLE)]
+def _used(kind: Kind, results: Sequence[Result]) -> Judged:
+    text = f"{said(kind)}: Dask may use at least {USED_PERCENT} % of what the system can really give"
+    most = given(kind, results)
+    limits = [r.limit for r in results if (r.case.kind, r.case.policy) == (kind, Policy.AVAILABLE)]
     if most is None or not limits:
         return Judged(text=text, answer=Answer.NOT_SHOWN, found="no leak without a limit", runs=0)
     share = min(1.0, median(limits) / most)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ami_builder.experiment.cases import Policy
+from ami_builder.experiment.cases import Kind, Policy
 from ami_builder.experiment.criteria import Row, given, rows, said, unhurt
 from ami_builder.experiment.results import Result
 
@@ -15,7 +15,7 @@ from ami_builder.experiment.results import Result
 class Share:
     """How much of a machine Dask may use under a policy, and what became of the rest."""
 
-    memory: int
+    kind: Kind
     policy: Policy
     limit: float
     """Bytes, the median."""
@@ -31,14 +31,14 @@ class Share:
 def shares(results: Sequence[Result]) -> tuple[Share, ...]:
     """Return it for every machine and policy."""
     found = []
-    key = lambda row: (row.memory, list(Policy).index(row.policy))  # noqa: E731 - for sorted and groupby
+    key = lambda row: (row.kind, list(Policy).index(row.policy))  # noqa: E731 - for sorted and groupby
     for _, group in groupby(sorted(rows(results), key=key), key=key):
         runs = [result for row in group for result in row.results]
-        case, most = runs[0].case, given(runs[0].case.memory, results)
+        case, most = runs[0].case, given(runs[0].case.kind, results)
         limit = sorted(result.limit for result in runs)[len(runs) // 2]
         found.append(
             Share(
-                memory=case.memory,
+                kind=case.kind,
                 policy=case.policy,
                 limit=limit,
                 of_total=limit / runs[0].total,
@@ -56,12 +56,12 @@ def notes(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _notes(found: Sequence[Row]) -> Iterator[str]:
-    free = {(row.memory, row.work): row for row in found if row.policy is Policy.NONE}
+    free = {(row.kind, row.work): row for row in found if row.policy is Policy.NONE}
     for row in found:
-        without = free.get((row.memory, row.work))
+        without = free.get((row.kind, row.work))
         if row.policy is not Policy.AVAILABLE or without is None:
             continue
-        where = f"{said(row.memory)}, {row.work.text}"
+        where = f"{said(row.kind)}, {row.work.text}"
         if all(unhurt(result) for result in without.results):
             yield f"{where}: no difference to the machine; nothing was hurt without a limit either."
         before, now = without.median(_lost), row.median(_lost)

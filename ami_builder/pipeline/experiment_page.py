@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ami_builder import report
 from ami_builder.console import duration, size
-from ami_builder.experiment.cases import Policy, Work
-from ami_builder.experiment.criteria import PUBLISHED, Answer, Judged, Row, judge, rows
+from ami_builder.experiment.cases import Case, Policy, Work
+from ami_builder.experiment.criteria import PUBLISHED, Answer, Judged, Row, grouped, judge, rows, said
 from ami_builder.experiment.findings import notes, shares
 from ami_builder.experiment.results import Result
 from ami_builder.pipeline.experiment import folder_of, read_results, read_trace
@@ -48,7 +48,7 @@ COLUMNS = tuple(name for name, _, _ in _NUMBERS)
 
 def cells(row: Row) -> tuple[str, ...]:
     """Return a row's texts: what it is about, how many runs, and each number's median with its spread."""
-    about = (size(row.memory), str(row.work), str(row.policy), str(row.runs))
+    about = (said(row.kind), str(row.work), str(row.policy), str(row.runs))
     return (*about, *(_cell(row, value, text) for _, value, text in _NUMBERS))
 
 
@@ -83,7 +83,7 @@ def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) ->
         facts=(
             Fact(name="Digest", text=digest, exact=True),
             Fact(name="Runs", text=_counted(len(results), fewest)),
-            Fact(name="Machines", text=f"{_machines(results)}, under {accelerators}, without swap"),
+            Fact(name="Machines", text=f"{_machines(results)}; under {accelerators}, without swap"),
             Fact(name="Made", text=f"{min(r.when for r in results)} to {max(r.when for r in results)}"),
         ),
         comparison=Comparison(
@@ -97,7 +97,7 @@ def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) ->
             curves=_curves(folder, found),
             tables=(_shares(results), _all(found)),
             notes=notes(results),
-            command=_command(image, results),
+            commands=_commands(image, results),
         ),
         links={},
     )
@@ -125,16 +125,15 @@ def _counted(count: int, fewest: int) -> str:
 
 
 def _machines(results: Sequence[Result]) -> str:
-    kinds = sorted({(r.case.memory, r.case.cpus) for r in results})
-    return ", ".join(f"{size(memory)} with {cpus} CPUs" for memory, cpus in kinds)
+    return "; ".join(said(kind) for kind in sorted({result.case.kind for result in results}))
 
 
 def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
     """Return what became of the main work under each policy; of any other one where that was not run."""
     work = _MAIN if any(row.work is _MAIN for row in found) else found[0].work
     panels = []
-    for memory in sorted({row.memory for row in found if row.work is work}):
-        group = [row for row in found if (row.memory, row.work) == (memory, work)]
+    for kind in sorted({row.kind for row in found if row.work is work}):
+        group = [row for row in found if (row.kind, row.work) == (kind, work)]
         for title, unit, value in (
             ("tasks done", "", lambda r: r.done),
             ("stood still", "s", lambda r: r.frozen),
@@ -142,17 +141,17 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
             ("kills for want of the machine’s memory", "", lambda r: r.global_kills),
         ):
             bars = tuple((str(row.policy), tuple(map(value, row.results))) for row in group)
-            panels.append(Panel(title=f"{size(memory)}, {work}: {title}", unit=unit, bars=bars))
+            panels.append(Panel(title=f"{said(kind)}, {work}: {title}", unit=unit, bars=bars))
     return tuple(panels)
 
 
 def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
     """Return a run of each policy on each machine: of the work that was run under most policies."""
-    policies = Counter((row.memory, row.work) for row in found)
+    policies = Counter((row.kind, row.work) for row in found)
     curves = []
     for row in found:
-        same = [work for work in Work if policies[row.memory, work]]
-        if row.work is not max(same, key=lambda work: (policies[row.memory, work], _LEGIBLE.index(work))):
+        same = [work for work in Work if policies[row.kind, work]]
+        if row.work is not max(same, key=lambda work: (policies[row.kind, work], _LEGIBLE.index(work))):
             continue
         # The one in the middle, by how long the machine stood still.
         result = sorted(row.results, key=lambda each: each.frozen)[row.runs // 2]
@@ -161,7 +160,7 @@ def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
             continue
         curves.append(
             Curve(
-                title=f"{size(row.memory)}, {row.work}: {row.policy.text}",
+                title=f"{said(row.kind)}, {row.work}: {row.policy.text}",
                 times=trace.times,
                 held=trace.held,
                 limit=None if row.policy is Policy.NONE else result.limit,
@@ -185,7 +184,7 @@ def _shares(results: Sequence[Result]) -> Table:
         named=2,
         rows=tuple(
             (
-                size(one.memory),
+                said(one.kind),
                 one.policy.text,
                 size(int(one.limit)),
                 f"{one.of_total:.1%}",
@@ -211,9 +210,13 @@ def _all(found: Sequence[Row]) -> Table:
     )
 
 
-def _command(image: str, results: Sequence[Result]) -> str:
+def _commands(image: str, results: Sequence[Result]) -> tuple[str, ...]:
     """Return what makes these runs again; there may be more of a kind than some had."""
-    cases = [result.case for result in results]
+    groups = grouped((result.case for result in results), lambda case: (case.cpus, case.seed))
+    return tuple(_command(image, cases) for _, cases in sorted(groups.items()))
+
+
+def _command(image: str, cases: Sequence[Case]) -> str:
     words = ["ami-builder", "--set", f"verify.cpus={cases[0].cpus}", "experiment", image]
     for memory in sorted({case.memory for case in cases}):
         words += ["--memory", format_size(memory)]

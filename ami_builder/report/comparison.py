@@ -65,5 +65,5 @@ class Comparison:
     curves: tuple[Curve, ...]
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
-    command: str
+    commands: tuple[str, ...]
     """What makes the same again."""

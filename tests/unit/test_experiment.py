@@ -179,6 +179,6 @@ def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
 ) -> None:
     assert commands.run(["-q", "experiment", "--repeat", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split("\t")[:4] == ["2 GiB", "spikes", "none", "1"]
+    assert out[0].split("\t")[:4] == ["2 GiB, 2 CPUs", "spikes", "none", "1"]
     assert any("\tpassed\t" in line for line in out)
     assert Path(out[-1]).name == "report.html"

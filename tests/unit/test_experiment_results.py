@@ -137,12 +137,15 @@ def test_a_bad_one_fails_each_criterion() -> None:
 def test_what_was_not_run_is_not_shown() -> None:
     found = answers(GOOD[3:6])
     assert found["without a limit the same work breaks one of these"] is Answer.NOT_SHOWN
-    assert found["1 GiB: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
+    assert found["1 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
 
 
 def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
     found = answers(SAME)
-    assert found["8 GiB: W3 stands still at least 10 times less than without a limit"] is Answer.NOT_SHOWN
+    assert (
+        found["8 GiB, 2 CPUs: W3 stands still at least 10 times less than without a limit"]
+        is Answer.NOT_SHOWN
+    )
     assert found["without a limit the same work breaks one of these"] is Answer.FAILED
     assert any("no difference to the machine" in line for line in notes(SAME))
     assert any("restarted 10 times, without it 0" in line for line in notes(SAME))
@@ -150,7 +153,7 @@ def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
 
 def test_an_array_that_is_not_finished_is_not_fast() -> None:
     short = (GOOD[6], replace(GOOD[7], seconds=10.0, failed=1))
-    assert answers(short)["1 GiB: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
+    assert answers(short)["1 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
 
 
 def test_one_login_that_fails_is_harm() -> None:
@@ -160,7 +163,7 @@ def test_one_login_that_fails_is_harm() -> None:
 
 
 def test_what_dask_may_use_of_what_the_system_gives() -> None:
-    assert system_gave(GIB, GOOD) == 750 * MIB
+    assert system_gave((GIB, 2), GOOD) == 750 * MIB
     found = {one.policy: one for one in shares(GOOD)}
     assert found[Policy.AVAILABLE].of_given == pytest.approx(740 / 750)
     assert found[Policy.NONE].of_given == 1.0
@@ -176,13 +179,13 @@ def test_what_the_limit_costs_is_said() -> None:
 
 
 def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
-    found = [(row.memory, row.work, row.policy, row.runs) for row in rows((*SAME, *reversed(GOOD)))]
+    found = [(row.kind, row.work, row.policy, row.runs) for row in rows((*SAME, *reversed(GOOD)))]
     assert found == [
-        (GIB, Work.ARRAY, Policy.NONE, 1),
-        (GIB, Work.ARRAY, Policy.AVAILABLE, 1),
-        (GIB, Work.LEAK_FAST, Policy.NONE, 1),
-        (GIB, Work.SPIKES, Policy.NONE, 3),
-        (GIB, Work.SPIKES, Policy.AVAILABLE, 3),
-        (8 * GIB, Work.SPIKES, Policy.NONE, 2),
-        (8 * GIB, Work.SPIKES, Policy.AVAILABLE, 2),
+        ((GIB, 2), Work.ARRAY, Policy.NONE, 1),
+        ((GIB, 2), Work.ARRAY, Policy.AVAILABLE, 1),
+        ((GIB, 2), Work.LEAK_FAST, Policy.NONE, 1),
+        ((GIB, 2), Work.SPIKES, Policy.NONE, 3),
+        ((GIB, 2), Work.SPIKES, Policy.AVAILABLE, 3),
+        ((8 * GIB, 2), Work.SPIKES, Policy.NONE, 2),
+        ((8 * GIB, 2), Work.SPIKES, Policy.AVAILABLE, 2),
     ]
