@@ -97,7 +97,9 @@ def experiment(
     wanted = Wanted(
         cases=cases if run else (),
         timeout=_seconds("--timeout", timeout),
-        jobs=jobs or max(1, (os.cpu_count() or 1) // chosen.verify.cpus),
+        # As many processors again for emulating disks, for the scheduler and for who watches: a machine that
+        # thrashes takes them from the one beside it, and what is measured there is its neighbour.
+        jobs=jobs or max(1, (os.cpu_count() or 1) // (2 * chosen.verify.cpus)),
         time=None if only_for is None else _seconds("--for", only_for),
     )
     workspace = open_workspace()

@@ -30,7 +30,7 @@ from ami_builder.workspace import Run
 _BOOTS = 3
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
-_BACK_SECONDS = 90.0
+_BACK_SECONDS = 60.0
 # As QEMU's user network calls this machine, where EC2's metadata are (adapters/qemu/machine.py).
 _THIS_MACHINE = "169.254.169.2"
 

@@ -11,21 +11,21 @@ GIB = 1 << 30
 
 
 def test_a_leak_with_and_without_a_limit(built: Mapping[str, Any]) -> None:
-    # Side by side, since without a limit the machine mostly stands still until the time is up.
-    arguments: tuple[str, ...] = ("--set", "verify.cpus=1", "experiment", built["artifact"]["location"])
-    arguments += ("--memory", "1GiB", "--work", "leak-fast", "--repeat", "1", "--jobs", "2")
-    answer = ami_builder(*arguments, "--timeout", "100s", "--json")
+    arguments: tuple[str, ...] = ("experiment", built["artifact"]["location"], "--memory", "1GiB")
+    arguments += ("--work", "leak-fast", "--repeat", "1", "--jobs", "1")
+    # Without a limit the machine mostly stands still until the time is up, and beyond.
+    answer = ami_builder(*arguments, "--timeout", "45s", "--json")
     assert answer.status == 0, answer.stderr
     assert answer.json["left"] == [], answer.json["failed"]
     runs = {one["case"]["policy"]: one for one in answer.json["results"]}
     free, limited = runs["none"], runs["available"]
     assert free["limit"] == free["total"]
     assert 0 < limited["limit"] == limited["available"] < limited["total"] < GIB
-    # Outside the container nothing notices; the task ends as KilledWorker after four attempts.
+    # Outside the container nothing notices; the fourth attempt, after which the task fails, may be too late.
     assert limited["global_kills"] == limited["ssh_failed"] == len(limited["harmed"]) == 0
     assert limited["came_back"]
-    assert limited["failed"] == 1
-    assert limited["by_nanny"] + limited["container_kills"] >= 4
+    assert limited["done"] == 0
+    assert limited["by_nanny"] + limited["container_kills"] >= 1
     assert limited["peak"] <= limited["limit"]
     # How long a machine stands still without a limit differs a lot; that the kernel has to kill for want of
     # the machine's memory, or that the work does not end, does not.
