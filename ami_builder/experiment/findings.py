@@ -22,7 +22,7 @@ class Share:
     of_total: float
     """As part of MemTotal."""
     of_given: float | None
-    """As part of what the system gave before it suffered, at most 1; None when that was not measured."""
+    """As part of what a leak got before the machine first stood still; None when that was not measured."""
     hurt: int
     """Runs in which something outside the container was hurt."""
     runs: int
@@ -42,7 +42,7 @@ def shares(results: Sequence[Result]) -> tuple[Share, ...]:
                 policy=case.policy,
                 limit=limit,
                 of_total=limit / runs[0].total,
-                of_given=None if not most else min(1.0, limit / most),
+                of_given=limit / most if most else None,
                 hurt=sum(not unhurt(result) for result in runs),
                 runs=len(runs),
             )

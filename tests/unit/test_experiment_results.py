@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from ami_builder import proc
+from ami_builder import lines, proc
 from ami_builder.experiment import results
 from ami_builder.experiment.cases import Policy, Work
 from ami_builder.experiment.criteria import Answer, judge, rows, unhurt
@@ -166,9 +167,15 @@ def test_what_dask_may_use_of_what_the_system_gives() -> None:
     assert system_gave((GIB, 2), GOOD) == 750 * MIB
     found = {one.policy: one for one in shares(GOOD)}
     assert found[Policy.AVAILABLE].of_given == pytest.approx(740 / 750)
-    assert found[Policy.NONE].of_given == 1.0
+    assert found[Policy.NONE].of_given == pytest.approx(980 / 750)
     assert found[Policy.NONE].hurt == 4
     assert found[Policy.AVAILABLE].hurt == 0
+
+
+def test_a_machine_that_suffered_long_before_its_limit_shows_no_share() -> None:
+    early = (GOOD[3], replace(GOOD[8], unharmed=500 * MIB))
+    text = "1 GiB, 2 CPUs: Dask may use at least 95 % of what the system can really give"
+    assert answers(early)[text] is Answer.NOT_SHOWN
 
 
 def test_what_the_limit_costs_is_said() -> None:
@@ -189,3 +196,21 @@ def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
         ((8 * GIB, 2), Work.SPIKES, Policy.NONE, 2),
         ((8 * GIB, 2), Work.SPIKES, Policy.AVAILABLE, 2),
     ]
+
+
+def test_what_was_recorded_is_what_the_readme_says() -> None:
+    """W3 on 2 GiB one machine at a time, and two leaks on 1 GiB side by side on two processors."""
+    recorded = Path(__file__).with_name("test_experiment_recorded.jsonl")
+    runs = tuple(TypeAdapter(results.Result).validate_python(line) for line in lines.read(recorded))
+    found = answers(runs)
+    assert found["2 GiB, 2 CPUs: W3 completes at least as much as without a limit"] is Answer.PASSED
+    assert (
+        found["2 GiB, 2 CPUs: W3 stands still at least 10 times less than without a limit"] is Answer.PASSED
+    )
+    assert found["with it no login by ssh fails"] is Answer.FAILED
+    assert found["with it neither the machine nor ssh is silent for more than 5 s"] is Answer.FAILED
+    assert found["1 GiB, 1 CPU: Dask may use at least 95 % of what the system can really give"] is (
+        Answer.NOT_SHOWN
+    )
+    alone = answers(tuple(run for run in runs if run.case.memory == 2 * GIB))
+    assert Answer.FAILED not in alone.values()
