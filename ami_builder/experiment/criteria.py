@@ -20,6 +20,7 @@ LESS_FROZEN = 10.0
 SLOWER = 1.15
 USED_PERCENT = 95
 NOISE = 0.05
+"""A limit that is by more above what the system gave tells of something else than memory."""
 PUBLISHED = 5
 """Of so many runs of each kind a number that is published should be the median."""
 

@@ -163,6 +163,7 @@ def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
                 title=f"{said(row.kind)}, {row.work}: {row.policy.text}",
                 times=trace.times,
                 held=trace.held,
+                seconds=result.seconds,
                 limit=None if row.policy is Policy.NONE else result.limit,
                 available=result.available,
                 total=result.total,

@@ -35,6 +35,8 @@ class Curve:
     title: str
     times: tuple[float, ...]
     held: tuple[int, ...]
+    seconds: float
+    """How long the run went on: a machine that stands still tells nothing for the rest of it."""
     limit: int | None
     """None without one."""
     available: int

@@ -57,7 +57,7 @@ def curve(one: Curve) -> str:
         axes.plot(one.paused, [ground] * len(one.paused), color=WARN, linestyle="", marker="s", markersize=4)
         axes.plot(one.lost, [ground] * len(one.lost), color=BAD, linestyle="", marker="x", markersize=5)
         axes.set_ylim(2 * ground, one.total / unit * 1.06)
-        axes.set_xlim(0, max(*one.times, *one.lost, *one.paused, 1))
+        axes.set_xlim(0, max(*one.times, *one.lost, *one.paused, one.seconds))
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
         axes.yaxis.set_major_formatter(_labels(word))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from ami_builder import commands
 from ami_builder.adapters import qemu
 from ami_builder.errors import BuildFailed
-from ami_builder.experiment.cases import METHOD, Case, Policy
+from ami_builder.experiment.cases import METHOD, Case, Policy, Work
 from ami_builder.experiment.results import Result, Trace
 from ami_builder.pipeline import experiment
 from ami_builder.workspace import Workspace
@@ -172,6 +174,26 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     # What ran last is the experiment.
     assert commands.run(["report", "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
+
+
+SECTION = (
+    (ROOT / "README.md").read_text(encoding="utf-8").split("## What the limit changes")[1].split("\n## ")[0]
+)
+COMMANDS = re.findall(r"^ami-builder .*", SECTION.replace("\\\n", ""), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_are_understood(
+    machines: Machines, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert commands.run([*shlex.split(command)[1:], "--no-run"]) == 2
+    assert "no run of this image has been made yet" in capsys.readouterr().err
+
+
+def test_the_readme_names_every_policy_and_work() -> None:
+    assert len(COMMANDS) == 2
+    for word in (*Policy, *Work):
+        assert f"`{word}`" in SECTION
 
 
 def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
