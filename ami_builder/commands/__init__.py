@@ -17,14 +17,26 @@ from ami_builder import console, proc
 from ami_builder.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 
 # They register their commands.
-from . import account, channels, doctor, finished, images, inspect, nightly, prune, regions, report  # noqa: F401
+from . import (  # noqa: F401
+    account,
+    channels,
+    doctor,
+    experiment,
+    finished,
+    images,
+    inspect,
+    nightly,
+    prune,
+    regions,
+    report,
+)
 from .shared import app, config_app, shared
 
 __all__ = ["app", "config_app", "run"]
 
 _PANELS = {
     "Bake and prove": ("build", "verify", "run", "check", "render"),
-    "Look": ("list", "show", "diff", "report", "doctor"),
+    "Look": ("list", "show", "diff", "report", "experiment", "doctor"),
     "Channels and nights": ("nightly", "promote", "rollback", "revoke", "history", "prune"),
     "AWS": ("copy", "share", "gc", "iam-policy"),
 }

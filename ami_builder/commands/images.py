@@ -119,7 +119,7 @@ def verify(
         shared.overrides["verify.datasource"] = datasource
     if region:
         shared.overrides["aws.region"] = region[0]
-    chosen, stored, site = _finished(image, load_config(), target)
+    chosen, stored, site = find_finished(image, load_config(), target)
     if site.target is Target.AWS:
         _verify_amis(chosen, stored, region or [], dask_scheduler, as_json=as_json)
         return
@@ -180,7 +180,7 @@ def run_image(
         shared.overrides["verify.memory"] = memory
     if user_data is not None and not user_data.is_file():
         raise UsageError(f"--user-data {user_data}: there is no such file")
-    chosen, stored, _ = _finished(image, load_config(), "qemu")
+    chosen, stored, _ = find_finished(image, load_config(), "qemu")
     is_up = False
 
     def ready(launched: Launched) -> None:
@@ -213,7 +213,7 @@ def run_image(
         console.note("the machine is stopped")
 
 
-def _finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
+def find_finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
     """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
     from ami_builder.model import Target
 

@@ -67,6 +67,11 @@ class LocalMachine:
         )
         return stack.enter_context(self._machine)
 
+    def waited(self) -> dict[int, float]:
+        """Return for how many seconds each of its threads has waited for a processor of ours."""
+        assert self._machine is not None, "it was not started"
+        return qemu.waited(self._machine.pid)
+
     def check_alive(self) -> None:
         """Raise BuildFailed when the machine can't come up any more."""
         assert self._machine is not None, "it was not started"

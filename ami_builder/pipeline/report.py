@@ -11,8 +11,9 @@ from ami_builder import console, report
 from ami_builder.journal import Journal, Step
 from ami_builder.model import Outcome, RunStatus, Verdict
 from ami_builder.night import Ending, Night
-from ami_builder.pipeline import records, shown
+from ami_builder.pipeline import experiment_page, records, shown
 from ami_builder.pipeline.compare import compare_images
+from ami_builder.pipeline.experiment import EXPERIMENT
 from ami_builder.pipeline.records import RecordedNight, RecordedRun
 from ami_builder.report import Fact, Page, Tone
 from ami_builder.workspace import Workspace, dump, write_atomically
@@ -32,7 +33,14 @@ _ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
 def write_page(
     subject: RecordedRun | RecordedNight, workspace: Workspace, output: Path | None = None
 ) -> Path:
-    """Write the page of a run or a night beside its record, or to `output`, and return where it is."""
+    """Write the page of a run or a night beside its record, or to `output`, and return where it is.
+
+    Of an experiment it is that of all its runs, beside their results.
+    """
+    if isinstance(subject, RecordedRun) and subject.record.command == EXPERIMENT:
+        record = subject.record
+        if written := experiment_page.write_page(record.image, record.digest or "", workspace, output):
+            return written
     path = output or subject.directory / PAGE
     known = records.runs(workspace)
     if isinstance(subject, RecordedRun):

@@ -16,6 +16,7 @@ from ami_builder.console import clean, duration, size
 from ami_builder.difference import Measured, Quantity
 from ami_builder.model import Outcome
 
+from .comparison import Comparison
 from .page import Check, Page, Trend
 
 _TEMPLATE = "page.html.j2"
@@ -30,7 +31,11 @@ _PHASES = {
 def render(page: Page) -> str:
     """Return the page; the same value gives the same text."""
     plots = [(trend, _plot(trend)) for trend in page.trends if len(trend.points) > 1]
-    text = _environment().get_template(_TEMPLATE).render(page=page, plots=plots)
+    text = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(page=page, plots=plots, comparison_plots=_comparison_plots(page.comparison))
+    )
     # A lone surrogate, from a file name that is no UTF-8, can't be written.
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -102,6 +107,19 @@ def _plot(trend: Trend) -> Mapping[str, object]:
     values = [point.value for point in trend.points]
     first, last = trend.points[0], trend.points[-1]
     return {"svg": Markup(draw(trend)), "text": _told(trend, first.when, last.when, values)}  # noqa: S704 - ours
+
+
+def _comparison_plots(comparison: Comparison | None) -> Mapping[str, object]:
+    if comparison is None:
+        return {}
+    from . import comparison_plots as plots
+
+    def plot(svg: str, text: str) -> Mapping[str, object]:
+        return {"svg": Markup(svg), "text": text}  # noqa: S704 - ours
+
+    panels = [(one, plot(plots.bars(one), plots.told_bars(one))) for one in comparison.panels]
+    curves = [(one, plot(plots.curve(one), plots.told_curve(one))) for one in comparison.curves]
+    return {"panels": panels, "curves": curves}
 
 
 def _told(trend: Trend, first: datetime, last: datetime, values: list[float]) -> str:

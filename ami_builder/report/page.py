@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from ami_builder.difference import Difference, Quantity
 from ami_builder.model import Outcome
 from ami_builder.night import Night
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
 
 
 class Tone(StrEnum):
@@ -135,6 +139,8 @@ class Page:
     before: str = ""
     """The digest of the image that `difference` compares with."""
     difference: Difference | None = None
+    comparison: Comparison | None = None
+    """Of an experiment."""
     links: Mapping[str, tuple[Link, ...]]
     """Folder -> its files."""
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -636,3 +637,11 @@ def test_power_button_and_reset(fake: Fake, build: Callable[..., Machine]) -> No
             it.reset()
     asked = (folder / "asked").read_text().split()
     assert [each for each in asked if each.startswith("system_")] == ["system_reset", "system_powerdown"]
+
+
+def test_what_a_busy_host_takes_from_a_machine_is_measured() -> None:
+    before = qemu.waited(os.getpid())
+    assert threading.get_native_id() in before
+    after = {thread: seconds + 1 for thread, seconds in before.items()} | {-1: 3.0}
+    assert qemu.starved(before, after) == 3.0
+    assert qemu.starved(before, {}) == 0.0

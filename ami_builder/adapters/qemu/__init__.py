@@ -12,6 +12,7 @@ from .machine import (
     MachineDied,
     firmware,
 )
+from .starving import starved, waited
 
 __all__ = [
     "DASK_PORTS",
@@ -28,4 +29,6 @@ __all__ = [
     "firmware",
     "image_info",
     "known_accelerator",
+    "starved",
+    "waited",
 ]

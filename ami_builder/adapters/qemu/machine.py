@@ -161,6 +161,12 @@ class Machine:
         """Cut the machine's power and remove its overlay; calling it again does nothing."""
         self._owned.close()
 
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        assert self._process is not None, "the machine runs only inside its context"
+        return self._process.pid
+
     def press_power_button(self) -> None:
         """Ask the guest to shut down, as ACPI does; when it has, QEMU ends, and `check_alive` raises."""
         self._tell("system_powerdown")

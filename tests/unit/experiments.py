@@ -1,0 +1,63 @@
+"""Invented runs of an experiment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ami_builder.experiment.cases import METHOD, Case, Policy, Work
+from ami_builder.experiment.results import Result
+from ami_builder.spelling import GIB, MIB
+
+
+def case(**changes: Any) -> Case:
+    """Return a case of W3 on 1 GiB."""
+    told: dict[str, Any] = {
+        "memory": GIB, "cpus": 2, "policy": Policy.AVAILABLE, "work": Work.SPIKES, "repeat": 1, "seed": 1,
+    }  # fmt: skip
+    return Case(**(told | {name: value for name, value in changes.items() if name in told}))
+
+
+def result(**changes: Any) -> Result:
+    """Return a run in which nothing was hurt."""
+    told: dict[str, Any] = {
+        "method": METHOD, "when": "2026-11-25T16:00:00+00:00", "accelerator": "tcg",
+        "total": 980 * MIB, "available": 740 * MIB, "limit": 740 * MIB,
+        "done": 200, "failed": 0, "unfinished": 0, "came_back": True,
+        "seconds": 60.0, "by_nanny": 0, "by_kernel": 9,
+        "global_kills": 0, "container_kills": 9, "harmed": (), "frozen_longest": 0.6, "frozen": 0.0,
+        "ssh_tries": 20, "ssh_failed": 0, "ssh_longest": 1.9, "ssh_frozen": 0.0,
+        "stalled_some": 2.0,
+        "stalled_full": 1.0, "spilled": 0, "peak": 730 * MIB, "unharmed": 730 * MIB,
+        "starved": 0.3,
+    }  # fmt: skip
+    known = told | {name: value for name, value in changes.items() if name in told}
+    return Result(case=case(**changes), **known)
+
+
+GOOD = (
+    *(result(repeat=n, policy=Policy.NONE, limit=980 * MIB, done=150, unfinished=50, seconds=600, frozen=80,
+             frozen_longest=30.0, global_kills=8, container_kills=0, ssh_failed=4, ssh_longest=40.0,
+             ssh_frozen=90.0) for n in (1, 2, 3)),
+    *(result(repeat=n) for n in (1, 2, 3)),
+    result(policy=Policy.NONE, work=Work.ARRAY, seconds=100.0, limit=980 * MIB),
+    result(work=Work.ARRAY, seconds=110.0),
+    result(policy=Policy.NONE, work=Work.LEAK_FAST, limit=980 * MIB, unharmed=750 * MIB, global_kills=4),
+)  # fmt: skip
+"""What is hoped for."""
+
+BAD = (
+    *GOOD[:3],
+    *(result(repeat=n, done=100, failed=100, global_kills=2, harmed=("sshd",), frozen=20.0,
+             frozen_longest=9.0) for n in (1, 2)),
+    GOOD[6],
+    result(work=Work.ARRAY, seconds=130.0),
+    result(policy=Policy.NONE, work=Work.LEAK_FAST, limit=980 * MIB, unharmed=900 * MIB, global_kills=4),
+)  # fmt: skip
+"""The limit does not help."""
+
+SAME = (
+    *(result(repeat=n, policy=Policy.NONE, memory=8 * GIB, limit=8 * GIB, by_kernel=0, container_kills=0)
+      for n in (1, 2)),
+    *(result(repeat=n, memory=8 * GIB, limit=8 * GIB - 300 * MIB, by_kernel=0, by_nanny=10) for n in (1, 2)),
+)  # fmt: skip
+"""A large machine, which nothing hurts."""

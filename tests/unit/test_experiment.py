@@ -1,0 +1,206 @@
+"""`ami-builder experiment` with machines that answer at once: what is run, kept, gone on with, and drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import commands
+from ami_builder.adapters import qemu
+from ami_builder.errors import BuildFailed
+from ami_builder.experiment.cases import METHOD, Case, Policy, Work
+from ami_builder.experiment.results import Result, Trace
+from ami_builder.pipeline import experiment
+from ami_builder.workspace import Workspace
+from tests.unit.experiments import result
+from tests.unit.stored import stored
+from tests.unit.test_report import Parsed
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACE = Trace(
+    times=(0.0, 1.0, 2.0), held=(0, 700 << 20, 100 << 20), available=(1, 1, 1), marks=((1.0, "lost"),)
+)
+Make = Callable[..., tuple[Result, Trace]]
+
+
+class Machines:
+    """Stand in for real ones: each run gives a result at once, or fails as it is told to."""
+
+    def __init__(self) -> None:
+        self.made: list[Case] = []
+        self.broken: set[Policy] = set()
+
+    def make(self, case: Case, *_: object) -> tuple[Result, Trace]:
+        self.made.append(case)
+        if case.policy in self.broken:
+            raise BuildFailed("it does not come up")
+        hurt = (
+            {"frozen": 70.0, "frozen_longest": 30.0, "global_kills": 3} if case.policy is Policy.NONE else {}
+        )
+        told = {name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")}
+        return result(**told, **hurt), TRACE
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machines:
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    workspace = Workspace(cache=tmp_path / "cache", state=tmp_path / "state")
+    workspace.ensure()
+    stored(workspace, "a")
+    found = Machines()
+    monkeypatch.setattr(experiment, "make", found.make)
+    monkeypatch.setattr(qemu, "image_info", lambda _: None)
+    monkeypatch.setattr(qemu, "choose_accelerator", lambda *_, **__: (qemu.Accelerator.TCG, "TCG"))
+    return found
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
+    assert commands.run(["-q", "experiment", *arguments, "--json"]) == status
+    out = capsys.readouterr().out
+    return json.loads(out) if out else None
+
+
+def test_a_run_that_is_there_is_not_made_again(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = told(capsys, "--memory", "1GiB", "--repeat", "1")
+    assert len(machines.made) == len(first["results"]) == 2
+    second = told(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
+    assert [(c.policy, c.repeat) for c in machines.made[2:]] == [
+        (c.policy, c.repeat) for c in sorted(machines.made[2:], key=lambda c: c.repeat)
+    ]
+    assert len(machines.made) == len(second["results"]) == 5
+    again = told(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
+    assert len(machines.made) == 5
+    assert again["left"] == []
+
+
+def test_results_are_lines_that_survive_and_those_of_another_method_are_passed_over(
+    machines: Machines, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = told(capsys, "--repeat", "1")["page"]
+    kept = Path(page).with_name("results.jsonl")
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 2
+    other = json.loads(lines[0]) | {"method": METHOD + 1}
+    kept.write_text("\n".join([json.dumps(other), lines[1], '{"half": ']))
+    assert len(told(capsys, "--no-run")["results"]) == 1
+    told(capsys, "--repeat", "1")
+    assert len(machines.made) == 3
+
+
+def test_after_its_time_nothing_is_started_and_the_next_call_goes_on(
+    machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10000, 100))
+    monkeypatch.setattr(f"{experiment.__name__}.time.monotonic", lambda: float(next(clock)))
+    found = told(capsys, "--repeat", "3", "--jobs", "1", "--for", "250s")
+    assert len(machines.made) == 2
+    assert len(found["left"]) == 4
+    told(capsys, "--repeat", "3", "--jobs", "1")
+    assert len(machines.made) == len(set(machines.made)) == 6
+
+
+def test_a_machine_that_does_not_come_up_costs_nothing_else(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machines.broken = {Policy.NONE}
+    found = told(capsys, "--repeat", "1")
+    assert len(found["results"]) == 1
+    assert list(found["failed"].values()) == ["it does not come up"]
+    assert found["left"] == list(found["failed"])
+    # Nothing was left but what fails.
+    assert commands.run(["-q", "experiment", "--repeat", "1"]) == BuildFailed.exit_code
+
+
+def test_without_dask_it_says_what_to_install(
+    machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "distributed" else find(name, *a)
+    )
+    assert commands.run(["-q", "experiment"]) == 3
+    assert "pip install 'ami-builder[dask]'" in capsys.readouterr().err
+    assert machines.made == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--policy", "availble"], "did you mean available?"),
+        (["--work", "W3"], "expected one of array, leak-slow, leak-fast, spikes, matrix, agent"),
+        (["--for", "5m"], "did you mean 5min?"),
+        (["--no-run"], "no run of this image has been made yet"),
+        (["nowhere.qcow2"], "there is no such disk image"),
+    ],
+)
+def test_bad_input_is_said(
+    machines: Machines, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert commands.run(["-q", "experiment", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_shows_the_criteria_the_policies_and_the_command(
+    machines: Machines, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = Path(
+        told(capsys, "--memory", "1GiB", "--repeat", "2", "--work", "spikes", "--work", "array")["page"]
+    )
+    text = page.read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    tags = {tag for tag, _ in parsed.tags}
+    assert not tags & {"script", "img", "link", "iframe"}
+    assert "http" not in text.replace("http://www.w3.org", "").replace("Content-Security-Policy", "").replace(
+        'http-equiv="', ""
+    )
+    assert text.count("<svg") == 4 + 2
+    assert "W3 completes at least as much as without a limit" in parsed.text
+    assert (
+        "ami-builder --set verify.cpus=2 experiment dask --memory 1GiB --policy none --policy available "
+        "--work array --work spikes --repeat 2 --seed 1" in parsed.text
+    )
+    told(capsys, "--no-run")
+    assert page.read_text(encoding="utf-8") == text
+    # What ran last is the experiment.
+    assert commands.run(["report", "-o", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
+
+
+SECTION = (
+    (ROOT / "README.md").read_text(encoding="utf-8").split("## What the limit changes")[1].split("\n## ")[0]
+)
+COMMANDS = re.findall(r"^ami-builder .*", SECTION.replace("\\\n", ""), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_are_understood(
+    machines: Machines, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert commands.run([*shlex.split(command)[1:], "--no-run"]) == 2
+    assert "no run of this image has been made yet" in capsys.readouterr().err
+
+
+def test_the_readme_names_every_policy_and_work() -> None:
+    assert len(COMMANDS) == 2
+    for word in (*Policy, *Work):
+        assert f"`{word}`" in SECTION
+
+
+def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.run(["-q", "experiment", "--repeat", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split("\t")[:4] == ["2 GiB, 2 CPUs", "spikes", "none", "1"]
+    assert any("\tpassed\t" in line for line in out)
+    assert Path(out[-1]).name == "report.html"

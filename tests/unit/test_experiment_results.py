@@ -1,0 +1,216 @@
+"""What is read from a machine, the criteria on a good, a bad and an indifferent experiment, and its page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from ami_builder import lines, proc
+from ami_builder.experiment import results
+from ami_builder.experiment.cases import Policy, Work
+from ami_builder.experiment.criteria import Answer, judge, rows, unhurt
+from ami_builder.experiment.criteria import given as system_gave
+from ami_builder.experiment.findings import notes, shares
+from ami_builder.experiment.results import Login, Tick
+from ami_builder.pressure import kills
+from ami_builder.spelling import GIB, MIB
+from tests.unit.experiments import BAD, GOOD, SAME, result
+
+
+def tick(uptime: float, held: int = 0) -> Tick:
+    return Tick(uptime=uptime, held=held, available=0, some=0.0, full=0.0)
+
+
+CONSOLE = """\
+[    9.000000] something\r
+tick 10.100 5 700 1000000 500000 .\r
+\r
+tick 10.2[   10.2] Out of memory: Killed process 12 (python) total-vm:1kB
+01 6 6 1 1 .\r
+[   10.25] Memory cgroup out of memory: Killed process 13 (python) total-vm:1kB\r
+tick 10.301 6 699 1000000 500000 .\r
+tick 10.4 6"""
+
+
+def test_signs_of_life_are_read_from_between_what_others_write() -> None:
+    assert results.ticks(CONSOLE) == (
+        Tick(uptime=10.1, held=5, available=700, some=1.0, full=0.5),
+        Tick(uptime=10.301, held=6, available=699, some=1.0, full=0.5),
+    )
+
+
+def test_the_console_tells_kills_of_a_machine_that_does_not_come_back() -> None:
+    assert results.console_kills(CONSOLE) == (1, 1)
+
+
+def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "console"
+    ticker = Path(results.__file__).with_name("ticker.py")
+    with subprocess.Popen([sys.executable, ticker, out]) as process:
+        try:
+            proc.wait_until(
+                lambda: out.exists() and len(results.ticks(out.read_text())) >= 3, what="ticks", timeout=20
+            )
+        finally:
+            process.kill()
+    first, second, *_ = results.ticks(out.read_text())
+    assert 0.09 < second.uptime - first.uptime < 5
+    assert first.available > 0
+    assert second.some >= second.full >= 0
+
+
+def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
+    inside = results.watched([tick(1), tick(10), tick(10.1), tick(40)], 10, 20)
+    assert [one.uptime for one in inside] == [10, 10.1]
+    longest, total = results.stood_still(inside, 10, 20)
+    assert longest == total == pytest.approx(19.9)
+    with pytest.raises(ValueError, match="no sign of life"):
+        results.watched([tick(1)], 10, 20)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0.1, 100))
+def test_silence_is_never_more_than_the_work(times: list[float], seconds: float) -> None:
+    inside = [tick(time) for time in sorted(times) if time <= seconds]
+    if inside:
+        longest, total = results.stood_still(inside, 0.0, seconds)
+        assert 0 <= longest <= seconds + 1e-9
+        assert total <= seconds + 1e-6
+
+
+def test_what_was_held_until_the_machine_first_stood_still() -> None:
+    held = [tick(0, 5), tick(0.1, 9), tick(0.2, 7), tick(3, 100)]
+    assert results.unharmed(held) == 9
+    assert results.unharmed(held[:1]) == 5
+
+
+def test_a_wait_for_a_login_goes_on_until_one_is_answered() -> None:
+    told = [(0, 1, True), (2, 12, False), (14, 24, False), (26, 27, True), (29, 39, False)]
+    logins = [Login(began=b, ended=e, answered=a) for b, e, a in told]
+    assert results.waits(logins) == (25, 35)
+    assert results.waits([]) == (0.0, 0.0)
+
+
+HEAD = "dask kernel: oom-kill:constraint=CONSTRAINT"
+BODY = "nodemask=(null),cpuset=/,mems_allowed=0"
+BOX = "/system.slice/docker-a.scope"
+KERNEL = f"""\
+1795622835.1 dask kernel: python3 invoked oom-killer: gfp_mask=0x140cca(GFP_HIGHUSER_MOVABLE), order=0
+1795622835.2 {HEAD}_MEMCG,{BODY},oom_memcg={BOX},task_memcg={BOX},task=python,pid=900,uid=0
+1795622836.2 {HEAD}_NONE,{BODY},global_oom,task_memcg={BOX},task=python,pid=901,uid=0
+1795622837.2 {HEAD}_NONE,{BODY},global_oom,task_memcg=/system.slice/ssh.service,task=sshd,pid=300,uid=0
+"""
+
+
+def test_kills_are_told_apart_by_whose_memory_was_at_its_end_and_who_died() -> None:
+    assert results.counted(kills(KERNEL)) == (2, 2, 1, ("sshd",))
+
+
+def test_a_trace_is_thin_and_keeps_its_peaks() -> None:
+    ticks = [tick(n / 10, held=n % 97) for n in range(4000)]
+    thin = results.trace(ticks, 0.0, [(1.5, "paused")])
+    assert len(thin.times) <= 410
+    assert max(thin.held) == 96
+    assert thin.marks == ((1.5, "paused"),)
+
+
+def answers(runs: tuple[results.Result, ...]) -> dict[str, Answer]:
+    return {one.text: one.answer for one in judge(runs)}
+
+
+def test_a_good_experiment_reaches_everything() -> None:
+    assert set(answers(GOOD).values()) == {Answer.PASSED}, answers(GOOD)
+
+
+def test_a_bad_one_fails_each_criterion() -> None:
+    found = answers(BAD)
+    passed = [text for text, answer in found.items() if answer is not Answer.FAILED]
+    assert [text for text in passed if "login" not in text and "without a limit the same" not in text] == []
+    assert found["with it no login by ssh fails"] is Answer.PASSED
+
+
+def test_what_was_not_run_is_not_shown() -> None:
+    found = answers(GOOD[3:6])
+    assert found["without a limit the same work breaks one of these"] is Answer.NOT_SHOWN
+    assert found["1 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
+
+
+def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
+    found = answers(SAME)
+    assert (
+        found["8 GiB, 2 CPUs: W3 stands still at least 10 times less than without a limit"]
+        is Answer.NOT_SHOWN
+    )
+    assert found["without a limit the same work breaks one of these"] is Answer.FAILED
+    assert any("no difference to the machine" in line for line in notes(SAME))
+    assert any("restarted 10 times, without it 0" in line for line in notes(SAME))
+
+
+def test_an_array_that_is_not_finished_is_not_fast() -> None:
+    short = (GOOD[6], replace(GOOD[7], seconds=10.0, failed=1))
+    assert answers(short)["1 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
+
+
+def test_one_login_that_fails_is_harm() -> None:
+    assert unhurt(result())
+    for harm in ({"ssh_failed": 1}, {"global_kills": 1}, {"harmed": ("x",)}, {"frozen_longest": 5.1}):
+        assert not unhurt(result(**harm)), harm
+
+
+def test_what_dask_may_use_of_what_the_system_gives() -> None:
+    assert system_gave((GIB, 2), GOOD) == 750 * MIB
+    found = {one.policy: one for one in shares(GOOD)}
+    assert found[Policy.AVAILABLE].of_given == pytest.approx(740 / 750)
+    assert found[Policy.NONE].of_given == pytest.approx(980 / 750)
+    assert found[Policy.NONE].hurt == 4
+    assert found[Policy.AVAILABLE].hurt == 0
+
+
+def test_a_machine_that_suffered_long_before_its_limit_shows_no_share() -> None:
+    early = (GOOD[3], replace(GOOD[8], unharmed=500 * MIB))
+    text = "1 GiB, 2 CPUs: Dask may use at least 95 % of what the system can really give"
+    assert answers(early)[text] is Answer.NOT_SHOWN
+
+
+def test_what_the_limit_costs_is_said() -> None:
+    told = " ".join(notes(BAD))
+    assert "100 tasks fail or don't end, without it 50" in told
+    assert "it takes 130 s, without it 100 s" in told
+    assert "something was hurt all the same, in 2 of 2 runs" in told
+
+
+def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
+    found = [(row.kind, row.work, row.policy, row.runs) for row in rows((*SAME, *reversed(GOOD)))]
+    assert found == [
+        ((GIB, 2), Work.ARRAY, Policy.NONE, 1),
+        ((GIB, 2), Work.ARRAY, Policy.AVAILABLE, 1),
+        ((GIB, 2), Work.LEAK_FAST, Policy.NONE, 1),
+        ((GIB, 2), Work.SPIKES, Policy.NONE, 3),
+        ((GIB, 2), Work.SPIKES, Policy.AVAILABLE, 3),
+        ((8 * GIB, 2), Work.SPIKES, Policy.NONE, 2),
+        ((8 * GIB, 2), Work.SPIKES, Policy.AVAILABLE, 2),
+    ]
+
+
+def test_what_was_recorded_is_what_the_readme_says() -> None:
+    """W3 on 2 GiB one machine at a time, and two leaks on 1 GiB side by side on two processors."""
+    recorded = Path(__file__).with_name("test_experiment_recorded.jsonl")
+    runs = tuple(TypeAdapter(results.Result).validate_python(line) for line in lines.read(recorded))
+    found = answers(runs)
+    assert found["2 GiB, 2 CPUs: W3 completes at least as much as without a limit"] is Answer.PASSED
+    assert (
+        found["2 GiB, 2 CPUs: W3 stands still at least 10 times less than without a limit"] is Answer.PASSED
+    )
+    assert found["with it no login by ssh fails"] is Answer.FAILED
+    assert found["with it neither the machine nor ssh is silent for more than 5 s"] is Answer.FAILED
+    assert found["1 GiB, 1 CPU: Dask may use at least 95 % of what the system can really give"] is (
+        Answer.NOT_SHOWN
+    )
+    alone = answers(tuple(run for run in runs if run.case.memory == 2 * GIB))
+    assert Answer.FAILED not in alone.values()
