@@ -21,7 +21,7 @@ def test_the_build_is_verified_on_every_start(built: Mapping[str, Any]) -> None:
     verdict = built["verdict"]
     assert {r["outcome"] for r in verdict["results"]} <= {"passed", "skipped"}
     phases = {r["phase"] for r in verdict["results"]}
-    assert phases == {"boot", "restart", "reboot"}
+    assert phases == {"boot", "restart", "reboot", "pressure"}
     assert verdict["digest"] == built["artifact"]["digest"]
     measured = verdict["measured"]
     assert [(m["machine"], m["phase"]) for m in measured] == [
