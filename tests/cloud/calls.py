@@ -35,6 +35,8 @@ class Call:
     access_key: str
     params: Mapping[str, Any] = field(default_factory=dict)
     """As botocore names them for EC2; as they came for the others."""
+    packer: bool = False
+    """Whether Packer made it, the one client here that is written in Go."""
     authorised: bool = True
     outcome: str = "ok"
 
@@ -51,6 +53,7 @@ class Call:
             "region": self.region,
             "access_key": self.access_key,
             "params": json.loads(json.dumps(self.params, default=str)),
+            "packer": self.packer,
             "authorised": self.authorised,
             "outcome": self.outcome,
         }
@@ -63,6 +66,7 @@ def parse(environ: Mapping[str, Any], body: bytes) -> Call:
         key, _, region, service, _ = signed.partition("Credential=")[2].split(",")[0].split("/")
     except ValueError:
         raise Refused("MissingAuthenticationToken", "the request is not signed", 403) from None
+    packer = "aws-sdk-go" in environ.get("HTTP_USER_AGENT", "")
     target = environ.get("HTTP_X_AMZ_TARGET", "")
     if target:
         action = target.rpartition(".")[2]
@@ -71,7 +75,7 @@ def parse(environ: Mapping[str, Any], body: bytes) -> Call:
         form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
         action = form.pop("Action", f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
         params = {name: value[:_KEEPS] for name, value in form.items() if name != "Version"}
-    return Call(service=service, action=action, region=region, access_key=key, params=params)
+    return Call(service=service, action=action, region=region, access_key=key, params=params, packer=packer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ class Rule:
     """How late a slow answer is."""
     region: str = ""
     """Where; empty: in every region."""
+    packer: bool | None = None
+    """Only Packer's calls, or only others'; None: all."""
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Rule:
@@ -63,10 +65,19 @@ class Faults:
         times: int | None = 1,
         seconds: float = 2.0,
         region: str = "",
+        packer: bool | None = None,
     ) -> None:
         """Put a fault at the nth call of an action, counted from now; botocore's own retries count too."""
         self.add_rule(
-            Rule(action=action, fault=Fault(fault), nth=nth, times=times, seconds=seconds, region=region)
+            Rule(
+                action=action,
+                fault=Fault(fault),
+                nth=nth,
+                times=times,
+                seconds=seconds,
+                region=region,
+                packer=packer,
+            )
         )
 
     def add_rule(self, rule: Rule) -> None:
@@ -79,12 +90,14 @@ class Faults:
         with self._lock:
             self._rules.clear()
 
-    def meet(self, action: str, region: str = "") -> Rule | None:
+    def meet(self, action: str, region: str = "", *, packer: bool = False) -> Rule | None:
         """Count one call of `action` in a region, and return the first rule that it meets."""
         met: Rule | None = None
         with self._lock:
             for rule, seen in self._rules:
                 if rule.action not in (action, "*") or rule.region not in (region, ""):
+                    continue
+                if rule.packer not in (packer, None):
                     continue
                 seen[0] += 1
                 last = None if rule.times is None else rule.nth + rule.times - 1

@@ -149,9 +149,9 @@ class Cloud:
         with self._shim.lock:
             return tuple(self._shim.calls)
 
-    def count(self, action: str) -> int:
-        """Return how often an action was called, refused or not."""
-        return sum(call.action == action for call in self.calls)
+    def count(self, action: str, *, packer: bool | None = None) -> int:
+        """Return how often an action was called, refused or not; by Packer alone, or by all others alone."""
+        return sum(call.action == action and packer in (call.packer, None) for call in self.calls)
 
     def backend(self, region: str = REGION) -> Any:
         """Return moto's EC2 backend of a region, to look into or to fill by hand."""
@@ -173,6 +173,7 @@ class Cloud:
             "instance": [i.id for i in backend.all_instances() if i.state != "terminated"],
             "image": [i.id for i in backend.amis.values() if i.owner_id == ACCOUNT],
             "snapshot": [s.id for s in backend.snapshots.values() if s.owner_id == ACCOUNT],
+            "launch-template": list(backend.launch_templates),
             "volume": list(backend.volumes),
             "security-group": [
                 g.id for groups in backend.groups.values() for g in groups.values() if g.name != "default"

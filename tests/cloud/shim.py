@@ -57,7 +57,7 @@ class Shim:
             return refusal(Call(service="ec2", action="", region="", access_key=""), refused)
         with self.lock:
             self.calls.append(call)
-        rule = self.faults.meet(call.action, call.region)
+        rule = self.faults.meet(call.action, call.region, packer=call.packer)
         fault = rule.fault if rule is not None else None
         try:
             _before(fault)

@@ -19,7 +19,7 @@ from tests.unit.nights import die_after
 from .faulting import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
 from .faults import Fault
 from .flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
-from .server import Cloud
+from .server import ACCESS_KEY, Cloud
 
 POWER_LOSS = "power loss"
 """SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""
@@ -78,19 +78,30 @@ def try_signal(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
     return Cell(place=place, column=column, verdict=verdict, status=ran.status, said="", seconds=seconds)
 
 
-def stopped(cloud: Cloud, place: Place, column: str, home: Path) -> Ran:
-    """Build in a new account and workspace, and stop it while the call has been done, but not answered.
+def stopped(
+    cloud: Cloud,
+    place: Place,
+    column: str,
+    home: Path,
+    *settings: str,
+    access_key: str = ACCESS_KEY,
+    anew: bool = True,
+) -> Ran:
+    """Build in a workspace of its own, and stop it while the call has been done, but not answered.
 
-    Returns once Packer has ended too; raises Leak when the command does not end.
+    Without `anew` the account stays as it is. Returns once Packer has ended too; raises Leak when the command
+    does not end.
     """
-    fresh(cloud, home)
-    cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS)
-    process = start(home, cloud.environment(), *BUILD)
+    if anew:
+        fresh(cloud, home)
+    before = cloud.count(place.action, packer=place.packer)
+    cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS, packer=place.packer)
+    process = start(home, cloud.environment(access_key), *settings, *BUILD)
 
     def called() -> bool:
         if process.exitcode is not None:
             raise Leak(f"there was no {place}: {(home / 'out').read_text()}")
-        return cloud.count(place.action) >= place.nth
+        return cloud.count(place.action, packer=place.packer) >= before + place.nth
 
     wait_until(called, what=str(place), timeout=BOUND, interval=0.005)
     time.sleep(_PERFORMED_SECONDS)
