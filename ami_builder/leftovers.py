@@ -17,6 +17,7 @@ COPYING = timedelta(hours=2)
 
 ORDER = (
     Resource.INSTANCE,
+    Resource.LAUNCH_TEMPLATE,
     Resource.VOLUME,
     Resource.IMAGE,
     Resource.SNAPSHOT,

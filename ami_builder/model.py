@@ -252,9 +252,10 @@ class Endpoint:
 
 
 class Resource(StrEnum):
-    """What of ours can stand in an account and cost money."""
+    """What of ours can stand in an account."""
 
     INSTANCE = "instance"
+    LAUNCH_TEMPLATE = "launch-template"
     VOLUME = "volume"
     IMAGE = "image"
     SNAPSHOT = "snapshot"

@@ -4,9 +4,11 @@ source "amazon-ebs" "image" {
   custom_endpoint_ec2 = var.endpoint
   source_ami          = var.source_ami
 
-  instance_type        = var.spot ? null : var.instance_type
-  spot_instance_types  = var.spot ? [var.instance_type] : null
-  spot_price           = var.spot ? "auto" : null
+  instance_type       = var.spot ? null : var.instance_type
+  spot_instance_types = var.spot ? [var.instance_type] : null
+  spot_price          = var.spot ? "auto" : null
+  # Of the launch template, from the call that makes it, and of the spot request.
+  spot_tags            = var.spot ? var.run_tags : null
   subnet_id            = var.subnet_id
   security_group_ids   = [var.security_group_id]
   iam_instance_profile = var.instance_profile

@@ -11,7 +11,7 @@ from pathlib import Path
 import tenacity
 
 from ami_builder.adapters import packer, ssh
-from ami_builder.adapters.aws import images, instances, network, tags, user_data
+from ami_builder.adapters.aws import images, instances, launch_templates, network, tags, user_data
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.waiting import look_for
 from ami_builder.console import Step
@@ -92,6 +92,7 @@ class _Bake:
         with suppress(AmiBuilderError):
             found = look_for(self._made) if self.imaging else self._made()
             if found is not None and not found.finished:
+                images.claim(self.account, found.id, self.run_id)
                 images.deregister(self.account, found.id)
 
     def _made(self) -> images.Ami | None:
@@ -169,6 +170,12 @@ class _Bake:
             packer.set_variables(stage, variables)
         # Written before Packer asks for them; what they are called is known already.
         instance = self.ledger.intend(Resource.INSTANCE, self.account.region, run=self.run_id)
+        # Packer alone knows its name; it carries the run's tag.
+        template = (
+            self.ledger.intend(Resource.LAUNCH_TEMPLATE, self.account.region, run=self.run_id)
+            if self.aws.spot
+            else None
+        )
         image = self.ledger.intend(Resource.IMAGE, self.account.region, run=self.run_id, name=self.name)
         self.instance = self.ami = ""
 
@@ -177,8 +184,10 @@ class _Bake:
             if (found := _INSTANCE.search(line)) and not self.instance:
                 self.instance = found[1]
                 self.ledger.made(instance, self.instance)
-                # Packer 1.6 can't ask for it when it launches.
+                # Packer 1.6 can't ask for these when it launches.
                 with suppress(AmiBuilderError):
+                    if self.aws.spot:
+                        instances.claim(self.account, self.instance, self.run_id)
                     instances.require_imdsv2(self.account, self.instance)
             elif (found := _IMAGE.search(line)) and not self.ami:
                 self.ami = found[1]
@@ -202,10 +211,10 @@ class _Bake:
             # Before there is an instance only the account or its network can have failed.
             raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
         finally:
-            self._settle(instance)
+            self._settle(instance, template)
 
-    def _settle(self, instance: Entry) -> None:
-        """End the instance, as Packer does unless it was killed or cut off.
+    def _settle(self, instance: Entry, template: Entry | None) -> None:
+        """End the instance and what launched it, as Packer does unless it was killed or cut off.
 
         An AMI stays in the ledger: one whose making was not answered may show only later.
         """
@@ -217,6 +226,10 @@ class _Bake:
             for one in dict.fromkeys(left):
                 instances.terminate(self.account, one)
             self.ledger.gone(instance)
+            if template is not None:
+                for one in launch_templates.of_run(self.account, self.run_id):
+                    launch_templates.delete(self.account, one)
+                self.ledger.gone(template)
 
     def _variables(
         self, kind: str, subnet: str, group: str, key: Path, data_file: Path

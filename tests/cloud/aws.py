@@ -61,6 +61,16 @@ def instance(
     return Instance(account, ledger, launch, run_id=run_id, tags=tags(run_id=run_id), directory=directory)
 
 
+def make_template(cloud: Cloud, name: str, **tags: str) -> str:
+    """Make a launch template and return its id."""
+    made = cloud.client().create_launch_template(
+        LaunchTemplateName=name,
+        LaunchTemplateData={"ImageId": cloud.base_ami(), "InstanceType": "m6i.large"},
+        TagSpecifications=tagging.specifications(tags, "launch-template") if tags else [],
+    )
+    return str(made["LaunchTemplate"]["LaunchTemplateId"])
+
+
 def make_ami(cloud: Cloud, name: str, **tags: str) -> str:
     """Make an AMI as Packer does: from an instance that is gone afterwards; return its id."""
     ec2 = cloud.client()

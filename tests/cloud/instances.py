@@ -10,7 +10,7 @@ from moto.core.responses import ActionResult, EmptyResult
 from moto.core.utils import utcnow
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.models.instances import Instance
-from moto.ec2.utils import random_fleet_id
+from moto.ec2.utils import random_fleet_id, random_spot_request_id
 
 from .base import Base
 from .calls import Refused
@@ -63,6 +63,9 @@ class Instances(Base):
                 except Refused as refused:
                     errors.append(about | {"ErrorCode": refused.code, "ErrorMessage": refused.message})
                     continue
+                # As EC2 does with whatever comes of a template; the fleet's own tags are none of theirs.
+                made.add_tags({"aws:ec2launchtemplate:id": template.template.id})
+                made.spot_instance_request_id = random_spot_request_id()  # type: ignore[attr-defined]
                 told = about | {"InstanceIds": [made.id], "InstanceType": made.instance_type}
                 return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": [told]})
         return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": []})

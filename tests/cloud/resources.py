@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moto.ec2.models import ec2_backends
@@ -24,6 +24,7 @@ _KINDS = {
     "eni": ("network-interface", "InvalidNetworkInterfaceID.NotFound"),
     "key": ("key-pair", "InvalidKeyPair.NotFound"),
     "lt": ("launch-template", "InvalidLaunchTemplateId.NotFound"),
+    "sir": ("spot-instances-request", "InvalidSpotInstanceRequestID.NotFound"),
 }
 _NO_ACCOUNT = ("image", "snapshot")
 
@@ -142,6 +143,8 @@ def _implied(call: Call, backend: Any) -> Iterator[Touched]:
             # The role of a profile has the profile's name here.
             role = profile.get("Name") or profile["Arn"].rpartition("/")[2]
             yield Touched(action="iam:PassRole", arn=f"arn:aws:iam::{ACCOUNT}:role/{role}")
+    if call.action == "CreateFleet":
+        yield from _launched_by_fleet(call, backend)
     if call.action == "CopyImage":
         origin = params["SourceRegion"]
         yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
@@ -153,6 +156,28 @@ def _implied(call: Call, backend: Any) -> Iterator[Touched]:
             yield _existing(
                 "ec2:DeleteSnapshot", mapping["Ebs"]["SnapshotId"], "", call.region, backend, None
             )
+
+
+def _launched_by_fleet(call: Call, backend: Any) -> Iterator[Touched]:
+    """Yield the template, and what a fleet launches from it, which needs RunInstances too."""
+    for config in call.params["LaunchTemplateConfigs"]:
+        asked = config["LaunchTemplateSpecification"]
+        named = "LaunchTemplateId" if "LaunchTemplateId" in asked else "LaunchTemplateName"
+        template = _existing(call.name, asked[named], named, call.region, backend, None)
+        yield template
+        yield replace(template, action="ec2:RunInstances")
+        if template.unknown:
+            continue
+        data = backend.launch_templates[template.arn.rpartition("/")[2]].default_version().data
+        launch = Call(
+            service="ec2",
+            action="RunInstances",
+            region=call.region,
+            access_key=call.access_key,
+            # Tags that a template asks for are none of the call's.
+            params={key: value for key, value in data.items() if value and key != "TagSpecifications"},
+        )
+        yield from _ec2(launch, backend)
 
 
 def _existing(
@@ -200,6 +225,9 @@ def _find(kind: str, resource_id: str, backend: Any) -> Any:
             return next((s[resource_id] for s in backend.subnets.values() if resource_id in s), None)
         case "vpc":
             return backend.vpcs.get(resource_id)
+        case "spot-instances-request":
+            spots = (each for each in backend.all_instances() if hasattr(each, "spot_instance_request_id"))
+            return next((each for each in spots if each.spot_instance_request_id == resource_id), None)
         case "launch-template":
             return backend.launch_templates.get(resource_id)
         case "network-interface":

@@ -18,7 +18,7 @@ from ami_builder.ledger import Entry, Ledger, read
 from ami_builder.leftovers import Action, Found, Leftover, RunState, plan
 from ami_builder.model import Resource
 
-from .aws import DIGEST, RUN, group, instance, launch, make_ami, tags
+from .aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from .server import REGION, Cloud
 
 
@@ -52,10 +52,13 @@ def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Led
     made = group(account, ledger).__enter__()
     instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
     make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
-    assert cloud.left().keys() == {"instance", "volume", "image", "snapshot", "security-group"}
+    make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))
+    kinds = {"instance", "launch-template", "volume", "image", "snapshot", "security-group"}
+    assert cloud.left().keys() == kinds
     leftovers = collect(account)
     assert [left.found.kind for left in leftovers] == [
         Resource.INSTANCE,
+        Resource.LAUNCH_TEMPLATE,
         Resource.VOLUME,
         Resource.IMAGE,
         Resource.SNAPSHOT,
@@ -102,6 +105,7 @@ def test_what_is_not_ours_is_not_touched(cloud: Cloud, account: Account) -> None
         SecurityGroupIds=[group_id],
     )
     ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)
+    make_template(cloud, "packer-fleet-launch-template-2")
     before = cloud.left()
     assert collect(account) == ()
     assert cloud.left() == before
@@ -151,6 +155,26 @@ def test_an_orphaned_volume_goes(cloud: Cloud, account: Account) -> None:
     assert cloud.left() == {}
 
 
+def test_a_spot_instance_that_nobody_could_tag_is_found_by_its_template(
+    cloud: Cloud, account: Account
+) -> None:
+    ours = make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))
+    theirs = make_template(cloud, "theirs")
+    for template in (ours, theirs):
+        account.ec2.create_fleet(
+            Type="instant",
+            LaunchTemplateConfigs=[
+                {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
+            ],
+            TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
+        )
+    leftovers = collect(account)
+    assert [left.found.kind for left in leftovers] == [Resource.INSTANCE, Resource.LAUNCH_TEMPLATE]
+    assert {left.found.run_id for left in leftovers} == {RUN}
+    assert cloud.left()["launch-template"] == [theirs]
+    assert len(cloud.left()["instance"]) == 1
+
+
 def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(12):
         cloud.client().create_security_group(
@@ -165,7 +189,14 @@ def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "action",
-    ["DescribeInstances", "DescribeVolumes", "DescribeImages", "DescribeSnapshots", "DescribeSecurityGroups"],
+    [
+        "DescribeInstances",
+        "DescribeLaunchTemplates",
+        "DescribeVolumes",
+        "DescribeImages",
+        "DescribeSnapshots",
+        "DescribeSecurityGroups",
+    ],
 )
 def test_where_one_list_fails_nothing_is_planned(
     cloud: Cloud, action: str, account: Account, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +209,14 @@ def test_where_one_list_fails_nothing_is_planned(
 
 @pytest.mark.parametrize(
     "action",
-    ["TerminateInstances", "DeleteVolume", "DeregisterImage", "DeleteSnapshot", "DeleteSecurityGroup"],
+    [
+        "TerminateInstances",
+        "DeleteLaunchTemplate",
+        "DeleteVolume",
+        "DeregisterImage",
+        "DeleteSnapshot",
+        "DeleteSecurityGroup",
+    ],
 )
 @pytest.mark.parametrize("fault", ["throttle", "lost_response", "duplicated"])
 def test_collecting_through_faults(
@@ -187,6 +225,7 @@ def test_collecting_through_faults(
     made = group(account, ledger).__enter__()
     instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
     make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
+    make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))
     cloud.faults.add(action, fault)
     collect(account)
     assert cloud.left() == {}

@@ -22,7 +22,7 @@ from ami_builder.leftovers import Action, RunState, plan
 from ami_builder.model import Connect, Image, Resource, State
 from tests.unit.guest import image as guest_image
 
-from .aws import DIGEST, RUN, group, instance, launch, make_ami, tags
+from .aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from .policy import Enforced
 from .server import ACCESS_KEY, REGION, Cloud
 
@@ -77,8 +77,14 @@ def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             account.ec2.stop_instances(InstanceIds=[subject.instance_id])
             name = tagging.ami_name("dask", DIGEST, RUN)
             ami = account.ec2.create_image(InstanceId=subject.instance_id, Name=name)["ImageId"]
+            half = account.ec2.create_image(InstanceId=subject.instance_id, Name="half")["ImageId"]
     images.wait_available(account, ami, 10)
     images.finish(account, ami, tags(Purpose.IMAGE))
+    # As after Ctrl-C.
+    images.claim(account, half, RUN)
+    images.deregister(account, half)
+    assert list(cloud.left()["image"]) == [ami]
+    assert len(cloud.left()["snapshot"]) == 1
     assert held.refused == []
     assert held.unused == set()
 
@@ -92,6 +98,7 @@ def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch,
         AvailabilityZone=f"{REGION}a", Size=1, TagSpecifications=tagging.specifications(tags(), "volume")
     )
     make_ami(cloud, "tagged", **tags(Purpose.IMAGE))
+    make_template(cloud, "packer", **tags(Purpose.BAKE))
     # Killed before Packer had tagged it: only the ledger knows of it.
     name = tagging.ami_name("dask", DIGEST, RUN)
     ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
@@ -133,21 +140,34 @@ def test_every_call_that_is_tried_is_missed_when_it_is_not_allowed(
 
 
 def test_nothing_of_others_can_be_touched(
-    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configured: Image
 ) -> None:
-    theirs = make_ami(cloud, "theirs", team="theirs")
+    theirs = make_ami(cloud, "theirs", Name="theirs", team="theirs")
+    (snapshot,) = cloud.left()["snapshot"]
+    cloud.client().create_tags(Resources=[snapshot], Tags=[{"Key": "Name", "Value": "theirs"}])
+    template = make_template(cloud, "theirs")
     ec2 = cloud.client()
     launched = ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1)
     instance_id = launched["Instances"][0]["InstanceId"]
     made = ec2.create_security_group(GroupName="theirs", Description="x")["GroupId"]
     (volume,) = cloud.left()["volume"]
-    _, account = enforced(cloud, monkeypatch, Section.ALL)
+    # Their machines, launched from a template or not, are no spot instances of ours.
+    spot = replace(configured.aws, spot=True)
+    _, account = enforced(cloud, monkeypatch, Section.ALL, aws=spot)
     calls: list[Callable[[], object]] = [
         lambda: account.ec2.terminate_instances(InstanceIds=[instance_id]),
         lambda: account.ec2.stop_instances(InstanceIds=[instance_id]),
         lambda: account.ec2.create_image(InstanceId=instance_id, Name="stolen"),
         lambda: account.ec2.delete_volume(VolumeId=volume),
         lambda: account.ec2.deregister_image(ImageId=theirs),
+        lambda: images.claim(account, theirs, RUN),
+        lambda: account.ec2.create_tags(Resources=[snapshot], Tags=tagging.as_list(tags())),
+        lambda: account.ec2.delete_snapshot(SnapshotId=snapshot),
+        lambda: account.ec2.delete_launch_template(LaunchTemplateId=template),
+        lambda: account.ec2.create_launch_template(
+            LaunchTemplateName="untagged", LaunchTemplateData={"ImageId": theirs}
+        ),
+        lambda: _fleet(account, template),
         lambda: account.ec2.delete_security_group(GroupId=made),
         lambda: account.ec2.modify_image_attribute(ImageId=theirs, ImdsSupport={"Value": "v2.0"}),
         lambda: images.record_verdict(account, theirs, True, DIGEST),
@@ -169,6 +189,16 @@ def test_nothing_of_others_can_be_touched(
     assert cloud.left() == before
 
 
+def _fleet(account: Account, template: str) -> object:
+    return account.ec2.create_fleet(
+        Type="instant",
+        LaunchTemplateConfigs=[
+            {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
+        ],
+        TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
+    )
+
+
 def test_what_settings_need_is_added(configured: Image) -> None:
     aws = replace(
         configured.aws,
@@ -183,12 +213,13 @@ def test_what_settings_need_is_added(configured: Image) -> None:
     narrow = document(Section.ALL, aws)
     sids = [statement["Sid"] for statement in narrow["Statement"]]
     assert len(set(sids)) == len(sids)
-    assert {"ReadBaseParameter", "PassInstanceProfile", "Connect", "UseKey", "SpotFleet"} <= set(sids)
+    added = {"ReadBaseParameter", "PassInstanceProfile", "Connect", "UseKey", "SpotFleet", "TagSpotInstances"}
+    assert added <= set(sids)
     arns = [arn for s in narrow["Statement"] for arn in s["Resource"] if arn != "*"]
     assert all(arn.startswith("arn:aws-cn:") for arn in arns)
     assert "arn:aws-cn:ssm:cn-north-1::parameter/aws/service/debian/release/13/latest/amd64" in arns
     plain = [statement["Sid"] for statement in document(Section.ALL, configured.aws)["Statement"]]
-    assert not {"ReadBaseParameter", "PassInstanceProfile", "Connect", "UseKey", "SpotFleet"} & set(plain)
+    assert not added & set(plain)
     exact = replace(aws, kms_key="arn:aws-cn:kms:cn-north-1:123456789012:key/1-2")
     keys = next(s for s in document("build", exact)["Statement"] if s["Sid"] == "UseKey")
     assert keys["Resource"] == [exact.kms_key]

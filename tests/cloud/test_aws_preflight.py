@@ -37,7 +37,7 @@ def test_all_is_well_and_nothing_is_made(cloud: Cloud) -> None:
     assert cloud.base_ami() in findings["base AMI"].found
     assert findings["network"].found == "the default VPC"
     assert findings["ssh is open to"].found == "127.0.0.1/32, port 22"
-    assert findings["permissions"].found == "17 calls tried, none would be refused"
+    assert findings["permissions"].found == "18 calls tried, none would be refused"
     assert findings["cost"].found.startswith("at most about $0.0")
     assert cloud.left() == {}
     changing = [c for c in cloud.calls if not c.action.startswith(("Describe", "Get"))]

@@ -26,11 +26,22 @@ from .stopping import POWER_LOSS, stopped
 KEY = "AKIALEASTPRIVILEGE00"
 
 
-def allowed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, *sections: str) -> Enforced:
+SPOT = ("--set", "aws.spot=true")
+_FLEET = Place(step="Packer", action="CreateFleet", nth=1)
+
+
+def _made(places: Sequence[Place]) -> int:
+    """Return which call makes the AMI."""
+    return next(number for number, place in enumerate(places) if place.action == "CreateImage")
+
+
+def allowed(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, *sections: str, settings: Sequence[str] = ()
+) -> Enforced:
     """Allow these credentials what `iam-policy` prints for some parts of the work, and no more."""
     statements: list[Any] = []
     for section in sections:
-        printed = captured("iam-policy", section)
+        printed = captured(*settings, "iam-policy", section)
         assert printed.status == 0, printed.err
         statements += json.loads(printed.out)["Statement"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
@@ -49,6 +60,9 @@ def test_build_and_verify(
     cloud.reset()
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
     held = allowed(cloud, monkeypatch, "build", "verify")
+    imaging = places[_made(places) + 1]
+    stopped(cloud, imaging, "SIGINT", tmp_path / "stopped", access_key=KEY, anew=False)
+    assert cloud.left() == {}
     built = captured(*BUILD)
     assert built.status == 0, built.err
     ami = built.out.splitlines()[-1]
@@ -64,13 +78,29 @@ def test_build_and_verify(
     only_the_ami(cloud)
 
 
+def test_building_on_a_spot_instance(
+    cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cloud.reset()
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    held = allowed(cloud, monkeypatch, "build", "verify", settings=SPOT)
+    built = captured(*SPOT, *BUILD)
+    assert built.status == 0, built.err
+    assert held.refused == []
+    assert {action for action in held.unused if "Template" in action or "Fleet" in action} == set()
+    only_the_ami(cloud)
+
+
 def test_collecting(
     cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = next(number for number, place in enumerate(places) if place.action == "CreateImage")
-    stopped(cloud, places[made + 1], POWER_LOSS, tmp_path / "killed")
-    assert cloud.left().keys() == {"instance", "volume", "image", "snapshot", "security-group"}
-    held = allowed(cloud, monkeypatch, "lifecycle")
+    # Before Packer could tag the instance, and so before it could tell us of it.
+    stopped(cloud, _FLEET, POWER_LOSS, tmp_path, *SPOT)
+    stopped(cloud, places[_made(places) + 1], POWER_LOSS, tmp_path, anew=False)
+    left = cloud.left()
+    assert left.keys() == {"instance", "launch-template", "volume", "image", "snapshot", "security-group"}
+    assert len(left["instance"]) == 2
+    held = allowed(cloud, monkeypatch, "lifecycle", settings=SPOT)
     collected = captured("gc", "--apply")
     assert collected.status == 0, collected.err
     assert cloud.left() == {}

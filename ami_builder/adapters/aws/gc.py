@@ -13,7 +13,7 @@ from ami_builder.ledger import Entry
 from ami_builder.leftovers import Action, Found, Leftover
 from ami_builder.model import Resource
 
-from . import images, instances, network
+from . import images, instances, launch_templates, network
 from . import tags as tagging
 from .session import Account, code_of, translated
 from .waiting import settle
@@ -25,7 +25,7 @@ _RELEASED_SECONDS = 300.0
 _ENDED = frozenset({"terminated"})
 # EC2 takes 200 values a filter.
 _CHUNK = 100
-_PAGE = 500
+_PAGE = 200
 
 
 def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
@@ -35,8 +35,10 @@ def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
     """
     open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
     found: dict[tuple[Resource, str], Found] = {}
+    templates = list(_templates(account))
     for one in (
-        *_instances(account, open_entries),
+        *_instances(account, open_entries, templates),
+        *templates,
         *_volumes(account),
         *_images_and_snapshots(account, open_entries),
         *_groups(account, open_entries),
@@ -55,12 +57,16 @@ def remove(account: Account, leftover: Leftover) -> None:
         raise ValueError(f"{one.id} is to be kept: {leftover.reason}")
     match one.kind:
         case Resource.INSTANCE:
-            if instances.describe(account, one.id) is not None:
+            if (described := instances.describe(account, one.id)) is not None:
+                if tagging.RUN not in tagging.as_dict(described.get("Tags", [])):
+                    instances.claim(account, one.id, one.run_id)
                 instances.terminate(account, one.id)
+        case Resource.LAUNCH_TEMPLATE:
+            launch_templates.delete(account, one.id)
         case Resource.VOLUME:
             _delete_volume(account, one.id)
         case Resource.IMAGE:
-            _claim(account, one)
+            images.claim(account, one.id, one.run_id)
             images.deregister(account, one.id)
         case Resource.SNAPSHOT:
             if not images.delete_snapshot(account, one.id):
@@ -69,15 +75,33 @@ def remove(account: Account, leftover: Leftover) -> None:
             network.delete_group(account, one.id)
 
 
-def _instances(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+def _instances(account: Account, entries: Sequence[Entry], templates: Sequence[Found]) -> Iterable[Found]:
+    """Yield instances of ours; Packer tags a spot instance only once it runs, but EC2 tells its template."""
     ids = _by_id(entries, Resource.INSTANCE)
+    runs = {one.id: one.run_id for one in templates}
     for shown in (
         *_listed(account, "describe_instances", "Reservations", _TAGGED),
         *_known(account, "describe_instances", "Reservations", "instance-id", ids),
+        *_known(account, "describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
     ):
         for one in shown["Instances"]:
             if one["State"]["Name"] not in _ENDED:
-                yield _found(account, Resource.INSTANCE, one["InstanceId"], one, ids, one.get("LaunchTime"))
+                template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
+                known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
+                yield _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
+
+
+def _templates(account: Account) -> Iterable[Found]:
+    for one in _listed(account, "describe_launch_templates", "LaunchTemplates", _TAGGED):
+        yield _found(
+            account,
+            Resource.LAUNCH_TEMPLATE,
+            one["LaunchTemplateId"],
+            one,
+            {},
+            one.get("CreateTime"),
+            name=one["LaunchTemplateName"],
+        )
 
 
 def _volumes(account: Account) -> Iterable[Found]:
@@ -217,18 +241,6 @@ def _time(text: str | None) -> datetime | None:
         return datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
-
-
-def _claim(account: Account, one: Found) -> None:
-    """Tag an AMI that the ledger alone knows, and its snapshots: only then may we delete them."""
-    found = images.get(account, one.id)
-    for each in (found.id, *found.snapshots) if found is not None else ():
-        with translated():
-            try:
-                account.ec2.create_tags(Resources=[each], Tags=tagging.as_list({tagging.RUN: one.run_id}))
-            except ClientError as error:
-                if "NotFound" not in code_of(error):
-                    raise
 
 
 def _delete_volume(account: Account, volume: str) -> None:

@@ -19,7 +19,7 @@ from . import tags as tagging
 from .session import Account, code_of, translated
 
 if TYPE_CHECKING:
-    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
+    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef, SnapshotTypeDef
 
 _GIB = 1 << 30
 _POLL_SECONDS = 5.0
@@ -228,6 +228,26 @@ def revoke(account: Account, ami: str, reason: str) -> None:
             account.ec2.create_tags(Resources=[ami], Tags=told)
 
 
+def claim(account: Account, ami: str, run_id: str) -> None:
+    """Tag an AMI that its name or a ledger alone tells is a run's, and its snapshots.
+
+    Only then may we delete them. What is tagged already, or gone, is fine.
+    """
+    found = get(account, ami)
+    if found is None:
+        return
+    tags = {one["SnapshotId"]: tagging.as_dict(one.get("Tags", [])) for one in _shown(account, found)}
+    for each, known in {**tags, ami: found.tags}.items():
+        if tagging.RUN in known:
+            continue
+        with translated():
+            try:
+                account.ec2.create_tags(Resources=[each], Tags=tagging.as_list({tagging.RUN: run_id}))
+            except ClientError as error:
+                if "NotFound" not in code_of(error):
+                    raise
+
+
 def deregister(account: Account, ami: str) -> None:
     """Deregister an AMI of ours and delete its snapshots, but for those that another AMI uses.
 
@@ -282,16 +302,20 @@ def _existing(account: Account, ami: str) -> Ami:
 
 
 def _progress(account: Account, ami: Ami) -> str:
+    return ", ".join(one.get("Progress") or "0%" for one in _shown(account, ami)) or "not started"
+
+
+def _shown(account: Account, ami: Ami) -> list[SnapshotTypeDef]:
+    """Return the snapshots of an AMI as EC2 describes them; none while it doesn't show them all."""
     if not ami.snapshots:
-        return "not started"
+        return []
     with translated():
         try:
-            snapshots = account.ec2.describe_snapshots(SnapshotIds=list(ami.snapshots))["Snapshots"]
+            return account.ec2.describe_snapshots(SnapshotIds=list(ami.snapshots))["Snapshots"]
         except ClientError as error:
             if code_of(error) != "InvalidSnapshot.NotFound":
                 raise
-            return "not started"
-    return ", ".join(snapshot.get("Progress") or "0%" for snapshot in snapshots)
+            return []
 
 
 def _ami(image: ImageTypeDef) -> Ami:

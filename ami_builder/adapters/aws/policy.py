@@ -17,6 +17,16 @@ _OURS: Mapping[str, Any] = {"Null": {f"aws:ResourceTag/{_RUN}": "false"}}
 """The thing carries a run's tag."""
 _KEYS: Mapping[str, Any] = {"ForAllValues:StringLike": {"aws:TagKeys": [tagging.NAME, f"{tagging.PREFIX}*"]}}
 """No other tags than ours."""
+_NAMELESS: Mapping[str, Any] = {
+    "Null": {f"aws:RequestTag/{_RUN}": "false", f"aws:ResourceTag/{tagging.NAME}": "true"},
+    **_KEYS,
+}
+"""A run's tag is put on what has no name yet: on nobody else's thing that has one."""
+_FROM_TEMPLATE: Mapping[str, Any] = {
+    "Null": {**_NAMELESS["Null"], f"aws:ResourceTag/{tagging.LAUNCH_TEMPLATE}": "false"},
+    **_KEYS,
+}
+"""The same, on what was launched from a template."""
 
 _NO_ACCOUNT = frozenset({"image", "snapshot"})
 
@@ -85,11 +95,14 @@ class _Statements:
             _OURS,
         )
         # Older Packer tags an AMI only after it was made.
-        yield _allow("MakeImages", ["ec2:CreateImage"], self._ec2("image", "snapshot"))
-        yield self._claim(self._ec2("image", "snapshot"))
-        yield _allow(
-            "ChangeImagesOfRuns", ["ec2:CreateTags", "ec2:ModifyImageAttribute"], self._ec2("image"), _OURS
-        )
+        made = self._ec2("image", "snapshot")
+        yield _allow("MakeImages", ["ec2:CreateImage"], made)
+        yield self._claim(made)
+        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
+        yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._ec2("image"), _OURS)
+        # One that is half made when a build is stopped.
+        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
+        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
         yield from self._optional()
 
     def verify(self) -> Iterator[dict[str, Any]]:
@@ -113,8 +126,8 @@ class _Statements:
         )
         # One that was begun without its tags is known by its name.
         yield self._claim(made)
-        changes = ["ec2:CreateTags", "ec2:ModifyImageAttribute"]
-        yield _allow("ChangeImagesOfRuns", changes, self._kept("image"), _OURS)
+        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
+        yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._kept("image"), _OURS)
         yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
         # One that failed makes room for the next.
         yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
@@ -161,6 +174,10 @@ class _Statements:
         """Yield what collecting leftovers and deregistering needs."""
         yield self._look()
         yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
+        if self._aws is not None and self._aws.spot:
+            yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
+        templates = self._ec2("launch-template")
+        yield _allow("DeleteTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], templates, _OURS)
         yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
         yield self._claim(self._kept("image", "snapshot"))
         yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
@@ -198,7 +215,7 @@ class _Statements:
 
     def _claim(self, things: Sequence[str]) -> dict[str, Any]:
         """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
-        return _allow("TagImages", ["ec2:CreateTags"], things, {**_ASKED, **_KEYS})
+        return _allow("TagImages", ["ec2:CreateTags"], things, _NAMELESS)
 
     def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what only some settings need."""
@@ -226,16 +243,23 @@ class _Statements:
         if aws.kms_key:
             yield from self._keys("", [self._key(aws.kms_key, self._region)])
         if aws.spot and baking:
-            # Packer makes a fleet from a launch template, and tags neither; it tags the instance afterwards.
-            fleet = self._ec2("fleet", "launch-template", "instance", "volume", "network-interface")
-            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*fleet, *self._ec2("image", "subnet")])
-            yield _allow("SpotLaunch", ["ec2:RunInstances"], fleet)
+            # Packer makes a fleet from a launch template; it tags what comes of it afterwards.
+            template, machine = self._ec2("launch-template"), self._ec2("instance", "volume")
+            places = self._ec2("fleet", "image", "subnet", "network-interface")
+            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*machine, *places])
+            yield _allow("SpotLaunch", ["ec2:RunInstances"], machine)
+            yield _allow("SpotByTemplate", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
+            yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
+            yield _allow("DeleteTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
             yield _allow(
-                "SpotTemplate",
-                ["ec2:CreateLaunchTemplate", "ec2:DeleteLaunchTemplate"],
-                self._ec2("launch-template"),
+                "TagTemplates",
+                ["ec2:CreateTags"],
+                template,
+                {"StringEquals": {"ec2:CreateAction": ["CreateLaunchTemplate"]}, **_KEYS},
             )
-            yield _allow("SpotTags", ["ec2:CreateTags"], self._ec2("instance", "volume"), {**_ASKED, **_KEYS})
+            yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
+            others = self._ec2("volume", "spot-instances-request")
+            yield _allow("TagSpotRequests", ["ec2:CreateTags"], others, _NAMELESS)
 
     def _keys(self, of: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
         uses = [f"kms:{use}" for use in ("DescribeKey", "Decrypt", "ReEncrypt*", "GenerateDataKey*")]

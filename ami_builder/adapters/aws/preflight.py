@@ -190,7 +190,25 @@ def _tries(account: Account, image: Image, ami: base.BaseAmi) -> Sequence[tuple[
         action = "".join(word.capitalize() for word in name.split("_"))
         return f"ec2:{action}", lambda: getattr(ec2, name)(DryRun=True, **parameters)
 
+    template = f"lt-{_NOBODY}"
+    spot = [
+        of(
+            "create_launch_template",
+            LaunchTemplateName=tagging.group_name("check", Purpose.BAKE),
+            LaunchTemplateData={"ImageId": ami.id},
+            TagSpecifications=tagging.specifications(tags, "launch-template"),
+        ),
+        of(
+            "create_fleet",
+            Type="instant",
+            LaunchTemplateConfigs=[
+                {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
+            ],
+            TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
+        ),
+    ]
     return [
+        *(spot if image.aws.spot else ()),
         of(
             "run_instances",
             ImageId=ami.id,
@@ -237,6 +255,7 @@ def _tries(account: Account, image: Image, ami: base.BaseAmi) -> Sequence[tuple[
         of("enable_image_deprecation", ImageId=own, DeprecateAt=datetime.now(UTC) + timedelta(days=1)),
         of("deregister_image", ImageId=own),
         of("delete_snapshot", SnapshotId=snapshot),
+        of("delete_launch_template", LaunchTemplateId=template),
         of("delete_volume", VolumeId=volume),
         of("delete_security_group", GroupId=group),
     ]

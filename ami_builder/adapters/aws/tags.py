@@ -26,6 +26,8 @@ FINISHED = f"{PREFIX}finished"
 VERDICT = f"{PREFIX}verdict"
 MEASURED = f"{PREFIX}measured"
 REVOKED = f"{PREFIX}revoked"
+LAUNCH_TEMPLATE = "aws:ec2launchtemplate:id"
+"""EC2's own, on whatever was launched from a template."""
 COPY_OF = f"{PREFIX}copy-of"
 """The AMI, in another region, that this is a copy of."""
 
