@@ -34,7 +34,8 @@ _INTERRUPTED = 130
 def processes() -> multiprocessing.context.ForkServerContext:
     """Return what starts commands: a server that has imported everything, and forks for each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "ami_builder.pipeline.cloud", "ami_builder.pipeline.collect"])
+    read = ("ami_builder.pipeline.cloud", "ami_builder.pipeline.collect", "tests.cloud.preloaded")
+    context.set_forkserver_preload([__name__, *read])
     return context
 
 

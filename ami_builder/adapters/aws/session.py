@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -68,7 +70,11 @@ class Account:
         """
         with translated():
             # botocore reads AWS_DEFAULT_REGION alone; every other program of AWS reads this first.
-            session = boto3.session.Session(region_name=region or os.environ.get("AWS_REGION") or None)
+            core = botocore.session.get_session()
+            core.register_component("data_loader", _descriptions())
+            session = boto3.session.Session(
+                botocore_session=core, region_name=region or os.environ.get("AWS_REGION") or None
+            )
             credentials = session.get_credentials()
         if session.region_name is None:
             raise CloudFailed(
@@ -144,6 +150,12 @@ class Account:
         with translated("sts"):
             answer = self.client("sts").get_caller_identity()
         return Identity(account=answer["Account"], arn=answer["Arn"])
+
+
+@cache
+def _descriptions() -> Any:
+    """Return what reads the descriptions of services: one for all sessions, since EC2's is long."""
+    return botocore.session.get_session().get_component("data_loader")
 
 
 def code_of(error: ClientError) -> str:
