@@ -71,11 +71,17 @@ def iam_policy(
     ] = None,
 ) -> None:
     """Print the IAM policy with the least that the work in an AWS account needs."""
-    from ami_builder.adapters.aws.policy import Section, document
+    from ami_builder.adapters.aws.policy import LONGEST, Section, document
     from ami_builder.spelling import did_you_mean
 
     if section not in list(Section):
         raise UsageError(
             f"{section}: expected one of {', '.join(Section)}{did_you_mean(section, list(Section))}"
         )
-    console.result(json.dumps(document(section, load_config().select(image).aws), indent=2))
+    policy = document(section, load_config().select(image).aws)
+    console.result(json.dumps(policy, indent=2))
+    if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
+        console.note(
+            f"{size} characters, and a managed policy has {LONGEST} at most: "
+            "print the parts one by one, and attach each"
+        )

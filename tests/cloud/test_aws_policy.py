@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from ami_builder import commands
 from ami_builder.adapters.aws import gc, images, instances, preflight, waiting
 from ami_builder.adapters.aws import instance as instance_module
 from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.policy import Section, document
+from ami_builder.adapters.aws.policy import LONGEST, Section, document
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed
@@ -187,6 +188,30 @@ def test_nothing_of_others_can_be_touched(
         with pytest.raises((CloudFailed, account.ec2.exceptions.ClientError), match="UnauthorizedOperation"):
             call()
     assert cloud.left() == before
+
+
+def test_a_policy_that_is_too_long_to_attach_is_said_to_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
+    everything = {
+        "aws.region": "ap-southeast-2",
+        "aws.copy_to": "eu-west-1=arn:aws:kms:eu-west-1:123456789012:key/1-2,us-west-2",
+        "aws.source": "ssm:/aws/service/debian/release/13/latest/amd64",
+        "aws.connect": "session-manager",
+        "aws.instance_profile": "ours",
+        "aws.encrypt": "true",
+        "aws.kms_key": "alias/ours",
+        "aws.spot": "true",
+    }
+    flags = [part for key, value in everything.items() for part in ("--set", f"{key}={value}")]
+    sizes = {}
+    for settings, section in [((), "all"), *((flags, section) for section in Section)]:
+        assert commands.run([*settings, "iam-policy", section]) == 0
+        printed, said = capsys.readouterr()
+        sizes[len(settings), section] = size = len("".join(printed.split()))
+        assert ("print the parts one by one" in said) is (size > LONGEST), section
+    assert [which for which, size in sizes.items() if size > LONGEST] == [(len(flags), Section.ALL)]
 
 
 def _fleet(account: Account, template: str) -> object:

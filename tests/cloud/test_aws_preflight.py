@@ -45,6 +45,13 @@ def test_all_is_well_and_nothing_is_made(cloud: Cloud) -> None:
     assert all(str(c.params.get("DryRun")).lower() == "true" for c in changing)
 
 
+def test_what_a_spot_instance_needs_is_tried_too(cloud: Cloud) -> None:
+    assert found(configured(spot=True))["permissions"].found == "20 calls tried, none would be refused"
+    tried = {call.action for call in cloud.calls if call.params.get("DryRun")}
+    assert {"CreateLaunchTemplate", "CreateFleet", "DeleteLaunchTemplate"} <= tried
+    assert cloud.left() == {}
+
+
 def test_without_credentials_nothing_else_is_asked(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     (only,) = preflight.check(configured())

@@ -527,6 +527,6 @@ def test_the_policy_names_the_regions_of_copies_only_where_images_are_kept(confi
     }
     everywhere = {REGION, *TWO}
     assert regions["Launch"] == regions["MakeImages"] == {REGION}
-    for sid in ("MakeCopies", "MoveChannels", "FindUsesByValue", "DeregisterImagesOfRuns", "TagImages"):
+    for sid in ("MakeCopies", "MoveChannels", "FindUsesByValue", "RemoveImagesOfRuns", "TagImages"):
         assert regions[sid] == everywhere, sid
     assert found["UseKeyCopies"]["Resource"] == ["arn:aws:kms:eu-west-1:123456789012:key/1-2"]

@@ -28,6 +28,9 @@ _FROM_TEMPLATE: Mapping[str, Any] = {
 }
 """The same, on what was launched from a template."""
 
+LONGEST = 6144
+"""Characters of a managed policy, white space aside; AWS's quota."""
+
 _NO_ACCOUNT = frozenset({"image", "snapshot"})
 
 
@@ -101,14 +104,13 @@ class _Statements:
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._ec2("image"), _OURS)
         # One that is half made when a build is stopped.
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._ec2("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._ec2("snapshot"), _OURS)
+        yield self._remove(made)
         yield from self._optional()
 
     def verify(self) -> Iterator[dict[str, Any]]:
         """Yield what proving an AMI on instances needs."""
         yield from self._machines("RunInstances")
-        yield _allow("ReadConsolesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
+        yield _allow("UseInstancesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
         yield from self._optional(baking=False)
 
@@ -130,8 +132,7 @@ class _Statements:
         yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._kept("image"), _OURS)
         yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
         # One that failed makes room for the next.
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
+        yield self._remove(self._kept("image", "snapshot"))
         if self._aws is not None and (keys := [one for one in self._aws.copy_to if one.kms_key]):
             yield from self._keys("Copies", [self._key(one.kms_key, one.region) for one in keys])
             if self._aws.kms_key:
@@ -167,22 +168,20 @@ class _Statements:
         everything = self._everywhere("ssm", "*", "parameter/*")
         yield _allow("FindUsesByValue", [f"ssm:{action}" for action in reads], everything)
         yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._kept("image"), _OURS)
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
+        yield self._remove(self._kept("image", "snapshot"))
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
         """Yield what collecting leftovers and deregistering needs."""
         yield self._look()
-        yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
+        yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         if self._aws is not None and self._aws.spot:
             yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
         templates = self._ec2("launch-template")
-        yield _allow("DeleteTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], templates, _OURS)
+        yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], templates, _OURS)
         yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
         yield self._claim(self._kept("image", "snapshot"))
-        yield _allow("DeregisterImagesOfRuns", ["ec2:DeregisterImage"], self._kept("image"), _OURS)
-        yield _allow("DeleteSnapshotsOfRuns", ["ec2:DeleteSnapshot"], self._kept("snapshot"), _OURS)
-        yield _allow("DeleteGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
+        yield self._remove(self._kept("image", "snapshot"))
+        yield _allow("UseGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
 
     def _look(self) -> dict[str, Any]:
         return _allow("Look", ["ec2:Describe*"], ["*"])
@@ -196,7 +195,7 @@ class _Statements:
             [f"ec2:{action}"],
             self._ec2("image", "snapshot", "subnet", "network-interface"),
         )
-        yield _allow("LaunchInGroupsOfRuns", [f"ec2:{action}"], self._ec2("security-group"), _OURS)
+        yield _allow("UseGroupsOfRuns", [f"ec2:{action}"], self._ec2("security-group"), _OURS)
         yield _allow("MakeGroups", ["ec2:CreateSecurityGroup"], self._ec2("security-group"), _ASKED)
         yield _allow("MakeGroupsIn", ["ec2:CreateSecurityGroup"], self._ec2("vpc"))
         yield _allow(
@@ -205,9 +204,9 @@ class _Statements:
             self._ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot"),
             {"StringEquals": {"ec2:CreateAction": [action, "CreateSecurityGroup", "CreateImage"]}, **_KEYS},
         )
-        yield _allow("EndInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
+        yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         yield _allow(
-            "OpenAndDeleteGroupsOfRuns",
+            "UseGroupsOfRuns",
             ["ec2:AuthorizeSecurityGroupIngress", "ec2:DeleteSecurityGroup"],
             self._ec2("security-group"),
             _OURS,
@@ -216,6 +215,9 @@ class _Statements:
     def _claim(self, things: Sequence[str]) -> dict[str, Any]:
         """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
         return _allow("TagImages", ["ec2:CreateTags"], things, _NAMELESS)
+
+    def _remove(self, things: Sequence[str]) -> dict[str, Any]:
+        return _allow("RemoveImagesOfRuns", ["ec2:DeregisterImage", "ec2:DeleteSnapshot"], things, _OURS)
 
     def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what only some settings need."""
@@ -248,9 +250,9 @@ class _Statements:
             places = self._ec2("fleet", "image", "subnet", "network-interface")
             yield _allow("SpotFleet", ["ec2:CreateFleet"], [*machine, *places])
             yield _allow("SpotLaunch", ["ec2:RunInstances"], machine)
-            yield _allow("SpotByTemplate", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
+            yield _allow("UseTemplatesOfRuns", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
             yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
-            yield _allow("DeleteTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
+            yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
             yield _allow(
                 "TagTemplates",
                 ["ec2:CreateTags"],
