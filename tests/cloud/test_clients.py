@@ -1,4 +1,4 @@
-"""Clients other than boto3 against the loopback EC2, where they are installed: Packer and the AWS CLI."""
+"""Clients other than boto3 against the loopback EC2, where installed: Packer, the AWS CLI, Terraform."""
 
 from __future__ import annotations
 
@@ -112,3 +112,59 @@ def test_the_aws_cli_reads_it(cloud: Cloud) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[made, "v2.0", "available"]]
+
+
+TERRAFORM = """
+terraform {
+  required_providers {
+    aws = { source = "hashicorp/aws" }
+  }
+}
+provider "aws" {
+  region                      = "us-east-1"
+  skip_credentials_validation = true
+  skip_requesting_account_id  = true
+  skip_metadata_api_check     = true
+  endpoints { ec2 = "%(url)s" }
+}
+data "aws_ami" "ours" {
+  owners      = ["self"]
+  most_recent = true
+  filter {
+    name   = "tag:ami-builder:image"
+    values = ["dask"]
+  }
+}
+output "ami" { value = [data.aws_ami.ours.id, data.aws_ami.ours.imds_support] }
+"""
+
+
+@needs("terraform")
+def test_terraform_finds_it(cloud: Cloud, tmp_path: Path) -> None:
+    ec2 = cloud.client()
+    made = ec2.create_image(
+        InstanceId=launch(cloud, ec2),
+        Name="image",
+        TagSpecifications=tagged("image", tags={"ami-builder:image": "dask"}),
+    )["ImageId"]
+    ec2.modify_image_attribute(ImageId=made, ImdsSupport={"Value": "v2.0"})
+    (tmp_path / "main.tf").write_text(TERRAFORM % {"url": cloud.url})
+
+    def terraform(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["terraform", *arguments],
+            cwd=tmp_path,
+            env=dict(os.environ) | cloud.environment() | {"CHECKPOINT_DISABLE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    if (begun := terraform("init", "-input=false", "-no-color")).returncode != 0:
+        pytest.skip(f"terraform's AWS provider can't be had here: {begun.stderr}")
+    applied = terraform("apply", "-auto-approve", "-input=false", "-no-color")
+    assert applied.returncode == 0, applied.stderr
+    shown = terraform("output", "-json", "ami")
+    assert json.loads(shown.stdout) == [made, "v2.0"]

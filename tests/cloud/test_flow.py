@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ami_builder import config
-from ami_builder.model import Measurement
+from ami_builder.console import Step
+from ami_builder.model import Image, Measurement
+from ami_builder.pipeline import cells
 from ami_builder.pipeline.cloud import CloudSite
-from ami_builder.workspace import Workspace
+from ami_builder.pipeline.prove import Proof
+from ami_builder.pipeline.target import Machine
+from ami_builder.workspace import Run, Workspace
 
 from .flow import SETTINGS, ami_builder, without_ssh
-from .server import Cloud
+from .server import ACCESS_KEY, Cloud
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +123,43 @@ def test_baking_on_a_spot_instance(cloud: Cloud, capsys: pytest.CaptureFixture[s
     assert status == 0, shown.err
     assert cloud.count("CreateFleet") == 1
     assert {kind: len(ids) for kind, ids in cloud.left().items()} == {"image": 1, "snapshot": 1}
+
+
+def test_credentials_are_in_no_file_no_argument_and_no_output(
+    cloud: Cloud, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"AWS_SECRET_ACCESS_KEY": "secret-4cd1", "AWS_SESSION_TOKEN": "token-9b7e"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    words = [ACCESS_KEY, *told.values()]
+    popen, arguments, given = subprocess.Popen, list[str](), list[str]()
+
+    def started(argv: list[str], **more: Any) -> object:
+        arguments.extend(argv)
+        given.extend((more.get("env") or {}).values())
+        return popen(argv, **more)
+
+    def written() -> str:
+        files = (each for each in tmp_path.rglob("*") if each.is_file() and not each.is_symlink())
+        return "".join(each.read_text(errors="replace") for each in files)
+
+    during: list[str] = []
+    prove: Callable[[Image, Machine, Run, Step], Proof] = vars(cells)["prove"]
+
+    def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
+        during.append(written())
+        return prove(image, machine, run, step)
+
+    monkeypatch.setattr(cells, "prove", proved)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    assert ami_builder("--debug", "build", "--target", "aws") == 0
+    assert set(words) <= set(given), "Packer was given them"
+    shown = capfd.readouterr()
+    (seen,) = during
+    assert "amazon-ebs" in seen
+    for word in words:
+        for place in (seen, written(), " ".join(arguments), shown.out, shown.err):
+            assert word not in place, word
 
 
 def test_publishing_needs_the_flag(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,8 +85,7 @@ class _Statements:
         yield self._look()
         yield _allow("Prices", ["pricing:GetProducts"], ["*"])
         if self._aws is not None and self._aws.instance_profile:
-            profile = self._arn_of("iam", "", "*", "instance-profile/*")
-            yield _allow("LookAtInstanceProfile", ["iam:GetInstanceProfile"], [profile])
+            yield self._profile()
 
     def build(self) -> Iterator[dict[str, Any]]:
         """Yield what baking needs: Packer's amazon-ebs, and finishing the AMI."""
@@ -198,12 +197,13 @@ class _Statements:
         yield _allow("UseGroupsOfRuns", [f"ec2:{action}"], self._ec2("security-group"), _OURS)
         yield _allow("MakeGroups", ["ec2:CreateSecurityGroup"], self._ec2("security-group"), _ASKED)
         yield _allow("MakeGroupsIn", ["ec2:CreateSecurityGroup"], self._ec2("vpc"))
-        yield _allow(
-            "TagWhatIsMade",
-            ["ec2:CreateTags"],
-            self._ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot"),
-            {"StringEquals": {"ec2:CreateAction": [action, "CreateSecurityGroup", "CreateImage"]}, **_KEYS},
-        )
+        calls = [action, "CreateSecurityGroup", "CreateImage"]
+        made = self._ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot")
+        if self._aws is not None and self._aws.spot:
+            calls.append("CreateLaunchTemplate")
+            made += self._ec2("launch-template")
+        condition = {"StringEquals": {"ec2:CreateAction": calls}, **_KEYS}
+        yield _allow("TagWhatIsMade", ["ec2:CreateTags"], made, condition)
         yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         yield _allow(
             "UseGroupsOfRuns",
@@ -211,6 +211,10 @@ class _Statements:
             self._ec2("security-group"),
             _OURS,
         )
+
+    def _profile(self) -> dict[str, Any]:
+        profile = self._arn_of("iam", "", "*", "instance-profile/*")
+        return _allow("LookAtInstanceProfile", ["iam:GetInstanceProfile"], [profile])
 
     def _claim(self, things: Sequence[str]) -> dict[str, Any]:
         """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
@@ -234,6 +238,9 @@ class _Statements:
             role = self._arn_of("iam", "", "*", "role/*")
             to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
             yield _allow("PassInstanceProfile", ["iam:PassRole"], [role], to_ec2)
+            if baking:
+                # Packer looks whether there is one.
+                yield self._profile()
         if aws.connect is Connect.SESSION_MANAGER:
             tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
             yield _allow("Connect", ["ssm:StartSession"], self._ec2("instance"), tagged)
@@ -253,13 +260,9 @@ class _Statements:
             yield _allow("UseTemplatesOfRuns", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
             yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
             yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
-            yield _allow(
-                "TagTemplates",
-                ["ec2:CreateTags"],
-                template,
-                {"StringEquals": {"ec2:CreateAction": ["CreateLaunchTemplate"]}, **_KEYS},
-            )
             yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
+            # Packer and we both do it, in either order.
+            yield _allow("UseInstancesOfRuns", ["ec2:CreateTags"], self._ec2("instance"), _OURS)
             others = self._ec2("volume", "spot-instances-request")
             yield _allow("TagSpotRequests", ["ec2:CreateTags"], others, _NAMELESS)
 
