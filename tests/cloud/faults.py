@@ -55,6 +55,7 @@ class Faults:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rules: list[tuple[Rule, list[int]]] = []
+        self._cleared = threading.Event()
 
     def add(
         self,
@@ -86,9 +87,17 @@ class Faults:
             self._rules.append((rule, [0]))
 
     def clear(self) -> None:
-        """Let everything go well from now on."""
+        """Let everything go well from now on; what is held is answered at once."""
         with self._lock:
             self._rules.clear()
+            self._cleared.set()
+            self._cleared = threading.Event()
+
+    def hold(self, seconds: float) -> None:
+        """Return after a while, or once all is cleared."""
+        with self._lock:
+            cleared = self._cleared
+        cleared.wait(seconds)
 
     def meet(self, action: str, region: str = "", *, packer: bool = False) -> Rule | None:
         """Count one call of `action` in a region, and return the first rule that it meets."""

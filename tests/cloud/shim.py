@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -76,7 +75,7 @@ class Shim:
             answer = refusal(call, Refused("NotImitated", f"this cloud failed at {call.name}", 501))
         call.outcome = answer.code or "ok"
         if rule is not None and fault is Fault.SLOW:
-            time.sleep(rule.seconds)
+            self.faults.hold(rule.seconds)
         if fault is Fault.LOST_RESPONSE:
             call.outcome = f"{call.outcome}, {fault.value}"
             _hang_up(environ)

@@ -112,6 +112,7 @@ def stopped(
     for child in children if column == POWER_LOSS else ():
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+    cloud.faults.clear()
     process.join(BOUND)
     if process.exitcode is None:
         process.kill()
@@ -122,7 +123,6 @@ def stopped(
         timeout=BOUND,
         interval=0.02,
     )
-    cloud.faults.clear()
     return Ran(status=process.exitcode, out="", err=(home / "out").read_text())
 
 

@@ -146,6 +146,37 @@ def test_a_snapshot_of_ours_in_anothers_ami_stays(cloud: Cloud, account: Account
     assert theirs in left.reason
 
 
+@pytest.mark.parametrize("known", ["tag", "ledger"])
+def test_an_untagged_snapshot_is_known_by_the_instance_that_it_was_made_of(
+    cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path, known: str
+) -> None:
+    make_ami(cloud, "theirs")
+    (theirs,) = cloud.left()["image"]
+    entry = ledger.intend(Resource.INSTANCE, REGION, run=RUN)
+    ec2 = cloud.client()
+    asked = tagging.specifications(tags(), "instance") if known == "tag" else []
+    launched = ec2.run_instances(
+        ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1, TagSpecifications=asked
+    )
+    made = launched["Instances"][0]["InstanceId"]
+    half = ec2.create_image(InstanceId=made, Name="half")["ImageId"]
+    # Packer deregisters first, and is killed before it deletes the snapshot.
+    for ami in (half, theirs):
+        ec2.deregister_image(ImageId=ami)
+    assert len(cloud.left()["snapshot"]) == 2
+    if known == "ledger":
+        ledger.made(entry, made)
+        # Instances that have ended are shown for an hour.
+        ec2.terminate_instances(InstanceIds=[made])
+        cloud.backend().reservations.clear()
+    leftovers = collect(account, read(ledger.path))
+    kinds = {left.found.kind for left in leftovers}
+    assert Resource.SNAPSHOT in kinds
+    assert {left.found.run_id for left in leftovers} == {RUN}
+    (snapshot,) = cloud.left()["snapshot"]
+    assert theirs in cloud.backend().snapshots[snapshot].description
+
+
 def test_an_orphaned_volume_goes(cloud: Cloud, account: Account) -> None:
     ec2 = cloud.client()
     ec2.create_volume(

@@ -90,7 +90,7 @@ def test_what_settings_add(cloud: Cloud, places: Sequence[Place], monkeypatch: p
     built = captured(*settings, *BUILD)
     assert built.status == 0, built.err
     assert held.refused == []
-    # What cleans up, what reads the console of a machine that did not answer; a spot instance is never stopped.
+    # What cleans up, what reads the console of a dead machine; and a spot instance is never stopped.
     never = {"ec2:DeregisterImage", "ec2:DeleteSnapshot", "ec2:GetConsoleOutput", "ec2:StopInstances"}
     assert held.unused == never
     only_the_ami(cloud)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ _ENDED = frozenset({"terminated"})
 # EC2 takes 200 values a filter.
 _CHUNK = 100
 _PAGE = 200
+# How EC2 describes a snapshot of CreateImage.
+_MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
 
 
 def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
@@ -36,11 +39,13 @@ def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
     open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
     found: dict[tuple[Resource, str], Found] = {}
     templates = list(_templates(account))
+    instances = list(_instances(account, open_entries, templates))
+    made_from = _by_id(open_entries, Resource.INSTANCE) | {one.id: one.run_id for one, _ in instances}
     for one in (
-        *_instances(account, open_entries, templates),
+        *(one for one, state in instances if state not in _ENDED),
         *templates,
         *_volumes(account),
-        *_images_and_snapshots(account, open_entries),
+        *_images_and_snapshots(account, open_entries, made_from),
         *_groups(account, open_entries),
     ):
         found.setdefault((one.kind, one.id), one)
@@ -69,14 +74,20 @@ def remove(account: Account, leftover: Leftover) -> None:
             images.claim(account, one.id, one.run_id)
             images.deregister(account, one.id)
         case Resource.SNAPSHOT:
+            images.claim_snapshot(account, one.id, one.run_id)
             if not images.delete_snapshot(account, one.id):
                 raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
         case Resource.SECURITY_GROUP:
             network.delete_group(account, one.id)
 
 
-def _instances(account: Account, entries: Sequence[Entry], templates: Sequence[Found]) -> Iterable[Found]:
-    """Yield instances of ours; Packer tags a spot instance only once it runs, but EC2 tells its template."""
+def _instances(
+    account: Account, entries: Sequence[Entry], templates: Sequence[Found]
+) -> Iterable[tuple[Found, str]]:
+    """Yield instances of ours with their state, also those that have ended.
+
+    Packer tags a spot instance only once it runs, but EC2 tells its template.
+    """
     ids = _by_id(entries, Resource.INSTANCE)
     runs = {one.id: one.run_id for one in templates}
     for shown in (
@@ -85,10 +96,10 @@ def _instances(account: Account, entries: Sequence[Entry], templates: Sequence[F
         *_known(account, "describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
     ):
         for one in shown["Instances"]:
-            if one["State"]["Name"] not in _ENDED:
-                template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
-                known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
-                yield _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
+            template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
+            known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
+            found = _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
+            yield found, one["State"]["Name"]
 
 
 def _templates(account: Account) -> Iterable[Found]:
@@ -109,8 +120,13 @@ def _volumes(account: Account) -> Iterable[Found]:
         yield _found(account, Resource.VOLUME, one["VolumeId"], one, {}, one.get("CreateTime"))
 
 
-def _images_and_snapshots(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
-    """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI is."""
+def _images_and_snapshots(
+    account: Account, entries: Sequence[Entry], instances: Mapping[str, str]
+) -> Iterable[Found]:
+    """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI or its instance is.
+
+    Packer may be killed between deregistering an AMI and deleting its snapshots.
+    """
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
     every = _listed(account, "describe_images", "Images", [], Owners=["self"])
     using: dict[str, str] = {}
@@ -132,11 +148,15 @@ def _images_and_snapshots(account: Account, entries: Sequence[Entry]) -> Iterabl
                 copied=tagging.COPY_OF in tags,
             )
     yield from ours.values()
+    made_from = {f"Created by CreateImage({instance})*": run for instance, run in instances.items()}
     of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
     for one in (
         *_listed(account, "describe_snapshots", "Snapshots", _TAGGED, OwnerIds=["self"]),
         *_known(account, "describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
+        *_known(account, "describe_snapshots", "Snapshots", "description", made_from, OwnerIds=["self"]),
     ):
+        if told := _MADE_FROM.match(one.get("Description", "")):
+            of_ours.setdefault(one["SnapshotId"], instances.get(told[1], ""))
         image_id = using.get(one["SnapshotId"], "")
         yield _found(
             account,

@@ -236,16 +236,26 @@ def claim(account: Account, ami: str, run_id: str) -> None:
     found = get(account, ami)
     if found is None:
         return
-    tags = {one["SnapshotId"]: tagging.as_dict(one.get("Tags", [])) for one in _shown(account, found)}
-    for each, known in {**tags, ami: found.tags}.items():
-        if tagging.RUN in known:
-            continue
-        with translated():
-            try:
-                account.ec2.create_tags(Resources=[each], Tags=tagging.as_list({tagging.RUN: run_id}))
-            except ClientError as error:
-                if "NotFound" not in code_of(error):
-                    raise
+    for snapshot in found.snapshots:
+        claim_snapshot(account, snapshot, run_id)
+    if tagging.RUN not in found.tags:
+        _tag(account, ami, run_id)
+
+
+def claim_snapshot(account: Account, snapshot: str, run_id: str) -> None:
+    """Tag a snapshot that its AMI or its instance alone tells is a run's; see `claim`."""
+    for shown in _shown(account, [snapshot]):
+        if tagging.RUN not in tagging.as_dict(shown.get("Tags", [])):
+            _tag(account, snapshot, run_id)
+
+
+def _tag(account: Account, id: str, run_id: str) -> None:
+    with translated():
+        try:
+            account.ec2.create_tags(Resources=[id], Tags=tagging.as_list({tagging.RUN: run_id}))
+        except ClientError as error:
+            if "NotFound" not in code_of(error):
+                raise
 
 
 def deregister(account: Account, ami: str) -> None:
@@ -302,16 +312,16 @@ def _existing(account: Account, ami: str) -> Ami:
 
 
 def _progress(account: Account, ami: Ami) -> str:
-    return ", ".join(one.get("Progress") or "0%" for one in _shown(account, ami)) or "not started"
+    return ", ".join(one.get("Progress") or "0%" for one in _shown(account, ami.snapshots)) or "not started"
 
 
-def _shown(account: Account, ami: Ami) -> list[SnapshotTypeDef]:
-    """Return the snapshots of an AMI as EC2 describes them; none while it doesn't show them all."""
-    if not ami.snapshots:
+def _shown(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
+    """Return snapshots as EC2 describes them; none while it doesn't show them all."""
+    if not snapshots:
         return []
     with translated():
         try:
-            return account.ec2.describe_snapshots(SnapshotIds=list(ami.snapshots))["Snapshots"]
+            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
         except ClientError as error:
             if code_of(error) != "InvalidSnapshot.NotFound":
                 raise
