@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from datetime import date
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.util import Finalize
@@ -74,19 +75,25 @@ def table(wanted: Sequence[Row], cells: Sequence[Cell]) -> str:
             column: [cell.verdict for cell in cells if cell.place in row.places and cell.column == column]
             for column in COLUMNS
         }
-        shown = [max(verdicts, key=_WORST.index) for verdicts in found.values()]
-        lines.append(f"| {row.name} | {' | '.join(shown)} |")
+        worst = [max(verdicts, key=_WORST.index) for verdicts in found.values()]
+        lines.append(f"| {row.name} | {' | '.join(worst)} |")
     return "\n".join(lines)
 
 
-def names(readme: str) -> list[str]:
-    """Return the rows that a README shows."""
-    shown = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
-    return [" | ".join(part.strip() for part in line.split("|")[1:3]) for line in shown]
+def shown(readme: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the columns that a README shows, and its rows by name with the verdicts of all of that name."""
+    lines = [line for line in readme.split(BEGIN)[1].split(END)[0].splitlines() if line.startswith("| ")]
+    parts = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    found: dict[str, list[str]] = {}
+    for step, call, *verdicts in parts[1:]:
+        found.setdefault(f"{step} | {call}", []).extend(verdicts)
+    return parts[0][2:], found
 
 
-def write(told: str) -> None:
-    """Put the table into README.md."""
+def write(wanted: Sequence[Row], cells: Sequence[Cell]) -> None:
+    """Put the table into README.md, and of how many cells it is."""
+    told = f"{len(cells)} cells, all in one run on {date.today():%-d %B %Y}, none of which leaked anything:"
+    told += f"\n\n{table(wanted, cells)}"
     text = README.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{told}\n{END}{after}", encoding="utf-8")
@@ -152,7 +159,7 @@ def main(only: Sequence[str]) -> None:
     if leaks:
         raise SystemExit(f"{leaks} of {leaks + len(done)} cells leak; README.md stays as it is")
     if not only:
-        write(table(rows(places), done))
+        write(rows(places), done)
     print(f"{len(done)} cells, no leak" + ("" if only else f"; {README} has the table"))
 
 
