@@ -23,6 +23,25 @@ def test_a_signal_at_any_call_leaves_nothing(
                 matrix.tried(cloud, place, column, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("action", "column"),
+    [
+        ("CreateLaunchTemplate", POWER_LOSS),
+        ("CreateFleet", "SIGINT"),
+        ("CreateFleet", "SIGKILL"),
+        ("DeleteLaunchTemplate", POWER_LOSS),
+    ],
+)
+def test_a_spot_build_that_is_stopped_leaves_nothing(
+    cloud: Cloud, places: Sequence[Place], tmp_path: Path, action: str, column: str
+) -> None:
+    place = Place(step="Packer", action=action, nth=1)
+    ran = stopped(cloud, place, column, tmp_path, "--set", "aws.spot=true")
+    if column != "SIGINT":
+        collect()
+    assert cloud.left() == {}, ran.err
+
+
 def test_the_next_build_takes_the_ami_that_a_killed_one_had_made(
     cloud: Cloud, places: Sequence[Place], tmp_path: Path
 ) -> None:
