@@ -22,8 +22,9 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
+import tenacity
 
-from .faulting import FAULTS, Cell, Leak, Place, Row, Verdict, good_run, rows, try_fault
+from .faulting import FAULTS, Cell, Leak, Missed, Place, Row, Verdict, good_run, rows, try_fault
 from .flow import in_haste, without_ssh
 from .server import Cloud
 from .stopping import SIGNALS, try_signal
@@ -32,6 +33,7 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 COLUMNS = (*FAULTS, *SIGNALS)
 
+_ATTEMPTS = 3
 # A row's cell shows the one that left the most to do.
 _WORST = (Verdict.OK, Verdict.ERROR, Verdict.KEPT, Verdict.GC)
 
@@ -60,11 +62,20 @@ def cells(places: Sequence[Place]) -> list[tuple[Place, str]]:
 def tried(cloud: Cloud, place: Place, column: str, home: Path) -> Cell:
     """Try one cell; raises Leak."""
     attempt = try_signal if column in SIGNALS else try_fault
-    try:
-        return attempt(cloud, place, column, home)
-    finally:
-        cloud.faults.clear()
-        shutil.rmtree(home, ignore_errors=True)
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Missed),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS),
+        reraise=True,
+    )
+
+    def once() -> Cell:
+        try:
+            return attempt(cloud, place, column, home)
+        finally:
+            cloud.faults.clear()
+            shutil.rmtree(home, ignore_errors=True)
+
+    return again(once)
 
 
 def table(wanted: Sequence[Row], cells: Sequence[Cell]) -> str:

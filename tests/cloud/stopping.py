@@ -16,7 +16,7 @@ import pytest
 from ami_builder.proc import wait_until
 from tests.unit.nights import die_after
 
-from .faulting import BOUND, BUILD, Cell, Leak, Place, Verdict, check_ended, fresh, judged, rebuilt
+from .faulting import BOUND, BUILD, Cell, Leak, Missed, Place, Verdict, check_ended, fresh, judged, rebuilt
 from .faults import Fault
 from .flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
 from .server import ACCESS_KEY, Cloud
@@ -101,7 +101,7 @@ def stopped(
 
     def called() -> bool:
         if process.exitcode is not None:
-            raise Leak(f"there was no {place}: {(home / 'out').read_text()}")
+            raise Missed(f"there was no {place}: {(home / 'out').read_text()}")
         return cloud.count(place.action, packer=place.packer) >= before + place.nth
 
     wait_until(called, what=str(place), timeout=BOUND, interval=0.005)
