@@ -11,7 +11,7 @@ from pathlib import Path
 import tenacity
 
 from ami_builder.adapters import packer, ssh
-from ami_builder.adapters.aws import images, instances, launch_templates, network, tags, user_data
+from ami_builder.adapters.aws import claims, images, instances, launch_templates, network, tags, user_data
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.waiting import look_for
 from ami_builder.console import Step
@@ -92,7 +92,7 @@ class _Bake:
         with suppress(AmiBuilderError):
             found = look_for(self._made) if self.imaging else self._made()
             if found is not None and not found.finished:
-                images.claim(self.account, found.id, self.run_id)
+                claims.claim_image(self.account, found.id, self.run_id)
                 images.deregister(self.account, found.id)
 
     def _made(self) -> images.Ami | None:
@@ -187,7 +187,7 @@ class _Bake:
                 # Packer 1.6 can't ask for these when it launches.
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
-                        instances.claim(self.account, self.instance, self.run_id)
+                        claims.claim_instance(self.account, self.instance, self.run_id)
                     instances.require_imdsv2(self.account, self.instance)
             elif (found := _IMAGE.search(line)) and not self.ami:
                 self.ami = found[1]

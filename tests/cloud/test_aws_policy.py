@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ami_builder import commands
-from ami_builder.adapters.aws import gc, images, instances, preflight, waiting
+from ami_builder.adapters.aws import claims, gc, images, instances, preflight, waiting
 from ami_builder.adapters.aws import instance as instance_module
 from ami_builder.adapters.aws import tags as tagging
 from ami_builder.adapters.aws.policy import LONGEST, Section, document
@@ -82,7 +82,7 @@ def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     images.wait_available(account, ami, 10)
     images.finish(account, ami, tags(Purpose.IMAGE))
     # As after Ctrl-C.
-    images.claim(account, half, RUN)
+    claims.claim_image(account, half, RUN)
     images.deregister(account, half)
     assert list(cloud.left()["image"]) == [ami]
     assert len(cloud.left()["snapshot"]) == 1
@@ -161,7 +161,7 @@ def test_nothing_of_others_can_be_touched(
         lambda: account.ec2.create_image(InstanceId=instance_id, Name="stolen"),
         lambda: account.ec2.delete_volume(VolumeId=volume),
         lambda: account.ec2.deregister_image(ImageId=theirs),
-        lambda: images.claim(account, theirs, RUN),
+        lambda: claims.claim_image(account, theirs, RUN),
         lambda: account.ec2.create_tags(Resources=[snapshot], Tags=tagging.as_list(tags())),
         lambda: account.ec2.delete_snapshot(SnapshotId=snapshot),
         lambda: account.ec2.delete_launch_template(LaunchTemplateId=template),

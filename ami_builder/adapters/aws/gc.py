@@ -14,7 +14,7 @@ from ami_builder.ledger import Entry
 from ami_builder.leftovers import Action, Found, Leftover
 from ami_builder.model import Resource
 
-from . import images, instances, launch_templates, network
+from . import claims, images, instances, launch_templates, network
 from . import tags as tagging
 from .session import Account, code_of, translated
 from .waiting import settle
@@ -64,17 +64,17 @@ def remove(account: Account, leftover: Leftover) -> None:
         case Resource.INSTANCE:
             if (described := instances.describe(account, one.id)) is not None:
                 if tagging.RUN not in tagging.as_dict(described.get("Tags", [])):
-                    instances.claim(account, one.id, one.run_id)
+                    claims.claim_instance(account, one.id, one.run_id)
                 instances.terminate(account, one.id)
         case Resource.LAUNCH_TEMPLATE:
             launch_templates.delete(account, one.id)
         case Resource.VOLUME:
             _delete_volume(account, one.id)
         case Resource.IMAGE:
-            images.claim(account, one.id, one.run_id)
+            claims.claim_image(account, one.id, one.run_id)
             images.deregister(account, one.id)
         case Resource.SNAPSHOT:
-            images.claim_snapshot(account, one.id, one.run_id)
+            claims.claim_snapshot(account, one.id, one.run_id)
             if not images.delete_snapshot(account, one.id):
                 raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
         case Resource.SECURITY_GROUP:

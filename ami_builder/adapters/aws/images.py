@@ -228,36 +228,6 @@ def revoke(account: Account, ami: str, reason: str) -> None:
             account.ec2.create_tags(Resources=[ami], Tags=told)
 
 
-def claim(account: Account, ami: str, run_id: str) -> None:
-    """Tag an AMI that its name or a ledger alone tells is a run's, and its snapshots.
-
-    Only then may we delete them. What is tagged already, or gone, is fine.
-    """
-    found = get(account, ami)
-    if found is None:
-        return
-    for snapshot in found.snapshots:
-        claim_snapshot(account, snapshot, run_id)
-    if tagging.RUN not in found.tags:
-        _tag(account, ami, run_id)
-
-
-def claim_snapshot(account: Account, snapshot: str, run_id: str) -> None:
-    """Tag a snapshot that its AMI or its instance alone tells is a run's; see `claim`."""
-    for shown in _shown(account, [snapshot]):
-        if tagging.RUN not in tagging.as_dict(shown.get("Tags", [])):
-            _tag(account, snapshot, run_id)
-
-
-def _tag(account: Account, id: str, run_id: str) -> None:
-    with translated():
-        try:
-            account.ec2.create_tags(Resources=[id], Tags=tagging.as_list({tagging.RUN: run_id}))
-        except ClientError as error:
-            if "NotFound" not in code_of(error):
-                raise
-
-
 def deregister(account: Account, ami: str) -> None:
     """Deregister an AMI of ours and delete its snapshots, but for those that another AMI uses.
 
@@ -312,10 +282,10 @@ def _existing(account: Account, ami: str) -> Ami:
 
 
 def _progress(account: Account, ami: Ami) -> str:
-    return ", ".join(one.get("Progress") or "0%" for one in _shown(account, ami.snapshots)) or "not started"
+    return ", ".join(one.get("Progress") or "0%" for one in shown(account, ami.snapshots)) or "not started"
 
 
-def _shown(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
+def shown(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
     """Return snapshots as EC2 describes them; none while it doesn't show them all."""
     if not snapshots:
         return []

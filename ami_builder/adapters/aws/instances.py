@@ -55,12 +55,6 @@ def of_run(account: Account, run_id: str) -> list[str]:
     return [i["InstanceId"] for i in _search(account, run_id) if i["State"]["Name"] not in ended]
 
 
-def claim(account: Account, instance: str, run_id: str) -> None:
-    """Tag an instance that its template or a ledger alone tells is a run's: only then may we end it."""
-    with translated():
-        account.ec2.create_tags(Resources=[instance], Tags=tagging.as_list({tagging.RUN: run_id}))
-
-
 def require_imdsv2(account: Account, instance: str) -> None:
     """Let an instance that somebody else has launched answer metadata requests of version 2 only."""
     with translated():
