@@ -10,6 +10,7 @@ Nth entry that it makes in its journal.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -149,15 +150,15 @@ def die_after(entries: int, monkeypatch: pytest.MonkeyPatch, *, unnoted: bool = 
 
     `unnoted`: just before it makes the last of them, when what this would tell of has been done.
     """
-    left = entries
+    # Threads note side by side, each of them a number of its own.
+    made = itertools.count(1)
     note = Journal.note
 
     def noted(self: Journal, *args: Any, **told: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left > 0 or not unnoted:
+        number = next(made)
+        if number < entries or not unnoted:
             note(self, *args, **told)
-        if left == 0:
+        if number == entries:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Journal, "note", noted)
