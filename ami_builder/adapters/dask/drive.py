@@ -17,6 +17,7 @@ from typing import Any
 
 from distributed import Client, Future, Scheduler
 from distributed.core import Status
+from distributed.diagnostics.plugin import SchedulerPlugin
 
 _LOOK_SECONDS = 0.5
 
@@ -50,33 +51,37 @@ def load(name: str, path: str) -> Any:
     return module
 
 
-class Watch:
+class Watch(SchedulerPlugin):
     """What is seen of the worker from outside: its memory as it tells it, pauses, restarts."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    name = "ami-builder-watch"
+
+    def __init__(self) -> None:
         self.began = time.monotonic()
         self.marks: list[tuple[float, str]] = []
         self.spilled = 0
-        self._known: str | None = self._address()
         self._paused = False
 
-    def _address(self) -> str | None:
-        return next(iter(self._scheduler.workers), None)
+    def _mark(self, kind: str) -> None:
+        self.marks.append((round(time.monotonic() - self.began, 2), kind))
 
-    def look(self) -> None:
-        """Note what has changed."""
-        now = round(time.monotonic() - self.began, 2)
-        address = self._address()
-        if address != self._known:
-            self.marks.append((now, "lost" if address is None else "back"))
-            self._known, self._paused = address, False
-        if address is None:
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Note that a worker is back; the scheduler tells, as a look now and then would miss a quick one."""
+        self._mark("back")
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
+        """Note that it is gone."""
+        self._mark("lost")
+        self._paused = False
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Note what has changed of the worker that is there."""
+        worker = next(iter(scheduler.workers.values()), None)
+        if worker is None:
             return
-        worker = self._scheduler.workers[address]
         paused = worker.status is Status.paused
         if paused != self._paused:
-            self.marks.append((now, "paused" if paused else "resumed"))
+            self._mark("paused" if paused else "resumed")
             self._paused = paused
         metrics = worker.metrics or {}
         self.spilled = max(self.spilled, int((metrics.get("spilled_bytes") or {}).get("disk", 0)))
@@ -85,7 +90,8 @@ class Watch:
 async def run(scheduler: Scheduler, client: Client, told: dict[str, Any]) -> None:
     """Give the tasks to the worker, and wait until all have ended or the time is up."""
     module = load(told["module"], told["path"])
-    watch = Watch(scheduler)
+    watch = Watch()
+    scheduler.add_plugin(watch)
     futures: dict[str, Future[Any]] = {}
     for task in told["tasks"]:
         arguments = [*(futures[key] for key in task["after"]), *task["arguments"]]
@@ -103,7 +109,7 @@ async def run(scheduler: Scheduler, client: Client, told: dict[str, Any]) -> Non
             done += 1
         counts = Counter(future.status for future in kept.values())
         ended = done + counts["finished"] + counts["error"] + counts["cancelled"]
-        watch.look()
+        watch.look(scheduler)
         spent = time.monotonic() - watch.began
         if ended == wanted or spent > told["timeout"]:
             break
