@@ -35,8 +35,6 @@ class Context:
     """The one key that may be in an authorized_keys."""
     timeout: float
     """Seconds that Dask and its workers get to come up, and to go through the phase `pressure`."""
-    work: float = 2.0
-    """How many times their limit the workers have to spill in the phase `pressure`."""
     phase: str = FIRST_BOOT
     """`boot`, `restart`, `reboot` or `pressure`."""
 

@@ -37,6 +37,8 @@ GUARD_STATUS = 64
 _HERE = Path(__file__).resolve().parent
 # Importing distributed takes ten seconds on an emulated machine, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
+# How many times their limit the workers have to spill under memory pressure.
+_WORK = 2.0
 # A script that outlives the login that began it.
 _ALONE = f'umask 022; exec setsid -f /bin/sh -c "$@" </dev/null >{ANSWER} 2>{ANSWER}.err'
 
@@ -167,7 +169,7 @@ class _Run:
             raise Incomplete("no Dask container is running")
         seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
         texts = (_text("probe.sh"), _text("press.py"))
-        numbers = (f"{seconds:.0f}", str(self.context.workers), str(self.context.work))
+        numbers = (f"{seconds:.0f}", str(self.context.workers), str(_WORK))
         arguments = (container, pid, *numbers, *texts)
         self.run(_ALONE, _text("press.sh"), "sh", *arguments)
         host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")

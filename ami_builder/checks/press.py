@@ -106,9 +106,7 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
         while len(scheduler.running) < max(1, workers):
             await asyncio.sleep(0.5)
         told = list((await client.run(about)).values())
-        nannies = await client.run(os.getpid, nanny=True)
-        answer["workers"] = told
-        answer["nannies"], answer["scheduler"] = list(nannies.values()), os.getpid()
+        answer["workers"], answer["scheduler"] = told, os.getpid()
 
         step("spilling")
         limit = sum(w["limit"] for w in told)

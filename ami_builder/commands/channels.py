@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
+from ami_builder.model import Target
 
 from .shared import (
     AMI,
@@ -66,7 +67,7 @@ def promote(
     from ami_builder.pipeline import channels
 
     chosen, stored = _subject(image, target)
-    if stored.artifact.target == "aws":
+    if stored.artifact.target is Target.AWS:
         from ami_builder.pipeline import regions
 
         _everywhere(
@@ -97,7 +98,7 @@ def rollback(
     from ami_builder.pipeline import channels
 
     chosen = load_config().select(image)
-    if _is_aws(target):
+    if parse_target(target) is Target.AWS:
         from ami_builder.pipeline import regions
 
         _everywhere(
@@ -123,7 +124,7 @@ def revoke(
     from ami_builder.pipeline import channels
 
     chosen, stored = _subject(image, target)
-    if stored.artifact.target == "aws":
+    if stored.artifact.target is Target.AWS:
         from ami_builder.pipeline import regions
 
         _everywhere(
@@ -153,7 +154,7 @@ def history(
     from ami_builder.pipeline import channels
 
     chosen = load_config().select(image)
-    if _is_aws(target):
+    if parse_target(target) is Target.AWS:
         from ami_builder.pipeline import cloud_place, regions
 
         with console.open_progress(console.Mode.QUIET) as progress:
@@ -198,7 +199,6 @@ def _print_history(told: Sequence[tuple[str, str, Sequence[Entry]]], *, as_json:
 
 def _subject(word: str, target: str) -> tuple[Image, StoredImage]:
     """Return the image that is meant; an AMI's id needs no --target."""
-    from ami_builder.model import Target
     from ami_builder.pipeline.channels import choose
 
     where = Target.AWS if AMI.fullmatch(word) else parse_target(target)
@@ -208,12 +208,6 @@ def _subject(word: str, target: str) -> tuple[Image, StoredImage]:
     known = [one for one in open_workspace().images() if one.artifact.target is where]
     stored = choose(known, word, config.names)
     return config.select(stored.artifact.image), stored
-
-
-def _is_aws(target: str) -> bool:
-    from ami_builder.model import Target
-
-    return parse_target(target) is Target.AWS
 
 
 def _local(image: Image) -> LocalChannels:

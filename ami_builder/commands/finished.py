@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.model import Outcome
+from ami_builder.model import Outcome, Target
 
 from .shared import JsonFlag, app, image_object, load_config, open_workspace
 
@@ -77,7 +77,8 @@ def show(
         ("digest", artifact.digest),
         ("created", f"{artifact.created:%Y-%m-%d %H:%M}Z"),
         ("size", console.size(artifact.size)),
-        ("channels", ", ".join(stands) or "none"),
+        # Those of AMIs stand in their accounts: see `history`.
+        *([("channels", ", ".join(stands) or "none")] if artifact.target is Target.QEMU else []),
         ("verdict", _verdict_word(stored)),
     ]
     if verdict is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -122,12 +122,11 @@ def plan(
     work: Sequence[Work],
     repeat: int,
     seed: int,
-    made: Collection[Case] = (),
 ) -> tuple[Case, ...]:
-    """Return the runs that are still to be made, in the order that the seed shuffles them into.
+    """Return all runs, in the order that the seed shuffles them into.
 
     Every first run comes before every second one, so that an experiment that is cut short has something of
-    all. What was made before changes nothing in the order of what is left.
+    all.
     """
     wanted: list[Case] = []
     for number in range(1, repeat + 1):
@@ -137,7 +136,13 @@ def plan(
         ]
         # By each case's own number: what else is asked for doesn't move it against the others.
         wanted += sorted(cases, key=lambda case: _number(case.seed, case.name))
-    return tuple(case for case in wanted if case not in made)
+    return tuple(wanted)
+
+
+def left(cases: Sequence[Case], made: Iterable[Case]) -> tuple[Case, ...]:
+    """Return the runs that are still to be made, in their order."""
+    known = set(made)
+    return tuple(case for case in cases if case not in known)
 
 
 def generator(case: Case) -> random.Random:

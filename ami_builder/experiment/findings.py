@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import median
 
 from ami_builder.experiment.cases import Kind, Policy
 from ami_builder.experiment.criteria import Row, given, rows, said, unhurt
@@ -35,7 +36,7 @@ def shares(results: Sequence[Result]) -> tuple[Share, ...]:
     for _, group in groupby(sorted(rows(results), key=key), key=key):
         runs = [result for row in group for result in row.results]
         case, most = runs[0].case, given(runs[0].case.kind, results)
-        limit = sorted(result.limit for result in runs)[len(runs) // 2]
+        limit = median(result.limit for result in runs)
         found.append(
             Share(
                 kind=case.kind,

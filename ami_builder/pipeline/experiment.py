@@ -16,7 +16,7 @@ from ami_builder.adapters import qemu
 from ami_builder.adapters.dask.driver import require_distributed
 from ami_builder.console import Progress
 from ami_builder.errors import AmiBuilderError
-from ami_builder.experiment.cases import METHOD, Case
+from ami_builder.experiment.cases import METHOD, Case, left
 from ami_builder.experiment.results import Result, Trace
 from ami_builder.model import Image
 from ami_builder.pipeline.concurrent import side_by_side
@@ -87,26 +87,23 @@ def experiment(
     folder = folder_of(image.name, stored.artifact.digest, workspace)
     with workspace.lock_experiment(image.name, stored.artifact.digest):
         folder.mkdir(parents=True, exist_ok=True)
-        left = _left(wanted.cases, read_results(folder))
+        missing = left(wanted.cases, (result.case for result in read_results(folder)))
         failed: list[tuple[Case, AmiBuilderError]] = []
-        if left:
+        if missing:
             require_distributed()
             qemu.image_info(stored.path)
             with workspace.run(EXPERIMENT, image.name, stored.artifact.digest) as run:
-                failed = _make_all(image, stored, left, wanted, folder, workspace, run, progress)
+                failed = _make_all(image, stored, missing, wanted, folder, workspace, run, progress)
         found = read_results(folder)
-    if failed and len(failed) == len(left):
+    if failed and len(failed) == len(missing):
         raise failed[0][1]
-    return Outcome(results=found, left=_left(wanted.cases, found), failed=tuple(failed))
-
-
-def _left(cases: Sequence[Case], found: Sequence[Result]) -> tuple[Case, ...]:
-    made = {result.case for result in found}
-    return tuple(case for case in cases if case not in made)
+    return Outcome(
+        results=found, left=left(wanted.cases, (result.case for result in found)), failed=tuple(failed)
+    )
 
 
 def _make_all(
-    image: Image, stored: StoredImage, left: Sequence[Case], wanted: Wanted, folder: Path,
+    image: Image, stored: StoredImage, missing: Sequence[Case], wanted: Wanted, folder: Path,
     workspace: Workspace, run: Run, progress: Progress,
 ) -> list[tuple[Case, AmiBuilderError]]:  # fmt: skip
     began, lock = time.monotonic(), threading.Lock()
@@ -122,7 +119,7 @@ def _make_all(
         if wanted.time is not None and time.monotonic() - began > wanted.time:
             return
         try:
-            with progress.step(f"run {number} of {len(left)}: {case.name}") as step:
+            with progress.step(f"run {number} of {len(missing)}: {case.name}") as step:
                 result, trace = make(case, place, run, step)
                 with lock:
                     dump(trace, folder / "traces" / f"{case.name}.json")
@@ -133,7 +130,7 @@ def _make_all(
             with lock:
                 failed.append((case, wrong))
 
-    calls = [partial(one, number, case) for number, case in enumerate(left, 1)]
+    calls = [partial(one, number, case) for number, case in enumerate(missing, 1)]
     side_by_side(calls, workers=wanted.jobs)
     return failed
 

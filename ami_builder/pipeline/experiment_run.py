@@ -38,7 +38,6 @@ _LOOK = """
 sed -n 's/^MemTotal: *\\([0-9]*\\) kB/total \\1/p' /proc/meminfo
 sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=/measured /p' /run/dask/memory.env
 journalctl -u dask -b -o cat --no-pager | sed -n 's/.*; reserve \\([0-9]*\\)).*/reserve \\1/p' | tail -1
-sed 's/^\\([0-9.]*\\) .*/uptime \\1/' /proc/uptime
 """
 _KERNEL = "journalctl -k -b -o short-unix --no-pager"
 _NANNY = "journalctl -u dask.service -b -o cat --no-pager | grep -c 'memory budget. Restarting' || true"
@@ -134,7 +133,7 @@ class _Run:
 
     def _look(self, session: ssh.Session) -> Mapping[str, int]:
         words = session.run(_LOOK, sudo=True).stdout.split()
-        found = {name: int(float(value)) for name, value in zip(words[::2], words[1::2], strict=True)}
+        found = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
         if missing := {"total", "measured", "reserve"} - found.keys():
             raise BuildFailed(f"the machine does not tell {', '.join(sorted(missing))}")
         return found
