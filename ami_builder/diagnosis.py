@@ -5,8 +5,9 @@ the machine. A domain has a capacity, and all workers in it have to get along wi
 
 - a cgroup: its limit, for that is what the kernel enforces, whatever Dask believes;
 - a machine: MemAvailable now, and what the workers and their nannies hold now (anonymous and shared pages,
-  for what their files map is in MemAvailable already). That is what would be available if they were gone:
-  the same number that an image of ours measures just before Dask starts.
+  for what their files map is in MemAvailable already); of a cgroup with a limit, all that it holds, for its
+  limit is for a scheduler beside the worker as well. That is what would be available if they were gone: the
+  same number that an image of ours measures just before Dask starts.
 
 A worker's *share* of a domain is its part of the capacity by threads, as Dask itself divides memory. Then
 its limit is
@@ -34,6 +35,8 @@ from .spelling import MIB
 
 NOISE = 100
 """A machine's reading may be off by a hundredth: a fifth of the 5 % in which the nanny acts."""
+RUNTIME = 32 * MIB
+"""Or by so much: what comes up outside a container with it. Docker's shim and Compose took 26 MB."""
 LEAST_RAISE = 128 * MIB
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
@@ -59,6 +62,8 @@ class Level:
     limit: int
     swap: int | None = None
     """How much swap it may use; None: as much as there is."""
+    held: int = 0
+    """What it holds that the kernel can't drop, of all that are in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,8 @@ class _Domain:
     capacity: int
     total: int | None
     """MemTotal, of a machine."""
+    held: int = 0
+    """What a cgroup holds now."""
     page: int
     members: dict[str, Reading]
     threads: int = 1
@@ -146,7 +153,9 @@ class _Domain:
 
     def slack(self, reading: Reading) -> float:
         """Return how much more than its share is no fault: a reading's noise, or what a page rounds off."""
-        return self.page if self.total is None else self.share(reading) / NOISE
+        if self.total is None:
+            return self.page
+        return self.share(reading) * max(1 / NOISE, RUNTIME / max(self.capacity, RUNTIME))
 
     def exceeded_by(self, reading: Reading) -> bool:
         over = (reading.limit or 0) - self.share(reading)
@@ -190,6 +199,7 @@ def _domains(read: Mapping[str, Reading]) -> Mapping[str, Sequence[_Domain]]:
                         name=f"the cgroup {level.path}",
                         capacity=level.limit,
                         total=None,
+                        held=level.held,
                         page=reading.page,
                         members={},
                     ),
@@ -205,15 +215,21 @@ def _domains(read: Mapping[str, Reading]) -> Mapping[str, Sequence[_Domain]]:
 
 
 def _machine(members: dict[str, Reading]) -> _Domain:
-    processes: dict[str, int] = {}
+    # A cgroup in another one that counts is in there already.
+    own = {reading.levels[0].id for reading in members.values() if reading.levels}
+    held: dict[str, int] = {}
     for reading in members.values():
-        processes.update(reading.processes)
+        counted = [level for level in reading.levels if level.id in own]
+        if counted and counted[-1].held >= sum(reading.processes.values()):
+            held[counted[-1].id] = counted[-1].held
+        else:
+            held.update(reading.processes)
     total = min(reading.total for reading in members.values())
     available = min(reading.available for reading in members.values())
     page = max(reading.page for reading in members.values())
     return _Domain(
         name="the machine",
-        capacity=min(total, available + sum(processes.values())),
+        capacity=min(total, available + sum(held.values())),
         total=total,
         page=page,
         members=members,
@@ -292,16 +308,20 @@ def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
 
 
 def _late_nanny(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
-    """Say where the nannies don't fit into what a cgroup has left when they are to act."""
+    """Say where the nannies, and what else is there, don't fit into what a cgroup has left when they act."""
     for domain in domains[:-1]:
         members = domain.members.values()
         nannies = {r.nanny_process: r.processes.get(r.nanny_process, 0) for r in members if r.nanny_process}
-        room = domain.capacity - sum(nannies.values())
+        workers: dict[str, int] = {}
+        for member in members:
+            workers.update({n: size for n, size in member.processes.items() if n != member.nanny_process})
+        room = domain.capacity - max(sum(nannies.values()), domain.held - sum(workers.values()))
         terminate = reading.terminate or 1.0
         if nannies and not domain.full and domain.taken * terminate > room > 0:
             share = room / terminate * max(1, reading.nthreads) / domain.threads
             yield (
-                f"the kernel kills it before its nanny does: at {terminate:.0%} of the limit the nanny "
-                f"doesn't fit into {domain.name} too; a limit of {_pages(share, reading.page)} leaves room"
+                f"the kernel kills it before its nanny does: at {terminate:.0%} of the limit the nanny and "
+                f"what else runs there don't fit into {domain.name}; "
+                f"a limit of {_pages(share, reading.page)} leaves room"
             )
             return

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.errors import UsageError
 
-from .shared import JsonFlag, app, load_config, mode, open_workspace, plain
+from .shared import JsonFlag, app, load_config, mode, open_workspace, parse_choice, plain
 
 
 @app.command()
@@ -72,13 +71,8 @@ def iam_policy(
 ) -> None:
     """Print the IAM policy with the least that the work in an AWS account needs."""
     from ami_builder.adapters.aws.policy import LONGEST, Section, document
-    from ami_builder.spelling import did_you_mean
 
-    if section not in list(Section):
-        raise UsageError(
-            f"{section}: expected one of {', '.join(Section)}{did_you_mean(section, list(Section))}"
-        )
-    policy = document(section, load_config().select(image).aws)
+    policy = document(parse_choice("iam-policy", section, Section), load_config().select(image).aws)
     console.result(json.dumps(policy, indent=2))
     if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
         console.note(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.errors import ChecksFailed, TimedOut, UsageError
+from ami_builder.errors import ChecksFailed, TimedOut
 
-from .shared import JsonFlag, app, mode, plain
+from .shared import JsonFlag, app, mode, parse_seconds, plain
 
 if TYPE_CHECKING:
     from ami_builder.diagnosis import Diagnosis
@@ -39,7 +39,7 @@ def doctor(
     from ami_builder.diagnosis import Health
     from ami_builder.pipeline.doctor import examine, summary
 
-    seconds = _seconds(timeout)
+    seconds = parse_seconds("--timeout", timeout)
     with console.open_progress(mode()) as progress:
         diagnoses = examine(address, seconds, progress)
     if as_json:
@@ -53,15 +53,6 @@ def doctor(
         raise typer.Exit(TimedOut.exit_code)
     if wrong or not diagnoses:
         raise typer.Exit(ChecksFailed.exit_code)
-
-
-def _seconds(text: str) -> float:
-    from ami_builder.spelling import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as wrong:
-        raise UsageError(f"--timeout {text}: {wrong}") from wrong
 
 
 def _print(diagnoses: Sequence[Diagnosis], verdict: str) -> None:

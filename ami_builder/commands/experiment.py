@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,15 +11,23 @@ from ami_builder import console
 from ami_builder.errors import UsageError
 
 from .images import find_finished
-from .shared import JsonFlag, app, load_config, mode, open_workspace, plain, shared
+from .shared import (
+    JsonFlag,
+    app,
+    load_config,
+    mode,
+    open_workspace,
+    parse_choice,
+    parse_seconds,
+    plain,
+    shared,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ami_builder.experiment.criteria import Judged, Row
     from ami_builder.pipeline.experiment import Outcome
-
-E = TypeVar("E", bound=StrEnum)
 
 _POLICIES, _WORK = ("none", "available"), ("spikes",)
 
@@ -83,8 +90,8 @@ def experiment(
 
     if memory:
         shared.overrides["verify.memory"] = ",".join(memory)
-    policies = [_choose("--policy", word, Policy) for word in policy or _POLICIES]
-    works = [_choose("--work", word, Work) for word in work or _WORK]
+    policies = [parse_choice("--policy", word, Policy) for word in policy or _POLICIES]
+    works = [parse_choice("--work", word, Work) for word in work or _WORK]
     chosen, stored, _ = find_finished(image, load_config(), "qemu")
     cases = plan(
         memory=chosen.verify.memory,
@@ -96,11 +103,11 @@ def experiment(
     )
     wanted = Wanted(
         cases=cases if run else (),
-        timeout=_seconds("--timeout", timeout),
+        timeout=parse_seconds("--timeout", timeout),
         # As many processors again for emulating disks, for the scheduler and for who watches: a machine that
         # thrashes takes them from the one beside it, and what is measured there is its neighbour.
         jobs=jobs or max(1, (os.cpu_count() or 1) // (2 * chosen.verify.cpus)),
-        time=None if only_for is None else _seconds("--for", only_for),
+        time=None if only_for is None else parse_seconds("--for", only_for),
     )
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
@@ -145,24 +152,3 @@ def _print_criteria(judged: Sequence[Judged]) -> None:
     console.table(
         ("criterion", "", "found", "runs"), [(one.text, one.answer, one.found, one.runs) for one in judged]
     )
-
-
-def _choose(flag: str, word: str, kind: type[E]) -> E:
-    from ami_builder.spelling import did_you_mean
-
-    try:
-        return kind(word)
-    except ValueError as wrong:
-        options = ", ".join(kind)
-        raise UsageError(
-            f"{flag} {word}: expected one of {options}{did_you_mean(word, list(kind))}"
-        ) from wrong
-
-
-def _seconds(flag: str, text: str) -> float:
-    from ami_builder.spelling import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as wrong:
-        raise UsageError(f"{flag} {text}: {wrong}") from wrong

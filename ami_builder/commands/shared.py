@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -30,6 +31,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Show and explain the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config", rich_help_panel="Look")
 
+
+E = TypeVar("E", bound=StrEnum)
 
 AMI = re.compile(r"ami-[0-9a-f]{8,17}")
 """What an AMI's id looks like."""
@@ -103,20 +106,35 @@ def open_workspace() -> Workspace:
     return Workspace.open(os.environ)
 
 
-def parse_target(text: str) -> Target:
-    """Return the target of a flag; raises UsageError with the nearest right spelling."""
+def parse_choice(flag: str, word: str, kind: type[E], hint: str | None = None) -> E:
+    """Return what a flag's word stands for; raises UsageError with the nearest right spelling."""
     from ami_builder.errors import UsageError
-    from ami_builder.model import Target
     from ami_builder.spelling import did_you_mean
 
     try:
-        return Target(text)
+        return kind(word)
     except ValueError as wrong:
-        near = did_you_mean(text, list(Target))
-        raise UsageError(
-            f"--target {text}: expected {' or '.join(Target)}{near}",
-            hint="qemu needs no account; aws uses the credentials of the standard AWS chain",
-        ) from wrong
+        expected = f"expected one of {', '.join(kind)}{did_you_mean(word, list(kind))}"
+        raise UsageError(f"{flag} {word}: {expected}", hint=hint) from wrong
+
+
+def parse_seconds(flag: str, text: str) -> float:
+    """Return the seconds of a flag's duration; raises UsageError."""
+    from ami_builder.errors import UsageError
+    from ami_builder.spelling import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as wrong:
+        raise UsageError(f"{flag} {text}: {wrong}") from wrong
+
+
+def parse_target(text: str) -> Target:
+    """Return the target of a flag; raises UsageError with the nearest right spelling."""
+    from ami_builder.model import Target
+
+    hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
+    return parse_choice("--target", text, Target, hint)
 
 
 DaskFlag = Annotated[

@@ -26,8 +26,6 @@ from ami_builder.pipeline.local import LocalMachine
 from ami_builder.pressure import kills
 from ami_builder.workspace import Run
 
-# A multi-threaded TCG boot now and then gets stuck: see prove.py.
-_BOOTS = 3
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
 _BACK_SECONDS = 60.0
@@ -60,21 +58,24 @@ def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]
     The logs of a machine that shows nothing are kept with the run. Raises BuildFailed or TimedOut when it
     does not come up, or the policy did not arrive.
     """
-    for attempt in range(1, _BOOTS + 1):
+    made: list[_Run] = []
+
+    def boot(attempt: int) -> tuple[Result, Trace]:
         folder = run.work / f"{case.name}-{attempt}"
         folder.mkdir(parents=True)
-        made = _Run(case, place, folder, step)
-        try:
-            return made.go()
-        except AmiBuilderError as failed:
-            # One that gets stuck while it works is not put down to the emulator, and not run until it fits.
-            stuck = isinstance(failed, qemu.GuestStuck) and failed.boot_again and not made.working
-            if stuck and attempt < _BOOTS:
-                step.update("the emulated machine got stuck: booting again")
-                continue
-            _keep_logs(folder, run.directory / "machines" / case.name, failed)
-            raise
-    raise AssertionError("unreachable")
+        made.append(_Run(case, place, folder, step))
+        return made[-1].go()
+
+    def again() -> bool:
+        step.update("the emulated machine got stuck: booting again")
+        # One that gets stuck while it works is not put down to the emulator, and not run until it fits.
+        return not made[-1].working
+
+    try:
+        return qemu.boot_again(boot, again)
+    except AmiBuilderError as failed:
+        _keep_logs(made[-1].directory, run.directory / "machines" / case.name, failed)
+        raise
 
 
 def _keep_logs(folder: Path, to: Path, failed: AmiBuilderError) -> None:

@@ -20,9 +20,6 @@ from ami_builder.render import user_data
 from ami_builder.resources import checks_dir
 from ami_builder.workspace import Run
 
-# A multi-threaded TCG boot now and then panics in the guest's kernel, or hangs before it: that says nothing
-# about the image.
-_BOOTS = 3
 _SHORT_SECONDS = 60.0
 # A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
 _OWN_COMPOSE_FILE = """
@@ -55,15 +52,12 @@ def prove(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
     Raises BuildFailed, CloudFailed or TimedOut when it doesn't come up.
     """
     with step.step(f"machine of {machine.name}") as child:
-        for attempt in range(1, _BOOTS + 1):
-            way = _Way(image, machine, run, attempt)
-            try:
-                return way.go(child)
-            except qemu.GuestStuck as panic:
-                if attempt == _BOOTS or not panic.boot_again:
-                    raise
-                child.update("the emulated machine got stuck: booting again")
-        raise AssertionError("unreachable")
+
+        def again() -> bool:
+            child.update("the emulated machine got stuck: booting again")
+            return True
+
+        return qemu.boot_again(lambda attempt: _Way(image, machine, run, attempt).go(child), again)
 
 
 class _Way:

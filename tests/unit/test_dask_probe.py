@@ -23,23 +23,26 @@ def write(folder: Path, **files: object) -> None:
 
 
 def test_v2_has_every_level_above_that_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "dask.slice", max=3 * GIB, high=2 * GIB, swap__max=0)
+    stat = "anon 500\nfile 9000\nshmem 40\nkernel 30\nslab_reclaimable 20\nsock 1"
+    write(tmp_path / "dask.slice", max=3 * GIB, high=2 * GIB, swap__max=0, stat=stat)
     write(tmp_path / "dask.slice/worker", max="max")
     mounts = f"1 2 0:3 / {tmp_path} rw - cgroup2 cgroup2 rw"
     machine(monkeypatch, "0::/dask.slice/worker", mounts)
     (level,) = probe.levels()
     assert (level["path"], level["limit"], level["swap"]) == (str(tmp_path / "dask.slice"), 2 * GIB, 0)
+    assert level["held"] == 500 + 40 + 10 + 1
 
 
 def test_v1_in_a_container_that_is_told_the_host_s_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stat = f"cache 0\nhierarchical_memory_limit {GIB}"
+    stat = f"cache 0\nhierarchical_memory_limit {GIB}\ntotal_rss 500\ntotal_shmem 40"
     write(tmp_path, limit_in_bytes=2 * GIB, memsw__limit_in_bytes=3 * GIB, stat=stat)
     mounts = f"1 2 0:3 /docker/abc {tmp_path} ro - cgroup cgroup rw,memory"
     machine(monkeypatch, "4:memory:/docker/abc\n0::/", mounts)
     (level,) = probe.levels()
     assert (level["path"], level["limit"], level["swap"]) == (str(tmp_path), GIB, GIB)
+    assert level["held"] == 540
 
 
 def test_v1_without_a_limit_has_no_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.diagnosis import Diagnosis, Health, Level, Reading, Worker, diagnose
+from ami_builder.diagnosis import RUNTIME, Diagnosis, Health, Level, Reading, Worker, diagnose
 from ami_builder.spelling import GIB, MIB
 
 PAGE = 4096
@@ -153,6 +153,42 @@ def test_a_nanny_that_does_not_fit_into_the_last_5_percent_comes_too_late() -> N
     assert warned(reading(4 * GIB, levels=(replace(small, limit=4 * GIB),))) == ""
 
 
+def test_a_scheduler_in_the_worker_s_container_is_in_its_limit() -> None:
+    limit = 7 * GIB - sum(HELD.values())
+    alone = reading(limit, available=limit - sum(HELD.values()) - 90 * MIB)
+    container = Level(id="1", path="/sys/fs/cgroup", limit=limit, held=sum(HELD.values()) + 90 * MIB)
+    assert healths(replace(alone, available=alone.available - GIB)) == [Health.TOO_HIGH]
+    assert healths(replace(alone, levels=(container,))) == [Health.RIGHT]
+    # As one of our 2 GiB machines told: what Docker and Compose themselves take came after measuring.
+    small = {"total": 2064457728, "available": 1645735936}
+    own = Level(id="1", path="/sys/fs/cgroup", limit=1791090688, held=118812648)
+    ours = reading(1791090688, **small, processes={"w": 36597760, "nanny": 36134912}, levels=(own,))
+    assert healths(ours) == [Health.RIGHT]
+    assert healths(replace(ours, available=ours.available - 10 * MIB)) == [Health.TOO_HIGH]
+    # Two workers in there hold it once; and what a cgroup around it holds is not all Dask's.
+    above = Level(id="pods", path="/pods", limit=8 * GIB, held=4 * GIB)
+    half = replace(alone, limit=limit // 2, levels=(container, above))
+    assert healths(half, half) == [Health.RIGHT] * 2
+    assert healths(replace(half, limit=limit * 3 // 4), half) == [Health.TOO_HIGH, Health.RIGHT]
+
+
+def test_a_worker_in_a_cgroup_around_another_s_holds_it_too() -> None:
+    inner = Level(id="in", path="/out/in", limit=3 * GIB, held=2 * GIB)
+    outer = Level(id="out", path="/out", limit=6 * GIB, held=3 * GIB)
+    both = (
+        reading(3 * GIB, available=2 * GIB, levels=(inner, outer)),
+        reading(3 * GIB, available=2 * GIB, levels=(outer,)),
+    )
+    assert healths(*both) == [Health.TOO_HIGH] * 2
+    assert [each.advised for each in judged(*both)] == [5 * GIB // 2] * 2
+
+
+def test_what_else_is_in_the_container_makes_a_nanny_late() -> None:
+    level = Level(id="1", path="/c", limit=4 * GIB, held=sum(HELD.values()))
+    assert warned(reading(4 * GIB, levels=(level,))) == ""
+    assert "what else runs there" in warned(reading(4 * GIB, levels=(replace(level, held=GIB),)))
+
+
 @st.composite
 def clusters(draw: st.DrawFn) -> list[Worker]:
     """Machines on which the system takes 2 % and more, with workers, some in containers or a slice."""
@@ -164,7 +200,12 @@ def clusters(draw: st.DrawFn) -> list[Worker]:
         sizes = st.integers(32 * MIB, 2 * total)
         top = (Level(id="top", path="/top", limit=draw(sizes)),) if draw(st.booleans()) else ()
         for group in range(draw(st.integers(1, 3))):
-            own = (Level(id=str(group), path=f"/{group}", limit=draw(sizes)),) if draw(st.booleans()) else ()
+            full = draw(st.just(0) | st.integers(held, total - available))
+            own = (
+                (Level(id=str(group), path=f"/{group}", limit=draw(sizes), held=full),)
+                if draw(st.booleans())
+                else ()
+            )
             for _ in range(draw(st.integers(1, 3))):
                 one = reading(
                     draw(st.none() | sizes),
@@ -217,5 +258,9 @@ def test_limits_that_exceed_a_machine_are_never_all_right(workers: list[Worker])
         first = here[0].worker.reading
         assert first is not None
         limits = sum(each.worker.reading.limit or 0 for each in here if each.worker.reading)
-        if limits > (first.available + sum(first.processes.values())) * 1.02 + PAGE:
+        readings = [each.worker.reading for each in here if each.worker.reading]
+        held = {name: size for one in readings for name, size in one.processes.items()}
+        held |= {level.id: level.held for one in readings for level in one.levels}
+        capacity = first.available + sum(held.values())
+        if limits > capacity + max(capacity // 50, RUNTIME) + PAGE:
             assert any(each.health is Health.TOO_HIGH for each in here)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ami_builder import config, render
+from ami_builder import config, proc, render
 from ami_builder.adapters import checks, imds, qemu, ssh
 from ami_builder.model import CheckResult, Image, Network, Outcome, Role
 from ami_builder.resources import checks_dir
@@ -29,6 +30,8 @@ HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
 DASK_SECONDS = 600.0
+WHOLE = "AMI_BUILDER_TEST_WHOLE"
+"""Set, it runs also what takes long, which CI leaves out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,19 +114,34 @@ class Booted:
         """Run a shell script as root and return its output."""
         return self.session.run(script, sudo=True, check=check, timeout=DASK_SECONDS).stdout
 
-    def check(self, name: str, *, phase: str = "restart", shared: bool = True) -> dict[str, CheckResult]:
+    def check(
+        self, name: str, *, phase: str = "restart", shared: bool = True, timeout: float = DASK_SECONDS
+    ) -> dict[str, CheckResult]:
         """Run the shipped checks and return their results by name."""
         results = checks.run(
             files=checks.shipped(checks_dir()),
             ssh_config=self.session.config,
             host=ssh.HOST,
             phase=phase,
-            context=self.context,
+            context=replace(self.context, timeout=timeout),
             directory=self.directory / name,
-            timeout=DASK_SECONDS,
+            timeout=timeout,
             share_connection=shared,
         )
         return {result.name: result for result in results}
+
+    @contextmanager
+    def forwarded(self, port: int) -> Iterator[int]:
+        """Return the port of this machine that leads to one of the booted machine's."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            here: int = free.getsockname()[1]
+        forward = f"127.0.0.1:{here}:127.0.0.1:{port}"
+        control: list[str | Path] = ["ssh", "-F", self.session.config, "-L", forward]
+        proc.output([*control, "-O", "forward", ssh.HOST])
+        try:
+            yield here
+        finally:
+            proc.output([*control, "-O", "cancel", ssh.HOST])
 
 
 def red(results: Mapping[str, CheckResult]) -> dict[str, str]:
@@ -189,15 +207,11 @@ def machine(
     """
     disk = Path(built["artifact"]["location"])
     with ExitStack() as stack:
-        for last in (False, False, True):
-            try:
-                up = stack.enter_context(booted(image, disk, tmp_path_factory.mktemp("machine")))
-            except qemu.GuestStuck as panic:
-                if last or not panic.boot_again:
-                    raise
-            else:
-                break
-        yield up
+
+        def boot(_: int) -> Booted:
+            return stack.enter_context(booted(image, disk, tmp_path_factory.mktemp("machine")))
+
+        yield qemu.boot_again(boot, lambda: True)
 
 
 @pytest.fixture

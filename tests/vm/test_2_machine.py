@@ -46,6 +46,8 @@ class Break:
     file: str
     script: str
     red: frozenset[str]
+    doctor: str = ""
+    """What `doctor` must say of the worker that runs with it."""
     settled: str = "true"
     """What shows that the restarted service has got as far as it will, where a healthy Dask doesn't."""
 
@@ -97,6 +99,7 @@ sed -i -f /run/break.sed {START_DASK}
         file=COMPOSE_FILE,
         script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}",
         red=frozenset({"chain: container has a limit", "chain: docker has the variable"}),
+        doctor="too high",
     ),
     Break(
         name="a Compose file that bends the limit",
@@ -121,6 +124,7 @@ sed -i '/memswap_limit:/d
                 "limit: spill is on disk",
             }
         ),
+        doctor="needlessly low",
     ),
     Break(
         name="a unit that never starts",
@@ -154,11 +158,20 @@ def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path
     assert (evidence / "docker-inspect.json").exists()
 
 
+def doctor(machine: Booted) -> tuple[int, list[str]]:
+    """Return the exit status of `ami-builder doctor`, and what it says of each worker of the machine."""
+    with machine.forwarded(8786) as port:
+        answer = ami_builder("doctor", f"tcp://127.0.0.1:{port}", "--timeout", "2min", "--json")
+    assert answer.stdout, answer.stderr
+    return answer.status, [worker["health"] for worker in answer.json["workers"]]
+
+
 def test_the_shared_machine_is_healthy(machine: Booted) -> None:
     """What follows means something only when nothing is red to begin with."""
     machine.root("systemctl is-system-running --wait", check=False)
     machine.root(f"cp /var/lib/ami-builder/compose.image.yaml {COMPOSE_FILE}; systemctl restart dask")
     assert red(machine.check("healthy")) == {}
+    assert doctor(machine) == (0, ["right"])
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)
@@ -172,6 +185,8 @@ def test_a_broken_image_goes_red(machine: Booted, restore: Callable[[str], None]
     failed = red(machine.check(broken.name.replace(" ", "-")))
     assert broken.red <= failed.keys(), failed
     assert not any(name.startswith("guard:") for name in failed), failed
+    if broken.doctor:
+        assert doctor(machine) == (5, [broken.doctor])
 
 
 # Stands in for scripts/ami-builder: says how it was started, and ends as the test wants.

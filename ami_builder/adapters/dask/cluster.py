@@ -80,7 +80,8 @@ async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker,
             hint = (
                 "is it a scheduler, and reachable from here? With TLS, `ami-builder doctor --help` says how"
             )
-            raise TimedOut(f"{address} didn't answer within {seconds:.0f} s: {why}", hint=hint) from gone
+            took = seconds - max(0.0, end - time.monotonic())
+            raise TimedOut(f"{address} gave no answer in {took:.0f} s: {why}", hint=hint) from gone
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
         answers = await _answers(scheduler, list(known), end)

@@ -1,6 +1,7 @@
 """QEMU: disk images, and machines that boot one the way EC2 would."""
 
 from .accelerator import choose_accelerator, known_accelerator
+from .again import boot_again
 from .images import ImageInfo, check_image, create_overlay, image_info
 from .machine import (
     DASK_PORTS,
@@ -23,6 +24,7 @@ __all__ = [
     "ImageInfo",
     "Machine",
     "MachineDied",
+    "boot_again",
     "check_image",
     "choose_accelerator",
     "create_overlay",

@@ -1,0 +1,99 @@
+"""The checks of memory pressure, seen failing: one machine, made to deserve it in one way after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from tests.vm.conftest import DASK_SECONDS, WHOLE, Booted, red
+
+COMPOSE_FILE = "/etc/dask/compose.yaml"
+SCOPES = "/etc/systemd/system/docker-.scope.d/kill-all.conf"
+
+_NO_LIMIT = f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}"
+# A machine without a limit may stand still for many minutes before its kernel kills. With this it kills as
+# soon as what was used in the last second does not fit any more (Linux, admin-guide/mm/multigen_lru).
+_KILL_SOON = "echo y >/sys/kernel/mm/lru_gen/enabled; echo 1000 >/sys/kernel/mm/lru_gen/min_ttl_ms"
+_AGENT = """
+systemctl stop test-agent 2>/dev/null; systemctl reset-failed test-agent 2>/dev/null
+systemd-run --quiet --unit=test-agent -p OOMScoreAdjust=1000 -p Restart=always \\
+    python3 -c 'import time; held = b"x" * (64 << 20); time.sleep(9999)'
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Break:
+    """One way to make a machine deserve it, and the checks that must say so."""
+
+    name: str
+    script: str
+    red: frozenset[str]
+    timeout: float = DASK_SECONDS
+    """Seconds for it all, of which Dask gets three quarters."""
+
+
+BREAKS = (
+    Break(
+        name="no spilling",
+        script=f"""
+sed -i 's|PYTHONUNBUFFERED: "1"|&\\n    DASK_DISTRIBUTED__WORKER__MEMORY__TARGET: "false"|
+    s|PYTHONUNBUFFERED: "1"|&\\n    DASK_DISTRIBUTED__WORKER__MEMORY__SPILL: "false"|
+    s|PYTHONUNBUFFERED: "1"|&\\n    DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE: "false"|' {COMPOSE_FILE}
+""",
+        red=frozenset({"all steps were gone"}),
+        # What does not fit is computed again and again.
+        timeout=120,
+    ),
+    Break(
+        name="a container that dies as a whole",
+        script=f"""
+mkdir -p $(dirname {SCOPES})
+printf '[Scope]\\nOOMPolicy=kill\\n' >{SCOPES}
+systemctl daemon-reload
+""",
+        red=frozenset({"all steps were gone", "another process dies alone", "the container goes on"}),
+    ),
+    Break(
+        name="no limit, and an agent",
+        script=f"{_NO_LIMIT}; {_KILL_SOON}; {_AGENT}",
+        red=frozenset(
+            {
+                "the leaking worker is restarted",
+                "another process dies alone",
+                "the kernel kills nobody else",
+                "no service is touched",
+            }
+        ),
+    ),
+)
+
+
+def pressed(machine: Booted, broken: Break) -> dict[str, str]:
+    """Break the machine, start Dask on it, and return what memory pressure shows to be wrong."""
+    machine.root(f"{broken.script}\nsystemctl restart dask")
+    failed = red(machine.check(broken.name.replace(" ", "-"), phase="pressure", timeout=broken.timeout))
+    return {name.removeprefix("pressure: "): message for name, message in failed.items()}
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)
+def test_a_machine_that_deserves_it_goes_red(
+    machine: Booted, restore: Callable[[str], None], broken: Break
+) -> None:
+    restore(COMPOSE_FILE)
+    try:
+        failed = pressed(machine, broken)
+    finally:
+        machine.root(f"rm -f {SCOPES}; systemctl daemon-reload; systemctl stop test-agent", check=False)
+    assert broken.red <= failed.keys(), failed
+
+
+@pytest.mark.skipif(
+    WHOLE not in os.environ, reason=f"minutes of a machine that stands still: {WHOLE}=1 runs it"
+)
+def test_a_machine_that_stands_still_goes_red(machine: Booted, restore: Callable[[str], None]) -> None:
+    restore(COMPOSE_FILE)
+    failed = pressed(machine, Break(name="no limit at all", script=_NO_LIMIT, red=frozenset()))
+    assert {"all steps were gone", "ssh answers all the time"} <= failed.keys(), failed
