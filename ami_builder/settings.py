@@ -112,7 +112,8 @@ class ContainerTable(Table):
 class MemoryTable(Table):
     """What Dask may use of the machine's memory."""
 
-    reserve: Reserved = model.Reserve()
+    # By the experiment: README, "What the limit changes".
+    reserve: Reserved = model.Reserve(percent=2.0)
     """What stays with the system out of what is available when Dask starts: a size or a percentage."""
     nanny_headroom: Space = 0
     """How much less than the container's limit the workers' own limits add up to.

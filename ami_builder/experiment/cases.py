@@ -13,8 +13,6 @@ from ami_builder.spelling import GIB, MIB
 
 METHOD = 1
 """Goes up with every change of the work or of what is measured: results of another method don't compare."""
-HEADROOM_PERCENT = 5
-"""What the policy with a headroom leaves of what is available."""
 PAGE = 4096
 
 Kind = tuple[int, int]
@@ -27,15 +25,17 @@ class Policy(StrEnum):
     NONE = "none"
     """Nothing: Dask finds the whole machine."""
     AVAILABLE = "available"
-    """AVAILABLE_MEMORY_FOR_DASK, as the image measures it."""
+    """AVAILABLE_MEMORY_FOR_DASK, as the image measures it, with a `memory.reserve` of 0."""
+    HEADROOM_2 = "headroom-2"
+    """The same, less 2 %."""
     HEADROOM = "headroom"
-    """The same, less `HEADROOM_PERCENT`, as `memory.reserve` takes it off."""
+    """The same, less 5 %."""
     FRACTION = "fraction"
     """95 % of MemTotal."""
     GKE = "gke"
     """What GKE's formula leaves of MemTotal."""
     DASK_ONLY = "dask-only"
-    """AVAILABLE_MEMORY_FOR_DASK is told to Dask, and no cgroup has a limit."""
+    """The same as `AVAILABLE` is told to Dask, and no cgroup has a limit."""
 
     @property
     def text(self) -> str:
@@ -68,11 +68,14 @@ class Work(StrEnum):
 _POLICIES = {
     Policy.NONE: "no limit",
     Policy.AVAILABLE: "AVAILABLE_MEMORY_FOR_DASK",
-    Policy.HEADROOM: f"the same less {HEADROOM_PERCENT} %",
+    Policy.HEADROOM_2: "the same less 2 %",
+    Policy.HEADROOM: "the same less 5 %",
     Policy.FRACTION: "95 % of MemTotal",
     Policy.GKE: "GKE's formula",
     Policy.DASK_ONLY: "told to Dask alone, no cgroup",
 }
+RESERVE_PERCENT = {Policy.AVAILABLE: 0, Policy.HEADROOM_2: 2, Policy.HEADROOM: 5, Policy.DASK_ONLY: 0}
+"""What `memory.reserve` is under these policies, whatever the image's own is."""
 _WORK = {
     Work.ARRAY: "W1: random blocks of 2.5 × memory, kept and reduced",
     Work.LEAK_SLOW: "W2: a leak up to the whole machine, slow",
@@ -177,7 +180,7 @@ def expected_limit(policy: Policy, *, total: int, measured: int) -> int:
     match policy:
         case Policy.NONE:
             return total
-        case Policy.AVAILABLE | Policy.HEADROOM | Policy.DASK_ONLY:
+        case Policy.AVAILABLE | Policy.HEADROOM_2 | Policy.HEADROOM | Policy.DASK_ONLY:
             return measured
         case Policy.FRACTION:
             return fraction_limit(total)

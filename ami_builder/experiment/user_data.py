@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ami_builder.experiment.cases import HEADROOM_PERCENT, PAGE, Policy
+from ami_builder.experiment.cases import PAGE, RESERVE_PERCENT, Policy
 from ami_builder.experiment.tasks import MODULE
 from ami_builder.model import Image
 from ami_builder.spelling import GIB, MIB
@@ -32,10 +32,11 @@ _COMPUTE = {
         fi
         limit=$((total - reserved - {100 * MIB})); {_WRITE}""",
     # As memory.reserve does while baking.
-    Policy.HEADROOM: (
-        f"sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
-        f"reserve_millipercent={HEADROOM_PERCENT * 1000}/' /usr/local/sbin/start-dask"
-    ),
+    **{
+        policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
+        f"reserve_millipercent={percent * 1000}/' /usr/local/sbin/start-dask"
+        for policy, percent in RESERVE_PERCENT.items()
+    },
 }
 
 
@@ -64,6 +65,7 @@ def _compose(image: Image, policy: Policy, scheduler: str) -> dict[str, object]:
     limit = {
         Policy.NONE: "0",
         Policy.AVAILABLE: _VARIABLE,
+        Policy.HEADROOM_2: _VARIABLE,
         Policy.HEADROOM: _VARIABLE,
         Policy.FRACTION: _COMPUTED,
         Policy.GKE: _COMPUTED,

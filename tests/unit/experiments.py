@@ -1,10 +1,17 @@
-"""Invented runs of an experiment."""
+"""Runs of an experiment: invented ones, and those that the README tells of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from ami_builder import lines
 from ami_builder.experiment.cases import METHOD, Case, Policy, Work
+from ami_builder.experiment.criteria import Row, judge, rows, said
+from ami_builder.experiment.findings import shares
 from ami_builder.experiment.results import Result
 from ami_builder.spelling import GIB, MIB
 
@@ -61,3 +68,52 @@ SAME = (
     *(result(repeat=n, memory=8 * GIB, limit=8 * GIB - 300 * MIB, by_kernel=0, by_nanny=10) for n in (1, 2)),
 )  # fmt: skip
 """A large machine, which nothing hurts."""
+
+
+def recorded() -> tuple[Result, ...]:
+    """Return the runs that the README tells of, as `ami-builder experiment` has kept them."""
+    kept = lines.read(Path(__file__).with_name("test_experiment_recorded.jsonl"))
+    return tuple(map(TypeAdapter(Result).validate_python, kept))
+
+
+def told(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the lines of the README's tables about them."""
+    for row in rows(results):
+        cells = (
+            f"{said(row.kind)}, {row.work.text.split(':')[0]} ({row.work})",
+            f"`{row.policy}`",
+            str(row.runs),
+            _spread(row, lambda r: r.done),
+            _spread(row, lambda r: r.seconds) + " s" + (", the time was up" if _late(row) else ""),
+            _restarts(row),
+            _spread(row, lambda r: r.global_kills),
+            _spread(row, lambda r: r.frozen_longest, 1) + " s",
+            _spread(row, lambda r: r.frozen) + " s",
+            f"{sum(r.ssh_failed for r in row.results)} of {sum(r.ssh_tries for r in row.results)}",
+            _spread(row, lambda r: r.ssh_longest, 1) + " s",
+        )
+        yield f"| {' | '.join(cells)} |"
+    for one in judge(results):
+        yield f"| {one.text} | **{one.answer}** | {one.found} | {one.runs} |"
+    for share in shares(results):
+        given = "–" if share.of_given is None else f"{share.of_given:.1%}"
+        yield (
+            f"| {said(share.kind)} | `{share.policy}` | {share.limit / MIB:.0f} MiB | {share.of_total:.1%} |"
+            f" {given} | {share.hurt} of {share.runs} |"
+        )
+
+
+def _spread(row: Row, value: Callable[[Result], float], digits: int = 0) -> str:
+    spread = row.spread(value)
+    least, middle, most = (f"{each:.{digits}f}" for each in (spread.least, spread.median, spread.most))
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _late(row: Row) -> bool:
+    return all(result.unfinished for result in row.results)
+
+
+def _restarts(row: Row) -> str:
+    by = (("the nanny", lambda r: r.by_nanny), ("the kernel", lambda r: r.by_kernel))
+    found = [f"{_spread(row, value)} by {who}" for who, value in by if row.spread(value).most]
+    return ", ".join(found) or "0"

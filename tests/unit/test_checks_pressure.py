@@ -297,7 +297,7 @@ def test_the_nannys_headroom_is_named_where_it_is_needed() -> None:
     assert judge(recorded, notes) == {}
     assert "beside the workers 200 MiB are in use" in notes[1]
     assert "on machines from 4.3 GiB on" in notes[1]
-    assert "here with a headroom of 122 MiB" in notes[1]
+    assert "here with a headroom of 123 MiB" in notes[1]
 
 
 def test_whoever_comes_first_ended_the_worker() -> None:

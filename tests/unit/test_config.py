@@ -60,7 +60,7 @@ DEFAULT = Image(
         packages=(),
         insecure_registry=None,
     ),
-    reserve=Reserve(),
+    reserve=Reserve(percent=2),
     nanny_headroom=0,
     dask=Dask(role=Role.LOCAL, workers=1, threads=None, spill_percent=80, after=()),
     bake=Bake(memory=2 * GIB, cpus=2, timeout=1800.0),
@@ -321,10 +321,10 @@ def origin(read: Config, key: str, image: str = "dask") -> tuple[object, str]:
 def test_each_level_goes_over_the_one_before() -> None:
     key, variable = "memory.reserve", {"AMI_BUILDER_MEMORY__RESERVE": "3%"}
     defaults = '[defaults.memory]\nreserve = "1%"\n'
-    image = '[images.dask.memory]\nreserve = "2%"\n[images.other]\n'
-    assert origin(loaded("[images.dask]"), key) == ("0", "default")
+    image = '[images.dask.memory]\nreserve = "2.5%"\n[images.other]\n'
+    assert origin(loaded("[images.dask]"), key) == ("2%", "default")
     assert origin(loaded(defaults + "[images.dask]"), key) == ("1%", "ami-builder.toml:2")
-    assert origin(loaded(defaults + image), key) == ("2%", "ami-builder.toml:4")
+    assert origin(loaded(defaults + image), key) == ("2.5%", "ami-builder.toml:4")
     assert origin(loaded(defaults + image), key, "other") == ("1%", "ami-builder.toml:2")
     read = loaded(defaults + image, environ=variable)
     assert origin(read, key) == ("3%", "AMI_BUILDER_MEMORY__RESERVE")

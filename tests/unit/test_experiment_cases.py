@@ -18,6 +18,7 @@ from ami_builder import config
 from ami_builder.adapters.imds import MAX_USER_DATA
 from ami_builder.experiment import tasks
 from ami_builder.experiment.cases import (
+    RESERVE_PERCENT,
     Case,
     Policy,
     Work,
@@ -174,13 +175,16 @@ def test_the_machine_computes_what_we_expect(policy: Policy, total_kb: int, tmp_
     assert (tmp_path / "dask.env").read_text() == f"EXPERIMENT_LIMIT={limit}\n"
 
 
-def test_the_headroom_is_what_memory_reserve_takes_off(tmp_path: Path) -> None:
-    told = yaml.safe_load(user_data(IMAGE, Policy.HEADROOM, "tcp://x:1"))
+@pytest.mark.parametrize(("policy", "percent"), RESERVE_PERCENT.items())
+def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
+    policy: Policy, percent: int, tmp_path: Path
+) -> None:
+    told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
     (script,) = [one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"]]
     start = tmp_path / "start-dask"
     start.write_text("reserve_bytes=7\nreserve_millipercent=0\nother=1\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/start-dask", str(start))], check=True)
-    assert start.read_text() == "reserve_bytes=0\nreserve_millipercent=5000\nother=1\n"
+    assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nother=1\n"
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "start-dask.j2").read_text()
     assert "\nreserve_bytes=" in template
     assert "\nreserve_millipercent=" in template

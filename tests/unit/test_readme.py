@@ -11,6 +11,7 @@ import pytest
 from ami_builder import config, errors
 from ami_builder.adapters import webhook
 from ami_builder.commands import app, config_app
+from tests.unit.experiments import recorded, told
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +93,11 @@ def test_the_codes_of_a_night_are_what_the_service_acts_on() -> None:
     (final,) = re.findall(r"^RestartPreventExitStatus=(.*)", service, re.M)
     assert {code for code, deed in does.items() if deed == "fails"} == set(final.split())
     assert {code for code, deed in does.items() if deed == "tries"} == {"6", "7"}
+
+
+def test_what_the_experiment_came_to_is_what_was_recorded() -> None:
+    shown = README.splitlines()
+    assert [line for line in told(recorded()) if line not in shown] == []
 
 
 def test_links_lead_somewhere() -> None:
