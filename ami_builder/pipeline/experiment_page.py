@@ -106,8 +106,9 @@ def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) ->
 def _verdict(judged: Sequence[Judged]) -> tuple[Tone, str, str]:
     counts = {answer: sum(one.answer is answer for one in judged) for answer in Answer}
     told = f"Of {len(judged)} criteria {counts[Answer.PASSED]} are reached"
-    told += f", {counts[Answer.FAILED]} are not" if counts[Answer.FAILED] else ""
-    told += f", {counts[Answer.NOT_SHOWN]} are not shown" if counts[Answer.NOT_SHOWN] else ""
+    for answer, word in ((Answer.FAILED, "not"), (Answer.NOT_SHOWN, "not shown")):
+        verb = "is" if counts[answer] == 1 else "are"
+        told += f", {counts[answer]} {verb} {word}" if counts[answer] else ""
     if counts[Answer.FAILED]:
         return Tone.BAD, "Not all reached", f"{told}."
     if counts[Answer.NOT_SHOWN]:
@@ -138,10 +139,12 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
             ("tasks done", "", lambda r: r.done),
             ("stood still", "s", lambda r: r.frozen),
             ("took", "s", lambda r: r.seconds),
+            ("longest wait for ssh", "s", lambda r: r.ssh_longest),
             ("kills for want of the machine’s memory", "", lambda r: r.global_kills),
         ):
             bars = tuple((str(row.policy), tuple(map(value, row.results))) for row in group)
-            panels.append(Panel(title=f"{said(kind)}, {work}: {title}", unit=unit, bars=bars))
+            if any(number for _, numbers in bars for number in numbers):
+                panels.append(Panel(title=f"{said(kind)}, {work}: {title}", unit=unit, bars=bars))
     return tuple(panels)
 
 

@@ -163,7 +163,7 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     assert "http" not in text.replace("http://www.w3.org", "").replace("Content-Security-Policy", "").replace(
         'http-equiv="', ""
     )
-    assert text.count("<svg") == 4 + 2
+    assert text.count("<svg") == 5 + 2
     assert "W3 completes at least as much as without a limit" in parsed.text
     assert (
         "ami-builder --set verify.cpus=2 experiment dask --memory 1GiB --policy none --policy available "
