@@ -67,9 +67,11 @@ def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]
         return made[-1].go()
 
     def again() -> bool:
-        step.update("the emulated machine got stuck: booting again")
         # One that gets stuck while it works is not put down to the emulator, and not run until it fits.
-        return not made[-1].working
+        if made[-1].working:
+            return False
+        step.update("the emulated machine got stuck: booting again")
+        return True
 
     try:
         return qemu.boot_again(boot, again)
