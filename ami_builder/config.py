@@ -129,7 +129,8 @@ def load(
     if names == {}:
         wrong.add(in_file(), "there is no image: add a table [images.NAME], which may be empty")
     table = wrong.validated(FileTable, raw, file.absolute().parent, in_file)
-    if table.default_image and table.default_image not in names:
+    # What is no table of images has been noted as that.
+    if isinstance(names, Mapping) and table.default_image and table.default_image not in names:
         near = did_you_mean(table.default_image, names)
         wrong.add(in_file("default_image"), f"expected the name of an image{near}", table.default_image)
 

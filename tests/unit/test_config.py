@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tomlkit
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ami_builder import config, resources
@@ -854,6 +854,8 @@ texts = st.dictionaries(
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files, texts, texts)
+@example({"default_image": "0", "images": False}, {}, {})
+@example({"default_image": "0", "images": [False]}, {}, {})
 def test_whatever_is_written_ends_in_images_or_a_usage_error(
     content: dict[str, Any], variables: dict[str, str], flags: dict[str, str]
 ) -> None:
