@@ -139,7 +139,10 @@ class _Domain:
     full: bool = False
 
     def share(self, reading: Reading) -> float:
-        return self.capacity * max(1, reading.nthreads) / self.threads
+        return self.capacity * self.part(reading)
+
+    def part(self, reading: Reading) -> float:
+        return max(1, reading.nthreads) / self.threads
 
     def weigh(self) -> None:
         """Add up the limits; who has none is to get its share, so counts with that."""
@@ -153,9 +156,7 @@ class _Domain:
 
     def slack(self, reading: Reading) -> float:
         """Return how much more than its share is no fault: a reading's noise, or what a page rounds off."""
-        if self.total is None:
-            return self.page
-        return self.share(reading) * max(1 / NOISE, RUNTIME / max(self.capacity, RUNTIME))
+        return self.page if self.total is None else max(self.capacity / NOISE, RUNTIME) * self.part(reading)
 
     def exceeded_by(self, reading: Reading) -> bool:
         over = (reading.limit or 0) - self.share(reading)

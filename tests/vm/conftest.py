@@ -30,8 +30,6 @@ HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
 DASK_SECONDS = 600.0
-WHOLE = "AMI_BUILDER_TEST_WHOLE"
-"""Set, it runs also what takes long, which CI leaves out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
