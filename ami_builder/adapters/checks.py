@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,13 @@ from threading import Event
 import ami_builder
 from ami_builder import proc
 from ami_builder.checks.context import ENVIRONMENT, Context
-from ami_builder.errors import UsageError
+from ami_builder.errors import AmiBuilderError, UsageError
 from ami_builder.model import CheckResult, Outcome
 
 __all__ = ["Context", "digest", "run", "shipped"]
 
 _PLUGIN = "ami_builder.checks.plugin"
+_ALIVE_SECONDS = 2.0
 _FAILED = 1
 _STATUS = {
     2: "it was interrupted, or a file could not be read",
@@ -63,6 +65,7 @@ def run(
     context: Context,
     directory: Path,
     timeout: float,
+    alive: Callable[[], None] = lambda: None,
     share_connection: bool = True,
     on_result: Callable[[CheckResult], None] | None = None,
     on_ready: Callable[[], None] | None = None,
@@ -74,7 +77,8 @@ def run(
     JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
     checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
     called when the right machine's Dask has answered, before the first check.
-    Raises UsageError when a file is missing.
+    Raises UsageError when a file is missing, and what `alive`, asked again and again, says of a machine that
+    is gone: nothing is left to check then.
     """
     for path in files:
         if not path.exists():
@@ -110,7 +114,7 @@ def run(
         ) as process:
             mouth.close()  # so that the events end with pytest
             bound = 2 * context.timeout + timeout
-            with _alarm(process, bound) as late:
+            with _watched(process, bound, alive) as late:
                 for line in events:
                     tally.add(line)
                 status = process.wait()
@@ -188,21 +192,33 @@ def _reason(status: int) -> str:
 
 
 @contextmanager
-def _alarm(process: Popen[str], seconds: float) -> Iterator[Event]:
-    """Stop `process` after `seconds`, and tell by the event that it was stopped."""
-    late = Event()
+def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> Iterator[Event]:
+    """Stop `process` after `seconds`, which the event tells, or when `alive` raises, which is raised then."""
+    late, over, gone = Event(), Event(), list[AmiBuilderError]()
 
-    def expire() -> None:
-        late.set()
-        proc.stop(process)
+    def watch() -> None:
+        end = time.monotonic() + seconds
+        while not over.wait(min(_ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
+            try:
+                alive()
+            except AmiBuilderError as wrong:
+                gone.append(wrong)
+            if not gone and time.monotonic() < end:
+                continue
+            if not gone:
+                late.set()
+            proc.stop(process)
+            return
 
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield late
     finally:
-        timer.cancel()
+        over.set()
+        watcher.join()
+    if gone:
+        raise gone[0]
 
 
 def _environment(clean: Path) -> dict[str, str]:

@@ -3,8 +3,8 @@
 What drives the steps is left behind in the scheduler: a client of its own would take some 100 MB for as long
 as it waits, on a machine whose available memory was given to Dask. press.sh follows the steps by files.
 
-Arguments: the number of workers, how many times their limit they have to work on, seconds for all steps, the
-files' common path.
+Arguments: the number of workers, how many times their limit they have to work on, the machine's uptime in
+seconds at which all steps have to be gone, the files' common path.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Awaitable, Optional, TypeVar  # noqa: UP035 - Python 3.9
 
 SCHEDULER = "tcp://127.0.0.1:8786"
 TOPIC = "ami-builder-pressure"
 BLOCK = 1 << 16
 # Two deaths of a worker fail a task, where Dask's default of 3 takes four: each costs a restart.
 ALLOWED_FAILURES = 1
+
+Result = TypeVar("Result")
+
+
+def uptime() -> float:
+    """Return for how many seconds the machine has been up, as /proc/uptime has it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def about(dask_worker: Any) -> dict[str, Any]:
@@ -68,25 +75,45 @@ def leak(limit: int) -> int:
     return int(size)
 
 
-async def follow(scheduler: Any, workers: int, work: float, seconds: float, path: str) -> None:
+async def follow(scheduler: Any, workers: int, work: float, end: float, path: str) -> None:
     """Go all steps and write what they showed; what goes wrong on the way is part of that."""
     answer: dict[str, Any] = {"step": "nothing", "error": "", "seconds": {}}
     before = scheduler.allowed_failures
     scheduler.allowed_failures = ALLOWED_FAILURES
-    try:
-        await asyncio.wait_for(steps(scheduler, workers, work, path, answer), seconds)
-    except (TimeoutError, asyncio.TimeoutError):  # noqa: UP041 - two kinds before Python 3.11
+    seconds = max(0.0, end - uptime())
+    going = asyncio.ensure_future(steps(scheduler, workers, work, path, answer))
+    # Not wait_for: that waits for what is cancelled, and a client on an ill machine takes long to go.
+    await asyncio.wait({going}, timeout=seconds)
+    if not going.done():
         answer["error"] = f"{answer['step']} had not ended after {seconds:.0f} s in all"
-    except Exception as wrong:  # there is nobody else to tell
+        going.cancel()
+    elif (wrong := going.exception()) is not None:  # there is nobody else to tell
         answer["error"] = f"{answer['step']}: {type(wrong).__name__}: {wrong}"
-    finally:
-        scheduler.allowed_failures = before
-        answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in scheduler.get_events(TOPIC)]
-        by_nanny = scheduler.get_events("worker-restart-memory")
-        answer["nanny"] = [{"time": t, "pid": m["pid"], "rss": m["rss"]} for t, m in by_nanny]
-        done = Path(f"{path}.json")
-        done.with_suffix(".new").write_text(json.dumps(answer))
-        done.with_suffix(".new").rename(done)
+    scheduler.allowed_failures = before
+    answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in scheduler.get_events(TOPIC)]
+    by_nanny = scheduler.get_events("worker-restart-memory")
+    answer["nanny"] = [{"time": t, "pid": m["pid"], "rss": m["rss"]} for t, m in by_nanny]
+    done = Path(f"{path}.json")
+    done.with_suffix(".new").write_text(json.dumps(answer))
+    done.with_suffix(".new").rename(done)
+
+
+async def whole(scheduler: Any, work: Awaitable[Result]) -> Optional[Result]:  # noqa: UP045 - Python 3.9
+    """Return what comes of the work, or None as soon as one of the workers is gone."""
+    doing = asyncio.ensure_future(work)
+    had = {worker.server_id for worker in scheduler.workers.values()}
+    while not doing.done() and had <= {worker.server_id for worker in scheduler.workers.values()}:
+        await asyncio.wait({doing}, timeout=0.5)
+    if doing.done():
+        return doing.result()
+    doing.cancel()
+    return None
+
+
+async def all_up(scheduler: Any, workers: int) -> None:
+    """Wait until so many workers are at work."""
+    while len(scheduler.running) < max(1, workers):
+        await asyncio.sleep(0.5)
 
 
 async def steps(scheduler: Any, workers: int, work: float, path: str, answer: dict[str, Any]) -> None:
@@ -103,8 +130,7 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
 
     async with Client(scheduler.address, asynchronous=True, set_as_default=False) as client:
         step("asking")
-        while len(scheduler.running) < max(1, workers):
-            await asyncio.sleep(0.5)
+        await all_up(scheduler, workers)
         told = list((await client.run(about)).values())
         answer["workers"], answer["scheduler"] = told, os.getpid()
 
@@ -115,13 +141,20 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
         answer["spill"] = spill = {"limit": limit, "size": size // each * each}
         made = client.map(chunk, range(size // each), size=each, pure=False)
         with client.as_current():
-            await wait(made)
-        spill["spilled"] = sum((await client.run(spilled)).values())
-        # What is still in memory first: it makes room for the rest.
-        read = client.map(length, made[::-1], pure=False)
-        del made  # each goes once it was read, else it takes the place of one that is written again
-        lengths = await client.gather(read)
-        spill["read"] = sum(lengths) if min(lengths) >= 0 else -1
+            ready = await whole(scheduler, wait(made))
+        if ready:
+            spill["spilled"] = sum((await client.run(spilled)).values())
+            # What is still in memory first: it makes room for the rest.
+            read = client.map(length, made[::-1], pure=False)
+            # Each goes once it was read, else it takes the place of one that is written again.
+            del made, ready
+            lengths = await whole(scheduler, client.gather(read))
+            del read
+            if lengths:
+                spill["read"] = sum(lengths) if min(lengths) >= 0 else -1
+        else:
+            del made
+        await all_up(scheduler, workers)
         spill["pids"] = [w["pid"] for w in (await client.run(about)).values()]
 
         step("leaking")
@@ -137,25 +170,24 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
             await asyncio.sleep(0.5)
 
         step("coming back")
-        while len(scheduler.running) < max(1, workers):
-            await asyncio.sleep(0.5)
+        await all_up(scheduler, workers)
         answer["served"] = await client.submit(sum, [20, 22], pure=False)
         answer["back"] = list((await client.run(about)).values())
         step("nothing")
 
 
-def begin(workers: int, work: float, seconds: float, path: str, dask_scheduler: Any = None) -> None:
+def begin(workers: int, work: float, end: float, path: str, dask_scheduler: Any = None) -> None:
     """Start all that in the scheduler, and return."""
-    going = asyncio.get_running_loop().create_task(follow(dask_scheduler, workers, work, seconds, path))
+    going = asyncio.get_running_loop().create_task(follow(dask_scheduler, workers, work, end, path))
     dask_scheduler.ami_builder_pressure = going  # a task that nobody holds may vanish
 
 
-def main(workers: int, work: float, seconds: float, path: str) -> None:
+def main(workers: int, work: float, end: float, path: str) -> None:
     """Leave the steps with the scheduler."""
     from distributed import Client  # type: ignore[import-not-found,unused-ignore]
 
-    with Client(SCHEDULER, timeout=seconds, set_as_default=False) as client:
-        client.run_on_scheduler(begin, workers=workers, work=work, seconds=seconds, path=path)
+    with Client(SCHEDULER, timeout=max(1.0, end - uptime()), set_as_default=False) as client:
+        client.run_on_scheduler(begin, workers=workers, work=work, end=end, path=path)
 
 
 if __name__ == "__main__":

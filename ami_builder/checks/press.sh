@@ -49,7 +49,7 @@ container
 
 section client
 # Dask has to give up before this does.
-sh -c "$probe" sh "$pid" "$seconds" "$program" "$workers" "$work" "$((seconds * 3 / 4))" "$inside" 2>&1
+sh -c "$probe" sh "$pid" "$seconds" "$program" "$workers" "$work" "$((end - seconds / 4))" "$inside" 2>&1
 wait_for "$outside.leaked" "$outside.json"
 
 # The whole limit, beside what is in use already; without one, nearly all that the machine has.

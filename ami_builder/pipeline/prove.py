@@ -166,6 +166,7 @@ class _Way:
             ),
             directory=self.evidence,
             timeout=settings.timeout,
+            alive=self.machine.check_alive,
             on_result=lambda result: step.update(result.name),
             on_ready=on_ready,
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -125,32 +128,60 @@ def test_a_headroom_leaves_the_share_to_start_dask(role: str, workers: int) -> N
     assert f"--memory-limit ${{DASK_WORKER_MEMORY:-{fraction}}} " in sent
 
 
-def _local(tmp_path: Path, scenario: str) -> subprocess.Popen[bytes]:
-    """Start the local role's shell with a `dask` that behaves as `scenario` says."""
+@contextmanager
+def _local(tmp_path: Path, scenario: str, service: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a whole cluster's shell with a `dask` that behaves as `scenario` says; what is left ends too."""
     fake(tmp_path, "dask", scenario)
-    script = _command(image(), "local").replace("$$", "$").replace("${DASK_THREADS:-0}", "0")
-    return subprocess.Popen(["sh", "-c", script], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    *shell, script = service["command"]
+    for compose, shells in (("$$", "$"), ("${DASK_THREADS:-0}", "0"), ("${DASK_WORKER_MEMORY:-1.0}", "1.0")):
+        script = script.replace(compose, shells)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen([*shell, script], env=env, start_new_session=True)
+    try:
+        yield process
+    finally:
+        # As the end of a container's first process does.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _own() -> dict[str, Any]:
+    return _services(image())["local"]
+
+
+def _sent() -> dict[str, Any]:
+    """What a control plane sends, as the checks have it."""
+    files = yaml.safe_load(render.user_data(image(), nonce="x"))["write_files"]
+    service: dict[str, Any] = yaml.safe_load(files[1]["content"])["services"]["cluster"]
+    return service
 
 
 STAYS = 'trap "exit 0" TERM; : >"$0.$1.ready"; sleep 60 & wait'
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_local_fails_when_the_worker_ends_by_itself(tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize("service", [_own, _sent])
+@pytest.mark.parametrize("status", [0, 1, 137])
+@pytest.mark.parametrize(("ends", "other"), [("worker", "scheduler"), ("scheduler", "worker")])
+def test_local_fails_at_once_when_one_side_ends_by_itself(
+    tmp_path: Path, ends: str, other: str, status: int, service: Callable[[], dict[str, Any]]
+) -> None:
+    """A worker waits for minutes for a scheduler that the kernel has killed, and the cluster hangs."""
     # A shell that has only just forked may lose the signal that ends it; no real worker ends that early.
-    early = f'until [ -e "$0.scheduler.ready" ]; do sleep 0.01; done; exit {status}'
-    process = _local(tmp_path, f"case $1 in worker) {early} ;; esac\n{STAYS}")
-    assert process.wait(30) == 1
-    # The scheduler may be stopped before it has said that it was called.
-    assert any(call.startswith("worker ") for call in calls(tmp_path, "dask"))
+    early = f'until [ -e "$0.{other}.ready" ]; do sleep 0.01; done; exit {status}'
+    with _local(tmp_path, f"case $1 in {ends}) {early} ;; esac\n{STAYS}", service()) as process:
+        assert process.wait(30) == 1
+    # The other may be stopped before it has said that it was called.
+    assert any(call.startswith(f"{ends} ") for call in calls(tmp_path, "dask"))
 
 
-def test_local_ends_well_when_it_is_asked_to(tmp_path: Path) -> None:
-    process = _local(tmp_path, STAYS)
-    _wait_for(tmp_path / "dask.worker.ready")
-    _wait_for(tmp_path / "dask.scheduler.ready")
-    process.terminate()
-    assert process.wait(30) == 0
+@pytest.mark.parametrize("service", [_own, _sent])
+def test_local_ends_well_when_it_is_asked_to(tmp_path: Path, service: Callable[[], dict[str, Any]]) -> None:
+    with _local(tmp_path, STAYS, service()) as process:
+        _wait_for(tmp_path / "dask.worker.ready")
+        _wait_for(tmp_path / "dask.scheduler.ready")
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def _wait_for(path: Path) -> None:

@@ -8,64 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ami_builder import commands, proc
+from ami_builder import commands
 from ami_builder.adapters.dask import cluster
 from ami_builder.spelling import GIB, MIB
+from tests.real_dask import dask, said, scheduler
 
 PRELOAD = Path(__file__).with_name("dask_machine.py")
 TOTAL, AVAILABLE = 8 * GIB, 7500 * MIB
 LIMITS = {"healthy": AVAILABLE, "unlimited": 0, "low": GIB}
-
-
-@contextmanager
-def dask(*arguments: str, log: Path, **environment: str) -> Iterator[Path]:
-    """Run a real dask command until the block ends."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dask", *arguments],
-            env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "info", **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield log
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def said(log: Path, text: str) -> str:
-    """Wait until a log has `text`, and return the log."""
-
-    def look() -> str | None:
-        found = log.read_text(encoding="utf-8")
-        return found if text in found else None
-
-    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=120, interval=0.1)
-
-
-@contextmanager
-def scheduler(folder: Path, protocol: str = "tcp", *more: str) -> Iterator[str]:
-    log = folder / f"{protocol}.log"
-    where = ("--host", f"{protocol}://127.0.0.1", "--port", "0", "--no-dashboard")
-    with dask("scheduler", *where, *more, log=log):
-        text = said(log, "Scheduler at:")
-        found = re.search(rf"{protocol}://127\.0\.0\.1:\d+", text)
-        assert found is not None, text
-        yield found[0]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,8 @@ HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
 DASK_SECONDS = 600.0
+WHOLE = "AMI_BUILDER_TEST_WHOLE"
+"""With this in the environment, tests run that CI leaves out for want of time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -148,7 +150,14 @@ def red(results: Mapping[str, CheckResult]) -> dict[str, str]:
 
 
 @contextmanager
-def booted(image: Image, disk: Path, directory: Path, *, memory: int = 2 * GIB) -> Iterator[Booted]:
+def booted(
+    image: Image,
+    disk: Path,
+    directory: Path,
+    *,
+    memory: int = 2 * GIB,
+    network: Network = Network.ISOLATED,
+) -> Iterator[Booted]:
     """Boot a disk as verification does, and wait for ssh."""
     with ExitStack() as stack:
         key = ssh.generate_key(directory)
@@ -166,7 +175,7 @@ def booted(image: Image, disk: Path, directory: Path, *, memory: int = 2 * GIB) 
             accelerator=accelerator(disk, directory),
             user=image.base.ssh_user,
             imds_port=server.port,
-            network=Network.ISOLATED,
+            network=network,
             instance_id=instance_id,
         )
         endpoint = stack.enter_context(machine)

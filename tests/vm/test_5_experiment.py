@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.vm.conftest import ami_builder
+from tests.vm.conftest import WHOLE, ami_builder
 
 GIB = 1 << 30
-WHOLE = "AMI_BUILDER_TEST_WHOLE"
 
 
 def run(built: Mapping[str, Any], policy: str) -> Mapping[str, Any]:

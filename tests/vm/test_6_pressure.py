@@ -42,9 +42,7 @@ off() {{ sed -i 's|^\( *\)\(DASK.*MEMORY__\)MAX_SPILL:.*|&\n\1\2'"$1"': "False"|
 off TARGET && off SPILL && off PAUSE
 grep 'PAUSE: "False"' {COMPOSE_FILE}
 """,
-        red=frozenset({"all steps were gone", "work twice the limit finishes by spilling"}),
-        # What does not fit is computed again and again.
-        timeout=120,
+        red=frozenset({"work twice the limit finishes by spilling"}),
     ),
     Break(
         name="no nanny, and less told than there is",

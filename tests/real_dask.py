@@ -1,0 +1,52 @@
+"""Dask's own commands on this machine: a scheduler and workers that end with the test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ami_builder import proc
+
+
+@contextmanager
+def dask(*arguments: str, log: Path, **environment: str) -> Iterator[Path]:
+    """Run a real dask command until the block ends."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "info", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield log
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def said(log: Path, text: str) -> str:
+    """Wait until a log has `text`, and return the log."""
+
+    def look() -> str | None:
+        found = log.read_text(encoding="utf-8")
+        return found if text in found else None
+
+    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=120, interval=0.1)
+
+
+@contextmanager
+def scheduler(folder: Path, protocol: str = "tcp", *more: str) -> Iterator[str]:
+    log = folder / f"{protocol}.log"
+    where = ("--host", f"{protocol}://127.0.0.1", "--port", "0", "--no-dashboard")
+    with dask("scheduler", *where, *more, log=log):
+        text = said(log, "Scheduler at:")
+        found = re.search(rf"{protocol}://127\.0\.0\.1:\d+", text)
+        assert found is not None, text
+        yield found[0]

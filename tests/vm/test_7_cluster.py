@@ -1,0 +1,85 @@
+"""`doctor` on one cluster of three machines: one worker is right, one has no limit, one has too little."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder import proc
+from ami_builder.adapters import qemu
+from ami_builder.model import Image, Network
+from tests.real_dask import scheduler
+from tests.vm.conftest import GIB, WHOLE, Booted, ami_builder, booted
+
+LIMITS = {"healthy": "${AVAILABLE_MEMORY_FOR_DASK:-0}", "unlimited": "0", "low": "400m"}
+# As QEMU's user network calls this machine (adapters/qemu/machine.py).
+THIS_MACHINE = "169.254.169.2"
+WORKER_PORT = 8790
+
+
+@pytest.mark.skipif(
+    WHOLE not in os.environ, reason=f"three machines at once take three minutes: {WHOLE}=1 runs it"
+)
+def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
+    built: Mapping[str, Any], image: Image, tmp_path: Path
+) -> None:
+    disk = Path(built["artifact"]["location"])
+    with ExitStack() as stack:
+        address = stack.enter_context(scheduler(tmp_path))
+
+        def start(name: str) -> None:
+            folder = tmp_path / name
+
+            def boot(attempt: int) -> Booted:
+                where = folder / str(attempt)
+                where.mkdir(parents=True)
+                return stack.enter_context(booted(image, disk, where, memory=GIB, network=Network.NAT))
+
+            machine = qemu.boot_again(boot, lambda: True)
+            port = stack.enter_context(machine.forwarded(WORKER_PORT))
+            compose = _compose(image, name, address.replace("127.0.0.1", THIS_MACHINE), port)
+            machine.root("systemctl is-system-running --wait", check=False)
+            machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
+            machine.root("systemctl restart dask")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(start, LIMITS))
+
+        def all_there() -> Mapping[str, Any] | None:
+            answer = ami_builder("doctor", address, "--timeout", "1min", "--json")
+            told: Mapping[str, Any] = answer.json
+            sure = [w for w in told["workers"] if w["health"] not in ("unknown", "no answer")]
+            whole = len(sure) == len(LIMITS)
+            return {**told, "status": answer.status} if whole else None
+
+        told = proc.wait_until(all_there, what="three workers", timeout=600, interval=5)
+    assert {worker["name"]: worker["health"] for worker in told["workers"]} == {
+        "healthy": "right",
+        "unlimited": "too high",
+        "low": "needlessly low",
+    }
+    assert told["status"] == 5
+
+
+def _compose(image: Image, name: str, address: str, port: int) -> dict[str, object]:
+    """One worker that the scheduler reaches by a port of the machine that it runs on."""
+    listen = ("--listen-address", f"tcp://0.0.0.0:{WORKER_PORT}")
+    contact = ("--contact-address", f"tcp://127.0.0.1:{port}")
+    share = ("--memory-limit", "1.0", "--local-directory", "/spill", "--no-dashboard")
+    service = {
+        "image": image.container.reference,
+        "command": ["dask", "worker", address, "--name", name, "--nworkers", "1", *share, *listen, *contact],
+        "network_mode": "host",
+        "init": True,
+        "mem_limit": LIMITS[name],
+        "memswap_limit": LIMITS[name],
+        "volumes": ["/var/lib/dask/spill:/spill"],
+    }
+    return {"services": {"worker": service}}
