@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ami_builder import proc
 from tests.vm.conftest import DASK_SECONDS, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
@@ -83,6 +84,18 @@ def pressed(machine: Booted, broken: Break) -> dict[str, str]:
     machine.root(f"set -e\n{broken.script}\nsystemctl restart dask")
     failed = red(machine.check(broken.name.replace(" ", "-"), phase="pressure", timeout=broken.timeout))
     return {name.removeprefix("pressure: "): message for name, message in failed.items()}
+
+
+def test_a_cluster_whose_scheduler_is_killed_begins_anew(machine: Booted) -> None:
+    """Its worker would wait for it for three minutes, and everybody for the worker."""
+    machine.root("until dask-health; do sleep 1; done")
+    container = "docker ps --quiet --no-trunc --filter label=com.docker.compose.project=dask"
+    began = f"docker inspect --format '{{{{.State.StartedAt}}}}' $({container})"
+    before = machine.root(began)
+    machine.root("kill -KILL $(pgrep -f '^[^ ]*python[^ ]* [^ ]*dask scheduler')")
+    assert proc.wait_until(
+        lambda: machine.root(began, check=False) not in ("", before), what="another start", timeout=60
+    )
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)
