@@ -78,7 +78,7 @@ def leak(limit: int) -> int:
 async def follow(scheduler: Any, workers: int, work: float, end: float, path: str) -> None:
     """Go all steps and write what they showed; what goes wrong on the way is part of that."""
     answer: dict[str, Any] = {"step": "nothing", "error": "", "seconds": {}}
-    before = scheduler.allowed_failures
+    began, before = time.time(), scheduler.allowed_failures
     scheduler.allowed_failures = ALLOWED_FAILURES
     seconds = max(0.0, end - uptime())
     going = asyncio.ensure_future(steps(scheduler, workers, work, path, answer))
@@ -90,8 +90,13 @@ async def follow(scheduler: Any, workers: int, work: float, end: float, path: st
     elif (wrong := going.exception()) is not None:  # there is nobody else to tell
         answer["error"] = f"{answer['step']}: {type(wrong).__name__}: {wrong}"
     scheduler.allowed_failures = before
-    answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in scheduler.get_events(TOPIC)]
-    by_nanny = scheduler.get_events("worker-restart-memory")
+
+    def events(topic: str) -> list[Any]:
+        # Not those of a first try.
+        return [(when, message) for when, message in scheduler.get_events(topic) if when >= began]
+
+    answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in events(TOPIC)]
+    by_nanny = events("worker-restart-memory")
     answer["nanny"] = [{"time": t, "pid": m["pid"], "rss": m["rss"]} for t, m in by_nanny]
     done = Path(f"{path}.json")
     done.with_suffix(".new").write_text(json.dumps(answer))
