@@ -32,6 +32,8 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
 ) -> None:
     disk = Path(built["artifact"]["location"])
     with ExitStack() as stack:
+        # First in, last out: a machine ends with the thread that started it.
+        pool = stack.enter_context(ThreadPoolExecutor(len(LIMITS)))
         address = stack.enter_context(scheduler(tmp_path))
 
         def start(name: str) -> None:
@@ -49,8 +51,7 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
             machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
             machine.root("systemctl restart dask")
 
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(start, LIMITS))
+        list(pool.map(start, LIMITS))
 
         def all_there() -> Mapping[str, Any] | None:
             answer = ami_builder("doctor", address, "--timeout", "1min", "--json")
