@@ -56,12 +56,12 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
         def all_there() -> Mapping[str, Any] | None:
             answer = ami_builder("doctor", address, "--timeout", "1min", "--json")
             told: Mapping[str, Any] = answer.json
-            sure = [w for w in told["workers"] if w["health"] not in ("unknown", "no answer")]
+            sure = [said for said in told["workers"] if said["health"] not in ("unknown", "no answer")]
             whole = len(sure) == len(LIMITS)
             return {**told, "status": answer.status} if whole else None
 
         told = proc.wait_until(all_there, what="three workers", timeout=600, interval=5)
-    assert {worker["name"]: worker["health"] for worker in told["workers"]} == {
+    assert {said["worker"]["name"]: said["health"] for said in told["workers"]} == {
         "healthy": "right",
         "unlimited": "too high",
         "low": "needlessly low",
