@@ -199,16 +199,17 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
     def watch() -> None:
         end = time.monotonic() + seconds
         while not over.wait(min(_ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                late.set()
+                break
             try:
                 alive()
             except AmiBuilderError as wrong:
                 gone.append(wrong)
-            if not gone and time.monotonic() < end:
-                continue
-            if not gone:
-                late.set()
-            proc.stop(process)
+                break
+        else:
             return
+        proc.stop(process)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -206,10 +206,14 @@ def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agen
         "2 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without": Answer.PASSED,
         "2 GiB, 2 CPUs: Dask may use at least 95 % of what the system can really give": Answer.PASSED,
     }
+    frozen = "W3 stands still at least 10 times less than without a limit"
+    assert found[f"4 GiB, 2 CPUs: {frozen}"] is Answer.PASSED
+    assert found[f"8 GiB, 2 CPUs: {frozen}"] is Answer.NOT_SHOWN
     assert [text for text, answer in found.items() if answer is Answer.FAILED] == [
         "with it neither the machine nor ssh is silent for more than 5 s"
     ]
-    spikes = [r for r in runs if (r.case.work, r.case.policy) == (Work.SPIKES, Policy.AVAILABLE)]
+    kind = (2 * GIB, 2), Work.SPIKES, Policy.AVAILABLE
+    spikes = [r for r in runs if (r.case.kind, r.case.work, r.case.policy) == kind]
     assert len(spikes) == PUBLISHED
     assert all(r.done == 200 and r.frozen_longest < 1 for r in spikes)
     assert [r.ssh_longest > SILENT_SECONDS for r in spikes].count(True) == 1

@@ -18,7 +18,9 @@ from ami_builder.model import Image, Network
 from tests.real_dask import scheduler
 from tests.vm.conftest import GIB, WHOLE, Booted, ami_builder, booted
 
-LIMITS = {"healthy": "${AVAILABLE_MEMORY_FOR_DASK:-0}", "unlimited": "0", "low": "400m"}
+VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIABLE, "0.5")}
+"""Of the container, and how much of that the worker is told."""
 # As QEMU's user network calls this machine (adapters/qemu/machine.py).
 THIS_MACHINE = "169.254.169.2"
 WORKER_PORT = 8790
@@ -73,14 +75,15 @@ def _compose(image: Image, name: str, address: str, port: int) -> dict[str, obje
     """One worker that the scheduler reaches by a port of the machine that it runs on."""
     listen = ("--listen-address", f"tcp://0.0.0.0:{WORKER_PORT}")
     contact = ("--contact-address", f"tcp://127.0.0.1:{port}")
-    share = ("--memory-limit", "1.0", "--local-directory", "/spill", "--no-dashboard")
+    limit, part = LIMITS[name]
+    share = ("--memory-limit", part, "--local-directory", "/spill", "--no-dashboard")
     service = {
         "image": image.container.reference,
         "command": ["dask", "worker", address, "--name", name, "--nworkers", "1", *share, *listen, *contact],
         "network_mode": "host",
         "init": True,
-        "mem_limit": LIMITS[name],
-        "memswap_limit": LIMITS[name],
+        "mem_limit": limit,
+        "memswap_limit": limit,
         "volumes": ["/var/lib/dask/spill:/spill"],
     }
     return {"services": {"worker": service}}
