@@ -17,7 +17,7 @@ def runs(built: Mapping[str, Any], policy: str, repeat: int) -> Sequence[Mapping
     """Make some runs, two side by side, and see that asking again makes no other."""
     arguments: tuple[str, ...] = ("experiment", built["artifact"]["location"], "--memory", "1GiB")
     arguments += ("--work", "leak-fast", "--policy", policy, "--repeat", str(repeat), "--jobs", "2")
-    answer = ami_builder(*arguments, "--timeout", "40s", "--json")
+    answer = ami_builder(*arguments, "--timeout", "45s", "--json")
     assert answer.status == 0, answer.stderr
     assert answer.json["left"] == [], answer.json["failed"]
     again = ami_builder(*arguments, "--json", timeout=60)

@@ -53,7 +53,7 @@ grep no-nanny {COMPOSE_FILE}
 """,
         red=frozenset({"all steps were gone", "a leak ends as a killed worker"}),
         # It stays paused with what it has leaked.
-        timeout=70,
+        timeout=90,
     ),
     Break(
         name="a container that dies as a whole",
