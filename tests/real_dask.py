@@ -43,6 +43,7 @@ def said(log: Path, text: str) -> str:
 
 @contextmanager
 def scheduler(folder: Path, protocol: str = "tcp", *more: str) -> Iterator[str]:
+    """Run a scheduler and yield its address."""
     log = folder / f"{protocol}.log"
     where = ("--host", f"{protocol}://127.0.0.1", "--port", "0", "--no-dashboard")
     with dask("scheduler", *where, *more, log=log):

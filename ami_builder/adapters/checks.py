@@ -18,7 +18,7 @@ from threading import Event
 import ami_builder
 from ami_builder import proc
 from ami_builder.checks.context import ENVIRONMENT, Context
-from ami_builder.errors import AmiBuilderError, UsageError
+from ami_builder.errors import UsageError
 from ami_builder.model import CheckResult, Outcome
 
 __all__ = ["Context", "digest", "run", "shipped"]
@@ -194,7 +194,7 @@ def _reason(status: int) -> str:
 @contextmanager
 def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> Iterator[Event]:
     """Stop `process` after `seconds`, which the event tells, or when `alive` raises, which is raised then."""
-    late, over, gone = Event(), Event(), list[AmiBuilderError]()
+    late, over, gone = Event(), Event(), list[Exception]()
 
     def watch() -> None:
         end = time.monotonic() + seconds
@@ -204,7 +204,7 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
                 break
             try:
                 alive()
-            except AmiBuilderError as wrong:
+            except Exception as wrong:  # raised below: here it would end the watch alone
                 gone.append(wrong)
                 break
         else:

@@ -105,9 +105,12 @@ async def follow(scheduler: Any, workers: int, work: float, end: float, path: st
 
 async def whole(scheduler: Any, work: Awaitable[Result]) -> Optional[Result]:  # noqa: UP045 - Python 3.9
     """Return what comes of the work, or None as soon as one of the workers is gone."""
-    doing = asyncio.ensure_future(work)
-    had = {worker.server_id for worker in scheduler.workers.values()}
-    while not doing.done() and had <= {worker.server_id for worker in scheduler.workers.values()}:
+
+    def there() -> set[str]:
+        return {worker.server_id for worker in scheduler.workers.values()}
+
+    doing, had = asyncio.ensure_future(work), there()
+    while not doing.done() and had <= there():
         await asyncio.wait({doing}, timeout=0.5)
     if doing.done():
         return doing.result()

@@ -160,8 +160,8 @@ class Pressed:
         """Tell whom the kernel killed in the container right after another one there; empty for nobody.
 
         Linux may choose a second victim while the first one's memory is on its way back, whoever then asks
-        for some: seen 16 to 170 ms later on emulated machines, in three of some twenty runs. No image can
-        help it.
+        for some: seen 16 to 170 ms later on emulated machines, in three of some twenty runs. That is not the
+        image's fault.
         """
         inside = [kill for kill in self.kills if kill.inside(self.memcg)]
         for first, second in pairwise(inside):

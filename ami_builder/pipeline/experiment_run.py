@@ -29,8 +29,6 @@ from ami_builder.workspace import Run
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
 _BACK_SECONDS = 60.0
-# As QEMU's user network calls this machine, where EC2's metadata are (adapters/qemu/machine.py).
-_THIS_MACHINE = "169.254.169.2"
 
 _LOOK = """
 sed -n 's/^MemTotal: *\\([0-9]*\\) kB/total \\1/p' /proc/meminfo
@@ -127,7 +125,7 @@ class _Run:
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
         key = ssh.generate_key(self.directory)
-        told = user_data(self.image, self.case.policy, f"tcp://{_THIS_MACHINE}:{driver.port}")
+        told = user_data(self.image, self.case.policy, f"tcp://{qemu.THIS_MACHINE}:{driver.port}")
         public_key = key.with_suffix(".pub").read_text().strip()
         endpoint = self.machine.boot(stack, self.directory, told, public_key)
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))

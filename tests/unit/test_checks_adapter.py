@@ -37,6 +37,9 @@ CONTEXT = checks.Context(
     timeout=30,
 )
 
+PRESSED = json.loads((Path(__file__).parent / "test_checks_pressed.json").read_text())
+"""What a machine that is well answered under memory pressure."""
+
 # The command is the last argument; each script is told by its first comment.
 SSH = """\
 #!/bin/sh
@@ -73,14 +76,17 @@ class Fake:
         self.settled(recorded)
         self.answer("gathered", {name: text for name, text in recorded.items() if name != "nonce"})
         (folder / "probed").write_text('{"workers": []}\n')
-        pressed = json.loads((Path(__file__).parent / "test_checks_pressed.json").read_text())
-        self.answer("pressed", {name: text for name, text in pressed.items() if name != "watched"})
+        self.pressed()
 
     def settled(self, recorded: dict[str, str]) -> None:
         self.answer(
             "settled",
             {n: recorded[n] for n in recorded if n in ("nonce", "settled", "container", "memory.stat")},
         )
+
+    def pressed(self, name: str = "pressed", **changed: str) -> None:
+        """Answer under memory pressure as a machine that is well, but for what is changed."""
+        self.answer(name, {n: text for n, text in (PRESSED | changed).items() if n != "watched"})
 
     def answer(self, name: str, sections: dict[str, str]) -> None:
         (self.folder / name).write_text("".join(f"\n\036{n}\n{text}" for n, text in sections.items()))
@@ -273,14 +279,13 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
 
 def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) -> None:
     """The scheduler, 90 ms after the worker: nothing that an image can help."""
-    pressed = json.loads((Path(__file__).parent / "test_checks_pressed.json").read_text())
-    worker, *_ = [line for line in pressed["kernel"].splitlines() if "task=python" in line]
+    worker, *_ = [line for line in PRESSED["kernel"].splitlines() if "task=python" in line]
     at, rest = worker.split(" ", 1)
     scheduler = f"{float(at) + 0.09:.6f} {rest.replace('task=python', 'task=dask')}"
     raced = {"kernel": f"{worker}\n{scheduler}\n", "dask": "", "client": "", "container.after": "another"}
-    fake.answer("pressed", {name: text for name, text in {**pressed, **raced}.items() if name != "watched"})
+    fake.pressed(**raced)
     # Whoever looks at the machine a second time finds it as it should be.
-    fake.answer("pressed.next", {name: text for name, text in pressed.items() if name != "watched"})
+    fake.pressed("pressed.next")
     results = {r.name: r for r in fake.run(*checks.shipped(checks_dir()), phase="pressure")}
     assert verdict(tuple(results.values())).passed, results
     why = "the kernel killed dask 0.09 s after python, in the container"
@@ -289,7 +294,7 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
         "pressed-pressure.json",
         "pressed-again-pressure.json",
     }
-    fake.answer("pressed", {name: text for name, text in {**pressed, **raced}.items() if name != "watched"})
+    fake.pressed(**raced)
     again = {r.name: r for r in fake.run(*checks.shipped(checks_dir()), phase="pressure")}
     steps = again["pressure: all steps were gone"]
     assert steps.outcome is Outcome.FAILED

@@ -184,5 +184,15 @@ def test_local_ends_well_when_it_is_asked_to(tmp_path: Path, service: Callable[[
         assert process.wait(30) == 0
 
 
+def test_local_stays_where_the_containers_tail_cannot_watch(tmp_path: Path) -> None:
+    """BusyBox's has no --pid: that must not end a cluster that is well."""
+    fake(tmp_path, "tail", 'echo "unrecognized option" >&2; : >"$0.failed"; exit 1')
+    with _local(tmp_path, STAYS, _own()) as process:
+        _wait_for(tmp_path / "tail.failed")
+        _wait_for(tmp_path / "dask.worker.ready")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+
+
 def _wait_for(path: Path) -> None:
     assert wait_until(path.exists, what=path.name, timeout=30, interval=0.02)

@@ -21,8 +21,6 @@ from tests.vm.conftest import GIB, WHOLE, Booted, ami_builder, booted
 VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
 LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIABLE, "0.5")}
 """Of the container, and how much of that the worker is told."""
-# As QEMU's user network calls this machine (adapters/qemu/machine.py).
-THIS_MACHINE = "169.254.169.2"
 WORKER_PORT = 8790
 
 
@@ -48,7 +46,7 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
 
             machine = qemu.boot_again(boot, lambda: True)
             port = stack.enter_context(machine.forwarded(WORKER_PORT))
-            compose = _compose(image, name, address.replace("127.0.0.1", THIS_MACHINE), port)
+            compose = _compose(image, name, address.replace("127.0.0.1", qemu.THIS_MACHINE), port)
             machine.root("systemctl is-system-running --wait", check=False)
             machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
             machine.root("systemctl restart dask")

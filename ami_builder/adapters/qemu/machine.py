@@ -41,8 +41,10 @@ _FIRMWARE = (
     ("/opt/homebrew/share/qemu/edk2-x86_64-code.fd", "pflash"),
 )
 
+THIS_MACHINE = "169.254.169.2"
+"""What a guest whose network looks like EC2's calls the machine that it runs on."""
 # 169.254.169.254 has to lie in the guest's own network for QEMU to forward it.
-_EC2_NETWORK = "net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpstart=169.254.169.20"
+_EC2_NETWORK = f"net=169.254.169.0/24,host={THIS_MACHINE},dns=169.254.169.3,dhcpstart=169.254.169.20"
 
 _PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
 # What a kernel says when the image is at fault; other panics under TCG are now and then the emulator's.
