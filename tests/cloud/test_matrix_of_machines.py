@@ -53,6 +53,25 @@ class Crew:
         with Client(self.address, set_as_default=False) as client:
             client.wait_for_workers(count, timeout=BOUND)
 
+    def wait_for_calls(self, *, wanted: int) -> None:
+        """Wait until so many calls are wanted of the cluster, and with none wanted, that workers hold only those in hand."""
+        from distributed import Client
+
+        def of_scheduler(dask_scheduler: Any) -> int:
+            return len(dask_scheduler.tasks)
+
+        def of_worker(dask_worker: Any) -> int:
+            return sum(each.state in ("ready", "waiting") for each in dask_worker.state.tasks.values())
+
+        with Client(self.address, set_as_default=False) as client:
+            wait_until(
+                lambda: client.run_on_scheduler(of_scheduler) == wanted
+                and (wanted or not any(client.run(of_worker).values())),
+                what=f"{wanted} calls",
+                timeout=BOUND,
+                interval=0.05,
+            )
+
     def _add_worker(self) -> None:
         flags = ("--no-nanny", "--nthreads", "1", "--no-dashboard", "--preload", "tests.cloud.preload")
         place = ("--local-directory", str(self.folder), "--death-timeout", "60")
@@ -127,10 +146,18 @@ def meanwhile(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+def launches(cloud: Cloud) -> list[str]:
+    """Return the type of each machine that verification asked for; one repeated for a late answer counts once."""
+    asked = {
+        call.params["ClientToken"]: call.params["InstanceType"]
+        for call in cloud.calls
+        if call.action == "RunInstances" and not call.packer
+    }
+    return list(asked.values())
+
+
 def launched(cloud: Cloud, count: int) -> None:
-    wait_until(
-        lambda: cloud.count("RunInstances") >= count, what="the launches", timeout=BOUND, interval=0.05
-    )
+    wait_until(lambda: len(launches(cloud)) >= count, what="the launches", timeout=BOUND, interval=0.05)
 
 
 def answer(*arguments: str) -> Any:
@@ -163,13 +190,18 @@ def test_a_region_without_the_ami_is_named(cloud: Cloud, crew: Crew) -> None:
 
 def test_one_type_without_capacity_does_not_hide_the_others(cloud: Cloud, crew: Crew) -> None:
     ami = built()
-    before = cloud.count("TerminateInstances")
     cloud.options.no_capacity = {("m5.large", "*")}
     ran = captured("verify", ami, *FLAGS)
     assert ran.status == 6, ran.err
     assert "1 of 3 machines could not be proved: EC2 has no capacity in us-east-1" in ran.err
     assert "m5.large in us-east-1 (on " in ran.err
-    assert cloud.count("TerminateInstances") == before + 2, "the others were proved to their end"
+    ended = {
+        instance
+        for call in cloud.calls
+        if call.action == "TerminateInstances"
+        for instance in call.params["InstanceIds"]
+    }
+    assert len(ended) == 1 + 2, "Packer's, and the others were proved to their end"
     assert verdict_tag(cloud, ami, "us-east-1") == "none"
     only_the_ami(cloud)
 
@@ -179,17 +211,16 @@ def test_a_cluster_without_workers_is_told_at_once(cloud: Cloud, crew: Crew) -> 
     ran = captured("verify", "--target", "aws", "--dask-scheduler", crew.address)
     assert ran.status == 2
     assert "the cluster has no workers" in ran.err
-    assert cloud.count("RunInstances") == 1, "that of Packer"
+    assert launches(cloud) == []
 
 
 def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -> None:
     ami = built()
-    before = cloud.count("RunInstances")
     crew.muster(2)
     killed = crew.workers[-1]
 
     def kill() -> None:
-        launched(cloud, before + 2)
+        launched(cloud, 2)
         wait_until(lambda: len(cloud.left()["instance"]) == 2, what="both", timeout=BOUND, interval=0.05)
         os.kill(killed.pid, signal.SIGKILL)
         crew.go.touch()
@@ -199,7 +230,7 @@ def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -
     killer.join(BOUND)
     assert killed.wait(BOUND) == -signal.SIGKILL
     assert [each["machine"] for each in told["verdict"]["measured"]] == list(TYPES)
-    assert cloud.count("RunInstances") == before + len(TYPES) + 1
+    assert len(launches(cloud)) == len(TYPES) + 1
     assert verdict_tag(cloud, ami, "us-east-1") == "passed"
     left = cloud.left()
     assert len(left["instance"]) == len(left["security-group"]) == 1
@@ -210,10 +241,10 @@ def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -
 def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew) -> None:
     crew.muster(1)
     ami = built()
-    before = cloud.count("RunInstances")
 
     def stop() -> None:
-        launched(cloud, before + 1)
+        launched(cloud, 1)
+        crew.wait_for_calls(wanted=len(TYPES))
         os.kill(os.getpid(), signal.SIGINT)
 
     was = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -227,9 +258,10 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
     stopper.join(BOUND)
     assert ran.status == 130, ran.err
     assert "goes on to its end" in ran.err
+    crew.wait_for_calls(wanted=0)
     crew.go.touch()
     wait_until(lambda: cloud.left().keys() == {"image", "snapshot"}, what="the worker's end", timeout=BOUND)
-    assert cloud.count("RunInstances") == before + 1, "the other cells were cancelled"
+    assert len(launches(cloud)) == 1, "the other cells were cancelled"
 
 
 def test_workers_with_another_version_are_refused(
