@@ -39,8 +39,8 @@ while [ -z "$reason" ]; do
             continue
             ;;
     esac
-    ActiveState='' NRestarts=0 Job=''
-    eval "$(systemctl show dask.service -p ActiveState -p NRestarts -p Job | sed 's/=\(.*\)/="\1"/')"
+    ActiveState='' NRestarts=0 Job='' ExecMainPID=0
+    eval "$(systemctl show dask.service -p ActiveState -p NRestarts -p Job -p ExecMainPID | sed 's/=\(.*\)/="\1"/')"
     if late; then
         reason="Dask did not answer within $2 s; dask.service is $ActiveState"
     elif [ "$ActiveState" = failed ]; then
@@ -49,6 +49,7 @@ while [ -z "$reason" ]; do
         reason="dask.service was restarted $NRestarts times"
     elif [ "$ActiveState" = inactive ] && [ -z "$Job" ] && started; then
         reason="dask.service was never started"
+        [ "${ExecMainPID:-0}" = 0 ] || reason="dask.service has ended, as if that had been asked for"
     else
         sleep 2
     fi

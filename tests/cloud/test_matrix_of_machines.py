@@ -54,7 +54,7 @@ class Crew:
             client.wait_for_workers(count, timeout=BOUND)
 
     def wait_for_calls(self, *, wanted: int) -> None:
-        """Wait until so many calls are wanted of the cluster, and with none wanted, that workers hold only those in hand."""
+        """Wait until so many calls are wanted; with none, until workers only end what they have begun."""
         from distributed import Client
 
         def of_scheduler(dask_scheduler: Any) -> int:
@@ -65,8 +65,10 @@ class Crew:
 
         with Client(self.address, set_as_default=False) as client:
             wait_until(
-                lambda: client.run_on_scheduler(of_scheduler) == wanted
-                and (wanted or not any(client.run(of_worker).values())),
+                lambda: (
+                    client.run_on_scheduler(of_scheduler) == wanted
+                    and (wanted or not any(client.run(of_worker).values()))
+                ),
                 what=f"{wanted} calls",
                 timeout=BOUND,
                 interval=0.05,
@@ -147,7 +149,7 @@ def meanwhile(act: Callable[[], None]) -> threading.Thread:
 
 
 def launches(cloud: Cloud) -> list[str]:
-    """Return the type of each machine that verification asked for; one repeated for a late answer counts once."""
+    """Return the types that verification launched; a call repeated for a late answer counts once."""
     asked = {
         call.params["ClientToken"]: call.params["InstanceType"]
         for call in cloud.calls

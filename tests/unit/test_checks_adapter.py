@@ -176,7 +176,9 @@ def test_nobody_is_told_of_a_dask_that_does_not_answer(fake: Fake, answer: dict[
         ("HTTP/1.0 200 OK", "active", ANSWERS),
         ("", "failed", "dask.service has failed"),
         ("HTTP/1.0 503 x", "inactive", "dask.service was never started"),
+        ("", "inactive\\nExecMainPID=812", "dask.service has ended, as if that had been asked for"),
     ],
+    ids=["answers", "failed", "never started", "ended"],
 )
 def test_how_settle_ends(tmp_path: Path, health: str, service: str, reason: str) -> None:
     told = f"echo running; [ \"$1\" != show ] || printf 'ActiveState={service}\\nNRestarts=0\\nJob=\\n'"

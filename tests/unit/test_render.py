@@ -15,6 +15,7 @@ from tests.unit.guest import image
 CONTRACT = {
     "/usr/local/sbin/start-dask": 0o755,
     "/usr/local/sbin/dask-health": 0o755,
+    "/usr/local/sbin/remove-dask": 0o755,
     "/etc/systemd/system/dask.service": 0o644,
     "/etc/systemd/system/dask-health.service": 0o644,
     "/etc/systemd/system/dask-health.timer": 0o644,

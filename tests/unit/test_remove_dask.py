@@ -1,0 +1,45 @@
+"""remove-dask outside a VM: a real shell and a fake docker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ami_builder import resources
+from tests.unit.fakes import calls, fake
+
+DOCKER = """
+case $1 in
+    ps) [ -z "${FAKE_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
+    inspect) printf '%s' "${FAKE_RESTARTS:-}" ;;
+esac
+"""
+
+
+def removed(programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    fake(programs, "docker", DOCKER)
+    return subprocess.run(
+        [resources.packer_dir() / "guest/usr/local/sbin/remove-dask"],
+        env={"PATH": f"{programs}:{os.environ['PATH']}", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("restarts", "status"), [("0", 0), ("1", 1), ("0\n3", 1), ("", 0)])
+def test_a_container_that_docker_began_anew_is_a_failure(tmp_path: Path, restarts: str, status: int) -> None:
+    done = removed(tmp_path, FAKE_CONTAINERS="aaa\nbbb", FAKE_RESTARTS=restarts)
+    assert done.returncode == status, done.stderr
+    assert ("starts over" in done.stdout) is bool(status)
+    assert calls(tmp_path, "docker")[-1] == "rm --force --volumes aaa bbb"
+
+
+def test_nothing_to_remove_and_no_docker_are_no_failure(tmp_path: Path) -> None:
+    assert removed(tmp_path).returncode == 0
+    assert removed(tmp_path, FAKE_DOWN="1").returncode == 0
+    assert not any(call.startswith("rm") for call in calls(tmp_path, "docker"))
