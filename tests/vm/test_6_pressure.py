@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from ami_builder import proc
+from ami_builder.checks.watch import ANSWER
 from tests.vm.conftest import DASK_SECONDS, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
@@ -22,6 +23,18 @@ _AGENT = """
 systemd-run --quiet --unit=test-agent -p OOMScoreAdjust=1000 -p Restart=always \\
     python3 -c 'import time; held = b"x" * (64 << 20); time.sleep(9999)'
 """
+# What should answer logins does not for a while, once the steps have begun.
+_MUTE = f"""
+rm -f {ANSWER}
+systemd-run --quiet --unit=test-mute sh -c 'until [ -e {ANSWER} ]; do sleep 1; done; sleep 5
+    pid=$(systemctl show ssh --property MainPID --value); kill -STOP $pid; sleep 15; kill -CONT $pid'
+"""
+# Without a nanny, the worker that comes after a killed one is told of half the memory.
+_SMALLER_NEXT = (
+    r"sed -i 's|dask worker \(.*\) --memory-limit 1.0 \(.*\) &$|{ part=1.0; while :; do "
+    r"dask worker \1 --no-nanny --memory-limit $$part \2; part=0.5; done; } \&|' "
+    rf"{COMPOSE_FILE} && grep part=0.5 {COMPOSE_FILE}"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +50,19 @@ class Break:
 
 BREAKS = (
     Break(
-        name="no spilling",
+        name="no spilling, a smaller worker next, and nobody answers logins",
         script=rf"""
 off() {{ sed -i 's|^\( *\)\(DASK.*MEMORY__\)MAX_SPILL:.*|&\n\1\2'"$1"': "False"|' {COMPOSE_FILE}; }}
 off TARGET && off SPILL && off PAUSE
 grep 'PAUSE: "False"' {COMPOSE_FILE}
-""",
-        red=frozenset({"work twice the limit finishes by spilling"}),
+{_SMALLER_NEXT}{_MUTE}""",
+        red=frozenset(
+            {
+                "work twice the limit finishes by spilling",
+                "the workers are back",
+                "ssh answers all the time",
+            }
+        ),
     ),
     Break(
         name="no nanny, and less told than there is",
@@ -118,6 +137,6 @@ def test_a_machine_that_deserves_it_goes_red(
     try:
         failed = pressed(machine, broken)
     finally:
-        undo = f"{_KILL_LATE}; rm -f {SCOPES}; systemctl daemon-reload; systemctl stop test-agent"
+        undo = f"{_KILL_LATE}; rm -f {SCOPES}; systemctl daemon-reload; systemctl stop test-agent test-mute"
         machine.root(undo, check=False)
     assert broken.red <= failed.keys(), failed
