@@ -26,7 +26,7 @@ from .context import ENVIRONMENT, Context
 from .pressed import Pressed
 from .reports import NOTE, message_of, name_of
 from .state import ANSWERS, Container, Dask, Incomplete, Machine, Sections, sections
-from .watch import ANSWER, watch
+from .watch import ANEW, ANSWER, watch
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
@@ -182,7 +182,7 @@ class _Run:
         arguments = (container, pid, *numbers, *texts)
         self.run(_ALONE, _text("press.sh"), "sh", *arguments)
         host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
-        watched = watch(["ssh", "-F", ssh_config, host.removeprefix("ssh://"), "--"], 1.5 * seconds)
+        watched = watch(["ssh", *ANEW, "-F", ssh_config, host.removeprefix("ssh://"), "--"], 1.5 * seconds)
         answer, errors, _ = self.run(f"cat {ANSWER}; cat {ANSWER}.err >&2")
         text = sections(answer)
         self.record(record, {**text, "stderr": errors, "watched": asdict(watched)})

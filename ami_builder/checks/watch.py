@@ -12,7 +12,10 @@ from ami_builder.errors import TimedOut
 ANSWER = "/run/ami-builder-pressure"
 """Where press.sh writes what happened; its last line is `end`."""
 
-EVERY_SECONDS = 1.0
+ANEW = ("-o", "ControlPath=none")
+"""What makes ssh log in: one more command over a connection that is there needs no sshd, and tells less."""
+EVERY_SECONDS = 3.0
+"""From the end of a login to the next; each takes an emulated machine some 0.7 s of a processor."""
 _LOGIN_SECONDS = 60.0
 
 
@@ -28,7 +31,7 @@ class Watched:
 
 
 def watch(ssh: Sequence[str], seconds: float) -> Watched:
-    """Log in with the command line `ssh` about every second, until press.sh has ended or time is up."""
+    """Log in with the command line `ssh` again and again, until press.sh has ended or time is up."""
     watched = Watched(times=[time.monotonic()])
 
     def answered() -> bool:
