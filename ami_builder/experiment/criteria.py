@@ -117,8 +117,8 @@ def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
         _none_of(limited, "with AVAILABLE_MEMORY_FOR_DASK the kernel never kills for want of the machine's "
                  "memory", lambda r: r.global_kills, "such kills"),
         _silence(limited),
-        _none_of(limited, "with it no login by ssh fails", lambda r: r.ssh_failed, "logins failed"),
-        _none_of(limited, "with it no other service is killed", lambda r: len(r.harmed), "processes killed"),
+        _none_of(limited, "with it no login by ssh fails", lambda r: r.ssh_failed, "failed logins"),
+        _none_of(limited, "with it no other service is killed", lambda r: len(r.harmed), "killed processes"),
         _fails_without(free),
         *(_of_spikes(kind, results) for kind in _kinds(results)),
         *(_frozen(kind, results) for kind in _kinds(results)),
@@ -136,7 +136,7 @@ def _none_of(runs: Sequence[Result], text: str, count: Callable[[Result], int], 
         return Judged(text=text, answer=Answer.NOT_SHOWN, found="no run", runs=0)
     bad = sum(count(result) for result in runs)
     where = sum(count(result) > 0 for result in runs)
-    found = f"{bad} {what}" + (f", in {where} of {len(runs)} runs" if bad else "")
+    found = f"{what}: {bad}" + (f", in {where} of {len(runs)} runs" if bad else "")
     return Judged(text=text, answer=Answer.FAILED if bad else Answer.PASSED, found=found, runs=len(runs))
 
 
