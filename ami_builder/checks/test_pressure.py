@@ -19,7 +19,7 @@ pytestmark = pytest.mark.pressure
 MIB = 1 << 20
 GIB = 1 << 30
 SILENT_SECONDS = 10.0
-"""A login takes half a second on an idle emulated machine; a frozen one is silent for minutes."""
+"""From one answer to the next, with a pause between; a frozen machine is silent for minutes."""
 
 KILLED = 137
 """Exit status of what the kernel killed."""

@@ -15,6 +15,7 @@ DOCKER = """
 case $1 in
     ps) [ -z "${FAKE_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
     inspect) printf '%s' "${FAKE_RESTARTS:-}" ;;
+    rm) [ -z "${FAKE_STAYS:-}" ] ;;
 esac
 """
 
@@ -37,6 +38,11 @@ def test_a_container_that_docker_began_anew_is_a_failure(tmp_path: Path, restart
     assert done.returncode == status, done.stderr
     assert ("starts over" in done.stdout) is bool(status)
     assert calls(tmp_path, "docker")[-1] == "rm --force --volumes aaa bbb"
+
+
+def test_a_container_that_stays_hides_nothing(tmp_path: Path) -> None:
+    assert removed(tmp_path, FAKE_CONTAINERS="aaa", FAKE_RESTARTS="1", FAKE_STAYS="1").returncode == 1
+    assert removed(tmp_path, FAKE_CONTAINERS="aaa", FAKE_RESTARTS="0", FAKE_STAYS="1").returncode == 0
 
 
 def test_nothing_to_remove_and_no_docker_are_no_failure(tmp_path: Path) -> None:
