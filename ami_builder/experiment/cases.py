@@ -76,6 +76,8 @@ _POLICIES = {
 }
 RESERVE_PERCENT = {Policy.AVAILABLE: 0, Policy.HEADROOM_2: 2, Policy.HEADROOM: 5, Policy.DASK_ONLY: 0}
 """What `memory.reserve` is under these policies, whatever the image's own is."""
+DEFAULT = Policy.HEADROOM_2
+"""The policy with the default of `memory.reserve`."""
 _WORK = {
     Work.ARRAY: "W1: random blocks of 2.5 × memory, kept and reduced",
     Work.LEAK_SLOW: "W2: a leak up to the whole machine, slow",

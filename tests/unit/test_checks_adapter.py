@@ -275,6 +275,9 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     assert {r.name.split(":")[0] for r in results} == {"pressure", "own"}
     assert {r.name: r.message for r in results}["own: restarts"] == "3 kills"
     assert [r.name for r in fake.run(own, phase="restart")] == ["own: always"]
+    logins = [line for line in (fake.folder / "argv").read_text().splitlines() if "tail -c 4" in line]
+    assert logins
+    assert all("-o ControlPath=none" in line for line in logins), "a shared connection needs no sshd"
     told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
     assert len(told["watched"]["times"]) == 2
 

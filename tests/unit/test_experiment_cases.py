@@ -18,6 +18,7 @@ from ami_builder import config
 from ami_builder.adapters.imds import MAX_USER_DATA
 from ami_builder.experiment import tasks
 from ami_builder.experiment.cases import (
+    DEFAULT,
     RESERVE_PERCENT,
     Case,
     Policy,
@@ -29,6 +30,7 @@ from ami_builder.experiment.cases import (
     plan,
 )
 from ami_builder.experiment.user_data import user_data
+from ami_builder.model import Reserve
 from ami_builder.spelling import GIB, MIB
 from tests.unit.experiments import case
 
@@ -45,6 +47,10 @@ PLANS = st.fixed_dictionaries(
         "seed": st.integers(0, 10),
     }
 )
+
+
+def test_the_default_policy_is_the_image_s_default() -> None:
+    assert IMAGE.reserve == Reserve(percent=RESERVE_PERCENT[DEFAULT])
 
 
 @given(PLANS, st.randoms(use_true_random=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from hypothesis import strategies as st
 
 from ami_builder import proc
 from ami_builder.experiment import results
-from ami_builder.experiment.cases import Policy, Work
+from ami_builder.experiment.cases import DEFAULT, Policy, Work
 from ami_builder.experiment.criteria import PUBLISHED, SILENT_SECONDS, Answer, judge, rows, unhurt
 from ami_builder.experiment.criteria import given as system_gave
 from ami_builder.experiment.findings import notes, shares
 from ami_builder.experiment.results import Login, Tick
 from ami_builder.pressure import kills
 from ami_builder.spelling import GIB, MIB
-from tests.unit.experiments import BAD, GOOD, SAME, recorded, result
+from tests.unit.experiments import BAD, GOOD, SAME, case, recorded, result
 
 
 def tick(uptime: float, held: int = 0) -> Tick:
@@ -131,7 +132,7 @@ def test_a_bad_one_fails_each_criterion() -> None:
     found = answers(BAD)
     passed = [text for text, answer in found.items() if answer is not Answer.FAILED]
     assert [text for text in passed if "login" not in text and "without a limit the same" not in text] == []
-    assert found["with it no login by ssh fails"] is Answer.PASSED
+    assert found["reserve 0: no login by ssh fails"] is Answer.PASSED
 
 
 def test_what_was_not_run_is_not_shown() -> None:
@@ -154,6 +155,23 @@ def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
 def test_an_array_that_is_not_finished_is_not_fast() -> None:
     short = (GOOD[6], replace(GOOD[7], seconds=10.0, failed=1))
     assert answers(short)["1 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without"] is Answer.FAILED
+
+
+def test_the_default_reserve_is_judged_where_it_was_run() -> None:
+    def judged(*extra: results.Result) -> dict[str, Answer]:
+        told = answers((*GOOD, *extra))
+        return {text: answer for text, answer in told.items() if "the default reserve of 2 %" in text}
+
+    given_it = replace(GOOD[3], case=case(policy=DEFAULT))
+    assert judged() == {}
+    well = judged(given_it)
+    assert set(well.values()) == {Answer.PASSED}
+    assert len(well) == 5
+    worse = judged(
+        replace(given_it, global_kills=1, frozen_longest=5.1, ssh_failed=1, harmed=("sshd",), limit=700 * MIB)
+    )
+    assert set(worse.values()) == {Answer.FAILED}
+    assert set(worse) == set(well)
 
 
 def test_one_login_that_fails_is_harm() -> None:
@@ -205,23 +223,32 @@ def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agen
         "2 GiB, 2 CPUs: W3 stands still at least 10 times less than without a limit": Answer.PASSED,
         "2 GiB, 2 CPUs: W1 takes at most 1.15 × as long as without": Answer.PASSED,
         "2 GiB, 2 CPUs: Dask may use at least 95 % of what the system can really give": Answer.PASSED,
+        "2 GiB, 2 CPUs, the default reserve of 2 %: Dask may use at least 95 % of what the system can really "
+        "give": Answer.PASSED,
     }
     frozen = "W3 stands still at least 10 times less than without a limit"
     assert found[f"4 GiB, 2 CPUs: {frozen}"] is Answer.PASSED
     assert found[f"8 GiB, 2 CPUs: {frozen}"] is Answer.NOT_SHOWN
     assert [text for text, answer in found.items() if answer is Answer.FAILED] == [
-        "with AVAILABLE_MEMORY_FOR_DASK the kernel never kills for want of the machine's memory",
-        "with it neither the machine nor ssh is silent for more than 5 s",
-        "with it no login by ssh fails",
-    ], "all of them beside an agent that grows, where nothing is reserved for it"
+        "reserve 0: the kernel never kills for want of the machine's memory",
+        "reserve 0: neither the machine nor ssh is silent for more than 5 s",
+        "reserve 0: no login by ssh fails",
+        "the default reserve of 2 %: neither the machine nor ssh is silent for more than 5 s",
+        "1 GiB, 2 CPUs, the default reserve of 2 %: Dask may use at least 95 % of what the system can really "
+        "give",
+    ]
     agent = [r for r in runs if r.case.work is Work.AGENT]
     assert {r.case.policy for r in agent if r.global_kills or r.ssh_failed} == {Policy.AVAILABLE}
-    assert all(r.frozen < 2 for r in agent if r.case.policy is Policy.HEADROOM_2)
-    kind = (2 * GIB, 2), Work.SPIKES, Policy.AVAILABLE
-    spikes = [r for r in runs if (r.case.kind, r.case.work, r.case.policy) == kind]
-    assert len(spikes) == PUBLISHED
-    assert all(r.done == 200 and r.frozen_longest < 1 for r in spikes)
-    assert [r.ssh_longest > SILENT_SECONDS for r in spikes].count(True) == 1
+    default = [r for r in runs if r.case.policy is DEFAULT]
+    assert {r.case.work for r in default if r.case.memory == 2 * GIB} == set(Work)
+    assert all(r.frozen_longest < 3 for r in default)
+    assert [r.ssh_longest > SILENT_SECONDS for r in default].count(True) == 4
+    limited = (Policy.AVAILABLE, DEFAULT)
+    spikes = [r for r in runs if r.case.work is Work.SPIKES and r.case.policy in limited]
+    assert all(r.done == 200 and r.frozen_longest < 3 for r in spikes)
+    assert [r.ssh_longest > SILENT_SECONDS for r in spikes].count(True) == 4
+    counts = Counter(r.case.policy for r in spikes if r.case.memory == 2 * GIB)
+    assert counts == dict.fromkeys(limited, PUBLISHED)
     used = {one.policy: one.of_given for one in shares(runs) if one.kind == (2 * GIB, 2)}
     assert all((used[policy] or 0) > 0.95 for policy in (Policy.AVAILABLE, Policy.HEADROOM_2))
     assert (used[Policy.HEADROOM] or 1) < 0.95
