@@ -116,8 +116,8 @@ def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
     """Return every criterion with its answer."""
     kinds = _kinds(results)
     return (
-        *_unhurt(Policy.AVAILABLE, "reserve 0", results),
-        *(_unhurt(DEFAULT, _DEFAULT, results) if _of(DEFAULT, results) else ()),
+        *_outside(Policy.AVAILABLE, "reserve 0", results),
+        *(_outside(DEFAULT, _DEFAULT, results) if _of(DEFAULT, results) else ()),
         _fails_without(_of(Policy.NONE, results)),
         *(_of_spikes(kind, results) for kind in kinds),
         *(_frozen(kind, results) for kind in kinds),
@@ -138,7 +138,7 @@ def _kinds(results: Sequence[Result]) -> list[Kind]:
     return sorted({result.case.kind for result in results})
 
 
-def _unhurt(policy: Policy, name: str, results: Sequence[Result]) -> tuple[Judged, ...]:
+def _outside(policy: Policy, name: str, results: Sequence[Result]) -> tuple[Judged, ...]:
     runs = _of(policy, results)
     return (
         _none_of(runs, f"{name}: the kernel never kills for want of the machine's memory",
