@@ -49,7 +49,8 @@ def experiment(
         list[str] | None,
         typer.Option(
             "--work",
-            help="spikes, leak-slow, leak-fast, array, matrix, agent; repeatable.  [default: spikes]",
+            help="spikes, leak-slow, leak-fast, array, matrix, agent, restarts (the control); repeatable.  "
+            "[default: spikes]",
         ),
     ] = None,
     memory: Annotated[

@@ -58,6 +58,8 @@ class Work(StrEnum):
     """A product of matrices of blocks, of which more are needed than memory holds."""
     AGENT = "agent"
     """The spikes, beside a logging agent that grows by 4 % of the machine after memory was measured."""
+    RESTARTS = "restarts"
+    """The control for the spikes: those that would take more than there is end their worker and take none."""
 
     @property
     def text(self) -> str:
@@ -85,6 +87,7 @@ _WORK = {
     Work.SPIKES: "W3: 200 tasks, of which 5 % spike at first",
     Work.MATRIX: "W4: a product of matrices that spills",
     Work.AGENT: "W5: the same as W3, beside an agent that grows",
+    Work.RESTARTS: "W3's control: workers end, and no memory is taken",
 }
 
 

@@ -25,7 +25,10 @@ NOISE = 0.05
 PUBLISHED = 5
 """Of so many runs of each kind a number that is published should be the median."""
 
-_DEFAULT = f"the default reserve of {RESERVE_PERCENT[DEFAULT]} %"
+_NAMES = {
+    Policy.AVAILABLE: f"reserve {RESERVE_PERCENT[Policy.AVAILABLE]}",
+    DEFAULT: f"the default reserve of {RESERVE_PERCENT[DEFAULT]} %",
+}
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -112,20 +115,23 @@ def grouped(values: Iterable[V], key: Callable[[V], K]) -> Mapping[K, list[V]]:
     return found
 
 
+def asked(results: Iterable[Result]) -> list[Result]:
+    """Leave the control out: what its machines suffer comes of no memory that Dask has taken."""
+    return [result for result in results if result.case.work is not Work.RESTARTS]
+
+
 def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
     """Return every criterion with its answer."""
-    kinds = _kinds(results)
+    results = asked(results)
+    reserves = [Policy.AVAILABLE, *([DEFAULT] if _of(DEFAULT, results) else [])]
     return (
-        *_outside(Policy.AVAILABLE, "reserve 0", results),
-        *(_outside(DEFAULT, _DEFAULT, results) if _of(DEFAULT, results) else ()),
+        *(one for policy in reserves for one in _outside(policy, results)),
         _fails_without(_of(Policy.NONE, results)),
-        *(_of_spikes(kind, results) for kind in kinds),
-        *(_frozen(kind, results) for kind in kinds),
-        *(_array(kind, results) for kind in kinds),
-        *(_used(kind, Policy.AVAILABLE, said(kind), results) for kind in kinds),
         *(
-            _used(kind, DEFAULT, f"{said(kind)}, {_DEFAULT}", results)
-            for kind in _kinds(_of(DEFAULT, results))
+            ask(kind, policy, results)
+            for ask in (_of_spikes, _frozen, _array, _used)
+            for policy in reserves
+            for kind in _kinds(results if policy is Policy.AVAILABLE else _of(policy, results))
         ),
     )
 
@@ -138,8 +144,8 @@ def _kinds(results: Sequence[Result]) -> list[Kind]:
     return sorted({result.case.kind for result in results})
 
 
-def _outside(policy: Policy, name: str, results: Sequence[Result]) -> tuple[Judged, ...]:
-    runs = _of(policy, results)
+def _outside(policy: Policy, results: Sequence[Result]) -> tuple[Judged, ...]:
+    runs, name = _of(policy, results), _NAMES[policy]
     return (
         _none_of(runs, f"{name}: the kernel never kills for want of the machine's memory",
                  lambda r: r.global_kills, "such kills"),
@@ -188,35 +194,30 @@ def unhurt(result: Result) -> bool:
     return not (result.global_kills or result.harmed or result.ssh_failed) and silent <= SILENT_SECONDS
 
 
-def _pair(kind: Kind, work: Work, results: Sequence[Result]) -> tuple[Row, Row] | None:
-    found = {row.policy: row for row in rows(results) if (row.kind, row.work) == (kind, work)}
-    if Policy.NONE in found and Policy.AVAILABLE in found:
-        return found[Policy.NONE], found[Policy.AVAILABLE]
-    return None
-
-
 def _compared(
-    text: str, kind: Kind, work: Work, results: Sequence[Result],
+    text: str, kind: Kind, policy: Policy, work: Work, results: Sequence[Result],
     compare: Callable[[Row, Row], tuple[Answer, str]],
 ) -> Judged:  # fmt: skip
-    text = f"{said(kind)}: {text}"
-    pair = _pair(kind, work, results)
-    if pair is None:
+    text = f"{said(kind)}, {_NAMES[policy]}: {text}"
+    found = {row.policy: row for row in rows(results) if (row.kind, row.work) == (kind, work)}
+    if not {Policy.NONE, policy} <= found.keys():
         return Judged(text=text, answer=Answer.NOT_SHOWN, found="not run under both", runs=0)
-    answer, found = compare(*pair)
-    return Judged(text=text, answer=answer, found=found, runs=min(row.runs for row in pair))
+    free, limited = found[Policy.NONE], found[policy]
+    answer, told = compare(free, limited)
+    return Judged(text=text, answer=answer, found=told, runs=min(free.runs, limited.runs))
 
 
-def _of_spikes(kind: Kind, results: Sequence[Result]) -> Judged:
+def _of_spikes(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.done), limited.median(lambda r: r.done)
         answer = Answer.PASSED if now >= before else Answer.FAILED
         return answer, f"{now:g} tasks with it, {before:g} without"
 
-    return _compared("W3 completes at least as much as without a limit", kind, Work.SPIKES, results, compare)
+    text = "W3 completes at least as much as without a limit"
+    return _compared(text, kind, policy, Work.SPIKES, results, compare)
 
 
-def _frozen(kind: Kind, results: Sequence[Result]) -> Judged:
+def _frozen(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.frozen), limited.median(lambda r: r.frozen)
         found = f"{now:.1f} s with it, {before:.1f} s without"
@@ -225,17 +226,18 @@ def _frozen(kind: Kind, results: Sequence[Result]) -> Judged:
         return Answer.PASSED if now * LESS_FROZEN <= before else Answer.FAILED, found
 
     text = f"W3 stands still at least {LESS_FROZEN:g} times less than without a limit"
-    return _compared(text, kind, Work.SPIKES, results, compare)
+    return _compared(text, kind, policy, Work.SPIKES, results, compare)
 
 
-def _array(kind: Kind, results: Sequence[Result]) -> Judged:
+def _array(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
     def compare(free: Row, limited: Row) -> tuple[Answer, str]:
         before, now = free.median(lambda r: r.seconds), limited.median(lambda r: r.seconds)
         whole = all(not (r.failed or r.unfinished) for r in limited.results)
         found = f"{now:.0f} s with it, {before:.0f} s without" + ("" if whole else "; not all of it was done")
         return Answer.PASSED if whole and now <= SLOWER * before else Answer.FAILED, found
 
-    return _compared(f"W1 takes at most {SLOWER:g} × as long as without", kind, Work.ARRAY, results, compare)
+    text = f"W1 takes at most {SLOWER:g} × as long as without"
+    return _compared(text, kind, policy, Work.ARRAY, results, compare)
 
 
 def given(kind: Kind, results: Sequence[Result]) -> float | None:
@@ -250,8 +252,9 @@ def given(kind: Kind, results: Sequence[Result]) -> float | None:
     return median(leaks) if leaks else None
 
 
-def _used(kind: Kind, policy: Policy, name: str, results: Sequence[Result]) -> Judged:
-    text = f"{name}: Dask may use at least {USED_PERCENT} % of what the system can really give"
+def _used(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
+    where = f"{said(kind)}, {_NAMES[policy]}"
+    text = f"{where}: Dask may use at least {USED_PERCENT} % of what the system can really give"
     most = given(kind, results)
     limits = [r.limit for r in results if (r.case.kind, r.case.policy) == (kind, policy)]
     if most is None or not limits:

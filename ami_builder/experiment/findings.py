@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import median
 
 from ami_builder.experiment.cases import Kind, Policy
-from ami_builder.experiment.criteria import Row, given, rows, said, unhurt
+from ami_builder.experiment.criteria import Row, asked, given, rows, said, unhurt
 from ami_builder.experiment.results import Result
 
 
@@ -33,7 +33,7 @@ def shares(results: Sequence[Result]) -> tuple[Share, ...]:
     """Return it for every machine and policy."""
     found = []
     key = lambda row: (row.kind, list(Policy).index(row.policy))  # noqa: E731 - for sorted and groupby
-    for _, group in groupby(sorted(rows(results), key=key), key=key):
+    for _, group in groupby(sorted(rows(asked(results)), key=key), key=key):
         runs = [result for row in group for result in row.results]
         case, most = runs[0].case, given(runs[0].case.kind, results)
         limit = median(result.limit for result in runs)

@@ -59,7 +59,7 @@ def tasks(case: Case, machine: Machine) -> tuple[Task, ...]:
             return (_leak(machine, block // 2, 0.25),)
         case Work.LEAK_FAST:
             return (_leak(machine, block * 2, 0.02),)
-        case Work.SPIKES | Work.AGENT:
+        case Work.SPIKES | Work.AGENT | Work.RESTARTS:
             return _spikes(case, machine, block)
         case Work.MATRIX:
             return _matrix(machine)
@@ -83,15 +83,18 @@ def _spikes(case: Case, machine: Machine, block: int) -> tuple[Task, ...]:
     spiking = set(draw.sample(range(TASKS), SPIKES))
     low = machine.available * 95 // 100
     found = []
-    arguments: tuple[int | float | str, ...]
     for n in range(TASKS):
+        name, function = f"task-{n}", "ordinary"
+        first: tuple[int | str, ...] = ()
         if n in spiking:
             target = draw.randint(low, machine.total)
-            arguments = (f"spike-{n}", target, block * 2, block, _SECONDS)
-            found.append(Task(key=f"spike-{n}", function="spike", arguments=arguments, taken=True))
-        else:
-            arguments = (block, _SECONDS)
-            found.append(Task(key=f"task-{n}", function="ordinary", arguments=arguments, taken=True))
+            if case.work is not Work.RESTARTS:
+                name, function = f"spike-{n}", "spike"
+                first = (name, target, block * 2)
+            elif target > machine.available:
+                name, function = f"end-{n}", "end"
+                first = (name,)
+        found.append(Task(key=name, function=function, arguments=(*first, block, _SECONDS), taken=True))
     return tuple(found)
 
 

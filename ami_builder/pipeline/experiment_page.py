@@ -21,7 +21,7 @@ from ami_builder.workspace import Workspace, write_atomically
 PAGE = "report.html"
 _MAIN = Work.SPIKES
 # The later, the better what happened is seen in the curve of its memory.
-_LEGIBLE = (Work.MATRIX, Work.ARRAY, Work.AGENT, Work.SPIKES, Work.LEAK_SLOW, Work.LEAK_FAST)
+_LEGIBLE = (Work.RESTARTS, Work.MATRIX, Work.ARRAY, Work.AGENT, Work.SPIKES, Work.LEAK_SLOW, Work.LEAK_FAST)
 _TONES = {Answer.PASSED: Tone.GOOD, Answer.FAILED: Tone.BAD, Answer.NOT_SHOWN: Tone.IDLE}
 
 _Value = Callable[[Result], float]

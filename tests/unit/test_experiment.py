@@ -137,7 +137,7 @@ def test_without_dask_it_says_what_to_install(
     ("arguments", "said"),
     [
         (["--policy", "availble"], "did you mean available?"),
-        (["--work", "W3"], "expected one of array, leak-slow, leak-fast, spikes, matrix, agent"),
+        (["--work", "W3"], "expected one of array, leak-slow, leak-fast, spikes, matrix, agent, restarts"),
         (["--for", "5m"], "did you mean 5min?"),
         (["--no-run"], "no run of this image has been made yet"),
         (["nowhere.qcow2"], "there is no such disk image"),

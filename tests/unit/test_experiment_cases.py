@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -136,6 +138,23 @@ def test_five_percent_of_the_tasks_spike_into_the_zone() -> None:
     targets = [task.arguments[1] for task in tasks.tasks(case(), MACHINE) if task.function == "spike"]
     assert all(isinstance(t, int) and 0.95 * MACHINE.available - 1 <= t <= MACHINE.total for t in targets)
     assert tasks.tasks(case(repeat=2), MACHINE) != tasks.tasks(case(), MACHINE)
+
+
+def test_the_control_ends_about_as_many_workers_and_takes_no_memory() -> None:
+    spikes, control = (tasks.tasks(case(work=work), MACHINE) for work in (Work.SPIKES, Work.RESTARTS))
+    over = [t for t in spikes if t.function == "spike" and int(t.arguments[1]) > MACHINE.available]
+    kinds = Counter(task.function for task in control)
+    assert kinds.keys() == {"ordinary", "end"}
+    assert kinds.total() == len(spikes)
+    assert abs(kinds["end"] - len(over)) <= 2
+    assert {task.arguments[-2:] for task in control} == {task.arguments[-2:] for task in spikes}
+
+
+def test_a_worker_of_the_control_ends_once(tmp_path: Path) -> None:
+    seen = str(tmp_path / "seen")
+    program = f"from ami_builder.experiment import work; work.SEEN = {seen!r}; work.end('x', 4096, 0.01)"
+    ended = [subprocess.run([sys.executable, "-c", program], check=False).returncode for _ in range(2)]
+    assert ended == [-signal.SIGKILL, 0]
 
 
 def test_the_array_and_the_matrices_are_larger_than_memory() -> None:
