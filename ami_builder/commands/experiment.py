@@ -41,7 +41,7 @@ def experiment(
         list[str] | None,
         typer.Option(
             "--policy",
-            help="none, available, headroom-2, headroom, fraction, gke, dask-only; repeatable.  "
+            help="none, available, headroom-2, nanny, headroom, fraction, gke, dask-only; repeatable.  "
             "[default: none and available]",
         ),
     ] = None,

@@ -28,8 +28,10 @@ class Policy(StrEnum):
     """AVAILABLE_MEMORY_FOR_DASK, as the image measures it, with a `memory.reserve` of 0."""
     HEADROOM_2 = "headroom-2"
     """The same, less 2 %."""
+    NANNY = "nanny"
+    """As before, and Dask is told `NANNY_HEADROOM` less than its cgroup has."""
     HEADROOM = "headroom"
-    """The same, less 5 %."""
+    """As `AVAILABLE`, less 5 %."""
     FRACTION = "fraction"
     """95 % of MemTotal."""
     GKE = "gke"
@@ -71,13 +73,22 @@ _POLICIES = {
     Policy.NONE: "no limit",
     Policy.AVAILABLE: "AVAILABLE_MEMORY_FOR_DASK",
     Policy.HEADROOM_2: "the same less 2 %",
+    Policy.NANNY: "the same less 2 %, and 64 MiB more for the nanny",
     Policy.HEADROOM: "the same less 5 %",
     Policy.FRACTION: "95 % of MemTotal",
     Policy.GKE: "GKE's formula",
     Policy.DASK_ONLY: "told to Dask alone, no cgroup",
 }
-RESERVE_PERCENT = {Policy.AVAILABLE: 0, Policy.HEADROOM_2: 2, Policy.HEADROOM: 5, Policy.DASK_ONLY: 0}
+RESERVE_PERCENT = {
+    Policy.AVAILABLE: 0,
+    Policy.HEADROOM_2: 2,
+    Policy.NANNY: 2,
+    Policy.HEADROOM: 5,
+    Policy.DASK_ONLY: 0,
+}
 """What `memory.reserve` is under these policies, whatever the image's own is."""
+NANNY_HEADROOM = 64 * MIB
+"""What `memory.nanny_headroom` is under the policy `NANNY`."""
 DEFAULT = Policy.HEADROOM_2
 """The policy with the default of `memory.reserve`."""
 _WORK = {
@@ -187,6 +198,8 @@ def expected_limit(policy: Policy, *, total: int, measured: int) -> int:
             return total
         case Policy.AVAILABLE | Policy.HEADROOM_2 | Policy.HEADROOM | Policy.DASK_ONLY:
             return measured
+        case Policy.NANNY:
+            return measured - NANNY_HEADROOM
         case Policy.FRACTION:
             return fraction_limit(total)
         case Policy.GKE:

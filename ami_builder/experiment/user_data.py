@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ami_builder.experiment.cases import PAGE, RESERVE_PERCENT, Policy
+from ami_builder.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, Policy
 from ami_builder.experiment.tasks import MODULE
 from ami_builder.model import Image
 from ami_builder.spelling import GIB, MIB
@@ -66,16 +66,20 @@ def _compose(image: Image, policy: Policy, scheduler: str) -> dict[str, object]:
         Policy.NONE: "0",
         Policy.AVAILABLE: _VARIABLE,
         Policy.HEADROOM_2: _VARIABLE,
+        Policy.NANNY: _VARIABLE,
         Policy.HEADROOM: _VARIABLE,
         Policy.FRACTION: _COMPUTED,
         Policy.GKE: _COMPUTED,
         Policy.DASK_ONLY: "0",
     }[policy]
-    told = "${AVAILABLE_MEMORY_FOR_DASK:?}" if policy is Policy.DASK_ONLY else "1.0"
+    variable = "${AVAILABLE_MEMORY_FOR_DASK:?}"
+    told = {Policy.NANNY: f"$$(({variable} - {NANNY_HEADROOM}))", Policy.DASK_ONLY: variable}
     worker = [
-        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", told,
+        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", told.get(policy, "1.0"),
         "--local-directory", "/spill", "--no-dashboard",
     ]  # fmt: skip
+    if policy is Policy.NANNY:  # the container's shell can subtract, and Compose can't
+        worker = ["sh", "-c", f"exec {' '.join(worker)}"]
     service = {
         "image": image.container.reference,
         "command": worker,

@@ -21,6 +21,7 @@ from ami_builder.adapters.imds import MAX_USER_DATA
 from ami_builder.experiment import tasks
 from ami_builder.experiment.cases import (
     DEFAULT,
+    NANNY_HEADROOM,
     RESERVE_PERCENT,
     Case,
     Policy,
@@ -107,6 +108,7 @@ def test_the_limit_that_dask_has_to_have() -> None:
     limits = {policy: expected_limit(policy, total=8 * GIB, measured=7 * GIB) for policy in Policy}
     assert limits[Policy.NONE] == 8 * GIB
     assert limits[Policy.AVAILABLE] == limits[Policy.DASK_ONLY] == limits[Policy.HEADROOM] == 7 * GIB
+    assert limits[Policy.NANNY] == 7 * GIB - NANNY_HEADROOM
     assert limits[Policy.FRACTION] == fraction_limit(8 * GIB)
     assert limits[Policy.GKE] == gke_limit(8 * GIB)
 
@@ -181,10 +183,22 @@ def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy:
     (service,) = yaml.safe_load(files["/etc/dask/compose.yaml"])["services"].values()
     assert service["mem_limit"] == service["memswap_limit"]
     assert (service["mem_limit"] == "0") == (policy in (Policy.NONE, Policy.DASK_ONLY))
-    assert "tcp://169.254.169.2:8786" in service["command"]
+    assert "tcp://169.254.169.2:8786" in " ".join(service["command"]).split()
     for path, content in files.items():
         if path.endswith(".py"):
             compile(content, path, "exec")
+
+
+def test_dask_is_told_less_than_its_cgroup_has_for_the_nanny() -> None:
+    told = yaml.safe_load(user_data(IMAGE, Policy.NANNY, "tcp://x:1"))
+    files = {one["path"]: one["content"] for one in told["write_files"]}
+    (service,) = yaml.safe_load(files["/etc/dask/compose.yaml"])["services"].values()
+    shell, c, command = service["command"]
+    # As Compose reads it: its own variables first, and `$$` is a dollar.
+    command = command.replace("${AVAILABLE_MEMORY_FOR_DASK:?}", "734003200").replace("$$", "$")
+    argv = [shell, c, command.replace("exec", "echo")]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert f"--memory-limit {734003200 - NANNY_HEADROOM} " in said.stdout
 
 
 @pytest.mark.parametrize("total_kb", [1003912, 2030000, 8130000, 16380000, 264000000])
