@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,11 @@ def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agen
         "1 GiB, 2 CPUs, the default reserve of 2 %: Dask may use at least 95 % of what the system can really "
         "give",
     ]
+    (control,) = {r.case.memory for r in runs if r.case.work is Work.RESTARTS}
+    assert control == GIB
+    assert all(r.ssh_longest < 2 and not r.stalled_some for r in runs if r.case.work is Work.RESTARTS)
+    nanny = [r for r in runs if r.case.policy is Policy.NANNY]
+    assert all(r.case.memory == GIB and unhurt(r) and r.by_nanny and not r.by_kernel for r in nanny)
     agent = [r for r in runs if r.case.work is Work.AGENT]
     assert {r.case.policy for r in agent if r.global_kills or r.ssh_failed} == {Policy.AVAILABLE}
     assert all(r.frozen < 2 for r in agent if r.case.policy is DEFAULT)
@@ -260,8 +266,8 @@ def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agen
         (1, Policy.AVAILABLE), (1, DEFAULT), (1, DEFAULT), (2, Policy.AVAILABLE),
     ]  # fmt: skip
     assert all(r.ssh_frozen == r.ssh_longest for r in late), "one login each"
-    counts = Counter(r.case.policy for r in spikes if r.case.memory == 2 * GIB)
-    assert counts == dict.fromkeys(limited, PUBLISHED)
+    counts = Counter((r.case.memory // GIB, r.case.policy) for r in spikes if r.case.memory <= 4 * GIB)
+    assert counts == dict.fromkeys(product((1, 2, 4), limited), PUBLISHED)
     used = {one.policy: one.of_given for one in shares(runs) if one.kind == (2 * GIB, 2)}
     assert all((used[policy] or 0) > 0.95 for policy in (Policy.AVAILABLE, Policy.HEADROOM_2))
     assert (used[Policy.HEADROOM] or 1) < 0.95
