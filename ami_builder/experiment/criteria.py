@@ -1,7 +1,7 @@
 """What counts as success, written down before the runs; and what the runs came to, in numbers.
 
 Changing a number here after having seen results is what these lines are to prevent: see the history. What is
-asked of the default reserve was added after 57 and 98 runs, with the bounds that were there for a reserve of 0.
+asked of the default reserve came after 57 and 98 runs, with the bounds that were there for a reserve of 0.
 """
 
 from __future__ import annotations
