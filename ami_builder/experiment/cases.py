@@ -14,6 +14,8 @@ from ami_builder.spelling import GIB, MIB
 METHOD = 1
 """Goes up with every change of the work or of what is measured: results of another method don't compare."""
 PAGE = 4096
+NANNY_HEADROOM = 64 * MIB
+"""What `memory.nanny_headroom` is under the policy `NANNY`."""
 
 Kind = tuple[int, int]
 """A machine's memory in bytes, and its CPUs."""
@@ -73,7 +75,7 @@ _POLICIES = {
     Policy.NONE: "no limit",
     Policy.AVAILABLE: "AVAILABLE_MEMORY_FOR_DASK",
     Policy.HEADROOM_2: "the same less 2 %",
-    Policy.NANNY: "the same less 2 %, and 64 MiB more for the nanny",
+    Policy.NANNY: f"the same less 2 %, and {NANNY_HEADROOM // MIB} MiB more for the nanny",
     Policy.HEADROOM: "the same less 5 %",
     Policy.FRACTION: "95 % of MemTotal",
     Policy.GKE: "GKE's formula",
@@ -87,8 +89,6 @@ RESERVE_PERCENT = {
     Policy.DASK_ONLY: 0,
 }
 """What `memory.reserve` is under these policies, whatever the image's own is."""
-NANNY_HEADROOM = 64 * MIB
-"""What `memory.nanny_headroom` is under the policy `NANNY`."""
 DEFAULT = Policy.HEADROOM_2
 """The policy with the default of `memory.reserve`."""
 _WORK = {

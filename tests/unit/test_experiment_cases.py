@@ -173,27 +173,34 @@ def test_only_w5_has_an_agent() -> None:
     assert [work for work in Work if tasks.agent(work, MACHINE)] == [Work.AGENT]
 
 
+def written(raw: bytes) -> dict[str, str]:
+    """Return the files of a cloud-config, by their paths."""
+    return {one["path"]: one["content"] for one in yaml.safe_load(raw)["write_files"]}
+
+
+def service(files: dict[str, str]) -> dict[str, Any]:
+    """Return the one service of the Compose file among them."""
+    (found,) = yaml.safe_load(files["/etc/dask/compose.yaml"])["services"].values()
+    return dict(found)
+
+
 @pytest.mark.parametrize("policy", Policy)
 def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy: Policy) -> None:
     raw = user_data(IMAGE, policy, "tcp://169.254.169.2:8786")
     assert len(raw) < MAX_USER_DATA
     assert raw.startswith(b"#cloud-config\n")
-    told = yaml.safe_load(raw)
-    files = {one["path"]: one["content"] for one in told["write_files"]}
-    (service,) = yaml.safe_load(files["/etc/dask/compose.yaml"])["services"].values()
-    assert service["mem_limit"] == service["memswap_limit"]
-    assert (service["mem_limit"] == "0") == (policy in (Policy.NONE, Policy.DASK_ONLY))
-    assert "tcp://169.254.169.2:8786" in " ".join(service["command"]).split()
+    files = written(raw)
+    worker = service(files)
+    assert worker["mem_limit"] == worker["memswap_limit"]
+    assert (worker["mem_limit"] == "0") == (policy in (Policy.NONE, Policy.DASK_ONLY))
+    assert "tcp://169.254.169.2:8786" in " ".join(worker["command"]).split()
     for path, content in files.items():
         if path.endswith(".py"):
             compile(content, path, "exec")
 
 
 def test_dask_is_told_less_than_its_cgroup_has_for_the_nanny() -> None:
-    told = yaml.safe_load(user_data(IMAGE, Policy.NANNY, "tcp://x:1"))
-    files = {one["path"]: one["content"] for one in told["write_files"]}
-    (service,) = yaml.safe_load(files["/etc/dask/compose.yaml"])["services"].values()
-    shell, c, command = service["command"]
+    shell, c, command = service(written(user_data(IMAGE, Policy.NANNY, "tcp://x:1")))["command"]
     # As Compose reads it: its own variables first, and `$$` is a dollar.
     command = command.replace("${AVAILABLE_MEMORY_FOR_DASK:?}", "734003200").replace("$$", "$")
     argv = [shell, c, command.replace("exec", "echo")]
