@@ -73,13 +73,13 @@ class Work(StrEnum):
 
 _POLICIES = {
     Policy.NONE: "no limit",
-    Policy.AVAILABLE: "AVAILABLE_MEMORY_FOR_DASK",
-    Policy.HEADROOM_2: "the same less 2 %",
-    Policy.NANNY: f"the same less 2 %, and {NANNY_HEADROOM // MIB} MiB more for the nanny",
-    Policy.HEADROOM: "the same less 5 %",
+    Policy.AVAILABLE: "all that is available",
+    Policy.HEADROOM_2: "available less 2 %",
+    Policy.NANNY: f"available less 2 %; Dask told {NANNY_HEADROOM // MIB} MiB less",
+    Policy.HEADROOM: "available less 5 %",
     Policy.FRACTION: "95 % of MemTotal",
     Policy.GKE: "GKE's formula",
-    Policy.DASK_ONLY: "told to Dask alone, no cgroup",
+    Policy.DASK_ONLY: "all that is available, told to Dask alone",
 }
 RESERVE_PERCENT = {
     Policy.AVAILABLE: 0,

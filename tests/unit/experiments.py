@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ami_builder import lines
-from ami_builder.experiment.cases import METHOD, Case, Policy, Work
+from ami_builder.experiment.cases import DEFAULT, METHOD, Case, Policy, Work
 from ami_builder.experiment.criteria import Row, judge, rows, said
 from ami_builder.experiment.findings import shares
 from ami_builder.experiment.results import Result
@@ -77,7 +77,11 @@ def recorded() -> tuple[Result, ...]:
 
 
 def told(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the lines of the README's tables about them."""
+    """Yield the lines of the README's tables about them: the main work, all, the criteria, and the shares."""
+    main = (Policy.NONE, Policy.AVAILABLE, DEFAULT)
+    for row in rows(results):
+        if row.work is Work.SPIKES and row.policy in main:
+            yield _main(row)
     for row in rows(results):
         cells = (
             f"{said(row.kind)}, {row.work.text.split(':')[0]} ({row.work})",
@@ -101,6 +105,19 @@ def told(results: Sequence[Result]) -> Iterator[str]:
             f"| {said(share.kind)} | `{share.policy}` | {share.limit / MIB:.0f} MiB | {share.of_total:.1%} |"
             f" {given} | {share.hurt} of {share.runs} |"
         )
+
+
+def _main(row: Row) -> str:
+    cells = (
+        f"{row.kind[0] // GIB} GiB",
+        f"`{row.policy}`",
+        str(row.runs),
+        _spread(row, lambda r: r.done),
+        _spread(row, lambda r: r.frozen) + " s",
+        _spread(row, lambda r: r.ssh_longest) + " s",
+        _spread(row, lambda r: r.global_kills),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _spread(row: Row, value: Callable[[Result], float], digits: int = 0) -> str:
