@@ -71,9 +71,12 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         before, now = without.median(_restarts), row.median(_restarts)
         if now > before:
             yield f"{where}: with the limit the worker is restarted {now:g} times, without it {before:g}."
-        before, now = without.median(_seconds), row.median(_seconds)
-        if now > before:
-            yield f"{where}: with the limit it takes {now:.0f} s, without it {before:.0f} s."
+        without_ended, ended = _seconds_to_its_end(without), _seconds_to_its_end(row)
+        if without_ended and ended and median(ended) > median(without_ended):
+            before, now = median(without_ended), median(ended)
+            all_ended = len(without_ended) == without.runs and len(ended) == row.runs
+            where_it_ends = "" if all_ended else " where it comes to its end"
+            yield f"{where}: with the limit it takes {now:.0f} s{where_it_ends}, without it {before:.0f} s."
         if hurt := sum(not unhurt(result) for result in row.results):
             yield f"{where}: with the limit something was hurt all the same, in {hurt} of {row.runs} runs."
 
@@ -86,5 +89,5 @@ def _restarts(result: Result) -> float:
     return result.by_nanny + result.by_kernel
 
 
-def _seconds(result: Result) -> float:
-    return result.seconds
+def _seconds_to_its_end(row: Row) -> list[float]:
+    return [result.seconds for result in row.results if not result.unfinished]

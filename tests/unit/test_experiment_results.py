@@ -214,6 +214,12 @@ def test_what_the_limit_costs_is_said() -> None:
     assert "something was hurt all the same, in 2 of 2 runs" in told
 
 
+def test_a_run_that_was_cut_short_does_not_make_the_work_fast() -> None:
+    cut = replace(GOOD[6], case=replace(GOOD[6].case, repeat=2), seconds=10.0, unfinished=1)
+    assert "it takes 110 s where it comes to its end, without it 100 s" in " ".join(notes((*GOOD, cut)))
+    assert "it takes" not in " ".join(notes((GOOD[7], cut)))
+
+
 def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
     found = [(row.kind, row.work, row.policy, row.runs) for row in rows((*SAME, *reversed(GOOD)))]
     assert found == [
