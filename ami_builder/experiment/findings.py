@@ -74,9 +74,7 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         without_ended, ended = _seconds_to_its_end(without), _seconds_to_its_end(row)
         if without_ended and ended and median(ended) > median(without_ended):
             before, now = median(without_ended), median(ended)
-            all_ended = len(without_ended) == without.runs and len(ended) == row.runs
-            where_it_ends = "" if all_ended else " where it comes to its end"
-            yield f"{where}: with the limit it takes {now:.0f} s{where_it_ends}, without it {before:.0f} s."
+            yield f"{where}: with the limit it comes to its end in {now:.0f} s, without it in {before:.0f} s."
         if hurt := sum(not unhurt(result) for result in row.results):
             yield f"{where}: with the limit something was hurt all the same, in {hurt} of {row.runs} runs."
 
