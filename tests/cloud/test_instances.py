@@ -17,6 +17,7 @@ from ami_builder import proc
 from ami_builder.adapters.qemu import Accelerator
 from tests.unit.test_qemu import FAKE, qcow2
 
+from .machine import Vm
 from .machines import Machines
 from .server import Cloud
 from .using import image, instance, launch
@@ -109,16 +110,25 @@ def test_a_running_instance_is_captured(cloud: Cloud, machines: Machines, tmp_pa
 
 @pytest.mark.parametrize(("behaviour", "becomes"), [("terminate", "terminated"), ("stop", "stopped")])
 def test_a_guest_that_powers_itself_off(
-    cloud: Cloud, machines: Machines, fake: Callable[..., Path], behaviour: str, becomes: str, tmp_path: Path
-) -> None:
+    cloud: Cloud, machines: Machines, fake: Callable[..., Path], behaviour: str, becomes: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     fake(each="if os.path.exists(here + '/off'): sys.exit()")
+    cut = Vm._cut
+
+    def cut_slowly(vm: Vm) -> None:
+        # So that whoever says "terminated" while there still is a disk is seen to.
+        time.sleep(0.4)
+        cut(vm)
+
+    monkeypatch.setattr(Vm, "_cut", cut_slowly)
     ec2 = cloud.client()
     launched = launch(cloud, ec2, InstanceInitiatedShutdownBehavior=behaviour)
     until(ec2, launched, "running")
     start = time.monotonic()
     (tmp_path / "fake/off").touch()
     until(ec2, launched, becomes)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 4
     assert disks(tmp_path) == (behaviour == "stop")
     assert instance(ec2, launched)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
 
