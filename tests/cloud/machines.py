@@ -224,11 +224,11 @@ class _Owner:
         with self._machines.lock:
             code = reason.partition(":")[0]
             end(self._instance, code=code, message=reason)
-            going = bool(self._instance.state == "terminated")
-            if going:
-                # As at EC2, until its disk is gone too: whoever reads "terminated" finds nothing left.
-                set_state(self._instance, "shutting-down", 32)
-            return going
+            if self._instance.state != "terminated":
+                return False
+            # As at EC2, until its disk is gone too: whoever reads "terminated" finds nothing left.
+            set_state(self._instance, "shutting-down", 32)
+            return True
 
     def ended(self) -> None:
         """The instance is gone."""

@@ -118,7 +118,7 @@ def test_a_guest_that_powers_itself_off(
 
     def cut_slowly(vm: Vm) -> None:
         # So that whoever says "terminated" while there still is a disk is seen to.
-        time.sleep(0.4)
+        time.sleep(0.2)
         cut(vm)
 
     monkeypatch.setattr(Vm, "_cut", cut_slowly)
@@ -128,7 +128,7 @@ def test_a_guest_that_powers_itself_off(
     start = time.monotonic()
     (tmp_path / "fake/off").touch()
     until(ec2, launched, becomes)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 3
     assert disks(tmp_path) == (behaviour == "stop")
     assert instance(ec2, launched)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
 
