@@ -16,9 +16,17 @@ from .style import clean
 NOTE = "step: "
 """How the note begins that tells an exception's innermost step."""
 
+BEAT_SECONDS = 1.0
+"""How often a renderer may report that steps are still running."""
+
+_JOIN_SECONDS = 5.0
+
 
 class Renderer(Protocol):
     """Shows steps as they start, change and end; called by one thread at a time."""
+
+    beats: bool
+    """Whether `beat` does anything."""
 
     def started(self, step: Step) -> None:
         """Show a new step."""
@@ -26,23 +34,47 @@ class Renderer(Protocol):
     def updated(self, step: Step) -> None:
         """Show a step's new detail, or not."""
 
+    def said(self, step: Step) -> None:
+        """Show what a step has to say, at once."""
+
     def ended(self, step: Step) -> None:
         """Show how a step ended."""
+
+    def beat(self) -> None:
+        """Show that steps are still running, or not; called about every second."""
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
 
 
 class Progress:
-    """The tree of steps of one run; steps may start, change and end in any thread."""
+    """The tree of steps of one run; steps may start, change and end in any thread.
 
-    def __init__(self, renderer: Renderer, clock: Callable[[], float] = time.monotonic) -> None:
+    Its context has a thread that calls `beat` every `beat_seconds`; with None there is no thread.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        beat_seconds: float | None = BEAT_SECONDS,
+    ) -> None:
         self._renderer = renderer
         self.clock = clock
+        self._beat_seconds = beat_seconds if renderer.beats else None
         self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._beating: threading.Thread | None = None
         self._steps: list[Step] = []
 
     def __enter__(self) -> Self:
+        if self._beat_seconds is not None:
+            # A daemon: the interpreter must never wait for it, whatever happened to this context.
+            self._beating = threading.Thread(
+                target=self._beat_until_closed, args=(self._beat_seconds,), name="progress", daemon=True
+            )
+            self._beating.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,8 +82,26 @@ class Progress:
 
     def close(self) -> None:
         """Stop drawing; what follows on the terminal is not drawn over."""
+        self._closed.set()
         with self._lock:
             self._renderer.close()
+        # Outside the lock, which its last beat may be waiting for.
+        if self._beating is not None:
+            self._beating.join(_JOIN_SECONDS)
+
+    def beat(self) -> None:
+        """Let steps that have shown nothing for a while show that they are still running."""
+        with self._lock:
+            if not self._closed.is_set():
+                self._renderer.beat()
+
+    def _beat_until_closed(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            try:
+                self.beat()
+            except (OSError, ValueError):
+                # The stream is closed or its reader has left: the next step that starts or ends reports it.
+                return
 
     def step(self, name: str, detail: str = "") -> AbstractContextManager[Step]:
         """Open a step at the top; it passes when the block ends and fails when the block raises."""
@@ -95,6 +145,12 @@ class Progress:
             step.detail = clean(detail)
             self._renderer.updated(step)
 
+    def say(self, step: Step, text: str) -> None:
+        """Set what `step` has to say while it runs."""
+        with self._lock:
+            step.said = clean(text)
+            self._renderer.said(step)
+
 
 class Step:
     """One step of a run, open while its block runs."""
@@ -104,6 +160,7 @@ class Step:
         self.name = name
         self.detail = clean(detail)
         self.verdict = self.detail
+        self.said = ""
         self.parent = parent
         self.children: list[Step] = []
         self.status = RunStatus.RUNNING
@@ -118,6 +175,10 @@ class Step:
         """Say what the step is doing now; cheap enough for every line of a log."""
         self._progress.change(self, detail)
 
+    def say(self, text: str) -> None:
+        """Say at once, and on a terminal as long as the step runs, what is worth a line of its own."""
+        self._progress.say(self, text)
+
     def done(self, detail: str) -> None:
         """Say what the step came to, such as `cached`; kept when it passes, where updates are not."""
         self.verdict = clean(detail)
@@ -126,6 +187,13 @@ class Step:
     def depth(self) -> int:
         """How many steps this one is inside."""
         return self.parent.depth + 1 if self.parent else 0
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the step runs and none inside it does."""
+        return self.status is RunStatus.RUNNING and not any(
+            child.status is RunStatus.RUNNING for child in self.children
+        )
 
     @property
     def path(self) -> str:

@@ -5,28 +5,39 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING
 
 from ami_builder.model import RunStatus
 
-from .progress import Progress, Renderer, Step
+from .progress import BEAT_SECONDS, Progress, Renderer, Step
 from .style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-UPDATE_SECONDS = 30.0
-"""Least time between two lines of plain progress about the same step."""
+QUIET_SECONDS = (10.0, 20.0, 30.0)
+"""How long a step of plain progress may print nothing: at first, after one line without news, from then on.
+
+A new detail is printed as soon as the step's last line is as old as the first of them.
+"""
 WIDTH = 100
 """Wider terminals would tear a step and its time apart."""
 
 
 def open_progress(
-    mode: Mode, *, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+    mode: Mode,
+    *,
+    stream: IO[str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    beat_seconds: float | None = BEAT_SECONDS,
 ) -> Progress:
-    """Return the progress of one run; use it in a `with`, so that the terminal is given back."""
+    """Return the progress of one run; use it in a `with`, so that the terminal is given back.
+
+    With `beat_seconds` None steps that wait in silence print nothing, unless `Progress.beat` is called.
+    """
     out = stream or sys.stderr
     renderer: Renderer
     match mode:
@@ -38,44 +49,88 @@ def open_progress(
             renderer = _GitHub(out)
         case Mode.QUIET:
             renderer = _Quiet()
-    return Progress(renderer, clock)
+    return Progress(renderer, clock, beat_seconds=beat_seconds)
 
 
 class _Quiet:
+    beats = False
+
     def started(self, step: Step) -> None:
         pass
 
     def updated(self, step: Step) -> None:
         pass
 
+    def said(self, step: Step) -> None:
+        pass
+
     def ended(self, step: Step) -> None:
+        pass
+
+    def beat(self) -> None:
         pass
 
     def close(self) -> None:
         pass
+
+
+@dataclass(slots=True, kw_only=True)
+class _Printed:
+    """The last line about a step that runs."""
+
+    at: float
+    """When, in the step's own seconds."""
+    detail: str
+    repeats: int = 0
+    """How many lines in a row had no news."""
 
 
 class _Plain:
-    """A line with the time of day when a step starts and one when it ends."""
+    """A line with the time of day when a step starts, one when it ends, and some in between."""
+
+    beats = True
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
-        self._said: dict[Step, float] = {}
+        self._printed: dict[Step, _Printed] = {}
 
     def started(self, step: Step) -> None:
-        self._said[step] = 0.0
+        self._printed[step] = _Printed(at=0.0, detail=step.detail)
         self._line(f"{step.path} ...", step.detail)
 
     def updated(self, step: Step) -> None:
-        if step.seconds - self._said[step] >= UPDATE_SECONDS:
-            self._said[step] = step.seconds
-            self._line(f"{step.path} ... {duration(step.seconds)}", step.detail)
+        self._print_if_due(step)
+
+    def said(self, step: Step) -> None:
+        self._line(f"{step.path}: {step.said}", "")
 
     def ended(self, step: Step) -> None:
+        self._printed.pop(step, None)
+        if step.parent is not None and step.parent in self._printed:
+            # Its silence begins here: so far the steps inside it have reported.
+            self._printed[step.parent].at = step.parent.seconds
+            self._printed[step.parent].repeats = 0
         self._line(f"{step.path}: {step.status} in {duration(step.seconds)}", step.detail)
+
+    def beat(self) -> None:
+        for step in [step for step in self._printed if step.is_leaf]:
+            self._print_if_due(step)
 
     def close(self) -> None:
         self._out.flush()
+
+    def _print_if_due(self, step: Step) -> None:
+        last = self._printed.get(step)
+        if last is None:
+            return
+        news = step.detail != last.detail
+        repeats = 0 if news else last.repeats
+        if step.seconds - last.at < QUIET_SECONDS[min(repeats, len(QUIET_SECONDS) - 1)]:
+            return
+        self._printed[step] = _Printed(
+            at=step.seconds, detail=step.detail, repeats=0 if news else repeats + 1
+        )
+        self._line(f"{step.path} ... {duration(step.seconds)}", step.detail)
 
     def _line(self, text: str, detail: str) -> None:
         detail = f" - {detail}" if detail else ""
@@ -114,6 +169,8 @@ class _GitHub(_Plain):
 class _Live:
     """A tree of steps that is drawn anew several times a second, and stays when it is over."""
 
+    beats = False
+
     def __init__(self, out: IO[str]) -> None:
         from rich.live import Live
         from rich.spinner import Spinner
@@ -140,7 +197,13 @@ class _Live:
     def updated(self, step: Step) -> None:
         pass
 
+    def said(self, step: Step) -> None:
+        pass
+
     def ended(self, step: Step) -> None:
+        pass
+
+    def beat(self) -> None:
         pass
 
     def close(self) -> None:
@@ -178,7 +241,10 @@ class _Live:
             mark = drawn if isinstance(drawn, Text) else mark
         name = Text.assemble("  " * step.depth, mark, " ", (step.name, "bold" if not step.depth else ""))
         took = Text(duration(step.seconds), style if step.status is RunStatus.RUNNING else "dim")
-        return name, Text(step.detail, "red" if step.status is RunStatus.FAILED else "dim"), took
+        detail = step.detail
+        if step.status is RunStatus.RUNNING:
+            detail = "; ".join(filter(None, (step.said, step.detail)))
+        return name, Text(detail, "red" if step.status is RunStatus.FAILED else "dim"), took
 
 
 def _walk(steps: Sequence[Step], *, folded: bool = False) -> Iterator[Step]:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, SimpleNamespace
@@ -161,7 +162,7 @@ def test_steps_run_side_by_side_in_threads(mode: Mode) -> None:
 
 def run_plain(mode: Mode) -> list[str]:
     out, clock = io.StringIO(), Clock()
-    with console.open_progress(mode, stream=out, clock=clock) as progress:
+    with console.open_progress(mode, stream=out, clock=clock, beat_seconds=None) as progress:
         with progress.step("base disk") as step:
             with pytest.raises(UsageError), progress.step("container") as other:  # noqa: PT012
                 other.update("too soon to be worth a line")
@@ -172,6 +173,11 @@ def run_plain(mode: Mode) -> list[str]:
             step.done("cached")
         with progress.step("bake"):
             clock.now += 100
+    return lines_of(out)
+
+
+def lines_of(out: io.StringIO) -> list[str]:
+    """Return what was printed without the time of day."""
     return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in out.getvalue().splitlines()]
 
 
@@ -201,6 +207,222 @@ def test_github_folds_what_runs_together_and_leaves_the_outcome_outside() -> Non
         "::endgroup::",
         "bake: passed in 1:40 min",
     ]
+
+
+def beat(progress: Progress, clock: Clock, seconds: int) -> None:
+    """Let time pass as the thread of the progress meets it."""
+    for _ in range(seconds):
+        clock.now += 1
+        progress.beat()
+
+
+@pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.GITHUB])
+def test_a_silent_step_prints_a_line_after_ten_seconds(mode: Mode) -> None:
+    out, clock = io.StringIO(), Clock()
+    with (
+        console.open_progress(mode, stream=out, clock=clock, beat_seconds=None) as progress,
+        progress.step("verify") as step,
+        step.step("reboot") as child,
+    ):
+        child.update("waiting for ssh")
+        beat(progress, clock, 120)
+    lines = lines_of(out)
+    assert [line for line in lines if not line.startswith("::")] == [
+        "verify ...",
+        "verify > reboot ...",
+        "verify > reboot ... 10 s - waiting for ssh",
+        # It has no news: from here on less often.
+        "verify > reboot ... 20 s - waiting for ssh",
+        "verify > reboot ... 40 s - waiting for ssh",
+        "verify > reboot ... 1:10 min - waiting for ssh",
+        "verify > reboot ... 1:40 min - waiting for ssh",
+        "verify > reboot: passed in 2:00 min",
+        "verify: passed in 2:00 min",
+    ]
+    if mode is Mode.GITHUB:
+        assert (lines[0], lines[-2]) == ("::group::verify", "::endgroup::")
+
+
+def test_news_is_printed_at_once_but_not_all_the_time() -> None:
+    out, clock = io.StringIO(), Clock()
+    with (
+        console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=None) as progress,
+        progress.step("bake") as step,
+    ):
+        for second in range(25):
+            clock.now += 1
+            step.update(f"line {second + 1}")
+        # Too soon for a line of its own, it comes with the next beat.
+        beat(progress, clock, 15)
+        clock.now += 14
+        step.update("after a silence")
+        beat(progress, clock, 10)
+    assert lines_of(out)[1:-1] == [
+        "bake ... 10 s - line 10",
+        "bake ... 20 s - line 20",
+        "bake ... 30 s - line 25",
+        "bake ... 40 s - line 25",
+        "bake ... 54 s - after a silence",
+        "bake ... 1:04 min - after a silence",
+    ]
+
+
+def test_only_the_innermost_steps_beat() -> None:
+    out, clock = io.StringIO(), Clock()
+    with (
+        console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=None) as progress,
+        progress.step("verify") as step,
+    ):
+        with step.step("boot"):
+            beat(progress, clock, 9)
+            step.update("a parent has no beat of its own")
+            beat(progress, clock, 6)
+        beat(progress, clock, 9)
+        assert len(lines_of(out)) == 4
+        beat(progress, clock, 1)
+    assert lines_of(out)[2:-1] == [
+        "verify > boot ... 10 s",
+        "verify > boot: passed in 15 s",
+        "verify ... 25 s - a parent has no beat of its own",
+    ]
+
+
+def test_what_a_step_says_is_a_line_of_its_own_at_once() -> None:
+    out, clock = io.StringIO(), Clock()
+    with (
+        console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=None) as progress,
+        progress.step("build") as step,
+    ):
+        step.say("about 4 min\non this host")
+        with pytest.raises(UsageError), step.step("bake"):
+            raise UsageError("no")
+        assert step.detail == "", "it is no detail: a failure is not shown with it"
+    assert lines_of(out)[:2] == ["build ...", "build: about 4 min on this host"]
+    assert progress.steps[0].detail == ""
+
+
+class Watched(io.StringIO):
+    """A stream that sets `seen` when the thread writes a line, which it may refuse."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.seen = threading.Event()
+        self.fails = fails
+
+    def write(self, text: str) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            self.seen.set()
+            if self.fails:
+                raise BrokenPipeError
+        return super().write(text)
+
+
+def beating() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+@pytest.mark.parametrize("raised", [None, Interrupted("Ctrl-C")])
+def test_a_thread_beats_until_the_context_ends(raised: Interrupted | None) -> None:
+    out, clock = Watched(), Clock()
+    with (
+        pytest.raises(Interrupted) if raised else nullcontext(),
+        console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=0.001) as progress,
+        progress.step("bake"),
+    ):
+        clock.now += 10
+        assert out.seen.wait(10)
+        if raised:
+            raise raised
+    assert "bake ... 10 s" in lines_of(out)
+    assert not beating()
+
+
+def test_nothing_is_printed_after_the_end() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=None)
+    with progress.step("bake"):
+        progress.close()
+        clock.now += 10
+        before = out.getvalue()
+        progress.beat()
+        assert out.getvalue() == before
+
+
+def test_the_thread_ends_when_the_reader_has_left() -> None:
+    out, clock = Watched(fails=True), Clock()
+    with (
+        console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=0.001) as progress,
+        progress.step("bake"),
+    ):
+        clock.now += 10
+        assert out.seen.wait(10)
+        for thread in beating():
+            thread.join(10)
+        assert not beating()
+
+
+@pytest.mark.parametrize("mode", [Mode.LIVE, Mode.QUIET])
+def test_only_plain_progress_has_a_thread(mode: Mode) -> None:
+    with console.open_progress(mode, stream=Terminal()):
+        assert not beating()
+
+
+def test_a_signal_ends_a_step_that_waits() -> None:
+    code = """
+import os, signal, sys, threading
+from ami_builder import console
+def stop(number, frame):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGINT, stop)
+class Out:
+    def write(self, text):
+        if threading.current_thread() is not threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+    def flush(self):
+        pass
+clock = iter(range(0, 10**9, 10))
+try:
+    with console.open_progress(
+        console.Mode.PLAIN, stream=Out(), clock=lambda: next(clock), beat_seconds=0.001
+    ) as progress, progress.step("x"):
+        threading.Event().wait()
+except KeyboardInterrupt:
+    print(len(threading.enumerate()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_a_terminal_shows_the_seconds_the_latest_detail_and_what_was_said() -> None:
+    out, clock = Terminal(), Clock()
+    with (
+        console.open_progress(Mode.LIVE, stream=out, clock=clock) as progress,
+        progress.step("build") as step,
+    ):
+        step.say("about 4 min on this host")
+        step.update("TCG (slow)")
+        with step.step("reboot") as child:
+            child.update("waiting for ssh")
+            clock.now += 75
+            child.update("waiting for Dask")
+            clear(out)
+            progress._renderer._live.refresh()  # type: ignore[attr-defined]
+            rows = [line.rstrip() for line in out.text.splitlines() if line.strip()]
+    assert re.search(r"build +about 4 min on this host; TCG \(slow\) +1:15 min$", rows[0])
+    assert re.search(r"reboot +waiting for Dask +1:15 min$", rows[1])
+    assert "about 4 min" not in out.text[out.text.rindex("✓ build") :]
+
+
+def clear(out: Terminal) -> None:
+    out.seek(0)
+    out.truncate()
 
 
 def run_live(out: Terminal, children: int = 3) -> None:
