@@ -69,6 +69,7 @@ def run(
     share_connection: bool = True,
     on_result: Callable[[CheckResult], None] | None = None,
     on_ready: Callable[[], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> tuple[CheckResult, ...]:
     """Run check files on the machine `host` of `ssh_config` and return a result for every check.
 
@@ -76,7 +77,8 @@ def run(
     stopped) is a failed result whose name begins with `guard:`, never a pass. `directory` gets pytest's log,
     JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
     checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
-    called when the right machine's Dask has answered, before the first check.
+    called when the right machine's Dask has answered, before the first check; `on_progress` gets what a long
+    check is doing.
     Raises UsageError when a file is missing, and what `alive`, asked again and again, says of a machine that
     is gone: nothing is left to check then.
     """
@@ -89,7 +91,13 @@ def run(
     # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
     (clean / "pytest.ini").write_text("[pytest]\n")
     replace(context, phase=phase).write(clean / "context.json")
-    tally = _Tally(phase=phase, machine=context.machine, on_result=on_result, on_ready=on_ready)
+    tally = _Tally(
+        phase=phase,
+        machine=context.machine,
+        on_result=on_result,
+        on_ready=on_ready,
+        on_progress=on_progress,
+    )
     log = directory / f"checks-{phase}.log"
     receiver, sender = os.pipe()
     with (
@@ -130,6 +138,7 @@ class _Tally:
     machine: str
     on_result: Callable[[CheckResult], None] | None
     on_ready: Callable[[], None] | None
+    on_progress: Callable[[str], None] | None
     results: list[CheckResult] = field(default_factory=list)
     expected: int = 0
     checks: int = 0
@@ -143,6 +152,9 @@ class _Tally:
             case "ready":
                 if self.on_ready is not None:
                     self.on_ready()
+            case "progress":
+                if self.on_progress is not None:
+                    self.on_progress(event["text"])
             case "result":
                 self.checks += 1
                 self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])

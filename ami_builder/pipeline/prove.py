@@ -169,6 +169,7 @@ class _Way:
             alive=self.machine.check_alive,
             on_result=lambda result: step.update(result.name),
             on_ready=on_ready,
+            on_progress=step.update,
         )
         self.results += results
         failed = sum(r.outcome is Outcome.FAILED for r in results)

@@ -68,6 +68,7 @@ class Fake:
         self.folder = folder
         self.evidence = folder.parent / "evidence"
         self.seen: list[CheckResult] = []
+        self.progress: list[str] = []
         self.ready_after: list[int] = []
         """How many results there were each time that Dask was said to answer."""
         recorded = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
@@ -118,6 +119,7 @@ class Fake:
             share_connection=share_connection,
             on_result=self.seen.append,
             on_ready=lambda: self.ready_after.append(len(self.seen)),
+            on_progress=self.progress.append,
         )
 
 
@@ -545,3 +547,19 @@ def by_hand(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
     argv = [sys.executable, "-m", "pytest", "-p", "ami_builder.checks.plugin", "-c", "/dev/null", str(own)]
     root, env = Path(checks.__file__).parents[2], {"PATH": os.environ["PATH"], **environment}
     return subprocess.run(argv, cwd=root, env=env, capture_output=True, text=True, check=False)
+
+
+def test_what_a_check_is_doing_is_reported_while_it_runs(fake: Fake) -> None:
+    check = """\
+        import json
+        import os
+
+        def test_it_spills(host, request):
+            for text in ("spilling 1.1 of 2.0 GiB", "spilling 2.0 of 2.0 GiB"):
+                event = {"event": "progress", "text": text}
+                os.write(request.config.getoption("events"), json.dumps(event).encode() + b"\\n")
+    """
+    results = fake.run(fake.file(check))
+    assert verdict(results).passed
+    assert fake.progress == ["spilling 1.1 of 2.0 GiB", "spilling 2.0 of 2.0 GiB"]
+    assert len(results) == 1, "it is no result"
