@@ -28,6 +28,9 @@ _INIT_SECONDS = 300.0
 _PROVISIONING = re.compile(r"Provisioning with shell script: .*/(?P<script>[\w.-]+)$")
 _STEP = re.compile(r"==> [\w.-]+: (?P<text>.+)$")
 
+CONNECTED = "Connected to SSH!"
+"""What is reported as progress once the baking machine has booted."""
+
 VARIABLES_FILE = "run.auto.pkrvars.json"
 
 Variable = str | int | bool | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,18 @@ class Baked:
     packages: Path
 
 
-def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
-    """Make or find base and container, then bake on the accelerator that a guest has really run on."""
+def bake(
+    inputs: Inputs,
+    workspace: Workspace,
+    run: Run,
+    step: Step,
+    *,
+    on_boot: Callable[[float], None] = lambda _: None,
+) -> Baked:
+    """Make or find base and container, then bake on the accelerator that a guest has really run on.
+
+    `on_boot` gets the seconds that an emulated VM took until ssh answered.
+    """
     base, archive = _ingredients(inputs, workspace, run, step)
     qemu.image_info(base.disk)
     with step.step("choose the accelerator") as child:
@@ -62,6 +72,12 @@ def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
             packages=packages,
             console_log=console_log,
         )
+
+        def moved(text: str) -> None:
+            child.update(text)
+            if text == packer.CONNECTED and accelerator is qemu.Accelerator.TCG:
+                on_boot(child.seconds)
+
         stage = run.directory / "packer"
         packer.stage(stage, inputs.guest, variables)
         packer.validate(stage, run.log("packer"))
@@ -71,7 +87,7 @@ def bake(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Baked:
             log=run.log("packer"),
             console_log=console_log,
             timeout=inputs.image.bake.timeout,
-            on_progress=child.update,
+            on_progress=moved,
         )
         disk = output / "image.qcow2"
         child.done(size(disk.stat().st_size))
@@ -99,10 +115,10 @@ def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> 
 
 def _base(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> BaseDisk:
     image = inputs.image
-    if image.base.source is not None:
-        return BaseDisk(disk=cloud_image.fetch(image.base, workspace, step.update))
     if (workspace.cache / "base" / inputs.base_digest).is_dir():
         step.done("cached")
+    if image.base.source is not None:
+        return BaseDisk(disk=cloud_image.fetch(image.base, workspace, step.update))
     folder = recipe.base_recipe(image).make(workspace, inputs.base_digest, "", run.log("base"), step.update)
     return BaseDisk(disk=folder / "disk.qcow2", kernel=folder / "vmlinuz", initrd=folder / "initrd.img")
 

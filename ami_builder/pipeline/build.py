@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ami_builder.console import Progress, Step
 from ami_builder.model import Image
+from ami_builder.pipeline import estimate, records
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.pipeline.target import Site
 from ami_builder.pipeline.verify import is_verified, require_passed, verify
@@ -62,7 +64,7 @@ def build_from(
         with workspace.run("build", image.name, inputs.digest) as run:
             try:
                 with progress.step(f"build {image.name}") as step:
-                    stored = _make(inputs, options, site, run, step)
+                    stored = _make(inputs, options, site, workspace, run, step)
             finally:
                 run.update(steps=progress.steps)
     return Built(stored=stored, unchanged=False)
@@ -78,10 +80,31 @@ def _answer(inputs: Inputs, options: Options, site: Site) -> StoredImage | None:
     return stored
 
 
-def _make(inputs: Inputs, options: Options, site: Site, run: Run, step: Step) -> StoredImage:
+def _make(
+    inputs: Inputs, options: Options, site: Site, workspace: Workspace, run: Run, step: Step
+) -> StoredImage:
     stored = None if options.force else site.find(inputs)
+    early = estimate.of_build(
+        records.read(workspace),
+        inputs.image,
+        site.target,
+        ready=_ready(inputs, workspace),
+        baked=stored is not None,
+        verify=options.verify,
+        emulated=site.emulated,
+    )
+    if early is not None:
+        step.say(str(early))
+
+    def booted(seconds: float) -> None:
+        late = estimate.from_boot(
+            inputs.image, seconds, verify=options.verify, processors=os.cpu_count() or 1
+        )
+        if early is None and late is not None:
+            step.say(str(late))
+
     if stored is None:
-        stored = site.bake(inputs, run, step, again=options.force)
+        stored = site.bake(inputs, run, step, again=options.force, on_boot=booted)
     run.update(artifact=stored.artifact)
     if options.verify:
         with step.step("verify") as child:
@@ -89,3 +112,10 @@ def _make(inputs: Inputs, options: Options, site: Site, run: Run, step: Step) ->
         stored = site.judge(stored, verdict)
         require_passed(verdict, run.directory / "machines")
     return stored
+
+
+def _ready(inputs: Inputs, workspace: Workspace) -> set[str]:
+    """Return the steps that find in the cache what they make."""
+    found = {estimate.BASE: inputs.base_digest, estimate.CONTAINER: inputs.container_digest}
+    kinds = {estimate.BASE: "base", estimate.CONTAINER: "container"}
+    return {name for name, digest in found.items() if (workspace.cache / kinds[name] / digest).is_dir()}

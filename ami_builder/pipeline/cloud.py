@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ class CloudSite:
     dask_scheduler: str | None = None
     """Whose workers prove images; None for threads here."""
     target: Target = field(default=Target.AWS, init=False)
+    emulated: None = field(default=None, init=False)
 
     @classmethod
     def open(
@@ -64,7 +65,9 @@ class CloudSite:
             return None
         return self._stored(image, digest, ami)
 
-    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+    def bake(
+        self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
+    ) -> StoredImage:
         """Bake an AMI, or finish the one that a killed run had made."""
         packages: Path | None = None
         ami = None if again else images.find(self.account, inputs.image.name, inputs.digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ami_builder.adapters import imds, qemu, seed
 from ami_builder.console import Step, size
+from ami_builder.errors import AmiBuilderError
 from ami_builder.model import Artifact, Datasource, Endpoint, Image, Target, Verdict
 from ami_builder.pipeline.bake import bake
 from ami_builder.pipeline.concurrent import side_by_side
@@ -88,6 +89,20 @@ class LocalSite:
     workspace: Workspace
     target: Target = field(default=Target.QEMU, init=False)
 
+    @property
+    def emulated(self) -> bool | None:
+        """Whether machines are emulated here; None when only a try can tell."""
+        try:
+            known = qemu.known_accelerator(self._accelerators)
+        except AmiBuilderError:
+            # Whoever needs the accelerator meets the same error.
+            return None
+        return None if known is None else known[0] is qemu.Accelerator.TCG
+
+    @property
+    def _accelerators(self) -> Path:
+        return self.workspace.cache / "accelerator.json"
+
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve base and container to what they would be now."""
         return gather(image, self.workspace, refresh=refresh)
@@ -96,9 +111,11 @@ class LocalSite:
         """Return the finished image of exactly these inputs."""
         return self.workspace.image(inputs.image.name, inputs.digest)
 
-    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+    def bake(
+        self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
+    ) -> StoredImage:
         """Bake a disk and put it among the finished images; what a killed run left is never whole."""
-        baked = bake(inputs, self.workspace, run, step)
+        baked = bake(inputs, self.workspace, run, step, on_boot=on_boot)
         artifact = Artifact(
             image=inputs.image.name,
             target=self.target,
@@ -113,10 +130,11 @@ class LocalSite:
     def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
         """Prove a disk on a machine of each configured size; the first that fails ends the others."""
         qemu.image_info(stored.path)
-        accelerator, reason = qemu.choose_accelerator(
-            stored.path, cache=self.workspace.cache / "accelerator.json", directory=run.work
-        )
-        step.update(reason)
+        with step.step("choose the accelerator") as child:
+            accelerator, reason = qemu.choose_accelerator(
+                stored.path, cache=self._accelerators, directory=run.work
+            )
+            child.done(reason)
         machines = [
             LocalMachine(image=image, disk=stored.path, accelerator=accelerator, memory=memory)
             for memory in image.verify.memory

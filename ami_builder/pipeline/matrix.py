@@ -12,6 +12,7 @@ from ami_builder.adapters.dask import executor as cluster
 from ami_builder.console import Progress, Step
 from ami_builder.errors import AmiBuilderError
 from ami_builder.model import CheckResult, Image, Measurement, Outcome, Verdict
+from ami_builder.pipeline import estimate, records
 from ami_builder.pipeline.cells import Cell, CellProof, cells, prove_cell
 from ami_builder.pipeline.concurrent import open_executor, threads
 from ami_builder.pipeline.prove import Proof
@@ -49,6 +50,10 @@ def verify_matrix(
     workspace.sweep()
     first = subjects[0].stored
     with workspace.run("verify", first.artifact.image, first.artifact.digest) as run:
+        run.update(artifact=first.artifact)
+        early = estimate.of_verification(
+            records.read(workspace), subjects[0].image, first.artifact.target, emulated=None
+        )
         machines = run.directory / "machines"
         groups = [
             cells(one.image, one.stored, run.record.run_id, travelling=dask_scheduler is not None)
@@ -57,6 +62,8 @@ def verify_matrix(
         every = [cell for group in groups for cell in group]
         try:
             with progress.step(f"verify {first.name}") as step:
+                if early is not None:
+                    step.say(str(early))
                 with open_executor(dask_scheduler, len(every)) as executor:
                     proofs = prove_matrix(every, executor, step, machines)
                 rest = iter(proofs)

@@ -70,6 +70,11 @@ def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
     return tuple(sorted(found, key=lambda run: (run.when, run.id)))
 
 
+def read(workspace: Workspace) -> tuple[RunRecord, ...]:
+    """Return the record of every run, the last one last."""
+    return tuple(run.record for run in runs(workspace))
+
+
 def nights(workspace: Workspace) -> tuple[RecordedNight, ...]:
     """Return every night that has ended, the last one last."""
     found = [

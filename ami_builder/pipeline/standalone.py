@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ami_builder.console import Progress
 from ami_builder.model import Image, Verdict
+from ami_builder.pipeline import estimate, records
 from ami_builder.pipeline.target import Site
 from ami_builder.pipeline.verify import require_passed, verify
 from ami_builder.workspace import StoredImage, Workspace
@@ -19,8 +20,13 @@ def verify_image(
     workspace.ensure()
     workspace.sweep()
     with workspace.run("verify", image.name, stored.artifact.digest) as run:
+        run.update(artifact=stored.artifact)
+        known = records.read(workspace)
         try:
             with progress.step(f"verify {stored.name}") as step:
+                early = estimate.of_verification(known, image, site.target, emulated=site.emulated)
+                if early is not None:
+                    step.say(str(early))
                 verdict = verify(image, stored, site, run, step)
         finally:
             run.update(steps=progress.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -44,14 +44,23 @@ class Site(Protocol):
     def target(self) -> Target:
         """Its name."""
 
+    @property
+    def emulated(self) -> bool | None:
+        """Whether its machines are emulated; None where that is not known yet, or never the case."""
+
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve everything that goes into the image, and digest it."""
 
     def find(self, inputs: Inputs) -> StoredImage | None:
         """Return the finished image of exactly these inputs."""
 
-    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
-        """Bake an image, or finish one that a killed run has baked unless it is to be done `again`."""
+    def bake(
+        self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
+    ) -> StoredImage:
+        """Bake an image, or finish one that a killed run has baked unless it is to be done `again`.
+
+        `on_boot` gets the seconds that an emulated VM took until ssh answered.
+        """
 
     def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
         """Prove an image on every configured machine, in their order.

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -75,6 +75,7 @@ class FakeSite:
     folder: Path
     workspace: Workspace
     target: Target = field(default=Target.QEMU, init=False)
+    emulated: None = field(default=None, init=False)
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Digest what the world says, as the archive would be asked."""
@@ -88,7 +89,9 @@ class FakeSite:
         """Return the finished image of exactly these inputs."""
         return self.workspace.image(inputs.image.name, inputs.digest)
 
-    def bake(self, inputs: Inputs, run: Run, step: Step, *, again: bool) -> StoredImage:
+    def bake(
+        self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
+    ) -> StoredImage:
         """Write a disk of a few bytes."""
         world = told(self.folder)
         with (self.folder / "bakes").open("a") as file:

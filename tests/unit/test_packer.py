@@ -161,6 +161,11 @@ def test_progress_tells_the_provisioner(tmp_path: Path, monkeypatch: pytest.Monk
     assert _build(tmp_path, monkeypatch, script) == ["90-clean.sh"]
 
 
+def test_progress_tells_that_the_machine_has_booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "echo '2026-11-28T06:26:48Z: ==> qemu.image: Connected to SSH!'"
+    assert _build(tmp_path, monkeypatch, script) == [packer.CONNECTED]
+
+
 def test_a_staged_folder_does_not_depend_on_time(tmp_path: Path) -> None:
     if shutil.which("packer") is None:
         pytest.skip("packer is not installed")
