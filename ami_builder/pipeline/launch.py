@@ -11,6 +11,7 @@ from pathlib import Path
 from ami_builder.adapters import qemu, ssh
 from ami_builder.console import Progress
 from ami_builder.model import Datasource, Image, Network
+from ami_builder.pipeline.booting import WAITING, reporting
 from ami_builder.pipeline.local import LocalMachine
 from ami_builder.workspace import Workspace
 
@@ -53,13 +54,14 @@ def launch(
                 disk, cache=workspace.cache / "accelerator.json", directory=run.work
             )
             step.done(reason)
-        with progress.step("boot", detail="waiting for ssh") as step:
+        with progress.step("boot", detail=WAITING) as step:
             key = ssh.generate_key(run.work)
             machine = LocalMachine(image=settings, disk=disk, accelerator=accelerator, memory=memory)
             told = user_data.read_bytes() if user_data is not None else None
             endpoint = machine.boot(stack, run.work, told, key.with_suffix(".pub").read_text().strip())
             session = stack.enter_context(ssh.Session(endpoint, key=key, directory=run.work / "ssh"))
-            session.wait(image.verify.timeout, machine.check_alive)
+            alive = reporting(machine.check_alive, step, endpoint.console_log)
+            session.wait(image.verify.timeout, alive)
             step.done("ssh answers")
         on_ready(
             Launched(

@@ -15,6 +15,7 @@ from ami_builder.adapters import checks, qemu, ssh
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError
 from ami_builder.model import PRESSURE, CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.pipeline.booting import SHUTTING_DOWN, WAITING, reporting
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import user_data
 from ami_builder.resources import checks_dir
@@ -87,8 +88,8 @@ class _Way:
             began = time.monotonic()
             session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
             try:
-                with step.step("first boot", detail="waiting for ssh") as child:
-                    session.wait(timeout, self.machine.check_alive)
+                with step.step("first boot", detail=WAITING) as child:
+                    session.wait(timeout, reporting(self.machine.check_alive, child, endpoint.console_log))
                     self._check(session, "boot", child, began, ssh_seconds=time.monotonic() - began)
                 with step.step("service restart, with the image's own Compose file") as child:
                     began = time.monotonic()
@@ -97,9 +98,10 @@ class _Way:
                 # What is red already is red sooner without the longest steps; and a machine without the right
                 # limit may freeze for good under pressure, and its evidence with it.
                 if not self._failed():
-                    with step.step("reboot", detail="waiting for ssh") as child:
+                    with step.step("reboot", detail=SHUTTING_DOWN) as child:
                         began = time.monotonic()
-                        session.reboot(timeout, self.machine.check_alive)
+                        alive = reporting(self.machine.check_alive, child, endpoint.console_log, reboot=True)
+                        session.reboot(timeout, alive)
                         self._check(session, "reboot", child, began, ssh_seconds=time.monotonic() - began)
                 if self.image.verify.pressure and not self._failed():
                     with step.step("memory pressure") as child:

@@ -1,0 +1,56 @@
+"""What a machine is doing until ssh answers, by its console as far as that is written while it boots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ami_builder.console import Step
+
+WAITING = "waiting for ssh"
+SHUTTING_DOWN = "shutting down"
+
+# The first of them that a console shows is how far its machine has come.
+_STAGES = (
+    ("login prompt", re.compile(rb"\blogin: ")),
+    ("system services", re.compile(rb"systemd\[1\]|cloud-init\[\d+\]|Welcome to (?!GRUB)")),
+    ("kernel", re.compile(rb"Linux version|Booting `|\[ *\d+\.\d{6}\] ")),
+    ("boot loader", re.compile(rb"GRUB")),
+    ("firmware", re.compile(rb"BdsDxe|reboot: Restarting system")),
+)
+_RESTART = re.compile(rb"reboot: Restarting system|BdsDxe: loading")
+
+
+def doing(console: bytes, *, reboot: bool) -> str:
+    """Return what a machine is doing, by its console since it was started or told to reboot."""
+    if reboot:
+        restarts = list(_RESTART.finditer(console))
+        if not restarts:
+            return SHUTTING_DOWN
+        console = console[restarts[-1].start() :]
+    stage = next((name for name, pattern in _STAGES if pattern.search(console)), "")
+    return f"{WAITING} (console: {stage})" if stage else WAITING
+
+
+def reporting(
+    check: Callable[[], None], step: Step, console: Path, *, reboot: bool = False
+) -> Callable[[], None]:
+    """Return `check` made to report on `step` as well what the machine is doing, each time that it is called.
+
+    `console` is read from its present end on. One that is empty at a reboot is not written while a machine
+    runs: an instance's is fetched on demand.
+    """
+    start = console.stat().st_size if console.exists() else 0
+    known = reboot and start > 0
+
+    def checked() -> None:
+        check()
+        shown = b""
+        if console.exists():
+            with console.open("rb") as file:
+                file.seek(start)
+                shown = file.read()
+        step.update(doing(shown, reboot=known))
+
+    return checked
