@@ -27,6 +27,10 @@ _INIT_SECONDS = 300.0
 
 _PROVISIONING = re.compile(r"Provisioning with shell script: .*/(?P<script>[\w.-]+)$")
 _STEP = re.compile(r"==> [\w.-]+: (?P<text>.+)$")
+# What a provisioner prints, and what Packer adds to a step.
+_OUTPUT = re.compile(r"^ {4}[\w.-]+: +(?P<text>\S.*)$")
+# Packer's name for a file with inline commands.
+_INLINE = "packer-shell"
 
 CONNECTED = "Connected to SSH!"
 """What is reported as progress once the baking machine has booted."""
@@ -162,8 +166,8 @@ class _Bake:
         if found := _PROVISIONING.search(text):
             self.provisioner = found["script"]
             self.lines.clear()
-            self.on_progress(found["script"])
-        elif found := _STEP.search(text):
+            self.on_progress("prepare" if found["script"].startswith(_INLINE) else found["script"])
+        elif found := _STEP.search(text) or _OUTPUT.search(text):
             self.on_progress(found["text"])
         if "Timeout waiting for SSH" in text:
             self.ssh_failed = True

@@ -72,6 +72,11 @@ class Recipe:
     ) -> Path:
         """Return the cached folder of this digest, running the script when it isn't there."""
 
+        def seen(line: str) -> None:
+            # mmdebstrap marks its lines, and the script names itself: the step has a name already.
+            if text := line.removeprefix("I: ").removeprefix(f"{self.script.name}: "):
+                on_line(text)
+
         def build(folder: Path) -> None:
             proc.stream(
                 [self.script, "--output", folder / output, *self._argv()],
@@ -79,7 +84,7 @@ class Recipe:
                 what=f"making the {self.kind}",
                 env=self._environment(workspace),
                 timeout=self.timeout,
-                on_line=on_line,
+                on_line=seen,
             )
 
         return workspace.cached(self.kind, digest, build)

@@ -111,11 +111,11 @@ class _Way:
                 if failed.log == endpoint.console_log:
                     failed.tail = proc.last_lines(endpoint.console_log)
                 if not isinstance(failed, qemu.GuestStuck):
-                    self._keep_evidence(session)
+                    self._keep_evidence(session, step)
                 raise
             if self._failed():
                 self.machine.save_console()
-                self._keep_evidence(session)
+                self._keep_evidence(session, step)
         return Proof(results=tuple(self.results), measured=tuple(self.measured))
 
     def _check(
@@ -182,9 +182,10 @@ class _Way:
     def _failed(self) -> bool:
         return any(result.outcome is Outcome.FAILED for result in self.results)
 
-    def _keep_evidence(self, session: ssh.Session) -> None:
+    def _keep_evidence(self, session: ssh.Session, step: Step) -> None:
         """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
         for name, command in _EVIDENCE.items():
+            step.update(f"fetching {name}")
             try:
                 # What a broken machine lacks must not keep the rest from being told.
                 session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=_SHORT_SECONDS)

@@ -161,6 +161,16 @@ def test_progress_tells_the_provisioner(tmp_path: Path, monkeypatch: pytest.Monk
     assert _build(tmp_path, monkeypatch, script) == ["90-clean.sh"]
 
 
+def test_progress_tells_what_a_provisioner_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "echo '2026-11-28T06:26:48Z: ==> qemu.image: Provisioning with shell script: /tmp/packer-shell114'\n"
+        "echo '2026-11-28T06:26:51Z: ==> qemu.image: Provisioning with shell script: ./x/10-guest.sh'\n"
+        "echo '2026-11-28T06:26:52Z:     qemu.image: Setting up htop (3.4.1) ...'\n"
+        "echo '2026-11-28T06:26:53Z:     qemu.image: '"
+    )
+    assert _build(tmp_path, monkeypatch, script) == ["prepare", "10-guest.sh", "Setting up htop (3.4.1) ..."]
+
+
 def test_progress_tells_that_the_machine_has_booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "echo '2026-11-28T06:26:48Z: ==> qemu.image: Connected to SSH!'"
     assert _build(tmp_path, monkeypatch, script) == [packer.CONNECTED]
