@@ -90,7 +90,7 @@ class Progress:
             self._beating.join(_JOIN_SECONDS)
 
     def beat(self) -> None:
-        """Let steps that have shown nothing for a while show that they are still running."""
+        """Let the renderer print that steps are still running, where it is time for that."""
         with self._lock:
             if not self._closed.is_set():
                 self._renderer.beat()

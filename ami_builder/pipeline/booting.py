@@ -23,7 +23,7 @@ _RESTART = re.compile(rb"reboot: Restarting system|BdsDxe: loading")
 
 
 def doing(console: bytes, *, reboot: bool) -> str:
-    """Return what a machine is doing, by its console since it was started or told to reboot."""
+    """Return what a machine is doing, by its console since it was started or asked to reboot."""
     if reboot:
         restarts = list(_RESTART.finditer(console))
         if not restarts:
@@ -36,7 +36,7 @@ def doing(console: bytes, *, reboot: bool) -> str:
 def reporting(
     check: Callable[[], None], step: Step, console: Path, *, reboot: bool = False
 ) -> Callable[[], None]:
-    """Return `check` made to report on `step` as well what the machine is doing, each time that it is called.
+    """Return a function that calls `check`, then reports on `step` what the machine is doing.
 
     `console` is read from its present end on. One that is empty at a reboot is not written while a machine
     runs: an instance's is fetched on demand.
@@ -46,11 +46,11 @@ def reporting(
 
     def checked() -> None:
         check()
-        shown = b""
+        text = b""
         if console.exists():
             with console.open("rb") as file:
                 file.seek(start)
-                shown = file.read()
-        step.update(doing(shown, reboot=known))
+                text = file.read()
+        step.update(doing(text, reboot=known))
 
     return checked

@@ -95,7 +95,7 @@ class LocalSite:
         try:
             known = qemu.known_accelerator(self._accelerators)
         except AmiBuilderError:
-            # Whoever needs the accelerator meets the same error.
+            # The step that needs the accelerator raises the same error.
             return None
         return None if known is None else known[0] is qemu.Accelerator.TCG
 

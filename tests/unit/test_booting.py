@@ -67,7 +67,7 @@ def test_it_is_reported_while_somebody_waits(tmp_path: Path) -> None:
         assert step.detail == "waiting for ssh (console: kernel)"
 
 
-def test_a_console_that_is_not_written_meanwhile_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_console_says_nothing(tmp_path: Path) -> None:
     """An instance's console comes when it is asked for."""
     console = tmp_path / "console.log"
     console.touch()
@@ -77,10 +77,10 @@ def test_a_console_that_is_not_written_meanwhile_says_nothing(tmp_path: Path) ->
 
 
 def test_what_is_wrong_with_the_machine_is_raised(tmp_path: Path) -> None:
-    def gone() -> None:
+    def dead() -> None:
         raise BuildFailed("QEMU was ended by SIGKILL")
 
     with open_progress(Mode.QUIET) as progress, progress.step("first boot") as step:
-        check = reporting(gone, step, tmp_path / "console.log")
+        check = reporting(dead, step, tmp_path / "console.log")
         with pytest.raises(BuildFailed):
             check()

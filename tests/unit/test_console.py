@@ -296,7 +296,7 @@ def test_what_a_step_says_is_a_line_of_its_own_at_once() -> None:
         step.say("about 4 min\non this host")
         with pytest.raises(UsageError), step.step("bake"):
             raise UsageError("no")
-        assert step.detail == "", "it is no detail: a failure is not shown with it"
+        assert step.detail == "", "a failure must not have it for a detail"
     assert lines_of(out)[:2] == ["build ...", "build: about 4 min on this host"]
     assert progress.steps[0].detail == ""
 

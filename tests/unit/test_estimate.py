@@ -314,10 +314,10 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     site = Site(workspace=workspace, guest=guest)
 
     def said(act: Callable[[Progress], object]) -> list[str]:
-        shown = Said(guest)
-        with Progress(shown, lambda: guest.now) as progress:
+        renderer = Said(guest)
+        with Progress(renderer, lambda: guest.now) as progress:
             act(progress)
-        return shown.lines
+        return renderer.lines
 
     def built(digest: str, options: Options | None = None) -> list[str]:
         made = inputs(digest)

@@ -16,7 +16,7 @@ def test_progress_is_what_the_script_does_without_who_says_it(tmp_path: Path) ->
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
     workspace.ensure()
     log = tmp_path / "base.log"
-    shown: list[str] = []
-    Recipe(kind="base", script=script, flags=(), sources=()).make(workspace, "d", "", log, shown.append)
-    assert shown == ["downloading packages with apt...", "making the file system", "plain: stays"]
+    reported: list[str] = []
+    Recipe(kind="base", script=script, flags=(), sources=()).make(workspace, "d", "", log, reported.append)
+    assert reported == ["downloading packages with apt...", "making the file system", "plain: stays"]
     assert log.read_text().splitlines() == list(lines), "the log has all of it"
