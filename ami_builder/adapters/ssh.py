@@ -177,8 +177,16 @@ class Session:
         """Return the kernel's id of this boot: it differs after every reboot."""
         return self.run("cat /proc/sys/kernel/random/boot_id").stdout.strip()
 
-    def reboot(self, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
-        """Reboot the machine from inside and wait until a login works again; raises as `wait` does."""
+    def reboot(
+        self,
+        timeout: float,
+        alive: Callable[[], None] = lambda: None,
+        went_down: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """Reboot the machine from inside and wait until a login works again; raises as `wait` does.
+
+        `went_down` is called once, with the seconds that are left, when the machine has begun to go down.
+        """
         before = self.boot_id()
         # The connection may end before the command does.
         with contextlib.suppress(Unreachable):
@@ -191,6 +199,7 @@ class Session:
                 lambda: not self._socket.exists(), what="going down", timeout=min(timeout, _DOWN_SECONDS)
             )
         self.drop()
+        went_down(max(1.0, deadline - time.monotonic()))
 
         def rebooted() -> bool:
             with contextlib.suppress(Unreachable):
