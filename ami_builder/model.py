@@ -267,6 +267,8 @@ class Outcome(StrEnum):
 
     PASSED = "passed"
     FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    """The host was too busy to tell; it says nothing of the image."""
     SKIPPED = "skipped"
 
 
@@ -282,7 +284,7 @@ class CheckResult:
     outcome: Outcome
     seconds: float
     message: str
-    """What is wrong, or why it was skipped; of a check that passed what it noted, if anything."""
+    """What is wrong, or why it was skipped or is inconclusive; of a check that passed what it noted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,9 +314,21 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """True when something ran, and nothing that ran failed."""
-        ran = [r for r in self.results if r.outcome is not Outcome.SKIPPED]
-        return bool(ran) and all(r.outcome is Outcome.PASSED for r in ran)
+        """True when something ran, and all that ran passed."""
+        return self.outcome is Outcome.PASSED
+
+    @property
+    def inconclusive(self) -> bool:
+        """True when nothing failed, and the host was too busy to judge something."""
+        return self.outcome is Outcome.INCONCLUSIVE
+
+    @property
+    def outcome(self) -> Outcome:
+        """Passed, failed or inconclusive; when nothing ran, failed."""
+        ran = {result.outcome for result in self.results} - {Outcome.SKIPPED}
+        if not ran or Outcome.FAILED in ran:
+            return Outcome.FAILED
+        return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in ran else Outcome.PASSED
 
 
 class RunStatus(StrEnum):
@@ -323,6 +337,8 @@ class RunStatus(StrEnum):
     RUNNING = "running"
     PASSED = "passed"
     FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    """Nothing failed, but the host was too busy to judge the image."""
     INTERRUPTED = "interrupted"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.errors import BuildFailed, Interrupted, Locked, UsageError
+from ami_builder.errors import BuildFailed, Inconclusive, Interrupted, Locked, UsageError
 from ami_builder.model import (
     Artifact,
     CheckResult,
@@ -106,6 +106,32 @@ def test_no_result_is_no_pass() -> None:
     assert not verdict(Outcome.SKIPPED, Outcome.SKIPPED).passed
     assert not verdict(Outcome.PASSED, Outcome.FAILED).passed
     assert verdict(Outcome.PASSED, Outcome.SKIPPED).passed
+    assert not verdict(Outcome.PASSED, Outcome.INCONCLUSIVE).passed
+    assert not verdict(Outcome.SKIPPED, Outcome.INCONCLUSIVE).passed
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "outcome"),
+    [
+        ((), Outcome.FAILED),
+        ((Outcome.SKIPPED,), Outcome.FAILED),
+        ((Outcome.PASSED, Outcome.SKIPPED), Outcome.PASSED),
+        ((Outcome.PASSED, Outcome.INCONCLUSIVE), Outcome.INCONCLUSIVE),
+        ((Outcome.SKIPPED, Outcome.INCONCLUSIVE), Outcome.INCONCLUSIVE),
+        ((Outcome.INCONCLUSIVE, Outcome.FAILED, Outcome.PASSED), Outcome.FAILED),
+    ],
+)
+def test_a_verdict_is_inconclusive_only_when_nothing_failed(
+    outcomes: tuple[Outcome, ...], outcome: Outcome
+) -> None:
+    results = tuple(
+        CheckResult(name="x", phase="boot", machine="2 GiB", outcome=one, seconds=0, message="")
+        for one in outcomes
+    )
+    verdict = Verdict(digest="d", checks_digest="c", results=results, measured=())
+    assert verdict.outcome is outcome
+    assert verdict.passed == (outcome is Outcome.PASSED)
+    assert verdict.inconclusive == (outcome is Outcome.INCONCLUSIVE)
 
 
 def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
@@ -116,6 +142,9 @@ def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
     with pytest.raises(BuildFailed), workspace.run("build", "dask") as run:
         raise BuildFailed("broken")
     assert (run.record.status, run.record.error) == (RunStatus.FAILED, "broken")
+    with pytest.raises(Inconclusive), workspace.run("build", "dask") as run:
+        raise Inconclusive("too busy")
+    assert (run.record.status, run.record.error) == (RunStatus.INCONCLUSIVE, "too busy")
     for stopped in (KeyboardInterrupt(), Interrupted("by SIGTERM")):
         with pytest.raises(type(stopped)), workspace.run("build", "dask") as run:
             raise stopped
