@@ -12,9 +12,17 @@ from typing import IO, TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.console import Console
 
-MARKS = {"running": "…", "passed": "✓", "failed": "✗", "interrupted": "■", "skipped": "–", "none": "·"}
-ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "--", "-", "."), strict=True))
-STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "dim", "dim"), strict=True))
+MARKS = {
+    "running": "…",
+    "passed": "✓",
+    "failed": "✗",
+    "inconclusive": "?",
+    "interrupted": "■",
+    "skipped": "–",
+    "none": "·",
+}
+ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "??", "--", "-", "."), strict=True))
+STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "yellow", "dim", "dim"), strict=True))
 
 # A serial console's log is full of escape sequences, which would move the cursor of the person who reads it.
 _SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)"

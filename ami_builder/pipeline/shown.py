@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,13 +39,16 @@ def checks(verdict: Verdict) -> tuple[Check, ...]:
 
 
 def failures(verdict: Verdict) -> tuple[Failure, ...]:
-    """Return what failed, in the order in which it ran."""
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for result in verdict.results:
-        if result.outcome is Outcome.FAILED:
-            found.setdefault((result.name, result.message), []).append((result.machine, result.phase))
+    """Return what failed, then what is inconclusive, each in the order in which it ran."""
+    found: dict[tuple[Outcome, str, str], list[tuple[str, str]]] = {}
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
+        for result in verdict.results:
+            if result.outcome is outcome:
+                key = (outcome, result.name, result.message)
+                found.setdefault(key, []).append((result.machine, result.phase))
     return tuple(
-        Failure(name=name, message=message, starts=tuple(starts)) for (name, message), starts in found.items()
+        Failure(name=name, outcome=outcome, message=message, starts=tuple(starts))
+        for (outcome, name, message), starts in found.items()
     )
 
 
@@ -70,10 +73,16 @@ def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
                 total=one.total if one else None,
                 available=variable,
                 further=_further(_folder(evidence, machine), phase, variable),
-                holds=Outcome.FAILED not in outcomes if outcomes else None,
+                holds=_holds(outcomes),
             )
         )
     return tuple(found)
+
+
+def _holds(outcomes: Collection[Outcome]) -> bool | None:
+    if Outcome.FAILED in outcomes:
+        return False
+    return None if Outcome.INCONCLUSIVE in outcomes or not outcomes else True
 
 
 def _folder(evidence: Path, machine: str) -> Path:

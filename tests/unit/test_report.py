@@ -269,7 +269,7 @@ def test_a_machine_that_was_booted_again_is_shown_as_it_was_then(workspace: Work
 def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
     again = tuple(result("limit: no swap", Outcome.FAILED, "swap", phase) for phase in ("boot", "reboot"))
     page = page_of(build(workspace, 0, results=again, status=RunStatus.FAILED), workspace)
-    assert len([one for one in page.find("article") if one["class"] == "failure"]) == 1
+    assert len([one for one in page.find("article") if one["class"] == "failure bad"]) == 1
     assert "2 GiB first boot, 2 GiB reboot" in page.text
 
 
@@ -279,6 +279,7 @@ def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
         (RunStatus.PASSED, True, "Passed"),
         (RunStatus.PASSED, False, "Not verified"),
         (RunStatus.FAILED, True, "Failed"),
+        (RunStatus.INCONCLUSIVE, True, "Inconclusive"),
         (RunStatus.INTERRUPTED, False, "Interrupted"),
         (RunStatus.RUNNING, False, "Interrupted"),
     ],
@@ -287,6 +288,32 @@ def test_how_a_run_ended(workspace: Workspace, status: RunStatus, verdict: bool,
     run = build(workspace, 0, status=status)
     record = run.record if verdict else replace(run.record, verdict=None)
     assert f"\n{word}\n" in page_of(replace(run, record=record), workspace).text
+
+
+def test_what_is_inconclusive_has_its_own_mark_and_colour(workspace: Workspace) -> None:
+    busy = result("pressure: ssh answers", Outcome.INCONCLUSIVE, "a login at rest takes 40 s")
+    chain = result("chain: docker has the variable", Outcome.INCONCLUSIVE)
+    run = build(
+        workspace,
+        0,
+        status=RunStatus.INCONCLUSIVE,
+        results=(busy, chain, result("limit: no swap")),
+        error="the host was too busy to judge this image",
+    )
+    page = page_of(run, workspace)
+    assert "? inconclusive" in page.text
+    assert "a login at rest takes 40 s" in page.text
+    assert "every start: 1 passed, 2 inconclusive" in page.text
+    classes = {
+        one["class"]
+        for tag in ("section", "article", "li", "span")
+        for one in page.find(tag)
+        if one.get("class")
+    }
+    assert {"verdict unsure", "failure unsure", "unsure", "tone unsure"} <= classes
+    assert not [one for one in classes if "bad" in str(one).split()], "nothing is red"
+    assert "✗" not in page.text.replace("✗ failed, ? inconclusive", "")
+    assert "not checked" in page.text, "the chain was not judged"
 
 
 def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> None:
