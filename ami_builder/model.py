@@ -194,7 +194,7 @@ class Nightly:
     memory_drift_percent: int
     """How much less memory may be available at boot."""
     time_drift_percent: int
-    """How much longer ssh and Dask may take to answer."""
+    """How much more CPU time the first boot may take, in multiples of a fixed piece of work."""
     size_drift_percent: int
     """How much larger the image may be."""
     hold_packages: tuple[str, ...]
@@ -301,6 +301,23 @@ class Measurement:
     """From the start, or from the call to reboot, until a login by ssh; None where nothing booted."""
     dask_seconds: float | None = None
     """From the same start until Dask answered on a system that was up; None when that was not seen."""
+    cpu_seconds: float | None = None
+    """CPU seconds that the machine used from power-on or the call to reboot until a worker was registered.
+
+    QEMU's own on this host; on EC2 the guest's, from /proc/stat.
+    """
+    control_seconds: float | None = None
+    """CPU seconds of a fixed piece of work on the same machine at rest, right after."""
+
+    @property
+    def boot_ratio(self) -> float | None:
+        """The boot's CPU seconds in multiples of the control's; None without either.
+
+        It depends neither on how fast the host is nor on how busy.
+        """
+        if self.cpu_seconds is None or not self.control_seconds:
+            return None
+        return self.cpu_seconds / self.control_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,12 @@ def test_the_measurements_stand_on_the_ami_beside_the_verdict(cloud: Cloud, acco
     found = images.get(account, ami)
     assert found is not None
     assert found.measured == (), "nothing stays of a verdict before"
+    booted = replace(one, cpu_seconds=12.345, control_seconds=0.2346)
+    images.record_verdict(account, ami, Outcome.PASSED, "ef" * 32, (booted,))
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.tags[tagging.MEASURED] == "m6i.large=8589934592/7516192768/31.2/-/12.35/0.235"
+    assert found.measured == (replace(one, ssh_seconds=31.2, cpu_seconds=12.35, control_seconds=0.235),)
 
 
 seconds = st.none() | st.integers(0, 999_999).map(lambda tenths: tenths / 10)
@@ -156,6 +162,8 @@ starts = st.builds(
     available=st.integers(1, 1 << 38),
     ssh_seconds=seconds,
     dask_seconds=seconds,
+    cpu_seconds=st.none() | st.integers(0, 9_999_999).map(lambda hundredths: hundredths / 100),
+    control_seconds=st.none() | st.integers(0, 9_999_999).map(lambda thousandths: thousandths / 1000),
 )
 
 

@@ -85,6 +85,21 @@ def test_a_verdict_from_before_times_were_measured_loads(tmp_path: Path) -> None
     assert verdict is not None
     assert verdict.measured == (Measurement(machine="2 GiB", phase="boot", total=4, available=3),)
     assert verdict.measured[0].ssh_seconds is None
+    assert verdict.measured[0].cpu_seconds is None
+    assert verdict.measured[0].boot_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("cpu", "control", "ratio"),
+    [(207.0, 4.0, 51.75), (None, 4.0, None), (207.0, None, None), (207.0, 0.0, None)],
+)
+def test_a_boot_in_multiples_of_a_fixed_piece_of_work(
+    cpu: float | None, control: float | None, ratio: float | None
+) -> None:
+    one = Measurement(
+        machine="2 GiB", phase="boot", total=4, available=3, cpu_seconds=cpu, control_seconds=control
+    )
+    assert one.boot_ratio == ratio
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 1}', b"\xff\xfe"])
