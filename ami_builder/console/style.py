@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Literal
 
+from ami_builder.difference import Quantity, Unit, multiple
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -83,6 +85,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02} min"
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+
+
+def amount(quantity: Quantity, value: float) -> str:
+    """Return a measured value in its unit."""
+    match quantity.unit:
+        case Unit.BYTES:
+            return size(int(value))
+        case Unit.CONTROLS:
+            return multiple(value)
+        case Unit.SECONDS:
+            return duration(value)
 
 
 def size(number: int) -> str:
