@@ -67,6 +67,8 @@ class Start:
     total: int | None
     available: int | None
     """AVAILABLE_MEMORY_FOR_DASK; None where the machine had none."""
+    times: tuple[str, ...]
+    """What it took, in wall time and in CPU time; empty where that was not measured."""
     further: tuple[Number, ...]
     holds: bool | None
     """What the checks of the chain found; None when none of them ran, or could be judged."""

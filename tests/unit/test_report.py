@@ -104,6 +104,8 @@ def build(
     packages: str = "apt=1\nsystemd=257\n",
     error: str | None = None,
     detail: str = "",
+    wall: float | None = None,
+    cpu: float | None = None,
 ) -> records.RecordedRun:
     """Record a build of that day, as `ami-builder build` does."""
     when = DAY + timedelta(days=day)
@@ -117,7 +119,16 @@ def build(
     (evidence / "machine-boot.json").write_text(json.dumps(MACHINE))
     answer = json.dumps({"workers": [worker(VALUE)]})
     (evidence / "dask-boot.json").write_text(json.dumps({"stdout": answer, "stderr": "", "status": 0}))
-    measured = Measurement(machine="2 GiB", phase="boot", total=2 * GIB, available=VALUE)
+    measured = Measurement(
+        machine="2 GiB",
+        phase="boot",
+        total=2 * GIB,
+        available=VALUE,
+        ssh_seconds=wall and wall - 20,
+        dask_seconds=wall,
+        cpu_seconds=cpu,
+        control_seconds=4.0,
+    )
     step = f"build {image}"
     record = RunRecord(
         run_id=run_id,
@@ -249,6 +260,27 @@ def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
     run = build(workspace, 0, results=results)
     assert [start.phase for start in shown.starts(verdict_of(run), run.directory / "machines")] == ["boot"]
     assert shown.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
+
+
+def test_a_start_shows_its_boot_in_wall_time_and_in_cpu_time(workspace: Workspace) -> None:
+    build(workspace, 0, wall=60.0, cpu=196.0)
+    page = page_of(build(workspace, 1, wall=58.0, cpu=200.0), workspace)
+    text = " ".join(page.text.split())
+    assert "ssh after 38 s, Dask after 58 s, 3:20 min of CPU time (50.00 x control)" in text
+    assert "CPU time to boot on 2 GiB" in text
+    assert "50.00 x control now, 49.00 x control the build before" in text
+    rows = {"seconds to ssh": "40 s38 s", "CPU time to boot": "49.00 x control50.00 x control+2.0%"}
+    for name, values in rows.items():
+        assert f"{name}: 2 GiB{values}" in text, "in its own unit"
+
+
+def test_a_start_without_times_shows_none(workspace: Workspace) -> None:
+    build(workspace, 0)
+    page = page_of(build(workspace, 1), workspace)
+    assert "of CPU time" not in page.text
+    assert "CPU time to boot" not in page.text
+    only = page_of(build(workspace, 2, wall=58.0), workspace)
+    assert "ssh after 38 s, Dask after 58 s\n" in only.text
 
 
 def test_evidence_that_is_gone_is_said_to_be(workspace: Workspace) -> None:
