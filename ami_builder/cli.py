@@ -1,7 +1,8 @@
 """The command line: flags, one pipeline call, an exit code.
 
 0 ok, 1 a defect of ours, 2 usage or configuration, 3 a tool is missing, 4 the build failed,
-5 checks failed, 6 cloud API, 7 timed out, 8 locked, 130 interrupted.
+5 checks failed, 6 cloud API, 7 timed out, 8 locked, 9 held: a person decides,
+10 inconclusive: the host was too busy to tell, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 
+class Unit(StrEnum):
+    """What a quantity is counted in."""
+
+    BYTES = "bytes"
+    SECONDS = "seconds"
+    CONTROLS = "controls"
+    """Multiples of a fixed piece of work on the same machine."""
+
+
 class Quantity(StrEnum):
     """What was measured, and so in which unit."""
 
@@ -14,12 +23,25 @@ class Quantity(StrEnum):
     """Of the image, in bytes."""
     AVAILABLE = "available memory at boot"
     """In bytes, for each machine."""
+    BOOT = "CPU time to boot"
+    """Of the first boot, until a worker was registered, in multiples of the control; for each machine."""
     SSH = "seconds to ssh"
     """Of the first boot, for each machine."""
     DASK = "seconds to Dask"
     """Likewise."""
     TIME = "time"
     """Of each step of its run, in seconds."""
+
+    @property
+    def unit(self) -> Unit:
+        """Its unit."""
+        match self:
+            case Quantity.SIZE | Quantity.AVAILABLE:
+                return Unit.BYTES
+            case Quantity.BOOT:
+                return Unit.CONTROLS
+            case Quantity.SSH | Quantity.DASK | Quantity.TIME:
+                return Unit.SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +53,8 @@ class Side:
     size: int
     available: Mapping[str, int] = field(default_factory=dict)
     """Machine -> AVAILABLE_MEMORY_FOR_DASK on its first boot."""
+    boot: Mapping[str, float] = field(default_factory=dict)
+    """Machine -> CPU time of its first boot, in multiples of a fixed piece of work on the same machine."""
     ssh: Mapping[str, float] = field(default_factory=dict)
     """Machine -> seconds from its first start until ssh answered."""
     dask: Mapping[str, float] = field(default_factory=dict)
@@ -86,6 +110,7 @@ def compare(before: Side, after: Side) -> Difference:
         )
     measured = [Measured(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
     measured += _quantities(Quantity.AVAILABLE, before.available, after.available)
+    measured += _quantities(Quantity.BOOT, before.boot, after.boot)
     measured += _quantities(Quantity.SSH, before.ssh, after.ssh)
     measured += _quantities(Quantity.DASK, before.dask, after.dask)
     measured += _quantities(Quantity.TIME, before.seconds, after.seconds)
@@ -100,6 +125,11 @@ def read_packages(lines: Iterable[str]) -> dict[str, str]:
         if equals:
             found.setdefault(name, set()).add(version)
     return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
+
+
+def multiple(value: float) -> str:
+    """Return multiples of the control as people read them: `51.33 x control`."""
+    return f"{value:.2f} x control"
 
 
 def _quantities(

@@ -74,6 +74,12 @@ class Held(AmiBuilderError):
     exit_code = 9
 
 
+class Inconclusive(AmiBuilderError):
+    """No check failed, but the host was too busy for all of them; the image was kept."""
+
+    exit_code = 10
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM: everything that was started has been ended.
 

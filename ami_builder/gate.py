@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .difference import Difference, Measured, Moved, Quantity
+from .difference import Difference, Measured, Moved, Quantity, Unit, multiple
 from .errors import Held
 from .model import Nightly
 from .spelling import GIB
@@ -14,7 +14,8 @@ from .spelling import GIB
 MOST_PACKAGES = 12
 """How many of the packages that moved are named; the rest is counted."""
 
-_BYTES = frozenset({Quantity.SIZE, Quantity.AVAILABLE})
+# Wall time says as much about the host as about the image, so it holds nothing.
+_JUDGED = frozenset({Quantity.SIZE, Quantity.AVAILABLE, Quantity.BOOT})
 # What takes memory and time at boot, so what is likely behind a drift; anything else comes after.
 _RELEVANT = (
     "container:*",
@@ -54,21 +55,26 @@ def judge(difference: Difference, bounds: Nightly) -> tuple[Drift, ...]:
 def not_compared(difference: Difference) -> tuple[str, ...]:
     """Return what the gate could not look at, one line each; that holds nothing."""
     memory = [one for one in difference.measured if one.quantity is Quantity.AVAILABLE]
-    # Of a machine that only one of them ran on, one line is enough.
-    alone = {one.name for one in memory if one.before is None or one.after is None}
+    sizes = [one for one in difference.measured if one.quantity is Quantity.SIZE]
     notes = [
         f"{_what(one)} can't be compared: {_shown(one, one.before)} before, {_shown(one, one.after)} now"
-        for one in difference.measured
-        if one.quantity is not Quantity.TIME
-        and _values(one) is None
-        and not _is_missing(one)
-        and (one.quantity in _BYTES or one.name not in alone)
+        for one in (*sizes, *memory, *_boots(difference))
+        if _values(one) is None and not _is_missing(one)
     ]
     if not memory:
         notes.append("available memory at boot is not compared: neither image has a measurement here")
     if difference.packages is None:
         notes.append("packages are not compared: of one of the images no list was kept here")
     return tuple(notes)
+
+
+def _boots(difference: Difference) -> Iterator[Measured]:
+    """Yield the boot of each machine that both images ran on, with or without its CPU time."""
+    found = {one.name: one for one in difference.measured if one.quantity is Quantity.BOOT}
+    for one in difference.measured:
+        if one.quantity is Quantity.AVAILABLE and one.before is not None and one.after is not None:
+            unknown = Measured(quantity=Quantity.BOOT, name=one.name, before=None, after=None)
+            yield found.get(one.name, unknown)
 
 
 def moved(difference: Difference, bounds: Nightly, most: int = MOST_PACKAGES) -> tuple[str, ...]:
@@ -103,7 +109,7 @@ def _drift(one: Measured, bounds: Nightly) -> Drift | None:
         text = f"{one.name} was measured before ({_shown(one, one.before)} available at boot), and is not now"
         return Drift(quantity=one.quantity, name=one.name, text=text)
     values = _values(one)
-    if values is None or one.quantity is Quantity.TIME:
+    if values is None or one.quantity not in _JUDGED:
         return None
     before, after = values
     bound = _bound(one.quantity, bounds)
@@ -151,7 +157,13 @@ def _what(one: Measured) -> str:
 def _shown(one: Measured, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{value / GIB:.2f} GiB" if one.quantity in _BYTES else f"{value:.1f} s"
+    match one.quantity.unit:
+        case Unit.BYTES:
+            return f"{value / GIB:.2f} GiB"
+        case Unit.CONTROLS:
+            return multiple(value)
+        case Unit.SECONDS:
+            return f"{value:.1f} s"
 
 
 def _pattern(name: str, bounds: Nightly) -> str | None:

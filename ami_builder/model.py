@@ -194,7 +194,7 @@ class Nightly:
     memory_drift_percent: int
     """How much less memory may be available at boot."""
     time_drift_percent: int
-    """How much longer ssh and Dask may take to answer."""
+    """How much more CPU time the first boot may take, in multiples of a fixed piece of work."""
     size_drift_percent: int
     """How much larger the image may be."""
     hold_packages: tuple[str, ...]
@@ -267,6 +267,8 @@ class Outcome(StrEnum):
 
     PASSED = "passed"
     FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    """The host was too busy to tell; it says nothing of the image."""
     SKIPPED = "skipped"
 
 
@@ -282,7 +284,7 @@ class CheckResult:
     outcome: Outcome
     seconds: float
     message: str
-    """What is wrong, or why it was skipped; of a check that passed what it noted, if anything."""
+    """What is wrong, or why it was skipped or is inconclusive; of a check that passed what it noted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +301,23 @@ class Measurement:
     """From the start, or from the call to reboot, until a login by ssh; None where nothing booted."""
     dask_seconds: float | None = None
     """From the same start until Dask answered on a system that was up; None when that was not seen."""
+    cpu_seconds: float | None = None
+    """CPU seconds that the machine used from power-on or the call to reboot until a worker was registered.
+
+    QEMU's own on this host; on EC2 the guest's, from /proc/stat.
+    """
+    control_seconds: float | None = None
+    """CPU seconds of a fixed piece of work on the same machine at rest, right after."""
+
+    @property
+    def boot_ratio(self) -> float | None:
+        """The boot's CPU seconds in multiples of the control's; None without either.
+
+        It depends neither on how fast the host is nor on how busy.
+        """
+        if self.cpu_seconds is None or not self.control_seconds:
+            return None
+        return self.cpu_seconds / self.control_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,9 +331,21 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """True when something ran, and nothing that ran failed."""
-        ran = [r for r in self.results if r.outcome is not Outcome.SKIPPED]
-        return bool(ran) and all(r.outcome is Outcome.PASSED for r in ran)
+        """True when something ran, and all that ran passed."""
+        return self.outcome is Outcome.PASSED
+
+    @property
+    def inconclusive(self) -> bool:
+        """True when nothing failed, and the host was too busy to judge something."""
+        return self.outcome is Outcome.INCONCLUSIVE
+
+    @property
+    def outcome(self) -> Outcome:
+        """Passed, failed or inconclusive; when nothing ran, failed."""
+        ran = {result.outcome for result in self.results} - {Outcome.SKIPPED}
+        if not ran or Outcome.FAILED in ran:
+            return Outcome.FAILED
+        return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in ran else Outcome.PASSED
 
 
 class RunStatus(StrEnum):
@@ -323,6 +354,8 @@ class RunStatus(StrEnum):
     RUNNING = "running"
     PASSED = "passed"
     FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    """Nothing failed, but the host was too busy to judge the image."""
     INTERRUPTED = "interrupted"
 
 

@@ -17,6 +17,8 @@ class Ending(StrEnum):
     PROMOTED = "promoted"
     HELD = "held"
     """Verified, but it drifted from the image in the channel: a person decides."""
+    INCONCLUSIVE = "inconclusive"
+    """The host was too busy to judge the image: the channel stays, and the next run verifies it again."""
     FAILED = "failed"
     PARTLY = "partly"
     """Promoted in some places, failed in others."""

@@ -249,7 +249,7 @@ class NightlyTable(Table):
     memory_drift_percent: Annotated[int, count(0, 100)] = 3
     """The promotion is held when so much less memory is available at boot than on the promoted image."""
     time_drift_percent: Annotated[int, count(0, 1000)] = 50
-    """The promotion is held when ssh or Dask take so much longer to answer."""
+    """The promotion is held when the first boot takes so much more CPU time, relative to fixed work."""
     size_drift_percent: Annotated[int, count(0, 1000)] = 20
     """The promotion is held when the image is so much larger."""
     hold_packages: Annotated[tuple[Pattern, ...], AfterValidator(distinct)] = Field(

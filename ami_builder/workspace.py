@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path, user_state_path
 from pydantic import TypeAdapter
 
-from .errors import Interrupted, Locked, UsageError
+from .errors import Inconclusive, Interrupted, Locked, UsageError
 from .model import Artifact, RunRecord, RunStatus, Target, Verdict
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class Workspace:
 
     @contextmanager
     def run(self, command: str, image: str, digest: str | None = None, *, of: str = "") -> Iterator[Run]:
-        """Own a run directory: its record ends as passed, failed or interrupted, and its work/ is removed.
+        """Own a run directory: its record ends with how the run did, and its work/ is removed.
 
         The id of one that is part of another run, perhaps of another machine's, begins with the id of that.
         """
@@ -184,6 +184,9 @@ class Workspace:
                 yield run
             except (Interrupted, KeyboardInterrupt, SystemExit) as stopped:
                 run.update(status=RunStatus.INTERRUPTED, error=str(stopped))
+                raise
+            except Inconclusive as busy:
+                run.update(status=RunStatus.INCONCLUSIVE, error=str(busy))
                 raise
             except BaseException as failed:
                 run.update(status=RunStatus.FAILED, error=str(failed))

@@ -74,7 +74,8 @@ def run(
     """Run check files on the machine `host` of `ssh_config` and return a result for every check.
 
     What keeps the checks from being believed (no checks, all skipped, another machine, pytest broken or
-    stopped) is a failed result whose name begins with `guard:`, never a pass. `directory` gets pytest's log,
+    stopped) is a failed result whose name begins with `guard:`, never a pass. A check that the host was too
+    busy for is inconclusive, and the others go on. `directory` gets pytest's log,
     JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
     checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
     called when the right machine's Dask has answered, before the first check; `on_progress` gets what a long

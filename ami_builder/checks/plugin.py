@@ -31,6 +31,9 @@ from .watch import ANEW, ANSWER, watch
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
 
+INCONCLUSIVE = "inconclusive: "
+"""A skipped check whose reason begins with this is inconclusive: the host was too busy to tell."""
+
 GUARD_STATUS = 64
 """pytest's exit status when a guard refuses."""
 
@@ -69,6 +72,7 @@ class _Run:
         self.dask: Future[Dask] | None = None
         self.pressed: Future[Pressed] | None = None
         self.failed = 0
+        self.inconclusive = 0
         self.blocked = ""
         self.unreadable = False
         events = config.getoption("events")
@@ -236,7 +240,10 @@ class _Run:
             # A check that is expected to fail proves nothing, whether or not it does.
             outcome = "failed"
         message = message_of(report)
+        if outcome == "skipped" and message.startswith(INCONCLUSIVE):
+            outcome, message = "inconclusive", message.removeprefix(INCONCLUSIVE)
         self.failed += outcome == "failed"
+        self.inconclusive += outcome == "inconclusive"
         if outcome == "skipped" and message.startswith(BLOCKED):
             self.blocked = self.blocked or f"{name_of(report)}: {message}"
         self.tell(
@@ -254,7 +261,8 @@ class _Run:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.blocked and not self.failed:
+        # What is inconclusive may block others; no verdict passes with it.
+        if self.blocked and not self.failed and not self.inconclusive:
             self.tell(event="guard", name="guard: nothing is blocked without a failure", message=self.blocked)
             session.exitstatus = GUARD_STATUS
         self.pool.shutdown(wait=False, cancel_futures=True)

@@ -87,9 +87,10 @@ def show(
             for one in verdict.measured
         ]
         rows += [
-            (f"failed on {one.machine} {one.phase}", f"{one.name}: {one.message}")
+            (f"{outcome} on {one.machine} {one.phase}", f"{one.name}: {one.message}")
+            for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE)
             for one in verdict.results
-            if one.outcome is Outcome.FAILED
+            if one.outcome is outcome
         ]
     rows.append(("run", str(run) if run.is_dir() else f"{artifact.run_id} (its record is gone)"))
     console.table(("what", "value"), rows)
@@ -98,7 +99,8 @@ def show(
 def _verdict_word(stored: StoredImage) -> str:
     if stored.verdict is None:
         return "not verified"
-    return "passed" if stored.verdict.passed else "FAILED"
+    outcome = stored.verdict.outcome
+    return "FAILED" if outcome is Outcome.FAILED else str(outcome)
 
 
 def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:

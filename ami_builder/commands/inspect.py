@@ -133,13 +133,7 @@ def _print_difference(one: StoredImage, other: StoredImage, found: Difference) -
 
 
 def _amount(measured: Measured, value: float | None) -> str:
-    from ami_builder.difference import Quantity
-
-    if value is None:
-        return "-"
-    if measured.quantity in {Quantity.SIZE, Quantity.AVAILABLE}:
-        return console.size(int(value))
-    return console.duration(value)
+    return "-" if value is None else console.amount(measured.quantity, value)
 
 
 @config_app.command("show")

@@ -52,7 +52,7 @@ def nightly(
 
     Exit codes: 0 promoted or unchanged, 4 the build failed, 5 checks failed,
     6 the cloud or a region failed, 7 timed out, 8 another night is going,
-    9 held: a person decides.
+    9 held: a person decides, 10 inconclusive: the host was too busy to tell.
     """
     try:
         ended = _nights(images or (), target, prune, dask_scheduler)
@@ -62,8 +62,6 @@ def nightly(
 
         _notify(aborted_text(images or (), target, aborted))
         raise
-    from ami_builder.errors import Held
-
     nights = [one.night for one in ended]
     for one in ended:
         if one.error is not None:
@@ -71,8 +69,15 @@ def nightly(
     _print(nights, as_json=as_json)
     codes = [night.exit_code for night in nights if night.exit_code]
     if codes:
-        # What trying again may mend must not hide behind what waits for a person.
-        raise typer.Exit(min(codes, key=lambda code: code == Held.exit_code))
+        raise typer.Exit(worst(codes))
+
+
+def worst(codes: Sequence[int]) -> int:
+    """Return the exit code of several runs: that of a failure, else of a busy host, else of a held image."""
+    from ami_builder.errors import Held, Inconclusive
+
+    milder = {Inconclusive.exit_code: 1, Held.exit_code: 2}
+    return min(codes, key=lambda code: milder.get(code, 0))
 
 
 def _nights(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:

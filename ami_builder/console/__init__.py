@@ -6,12 +6,13 @@ Progress and errors go to stderr, results to stdout. rich is imported only where
 from .progress import Progress, Step
 from .renderers import open_progress
 from .results import error, note, result, result_json, table, verdict
-from .style import Mode, choose_mode, clean, duration, size
+from .style import Mode, amount, choose_mode, clean, duration, size
 
 __all__ = [
     "Mode",
     "Progress",
     "Step",
+    "amount",
     "choose_mode",
     "clean",
     "duration",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, Self
 
-from ami_builder.errors import Interrupted
+from ami_builder.errors import Inconclusive, Interrupted
 from ami_builder.model import RunStatus, StepRecord
 
 from .style import clean
@@ -128,6 +128,8 @@ class Progress:
         except BaseException as exc:
             if isinstance(exc, KeyboardInterrupt | Interrupted):
                 status = RunStatus.INTERRUPTED
+            elif isinstance(exc, Inconclusive):
+                status = RunStatus.INCONCLUSIVE
             if not getattr(exc, "__notes__", None):
                 exc.add_note(f"{NOTE}{step.path}")
             raise

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import IO, TYPE_CHECKING, Any
 
-from ami_builder.errors import AmiBuilderError, Interrupted
+from ami_builder.errors import AmiBuilderError, Inconclusive, Interrupted
 from ami_builder.model import Outcome, Verdict
 
 from .progress import NOTE
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _LABEL_STYLES = {"|": "red", "next": "bold cyan"}
+_HEADINGS = {Interrupted: ("interrupted", "bold yellow"), Inconclusive: ("inconclusive", "bold yellow")}
+_SUMMARY_STYLES = {
+    Outcome.PASSED: "bold green",
+    Outcome.FAILED: "bold red",
+    Outcome.INCONCLUSIVE: "bold yellow",
+}
 
 
 def result(lines: str | Iterable[str]) -> None:
@@ -59,9 +65,10 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
     """Print what failed, in which step, the last lines of its log, where the log is and what to do next."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         text = clean(exc.message).replace("%", "%25")
-        _say(f"::error title=ami-builder::{text}")
+        level = "warning" if isinstance(exc, Inconclusive) else "error"
+        _say(f"::{level} title=ami-builder::{text}")
     if not _drawable(sys.stderr):
-        _say(f"error: {exc.message}")
+        _say(f"{'inconclusive' if isinstance(exc, Inconclusive) else 'error'}: {exc.message}")
         for label, line in _particulars(exc):
             _say(f"{label:>7} {line}")
         return
@@ -69,7 +76,7 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
     from rich.text import Text
 
     console = rich_console(sys.stderr)
-    heading = ("interrupted", "bold yellow") if isinstance(exc, Interrupted) else ("error", "bold red")
+    heading = _HEADINGS.get(type(exc), ("error", "bold red"))
     console.print(Text.assemble("\n", heading, ": ", exc.message))
     for label, line in _particulars(exc):
         if label == "log":
@@ -95,10 +102,11 @@ def _particulars(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]
 
 
 def verdict(proof: Verdict) -> None:
-    """Print every check on every machine and start, what failed first, and the numbers that are equal."""
+    """Print every check on every machine and start, what failed or is inconclusive, and the equal numbers."""
     starts = list(dict.fromkeys(r.phase for r in proof.results))
     machines = list(dict.fromkeys(r.machine for r in proof.results))
     wrong = [r for r in proof.results if r.outcome is Outcome.FAILED]
+    unsure = [r for r in proof.results if r.outcome is Outcome.INCONCLUSIVE]
     counts = ", ".join(
         f"{n} {outcome}" for outcome in Outcome if (n := sum(r.outcome is outcome for r in proof.results))
     )
@@ -108,6 +116,8 @@ def verdict(proof: Verdict) -> None:
     if not _drawable(sys.stderr):
         for r in wrong:
             _say(f"FAILED {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
+        for r in unsure:
+            _say(f"inconclusive {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
         _say(summary)
         for label, number, share in _measured(proof):
             _say(f"{label}: AVAILABLE_MEMORY_FOR_DASK={number} ({share})")
@@ -132,11 +142,12 @@ def verdict(proof: Verdict) -> None:
     console.print()
     console.print(drawn)
     console.print(Text(f"each column: {', '.join(starts)}", "dim"))
-    for r in wrong:
-        console.print(Text.assemble((f"{signs['failed']} {r.name}", "bold red"), f"  {r.machine}, {r.phase}"))
+    for r in [*wrong, *unsure]:
+        heading = (f"{signs[r.outcome]} {r.name}", STYLES[r.outcome])
+        console.print(Text.assemble(heading, f"  {r.machine}, {r.phase}"))
         console.print(Text(f"  {_first(r.message)}"))
     console.print()
-    console.print(Text(summary, "bold green" if proof.passed else "bold red"))
+    console.print(Text(summary, _SUMMARY_STYLES[proof.outcome]))
     if proof.measured:
         _numbers(console, proof)
 

@@ -9,12 +9,22 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Literal
 
+from ami_builder.difference import Quantity, Unit, multiple
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-MARKS = {"running": "…", "passed": "✓", "failed": "✗", "interrupted": "■", "skipped": "–", "none": "·"}
-ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "--", "-", "."), strict=True))
-STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "dim", "dim"), strict=True))
+MARKS = {
+    "running": "…",
+    "passed": "✓",
+    "failed": "✗",
+    "inconclusive": "?",
+    "interrupted": "■",
+    "skipped": "–",
+    "none": "·",
+}
+ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "??", "--", "-", "."), strict=True))
+STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "yellow", "dim", "dim"), strict=True))
 
 # A serial console's log is full of escape sequences, which would move the cursor of the person who reads it.
 _SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)"
@@ -75,6 +85,17 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02} min"
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+
+
+def amount(quantity: Quantity, value: float) -> str:
+    """Return a measured value in its unit."""
+    match quantity.unit:
+        case Unit.BYTES:
+            return size(int(value))
+        case Unit.CONTROLS:
+            return multiple(value)
+        case Unit.SECONDS:
+            return duration(value)
 
 
 def size(number: int) -> str:

@@ -10,7 +10,7 @@ from ami_builder.model import Image
 from ami_builder.pipeline import estimate, records
 from ami_builder.pipeline.inputs import Inputs
 from ami_builder.pipeline.target import Site
-from ami_builder.pipeline.verify import is_verified, require_passed, verify
+from ami_builder.pipeline.verify import is_verified, keep_verdict, require_passed, verify
 from ami_builder.workspace import Run, StoredImage, Workspace
 
 
@@ -34,7 +34,7 @@ class Built:
 def build(image: Image, options: Options, site: Site, workspace: Workspace, progress: Progress) -> Built:
     """Return the baked and verified image of these inputs, made only when there is none yet.
 
-    Raises Locked, MissingTool, BuildFailed, ChecksFailed, CloudFailed, TimedOut, Interrupted.
+    Raises Locked, MissingTool, BuildFailed, ChecksFailed, Inconclusive, CloudFailed, TimedOut, Interrupted.
     """
     inputs = resolve(image, site, workspace, progress, refresh=options.refresh)
     return build_from(inputs, options, site, workspace, progress)
@@ -109,8 +109,9 @@ def _make(
     if options.verify:
         with step.step("verify") as child:
             verdict = verify(inputs.image, stored, site, run, child)
-        stored = site.judge(stored, verdict)
-        require_passed(verdict, run.directory / "machines")
+        stored = keep_verdict(stored, verdict, site)
+        again = f"ami-builder verify {stored.artifact.location}"
+        require_passed(verdict, run.directory / "machines", again)
     return stored
 
 

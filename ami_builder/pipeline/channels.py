@@ -208,6 +208,10 @@ def _require_proof(stored: StoredImage) -> None:
     again = f"run `ami-builder verify {artifact.location}` first"
     if verdict is None or verdict.digest != artifact.digest:
         raise UsageError(f"{artifact.location} has not been verified: no channel can have it", hint=again)
+    if verdict.inconclusive:
+        raise UsageError(
+            f"{artifact.location}: its verification was inconclusive, so no channel can have it", hint=again
+        )
     if not verdict.passed:
         raise UsageError(f"{artifact.location} failed its checks: no channel can have it", hint=again)
 

@@ -94,7 +94,7 @@ class CloudSite:
             images.record_verdict(
                 self.account,
                 stored.artifact.location,
-                verdict.passed,
+                verdict.outcome,
                 verdict.checks_digest,
                 verdict.measured,
             )
@@ -158,13 +158,13 @@ def subjects_in(
     return found
 
 
-def _told(digest: str, passed: bool, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:
+def _told(digest: str, outcome: Outcome, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:
     """Return the verdict that an AMI's tags tell of, whoever reached it: its single results are not known."""
     result = CheckResult(
         name="the verdict that the AMI is tagged with",
         phase="",
         machine="",
-        outcome=Outcome.PASSED if passed else Outcome.FAILED,
+        outcome=outcome,
         seconds=0,
         message="",
     )

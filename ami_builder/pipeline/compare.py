@@ -26,6 +26,7 @@ def _side(stored: StoredImage, workspace: Workspace) -> Side:
         packages=packages,
         size=stored.artifact.size,
         available={one.machine: one.available for one in first},
+        boot={one.machine: ratio for one in first if (ratio := one.boot_ratio) is not None},
         ssh={one.machine: one.ssh_seconds for one in first if one.ssh_seconds is not None},
         dask={one.machine: one.dask_seconds for one in first if one.dask_seconds is not None},
         seconds={

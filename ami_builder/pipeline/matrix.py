@@ -17,8 +17,10 @@ from ami_builder.pipeline.cells import Cell, CellProof, cells, prove_cell
 from ami_builder.pipeline.concurrent import open_executor, threads
 from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Site
-from ami_builder.pipeline.verify import require_passed, verdict_of
+from ami_builder.pipeline.verify import keep_verdict, require_passed, verdict_of
 from ami_builder.workspace import StoredImage, Workspace, write_atomically
+
+_NOT_PASSED = (Outcome.FAILED, Outcome.INCONCLUSIVE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ def verify_matrix(
     """Prove an image in each of its regions on all configured types; the verdicts are kept with them.
 
     A region that can't be proved leaves the others theirs; then the first failure is raised, with all named.
-    Raises ChecksFailed, and what a machine raises that doesn't come up.
+    Raises ChecksFailed, Inconclusive, and what a machine raises that doesn't come up.
     """
     workspace.ensure()
     workspace.sweep()
@@ -77,7 +79,7 @@ def verify_matrix(
         known = [verdict for verdict in verdicts if verdict is not None]
         whole = _together(subjects, known)
         run.update(verdict=whole)
-        require_passed(whole, machines)
+        require_passed(whole, machines, _again(subjects))
     return Proved(verdicts=tuple(known), whole=whole)
 
 
@@ -183,8 +185,15 @@ def _lines(proof: CellProof) -> list[str]:
     if proof.failure is not None:
         return [f"{where}: {proof.failure.message}", *(f"  {line}" for line in proof.failure.tail)]
     results = proof.proof.results if proof.proof is not None else ()
-    failed = sum(result.outcome is Outcome.FAILED for result in results)
-    return [f"{where}: {failed} checks failed"] if failed else []
+    counts = {one: sum(result.outcome is one for result in results) for one in _NOT_PASSED}
+    return [f"{where}: {count} checks {outcome}" for outcome, count in counts.items() if count]
+
+
+def _again(subjects: Sequence[Subject]) -> str:
+    """Return the command that verifies the same AMIs once more."""
+    first, *others = [one.stored.artifact for one in subjects]
+    regions = [f" --region {one.region}" for one in (first, *others) if others]
+    return f"ami-builder verify {first.location}{''.join(regions)}"
 
 
 def _place(cell: Cell) -> Path:
@@ -197,7 +206,7 @@ def _judged(subject: Subject, proofs: Sequence[CellProof]) -> Verdict | None:
     if len(shown) < len(proofs):
         return None
     verdict = verdict_of(subject.image, subject.stored, shown)
-    subject.site.judge(subject.stored, verdict)
+    keep_verdict(subject.stored, verdict, subject.site)
     return verdict
 
 

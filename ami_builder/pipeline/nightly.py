@@ -17,7 +17,7 @@ from typing import Any
 from ami_builder import gate
 from ami_builder.console import Progress
 from ami_builder.console import Step as ShownStep
-from ami_builder.errors import AmiBuilderError, CloudFailed, Held, Locked
+from ami_builder.errors import AmiBuilderError, CloudFailed, Held, Inconclusive, Locked
 from ami_builder.journal import Journal, Step, open_night
 from ami_builder.model import Image, Target
 from ami_builder.night import Ending, Night, PlaceEnding
@@ -167,7 +167,8 @@ class _Going:
             self._go(inputs, journal)
         except AmiBuilderError as failed:
             error = failed
-            self._tell(ending=Ending.FAILED, error=failed.message, exit_code=failed.exit_code)
+            ending = Ending.INCONCLUSIVE if isinstance(failed, Inconclusive) else Ending.FAILED
+            self._tell(ending=ending, error=failed.message, exit_code=failed.exit_code)
         journal = journal or open_night(self.workspace, self.image.name, self.site.target, "")
         self._tell(id=journal.id, started=journal.started)
         return self.night, journal, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,10 @@ class _Way:
         self.measured: list[Measurement] = []
 
     def go(self, step: Step) -> Proof:
-        """Go through all phases, or until one is red; evidence is kept when it was, or nothing came up."""
+        """Go through all phases, or until one is red.
+
+        Evidence is kept when a check failed or is inconclusive, or the machine did not come up.
+        """
         timeout = self.image.verify.timeout
         with ExitStack() as stack:
             stack.callback(self._keep_console)
@@ -113,7 +116,7 @@ class _Way:
                 if not isinstance(failed, qemu.GuestStuck):
                     self._keep_evidence(session, step)
                 raise
-            if self._failed():
+            if self._failed() or self._ended(Outcome.INCONCLUSIVE):
                 self.machine.save_console()
                 self._keep_evidence(session, step)
         return Proof(results=tuple(self.results), measured=tuple(self.measured))
@@ -174,13 +177,14 @@ class _Way:
             on_progress=step.update,
         )
         self.results += results
-        failed = sum(r.outcome is Outcome.FAILED for r in results)
-        notes = [r.message for r in results if r.outcome is Outcome.PASSED and r.message]
-        passed = "; ".join([f"{len(results)} checks passed", *notes])
-        step.done(f"{failed} of {len(results)} checks failed" if failed else passed)
+        step.done(summary(results))
 
     def _failed(self) -> bool:
-        return any(result.outcome is Outcome.FAILED for result in self.results)
+        return self._ended(Outcome.FAILED)
+
+    def _ended(self, outcome: Outcome) -> bool:
+        """Tell whether any check so far ended like that."""
+        return any(result.outcome is outcome for result in self.results)
 
     def _keep_evidence(self, session: ssh.Session, step: Step) -> None:
         """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
@@ -198,3 +202,12 @@ class _Way:
         log: Path = self.work / "console.log"
         if log.exists():
             shutil.copy(log, self.evidence)
+
+
+def summary(results: Sequence[CheckResult]) -> str:
+    """Return in one line how the checks of a phase ended, the worst alone."""
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
+        if count := sum(result.outcome is outcome for result in results):
+            return f"{count} of {len(results)} checks {outcome}"
+    notes = [result.message for result in results if result.outcome is Outcome.PASSED and result.message]
+    return "; ".join([f"{len(results)} checks passed", *notes])

@@ -25,6 +25,11 @@ _ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
     Ending.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
     Ending.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
     Ending.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
+    Ending.INCONCLUSIVE: (
+        Tone.UNSURE,
+        "Inconclusive",
+        "Nothing was promoted to {}; the next nightly run verifies the image again.",
+    ),
     Ending.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
     Ending.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
 }
@@ -99,6 +104,8 @@ def _run_ended(run: RecordedRun, workspace: Workspace) -> tuple[Tone, str, str]:
             return Tone.WARN, "Not verified", "The image was made, and nothing was proved."
         case RunStatus.FAILED:
             return Tone.BAD, "Failed", record.error or "It is not recorded why."
+        case RunStatus.INCONCLUSIVE:
+            return Tone.UNSURE, "Inconclusive", record.error or "The host was too busy to judge the image."
         case RunStatus.INTERRUPTED:
             return Tone.WARN, "Interrupted", record.error or "It was stopped."
         case RunStatus.RUNNING if workspace.is_live(run.id):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ami_builder.checks.state import Dask, Incomplete, Machine
-from ami_builder.difference import Quantity
-from ami_builder.model import FIRST_BOOT, PRESSURE, Outcome, RunStatus, StepRecord, Verdict
+from ami_builder.console import duration
+from ami_builder.difference import Quantity, multiple
+from ami_builder.model import FIRST_BOOT, PRESSURE, Measurement, Outcome, RunStatus, StepRecord, Verdict
 from ami_builder.pipeline.records import RecordedRun
 from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
 
@@ -39,13 +40,16 @@ def checks(verdict: Verdict) -> tuple[Check, ...]:
 
 
 def failures(verdict: Verdict) -> tuple[Failure, ...]:
-    """Return what failed, in the order in which it ran."""
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for result in verdict.results:
-        if result.outcome is Outcome.FAILED:
-            found.setdefault((result.name, result.message), []).append((result.machine, result.phase))
+    """Return what failed, then what is inconclusive, each in the order in which it ran."""
+    found: dict[tuple[Outcome, str, str], list[tuple[str, str]]] = {}
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
+        for result in verdict.results:
+            if result.outcome is outcome:
+                key = (outcome, result.name, result.message)
+                found.setdefault(key, []).append((result.machine, result.phase))
     return tuple(
-        Failure(name=name, message=message, starts=tuple(starts)) for (name, message), starts in found.items()
+        Failure(name=name, outcome=outcome, message=message, starts=tuple(starts))
+        for (outcome, name, message), starts in found.items()
     )
 
 
@@ -69,11 +73,30 @@ def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
                 phase=phase,
                 total=one.total if one else None,
                 available=variable,
+                times=_times(one) if one else (),
                 further=_further(_folder(evidence, machine), phase, variable),
-                holds=Outcome.FAILED not in outcomes if outcomes else None,
+                holds=_holds(outcomes),
             )
         )
     return tuple(found)
+
+
+def _holds(outcomes: Collection[Outcome]) -> bool | None:
+    if Outcome.FAILED in outcomes:
+        return False
+    return None if Outcome.INCONCLUSIVE in outcomes or not outcomes else True
+
+
+def _times(one: Measurement) -> tuple[str, ...]:
+    times = []
+    if one.ssh_seconds is not None:
+        times.append(f"ssh after {duration(one.ssh_seconds)}")
+    if one.dask_seconds is not None:
+        times.append(f"Dask after {duration(one.dask_seconds)}")
+    if one.cpu_seconds is not None:
+        ratio = f" ({multiple(one.boot_ratio)})" if one.boot_ratio is not None else ""
+        times.append(f"{duration(one.cpu_seconds)} of CPU time{ratio}")
+    return tuple(times)
 
 
 def _folder(evidence: Path, machine: str) -> Path:
@@ -155,7 +178,7 @@ def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
 
 
 def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
-    """Return what changed over the builds of an image: its size, what Dask may use, how long it took."""
+    """Return what changed over the builds of an image: its size, its memory for Dask, its boots, its time."""
     size = [Point(when=run.when, value=run.baked.artifact.size) for run in builds if run.baked]
     time = [
         Point(when=run.when, value=seconds)
@@ -163,11 +186,16 @@ def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
         if run.record.status is RunStatus.PASSED and (seconds := took(run)) is not None
     ]
     memory: dict[str, list[Point]] = {}
+    boots: dict[str, list[Point]] = {}
     for run in builds:
         for one in run.record.verdict.measured if run.record.verdict else ():
-            if one.phase == FIRST_BOOT:
-                memory.setdefault(one.machine, []).append(Point(when=run.when, value=one.available))
+            if one.phase != FIRST_BOOT:
+                continue
+            memory.setdefault(one.machine, []).append(Point(when=run.when, value=one.available))
+            if (ratio := one.boot_ratio) is not None:
+                boots.setdefault(one.machine, []).append(Point(when=run.when, value=ratio))
     lines = [(f"Memory for Dask on {machine}", Quantity.AVAILABLE, memory[machine]) for machine in memory]
+    lines += [(f"CPU time to boot on {machine}", Quantity.BOOT, boots[machine]) for machine in boots]
     lines += [("Size of the image", Quantity.SIZE, size), ("Time to build and prove it", Quantity.TIME, time)]
     return tuple(
         Trend(title=title, quantity=quantity, points=tuple(points[-_MOST_POINTS:]))

@@ -6,7 +6,7 @@ from ami_builder.console import Progress
 from ami_builder.model import Image, Verdict
 from ami_builder.pipeline import estimate, records
 from ami_builder.pipeline.target import Site
-from ami_builder.pipeline.verify import require_passed, verify
+from ami_builder.pipeline.verify import keep_verdict, require_passed, verify
 from ami_builder.workspace import StoredImage, Workspace
 
 
@@ -15,7 +15,7 @@ def verify_image(
 ) -> Verdict:
     """Prove an image as `image` is configured; the verdict on one of ours is kept with it.
 
-    Raises ChecksFailed that names what failed.
+    Raises ChecksFailed or Inconclusive, with what did not pass.
     """
     workspace.ensure()
     workspace.sweep()
@@ -30,6 +30,7 @@ def verify_image(
                 verdict = verify(image, stored, site, run, step)
         finally:
             run.update(steps=progress.steps)
-        site.judge(stored, verdict)
-        require_passed(verdict, run.directory / "machines")
+        keep_verdict(stored, verdict, site)
+        again = f"ami-builder verify {stored.artifact.location}"
+        require_passed(verdict, run.directory / "machines", again)
     return verdict

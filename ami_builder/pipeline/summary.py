@@ -87,14 +87,20 @@ def _outcome(night: Night) -> str:
             return f"promoted to {night.channel}: {_new(night)}{was}"
         case Ending.HELD:
             return f"HELD for a person to decide, {_new(night)} is not promoted; {stays or empty}"
+        case Ending.INCONCLUSIVE:
+            return f"INCONCLUSIVE, {_first_line(night)}; {stays or empty}"
         case Ending.PARTLY:
             failed = [one.place for one in night.places if one.ending is Ending.FAILED]
             well = len(night.places) - len(failed)
             where = f"in {well} of {len(night.places)} places"
             return f"PARTLY promoted to {night.channel}, {where}; FAILED in {', '.join(failed)}"
         case Ending.FAILED:
-            first = night.error.strip().split("\n")[0] or "for a reason that was not told"
-            return f"FAILED, {first[:_LONGEST_LINE]}{'; ' + stays if stays else ''}"
+            return f"FAILED, {_first_line(night)}{'; ' + stays if stays else ''}"
+
+
+def _first_line(night: Night) -> str:
+    first = night.error.strip().split("\n")[0] or "for a reason that was not told"
+    return first[:_LONGEST_LINE]
 
 
 def _new(night: Night) -> str:
@@ -103,6 +109,8 @@ def _new(night: Night) -> str:
 
 
 def _todo(night: Night) -> str:
+    if night.ending is Ending.INCONCLUSIVE:
+        return "The image is kept, and the next nightly run verifies it again."
     if night.ending is not Ending.HELD:
         return ""
     diff = (

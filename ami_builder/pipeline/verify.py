@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from ami_builder.adapters import checks
 from ami_builder.console import Step
-from ami_builder.errors import ChecksFailed
+from ami_builder.errors import ChecksFailed, Inconclusive
 from ami_builder.model import Image, Outcome, Target, Verdict, Verify
 from ami_builder.pipeline.prove import Proof
 from ami_builder.pipeline.target import Site
@@ -61,14 +61,49 @@ def verdict_of(image: Image, stored: StoredImage, proofs: Sequence[Proof]) -> Ve
     )
 
 
-def require_passed(verdict: Verdict, evidence: Path) -> None:
-    """Raise ChecksFailed that names every check that failed."""
-    failed = [r for r in verdict.results if r.outcome is Outcome.FAILED]
+def keep_verdict(stored: StoredImage, verdict: Verdict, site: Site) -> StoredImage:
+    """Keep a verdict with the image that it is about.
+
+    An inconclusive one says nothing, so it does not replace what the same checks found before.
+    """
+    known = stored.verdict
+    if (
+        verdict.inconclusive
+        and known is not None
+        and not known.inconclusive
+        and (known.digest, known.checks_digest) == (verdict.digest, verdict.checks_digest)
+    ):
+        return stored
+    return site.judge(stored, verdict)
+
+
+def require_passed(verdict: Verdict, evidence: Path, again: str) -> None:
+    """Raise ChecksFailed or Inconclusive, with every check that did not pass.
+
+    `again` is the command that verifies the image once more.
+    """
     if verdict.passed:
         return
+    of = len(verdict.results)
+    if verdict.inconclusive:
+        unsure = _named(verdict, Outcome.INCONCLUSIVE)
+        raise Inconclusive(
+            f"the host was too busy to judge this image: {len(unsure)} of {of} checks"
+            f" {'is' if len(unsure) == 1 else 'are'} inconclusive",
+            tail=unsure,
+            log=evidence,
+            hint=f"when the host is idle, run `{again}`; the image is kept",
+        )
+    failed = _named(verdict, Outcome.FAILED)
     raise ChecksFailed(
-        f"{len(failed)} of {len(verdict.results)} checks failed: this image does not keep its promise",
-        tail=tuple(f"{r.name} ({r.phase}, {r.machine}): {r.message}" for r in failed),
+        f"{len(failed)} of {of} checks failed: this image does not keep its promise",
+        tail=failed,
         log=evidence,
         hint="the console, the journal and docker inspect of the machine are in that folder",
+    )
+
+
+def _named(verdict: Verdict, outcome: Outcome) -> tuple[str, ...]:
+    return tuple(
+        f"{r.name} ({r.phase}, {r.machine}): {r.message}" for r in verdict.results if r.outcome is outcome
     )

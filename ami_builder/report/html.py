@@ -12,8 +12,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from ami_builder.console import clean, duration, size
-from ami_builder.difference import Measured, Quantity
+from ami_builder.console import amount, clean, duration, size
+from ami_builder.difference import Measured
 from ami_builder.model import Outcome
 
 from .comparison import Comparison
@@ -77,9 +77,7 @@ def _paragraph(text: str) -> Markup:
 
 
 def _amount(measured: Measured, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return duration(value) if measured.quantity is Quantity.TIME else size(int(value))
+    return "–" if value is None else amount(measured.quantity, value)
 
 
 def _groups(checks: Iterable[Check]) -> Mapping[str, list[tuple[str, Check]]]:
@@ -124,7 +122,7 @@ def _comparison_plots(comparison: Comparison | None) -> Mapping[str, object]:
 
 def _told(trend: Trend, first: datetime, last: datetime, values: list[float]) -> str:
     """Say what the plot shows, for who can't see it."""
-    short = [duration(v) if trend.quantity is Quantity.TIME else size(int(v)) for v in values]
+    short = [amount(trend.quantity, value) for value in values]
     lowest, highest = short[values.index(min(values))], short[values.index(max(values))]
     return (
         f"{short[-1]} now, {short[-2]} the build before; between {lowest} and {highest} "

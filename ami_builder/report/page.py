@@ -22,6 +22,8 @@ class Tone(StrEnum):
     GOOD = "good"
     WARN = "warn"
     """Nothing is wrong, and a person decides what happens next."""
+    UNSURE = "unsure"
+    """The host was too busy to tell."""
     BAD = "bad"
     IDLE = "idle"
 
@@ -65,16 +67,19 @@ class Start:
     total: int | None
     available: int | None
     """AVAILABLE_MEMORY_FOR_DASK; None where the machine had none."""
+    times: tuple[str, ...]
+    """What it took, in wall time and in CPU time; empty where that was not measured."""
     further: tuple[Number, ...]
     holds: bool | None
-    """What the checks of the chain found; None when none of them ran."""
+    """What the checks of the chain found; None when none of them ran, or could be judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A check that failed, with the starts at which it did so in the same words."""
+    """A check that failed or is inconclusive, with the starts at which it was so in the same words."""
 
     name: str
+    outcome: Outcome
     message: str
     starts: tuple[tuple[str, str], ...]
     """Machine and phase."""

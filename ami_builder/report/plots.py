@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ami_builder.difference import Quantity
+from ami_builder.difference import Quantity, Unit
 from ami_builder.spelling import GIB, MIB
 
 from .page import Trend
@@ -92,7 +92,9 @@ def drawing(title: str, inches: tuple[float, float]) -> Iterator[tuple[Axes, Cal
 
 def _unit(quantity: Quantity, highest: float) -> tuple[float, str]:
     """Return what to divide by, and what to call that, so that the axis has short and round numbers."""
-    if quantity is Quantity.TIME:
+    if quantity.unit is Unit.CONTROLS:
+        return 1, "x"
+    if quantity.unit is Unit.SECONDS:
         return (60, "min") if highest >= 120 else (1, "s")
     return (GIB, "GiB") if highest >= 4 * GIB else (MIB, "MiB")
 

@@ -17,7 +17,7 @@ from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.channels import Move
 from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.model import Image
+from ami_builder.model import Image, Outcome
 from ami_builder.pipeline.channels import promote, revoke, rollback, standing
 from ami_builder.pipeline.cloud import CloudSite
 from ami_builder.pipeline.cloud_channels import CloudChannels
@@ -58,13 +58,15 @@ def channels(opened: Callable[[], CloudChannels]) -> CloudChannels:
     return opened()
 
 
-def proved(cloud: Cloud, channels: CloudChannels, name: str, *, passed: bool | None = True) -> StoredImage:
-    """Return a finished AMI that passed its checks."""
+def proved(
+    cloud: Cloud, channels: CloudChannels, name: str, *, outcome: Outcome | None = Outcome.PASSED
+) -> StoredImage:
+    """Return a finished AMI whose checks ended like that; None: they never ran."""
     account = channels.site.account
     ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
     images.finish(account, ami, tags(Purpose.IMAGE))
-    if passed is not None:
-        images.record_verdict(account, ami, passed, "c" * 64)
+    if outcome is not None:
+        images.record_verdict(account, ami, outcome, "c" * 64)
     return channels.site.ami(channels.image, ami)
 
 
@@ -181,12 +183,19 @@ def test_moving_through_faults(cloud: Cloud, channels: CloudChannels, action: st
     assert held(cloud) == first.artifact.location
 
 
-@pytest.mark.parametrize(("passed", "said"), [(None, "has not been verified"), (False, "failed its checks")])
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (None, "has not been verified"),
+        (Outcome.FAILED, "failed its checks"),
+        (Outcome.INCONCLUSIVE, "its verification was inconclusive"),
+    ],
+)
 def test_what_was_not_proved_is_refused(
-    cloud: Cloud, channels: CloudChannels, passed: bool | None, said: str
+    cloud: Cloud, channels: CloudChannels, outcome: Outcome | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        promote(channels, proved(cloud, channels, "a", passed=passed), "stable", KNOWN)
+        promote(channels, proved(cloud, channels, "a", outcome=outcome), "stable", KNOWN)
     assert held(cloud) is None
 
 

@@ -16,7 +16,7 @@ from ami_builder.adapters.aws import tags as tagging
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed, TimedOut, UsageError
-from ami_builder.model import Measurement
+from ami_builder.model import Measurement, Outcome
 
 from .aws import DIGEST, RUN, make_ami, tags
 from .server import Cloud
@@ -113,27 +113,43 @@ def test_published_only_by_a_word_that_says_so(cloud: Cloud, account: Account) -
 
 def test_the_verdict_stands_on_the_ami(cloud: Cloud, account: Account) -> None:
     ami = make_ami(cloud, NAME)
-    for passed in (False, True):
-        images.record_verdict(account, ami, passed, "ef" * 32)
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE, Outcome.PASSED):
+        images.record_verdict(account, ami, outcome, "ef" * 32)
         found = images.get(account, ami)
         assert found is not None
-        assert found.verdict == (passed, "ef" * 32)
+        assert found.tags[tagging.VERDICT] == f"{outcome} {'ef' * 32}"
+        assert found.verdict == (outcome, "ef" * 32)
+
+
+@pytest.mark.parametrize("word", ["skipped", "perfect"])
+def test_a_verdict_that_nobody_here_knows_is_no_pass(cloud: Cloud, account: Account, word: str) -> None:
+    ami = make_ami(cloud, NAME)
+    account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.VERDICT: f"{word} {'ef' * 32}"}))
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.verdict == (Outcome.FAILED, "ef" * 32)
 
 
 def test_the_measurements_stand_on_the_ami_beside_the_verdict(cloud: Cloud, account: Account) -> None:
     ami = make_ami(cloud, NAME)
     one = Measurement(machine="m6i.large", phase="boot", total=8 << 30, available=7 << 30, ssh_seconds=31.25)
     later = replace(one, phase="reboot")
-    images.record_verdict(account, ami, True, "ef" * 32, (one, later))
+    images.record_verdict(account, ami, Outcome.PASSED, "ef" * 32, (one, later))
     found = images.get(account, ami)
     assert found is not None
     assert found.tags[tagging.MEASURED] == "m6i.large=8589934592/7516192768/31.2/-"
     assert found.measured == (replace(one, ssh_seconds=31.2),)
     assert cloud.count("CreateTags") == 1
-    images.record_verdict(account, ami, False, "ef" * 32)
+    images.record_verdict(account, ami, Outcome.FAILED, "ef" * 32)
     found = images.get(account, ami)
     assert found is not None
     assert found.measured == (), "nothing stays of a verdict before"
+    booted = replace(one, cpu_seconds=12.345, control_seconds=0.2346)
+    images.record_verdict(account, ami, Outcome.PASSED, "ef" * 32, (booted,))
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.tags[tagging.MEASURED] == "m6i.large=8589934592/7516192768/31.2/-/12.35/0.235"
+    assert found.measured == (replace(one, ssh_seconds=31.2, cpu_seconds=12.35, control_seconds=0.235),)
 
 
 seconds = st.none() | st.integers(0, 999_999).map(lambda tenths: tenths / 10)
@@ -146,6 +162,8 @@ starts = st.builds(
     available=st.integers(1, 1 << 38),
     ssh_seconds=seconds,
     dask_seconds=seconds,
+    cpu_seconds=st.none() | st.integers(0, 9_999_999).map(lambda hundredths: hundredths / 100),
+    control_seconds=st.none() | st.integers(0, 9_999_999).map(lambda thousandths: thousandths / 1000),
 )
 
 

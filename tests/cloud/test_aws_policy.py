@@ -20,7 +20,7 @@ from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed
 from ami_builder.ledger import Ledger, read
 from ami_builder.leftovers import Action, RunState, plan
-from ami_builder.model import Connect, Image, Resource, State
+from ami_builder.model import Connect, Image, Outcome, Resource, State
 from tests.unit.guest import image as guest_image
 
 from .aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
@@ -62,7 +62,7 @@ def test_verifying(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         subject = instance(account, ledger, launch(cloud, made, ami=ami), tmp_path / "m")
         with subject:
             subject.save_console()
-    images.record_verdict(account, ami, True, DIGEST)
+    images.record_verdict(account, ami, Outcome.PASSED, DIGEST)
     assert held.refused == []
     assert held.unused == set()
 
@@ -171,7 +171,7 @@ def test_nothing_of_others_can_be_touched(
         lambda: _fleet(account, template),
         lambda: account.ec2.delete_security_group(GroupId=made),
         lambda: account.ec2.modify_image_attribute(ImageId=theirs, ImdsSupport={"Value": "v2.0"}),
-        lambda: images.record_verdict(account, theirs, True, DIGEST),
+        lambda: images.record_verdict(account, theirs, Outcome.PASSED, DIGEST),
         lambda: account.ec2.create_tags(Resources=[theirs], Tags=[{"Key": "team", "Value": "ours"}]),
         lambda: account.ec2.create_tags(Resources=[instance_id], Tags=tagging.as_list(tags())),
         # Without a run's tag, or into a group of others.

@@ -20,6 +20,7 @@ from ami_builder.adapters.aws.policy import Section, document
 from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.errors import CloudFailed
+from ami_builder.model import Outcome
 
 from .aws import make_ami, tags
 from .image import Image
@@ -55,7 +56,7 @@ def aged(cloud: Cloud, name: str, days: float = 100, *, deprecated: float | None
     account = Account.open()
     ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
     images.finish(account, ami, tags(Purpose.IMAGE))
-    images.record_verdict(account, ami, True, "c" * 64)
+    images.record_verdict(account, ami, Outcome.PASSED, "c" * 64)
     image = cloud.backend().amis[ami]
     image.creation_date = utcnow() - timedelta(days=days)
     if deprecated is not None:

@@ -24,7 +24,7 @@ from ami_builder.adapters.aws.session import Account
 from ami_builder.adapters.aws.tags import Purpose
 from ami_builder.console import Progress
 from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.model import Image
+from ami_builder.model import Image, Outcome
 from ami_builder.pipeline import cloud_place
 from ami_builder.pipeline.channels import promote
 from ami_builder.pipeline.cloud_place import CloudPlace, places
@@ -86,7 +86,7 @@ def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = 
     told = tagging.tags("dask", digest, RUN, Purpose.IMAGE)
     ami = make_ami(cloud, name, **told, team="data")
     images.finish(account, ami, told)
-    images.record_verdict(account, ami, passed, "c" * 64)
+    images.record_verdict(account, ami, Outcome.PASSED if passed else Outcome.FAILED, "c" * 64)
     return ami
 
 
@@ -323,7 +323,7 @@ def test_a_place_of_its_own(cloud: Cloud, configure: Configure, tmp_path: Path) 
     assert held["Parameter"]["Value"] == copy.artifact.location
     assert home.channels.entries("stable") == ()
     # Judged again at home, and revoked there: its copies are told.
-    images.record_verdict(home.site.account, ami, False, "d" * 64)
+    images.record_verdict(home.site.account, ami, Outcome.FAILED, "d" * 64)
     images.revoke(home.site.account, ami, "leaks")
     again = brought(others[0], stored)
     assert again.verdict is not None

@@ -13,12 +13,16 @@ def stored(
     letter: str,
     *,
     passed: bool | None = True,
+    outcome: Outcome | None = None,
     target: Target = Target.QEMU,
     name: str = "dask",
     created: datetime = datetime(2026, 1, 2, tzinfo=UTC),
     size: int = 1024,
 ) -> StoredImage:
-    """Return a finished image whose digest is one letter over and over; `passed` None: never verified."""
+    """Return a finished image whose digest is one letter over and over; `passed` None: never verified.
+
+    `outcome` is that of its one check, in place of `passed`.
+    """
     disk = workspace.state / "out.qcow2"
     with disk.open("wb") as file:
         file.truncate(size)
@@ -29,7 +33,7 @@ def stored(
     made = workspace.store(artifact, disk, None)
     if passed is None:
         return made
-    outcome = Outcome.PASSED if passed else Outcome.FAILED
+    outcome = outcome or (Outcome.PASSED if passed else Outcome.FAILED)
     result = CheckResult(
         name="chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ami_builder import commands
 from ami_builder.channels import Entry, Move, stack
 from ami_builder.errors import UsageError
-from ami_builder.model import Artifact
+from ami_builder.model import Artifact, Outcome
 from ami_builder.pipeline import channels, local_channels
 from ami_builder.pipeline.channels import Moved, choose, promote, revoke, rollback, standing
 from ami_builder.pipeline.local_channels import LocalChannels
@@ -79,6 +79,17 @@ def test_what_was_not_proved_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         promote(local, made(workspace, "a", passed=passed), "stable", KNOWN)
+    assert "ami-builder verify" in str(caught.value.hint)
+    assert standing(local) == {}
+
+
+def test_an_inconclusive_verification_promotes_nothing_and_is_not_called_a_failure(
+    local: LocalChannels, workspace: Workspace
+) -> None:
+    one = made(workspace, "a", outcome=Outcome.INCONCLUSIVE)
+    with pytest.raises(UsageError, match="its verification was inconclusive") as caught:
+        promote(local, one, "stable", KNOWN)
+    assert "failed" not in str(caught.value)
     assert "ami-builder verify" in str(caught.value.hint)
     assert standing(local) == {}
 

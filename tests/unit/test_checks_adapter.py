@@ -418,6 +418,94 @@ def test_blocked_without_a_reason_is_no_pass(fake: Fake) -> None:
     assert "nothing is blocked without a failure: own: a: blocked: by nothing" in guard(fake.run(own))
 
 
+def test_a_check_that_the_host_was_too_busy_for_is_inconclusive(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+        from ami_builder.checks.plugin import INCONCLUSIVE
+
+        @pytest.fixture
+        def control():
+            pytest.skip(f"{INCONCLUSIVE}3 s of CPU steal")
+
+        def test_a():
+            pytest.skip(f"{INCONCLUSIVE}a login at rest takes 40 s")
+
+        def test_b(control):
+            pass
+
+        def test_c():
+            pass
+        """
+    )
+    results = fake.run(own)
+    assert [(r.name, r.outcome, r.message) for r in results] == [
+        ("own: a", Outcome.INCONCLUSIVE, "a login at rest takes 40 s"),
+        ("own: b", Outcome.INCONCLUSIVE, "3 s of CPU steal"),
+        ("own: c", Outcome.PASSED, ""),
+    ]
+    assert verdict(results).inconclusive
+
+
+@pytest.mark.parametrize(
+    ("last", "outcome"),
+    [("pass", Outcome.INCONCLUSIVE), ("assert False", Outcome.FAILED)],
+    ids=["inconclusive", "failed"],
+)
+def test_what_is_inconclusive_may_block_others_and_hides_no_failure(
+    fake: Fake, last: str, outcome: Outcome
+) -> None:
+    own = fake.file(
+        f"""\
+        import pytest
+
+        def test_a():
+            pytest.skip("inconclusive: the host is busy")
+
+        def test_b():
+            pytest.skip("blocked: by a")
+
+        def test_c():
+            {last}
+        """
+    )
+    results = fake.run(own)
+    assert verdict(results).outcome is outcome
+    assert not [r for r in results if r.name.startswith("guard:")]
+
+
+def test_nothing_but_inconclusive_checks_is_inconclusive(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import pytest
+
+        def test_a():
+            pytest.skip("inconclusive: the host is busy")
+
+        def test_b():
+            pytest.skip("no GPU here")
+        """
+    )
+    results = fake.run(own)
+    assert [r.outcome for r in results] == [Outcome.INCONCLUSIVE, Outcome.SKIPPED]
+    assert verdict(results).inconclusive
+
+
+def test_an_inconclusive_check_hides_no_pytest_that_dies(fake: Fake) -> None:
+    own = fake.file(
+        """\
+        import os, pytest
+
+        def test_a():
+            pytest.skip("inconclusive: the host is busy")
+
+        def test_b():
+            os._exit(0)
+        """
+    )
+    assert "the checks ran to the end: 1 of 2 checks were run" in guard(fake.run(own))
+
+
 @pytest.mark.parametrize(
     ("content", "error"),
     [("def test_a(:\n", "SyntaxError"), ("import nothing_like_it\n", "ModuleNotFoundError")],

@@ -13,6 +13,7 @@ import pytest
 from ami_builder import __version__, commands, proc
 from ami_builder.adapters import qemu
 from ami_builder.errors import Interrupted
+from ami_builder.model import Outcome
 from ami_builder.pipeline import build as build_module
 from ami_builder.pipeline import launch
 from ami_builder.workspace import Workspace
@@ -93,6 +94,14 @@ def test_show_tells_of_one_image(workspace: Workspace, capsys: pytest.CaptureFix
     assert "verdict\tpassed" in shown
     assert commands.run(["show", str(bad.path)]) == 0
     assert "failed on 2 GiB boot\tchain: x" in capsys.readouterr().out
+    stored(workspace, "d", outcome=Outcome.INCONCLUSIVE)
+    assert commands.run(["show", "dddd"]) == 0
+    shown = capsys.readouterr().out
+    assert "verdict\tinconclusive" in shown
+    assert "inconclusive on 2 GiB boot\tchain: x" in shown
+    assert "fail" not in shown.lower()
+    assert commands.run(["list"]) == 0
+    assert "\tinconclusive\t" in capsys.readouterr().out
     assert commands.run(["show", "bbbb", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["artifact"]["digest"] == bad.artifact.digest
     assert commands.run(["show", "cccc"]) == 2

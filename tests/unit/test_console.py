@@ -17,7 +17,7 @@ import pytest
 
 from ami_builder import console
 from ami_builder.console import Mode, Progress
-from ami_builder.errors import BuildFailed, Interrupted, UsageError
+from ami_builder.errors import BuildFailed, Inconclusive, Interrupted, UsageError
 from ami_builder.model import CheckResult, Measurement, Outcome, RunStatus, StepRecord, Verdict
 
 GIB = 1 << 30
@@ -118,6 +118,7 @@ def record(name: str, seconds: float, status: RunStatus, detail: str, *, began: 
         (UsageError("no"), RunStatus.FAILED),
         (ZeroDivisionError(), RunStatus.FAILED),
         (SystemExit(), RunStatus.FAILED),
+        (Inconclusive("too busy"), RunStatus.INCONCLUSIVE),
         (Interrupted("Ctrl-C"), RunStatus.INTERRUPTED),
         (KeyboardInterrupt(), RunStatus.INTERRUPTED),
     ],
@@ -575,7 +576,19 @@ def test_an_interrupt_is_not_called_an_error_on_a_terminal(terminal: Terminal) -
     assert terminal.text.strip() == "interrupted: stopped by Ctrl-C"
 
 
-def proof(*, broken: bool = False) -> Verdict:
+def test_a_busy_host_is_not_called_an_error(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.error(Inconclusive("too busy"))
+    assert terminal.text.strip() == "inconclusive: too busy"
+    assert "\x1b[1;31m" not in terminal.getvalue()
+    monkeypatch.undo()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    console.error(Inconclusive("too busy"))
+    assert capsys.readouterr().err == "::warning title=ami-builder::too busy\ninconclusive: too busy\n"
+
+
+def proof(*, broken: bool = False, busy: bool = False) -> Verdict:
     results = [
         CheckResult(
             name=name,
@@ -585,6 +598,8 @@ def proof(*, broken: bool = False) -> Verdict:
             if broken and (name, phase, machine) == ("test_chain", "reboot", "2 GiB")
             else Outcome.SKIPPED
             if (name, phase) == ("test_fallback", "reboot")
+            else Outcome.INCONCLUSIVE
+            if busy and (name, phase, machine) == ("test_chain", "boot", "1 GiB")
             else Outcome.PASSED,
             seconds=0.1,
             message="assert 1704780 == 1745694720\n  where 1704780 = ...",
@@ -611,6 +626,23 @@ def test_a_verdict_names_the_failed_checks_and_counts_the_rest(capsys: pytest.Ca
         "checks: 5 passed, 1 failed, 2 skipped (1 GiB, 2 GiB; boot, reboot)",
         "1 GiB boot: AVAILABLE_MEMORY_FOR_DASK=805306368 (75.0% of the machine)",
         "2 GiB boot: AVAILABLE_MEMORY_FOR_DASK=1879048192 (87.5% of the machine)",
+    ]
+
+
+def test_a_verdict_names_what_is_inconclusive(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.verdict(proof(busy=True))
+    assert re.search(r"test_chain +[?] ✓ +✓ ✓", terminal.text)
+    assert "? test_chain  1 GiB, boot\n  assert 1704780 == 1745694720\n" in terminal.text
+    assert "\x1b[1;33mchecks: 5 passed, 1 inconclusive, 2 skipped" in terminal.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*31m", terminal.getvalue()), "nothing is red"
+    assert "memory.max" not in terminal.text, "the chain was not proved"
+    monkeypatch.undo()
+    console.verdict(proof(busy=True))
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "inconclusive test_chain (1 GiB, boot): assert 1704780 == 1745694720",
+        "checks: 5 passed, 1 inconclusive, 2 skipped (1 GiB, 2 GiB; boot, reboot)",
     ]
 
 

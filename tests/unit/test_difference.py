@@ -81,7 +81,14 @@ def test_applying_what_moved_gives_the_other(before: dict[str, str], after: dict
     assert all(one.before != one.after for one in found)
 
 
-def stored(workspace: Workspace, letter: str, packages: str, available: int, seconds: float) -> StoredImage:
+def stored(
+    workspace: Workspace,
+    letter: str,
+    packages: str,
+    available: int,
+    seconds: float,
+    cpu: float | None = 200.0,
+) -> StoredImage:
     with workspace.run("build", "dask", letter * 64) as run:
         (run.work / "disk").write_bytes(letter.encode() * 1024)
         if packages:
@@ -112,6 +119,8 @@ def stored(workspace: Workspace, letter: str, packages: str, available: int, sec
             available=available - at,
             ssh_seconds=seconds - 40 if phase == "boot" else None,
             dask_seconds=seconds + 20,
+            cpu_seconds=cpu,
+            control_seconds=4.0,
         )
         for at, phase in enumerate(("boot", "restart"))
     )
@@ -129,12 +138,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
-    stored(workspace, "b", "apt=2\nbash=5\n", GIB + GIB // 100, 50.0)
+    stored(workspace, "b", "apt=2\nbash=5\n", GIB + GIB // 100, 50.0, cpu=250.0)
     assert commands.run(["diff", "aaaa", "dask"]) == 0
     shown = capsys.readouterr()
     assert [line.split("\t") for line in shown.out.splitlines()] == [
         ["size", "1 KiB", "1 KiB", "+0.0%"],
         ["available memory at boot 2 GiB", "1 GiB", "1.01 GiB", "+1.0%"],
+        ["CPU time to boot 2 GiB", "50.00 x control", "62.50 x control", "+25.0%"],
         ["seconds to ssh 2 GiB", "1:00 min", "10 s", "-83.3%"],
         ["seconds to Dask 2 GiB", "2:00 min", "1:10 min", "-41.7%"],
         ["time build", "1:40 min", "50 s", "-50.0%"],
@@ -146,7 +156,9 @@ def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -
     answer = json.loads(capsys.readouterr().out)
     assert answer["packages"] == [{"name": "apt", "before": "1", "after": "2"}]
     assert answer["measured"][1]["after"] == GIB + GIB // 100
-    assert answer["measured"][4]["change"] == -0.5
+    assert answer["measured"][2]["quantity"] == "CPU time to boot"
+    assert (answer["measured"][2]["before"], answer["measured"][2]["change"]) == (50.0, 0.25)
+    assert answer["measured"][5]["change"] == -0.5
     assert answer["before"]["digest"] == "a" * 64
 
 

@@ -25,6 +25,7 @@ from ami_builder.errors import (
     AmiBuilderError,
     BuildFailed,
     CloudFailed,
+    Inconclusive,
     Interrupted,
     MissingTool,
     TimedOut,
@@ -278,6 +279,32 @@ def test_a_region_that_fails_leaves_the_other_its_verdict(
         verify_matrix(subjects, None, workspace, progress)
     assert places[EAST].judged == []
     assert [verdict.passed for verdict in places[WEST].judged] == [True]
+
+
+def test_an_inconclusive_region_is_named_with_what_to_run_again(
+    tmp_path: Path, prove_with: Callable[[Proving], None]
+) -> None:
+    prove_with(lambda cell: shown(cell, Outcome.INCONCLUSIVE if cell.region == WEST else Outcome.PASSED))
+    places = {region: Place() for region in (EAST, WEST)}
+    subjects = [
+        Subject(
+            image=image(),
+            stored=StoredImage(artifact=cell("a", region).artifact, verdict=None, directory=None),
+            site=place,  # type: ignore[arg-type] # all that is asked of it
+        )
+        for region, place in places.items()
+    ]
+    workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
+    with open_progress(Mode.QUIET) as progress, pytest.raises(Inconclusive) as caught:
+        verify_matrix(subjects, None, workspace, progress)
+    assert caught.value.tail == (f"x (boot, m6i.large in {WEST}): ",)
+    assert f"`ami-builder verify ami-0123456789abcdef0 --region {EAST} --region {WEST}`" in (
+        caught.value.hint or ""
+    )
+    assert [verdict.outcome for place in places.values() for verdict in place.judged] == [
+        Outcome.PASSED,
+        Outcome.INCONCLUSIVE,
+    ]
 
 
 def test_a_cell_is_a_run_of_its_own_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import time_machine
 
 from ami_builder import commands
+from ami_builder.commands.nightly import worst
 from ami_builder.journal import Journal, Step, open_night, unfinished
 from ami_builder.model import RunRecord, Target
 from ami_builder.night import Night
@@ -134,6 +135,46 @@ def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_aga
     assert night(capsys)["ending"] == "promoted"
     assert len(bakes(folder)) == 3
     assert standing(record) != before
+
+
+def test_a_host_that_is_too_busy_to_judge_leaves_the_channel_and_the_next_run_verifies_again(
+    folder: Path, workspace: Workspace, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = night(capsys)["digest"]
+    meet(folder, World(inputs="two", busy=True))
+    for _ in range(2):
+        busy = night(capsys, status=10)
+        assert busy["ending"] == "inconclusive"
+        assert "too busy to judge" in str(busy["error"])
+        assert standing(record) == before == busy["before"]
+    assert not list(unfinished(workspace))
+    assert commands.run(["promote", str(busy["digest"]), "testing"]) == 2
+    assert "inconclusive" in capsys.readouterr().err
+    statuses = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
+    assert sorted(str(one.status) for one in statuses if one) == ["inconclusive", "inconclusive", "passed"]
+    meet(folder, World(inputs="two"))
+    assert night(capsys)["ending"] == "promoted"
+    assert len(bakes(folder)) == 2, "what was baked is kept"
+    assert standing(record) == busy["digest"]
+
+
+def test_an_inconclusive_run_that_is_killed_is_not_taken_for_a_verified_one(
+    folder: Path, workspace: Workspace, record: LocalChannels
+) -> None:
+    """Whatever entry of its journal it is killed after."""
+    for number in range(1, 5):
+        meet(folder, World(inputs=f"killed at {number}", busy=True))
+        assert ended(begin(folder, dies_after=number, drawn=False)) == -9
+        assert ended(begin(folder, drawn=False)) == 10, (folder / "out").read_text()
+        assert standing(record) == ""
+    meet(folder, World(inputs="killed at 4"))
+    assert ended(begin(folder, drawn=False)) == 0
+    assert len(bakes(folder)) == 4
+    assert standing(record) == bakes(folder)[-1]
+
+
+def test_a_failure_does_not_hide_behind_a_busy_host_nor_that_behind_a_held_image() -> None:
+    assert [worst(codes) for codes in ([9, 10], [10, 9, 5], [10, 10], [9], [6, 5])] == [10, 5, 10, 9, 6]
 
 
 @pytest.mark.parametrize("command", ["rollback testing --reason slow", "revoke IMAGE --reason slow"])

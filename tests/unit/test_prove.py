@@ -33,11 +33,15 @@ class Guest:
     now: float = 1.0
     answers: bool = True
     """Whether Dask does."""
+    outcome: Outcome = Outcome.PASSED
+    """Of the check when Dask answers."""
     panics: int = 0
     """How many boots panic before one comes up."""
     name: str = "2 GiB"
     memory: int = 2 * GIB
     phases: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    """The evidence that was asked for."""
 
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         self.now += LAUNCH
@@ -66,7 +70,7 @@ class Guest:
         if self.answers and on_ready is not None:
             on_ready()
         self.now += CHECKS
-        outcome = Outcome.PASSED if self.answers else Outcome.FAILED
+        outcome = self.outcome if self.answers else Outcome.FAILED
         result = CheckResult(
             name="x", phase=phase, machine=context.machine, outcome=outcome, seconds=0, message=""
         )
@@ -104,6 +108,7 @@ class Session:
         return SimpleNamespace(stdout="")
 
     def fetch(self, command: str, path: Path, **_: object) -> None:
+        self.guest.fetched.append(path.name)
         raise TimedOut("nothing is there")
 
 
@@ -165,3 +170,34 @@ def test_the_long_steps_are_for_machines_that_passed_and_pressure_can_be_left_ou
     of = image()
     proved(guest, replace(of, verify=replace(of.verify, pressure=pressure)))
     assert guest.phases == phases
+
+
+@pytest.mark.parametrize("outcome", [Outcome.INCONCLUSIVE, Outcome.PASSED])
+def test_an_inconclusive_check_is_no_failure_and_leaves_evidence(
+    proved: Callable[[Guest], Proof], outcome: Outcome
+) -> None:
+    guest = Guest(outcome=outcome)
+    proof = proved(guest)
+    assert guest.phases == ["boot", "restart", "reboot", "pressure"], "the way goes on"
+    assert {result.outcome for result in proof.results} == {outcome}
+    assert ("journal.txt" in guest.fetched) == (outcome is Outcome.INCONCLUSIVE)
+
+
+def result(outcome: Outcome, message: str = "") -> CheckResult:
+    return CheckResult(name="x", phase="boot", machine="2 GiB", outcome=outcome, seconds=0, message=message)
+
+
+@pytest.mark.parametrize(
+    ("results", "line"),
+    [
+        ([result(Outcome.PASSED)] * 2, "2 checks passed"),
+        ([result(Outcome.PASSED, "12 logins"), result(Outcome.SKIPPED, "no")], "2 checks passed; 12 logins"),
+        (
+            [result(Outcome.PASSED, "12 logins"), result(Outcome.INCONCLUSIVE, "busy")],
+            "1 of 2 checks inconclusive",
+        ),
+        ([result(Outcome.INCONCLUSIVE), result(Outcome.FAILED)], "1 of 2 checks failed"),
+    ],
+)
+def test_a_phase_in_one_line(results: list[CheckResult], line: str) -> None:
+    assert prove.summary(results) == line

@@ -104,6 +104,8 @@ def build(
     packages: str = "apt=1\nsystemd=257\n",
     error: str | None = None,
     detail: str = "",
+    wall: float | None = None,
+    cpu: float | None = None,
 ) -> records.RecordedRun:
     """Record a build of that day, as `ami-builder build` does."""
     when = DAY + timedelta(days=day)
@@ -117,7 +119,16 @@ def build(
     (evidence / "machine-boot.json").write_text(json.dumps(MACHINE))
     answer = json.dumps({"workers": [worker(VALUE)]})
     (evidence / "dask-boot.json").write_text(json.dumps({"stdout": answer, "stderr": "", "status": 0}))
-    measured = Measurement(machine="2 GiB", phase="boot", total=2 * GIB, available=VALUE)
+    measured = Measurement(
+        machine="2 GiB",
+        phase="boot",
+        total=2 * GIB,
+        available=VALUE,
+        ssh_seconds=wall and wall - 20,
+        dask_seconds=wall,
+        cpu_seconds=cpu,
+        control_seconds=4.0,
+    )
     step = f"build {image}"
     record = RunRecord(
         run_id=run_id,
@@ -251,6 +262,27 @@ def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
     assert shown.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
 
 
+def test_a_start_shows_its_boot_in_wall_time_and_in_cpu_time(workspace: Workspace) -> None:
+    build(workspace, 0, wall=60.0, cpu=196.0)
+    page = page_of(build(workspace, 1, wall=58.0, cpu=200.0), workspace)
+    text = " ".join(page.text.split())
+    assert "ssh after 38 s, Dask after 58 s, 3:20 min of CPU time (50.00 x control)" in text
+    assert "CPU time to boot on 2 GiB" in text
+    assert "50.00 x control now, 49.00 x control the build before" in text
+    rows = {"seconds to ssh": "40 s38 s", "CPU time to boot": "49.00 x control50.00 x control+2.0%"}
+    for name, values in rows.items():
+        assert f"{name}: 2 GiB{values}" in text, "in its own unit"
+
+
+def test_a_start_without_times_shows_none(workspace: Workspace) -> None:
+    build(workspace, 0)
+    page = page_of(build(workspace, 1), workspace)
+    assert "of CPU time" not in page.text
+    assert "CPU time to boot" not in page.text
+    only = page_of(build(workspace, 2, wall=58.0), workspace)
+    assert "ssh after 38 s, Dask after 58 s\n" in only.text
+
+
 def test_evidence_that_is_gone_is_said_to_be(workspace: Workspace) -> None:
     run = build(workspace, 0)
     for file in (run.directory / "machines/2GiB").glob("*.json"):
@@ -269,7 +301,7 @@ def test_a_machine_that_was_booted_again_is_shown_as_it_was_then(workspace: Work
 def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
     again = tuple(result("limit: no swap", Outcome.FAILED, "swap", phase) for phase in ("boot", "reboot"))
     page = page_of(build(workspace, 0, results=again, status=RunStatus.FAILED), workspace)
-    assert len([one for one in page.find("article") if one["class"] == "failure"]) == 1
+    assert len([one for one in page.find("article") if one["class"] == "failure bad"]) == 1
     assert "2 GiB first boot, 2 GiB reboot" in page.text
 
 
@@ -279,6 +311,7 @@ def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
         (RunStatus.PASSED, True, "Passed"),
         (RunStatus.PASSED, False, "Not verified"),
         (RunStatus.FAILED, True, "Failed"),
+        (RunStatus.INCONCLUSIVE, True, "Inconclusive"),
         (RunStatus.INTERRUPTED, False, "Interrupted"),
         (RunStatus.RUNNING, False, "Interrupted"),
     ],
@@ -287,6 +320,32 @@ def test_how_a_run_ended(workspace: Workspace, status: RunStatus, verdict: bool,
     run = build(workspace, 0, status=status)
     record = run.record if verdict else replace(run.record, verdict=None)
     assert f"\n{word}\n" in page_of(replace(run, record=record), workspace).text
+
+
+def test_what_is_inconclusive_has_its_own_mark_and_colour(workspace: Workspace) -> None:
+    busy = result("pressure: ssh answers", Outcome.INCONCLUSIVE, "a login at rest takes 40 s")
+    chain = result("chain: docker has the variable", Outcome.INCONCLUSIVE)
+    run = build(
+        workspace,
+        0,
+        status=RunStatus.INCONCLUSIVE,
+        results=(busy, chain, result("limit: no swap")),
+        error="the host was too busy to judge this image",
+    )
+    page = page_of(run, workspace)
+    assert "? inconclusive" in page.text
+    assert "a login at rest takes 40 s" in page.text
+    assert "every start: 1 passed, 2 inconclusive" in page.text
+    classes = {
+        one["class"]
+        for tag in ("section", "article", "li", "span")
+        for one in page.find(tag)
+        if one.get("class")
+    }
+    assert {"verdict unsure", "failure unsure", "unsure", "tone unsure"} <= classes
+    assert not [one for one in classes if "bad" in str(one).split()], "nothing is red"
+    assert "✗" not in page.text.replace("✗ failed, ? inconclusive", "")
+    assert "not checked" in page.text, "the chain was not judged"
 
 
 def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> None:

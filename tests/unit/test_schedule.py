@@ -24,7 +24,11 @@ SERVICE = UNITS / "ami-builder-nightly@.service"
 TIMER = UNITS / "ami-builder-nightly@.timer"
 WORKFLOW = ROOT / ".github" / "workflows" / "nightly.yml"
 INSTALLED = "/opt/ami-builder"
-WORTH_ANOTHER_TRY = {errors.CloudFailed.exit_code, errors.TimedOut.exit_code}
+WORTH_ANOTHER_TRY = {
+    errors.CloudFailed.exit_code,
+    errors.TimedOut.exit_code,
+    errors.Inconclusive.exit_code,
+}
 
 
 class _Unit(configparser.RawConfigParser):
@@ -247,6 +251,11 @@ def runner(tmp_path: Path) -> Runner:
         (4, 4, ""),
         (6, 6, ""),
         (9, 0, "::warning title=ami-builder::held: a person decides, see the summary\n"),
+        (
+            10,
+            10,
+            "::warning title=ami-builder::inconclusive: the host was too busy, the next run verifies again\n",
+        ),
         (
             124,
             124,

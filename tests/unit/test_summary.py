@@ -45,6 +45,12 @@ HELD = replace(
 FAILED = replace(
     LOCAL, ending=Ending.FAILED, places=(), moved=(), retired=(), error="provisioner 20 failed", exit_code=4
 )
+BUSY = replace(
+    FAILED,
+    ending=Ending.INCONCLUSIVE,
+    error="the host was too busy to judge this image: 1 of 168 checks is inconclusive",
+    exit_code=10,
+)
 PARTLY = replace(
     LOCAL,
     target=Target.AWS,
@@ -82,6 +88,16 @@ UNCHANGED = replace(LOCAL, ending=Ending.UNCHANGED, moved=(), retired=(), steps=
         ),
         (FAILED, "dask (qemu): FAILED, provisioner 20 failed; testing stays at 60057ffa60057ffa"),
         (replace(FAILED, before="", error=""), "dask (qemu): FAILED, for a reason that was not told"),
+        (
+            BUSY,
+            "dask (qemu): INCONCLUSIVE, the host was too busy to judge this image: 1 of 168 checks is "
+            "inconclusive; testing stays at 60057ffa60057ffa",
+        ),
+        (
+            replace(BUSY, before=""),
+            "dask (qemu): INCONCLUSIVE, the host was too busy to judge this image: 1 of 168 checks is "
+            "inconclusive; nothing stands in testing",
+        ),
         (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 places; FAILED in eu-west-1"),
     ],
 )
@@ -101,6 +117,16 @@ def test_the_message_of_a_held_night_says_why_and_what_to_do() -> None:
         '`ami-builder promote 3f9a2c1d3f9a2c1d testing --reason "…"` lets it through.',
         "night 20261124-033107-3f9a2c, 9:20 min, exit code 9",
     ]
+
+
+def test_the_message_of_an_inconclusive_run_says_what_comes_next_and_nothing_of_a_defect() -> None:
+    assert summary.text(BUSY).split("\n")[1:] == [
+        "The image is kept, and the next nightly run verifies it again.",
+        "night 20261124-033107-3f9a2c, 9:20 min, exit code 10",
+    ]
+    assert "fail" not in f"{summary.text(BUSY)}{summary.markdown(BUSY)}".lower().replace(
+        "build dask | failed", ""
+    )
 
 
 def test_a_held_ami_is_named_by_its_id() -> None:
@@ -168,7 +194,7 @@ def test_a_night_that_never_ended_and_a_clock_that_went_back() -> None:
 WORDS = st.text(max_size=80)
 NIGHTS = st.builds(
     replace,
-    st.sampled_from([LOCAL, HELD, FAILED, PARTLY, UNCHANGED]),
+    st.sampled_from([LOCAL, HELD, FAILED, BUSY, PARTLY, UNCHANGED]),
     error=WORDS,
     drifts=st.tuples(WORDS),
     moved=st.tuples(WORDS, WORDS),

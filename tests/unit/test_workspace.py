@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.errors import BuildFailed, Interrupted, Locked, UsageError
+from ami_builder.errors import BuildFailed, Inconclusive, Interrupted, Locked, UsageError
 from ami_builder.model import (
     Artifact,
     CheckResult,
@@ -85,6 +85,21 @@ def test_a_verdict_from_before_times_were_measured_loads(tmp_path: Path) -> None
     assert verdict is not None
     assert verdict.measured == (Measurement(machine="2 GiB", phase="boot", total=4, available=3),)
     assert verdict.measured[0].ssh_seconds is None
+    assert verdict.measured[0].cpu_seconds is None
+    assert verdict.measured[0].boot_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("cpu", "control", "ratio"),
+    [(207.0, 4.0, 51.75), (None, 4.0, None), (207.0, None, None), (207.0, 0.0, None)],
+)
+def test_a_boot_in_multiples_of_a_fixed_piece_of_work(
+    cpu: float | None, control: float | None, ratio: float | None
+) -> None:
+    one = Measurement(
+        machine="2 GiB", phase="boot", total=4, available=3, cpu_seconds=cpu, control_seconds=control
+    )
+    assert one.boot_ratio == ratio
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 1}', b"\xff\xfe"])
@@ -106,6 +121,32 @@ def test_no_result_is_no_pass() -> None:
     assert not verdict(Outcome.SKIPPED, Outcome.SKIPPED).passed
     assert not verdict(Outcome.PASSED, Outcome.FAILED).passed
     assert verdict(Outcome.PASSED, Outcome.SKIPPED).passed
+    assert not verdict(Outcome.PASSED, Outcome.INCONCLUSIVE).passed
+    assert not verdict(Outcome.SKIPPED, Outcome.INCONCLUSIVE).passed
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "outcome"),
+    [
+        ((), Outcome.FAILED),
+        ((Outcome.SKIPPED,), Outcome.FAILED),
+        ((Outcome.PASSED, Outcome.SKIPPED), Outcome.PASSED),
+        ((Outcome.PASSED, Outcome.INCONCLUSIVE), Outcome.INCONCLUSIVE),
+        ((Outcome.SKIPPED, Outcome.INCONCLUSIVE), Outcome.INCONCLUSIVE),
+        ((Outcome.INCONCLUSIVE, Outcome.FAILED, Outcome.PASSED), Outcome.FAILED),
+    ],
+)
+def test_a_verdict_is_inconclusive_only_when_nothing_failed(
+    outcomes: tuple[Outcome, ...], outcome: Outcome
+) -> None:
+    results = tuple(
+        CheckResult(name="x", phase="boot", machine="2 GiB", outcome=one, seconds=0, message="")
+        for one in outcomes
+    )
+    verdict = Verdict(digest="d", checks_digest="c", results=results, measured=())
+    assert verdict.outcome is outcome
+    assert verdict.passed == (outcome is Outcome.PASSED)
+    assert verdict.inconclusive == (outcome is Outcome.INCONCLUSIVE)
 
 
 def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
@@ -116,6 +157,9 @@ def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
     with pytest.raises(BuildFailed), workspace.run("build", "dask") as run:
         raise BuildFailed("broken")
     assert (run.record.status, run.record.error) == (RunStatus.FAILED, "broken")
+    with pytest.raises(Inconclusive), workspace.run("build", "dask") as run:
+        raise Inconclusive("too busy")
+    assert (run.record.status, run.record.error) == (RunStatus.INCONCLUSIVE, "too busy")
     for stopped in (KeyboardInterrupt(), Interrupted("by SIGTERM")):
         with pytest.raises(type(stopped)), workspace.run("build", "dask") as run:
             raise stopped

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 
 from ami_builder import proc
 from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.model import Measurement
+from ami_builder.model import Measurement, Outcome
 
 from . import measured as measuring
 from . import tags as tagging
@@ -31,6 +31,7 @@ _PAGE = 1000
 _UNPROTECTED = ("disabled", "")
 _SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
 _PENDING = frozenset({"pending", "transient"})
+_VERDICTS = frozenset({Outcome.PASSED, Outcome.FAILED, Outcome.INCONCLUSIVE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +66,13 @@ class Ami:
         return self.state in _PENDING
 
     @property
-    def verdict(self) -> tuple[bool, str] | None:
-        """Whether the checks passed, and the digest of those checks; None when they never ran."""
+    def verdict(self) -> tuple[Outcome, str] | None:
+        """How the checks ended, and the digest of those checks; None when they never ran."""
         word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
-        return (word == "passed", digest) if word else None
+        if not word:
+            return None
+        # What nobody here knows is no pass.
+        return Outcome(word) if word in _VERDICTS else Outcome.FAILED, digest
 
     @property
     def measured(self) -> tuple[Measurement, ...]:
@@ -206,14 +210,14 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
 
 
 def record_verdict(
-    account: Account, ami: str, passed: bool, checks_digest: str, measured: Sequence[Measurement] = ()
+    account: Account, ami: str, outcome: Outcome, checks_digest: str, measured: Sequence[Measurement] = ()
 ) -> None:
-    """Tag an AMI with whether the checks of `checks_digest` passed on it, and what its first boots measured.
+    """Tag an AMI with how the checks of `checks_digest` ended on it, and what its first boots measured.
 
     Nothing stays of a verdict before.
     """
     told = {
-        tagging.VERDICT: f"{'passed' if passed else 'failed'} {checks_digest}",
+        tagging.VERDICT: f"{outcome} {checks_digest}",
         tagging.MEASURED: measuring.write(measured),
     }
     with translated():
