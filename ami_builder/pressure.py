@@ -1,17 +1,16 @@
 """What a machine's answer to memory pressure tells: pure; sizes are bytes, times seconds.
 
-Whom the kernel killed and because of whose limit, how long something was silent, and from which limit on the
-nanny comes before the kernel.
+Whom the kernel killed and because of whose limit, whether the machine answered in time, and from which limit
+on the nanny comes before the kernel.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
 
 TERMINATE = 0.95
 """The part of a worker's limit at which its nanny restarts it (distributed.worker.memory.terminate)."""
@@ -84,32 +83,76 @@ def _kill(line: str) -> Kill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Silence:
-    """How long something that should give a sign of life again and again gave none."""
+class Wait:
+    """How long somebody waited for a machine to answer."""
 
-    longest: float
-    """The longest time between two signs, however short."""
-    total: float
-    """The sum of all times between two signs that were over the bound."""
+    seconds: float
+    denied: float = 0.0
+    """For how much of that the host kept the machine from running."""
+
+    @property
+    def own(self) -> float:
+        """The part of it that the machine itself is answerable for."""
+        return max(0.0, self.seconds - self.denied)
 
 
-def silence(times: Iterable[float], over: float) -> Silence:
-    """Return how long there was silence between signs of life at these times, in their order.
+class Answers(StrEnum):
+    """How a machine answers under pressure, compared with the same machine at rest."""
 
-    The first and the last time are the beginning and the end of the watch: without them a watch that ended in
-    silence looks well. Raises ValueError for fewer than two, or when they go back.
+    IN_TIME = "in time"
+    LATE = "late"
+    UNKNOWN = "unknown"
+    """The host was too busy to tell."""
+
+
+LEAST_ALLOWED = 7.0
+"""A wait of so many seconds is allowed on any host; a frozen machine keeps one waiting for minutes."""
+TIMES_ALLOWED = 5.0
+"""And so many times what it takes at rest: the same work beside a container that uses all its processors."""
+MOST_AT_REST = 20.0
+"""A machine that takes longer at rest says nothing about pressure."""
+MOST_DENIED = 0.75
+"""Where the host keeps the machine from running for more of a wait than this, the wait says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """The longest wait under pressure beside what is usual at rest."""
+
+    answers: Answers
+    longest: Wait
+    rest: Wait
+    """The median."""
+    allowed: float
+    """How many seconds of its own the longest may have."""
+
+    def __str__(self) -> str:
+        """Return both, and the bound, in one line."""
+        ratio = f"{self.longest.own / self.rest.own:.1f} x" if self.rest.own else "-"
+        text = (
+            f"longest wait for a login {self.longest.own:.1f} s, {self.rest.own:.1f} s at rest: {ratio},"
+            f" allowed {TIMES_ALLOWED:.0f} x or {LEAST_ALLOWED:.0f} s"
+        )
+        if self.longest.denied >= 0.1:
+            text += f" (not counted: {self.longest.denied:.1f} s in which the host did not run the machine)"
+        return text
+
+
+def compare(rest: Iterable[Wait], under: Iterable[Wait]) -> Compared:
+    """Compare waits under pressure with those at rest, each without what the host denied the machine.
+
+    Raises ValueError when there are none of either.
     """
-    gaps = list(_gaps(list(times)))
-    return Silence(longest=max(gaps), total=math.fsum(gap for gap in gaps if gap > over))
-
-
-def _gaps(times: list[float]) -> Iterator[float]:
-    if len(times) < 2:
-        raise ValueError(f"{len(times)} times have nothing between them")
-    for before, after in pairwise(times):
-        if after < before:
-            raise ValueError(f"the times go back from {before} to {after}")
-        yield after - before
+    resting, waits = sorted(rest, key=lambda wait: wait.own), list(under)
+    if not resting or not waits:
+        raise ValueError("there is nothing to compare")
+    median, longest = resting[len(resting) // 2], max(waits, key=lambda wait: wait.own)
+    allowed = max(LEAST_ALLOWED, TIMES_ALLOWED * median.own)
+    answers = Answers.IN_TIME
+    if longest.own > allowed:
+        denied = longest.denied > MOST_DENIED * longest.seconds
+        answers = Answers.UNKNOWN if denied or median.own > MOST_AT_REST else Answers.LATE
+    return Compared(answers=answers, longest=longest, rest=median, allowed=allowed)
 
 
 def room(limit: int, *, beside: int, headroom: int = 0, terminate: float = TERMINATE) -> int:

@@ -39,13 +39,13 @@ def shipped(folder: Path) -> tuple[Path, ...]:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the sha256 over what a verdict depends on: these files, what lies beside ours, pressure.py.
+    """Return the sha256 over what a verdict depends on: these files, what is beside ours, pressure.py and host.py.
 
     Raises UsageError when one can't be read.
     """
     folder = Path(ami_builder.__file__).parent / "checks"
     beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
-    beside.add(folder.parent / "pressure.py")
+    beside |= {folder.parent / "pressure.py", folder.parent / "host.py"}
     total = hashlib.sha256()
     for path in sorted(beside | {file.resolve() for file in _expanded(files)}):
         try:

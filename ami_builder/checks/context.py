@@ -35,6 +35,8 @@ class Context:
     """The one key that may be in an authorized_keys."""
     timeout: float
     """Seconds that Dask and its workers get to come up, and to go through the phase `pressure`."""
+    emulator: int = 0
+    """The process on this host that runs the machine; 0 when none does."""
     phase: str = FIRST_BOOT
     """`boot`, `restart`, `reboot` or `pressure`."""
 

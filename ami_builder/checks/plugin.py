@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import NoReturn, TypeVar
 
 import pytest
@@ -25,8 +26,8 @@ from ami_builder.model import FIRST_BOOT, PRESSURE
 from .context import ENVIRONMENT, Context
 from .pressed import Pressed
 from .reports import NOTE, message_of, name_of
-from .state import ANSWERS, Container, Dask, Incomplete, Machine, Sections, sections
-from .watch import ANEW, ANSWER, watch
+from .state import ANSWERS, Client, Container, Dask, Incomplete, Machine, Sections, sections
+from .watch import ANSWER, NEW_CONNECTION, Watch
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
@@ -41,7 +42,7 @@ _HERE = Path(__file__).resolve().parent
 # Importing distributed takes ten seconds on an emulated machine, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
 # How many times their limit the workers have to spill under memory pressure.
-_WORK = 2.0
+_WORK = 1.3
 # A script that outlives the login that began it.
 _ALONE = f'umask 022; exec setsid -f /bin/sh -c "$@" </dev/null >{ANSWER} 2>{ANSWER}.err'
 
@@ -69,12 +70,13 @@ class _Run:
         self.config = config
         self.pool = ThreadPoolExecutor(max_workers=2)
         self.machine: Future[Machine] | None = None
-        self.dask: Future[Dask] | None = None
+        self.client: Future[Client] | None = None
         self.pressed: Future[Pressed] | None = None
         self.failed = 0
         self.inconclusive = 0
         self.blocked = ""
         self.unreadable = False
+        self.telling = Lock()
         events = config.getoption("events")
         self.events = None if events is None else os.fdopen(events, "w", encoding="utf-8")
 
@@ -85,8 +87,9 @@ class _Run:
 
     def tell(self, **event: object) -> None:
         if self.events is not None:
-            self.events.write(json.dumps(event) + "\n")
-            self.events.flush()
+            with self.telling:  # progress comes from the threads that ask the machine
+                self.events.write(json.dumps(event) + "\n")
+                self.events.flush()
 
     def read_context(self) -> Context:
         path = os.environ.get(ENVIRONMENT, "")
@@ -130,7 +133,7 @@ class _Run:
         self.host = self.connect()
         name = "guard: the machine is the one that was booted"
         try:
-            settled, stderr, status = self.ask("settle.sh", self.context.nonce, f"{self.context.timeout:.0f}")
+            settled, stderr, status = self.ask("settle.sh", *self._settling())
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
         found = sections(settled)
@@ -147,7 +150,11 @@ class _Run:
             self.pressed = self.pool.submit(self._press, name, pid)
             return
         self.machine = self.pool.submit(self._gather, settled, pid)
-        self.dask = self.pool.submit(self._ask_dask, pid)
+        if self.context.phase == FIRST_BOOT:
+            self.client = self.pool.submit(self._ask_workers, pid)
+
+    def _settling(self) -> tuple[str, str, str]:
+        return self.context.nonce, f"{self.context.timeout:.0f}", str(self.context.workers)
 
     def _gather(self, settled: str, pid: str) -> Machine:
         gathered, stderr, status = self.ask("gather.sh", self.context.user, self.context.phase, pid)
@@ -158,15 +165,15 @@ class _Run:
         except Incomplete as wrong:
             raise Incomplete(f"{wrong} (status {status}; {stderr.strip()[-200:]})") from wrong
 
-    def _ask_dask(self, pid: str) -> Dask:
+    def _ask_workers(self, pid: str) -> Client:
         if not pid:
-            return Dask(workers=(), error="no Dask container is running")
+            return Client(workers=(), error="no Dask container is running")
         seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
         program = _text("probe.py")
         arguments = (self.context.role.value, str(self.context.workers), f"{seconds:.0f}")
         stdout, stderr, status = self.ask("probe.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
-        self.record("dask", {"stdout": stdout, "stderr": stderr, "status": status})
-        return Dask.parse(stdout, stderr, status)
+        self.record("client", {"stdout": stdout, "stderr": stderr, "status": status})
+        return Client.parse(stdout, stderr, status)
 
     def _press(self, container: str, pid: str) -> Pressed:
         pressed = self._press_once("pressed", container, pid)
@@ -174,7 +181,7 @@ class _Run:
         if not why:
             return pressed
         # Once: an image on which it comes again has earned its red.
-        settled = sections(self.ask("settle.sh", self.context.nonce, f"{self.context.timeout:.0f}")[0])
+        settled = sections(self.ask("settle.sh", *self._settling())[0])
         return replace(self._press_once("pressed-again", *_container(settled)), before_this=why)
 
     def _press_once(self, record: str, container: str, pid: str) -> Pressed:
@@ -184,9 +191,14 @@ class _Run:
         texts = (_text("probe.sh"), _text("press.py"))
         numbers = (f"{seconds:.0f}", str(self.context.workers), str(_WORK))
         arguments = (container, pid, *numbers, *texts)
-        self.run(_ALONE, _text("press.sh"), "sh", *arguments)
         host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
-        watched = watch(["ssh", *ANEW, "-F", ssh_config, host.removeprefix("ssh://"), "--"], 1.5 * seconds)
+        ssh = ["ssh", *NEW_CONNECTION, "-F", ssh_config, host.removeprefix("ssh://"), "--"]
+        watch = Watch(ssh, self.context.emulator, lambda text: self.tell(event="progress", text=text))
+        self.tell(event="progress", text="logins at rest")
+        watch.at_rest()
+        self.run(_ALONE, _text("press.sh"), "sh", *arguments)
+        watch.until_end(1.5 * seconds)
+        watched = watch.watched
         answer, errors, _ = self.run(f"cat {ANSWER}; cat {ANSWER}.err >&2")
         text = sections(answer)
         self.record(record, {**text, "stderr": errors, "watched": asdict(watched)})
@@ -309,11 +321,18 @@ def variable_of(machine: Machine) -> int:
     return machine.variable
 
 
-def answered(dask: Dask) -> Dask:
-    """Return Dask's answer; a check that needs one is blocked without."""
-    if dask.error:
+def dask_of(machine: Machine) -> Dask:
+    """Return what the scheduler answered; a check that needs it is blocked without."""
+    if machine.dask.error:
+        pytest.skip(f"{BLOCKED}Dask's scheduler gave no answer")
+    return machine.dask
+
+
+def answered(client: Client) -> Client:
+    """Return what the workers answered; a check that needs it is blocked without."""
+    if client.error:
         pytest.skip(f"{BLOCKED}Dask's client got no answer")
-    return dask
+    return client
 
 
 @pytest.fixture(scope="session")
@@ -361,13 +380,19 @@ def variable(machine: Machine) -> int:
 
 
 @pytest.fixture(scope="session")
-def client(request: pytest.FixtureRequest) -> Dask:
-    """What Dask's own client was told, or why it was told nothing."""
+def client(request: pytest.FixtureRequest) -> Client:
+    """What the workers answered Dask's own client, or why they did not; on the first boot only."""
     run = _run(request.config)
-    return run.joined(run.dask)
+    return run.joined(run.client)
 
 
 @pytest.fixture(scope="session")
-def dask(client: Dask) -> Dask:
-    """What Dask's own client was told."""
+def dask(machine: Machine) -> Dask:
+    """The workers and their limits, as the scheduler's HTTP server lists them."""
+    return dask_of(machine)
+
+
+@pytest.fixture(scope="session")
+def workers(client: Client) -> Client:
+    """How the workers manage their memory, as they answered Dask's client; on the first boot only."""
     return answered(client)

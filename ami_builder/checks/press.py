@@ -15,14 +15,17 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Awaitable, Optional, TypeVar  # noqa: UP035 - Python 3.9
+from typing import Any, Awaitable, Coroutine, Iterator, Optional, TypeVar  # noqa: UP035 - Python 3.9
 
 SCHEDULER = "tcp://127.0.0.1:8786"
 TOPIC = "ami-builder-pressure"
 BLOCK = 1 << 16
-# Two deaths of a worker fail a task, where Dask's default of 3 takes four: each costs a restart.
-ALLOWED_FAILURES = 1
+# One death of a worker fails a task, where Dask's default of 3 takes four: each costs a restart, and shows the
+# same again.
+ALLOWED_FAILURES = 0
+GIB = 1 << 30
 
 Result = TypeVar("Result")
 
@@ -118,6 +121,39 @@ async def whole(scheduler: Any, work: Awaitable[Result]) -> Optional[Result]:  #
     return None
 
 
+@contextmanager
+def beside(doing: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Let something go on while the block runs."""
+    task = asyncio.ensure_future(doing)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def report(path: str, text: str) -> None:
+    """Say what is going on, where press.sh looks for it."""
+    new = Path(f"{path}.progress.new")
+    new.write_text(f"{text}\n")
+    new.rename(f"{path}.progress")
+
+
+async def reported(path: str, what: str, size: int, futures: list[Any]) -> None:
+    """Report again and again how much of the work is finished."""
+    while True:
+        done = sum(future.status == "finished" for future in futures) * size
+        report(path, f"{what} {done / GIB:.1f} of {len(futures) * size / GIB:.1f} GiB")
+        await asyncio.sleep(2)
+
+
+async def grown(path: str, scheduler: Any, limit: int) -> None:
+    """Report again and again how large the largest worker is."""
+    while True:
+        memory = max((w.metrics.get("memory", 0) for w in scheduler.workers.values()), default=0)
+        report(path, f"leaking: a worker holds {memory * 100 // limit} % of its limit")
+        await asyncio.sleep(2)
+
+
 async def all_up(scheduler: Any, workers: int) -> None:
     """Wait until so many workers are at work."""
     while len(scheduler.running) < max(1, workers):
@@ -148,7 +184,7 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
         each = max(size // 100, 4 << 20) // BLOCK * BLOCK
         answer["spill"] = spill = {"limit": limit, "size": size // each * each}
         made = client.map(chunk, range(size // each), size=each, pure=False)
-        with client.as_current():
+        with client.as_current(), beside(reported(path, "spilling", each, made)):
             ready = await whole(scheduler, wait(made))
         if ready:
             spill["spilled"] = sum((await client.run(spilled)).values())
@@ -156,7 +192,8 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
             read = client.map(length, made[::-1], pure=False)
             # Each goes once it was read, else it takes the place of one that is written again.
             del made, ready
-            lengths = await whole(scheduler, client.gather(read))
+            with beside(reported(path, "reading back", each, read)):
+                lengths = await whole(scheduler, client.gather(read))
             del read
             if lengths:
                 spill["read"] = sum(lengths) if min(lengths) >= 0 else -1
@@ -166,11 +203,13 @@ async def steps(scheduler: Any, workers: int, work: float, path: str, answer: di
         spill["pids"] = [w["pid"] for w in (await client.run(about)).values()]
 
         step("leaking")
-        try:
-            survived = await client.submit(leak, max(w["limit"] for w in told), pure=False)
-            answer["leaked"] = f"went on to the end, with {survived} bytes"
-        except Exception as wrong:  # whatever it is, is judged
-            answer["leaked"] = type(wrong).__name__
+        largest = max(w["limit"] for w in told)
+        with beside(grown(path, scheduler, max(1, largest))):
+            try:
+                survived = await client.submit(leak, largest, pure=False)
+                answer["leaked"] = f"went on to the end, with {survived} bytes"
+            except Exception as wrong:  # whatever it is, is judged
+                answer["leaked"] = type(wrong).__name__
         Path(f"{path}.leaked").touch()
 
         step("what grows beside Dask")

@@ -15,10 +15,12 @@ uptime_seconds() {
     echo "${up%.*}"
 }
 end=$(($(uptime_seconds) + seconds))
-# Wait for one of some files, or the end of the container or of the time.
+progress() { printf '%s\n' "$1" >/run/ami-builder-pressure.progress; }
+# Wait for one of some files, or the end of the container or of the time; pass on what the steps report.
 wait_for() {
     while [ -e "/proc/$pid/root" ] && [ "$(uptime_seconds)" -lt "$end" ]; do
         for file; do [ ! -e "$file" ] || return 0; done
+        if [ -r "$outside.progress" ] && read -r doing <"$outside.progress"; then progress "$doing"; fi
         sleep 1
     done
 }
@@ -36,6 +38,7 @@ outside=/proc/$pid/root$inside
 rm -f "$outside".*
 began=$(clock)
 
+progress "asking the workers"
 section memcg
 printf '%s\n' "$memcg"
 section memory.max
@@ -55,16 +58,18 @@ wait_for "$outside.leaked" "$outside.json"
 # The whole limit, beside what is in use already; without one, nearly all that the machine has.
 size=$(cat "$folder/memory.max")
 [ "$size" != max ] || size=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) * 1000))
+progress "another process takes the whole limit"
 section grower
 printf 'began %s\n' "$(clock)"
 # shellcheck disable=SC2016  # expanded by the inner shell
 sh -c 'echo 0 >/proc/self/oom_score_adj; echo $$ >"$0/cgroup.procs" &&
     exec dd if=/dev/zero of=/dev/null bs="$1" count=1 iflag=fullblock status=none' "$folder" "$size" 2>&1 &
 grower=$!
-timeout 120 tail --pid="$grower" -f /dev/null || kill -9 "$grower"
+timeout "$((seconds / 4))" tail --pid="$grower" -f /dev/null || kill -9 "$grower"
 wait "$grower"
 printf 'status %s\npid %s\nended %s\n' "$?" "$grower" "$(clock)"
 touch "$outside.grown"
+progress "waiting for the workers to be back"
 wait_for "$outside.json"
 
 section dask

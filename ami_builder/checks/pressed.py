@@ -16,7 +16,10 @@ from .state import Incomplete, Sections, numbers, taken
 from .watch import Watched
 
 BESIDE_SECONDS = 1.0
-"""A kill so soon after another is not for what was taken since: no worker is up again by then."""
+"""A kill so soon after another is not for what was taken since: no worker is up again by then.
+
+Where a login at rest takes longer than this, that is the bound: all is as much slower there.
+"""
 
 # They come and go with logins and D-Bus calls, and not for want of memory.
 _PASSING = ("user@", "user-runtime-dir@", "ssh@", "sshd@")
@@ -164,9 +167,11 @@ class Pressed:
         image's fault.
         """
         inside = [kill for kill in self.kills if kill.inside(self.memcg)]
+        at_rest = sorted(wait.seconds for wait in self.watched.waits_at_rest())
+        bound = max(BESIDE_SECONDS, at_rest[len(at_rest) // 2] if at_rest else 0.0)
         for first, second in pairwise(inside):
             seconds = second.seconds - first.seconds
-            if seconds < BESIDE_SECONDS:
+            if seconds < bound:
                 return f"the kernel killed {second.task} {seconds:.2f} s after {first.task}, in the container"
         return ""
 

@@ -27,7 +27,6 @@ def ask_worker(dask_worker: Any) -> dict[str, Any]:
         "target": memory.memory_target_fraction,
         "spill": memory.memory_spill_fraction,
         "pause": memory.memory_pause_fraction,
-        "directory": dask_worker.local_directory,
     }
 
 

@@ -1,5 +1,5 @@
 # Wait until this machine has come up and Dask answers, or can't any more; then take the figures that move.
-# Arguments: the nonce, the seconds to wait. POSIX sh, run by root.
+# Arguments: the nonce, the seconds to wait, how many workers have to be there (0: at least one). POSIX sh, run by root.
 set -u
 export LC_ALL=C
 
@@ -9,11 +9,13 @@ uptime_seconds() {
     echo "${up%.*}"
 }
 # Asked from outside the container: an exec would run inside the cgroup that is looked at.
-health() {
-    timeout 10 bash -c \
-        'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -c 500 <&3' \
-        2>/dev/null
+get() {
+    # shellcheck disable=SC2016  # expanded by bash
+    timeout 60 bash -c \
+        'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET $0 HTTP/1.0\r\n\r\n" >&3 && cat <&3' "$1" 2>/dev/null
 }
+# Workers that the scheduler says it has, in Dask's own route /json/identity.json.
+workers() { printf '%s' "$identity" | grep -o '"type": "Worker"' | wc -l; }
 started() {
     case $(systemctl is-system-running 2>/dev/null) in
         running | degraded | maintenance | stopping) return 0 ;;
@@ -31,18 +33,24 @@ section nonce
 cat /var/lib/ami-builder/nonce 2>/dev/null
 [ "$(cat /var/lib/ami-builder/nonce 2>/dev/null)" = "$1" ] || exit 0
 
-reason=
+least=$3
+[ "$least" -gt 0 ] || least=1
+reason='' registered=0
 while [ -z "$reason" ]; do
-    case $(health) in
+    identity=$(get /json/identity.json)
+    case $identity in
         HTTP/*\ 200\ *)
-            reason="Dask answers"
-            continue
+            registered=$(workers)
+            if [ "$registered" -ge "$least" ]; then
+                reason="Dask answers"
+                continue
+            fi
             ;;
     esac
     ActiveState='' NRestarts=0 Job='' ExecMainPID=0
     eval "$(systemctl show dask.service -p ActiveState -p NRestarts -p Job -p ExecMainPID | sed 's/=\(.*\)/="\1"/')"
     if late; then
-        reason="Dask did not answer within $2 s; dask.service is $ActiveState"
+        reason="Dask did not answer with $least workers within $2 s, it has $registered; dask.service is $ActiveState"
     elif [ "$ActiveState" = failed ]; then
         reason="dask.service has failed"
     elif [ "${NRestarts:-0}" -ge 3 ]; then
@@ -56,6 +64,8 @@ while [ -z "$reason" ]; do
 done
 section settled
 printf '%s\n' "$reason"
+section identity
+printf '%s\n' "$identity"
 
 # One container of the project is the rule; with several, the checks say so and look at the newest.
 id=$(docker ps -q --no-trunc --filter label=com.docker.compose.project=dask 2>/dev/null | head -n 1)

@@ -152,6 +152,7 @@ class Machine:
     mounts: tuple[Mount, ...]
     meminfo: Mapping[str, int]
     memory_stat: Mapping[str, int]
+    dask: Dask
 
     @classmethod
     def parse(cls, text: Sections) -> Machine:
@@ -177,6 +178,7 @@ class Machine:
                 mounts=tuple(_mount(line) for line in text["mounts"].splitlines() if " - " in line),
                 meminfo=numbers(text["meminfo"]),
                 memory_stat=numbers(text["memory.stat"]),
+                dask=Dask.parse(text.get("identity", "")),
             )
         except (KeyError, ValueError, TypeError) as wrong:
             raise Incomplete(f"the machine's answer can't be read: {wrong!r}") from wrong
@@ -205,7 +207,44 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """How one Dask worker manages its memory; fractions are False where a threshold is off."""
+    """One worker, as the scheduler's HTTP server describes it."""
+
+    address: str
+    memory_limit: int
+    """Bytes; 0 for none."""
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dask:
+    """What the scheduler's HTTP server answered at /json/identity.json."""
+
+    workers: tuple[Worker, ...]
+    error: str
+    """Why there is no answer; empty when there is one."""
+
+    @classmethod
+    def parse(cls, answer: str) -> Dask:
+        """Read an HTTP response; what went wrong instead is in `error`."""
+        head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
+        status = (head.splitlines() or ["nothing"])[0].strip()
+        try:
+            workers = tuple(
+                Worker(
+                    address=address,
+                    memory_limit=int(worker["memory_limit"] or 0),
+                    directory=str(worker["local_directory"]),
+                )
+                for address, worker in sorted(json.loads(body)["workers"].items())
+            )
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return cls(workers=(), error=f"http://127.0.0.1:8787/json/identity.json answers {status!r}")
+        return cls(workers=workers, error="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Managed:
+    """How one worker manages its memory; fractions are False where a threshold is off."""
 
     address: str
     memory_limit: int | None
@@ -214,31 +253,29 @@ class Worker:
     pause: float | bool
     terminate: float | bool | None
     """The nanny's; None without a nanny."""
-    directory: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dask:
-    """What Dask's own client was told."""
+class Client:
+    """What the workers answered Dask's own client."""
 
-    workers: tuple[Worker, ...]
+    workers: tuple[Managed, ...]
     error: str
     """Why there is no answer; empty when there is one."""
 
     @classmethod
-    def parse(cls, stdout: str, stderr: str, status: int) -> Dask:
+    def parse(cls, stdout: str, stderr: str, status: int) -> Client:
         """Read the probe's one line of JSON; what went wrong instead is in `error`."""
         try:
             answer = json.loads(stdout.strip().splitlines()[-1])["workers"]
             workers = tuple(
-                Worker(
+                Managed(
                     address=w["address"],
                     memory_limit=w["memory_limit"],
                     target=w["target"],
                     spill=w["spill"],
                     pause=w["pause"],
                     terminate=w["nanny"]["terminate"] if w["nanny"] else None,
-                    directory=w["directory"],
                 )
                 for w in answer
             )

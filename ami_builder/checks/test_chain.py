@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import VARIABLE, Container, Dask, Machine, told
+from ami_builder.checks.state import VARIABLE, Client, Container, Dask, Machine, told
 from ami_builder.model import Role
 
 
@@ -61,9 +61,17 @@ def test_workers_share_the_variable(context: Context, dask: Dask, variable: int)
     """The workers' limits must add up to the container's, less the headroom and what rounding takes."""
     if context.role is Role.SCHEDULER:
         pytest.skip("a scheduler has no workers: the chain ends at memory.max")
-    limits = [worker.memory_limit or 0 for worker in dask.workers]
+    limits = [worker.memory_limit for worker in dask.workers]
     share = variable - context.headroom
     less = f", less a headroom of {told(context.headroom)}" if context.headroom else ""
     assert share - max(1, len(limits)) < sum(limits) <= share, (
         f"{len(limits)} workers have {limits} = {told(sum(limits))}, {VARIABLE} is {told(variable)}{less}"
     )
+
+
+@pytest.mark.first_boot
+def test_workers_confirm_what_the_scheduler_lists(dask: Dask, workers: Client) -> None:
+    """On later starts only the scheduler is asked: the workers themselves must have the same limits."""
+    listed = {worker.address: worker.memory_limit for worker in dask.workers}
+    found = {worker.address: worker.memory_limit or 0 for worker in workers.workers}
+    assert found == listed, f"the scheduler lists the limits {listed}, the workers answer {found}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ami_builder.checks.state import PROJECT, Container, Dask, Machine
+import pytest
+
+from ami_builder.checks.state import PROJECT, Client, Container, Dask, Machine
 
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 UNBOUNDED = {"json-file"}
@@ -145,9 +147,10 @@ def test_workers_manage_memory(dask: Dask) -> None:
     assert not off, f"workers without a memory limit: {', '.join(off)}"
 
 
-def test_workers_spill_before_they_end(dask: Dask) -> None:
+@pytest.mark.first_boot
+def test_workers_spill_before_they_end(workers: Client) -> None:
     """A threshold that is off, or out of order, lets the kernel step in where Dask should have."""
-    for worker in dask.workers:
+    for worker in workers.workers:
         fractions = [worker.target, worker.spill, worker.pause, worker.terminate]
         steps = [float(f) for f in fractions if f is not False and f is not None]
         told_as = f"target, spill, pause, terminate of {worker.address} are {fractions}"

@@ -10,17 +10,15 @@ import pytest
 
 from ami_builder import pressure
 from ami_builder.checks.context import Context
-from ami_builder.checks.plugin import BLOCKED
+from ami_builder.checks.plugin import BLOCKED, INCONCLUSIVE
 from ami_builder.checks.pressed import Pressed, Slayer
 from ami_builder.checks.state import told
+from ami_builder.checks.watch import Watched
 
 pytestmark = pytest.mark.pressure
 
 MIB = 1 << 20
 GIB = 1 << 30
-SILENT_SECONDS = 10.0
-"""From one answer to the next, with a pause between; a frozen machine is silent for minutes."""
-
 KILLED = 137
 """Exit status of what the kernel killed."""
 
@@ -45,7 +43,9 @@ def test_all_steps_were_gone(pressed: Pressed, note: Callable[[str], None]) -> N
         note(f"at the second try; at the first, {pressed.before_this}")
 
 
-def test_work_twice_the_limit_finishes_by_spilling(pressed: Pressed, note: Callable[[str], None]) -> None:
+def test_work_larger_than_the_limit_finishes_by_spilling(
+    pressed: Pressed, note: Callable[[str], None]
+) -> None:
     """What Dask manages itself goes to disk in time, and comes back as it was, without a restart."""
     spill, before = came_to(pressed, "spill"), came_to(pressed, "workers")
     read, limit = spill.get("read"), spill["limit"]
@@ -63,12 +63,12 @@ def test_work_twice_the_limit_finishes_by_spilling(pressed: Pressed, note: Calla
 
 
 def test_a_leak_ends_as_a_killed_worker(pressed: Pressed) -> None:
-    """A task that takes its worker with it is tried again, then failed: the cluster does not hang."""
+    """A task that takes its worker with it fails: the cluster does not hang."""
     leaked, tried = came_to(pressed, "leaked"), len(came_to(pressed, "leaks"))
     assert leaked == "KilledWorker", (
         f"a task that leaks past the limit ended as {leaked}, tried {tried} times"
     )
-    assert tried == 2, f"a task whose worker died was tried {tried} times, not twice"
+    assert tried == 1, f"a task that may take one worker with it was tried {tried} times"
 
 
 def test_the_leaking_worker_is_restarted(
@@ -157,11 +157,22 @@ def test_the_workers_are_back(pressed: Pressed, context: Context) -> None:
 
 
 def test_ssh_answers_all_the_time(pressed: Pressed, note: Callable[[str], None]) -> None:
-    """Who can't log in can't help, and a cluster takes a machine that is silent for dead."""
+    """Who can't log in can't help, and a cluster takes a machine that does not answer for dead."""
     watched = pressed.watched
-    silence = pressure.silence(watched.times, over=SILENT_SECONDS)
-    assert silence.longest <= SILENT_SECONDS, (
-        f"no login for {silence.longest:.0f} s, {silence.total:.0f} s in all, {len(watched.failed)} failed"
+    failed = [login for login in (*watched.rest, *watched.logins) if login.failed]
+    starved = [f for f in failed if f.denied > pressure.MOST_DENIED * f.seconds]
+    assert len(failed) == len(starved), f"{len(failed)} logins failed: {failed[0].failed}"
+    compared = pressure.compare(watched.waits_at_rest(), watched.waits())
+    if starved or compared.answers is pressure.Answers.UNKNOWN:
+        pytest.skip(f"{INCONCLUSIVE}{_too_busy(watched, compared)}")
+    assert compared.answers is pressure.Answers.IN_TIME, str(compared)
+    note(f"{len(watched.logins)} logins; {compared}")
+
+
+def _too_busy(watched: Watched, compared: pressure.Compared) -> str:
+    denied = sum(login.denied for login in watched.logins)
+    seconds = sum(login.seconds for login in watched.logins)
+    return (
+        f"{compared}. The host was too busy to tell: of {seconds:.0f} s of logins it did not run the machine"
+        f" for {denied:.0f} s, and some process waited for a processor {min(watched.busy, 1):.0%} of the time"
     )
-    assert not watched.failed, f"{len(watched.failed)} logins failed: {watched.failed[0]}"
-    note(f"{len(watched.times) - 1} logins, {silence.longest:.1f} s between two at most")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import VARIABLE, Dask, Machine
+from ami_builder.checks.state import VARIABLE, Client, Dask, Machine
 from ami_builder.model import Role
 
 AFTER = ("docker.service", "multi-user.target", "cloud-final.service")
@@ -79,8 +79,14 @@ def test_no_unit_failed(machine: Machine) -> None:
     assert not units, f"failed units: {', '.join(units)}"
 
 
-def test_dask_answers_its_client(client: Dask) -> None:
-    """Everything about the workers is read through Dask's own client."""
+def test_the_scheduler_lists_its_workers(machine: Machine) -> None:
+    """Their limits are read there."""
+    assert not machine.dask.error, machine.dask.error
+
+
+@pytest.mark.first_boot
+def test_dask_answers_its_client(client: Client) -> None:
+    """How the workers manage their memory is asked through Dask's own client."""
     assert not client.error, f"no answer: {client.error}"
 
 

@@ -1,54 +1,153 @@
-"""Waits for a machine under pressure by logging in again and again, and keeps when it answered."""
+"""Logs in to a machine again and again, at rest and under pressure, and keeps how long each login took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ami_builder import proc
+from ami_builder import host, proc
 from ami_builder.errors import TimedOut
+from ami_builder.pressure import Wait
 
 ANSWER = "/run/ami-builder-pressure"
 """Where press.sh writes what happened; its last line is `end`."""
+PROGRESS = f"{ANSWER}.progress"
+"""Where press.sh writes what is going on, in one line."""
 
-ANEW = ("-o", "ControlPath=none")
-"""What makes ssh log in: one more command over a connection that is there needs no sshd, and tells less."""
+NEW_CONNECTION = ("-o", "ControlPath=none", "-o", "ConnectTimeout=600")
+"""What makes ssh log in: one more command over a connection that is there needs no sshd, and shows less."""
 EVERY_SECONDS = 3.0
 """From the end of a login to the next; each takes an emulated machine some 0.7 s of a processor."""
+AT_REST = 4
+"""How many logins are timed before the pressure."""
+_PAUSE_AT_REST_SECONDS = 0.5
 _LOGIN_SECONDS = 60.0
+_TIMES_AT_REST = 20.0
+
+# Without another process: each costs an emulated machine a tenth of a second.
+_ASK = f"""
+end=$(tail -c 4 {ANSWER} 2>/dev/null)
+read -r _ user nice system idle iowait irq softirq steal _ </proc/stat
+line=; [ ! -r {PROGRESS} ] || read -r line <{PROGRESS}
+echo "$steal $((user + nice + system + idle + iowait + irq + softirq + steal)) $end"
+echo "$line"
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Login:
+    """One attempt to log in; seconds."""
+
+    began: float
+    """By the clock here."""
+    seconds: float
+    denied: float = 0.0
+    """For how much of that the host kept the machine from running."""
+    failed: str = ""
+    """What ssh said when it failed, or that there was no answer."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Watched:
-    """When the machine answered, in seconds of the clock here; the first and last are those of the watch."""
+    """Every login, first at rest, then under pressure; the last one may have failed."""
 
-    times: list[float] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    """What ssh said each time that it failed, or that there was no answer within a minute."""
+    rest: list[Login] = field(default_factory=list)
+    logins: list[Login] = field(default_factory=list)
     ended: bool = False
     """Whether press.sh came to its end."""
+    busy: float = 0.0
+    """The part of the time under pressure in which some process of the host waited for a processor."""
+
+    def waits(self) -> list[Wait]:
+        """Return how long each login under pressure was waited for: attempts that failed are part of it."""
+        return _waits(self.logins)
+
+    def waits_at_rest(self) -> list[Wait]:
+        """Return the same of those at rest."""
+        return _waits(self.rest)
+
+    @classmethod
+    def read(cls, recorded: Mapping[str, object]) -> Watched:
+        """Read what `dataclasses.asdict` made of it."""
+        rest, logins = (
+            [Login(**each) for each in recorded[name]]  # type: ignore[attr-defined]
+            for name in ("rest", "logins")
+        )
+        return cls(rest=rest, logins=logins, ended=bool(recorded["ended"]), busy=float(str(recorded["busy"])))
 
 
-def watch(ssh: Sequence[str], seconds: float) -> Watched:
-    """Log in with the command line `ssh` again and again, until press.sh has ended or time is up."""
-    watched = Watched(times=[time.monotonic()])
+def _waits(logins: Sequence[Login]) -> list[Wait]:
+    waits: list[Wait] = []
+    began, denied = None, 0.0
+    for number, login in enumerate(logins):
+        began = login.began if began is None else began
+        denied += login.denied
+        if not login.failed or number == len(logins) - 1:
+            waits.append(Wait(seconds=login.began + login.seconds - began, denied=denied))
+            began, denied = None, 0.0
+    return waits
 
-    def answered() -> bool:
+
+class Watch:
+    """Logs in with a command line of ssh; `emulator` is the process that runs the machine here, or 0."""
+
+    def __init__(self, ssh: Sequence[str], emulator: int, on_progress: Callable[[str], None]) -> None:
+        self._ssh, self._emulator, self._on_progress = ssh, emulator, on_progress
+        self._patience = _LOGIN_SECONDS
+        self._steal: tuple[int, int] | None = None
+        self.watched = Watched()
+
+    def at_rest(self) -> None:
+        """Time some logins: the control that those under pressure are held against."""
+        rest = self.watched.rest
+
+        def enough() -> bool:
+            rest.append(self._log_in())
+            return len(rest) >= AT_REST
+
+        with suppress(TimedOut):
+            most = AT_REST * _LOGIN_SECONDS
+            proc.wait_until(enough, what="logins", timeout=most, interval=_PAUSE_AT_REST_SECONDS)
+        longest = max(login.seconds for login in self.watched.rest)
+        self._patience = max(_LOGIN_SECONDS, _TIMES_AT_REST * longest)
+
+    def until_end(self, seconds: float) -> None:
+        """Log in again and again, until press.sh has ended or time is up."""
+        began, before = time.monotonic(), host.load(self._emulator)
+
+        def ended() -> bool:
+            self.watched.logins.append(self._log_in())
+            return self.watched.ended
+
+        with suppress(TimedOut):
+            proc.wait_until(ended, what="the end", timeout=seconds, interval=EVERY_SECONDS)
+        after = host.load(self._emulator)
+        self.watched.busy = (after.pressure - before.pressure) / max(1.0, time.monotonic() - began)
+
+    def _log_in(self) -> Login:
+        began, before = time.monotonic(), host.load(self._emulator)
+        failed, share = "", 0.0
         try:
-            done = proc.capture([*ssh, f"tail -c 4 {ANSWER}"], what="a login", timeout=_LOGIN_SECONDS)
+            done = proc.capture([*self._ssh, _ASK], what="a login", timeout=self._patience)
+            if done.status:
+                failed = done.stderr.strip() or f"exit status {done.status}"
+            else:
+                share = self._read(done.stdout)
         except TimedOut as silent:
-            watched.failed.append(str(silent))
-            return False
-        if done.status:
-            watched.failed.append(done.stderr.strip() or f"exit status {done.status}")
-            return False
-        watched.times.append(time.monotonic())
-        watched.ended = done.stdout.strip() == "end"
-        return watched.ended
+            failed = str(silent)
+        seconds = time.monotonic() - began
+        denied = host.denied(before, host.load(self._emulator)) + share * seconds
+        return Login(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)
 
-    try:
-        proc.wait_until(answered, what="the end", timeout=seconds, interval=EVERY_SECONDS)
-    except TimedOut:
-        watched.times.append(time.monotonic())
-    return watched
+    def _read(self, answer: str) -> float:
+        """Take in what a login told; returns the part of the time since the last one that was stolen."""
+        first, _, rest = answer.partition("\n")
+        steal, total, *end = first.split()
+        self.watched.ended = end == ["end"]
+        if rest.strip():
+            self._on_progress(rest.strip())
+        now, before = (int(steal), int(total)), self._steal
+        self._steal = now
+        return (now[0] - before[0]) / (now[1] - before[1]) if before and now[1] > before[1] else 0.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ami_builder.experiment.cases import Case
-from ami_builder.pressure import Constraint, Kill, silence
+from ami_builder.experiment.silence import silence
+from ami_builder.pressure import Constraint, Kill
 
 FROZEN_SECONDS = 1.0
 """A machine that gives no sign of life for so long stands still; ten are due in that time."""

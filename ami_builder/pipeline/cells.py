@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from ami_builder.adapters.aws import network, tags
 from ami_builder.adapters.aws.instance import Instance, Launch
 from ami_builder.adapters.aws.session import Account
+from ami_builder.adapters.ssh import Session
 from ami_builder.console import Mode, Step, open_progress
 from ami_builder.errors import AmiBuilderError
 from ami_builder.ledger import FILE as LEDGER
@@ -68,6 +69,27 @@ class CloudMachine:
         """Raise BuildFailed when the instance is ending."""
         assert self._instance is not None, "it was not started"
         self._instance.check_alive()
+
+    def reboot(self, session: Session, timeout: float, alive: Callable[[], None]) -> None:
+        """Reboot the instance from inside, and wait for a login."""
+        session.reboot(timeout, alive)
+
+    def cpu_seconds(self, session: Session) -> float | None:
+        """Return the CPU seconds that the instance has used since it was started, or rebooted.
+
+        proc_stat(5): all but idle, iowait, steal, and guest time, which is in user time already.
+        """
+        done = session.run("head -n 1 /proc/stat; getconf CLK_TCK", check=False)
+        fields = done.stdout.split()
+        if done.status or len(fields) < 10:
+            return None
+        user, nice, system, _, _, irq, softirq = (int(field) for field in fields[1:8])
+        return (user + nice + system + irq + softirq) / int(fields[-1])
+
+    @property
+    def emulator(self) -> int:
+        """No process of this host runs an instance."""
+        return 0
 
     def save_console(self) -> None:
         """Fetch what EC2 has of the console."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ami_builder import proc
+from ami_builder import host, proc
 from ami_builder.adapters import qemu, ssh
 from ami_builder.adapters.dask.driver import Driver, driving
 from ami_builder.console import Step
@@ -119,7 +119,7 @@ class _Run:
                 began = self._uptime(session)
                 waited = self.machine.waited()
                 ended = self._work(driver, machine)
-                starved = qemu.starved(waited, self.machine.waited())
+                starved = host.starved(waited, self.machine.waited())
             return self._told(session, when, machine, limit, began, ended, seen, starved)
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from ami_builder.adapters import imds, qemu, seed
+from ami_builder import host
+from ami_builder.adapters import imds, qemu, seed, ssh
 from ami_builder.console import Step, size
 from ami_builder.errors import AmiBuilderError
 from ami_builder.model import Artifact, Datasource, Endpoint, Image, Target, Verdict
@@ -31,6 +32,8 @@ class LocalMachine:
     accelerator: qemu.Accelerator
     memory: int
     _machine: qemu.Machine | None = field(default=None, init=False)
+    _used_before: float = field(default=0.0, init=False)
+    """CPU seconds of the boots before, where QEMU's process is the same."""
 
     @property
     def name(self) -> str:
@@ -71,12 +74,31 @@ class LocalMachine:
     def waited(self) -> dict[int, float]:
         """Return for how many seconds each of its threads has waited for a processor of ours."""
         assert self._machine is not None, "it was not started"
-        return qemu.waited(self._machine.pid)
+        return host.waited(self._machine.pid)
 
     def check_alive(self) -> None:
         """Raise BuildFailed when the machine can't come up any more."""
         assert self._machine is not None, "it was not started"
         self._machine.check_alive()
+
+    def reboot(self, session: ssh.Session, timeout: float, alive: Callable[[], None]) -> None:
+        """Reboot the VM from inside, and wait for a login."""
+        assert self._machine is not None, "it was not started"
+        before = self.emulator
+        self._machine.expect_reboot()
+        session.reboot(timeout, alive, self._machine.start_again)
+        self._used_before = (host.cpu_seconds(before) or 0.0) if self.emulator == before else 0.0
+
+    def cpu_seconds(self, session: ssh.Session) -> float | None:
+        """Return the CPU seconds that QEMU has used since it was started, or since the reboot."""
+        used = host.cpu_seconds(self.emulator)
+        return None if used is None else used - self._used_before
+
+    @property
+    def emulator(self) -> int:
+        """The process that runs the VM on this host."""
+        assert self._machine is not None, "it was not started"
+        return self._machine.pid
 
     def save_console(self) -> None:
         """QEMU writes the log all the time."""

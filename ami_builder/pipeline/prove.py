@@ -14,7 +14,7 @@ from ami_builder import proc
 from ami_builder.adapters import checks, qemu, ssh
 from ami_builder.console import Step
 from ami_builder.errors import AmiBuilderError
-from ami_builder.model import PRESSURE, CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.model import FIRST_BOOT, PRESSURE, CheckResult, Image, Measurement, Outcome, Role
 from ami_builder.pipeline.booting import SHUTTING_DOWN, WAITING, reporting
 from ami_builder.pipeline.target import Machine
 from ami_builder.render import user_data
@@ -22,6 +22,15 @@ from ami_builder.resources import checks_dir
 from ami_builder.workspace import Run
 
 _SHORT_SECONDS = 60.0
+_PROMPT_BOOT_SECONDS = 60.0
+"""From the start to a login by ssh, on EC2 and on a fast host without KVM."""
+_MOST_PATIENCE = 8.0
+# A fixed piece of work that a boot's CPU time is compared with: a shell, and processes that it starts. If it
+# changes, older records can't be compared any more.
+_CONTROL = """
+i=0; while [ "$i" -lt 40000 ]; do i=$((i + 1)); done
+i=0; while [ "$i" -lt 40 ]; do /bin/true; i=$((i + 1)); done
+"""
 # A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
 _OWN_COMPOSE_FILE = """
 cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
@@ -75,13 +84,19 @@ class _Way:
         self.nonce = secrets.token_hex(16)
         self.results: list[CheckResult] = []
         self.measured: list[Measurement] = []
+        self.patience = 1.0
+        """How many times longer than on a fast host everything may take before waiting for it stops."""
+
+    @property
+    def timeout(self) -> float:
+        """How long a step may take, in seconds."""
+        return self.image.verify.timeout * self.patience
 
     def go(self, step: Step) -> Proof:
         """Go through all phases, or until one is red.
 
         Evidence is kept when a check failed or is inconclusive, or the machine did not come up.
         """
-        timeout = self.image.verify.timeout
         with ExitStack() as stack:
             stack.callback(self._keep_console)
             text = user_data(self.image, nonce=self.nonce)
@@ -92,11 +107,15 @@ class _Way:
             session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
             try:
                 with step.step("first boot", detail=WAITING) as child:
-                    session.wait(timeout, reporting(self.machine.check_alive, child, endpoint.console_log))
-                    self._check(session, "boot", child, began, ssh_seconds=time.monotonic() - began)
+                    alive = reporting(self.machine.check_alive, child, endpoint.console_log)
+                    session.wait(self.timeout, alive)
+                    seconds = time.monotonic() - began
+                    # The boot is the control: what took three times as long here may go on doing so.
+                    self.patience = min(_MOST_PATIENCE, max(1.0, seconds / _PROMPT_BOOT_SECONDS))
+                    self._check(session, FIRST_BOOT, child, began, ssh_seconds=seconds)
                 with step.step("service restart, with the image's own Compose file") as child:
                     began = time.monotonic()
-                    session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=timeout)
+                    session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=self.timeout)
                     self._check(session, "restart", child, began)
                 # What is red already is red sooner without the longest steps; and a machine without the right
                 # limit may freeze for good under pressure, and its evidence with it.
@@ -104,7 +123,7 @@ class _Way:
                     with step.step("reboot", detail=SHUTTING_DOWN) as child:
                         began = time.monotonic()
                         alive = reporting(self.machine.check_alive, child, endpoint.console_log, reboot=True)
-                        session.reboot(timeout, alive)
+                        self.machine.reboot(session, self.timeout, alive)
                         self._check(session, "reboot", child, began, ssh_seconds=time.monotonic() - began)
                 if self.image.verify.pressure and not self._failed():
                     with step.step("memory pressure") as child:
@@ -125,14 +144,18 @@ class _Way:
         self, session: ssh.Session, phase: str, step: Step, began: float, ssh_seconds: float | None = None
     ) -> None:
         dask_seconds: float | None = None
+        cpu_seconds: float | None = None
 
         def ready() -> None:
-            nonlocal dask_seconds
+            nonlocal dask_seconds, cpu_seconds
             dask_seconds = time.monotonic() - began
+            if ssh_seconds is not None:
+                cpu_seconds = self.machine.cpu_seconds(session)
 
         step.update("waiting for Dask")
         self._judge(session, phase, step, ready)
-        measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=_SHORT_SECONDS).stdout.strip()
+        short = _SHORT_SECONDS * self.patience
+        measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=short).stdout.strip()
         if measured.isdigit():
             self.measured.append(
                 Measurement(
@@ -142,8 +165,17 @@ class _Way:
                     available=int(measured),
                     ssh_seconds=ssh_seconds,
                     dask_seconds=dask_seconds,
+                    cpu_seconds=cpu_seconds,
+                    control_seconds=self._control(session) if phase == FIRST_BOOT else None,
                 )
             )
+
+    def _control(self, session: ssh.Session) -> float | None:
+        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest."""
+        before = self.machine.cpu_seconds(session)
+        session.run(_CONTROL, timeout=self.timeout)
+        after = self.machine.cpu_seconds(session)
+        return None if before is None or after is None else after - before
 
     def _judge(
         self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None
@@ -167,10 +199,11 @@ class _Way:
                 workers=self.image.dask.workers,
                 user=self.image.base.ssh_user,
                 public_key=self.public_key,
-                timeout=settings.timeout,
+                timeout=self.timeout,
+                emulator=self.machine.emulator,
             ),
             directory=self.evidence,
-            timeout=settings.timeout,
+            timeout=self.timeout,
             alive=self.machine.check_alive,
             on_result=lambda result: step.update(result.name),
             on_ready=on_ready,
@@ -192,7 +225,8 @@ class _Way:
             step.update(f"fetching {name}")
             try:
                 # What a broken machine lacks must not keep the rest from being told.
-                session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=_SHORT_SECONDS)
+                short = _SHORT_SECONDS * self.patience
+                session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=short)
             except AmiBuilderError as gone:
                 (self.evidence / name).write_text(f"not available: {gone}\n")
                 if isinstance(gone, ssh.Unreachable):

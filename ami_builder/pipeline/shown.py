@@ -106,20 +106,21 @@ def _folder(evidence: Path, machine: str) -> Path:
 
 
 def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ...]:
-    told, answer = _json(folder / f"machine-{phase}.json"), _json(folder / f"dask-{phase}.json")
+    told = _json(folder / f"machine-{phase}.json")
     docker = kernel = limits = None
+    dask = Dask(workers=(), error="")
     try:
         machine = Machine.parse(told)
         docker = machine.container.memory if machine.container else None
         maximum = machine.levels[0].get("max") if machine.levels else ""
         kernel = int(maximum) if maximum.isdecimal() else 0 if maximum == "max" else None
+        dask = machine.dask
     except Incomplete:
         pass
-    dask = Dask.parse(answer.get("stdout", ""), answer.get("stderr", ""), answer.get("status", 0))
     workers = len(dask.workers)
     headroom = _json(folder / f"checks-{phase}" / "context.json").get("headroom") or 0
     if workers:
-        limits = sum(worker.memory_limit or 0 for worker in dask.workers) + headroom
+        limits = sum(worker.memory_limit for worker in dask.workers) + headroom
     name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"
     if headroom:
         name += " + nanny_headroom"

@@ -13,6 +13,7 @@ from ami_builder.pipeline.inputs import Inputs
 from ami_builder.workspace import Run, StoredImage
 
 if TYPE_CHECKING:
+    from ami_builder.adapters.ssh import Session
     from ami_builder.pipeline.prove import Proof
 
 
@@ -32,6 +33,16 @@ class Machine(Protocol):
 
     def check_alive(self) -> None:
         """Raise BuildFailed, with the end of the console, when it can't come up any more."""
+
+    def reboot(self, session: Session, timeout: float, alive: Callable[[], None]) -> None:
+        """Reboot it from inside and wait for a login, calling `alive` in between; raises as that does."""
+
+    def cpu_seconds(self, session: Session) -> float | None:
+        """Return the CPU seconds that it has used since it was started, or rebooted; None when unknown."""
+
+    @property
+    def emulator(self) -> int:
+        """The process on this host that runs it; 0 when none does."""
 
     def save_console(self) -> None:
         """Bring the console's log on this machine up to date."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
+from ami_builder import host, proc
 from ami_builder.adapters import qemu
 from ami_builder.adapters.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
 from ami_builder.errors import BuildFailed, MissingTool, UsageError
@@ -640,8 +640,8 @@ def test_power_button_and_reset(fake: Fake, build: Callable[..., Machine]) -> No
 
 
 def test_what_a_busy_host_takes_from_a_machine_is_measured() -> None:
-    before = qemu.waited(os.getpid())
+    before = host.waited(os.getpid())
     assert threading.get_native_id() in before
     after = {thread: seconds + 1 for thread, seconds in before.items()} | {-1: 3.0}
-    assert qemu.starved(before, after) == 3.0
-    assert qemu.starved(before, {}) == 0.0
+    assert host.starved(before, after) == 3.0
+    assert host.starved(before, {}) == 0.0

@@ -14,7 +14,6 @@ from .machine import (
     MachineDied,
     firmware,
 )
-from .starving import starved, waited
 
 __all__ = [
     "DASK_PORTS",
@@ -33,6 +32,4 @@ __all__ = [
     "firmware",
     "image_info",
     "known_accelerator",
-    "starved",
-    "waited",
 ]

@@ -199,7 +199,10 @@ class Machine:
         process = self._process
         assert process is not None, "the machine runs only inside its context"
         proc.wait_until(
-            lambda: process.poll() is not None, what="the guest to go down", timeout=timeout, log=self.console_log
+            lambda: process.poll() is not None,
+            what="the guest to go down",
+            timeout=timeout,
+            log=self.console_log,
         )
         if process.returncode != 0:
             raise self._ended()

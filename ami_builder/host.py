@@ -1,0 +1,82 @@
+"""What this host gives a VM: CPU time used, and time that it kept the VM waiting for a processor.
+
+All of it is read from /proc; where that does not exist, or the process has ended, nothing is known.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the host had taken from a VM by one moment; all in seconds."""
+
+    waited: Mapping[int, float] = field(default_factory=dict)
+    """Thread of the VM's process -> how long it has waited for a processor so far."""
+    steal: float = 0.0
+    """How long this host itself has waited for its own host, per processor."""
+    pressure: float = 0.0
+    """How long some process here has waited for a processor (pressure stall information)."""
+
+
+def load(pid: int) -> Load:
+    """Return what the host has taken so far from the VM whose process is `pid`; 0 for a VM elsewhere."""
+    return Load(waited=waited(pid) if pid else {}, steal=_steal(), pressure=_pressure())
+
+
+def denied(before: Load, after: Load) -> float:
+    """Return for how many seconds the host kept the VM from running between two moments.
+
+    That is the longest wait of any of the VM's threads, and what this host was denied itself.
+    """
+    return starved(before.waited, after.waited) + max(0.0, after.steal - before.steal)
+
+
+def waited(pid: int) -> dict[int, float]:
+    """Return for each thread of a process how long it has waited for a processor, in seconds.
+
+    Linux, Documentation/scheduler/sched-stats.rst. Empty when the process has ended.
+    """
+    found = {}
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError, IndexError, ValueError):
+            found[int(thread.name)] = int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return found
+
+
+def starved(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    """Return how long the thread that waited longest has waited in between, in seconds."""
+    return max((after[thread] - before.get(thread, 0.0) for thread in after), default=0.0)
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time that a process and its threads have used; None when it has ended.
+
+    proc_pid_stat(5): utime and stime follow the command's name, which may have anything in it.
+    """
+    with suppress(OSError, IndexError, ValueError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def _steal() -> float:
+    # proc_stat(5): "cpu user nice system idle iowait irq softirq steal", in ticks of all processors.
+    with suppress(OSError, IndexError, ValueError):
+        ticks = int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
+        return ticks / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)
+    return 0.0
+
+
+def _pressure() -> float:
+    # Linux, Documentation/accounting/psi.rst: total is in microseconds.
+    with suppress(OSError):
+        found = re.search(r"^some .*total=(\d+)", Path("/proc/pressure/cpu").read_text())
+        return int(found[1]) / 1e6 if found else 0.0
+    return 0.0
