@@ -44,6 +44,15 @@ class Network(StrEnum):
     NAT = "nat"
 
 
+class ContainerNetwork(StrEnum):
+    """What Docker prepares at boot for the network of containers."""
+
+    HOST = "host"
+    """Nothing: containers use the machine's own network."""
+    BRIDGE = "bridge"
+    """Its own bridge and firewall rules, which most of its time to start goes into."""
+
+
 class Connect(StrEnum):
     """How ssh reaches an instance."""
 
@@ -85,6 +94,7 @@ class Container:
     """Pinned and hashed requirements to build the archive from; None to pull `reference`."""
     packages: tuple[str, ...]
     """Further Debian packages inside the container."""
+    network: ContainerNetwork
     insecure_registry: str | None
     """`host:port` of a registry that is spoken to without TLS while baking (tests, closed networks)."""
 

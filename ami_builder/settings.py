@@ -105,6 +105,8 @@ class ContainerTable(Table):
         (), json_schema_extra={"uniqueItems": True}
     )
     """Further Debian packages in the archive."""
+    network: Annotated[model.ContainerNetwork, choice(model.ContainerNetwork)] = model.ContainerNetwork.HOST
+    """`host`: containers use the machine's network (`network_mode: host`). `bridge`: Docker's own bridge is there too."""
     insecure_registry: HostPort = ""
     """`host:port` of a registry without TLS that `reference` is pulled from."""
 
@@ -296,6 +298,7 @@ class ImageTable(Table):
         }
         container = _values(self.container) | {
             "requirements": None if pulled else self.container.requirements,
+            "network": self.container.network,
             "insecure_registry": self.container.insecure_registry or None,
         }
         del container["source"]

@@ -22,7 +22,7 @@ from typing import Any, Awaitable, Coroutine, Iterator, Optional, TypeVar  # noq
 SCHEDULER = "tcp://127.0.0.1:8786"
 TOPIC = "ami-builder-pressure"
 BLOCK = 1 << 16
-# One death of a worker fails a task, where Dask's default of 3 takes four: each costs a restart, and shows the
+# One death of a worker fails a task, where Dask's default of 3 takes four: each costs a restart and shows the
 # same again.
 ALLOWED_FAILURES = 0
 GIB = 1 << 30

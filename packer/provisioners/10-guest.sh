@@ -13,7 +13,13 @@ die() {
     exit 1
 }
 
-has_compose() { docker compose version >/dev/null 2>&1; }
+# The plugin as a file first: starting it takes an emulated machine seconds, and the container's start proves it.
+has_compose() {
+    for directory in /usr/local/lib /usr/local/libexec /usr/lib /usr/libexec; do
+        [ ! -x "${GUEST_ROOT:-}$directory/docker/cli-plugins/docker-compose" ] || return 0
+    done
+    docker compose version >/dev/null 2>&1
+}
 
 apt() { apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq -y "$@" >&2; }
 
@@ -63,7 +69,15 @@ lacking=$(missing)
 # shellcheck disable=SC2086 # one word for each package
 if [ -n "$lacking" ]; then install_packages $lacking; fi
 
-tar --extract --file "$archive" --directory "${GUEST_ROOT:-/}" \
+# A base with settings of its own for Docker keeps them.
+set --
+if [ -e "${GUEST_ROOT:-}/etc/docker/daemon.json" ]; then
+    echo "10-guest: the base's own /etc/docker/daemon.json stays: container.network has no effect"
+    set -- --exclude etc/docker/daemon.json
+fi
+tar --extract --file "$archive" "$@" --directory "${GUEST_ROOT:-/}" \
     --no-same-owner --preserve-permissions --no-overwrite-dir --keep-directory-symlink
 systemctl daemon-reload
-systemctl enable --quiet docker.service dask.service dask-health.timer
+# Enabling what has a SysV script too starts perl, and packages enable Docker themselves.
+systemctl is-enabled --quiet docker.service || systemctl enable --quiet docker.service
+systemctl enable --quiet dask.service dask-health.timer

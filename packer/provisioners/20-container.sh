@@ -15,12 +15,17 @@ die() {
     exit 1
 }
 
+restore() {
+    rm -f "$config"
+    [ ! -e "$config.kept" ] || mv "$config.kept" "$config"
+}
+
 allow_insecure() {
-    [ ! -e "$config" ] || die "INSECURE_REGISTRY needs a base without $config"
-    # Nothing of it may stay in the image.
-    trap 'rm -f "$config"' EXIT
-    trap 'exit 1' HUP INT TERM
     mkdir -p "${config%/*}"
+    # Nothing of it may stay in the image, and all that was there does.
+    [ ! -e "$config" ] || mv "$config" "$config.kept"
+    trap restore EXIT
+    trap 'exit 1' HUP INT TERM
     echo "{\"insecure-registries\": [\"$INSECURE_REGISTRY\"]}" >"$config"
     systemctl reload docker.service
 }
