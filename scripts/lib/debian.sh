@@ -141,6 +141,7 @@ bootstrap() {
     find "$debs" -mindepth 1 -mtime +30 -delete
     # shellcheck disable=SC2016
     run mmdebstrap --variant=apt --format=directory --include="$packages" \
+        --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' \
