@@ -106,7 +106,7 @@ class ContainerTable(Table):
     )
     """Further Debian packages in the archive."""
     network: Annotated[model.ContainerNetwork, choice(model.ContainerNetwork)] = model.ContainerNetwork.HOST
-    """`host`: containers use the machine's network. `bridge`: Docker makes a bridge and firewall rules too."""
+    """`host`: containers use the machine's network. `bridge`: Docker makes bridge and firewall rules too."""
     insecure_registry: HostPort = ""
     """`host:port` of a registry without TLS that `reference` is pulled from."""
 
