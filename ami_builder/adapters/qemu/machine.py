@@ -68,8 +68,8 @@ class Accelerator(StrEnum):
         """QEMU's processor model: all that the accelerator can give.
 
         Emulated, every miss of the TLB walks the page tables in software: a fifth level costs a quarter. The
-        guards of user memory (SMAP and its like) end a block of translated code at each copy between kernel and
-        user: starting a process takes twice as long with them. None of that changes what memory is measured.
+        guards of user memory (SMAP and its like) end a block of translated code at each copy between kernel
+        and user: starting a process takes twice as long with them. None of it changes what is measured.
         """
         return "host" if self is Accelerator.KVM else "max,la57=off,smap=off,smep=off,umip=off,pku=off"
 
