@@ -2,12 +2,17 @@
 
 Each benchmark runs what a user would do otherwise in the same run, in turns, and reports the ratio. Without
 names all run, which takes about half an hour without KVM. The result is a Markdown table on stdout.
+
+Two take hours, and have options of their own (--help):
+  against     what a build costs here and in another commit
+  slow-host   whether the verdict on an image is the same on a host that is slowed down
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +28,7 @@ from ami_builder.model import Image
 from ami_builder.pipeline import bake
 from ami_builder.pipeline.inputs import gather
 from ami_builder.workspace import Workspace
+from tests.benchmarks import against, slow_host
 from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
 from tests.benchmarks.planning import planning_seconds
 from tests.vm.conftest import HOME, ROOT, booted, environment
@@ -247,9 +253,24 @@ def _minutes(seconds: float) -> str:
 BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning, doctor)}
 
 
+COMMANDS = {"against": against.main, "slow-host": slow_host.main}
+
+
 def main() -> None:
     """Run what is asked for and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    # What was started is ended, and what was made is removed, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        try:
+            COMMANDS[sys.argv[1]](sys.argv[2:])
+        except KeyboardInterrupt:
+            sys.exit(130)
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS)
     )
