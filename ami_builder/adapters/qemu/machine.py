@@ -103,8 +103,8 @@ class Machine:
     NVMe. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed; it
     returns once QEMU runs, long before the guest is up.
 
-    With `saved`, a file that `save` has written, the guest does not boot: it goes on where it was saved, and its
-    clock does too. The disk has to be a copy of what it was then; settings are the same, apart from the ports.
+    With `saved`, a file that `save` has written, the guest does not boot: it goes on where it was saved, and
+    its clock does too. The disk has to be a copy of what it was then, and all settings but ports the same.
     """
 
     def __init__(
