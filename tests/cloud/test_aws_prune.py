@@ -357,6 +357,7 @@ def test_each_region_is_planned_by_itself(
     assert commands.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
 
 
+@pytest.mark.long
 def test_ten_thousand_images_take_no_more_calls_than_pages(
     cloud: Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:

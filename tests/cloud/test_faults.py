@@ -87,6 +87,7 @@ def test_other_processes_set_faults(cloud: Cloud, ec2: Any) -> None:
         control("POST", "faults", {"action": "*", "fault": "flood"})
 
 
+@pytest.mark.long
 def test_a_fault_at_any_call_leaves_nothing(
     cloud: Cloud, places: Sequence[Place], tmp_path: Path, subtests: pytest.Subtests
 ) -> None:

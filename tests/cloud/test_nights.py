@@ -130,6 +130,7 @@ def test_two_machines_that_begin_the_same_night_leave_one_image_in_each_channel(
     assert all(tagging.FINISHED in one.tags for one in images.by_ids(Account.open(), owned_here).values())
 
 
+@pytest.mark.long
 def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(
     cloud: Cloud, workspace: Workspace
 ) -> None:

@@ -14,6 +14,7 @@ from .server import Cloud
 from .stopping import POWER_LOSS, SIGNALS, stopped
 
 
+@pytest.mark.long
 def test_a_signal_at_any_call_leaves_nothing(
     cloud: Cloud, places: Sequence[Place], tmp_path: Path, subtests: pytest.Subtests
 ) -> None:

@@ -194,6 +194,7 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
     assert len(bakes(folder)) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unnoted", [False, True], ids=["once it is made", "before it is made"])
 def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was(
     folder: Path, workspace: Workspace, record: LocalChannels, unnoted: bool

@@ -514,6 +514,78 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     proc.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=10, interval=0.05)
 
 
+# A machine that is saved, and goes on
+
+
+def asked(folder: Path) -> list[dict[str, Any]]:
+    """Return the commands that the monitor was given, apart from questions."""
+    told = [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
+    return [each for each in told if not each["execute"].startswith(("q", "human"))]
+
+
+def monitored(answers: str = "") -> str:
+    """Let the fake QEMU write down what it is asked, and answer as `answers` maps a command."""
+    return (
+        "open(here + '/asked', 'a').write(json.dumps(asked) + chr(10)); "
+        f"told = {{{answers}}}.get(command); "
+        "told and say({**told, 'id': asked.get('id')})\n    if told: continue"
+    )
+
+
+def test_a_machine_is_saved_as_it_was_stopped(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    folder = fake(each=monitored("'query-migrate': {'return': {'status': 'completed'}}"))
+    it = build(bus=qemu.Bus.VIRTIO)
+    with it:
+        it.save(tmp_path / "a memory")
+        assert "virtio-blk-pci,drive=root,serial=vol0123456789abcdef0," in arguments(folder)
+        stop, bound, save = asked(folder)
+    assert (stop["execute"], bound["execute"]) == ("stop", "migrate-set-parameters")
+    assert save["arguments"] == {"uri": f"exec:cat >'{tmp_path}/a memory'"}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        "'migrate': {'error': {'class': 'GenericError', 'desc': 'blocked by nvme'}}",
+        "'query-migrate': {'return': {'status': 'failed', 'error-desc': 'blocked by nvme'}}",
+    ],
+)
+def test_why_a_machine_can_not_be_saved(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path, answers: str
+) -> None:
+    fake(each=monitored(answers))
+    it = build()
+    with it, pytest.raises(BuildFailed, match="can't be saved: blocked by nvme"):
+        it.save(tmp_path / "memory")
+
+
+def test_a_saved_machine_goes_on_once_all_is_read(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    reading = "'query-status': not os.path.exists(here + '/read') and {'return': {'status': 'inmigrate'}}"
+    folder = fake(each=monitored(reading), state="paused")
+    threading.Timer(0.5, (folder / "read").touch).start()
+    it = build(saved=tmp_path / "a memory")
+    with it:
+        assert (folder / "read").exists()
+        assert [each["execute"] for each in asked(folder)][-1] == "cont"
+        assert f"-incoming exec:cat '{tmp_path}/a memory'" in arguments(folder)
+        # It does not come from its firmware, so there is nothing to be heard of its kernel.
+        then = time.time() - 400
+        os.utime(it.console_log, (then, then))
+        it.check_alive()
+
+
+def test_a_file_that_holds_no_machine(fake: Fake, build: Callable[..., Machine], tmp_path: Path) -> None:
+    fake(each="if command == 'query-status': print('bad magic', flush=True); sys.exit(1)")
+    with pytest.raises(MachineDied, match="exit status 1") as caught, build(saved=tmp_path / "memory"):
+        pass
+    assert caught.value.tail == ("bad magic",)
+    assert not (tmp_path / "vm/overlay.qcow2").exists()
+
+
 # The accelerator
 
 

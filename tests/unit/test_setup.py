@@ -358,6 +358,29 @@ def test_a_failing_linter_ends_the_tests_at_once(ready: Checkout) -> None:
     assert "pytest" not in err
 
 
+@pytest.mark.parametrize(("form", "tier"), [((), "journey"), (("--all",), "all")])
+def test_what_needs_no_vm_is_tested_before_what_does(
+    ready: Checkout, form: tuple[str, ...], tier: str
+) -> None:
+    fake(ready.venv / "bin", "python", "")
+    (ready.root / "packer").mkdir()
+    status, _, err = ready.run(*form, script="scripts/test")
+    assert status == 0, err
+    quick, vms = [line for line in calls(ready.venv / "bin", "python") if line.startswith("-m pytest")]
+    assert f"--tier {tier} " in quick
+    assert f"--tier {tier} " in vms
+    assert quick.endswith("-m not vm tests")
+    assert vms.endswith("-m vm tests")
+
+
+def test_the_test_command_explains_itself_without_a_set_up(checkout: Checkout) -> None:
+    status, out, err = checkout.run("--help", script="scripts/test")
+    assert (status, err) == (0, "")
+    for form in ("scripts/test ", "scripts/test --all ", "scripts/test ARGS... "):
+        assert f"\n  {form}" in out
+    assert not checkout.venv.exists()
+
+
 def test_ci_runs_the_test_command_with_nothing_to_read(checkout: Checkout) -> None:
     fake(checkout.root / "scripts", "test", 'echo "CI=$CI in $PWD"; cat; exit 4')
     status, out, _ = checkout.run(script=".ci/run")

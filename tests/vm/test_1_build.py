@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from ami_builder import proc
 from ami_builder.adapters import qemu
 from ami_builder.workspace import Workspace
 from tests.vm.conftest import GIB, ami_builder
+
+pytestmark = pytest.mark.journey
 
 MEGABYTE = 1000**2
 

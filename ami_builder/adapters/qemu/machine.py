@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import socket
 import time
@@ -28,6 +29,8 @@ DEFAULT_MAC = "02:00:00:00:00:01"
 
 _QUIT_SECONDS = 5.0
 _CONSOLE_LINES = 15
+# A gigabyte or two; on a busy disk that takes its time.
+_SAVE_SECONDS = 300.0
 
 # A whole firmware for -bios, or code alone for a flash drive; variables that a guest sets live in its memory.
 _FIRMWARE = (
@@ -74,6 +77,15 @@ class Accelerator(StrEnum):
         return "host" if self is Accelerator.KVM else "max,la57=off,smap=off,smep=off,umip=off,pku=off"
 
 
+class Bus(StrEnum):
+    """How the guest reaches its root disk."""
+
+    NVME = "nvme"
+    """As on EC2."""
+    VIRTIO = "virtio-blk-pci"
+    """For a machine that is to be saved."""
+
+
 class MachineDied(BuildFailed):
     """QEMU ended or could not go on, through no fault of this machine's disk space."""
 
@@ -90,8 +102,11 @@ class Machine:
     With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and stays.
 
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
-    NVMe (always). `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed;
-    it returns once QEMU runs, long before the guest is up.
+    NVMe. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed; it
+    returns once QEMU runs, long before the guest is up.
+
+    With `saved`, a file that `save` has written, the guest does not boot: it goes on where it was saved, and
+    its clock does too. The disk has to be a copy of what it was then, and all settings but ports the same.
     """
 
     def __init__(
@@ -111,9 +126,11 @@ class Machine:
         instance_id: str = DEFAULT_INSTANCE,
         mac: str = DEFAULT_MAC,
         writable: bool = False,
+        bus: Bus = Bus.NVME,
+        saved: Path | None = None,
     ) -> None:
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
-        self._writable = writable
+        self._writable, self._bus, self._saved = writable, bus, saved
         self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
         self._imds_port, self._network, self._ports = imds_port, network, (22, *ports)
         self._user, self._instance_id, self._mac = user, instance_id, mac
@@ -138,6 +155,8 @@ class Machine:
             self._console_start = self.console_log.stat().st_size
             self._start()
             owned.callback(lambda: self._running.close())
+            if self._saved is not None:
+                self._go_on()
             self._owned = owned.pop_all()
         return Endpoint(
             address="127.0.0.1",
@@ -209,6 +228,7 @@ class Machine:
         if process.returncode != 0:
             raise self._ended()
         self._running.close()
+        self._saved = None  # it boots now
         self._start()
 
     def press_power_button(self) -> None:
@@ -225,6 +245,42 @@ class Machine:
             self._monitor.execute(command, arguments)
         except FAILURES as error:
             raise self._ended() from error
+
+    def save(self, path: Path) -> None:
+        """Stop the guest for good, and write its memory and its devices to a file for `saved`.
+
+        The file belongs to the disk as it is then. Raises BuildFailed; QEMU can't save a machine with an NVMe
+        disk.
+        """
+        assert self._monitor is not None, "the machine runs only inside its context"
+        path.unlink(missing_ok=True)
+        try:
+            self._monitor.execute("stop")
+            # QEMU's own bound is meant for a network.
+            self._monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+            self._monitor.execute("migrate", {"uri": f"exec:cat >{shlex.quote(str(path))}"})
+            proc.wait_until(self._written, what=f"saving {path}", timeout=_SAVE_SECONDS, interval=0.1)
+        except FAILURES as error:
+            raise BuildFailed(f"the machine can't be saved: {error}", log=self._log) from error
+
+    def _written(self) -> bool:
+        assert self._monitor is not None
+        told = self._monitor.execute("query-migrate")
+        assert isinstance(told, dict)
+        if told["status"] == "failed":
+            raise BuildFailed(f"the machine can't be saved: {told.get('error-desc')}", log=self._log)
+        return bool(told["status"] == "completed")
+
+    def _go_on(self) -> None:
+        """Wait until all that was saved is there, and let the guest go on."""
+        proc.wait_until(
+            lambda: self._state() != "inmigrate",
+            what="reading a saved machine",
+            timeout=_SAVE_SECONDS,
+            interval=0.1,
+            log=self._log,
+        )
+        self._tell("cont")
 
     def check_alive(self) -> None:
         """Raise BuildFailed, with the end of the console, when the machine can't come up any more."""
@@ -256,7 +312,7 @@ class Machine:
 
         Emulated processors now and then wait for each other there for ever, after a reboot most of all.
         """
-        if self._accelerator is not Accelerator.TCG:
+        if self._accelerator is not Accelerator.TCG or self._saved is not None:
             return False
         silent = time.time() - self.console_log.stat().st_mtime
         return silent > _FIRMWARE_SECONDS and not _KERNEL.search(self._console().rpartition(_RESTARTING)[2])
@@ -346,7 +402,9 @@ class Machine:
         # No disk here has to survive a crash of the host, so the host's disk may take its time (unsafe).
         root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._root)}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
-        argv += ["-drive", root, "-device", f"nvme,drive=root,serial={volume},bootindex=0"]
+        argv += ["-drive", root, "-device", f"{self._bus},drive=root,serial={volume},bootindex=0"]
+        if self._saved is not None:
+            argv += ["-incoming", f"exec:cat {shlex.quote(str(self._saved))}"]
         if self._seed is not None:
             seed = f"if=none,id=seed,format=raw,readonly=on,file={_escaped(self._seed)}"
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]

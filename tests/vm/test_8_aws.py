@@ -11,15 +11,18 @@ import pytest
 from ami_builder import config
 from ami_builder.adapters import qemu, recipe
 from ami_builder.workspace import Workspace
+from tests.cloud.machines import Machines
+from tests.cloud.server import Cloud
 from tests.vm.conftest import HOME, ROOT, WHOLE, ami_builder
-
-from .machines import Machines
-from .server import Cloud
-
-pytestmark = pytest.mark.vm
 
 TYPE = "t3.small"
 MIB = 2048
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    with Cloud() as cloud:
+        yield cloud
 
 
 @pytest.fixture
