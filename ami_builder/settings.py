@@ -106,7 +106,7 @@ class ContainerTable(Table):
     )
     """Further Debian packages in the archive."""
     network: Annotated[model.ContainerNetwork, choice(model.ContainerNetwork)] = model.ContainerNetwork.HOST
-    """`host`: containers use the machine's network (`network_mode: host`). `bridge`: Docker's own bridge is there too."""
+    """`host`: containers use the machine's network (`network_mode: host`). `bridge`: Docker's too."""
     insecure_registry: HostPort = ""
     """`host:port` of a registry without TLS that `reference` is pulled from."""
 
