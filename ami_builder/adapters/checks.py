@@ -39,7 +39,7 @@ def shipped(folder: Path) -> tuple[Path, ...]:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the sha256 over what a verdict depends on: these files, what is beside ours, and pressure.py.
+    """Return the sha256 over what a verdict depends on: these files, those beside ours, pressure and host.
 
     Raises UsageError when one can't be read.
     """

@@ -27,7 +27,9 @@ SSH_FAILED = 255
 """ssh's own exit status when it could not reach the machine or log in."""
 
 REFUSED_SECONDS = 120.0
-"""How long a refused login is put down to cloud-init, which makes the user while the machine boots."""
+"""How long, at least, a refused login is put down to cloud-init, which makes the user during the boot."""
+_TIMES_REFUSED = 2.0
+"""And so many times what the machine needed to refuse the first one: all is as much slower there."""
 
 # A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
 _SOCKET_BYTES = 90
@@ -102,11 +104,13 @@ class Session:
         when the machine's host key changed or it went on refusing the key.
         """
         self.drop()
+        began = time.monotonic()
+        first_refused: float | None = None
         refused_since: float | None = None
         next_try = 0.0
 
         def logged_in() -> bool:
-            nonlocal refused_since, next_try
+            nonlocal first_refused, refused_since, next_try
             alive()
             if time.monotonic() < next_try or not self._greets():
                 return False
@@ -123,8 +127,10 @@ class Session:
                 )
             if "Permission denied" in said:
                 refused_since = refused_since or time.monotonic()
+                first_refused = first_refused or refused_since
                 next_try = time.monotonic() + _REFUSED_PAUSE
-                if time.monotonic() - refused_since > REFUSED_SECONDS:
+                allowed = max(REFUSED_SECONDS, _TIMES_REFUSED * (first_refused - began))
+                if time.monotonic() - refused_since > allowed:
                     raise BuildFailed(
                         f"the machine refuses the key of {self._endpoint.user}",
                         hint="cloud-init did not install it: see the console log, and the user's name",

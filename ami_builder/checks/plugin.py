@@ -21,7 +21,7 @@ import pytest
 import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
-from ami_builder.model import FIRST_BOOT, PRESSURE
+from ami_builder.model import FIRST_BOOT, PRESSURE, Role
 
 from .context import ENVIRONMENT, Context
 from .pressed import Pressed
@@ -154,7 +154,8 @@ class _Run:
             self.client = self.pool.submit(self._ask_workers, pid)
 
     def _settling(self) -> tuple[str, str, str]:
-        return self.context.nonce, f"{self.context.timeout:.0f}", str(self.context.workers)
+        least = 0 if self.context.role is Role.SCHEDULER else max(1, self.context.workers)
+        return self.context.nonce, f"{self.context.timeout:.0f}", str(least)
 
     def _gather(self, settled: str, pid: str) -> Machine:
         gathered, stderr, status = self.ask("gather.sh", self.context.user, self.context.phase, pid)

@@ -1,5 +1,5 @@
 # Wait until this machine has come up and Dask answers, or can't any more; then take the figures that move.
-# Arguments: the nonce, the seconds to wait, how many workers have to be there (0: at least one). POSIX sh, run by root.
+# Arguments: the nonce, the seconds to wait, how many workers have to be there at least. POSIX sh, run by root.
 set -u
 export LC_ALL=C
 
@@ -34,7 +34,6 @@ cat /var/lib/ami-builder/nonce 2>/dev/null
 [ "$(cat /var/lib/ami-builder/nonce 2>/dev/null)" = "$1" ] || exit 0
 
 least=$3
-[ "$least" -gt 0 ] || least=1
 reason='' registered=0
 while [ -z "$reason" ]; do
     identity=$(get /json/identity.json)

@@ -160,8 +160,9 @@ def test_ssh_answers_all_the_time(pressed: Pressed, note: Callable[[str], None])
     """Who can't log in can't help, and a cluster takes a machine that does not answer for dead."""
     watched = pressed.watched
     failed = [login for login in (*watched.rest, *watched.logins) if login.failed]
-    starved = [f for f in failed if f.denied > pressure.MOST_DENIED * f.seconds]
-    assert len(failed) == len(starved), f"{len(failed)} logins failed: {failed[0].failed}"
+    starved = [login for login in failed if login.denied > pressure.MOST_DENIED * login.seconds]
+    own = [login for login in failed if login not in starved]
+    assert not own, f"{len(own)} logins failed: {own[0].failed}"
     compared = pressure.compare(watched.waits_at_rest(), watched.waits())
     if starved or compared.answers is pressure.Answers.UNKNOWN:
         pytest.skip(f"{INCONCLUSIVE}{_too_busy(watched, compared)}")

@@ -135,8 +135,10 @@ class Watch:
                 failed = done.stderr.strip() or f"exit status {done.status}"
             else:
                 share = self._read(done.stdout)
-        except TimedOut as silent:
-            failed = str(silent)
+        except TimedOut as late:
+            failed = str(late)
+        except ValueError:
+            failed = f"the answer can't be read: {done.stdout.strip()!r}"
         seconds = time.monotonic() - began
         denied = host.denied(before, host.load(self._emulator)) + share * seconds
         return Login(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)

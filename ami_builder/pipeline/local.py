@@ -84,10 +84,16 @@ class LocalMachine:
     def reboot(self, session: ssh.Session, timeout: float, alive: Callable[[], None]) -> None:
         """Reboot the VM from inside, and wait for a login."""
         assert self._machine is not None, "it was not started"
-        before = self.emulator
-        self._machine.expect_reboot()
-        session.reboot(timeout, alive, self._machine.start_again)
-        self._used_before = (host.cpu_seconds(before) or 0.0) if self.emulator == before else 0.0
+        machine, before = self._machine, self.emulator
+
+        def start_again(timeout: float) -> None:
+            # Not after the reboot: what that takes is what is asked for.
+            used = host.cpu_seconds(before) or 0.0
+            machine.start_again(timeout)
+            self._used_before = used if machine.pid == before else 0.0
+
+        machine.expect_reboot()
+        session.reboot(timeout, alive, start_again)
 
     def cpu_seconds(self, session: ssh.Session) -> float | None:
         """Return the CPU seconds that QEMU has used since it was started, or since the reboot."""

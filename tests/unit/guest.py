@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ami_builder.model import Image, Reserve, Role
+from ami_builder.model import ContainerNetwork, Image, Reserve, Role
 from ami_builder.settings import ImageTable
 
 GIB = 1 << 30
@@ -20,12 +20,15 @@ def image(
     headroom: int = 0,
     after: tuple[str, ...] = (),
     reference: str = "ami-builder/dask:2026.8.0",
+    network: ContainerNetwork = ContainerNetwork.HOST,
 ) -> Image:
     """Return an image with the given settings of the guest, and the defaults elsewhere."""
     default = ImageTable().image("default")
     return replace(
         default,
-        container=replace(default.container, reference=reference, requirements=Path("requirements.txt")),
+        container=replace(
+            default.container, reference=reference, requirements=Path("requirements.txt"), network=network
+        ),
         dask=replace(default.dask, role=role, workers=workers, threads=threads, after=after),
         reserve=reserve or Reserve(),
         nanny_headroom=headroom,

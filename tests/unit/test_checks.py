@@ -6,8 +6,8 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 from ami_builder.adapters import checks
 from ami_builder.checks import plugin, reports
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import Dask, Incomplete, Machine, numbers, seconds, sections
+from ami_builder.checks.state import Client, Dask, Incomplete, Machine, Worker, numbers, seconds, sections
 from ami_builder.model import Datasource, Reserve, Role
 from ami_builder.resources import checks_dir
 
@@ -27,7 +27,10 @@ Change = Callable[[Text], object]
 
 MIB = 1 << 20
 RECORDED = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
-"""What a healthy machine of 2 GiB answered on its first boot."""
+"""What a healthy VM of 2 GiB answered on its first boot.
+
+`identity` has what distributed 2026.8 answered on another one, with this one's memory limit.
+"""
 
 VALUE = int(RECORDED["memory.env"].split("=")[1])
 PUBLIC_KEY = " ".join(RECORDED["authorized"].split("\n")[0].split(":", 1)[1].split()[-3:])
@@ -52,8 +55,26 @@ def _markers(pytestconfig: pytest.Config) -> None:
     pytestconfig.addinivalue_line("markers", "first_boot: as the plugin has it")
 
 
-def dask(*limits: int | None, **changed: object) -> str:
-    worker = {"target": 0.6, "spill": 0.7, "pause": 0.8, "directory": "/spill/dask-scratch-space/worker-a"}
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What Dask's scheduler listed over HTTP, and what the workers answered its client."""
+
+    identity: str
+    client: str
+
+
+def identity(limits: Sequence[int | None], directory: str = "/spill/dask-scratch-space/worker-a") -> str:
+    """Answer as the scheduler does at /json/identity.json; it has 0 for a worker without a limit."""
+    (_, like), *_ = json.loads(RECORDED["identity"].partition("\r\n\r\n")[2])["workers"].items()
+    workers = {
+        f"tcp://127.0.0.1:4000{n}": like | {"memory_limit": limit or 0, "local_directory": directory}
+        for n, limit in enumerate(limits)
+    }
+    return f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{json.dumps({'workers': workers})}\n"
+
+
+def client(limits: Sequence[int | None], **changed: object) -> str:
+    worker = {"target": 0.6, "spill": 0.7, "pause": 0.8}
     workers = [
         {"address": f"tcp://127.0.0.1:4000{n}", "memory_limit": limit, "nanny": {"terminate": 0.95}}
         | worker
@@ -61,6 +82,15 @@ def dask(*limits: int | None, **changed: object) -> str:
         for n, limit in enumerate(limits)
     ]
     return json.dumps({"workers": workers}) + "\n"
+
+
+def dask(
+    *limits: int | None, directory: str = "/spill/dask-scratch-space/worker-a", **changed: object
+) -> Told:
+    return Told(identity=identity(limits, directory), client=client(limits, **changed))
+
+
+NOTHING = Told(identity="", client="")
 
 
 def modules() -> list[ModuleType]:
@@ -83,16 +113,17 @@ def each_check() -> Iterator[tuple[str, Callable[[], object], dict[str, object]]
                 )
 
 
-def judge(text: Text, answer: str, context: Context = CONTEXT) -> dict[str, str]:
+def judge(text: Text, answer: Told, context: Context = CONTEXT) -> dict[str, str]:
     """Run every check as pytest would, and return those that did not pass with their message."""
-    machine, client = Machine.parse(text), Dask.parse(answer, "", 0)
+    machine, client = Machine.parse(text | {"identity": answer.identity}), Client.parse(answer.client, "", 0)
     makers: dict[str, Callable[[], object]] = {
         "machine": lambda: machine,
         "context": lambda: context,
         "client": lambda: client,
         "container": partial(plugin.container_of, machine),
         "variable": partial(plugin.variable_of, machine),
-        "dask": partial(plugin.answered, client),
+        "dask": partial(plugin.dask_of, machine),
+        "workers": partial(plugin.answered, client),
     }
     failed: dict[str, str] = {}
     for name, check, given in each_check():
@@ -106,11 +137,11 @@ def judge(text: Text, answer: str, context: Context = CONTEXT) -> dict[str, str]
     return failed
 
 
-def red(text: Text, answer: str, context: Context = CONTEXT) -> set[str]:
+def red(text: Text, answer: Told, context: Context = CONTEXT) -> set[str]:
     return {name for name, why in judge(text, answer, context).items() if not why.startswith("skipped: ")}
 
 
-def blocked(text: Text, answer: str, context: Context = CONTEXT) -> set[str]:
+def blocked(text: Text, answer: Told, context: Context = CONTEXT) -> set[str]:
     return {
         name for name, why in judge(text, answer, context).items() if why.startswith("skipped: blocked: ")
     }
@@ -188,8 +219,8 @@ def all_values(value: int) -> Change:
 
 SCOPE = r"/system\.slice/docker-[0-9a-f]+\.scope"
 
-# name of the machine -> (what is changed, the client's answer, the checks that must be red)
-ILL: dict[str, tuple[list[Change], str, set[str]]] = {
+# name of the machine -> (what is changed, Dask's answers, the checks that must be red)
+ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     # chain
     "nothing measured": ([put("memory.env", "")], dask(VALUE), {"chain: variable was measured"}),
     "seed snippet's text": (
@@ -265,6 +296,26 @@ ILL: dict[str, tuple[list[Change], str, set[str]]] = {
     ),
     "a worker with half": ([], dask(VALUE // 2), {"chain: workers share the variable"}),
     "no worker": ([], dask(), {"chain: workers share the variable", "service: all workers are there"}),
+    "a worker has another limit than the scheduler lists": (
+        [],
+        replace(dask(VALUE), client=client([VALUE // 2])),
+        {"chain: workers confirm what the scheduler lists"},
+    ),
+    "a worker has no limit, whatever the scheduler lists": (
+        [],
+        replace(dask(VALUE), client=client([None])),
+        {"chain: workers confirm what the scheduler lists"},
+    ),
+    "the scheduler lists a worker that nobody is": (
+        [],
+        replace(dask(VALUE), client=client([])),
+        {"chain: workers confirm what the scheduler lists"},
+    ),
+    "a worker that the scheduler does not list": (
+        [],
+        replace(dask(VALUE), client=client([VALUE, VALUE])),
+        {"chain: workers confirm what the scheduler lists"},
+    ),
     # available
     "measured in an earlier start": ([measured(-300)], dask(VALUE), {"available: measured at this start"}),
     "measured after the container": (
@@ -447,7 +498,22 @@ ILL: dict[str, tuple[list[Change], str, set[str]]] = {
         dask(VALUE),
         {"service: no unit failed"},
     ),
-    "no answer": ([], "", {"service: dask answers its client"}),
+    "no answer to the client": (
+        [],
+        replace(dask(VALUE), client=""),
+        {"service: dask answers its client"},
+    ),
+    "no list of workers": (
+        [],
+        replace(dask(VALUE), identity="HTTP/1.1 404 Not Found\r\n\r\n<html>404</html>\n"),
+        {"service: the scheduler lists its workers"},
+    ),
+    "no HTTP server": ([], replace(dask(VALUE), identity=""), {"service: the scheduler lists its workers"}),
+    "no answer at all": (
+        [],
+        NOTHING,
+        {"service: the scheduler lists its workers", "service: dask answers its client"},
+    ),
     # compose
     "compose without the line": (
         [sub("compose", r"^\s*mem_limit:.*\n", "")],
@@ -607,8 +673,17 @@ def test_without_a_container_one_check_is_red_and_the_rest_blocked() -> None:
     }
     text |= {"inside": "", "namespaces": "", "limits": ""}
     meminfo("MemAvailable", Machine.parse(RECORDED).taken)(text)
-    assert red(text, "") == {"limit: one container runs", "service: dask answers its client"}
-    assert {"chain: docker has the variable", "limit: no soft limit"} <= blocked(text, "")
+    assert red(text, NOTHING) == {
+        "limit: one container runs",
+        "service: the scheduler lists its workers",
+        "service: dask answers its client",
+    }
+    assert {
+        "chain: docker has the variable",
+        "chain: workers share the variable",
+        "limit: no soft limit",
+        "limit: workers spill before they end",
+    } <= blocked(text, NOTHING)
 
 
 def test_docker_that_does_not_answer_is_no_container() -> None:
@@ -686,6 +761,42 @@ def test_docker_times_have_nine_decimals() -> None:
     assert seconds("2026-11-23T15:33:01Z") == 1795447981
 
 
+def test_the_scheduler_lists_each_worker_with_its_limit() -> None:
+    """As distributed 2026.8 answers."""
+    (worker,) = Machine.parse(RECORDED).dask.workers
+    assert worker == Worker(
+        address="tcp://127.0.0.1:41923",
+        memory_limit=VALUE,
+        directory="/spill/dask-scratch-space/worker-o4i8o5wd",
+    )
+    assert judge(RECORDED, Told(identity=RECORDED["identity"], client=client([VALUE]))).keys() == {
+        "chain: workers confirm what the scheduler lists"
+    }, "the client's worker has another address here"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ("", "'nothing'"),
+        ("HTTP/1.1 500 Internal Server Error\r\n\r\n500", "'HTTP/1.1 500 Internal Server Error'"),
+        ('HTTP/1.1 200 OK\r\n\r\n{"workers": {"tcp://127.0.0.1:1": {"memory_', "'HTTP/1.1 200 OK'"),
+        ('HTTP/1.1 200 OK\r\n\r\n{"type": "Scheduler"}', "'HTTP/1.1 200 OK'"),
+        ('HTTP/1.1 200 OK\r\n\r\n{"workers": {"tcp://127.0.0.1:1": {}}}', "'HTTP/1.1 200 OK'"),
+        ('HTTP/1.1 200 OK\r\n\r\n{"workers": []}', "'HTTP/1.1 200 OK'"),
+        ("HTTP/1.1 200 OK\r\n\r\n[]", "'HTTP/1.1 200 OK'"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_none(answer: str, status: str) -> None:
+    assert Dask.parse(answer) == Dask(
+        workers=(), error=f"http://127.0.0.1:8787/json/identity.json answers {status}"
+    )
+
+
+def test_a_machine_that_was_not_asked_for_the_list_has_none() -> None:
+    text = {name: content for name, content in RECORDED.items() if name != "identity"}
+    assert Machine.parse(text).dask.error
+
+
 @pytest.mark.parametrize(
     ("stdout", "stderr", "error"),
     [
@@ -699,11 +810,11 @@ def test_docker_times_have_nine_decimals() -> None:
     ],
 )
 def test_client_without_an_answer_says_why(stdout: str, stderr: str, error: str) -> None:
-    assert Dask.parse(stdout, stderr, 7).error == error
+    assert Client.parse(stdout, stderr, 7).error == error
 
 
 def test_client_may_be_chatty() -> None:
-    assert Dask.parse("a warning\n" + dask(5), "", 0).workers[0].memory_limit == 5
+    assert Client.parse("a warning\n" + client([5]), "", 0).workers[0].memory_limit == 5
 
 
 @pytest.mark.parametrize(

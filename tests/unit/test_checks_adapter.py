@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from ami_builder.adapters import checks, qemu
-from ami_builder.checks.state import ANSWERS, sections
+from ami_builder.checks.state import ANSWERS, Sections, sections
+from ami_builder.checks.watch import Watched
 from ami_builder.errors import UsageError
 from ami_builder.model import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
 from ami_builder.resources import checks_dir
@@ -46,19 +47,31 @@ SSH = """\
 echo "$@" | head -n 1 >>'{folder}/argv'
 for last; do :; done
 case $last in
-    *'Put the Dask container'*) exit 0 ;;
-    *'tail -c 4 /run/ami-builder-pressure'*) echo end; exit ;;
+    *'Put the Dask container'*) : >'{folder}/began'; exit 0 ;;
+    *'tail -c 4 /run/ami-builder-pressure'*)
+        echo "$@" | head -n 1 >>'{folder}/logins'
+        began=; [ ! -e '{folder}/began' ] || began=end
+        echo "0 100 $began"
+        cat '{folder}/progress'
+        exit
+        ;;
     *'cat /run/ami-builder-pressure;'*)
         cat '{folder}/pressed'
         [ ! -e '{folder}/pressed.next' ] || mv '{folder}/pressed.next' '{folder}/pressed'
         exit
         ;;
-    *'Wait until this machine'*) exec cat '{folder}/settled' ;;
+    *'Wait until this machine'*)
+        echo "$last" | tail -n 1 >>'{folder}/settling'
+        exec cat '{folder}/settled'
+        ;;
     *'Tell everything'*) exec cat '{folder}/gathered' ;;
-    *'Ask Dask through'*) exec cat '{folder}/probed' ;;
+    *'Ask Dask through'*) : >'{folder}/asked'; exec cat '{folder}/probed' ;;
     *) exec sh -c "$last" ;;
 esac
 """
+
+
+SETTLED = ("nonce", "settled", "identity", "container", "memory.stat")
 
 
 class Fake:
@@ -77,12 +90,13 @@ class Fake:
         self.settled(recorded)
         self.answer("gathered", {name: text for name, text in recorded.items() if name != "nonce"})
         (folder / "probed").write_text('{"workers": []}\n')
+        (folder / "progress").write_text("spilling 1.1 of 2.0 GiB\n")
         self.pressed()
 
     def settled(self, recorded: dict[str, str]) -> None:
         self.answer(
             "settled",
-            {n: recorded[n] for n in recorded if n in ("nonce", "settled", "container", "memory.stat")},
+            {n: recorded[n] for n in recorded if n in SETTLED},
         )
 
     def pressed(self, name: str = "pressed", **changed: str) -> None:
@@ -172,29 +186,130 @@ def test_nobody_is_told_of_a_dask_that_does_not_answer(fake: Fake, answer: dict[
     assert fake.ready_after == []
 
 
+def listing(*workers: str, status: str = "200 OK") -> str:
+    """Answer as the scheduler does at /json/identity.json."""
+    listed = {f"tcp://127.0.0.1:{n}": {"type": "Worker", "id": worker} for n, worker in enumerate(workers)}
+    told = json.dumps({"type": "Scheduler", "id": "Scheduler-1", "workers": listed})
+    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n\r\n{told}"
+
+
+ACTIVE = "ActiveState=active\nNRestarts=0\nJob=\nExecMainPID=812\n"
+
+
+class Settling:
+    """settle.sh with fake programs, of which `timeout` stands for bash's question as well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers(listing("a"))
+        self.service(ACTIVE)
+        programs.fake(folder, "timeout", f"[ $2 = bash ] || exit 0\n{self.next('answer')}")
+        shown = self.next("service")
+        programs.fake(folder, "systemctl", f"if [ $1 = show ]; then {shown}; else echo running; fi")
+        programs.fake(folder, "docker", "")
+        programs.fake(folder, "sleep", "")
+
+    def next(self, name: str) -> str:
+        """Shell text that prints the file `name`, and has the next one take its place."""
+        file = self.folder / name
+        return (
+            f"cat {file}; [ ! -e {file}.1 ] || mv {file}.1 {file}; [ ! -e {file}.2 ] || mv {file}.2 {file}.1"
+        )
+
+    def answers(self, *texts: str) -> None:
+        self._write("answer", texts)
+
+    def service(self, *texts: str) -> None:
+        self._write("service", texts)
+
+    def _write(self, name: str, texts: tuple[str, ...]) -> None:
+        for number, text in enumerate(texts):
+            # Not write_text: what HTTP ends its lines with is part of it.
+            (self.folder / (f"{name}.{number}" if number else name)).write_bytes(text.encode())
+
+    def run(self, least: int = 1, seconds: int = 60, nonce: str = "") -> Sections:
+        script = Path(checks.__file__).parents[1] / "checks" / "settle.sh"
+        done = subprocess.run(
+            ["sh", script, nonce, str(seconds), str(least)],
+            env={"PATH": f"{self.folder}:{os.environ['PATH']}"},
+            capture_output=True,
+            check=True,
+        )
+        assert done.stderr == b""
+        return sections(done.stdout.decode())
+
+    @property
+    def asked(self) -> list[str]:
+        """What was asked for, each time."""
+        told = programs.calls(self.folder, "timeout")
+        return [line.rpartition(" ")[2] for line in told if "/dev/tcp/" in line]
+
+
+@pytest.fixture
+def settling(tmp_path: Path) -> Settling:
+    return Settling(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("health", "service", "reason"),
+    ("answer", "service", "reason"),
     [
-        ("HTTP/1.0 200 OK", "active", ANSWERS),
-        ("", "failed", "dask.service has failed"),
-        ("HTTP/1.0 503 x", "inactive", "dask.service was never started"),
-        ("", "inactive\\nExecMainPID=812", "dask.service has ended, as if that had been asked for"),
+        (listing("a"), ACTIVE, ANSWERS),
+        ("", "ActiveState=failed\n", "dask.service has failed"),
+        ("HTTP/1.0 503 x", "ActiveState=inactive\n", "dask.service was never started"),
+        (
+            "",
+            "ActiveState=inactive\nExecMainPID=812\n",
+            "dask.service has ended, as if that had been asked for",
+        ),
+        ("", "ActiveState=activating\nNRestarts=3\n", "dask.service was restarted 3 times"),
+        (listing(), "ActiveState=failed\n", "dask.service has failed"),
     ],
-    ids=["answers", "failed", "never started", "ended"],
+    ids=["answers", "failed", "never started", "ended", "restarts", "failed with a scheduler"],
 )
-def test_how_settle_ends(tmp_path: Path, health: str, service: str, reason: str) -> None:
-    told = f"echo running; [ \"$1\" != show ] || printf 'ActiveState={service}\\nNRestarts=0\\nJob=\\n'"
-    for name, told_by in {"timeout": f"printf '%s' '{health}'", "systemctl": told, "docker": ":"}.items():
-        programs.fake(tmp_path, name, told_by)
-    script = Path(checks.__file__).parents[1] / "checks" / "settle.sh"
-    done = subprocess.run(
-        ["sh", script, "", "60"],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
+def test_how_settle_ends(settling: Settling, answer: str, service: str, reason: str) -> None:
+    settling.answers(answer)
+    settling.service(service)
+    found = settling.run()
+    assert found["settled"].strip() == reason
+    assert found["identity"].rstrip("\n") == answer
+    assert settling.asked == ["/json/identity.json"]
+
+
+def test_settle_waits_for_the_workers(settling: Settling) -> None:
+    """A scheduler answers long before its workers are there."""
+    settling.answers("", listing("a"), listing("a", "b"))
+    found = settling.run(least=2)
+    assert found["settled"].strip() == ANSWERS
+    assert found["identity"].rstrip("\n") == listing("a", "b")
+    assert len(settling.asked) == 3
+
+
+@pytest.mark.parametrize(("least", "workers"), [(0, ()), (1, ("a",)), (2, ("a", "b", "c"))])
+def test_settle_waits_no_longer_than_for_those(
+    settling: Settling, least: int, workers: tuple[str, ...]
+) -> None:
+    settling.answers(listing(*workers))
+    assert settling.run(least)["settled"].strip() == ANSWERS
+    assert len(settling.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "has"), [(listing("a"), 1), (listing(), 0), ("", 0), (listing("a", "b", status="500 x"), 0)]
+)
+def test_settle_says_how_many_workers_there_were_when_it_gives_up(
+    settling: Settling, answer: str, has: int
+) -> None:
+    settling.answers(answer)
+    found = settling.run(least=2, seconds=0)
+    assert found["settled"].strip() == (
+        f"Dask did not answer with 2 workers within 0 s, it has {has}; dask.service is active"
     )
-    assert sections(done.stdout)["settled"].strip() == reason
+    assert found["identity"].rstrip("\n") == answer
+
+
+def test_settle_asks_nothing_of_another_machine(settling: Settling) -> None:
+    assert list(settling.run(nonce="another")) == ["nonce"]
+    assert settling.asked == []
 
 
 def test_results_come_as_they_are_made(fake: Fake) -> None:
@@ -238,7 +353,62 @@ def test_our_own_checks_run(fake: Fake) -> None:
     assert "chain: docker has the variable" in names
     assert "first boot: host keys are new" in names
     # What needs Dask's client, which takes longest, comes last.
-    assert names.index("chain: workers share the variable") > names.index("service: service is active")
+    assert set(names[-3:]) == {
+        "chain: workers confirm what the scheduler lists",
+        "limit: workers spill before they end",
+        "service: dask answers its client",
+    }
+    assert verdict(results).outcome is Outcome.FAILED, "the client was told of no workers"
+    told = {r.name for r in results if r.outcome is Outcome.FAILED}
+    assert {"chain: workers share the variable", "service: the scheduler lists its workers"}.isdisjoint(told)
+
+
+def test_the_client_is_asked_on_the_first_boot_alone(fake: Fake) -> None:
+    names = {r.name for r in fake.run(*checks.shipped(checks_dir()))}
+    assert (fake.folder / "asked").exists()
+    assert {path.name for path in fake.evidence.glob("*-boot.json")} == {
+        "machine-boot.json",
+        "client-boot.json",
+    }
+    assert json.loads((fake.evidence / "client-boot.json").read_text())["stdout"] == '{"workers": []}\n'
+    (fake.folder / "asked").unlink()
+    for phase in ("restart", "reboot"):
+        later = {r.name for r in fake.run(*checks.shipped(checks_dir()), phase=phase)}
+        assert {path.name for path in fake.evidence.glob(f"*-{phase}.json")} == {f"machine-{phase}.json"}
+        assert names - later >= {
+            "chain: workers confirm what the scheduler lists",
+            "limit: workers spill before they end",
+            "service: dask answers its client",
+        }
+        assert later >= {
+            "chain: workers share the variable",
+            "limit: workers manage memory",
+            "limit: spill is on disk",
+            "service: all workers are there",
+            "service: the scheduler lists its workers",
+        }
+    assert not (fake.folder / "asked").exists()
+
+
+@pytest.mark.parametrize("phase", ["restart", "reboot"])
+def test_a_check_that_asks_the_workers_after_the_first_boot_says_why_it_cannot(
+    fake: Fake, phase: str
+) -> None:
+    own = fake.file("def test_a(workers):\n    pass\n")
+    (result,) = fake.run(own, phase=phase)
+    assert result.outcome is Outcome.FAILED
+    assert f"in the phase {phase} the machine is not asked for that" in result.message
+
+
+@pytest.mark.parametrize(
+    ("role", "workers", "least"),
+    [(Role.LOCAL, 1, 1), (Role.LOCAL, 3, 3), (Role.LOCAL, 0, 1), (Role.SCHEDULER, 0, 0)],
+)
+def test_dask_answers_when_so_many_workers_are_there(
+    fake: Fake, role: Role, workers: int, least: int
+) -> None:
+    fake.run(fake.file(GOOD), context=replace(CONTEXT, role=role, workers=workers))
+    assert (fake.folder / "settling").read_text().split()[-3:] == [CONTEXT.nonce, "30", str(least)]
 
 
 def test_a_first_boot_is_checked_once(fake: Fake) -> None:
@@ -275,13 +445,27 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     results = fake.run(*checks.shipped(checks_dir()), own, phase="pressure")
     assert verdict(results).passed, results
     assert {r.name.split(":")[0] for r in results} == {"pressure", "own"}
-    assert {r.name: r.message for r in results}["own: restarts"] == "3 kills"
+    kills = PRESSED["kernel"].count("oom-kill:")
+    assert {r.name: r.message for r in results}["own: restarts"] == f"{kills} kills"
     assert [r.name for r in fake.run(own, phase="restart")] == ["own: always"]
-    logins = [line for line in (fake.folder / "argv").read_text().splitlines() if "tail -c 4" in line]
-    assert logins
+    logins = (fake.folder / "logins").read_text().splitlines()
     assert all("-o ControlPath=none" in line for line in logins), "a shared connection needs no sshd"
     told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
-    assert len(told["watched"]["times"]) == 2
+    watched = Watched.read(told["watched"])
+    assert (len(watched.rest), len(watched.logins)) == (4, 1)
+    assert len(logins) == 5
+    assert watched.ended
+    assert not [login for login in (*watched.rest, *watched.logins) if login.failed]
+
+
+def test_what_goes_on_under_pressure_is_reported(fake: Fake) -> None:
+    fake.run(*checks.shipped(checks_dir()), phase="pressure")
+    assert fake.progress[0] == "logins at rest"
+    assert set(fake.progress[1:]) == {"spilling 1.1 of 2.0 GiB"}
+    fake.progress.clear()
+    (fake.folder / "progress").write_text("")
+    fake.run(*checks.shipped(checks_dir()), phase="pressure")
+    assert fake.progress == ["logins at rest"]
 
 
 def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) -> None:
@@ -295,6 +479,7 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
     fake.pressed("pressed.next")
     results = {r.name: r for r in fake.run(*checks.shipped(checks_dir()), phase="pressure")}
     assert verdict(tuple(results.values())).passed, results
+    assert fake.progress.count("logins at rest") == 2
     why = "the kernel killed dask 0.09 s after python, in the container"
     assert results["pressure: all steps were gone"].message == f"at the second try; at the first, {why}"
     assert {path.name for path in fake.evidence.glob("pressed*")} == {
@@ -611,7 +796,7 @@ def test_digest_follows_content(tmp_path: Path) -> None:
 
 
 def test_context_crosses_unharmed(tmp_path: Path) -> None:
-    context = replace(CONTEXT, reserve=Reserve(bytes=5, percent=2.5), phase="reboot")
+    context = replace(CONTEXT, reserve=Reserve(bytes=5, percent=2.5), phase="reboot", emulator=4711)
     context.write(tmp_path / "context.json")
     assert checks.Context.read(tmp_path / "context.json") == context
     assert (tmp_path / "context.json").stat().st_mode & 0o077 == 0

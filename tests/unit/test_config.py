@@ -27,6 +27,7 @@ from ami_builder.model import (
     Base,
     Connect,
     Container,
+    ContainerNetwork,
     Dask,
     Datasource,
     Destination,
@@ -58,6 +59,7 @@ DEFAULT = Image(
         reference="ami-builder/dask:2026.8.0",
         requirements=resources.requirements(),
         packages=(),
+        network=ContainerNetwork.HOST,
         insecure_registry=None,
     ),
     reserve=Reserve(percent=2),
@@ -230,6 +232,7 @@ base.ssh_user = "debian"
 container.source = "registry"
 container.reference = "10.0.2.2:5000/dask/dask:2026.8.0"
 container.insecure_registry = "10.0.2.2:5000"
+container.network = "bridge"
 memory.reserve = "256MiB"
 """
 
@@ -256,6 +259,7 @@ def test_all_kinds_of_values(here: Path) -> None:
         reference="10.0.2.2:5000/dask/dask:2026.8.0",
         requirements=None,
         packages=(),
+        network=ContainerNetwork.BRIDGE,
         insecure_registry="10.0.2.2:5000",
     )
     assert own.reserve == Reserve(bytes=2**28)
@@ -568,6 +572,9 @@ BAD = [
     Bad('container.requirements = "missing.txt"', "missing.txt does not exist"),
     Bad('container.requirements = ""', "expected the path of a file"),
     Bad('container.insecure_registry = "x"', "host:port"),
+    Bad('container.network = "none"', "host"),
+    Bad('container.network = "Host"', "host"),
+    Bad("container.network = true", "host"),
     Bad('container.insecure_registry = "x:5000"', "has no effect"),
     Bad('memory.reserve = "2GiB"', "expected less than the least of verify.memory, which is 2GiB"),
     Bad(

@@ -6,12 +6,16 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from ami_builder import host
 from ami_builder.checks import press, watch
+from ami_builder.pressure import Wait
 from ami_builder.proc import wait_until
 from tests.real_dask import dask, said, scheduler
 from tests.unit.fakes import fake
@@ -20,21 +24,36 @@ MIB = 1 << 20
 LIMIT = 320 * MIB
 
 
-def test_it_spills_is_killed_twice_and_comes_back(tmp_path: Path) -> None:
+WORK = 1.3
+"""How many times the limit, as under real memory pressure."""
+
+
+def press_until(path: Path, address: str, seconds: float, work: float = WORK) -> None:
+    program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
+    argv = [sys.executable, "-c", program, "1", str(work), str(press.uptime() + seconds), str(path)]
+    subprocess.run(argv, check=True, timeout=60)
+
+
+def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "steps"
+    progress, reported = Path(f"{path}.progress"), list[str]()
+
+    def reached(name: str) -> bool:
+        with suppress(OSError):
+            text = progress.read_text()
+            assert text.endswith("\n"), "it is never read half written"
+            if text.strip() not in reported[-1:]:
+                reported.append(text.strip())
+        return Path(f"{path}.{name}").exists()
+
     with ExitStack() as stack:
         address = stack.enter_context(scheduler(tmp_path))
         flags = ["--nthreads", "1", "--memory-limit", str(LIMIT), "--local-directory", str(tmp_path)]
         log = tmp_path / "worker.log"
         stack.enter_context(dask("worker", address, *flags, "--no-dashboard", log=log))
         said(log, "Registered to")
-        program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
-        subprocess.run(
-            [sys.executable, "-c", program, "1", "2.0", str(press.uptime() + 120), str(path)],
-            check=True,
-            timeout=60,
-        )
-        assert wait_until(Path(f"{path}.leaked").exists, what="a leak", timeout=120)
+        press_until(path, address, 120)
+        assert wait_until(lambda: reached("leaked"), what="a leak", timeout=120, interval=0.05)
         assert not Path(f"{path}.json").exists()
         Path(f"{path}.grown").touch()
         assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=60)
@@ -43,19 +62,27 @@ def test_it_spills_is_killed_twice_and_comes_back(tmp_path: Path) -> None:
     assert told["leaked"] == "KilledWorker"
     assert told["served"] == 42
     spill = told["spill"]
-    assert LIMIT < spill["spilled"] < spill["size"] == spill["read"] <= 2 * LIMIT
+    assert spill["size"] - LIMIT < spill["spilled"] < spill["size"] == spill["read"] <= WORK * LIMIT
+    assert spill["size"] > 1.2 * LIMIT
     assert [worker["limit"] for worker in told["workers"] + told["back"]] == [LIMIT, LIMIT]
-    pids = [leak["pid"] for leak in told["leaks"]]
-    assert pids == [event["pid"] for event in told["nanny"]]
-    assert len({*pids, told["back"][0]["pid"]}) == 3
+    (leak,) = told["leaks"]
+    assert [leak["pid"]] == [event["pid"] for event in told["nanny"]]
+    assert leak["pid"] == told["workers"][0]["pid"] != told["back"][0]["pid"]
     assert all(0.95 * LIMIT < event["rss"] < 1.1 * LIMIT for event in told["nanny"])
+    # What goes on is reported, each step in its turn.
+    size = spill["size"] / press.GIB
+    steps = [
+        rf"(spilling|reading back) \d\.\d of {size:.1f} GiB",
+        r"leaking: a worker holds \d+ % of its limit",
+    ]
+    assert [text for text in reported if not any(re.fullmatch(step, text) for step in steps)] == []
+    names = list(dict.fromkeys(text.split(" ")[0] for text in reported))
+    assert names == ["spilling", "reading", "leaking:"]
 
 
 def test_a_step_that_does_not_end_is_named(tmp_path: Path) -> None:
     with scheduler(tmp_path) as address:
-        program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
-        argv = [sys.executable, "-c", program, "1", "2.0", str(press.uptime() + 10), str(tmp_path / "steps")]
-        subprocess.run(argv, check=True, timeout=60)
+        press_until(tmp_path / "steps", address, 10)
         done = tmp_path / "steps.json"
         assert wait_until(done.exists, what="the end", timeout=60)
     assert re.fullmatch(r"asking had not ended after \d+ s in all", json.loads(done.read_text())["error"])
@@ -72,9 +99,7 @@ def test_a_worker_that_goes_while_it_spills_ends_that_step(tmp_path: Path) -> No
         off = {f"{memory}{name}": "False" for name in ("TARGET", "SPILL", "PAUSE")}
         stack.enter_context(dask("worker", address, *flags, "--no-dashboard", log=log, **off))
         said(log, "Registered to")
-        program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
-        end = str(press.uptime() + 120)
-        subprocess.run([sys.executable, "-c", program, "1", "2.0", end, str(path)], check=True, timeout=60)
+        press_until(path, address, 120, work=2.0)
         Path(f"{path}.grown").touch()
         assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=120)
     told = json.loads(Path(f"{path}.json").read_text())
@@ -85,34 +110,196 @@ def test_a_worker_that_goes_while_it_spills_ends_that_step(tmp_path: Path) -> No
     assert told["served"] == 42
 
 
-def test_logins_go_on_until_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COUNT = 'echo >>"$0.count"; n=$(wc -l <"$0.count")'
+
+
+class Machine:
+    """An ssh that answers as a machine does, and what is done with its answers."""
+
+    def __init__(self, folder: Path, script: str = "") -> None:
+        """Run `script` at each login, which knows its number `n` and may set `end` and `line`."""
+        self.folder = folder
+        program = f"{COUNT}\nend=; line=\n{script}\necho 0 100 $end; echo $line"
+        self.ssh = [str(fake(folder, "ssh", program)), "dask-vm", "--"]
+        self.progress: list[str] = []
+
+    def watch(self, emulator: int = 0) -> watch.Watch:
+        return watch.Watch(self.ssh, emulator, self.progress.append)
+
+
+@pytest.fixture(autouse=True)
+def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "_PAUSE_AT_REST_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "_TIMES_AT_REST", 2.0)
+
+
+def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
     """One that fails and one that takes too long are kept, and the watch goes on."""
-    monkeypatch.setattr(watch, "EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 0.5)
-    ssh = fake(
-        tmp_path,
-        "ssh",
-        """
-n=$(wc -l <"$0.calls")
-case $n in
-    2) echo "Connection reset" >&2; exit 255 ;;
-    3) sleep 60 ;;
-    5) echo end ;;
-esac
-""",
-    )
-    seen = watch.watch([str(ssh), "dask-vm", "--"], 30)
+    script = """case $n in
+        2) echo "Connection reset" >&2; exit 255 ;;
+        3) sleep 60 ;;
+        5) end=end ;;
+    esac"""
+    watching = Machine(tmp_path, script).watch()
+    watching.until_end(30)
+    seen = watching.watched
     assert seen.ended
-    assert seen.failed == ["Connection reset", "a login took longer than 0 s"]
-    assert len(seen.times) == 1 + 3
-    assert seen.times == sorted(seen.times)
+    assert [login.failed for login in seen.logins] == [
+        "",
+        "Connection reset",
+        "a login took longer than 1 s",
+        "",
+        "",
+    ]
+    assert all(a.began + a.seconds <= b.began for a, b in pairwise(seen.logins))
+    assert 1 <= seen.logins[2].seconds < 5
 
 
-def test_a_watch_that_never_ends_has_its_end_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "EVERY_SECONDS", 0.01)
-    ssh = fake(tmp_path, "ssh", "exit 255")
-    seen = watch.watch([str(ssh)], 0.3)
+def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
+    watching = Machine(tmp_path, "exit 255").watch()
+    watching.until_end(0.3)
+    seen = watching.watched
     assert not seen.ended
-    assert len(seen.times) == 2
-    assert seen.times[1] - seen.times[0] >= 0.3
-    assert set(seen.failed) == {"exit status 255"}
+    assert {login.failed for login in seen.logins} == {"exit status 255"}
+    last = seen.logins[-1]
+    assert 0.2 <= last.began + last.seconds - seen.logins[0].began < 5
+    assert len(seen.waits()) == 1, "it never answered, and that is one long wait"
+
+
+def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(tmp_path: Path) -> None:
+    """On a host where each takes 0.8 s, one under pressure is not given up after 1 s."""
+    machine = Machine(tmp_path, "case $n in 2) sleep 0.8 ;; 6) sleep 1.2; end=end ;; esac")
+    watching = machine.watch()
+    watching.at_rest()
+    assert len(watching.watched.rest) == watch.AT_REST == 4
+    watching.until_end(30)
+    assert [login.failed for login in watching.watched.rest + watching.watched.logins] == [""] * 6
+    assert watching.watched.ended
+
+
+def test_no_login_at_rest_is_waited_for_for_ever(tmp_path: Path) -> None:
+    watching = Machine(tmp_path, "sleep 60").watch()
+    watching.at_rest()
+    assert 1 <= len(watching.watched.rest) <= watch.AT_REST
+    assert all(login.failed for login in watching.watched.rest)
+
+
+def test_what_goes_on_is_passed_on(tmp_path: Path) -> None:
+    machine = Machine(
+        tmp_path, "case $n in 1) ;; 4) end=end; line=done ;; *) line='spilling 1.1 of 2.0 GiB' ;; esac"
+    )
+    machine.watch().until_end(30)
+    assert machine.progress == ["spilling 1.1 of 2.0 GiB", "spilling 1.1 of 2.0 GiB", "done"]
+
+
+@pytest.mark.parametrize("answer", ["", "what is this", "1", "0 x"])
+def test_an_answer_that_cannot_be_read_is_none(tmp_path: Path, answer: str) -> None:
+    watching = Machine(tmp_path, f"case $n in 2) echo {answer}; exit ;; 3) end=end ;; esac").watch()
+    watching.until_end(30)
+    first, odd, last = watching.watched.logins
+    assert (first.failed, last.failed) == ("", "")
+    assert odd.failed.startswith("the answer can't be read: ")
+    assert watching.watched.ended
+
+
+def test_what_the_host_denied_the_vm_is_part_of_each_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the VM's threads waited for a processor, never more than the login took."""
+    loads = iter(
+        [
+            host.Load(waited={7: 1.0}),  # the whole watch
+            host.Load(waited={7: 1.0}),
+            host.Load(waited={7: 1.01, 8: 0.03}),
+            host.Load(waited={7: 1.01, 8: 0.03}),
+            host.Load(waited={7: 901.0}),
+            host.Load(pressure=0.5),
+        ]
+    )
+    asked: list[int] = []
+
+    def load(pid: int) -> host.Load:
+        asked.append(pid)
+        return next(loads)
+
+    monkeypatch.setattr(host, "load", load)
+    watching = Machine(tmp_path, "sleep 0.1; [ $n = 1 ] || end=end").watch(emulator=4711)
+    watching.until_end(30)
+    first, last = watching.watched.logins
+    assert first.denied == pytest.approx(0.03)
+    assert last.denied == last.seconds
+    assert set(asked) == {4711}
+    assert 0 < watching.watched.busy <= 0.5
+
+
+def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the VM's own /proc/stat has it: steal and total, in ticks."""
+    monkeypatch.setattr(host, "load", lambda _: host.Load())
+    machine = Machine(tmp_path)
+    script = "sleep 0.2; case $n in 1) echo 100 1000 ;; 2) echo 150 1100 ;; *) echo 150 1100 end ;; esac"
+    fake(tmp_path, "ssh", f"{COUNT}\n{script}")
+    watching = machine.watch()
+    watching.until_end(30)
+    first, second, third = watching.watched.logins
+    assert first.denied == 0, "nobody knows since when"
+    assert second.denied == pytest.approx(0.5 * second.seconds)
+    assert third.denied == 0
+
+
+def test_the_question_is_answered_by_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dash, as on Debian; the files are written by press.sh."""
+    answer = tmp_path / "answer"
+    question = watch._ASK.replace(watch.ANSWER, str(answer))
+
+    def ask() -> list[str]:
+        done = subprocess.run(["dash", "-c", question], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout.splitlines()
+
+    first, line = ask()
+    steal, total = map(int, first.split())
+    assert 0 <= steal < total
+    assert line == ""
+    answer.write_text("\n\036end\nend\n")
+    Path(f"{answer}.progress").write_text("spilling 1.1 of 2.0 GiB\n")
+    first, line = ask()
+    assert first.split()[2:] == ["end"]
+    assert int(first.split()[1]) >= total
+    assert line == "spilling 1.1 of 2.0 GiB"
+    answer.write_text("\n\036client\nnot yet\n")
+    assert "end" not in ask()[0].split()
+
+
+def login(began: float, seconds: float, denied: float = 0.0, failed: str = "") -> watch.Login:
+    return watch.Login(began=began, seconds=seconds, denied=denied, failed=failed)
+
+
+@pytest.mark.parametrize(
+    ("logins", "waits"),
+    [
+        ([login(10, 1), login(14, 2, 0.5)], [(1, 0), (2, 0.5)]),
+        # From the first attempt to the one that gets through.
+        ([login(10, 1), login(14, 2, 0.5, "no"), login(19, 3, 1)], [(1, 0), (8, 1.5)]),
+        ([login(10, 1, 0, "no"), login(14, 1, 0, "no"), login(18, 1), login(22, 1)], [(9, 0), (1, 0)]),
+        # None gets through any more.
+        ([login(10, 1), login(14, 60, 2, "no"), login(77, 60, 3, "no")], [(1, 0), (123, 5)]),
+    ],
+)
+def test_attempts_that_failed_are_part_of_a_wait(
+    logins: list[watch.Login], waits: list[tuple[float, float]]
+) -> None:
+    expected = [Wait(seconds=seconds, denied=denied) for seconds, denied in waits]
+    assert watch.Watched(logins=logins).waits() == expected
+    assert watch.Watched(rest=logins).waits_at_rest() == expected
+    assert watch.Watched().waits() == []
+
+
+def test_a_watch_crosses_unharmed() -> None:
+    seen = watch.Watched(
+        rest=[login(1, 2, 0.5)], logins=[login(5, 6, 0, "no"), login(12, 1)], ended=True, busy=0.25
+    )
+    assert watch.Watched.read(json.loads(json.dumps(asdict(seen)))) == seen

@@ -1,11 +1,12 @@
-"""Reading what a machine showed under memory pressure."""
+"""Reading what a machine showed under memory pressure, and comparing how it answers with itself at rest."""
 
 from __future__ import annotations
 
 import pytest
 
 from ami_builder import pressure
-from ami_builder.pressure import Constraint, Kill, Silence
+from ami_builder.checks.watch import EVERY_SECONDS
+from ami_builder.pressure import Answers, Constraint, Kill, Wait
 from ami_builder.spelling import GIB, MIB
 
 SCOPE = "/system.slice/docker-4f6b.scope"
@@ -71,15 +72,112 @@ def test_inside_a_container() -> None:
     assert not machines.inside("/")
 
 
-def test_silence() -> None:
-    assert pressure.silence([0, 1, 2, 7, 8, 11], over=1.5) == Silence(longest=5, total=8)
-    assert pressure.silence([0, 1, 2], over=1.5) == Silence(longest=1, total=0)
+def waits(*seconds: float | tuple[float, float]) -> list[Wait]:
+    """Waits of so many seconds; of a pair, the second is how long the host did not run the VM."""
+    pairs = [each if isinstance(each, tuple) else (each, 0.0) for each in seconds]
+    return [Wait(seconds=seconds, denied=denied) for seconds, denied in pairs]
 
 
-@pytest.mark.parametrize("times", [[], [1.0], [1.0, 0.5]])
-def test_no_silence_without_times(times: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"times (have|go)"):
-        pressure.silence(times, over=1)
+def test_what_the_host_denied_is_not_the_vms_own() -> None:
+    assert [wait.own for wait in waits(5, (5, 2), (5, 5), (5, 7))] == [5, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rest", "longest", "answers"),
+    [
+        # On a fast host the bound is 7 s, which is 10 s from one answer to the next with the pause of 3 s.
+        (0.0, 7.0, Answers.IN_TIME),
+        (0.0, 7.001, Answers.LATE),
+        (0.7, 7.0, Answers.IN_TIME),
+        (0.7, 7.001, Answers.LATE),
+        (1.4, 7.0, Answers.IN_TIME),
+        (1.4, 7.001, Answers.LATE),
+        # On a slow one it is five times what is usual at rest.
+        (1.5, 7.5, Answers.IN_TIME),
+        (1.5, 7.501, Answers.LATE),
+        (5.0, 12.0, Answers.IN_TIME),
+        (5.0, 25.0, Answers.IN_TIME),
+        (5.0, 25.001, Answers.LATE),
+        (20.0, 100.001, Answers.LATE),
+        # Where it takes longer than that at rest, nobody can tell.
+        (20.001, 100.1, Answers.UNKNOWN),
+        (20.001, 100.0, Answers.IN_TIME),
+        (60.0, 1000.0, Answers.UNKNOWN),
+    ],
+)
+def test_the_longest_wait_is_held_against_the_bound_of_that_host(
+    rest: float, longest: float, answers: Answers
+) -> None:
+    compared = pressure.compare(waits(rest), waits(0.1, longest, 0.2))
+    assert compared.answers is answers
+    assert compared.longest.seconds == longest
+    assert compared.allowed == max(7.0, 5 * rest)
+
+
+def test_a_fast_host_is_judged_as_strictly_as_before() -> None:
+    """At most 10 s from one answer to the next were allowed, with a pause of 3 s in between."""
+    assert EVERY_SECONDS + pressure.LEAST_ALLOWED == 10.0
+    assert pressure.TIMES_ALLOWED * 0.7 < pressure.LEAST_ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("rest", "median"),
+    [
+        ([3.0], 3.0),
+        ([1.0, 9.0, 2.0], 2.0),
+        ([0.7, 0.7, 0.7, 30.0], 0.7),
+        ([(9.0, 8.0), 3.0, (9.0, 7.0)], 2.0),
+    ],
+)
+def test_one_slow_login_at_rest_is_no_measure(rest: list[float | tuple[float, float]], median: float) -> None:
+    assert pressure.compare(waits(*rest), waits(1.0)).rest.own == median
+
+
+@pytest.mark.parametrize(
+    ("longest", "answers"),
+    [
+        # What the host denied is not counted,
+        ((30.0, 23.0), Answers.IN_TIME),
+        ((30.0, 22.5), Answers.LATE),
+        # and where it denied more than three quarters of what is too long, nobody can tell.
+        ((40.0, 30.0), Answers.LATE),
+        ((40.0, 30.1), Answers.UNKNOWN),
+        ((600.0, 500.0), Answers.UNKNOWN),
+    ],
+)
+def test_time_in_which_the_host_did_not_run_the_vm(longest: tuple[float, float], answers: Answers) -> None:
+    assert pressure.compare(waits(0.7), waits(1.0, longest)).answers is answers
+
+
+def test_the_longest_is_the_vms_own_not_the_hosts() -> None:
+    """One that the host kept from answering for long hides none that the VM did."""
+    compared = pressure.compare(waits(0.7), waits((600.0, 599.0), 8.0))
+    assert compared.longest.seconds == 8.0
+    assert compared.answers is Answers.LATE
+
+
+@pytest.mark.parametrize(("rest", "under"), [([], [1.0]), ([1.0], []), ([], [])])
+def test_nothing_is_not_compared(rest: list[float], under: list[float]) -> None:
+    with pytest.raises(ValueError, match="nothing to compare"):
+        pressure.compare(waits(*rest), waits(*under))
+
+
+@pytest.mark.parametrize(
+    ("rest", "longest", "line"),
+    [
+        (5.0, 12.0, "longest wait for a login 12.0 s, 5.0 s at rest: 2.4 x, allowed 5 x or 7 s"),
+        (0.0, 12.0, "longest wait for a login 12.0 s, 0.0 s at rest: -, allowed 5 x or 7 s"),
+        (2.0, (8.0, 0.05), "longest wait for a login 8.0 s, 2.0 s at rest: 4.0 x, allowed 5 x or 7 s"),
+        (
+            2.0,
+            (20.0, 14.0),
+            "longest wait for a login 6.0 s, 2.0 s at rest: 3.0 x, allowed 5 x or 7 s"
+            " (not counted: 14.0 s in which the host did not run the machine)",
+        ),
+    ],
+)
+def test_both_are_shown_side_by_side(rest: float, longest: float | tuple[float, float], line: str) -> None:
+    assert str(pressure.compare(waits(rest), waits(longest))) == line
 
 
 @pytest.mark.parametrize("headroom", [0, 16 * MIB])

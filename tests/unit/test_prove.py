@@ -13,6 +13,7 @@ import pytest
 
 from ami_builder.adapters import checks, ssh
 from ami_builder.adapters.qemu import GuestStuck
+from ami_builder.adapters.ssh import Session as RealSession
 from ami_builder.console import Mode, open_progress
 from ami_builder.errors import TimedOut
 from ami_builder.model import CheckResult, Endpoint, Image, Measurement, Outcome
@@ -22,8 +23,10 @@ from ami_builder.workspace import Workspace
 
 from .guest import GIB, image
 
-LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0
+LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS, CONTROL = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0, 3.0
 """How long each takes here, in seconds."""
+CPUS = 2
+"""All of them work all the time."""
 
 
 @dataclass
@@ -31,6 +34,11 @@ class Guest:
     """A machine, the ssh to it and the checks on it, all of them only a clock that goes on."""
 
     now: float = 1.0
+    ssh: float = SSH
+    """Seconds from the start to a login."""
+    cpu: bool = True
+    """Whether its CPU time is known."""
+    emulator: int = 4711
     answers: bool = True
     """Whether Dask does."""
     outcome: Outcome = Outcome.PASSED
@@ -42,9 +50,15 @@ class Guest:
     phases: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
     """The evidence that was asked for."""
+    allowed: dict[str, float] = field(default_factory=dict)
+    """What was waited for -> for how many seconds at most."""
+    contexts: list[checks.Context] = field(default_factory=list)
+    began: float = 0.0
+    """When the boot that it is in began."""
 
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         self.now += LAUNCH
+        self.began = self.now
         return Endpoint(
             address="127.0.0.1", port=22, user="admin", console_log=directory / "console.log", ports={}
         )
@@ -52,6 +66,14 @@ class Guest:
     def check_alive(self) -> None: ...
 
     def save_console(self) -> None: ...
+
+    def reboot(self, session: RealSession, timeout: float, alive: Callable[[], None]) -> None:
+        self.allowed["reboot"] = timeout
+        self.began = self.now
+        self.now += REBOOT
+
+    def cpu_seconds(self, session: RealSession) -> float | None:
+        return (self.now - self.began) * CPUS if self.cpu else None
 
     def session(self, endpoint: Endpoint, *, key: Path, directory: Path) -> Session:
         return Session(self, directory / "config")
@@ -63,9 +85,12 @@ class Guest:
         on_ready: Callable[[], None] | None,
         on_result: Callable[[CheckResult], None],
         context: checks.Context,
+        timeout: float,
         **_: Any,
     ) -> tuple[CheckResult, ...]:
         self.phases.append(phase)
+        self.contexts.append(context)
+        self.allowed[f"checks after {phase}"] = timeout
         self.now += DASK
         if self.answers and on_ready is not None:
             on_ready()
@@ -91,24 +116,26 @@ class Session:
     def __exit__(self, *_: object) -> None: ...
 
     def wait(self, timeout: float, alive: Callable[[], None]) -> None:
-        self.guest.now += SSH
+        self.guest.allowed["ssh"] = timeout
+        self.guest.now += self.guest.ssh
         if self.guest.panics:
             self.guest.panics -= 1
             panic = GuestStuck("the guest's kernel panicked")
             panic.boot_again = True
             raise panic
 
-    def reboot(self, timeout: float, alive: Callable[[], None]) -> None:
-        self.guest.now += REBOOT
-
-    def run(self, command: str, **_: object) -> SimpleNamespace:
+    def run(self, command: str, *, timeout: float, **_: object) -> SimpleNamespace:
         if "AVAILABLE_MEMORY_FOR_DASK" in command:
+            self.guest.allowed["measured"] = timeout
             return SimpleNamespace(stdout=f"{GIB}\n")
-        self.guest.now += RESTART
+        control = "while" in command
+        self.guest.allowed["control" if control else "restart"] = timeout
+        self.guest.now += CONTROL if control else RESTART
         return SimpleNamespace(stdout="")
 
-    def fetch(self, command: str, path: Path, **_: object) -> None:
+    def fetch(self, command: str, path: Path, *, timeout: float, **_: object) -> None:
         self.guest.fetched.append(path.name)
+        self.guest.allowed["evidence"] = timeout
         raise TimedOut("nothing is there")
 
 
@@ -128,7 +155,9 @@ def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
-    def one(phase: str, ssh_seconds: float | None, dask_seconds: float) -> Measurement:
+    def one(
+        phase: str, ssh_seconds: float | None, dask_seconds: float, control: float | None = None
+    ) -> Measurement:
         return Measurement(
             machine="2 GiB",
             phase=phase,
@@ -136,10 +165,13 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
             available=GIB,
             ssh_seconds=ssh_seconds,
             dask_seconds=dask_seconds,
+            # From power-on to a registered worker; a service's restart is no boot.
+            cpu_seconds=None if ssh_seconds is None else dask_seconds * CPUS,
+            control_seconds=control,
         )
 
     assert proved(Guest()).measured == (
-        one("boot", SSH, SSH + DASK),
+        one("boot", SSH, SSH + DASK, CONTROL * CPUS),
         one("restart", None, RESTART + DASK),
         one("reboot", REBOOT, REBOOT + DASK),
     )
@@ -157,6 +189,52 @@ def test_a_dask_that_does_not_answer_has_no_time(proved: Callable[[Guest], Proof
     assert [one.dask_seconds for one in proof.measured] == [None, None]
     assert [one.ssh_seconds for one in proof.measured] == [SSH, None]
     assert {result.outcome for result in proof.results} == {Outcome.FAILED}
+
+
+def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], Proof]) -> None:
+    proof = proved(Guest(cpu=False))
+    assert {(one.cpu_seconds, one.control_seconds) for one in proof.measured} == {(None, None)}
+    assert [one.dask_seconds for one in proof.measured] == [SSH + DASK, RESTART + DASK, REBOOT + DASK]
+
+
+@pytest.mark.parametrize(
+    ("ssh_seconds", "times"),
+    [(5.0, 1.0), (60.0, 1.0), (90.0, 1.5), (180.0, 3.0), (480.0, 8.0), (2000.0, 8.0)],
+)
+def test_a_slow_boot_gives_all_that_follows_more_time(
+    proved: Callable[..., Proof], ssh_seconds: float, times: float
+) -> None:
+    """Up to eight times as much; it is no longer than before where the boot is fast."""
+    of = image()
+    guest = Guest(ssh=ssh_seconds, outcome=Outcome.INCONCLUSIVE)
+    proved(guest, of)
+    timeout = of.verify.timeout
+    assert guest.allowed == {
+        "ssh": timeout,
+        "checks after boot": timeout * times,
+        "control": timeout * times,
+        "measured": 60 * times,
+        "restart": timeout * times,
+        "checks after restart": timeout * times,
+        "reboot": timeout * times,
+        "checks after reboot": timeout * times,
+        "checks after pressure": timeout * times,
+        "evidence": 60 * times,
+    }
+    assert {context.timeout for context in guest.contexts} == {timeout * times}
+
+
+def test_a_boot_that_is_tried_again_is_measured_again(proved: Callable[[Guest], Proof]) -> None:
+    """How slow the one was that panicked says nothing about this one."""
+    guest = Guest(panics=1)
+    proved(guest)
+    assert guest.allowed["checks after boot"] == image().verify.timeout
+
+
+def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], Proof]) -> None:
+    guest = Guest()
+    proved(guest)
+    assert {context.emulator for context in guest.contexts} == {4711}
 
 
 @pytest.mark.parametrize(

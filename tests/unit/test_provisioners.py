@@ -140,8 +140,91 @@ def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, progra
     assert (root / "usr/local/sbin/start-dask").stat().st_mode & 0o777 == 0o755
     assert calls(programs, "systemctl") == [
         "daemon-reload",
-        "enable --quiet docker.service dask.service dask-health.timer",
+        "is-enabled --quiet docker.service",
+        "enable --quiet dask.service dask-health.timer",
     ]
+    assert calls(programs, "docker") == ["compose version"]
+
+
+def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: Path) -> None:
+    fake(programs, "docker", "")
+    fake(programs, "systemctl", '[ "$1" != is-enabled ]')
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 0, done.stderr
+    assert calls(programs, "systemctl") == [
+        "daemon-reload",
+        "is-enabled --quiet docker.service",
+        "enable --quiet docker.service",
+        "enable --quiet dask.service dask-health.timer",
+    ]
+
+
+@pytest.mark.parametrize("enables", ["docker.service", "dask.service"])
+def test_what_cannot_be_enabled_stops_the_bake(tmp_path: Path, programs: Path, enables: str) -> None:
+    fake(programs, "docker", "")
+    fake(programs, "systemctl", f'case "$*" in is-enabled*|"enable --quiet {enables}"*) exit 1 ;; esac')
+    assert _guest(tmp_path, programs).returncode == 1
+
+
+DAEMON = "etc/docker/daemon.json"
+
+
+def _guest(
+    tmp_path: Path, programs: Path, arcname: str = DAEMON, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Unpack a guest with settings for Docker of its own onto `machine`."""
+    ours = tmp_path / "daemon.json"
+    ours.write_text('{"bridge": "none"}\n')
+    other = tmp_path / "compose.yaml"
+    other.write_text("ours")
+    archive = tmp_path / "guest.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(ours, arcname)
+        tar.add(other, "etc/dask/compose.yaml")
+    root = tmp_path / "machine"
+    root.mkdir(exist_ok=True)
+    return _run("10-guest.sh", programs, GUEST_ARCHIVE=str(archive), GUEST_ROOT=str(root), **environment)
+
+
+def test_docker_gets_our_settings_where_the_base_has_none(tmp_path: Path, programs: Path) -> None:
+    fake(programs, "docker", "")
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "machine" / DAEMON).read_text() == '{"bridge": "none"}\n'
+    assert "container.network" not in done.stdout
+
+
+@pytest.mark.parametrize("arcname", [DAEMON, f"./{DAEMON}"])
+def test_a_base_keeps_its_own_settings_for_docker(tmp_path: Path, programs: Path, arcname: str) -> None:
+    fake(programs, "docker", "")
+    own = tmp_path / "machine" / DAEMON
+    own.parent.mkdir(parents=True)
+    own.write_text('{"data-root": "/data/docker"}\n')
+    done = _guest(tmp_path, programs, arcname)
+    assert done.returncode == 0, done.stderr
+    assert own.read_text() == '{"data-root": "/data/docker"}\n'
+    assert "/etc/docker/daemon.json stays: container.network has no effect" in done.stdout
+    assert (tmp_path / "machine/etc/dask/compose.yaml").read_text() == "ours", "all the rest is ours"
+
+
+@pytest.mark.parametrize("folder", ["usr/local/lib", "usr/local/libexec", "usr/lib", "usr/libexec"])
+def test_compose_that_is_there_as_a_file_is_not_started(tmp_path: Path, programs: Path, folder: str) -> None:
+    fake(programs, "docker", "exit 1")
+    fake(tmp_path / "machine" / folder / "docker/cli-plugins", "docker-compose", "")
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 0, done.stderr
+    assert calls(programs, "docker") == []
+
+
+def test_compose_that_is_no_program_is_none(tmp_path: Path, programs: Path) -> None:
+    fake(programs, "docker", "exit 1")
+    fake(programs, "apt-get", "")
+    fake(programs, "apt-cache", "echo '  Candidate: (none)'")
+    plugin = fake(tmp_path / "machine/usr/libexec/docker/cli-plugins", "docker-compose", "")
+    plugin.chmod(0o644)
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 1
+    assert "have no Compose 2" in done.stderr
     assert calls(programs, "docker") == ["compose version"]
 
 
@@ -242,13 +325,20 @@ def test_a_failed_pull_is_tried_again_and_leaves_no_setting(docker: Path, tmp_pa
     assert not (tmp_path / "docker/daemon.json").exists()
 
 
-def test_a_base_with_docker_settings_of_its_own_is_not_overwritten(docker: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pulls", [True, False])
+def test_settings_for_docker_that_were_there_come_back(docker: Path, tmp_path: Path, pulls: bool) -> None:
     config = tmp_path / "docker/daemon.json"
     config.parent.mkdir()
-    config.write_text("{}")
+    config.write_text('{"bridge": "none"}\n')
+    config.chmod(0o640)
+    program = f'case $1 in pull) cat "{config}" >&2; exit {int(not pulls)} ;; image) echo sha256:1 ;; esac'
+    fake(docker, "docker", program)
     done = _container(docker, tmp_path, INSECURE_REGISTRY="10.0.2.2:5000")
-    assert done.returncode == 1
-    assert config.read_text() == "{}"
+    assert done.returncode == int(not pulls)
+    assert '{"insecure-registries": ["10.0.2.2:5000"]}' in done.stderr
+    assert config.read_text() == '{"bridge": "none"}\n'
+    assert config.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in config.parent.iterdir()] == ["daemon.json"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -19,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from ami_builder import host, proc
+from ami_builder import proc
 from ami_builder.adapters import qemu
 from ami_builder.adapters.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
-from ami_builder.errors import BuildFailed, MissingTool, UsageError
+from ami_builder.errors import BuildFailed, MissingTool, TimedOut, UsageError
 from ami_builder.model import Network
 
 MIB = 1 << 20
@@ -42,11 +41,10 @@ text = " ".join(argv)
 {first}
 with open(re.search(r"path=(.*?) -serial", text)[1].replace(",,", ","), "ab") as console:
     console.write({console!r})
-forwards = re.findall(r"hostfwd=tcp:127.0.0.1:0-:(\d+)", text)
-usernet = "".join(
-    f"  TCP[HOST_FORWARD]  12       127.0.0.1 {{40000 + int(p)}}       10.0.2.15 {{p}}     0     0\r\n"
-    for p in forwards
-)
+usernet = ""
+for here_, there in re.findall(r"hostfwd=tcp:127.0.0.1:(\d+)-:(\d+)", text):
+    port = int(here_) or 40000 + int(there)
+    usernet += f"  TCP[HOST_FORWARD]  12       127.0.0.1 {{port}}       10.0.2.15 {{there}}     0     0\r\n"
 monitor = socket.socket(fileno=int(re.search(r"socket,id=monitor,fd=(\d+)", text)[1]))
 def say(it):
     monitor.sendall(json.dumps(it).encode() + b"\n")
@@ -259,6 +257,11 @@ def test_an_instance_of_ec2(fake: Fake, build: Callable[..., Machine]) -> None:
     assert system[1] == system[2]
     assert re.fullmatch(r"ec2[0-9a-f]{5}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", system[1])
     assert "if=none,id=seed" not in text
+    assert re.findall(r"hostfwd=tcp:127.0.0.1:(\d+)-:(\d+)", text) == [
+        ("0", "22"),
+        ("0", "8786"),
+        ("0", "8787"),
+    ], "QEMU chooses free ports itself"
 
 
 def test_a_machine_with_a_seed_is_no_instance(
@@ -711,9 +714,137 @@ def test_power_button_and_reset(fake: Fake, build: Callable[..., Machine]) -> No
     assert [each for each in asked if each.startswith("system_")] == ["system_reset", "system_powerdown"]
 
 
-def test_what_a_busy_host_takes_from_a_machine_is_measured() -> None:
-    before = host.waited(os.getpid())
-    assert threading.get_native_id() in before
-    after = {thread: seconds + 1 for thread, seconds in before.items()} | {-1: 3.0}
-    assert host.starved(before, after) == 3.0
-    assert host.starved(before, {}) == 0.0
+# Reboots
+
+# The guest goes down at the first look at it once the file is there, and QEMU ends with the status in it.
+GOES_DOWN = (
+    "down = here + '/down';"
+    " went = command == 'query-status' and os.path.exists(down) and int(open(down).read());"
+    " went is False or os.remove(down) or (os.abort() if went < 0 else sys.exit(went))"
+)
+TOLD = (
+    "command in ('set-action', 'system_reset') and print(json.dumps(asked), file=open(here + '/told', 'a'));"
+)
+
+
+def goes_down(folder: Path, status: int = 0) -> None:
+    (folder / "down").write_text(str(status))
+
+
+def test_a_reboot_under_emulation_is_a_new_qemu_on_the_same_disk_and_ports(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    folder = fake(each=f"{TOLD} {GOES_DOWN}", console=b"booted\r\n")
+    it = build()
+    with it as endpoint:
+        ports, first = dict(endpoint.ports), arguments(folder)
+        it.expect_reboot()
+        it.check_alive()
+        assert len(pids(folder)) == 1, "it goes on until the guest has gone down"
+        goes_down(folder)
+        it.start_again(30)
+        old, new = pids(folder)
+        assert gone(old)
+        assert not gone(new)
+        assert it.pid == new
+        again = arguments(folder)
+        for inside, outside in ports.items():
+            assert f"hostfwd=tcp:127.0.0.1:0-:{inside}" in first
+            assert f"hostfwd=tcp:127.0.0.1:{outside}-:{inside}" in again
+            again = again.replace(f"127.0.0.1:{outside}-", "127.0.0.1:0-")
+        monitor = re.compile(r"id=monitor,fd=\d+")
+        assert monitor.sub("", again) == monitor.sub("", first), "nothing else is different"
+        assert (endpoint.ports, endpoint.port) == (ports, ports[22])
+        assert (tmp_path / "vm/overlay.qcow2").exists()
+        it.check_alive()
+    assert all(gone(pid) for pid in pids(folder))
+    assert sorted(p.name for p in (tmp_path / "vm").iterdir()) == ["console.log", "qemu.log"]
+    assert endpoint.console_log.read_bytes() == b"booted\r\n" * 2
+    (told,) = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
+    assert (told["execute"], told["arguments"]) == ("set-action", {"reboot": "shutdown"})
+
+
+def test_a_second_reboot_is_as_the_first(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake(each=f"{TOLD} {GOES_DOWN}")
+    it = build()
+    with it:
+        for _ in range(2):
+            it.expect_reboot()
+            goes_down(folder)
+            it.start_again(30)
+        assert [gone(pid) for pid in pids(folder)] == [True, True, False]
+    assert len((folder / "told").read_text().splitlines()) == 2, "a new QEMU has to be told again"
+
+
+def test_under_kvm_the_same_qemu_goes_on(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake(each=f"{TOLD} {GOES_DOWN}")
+    it = build(accelerator=Accelerator.KVM)
+    with it:
+        it.expect_reboot()
+        it.start_again(0.1)
+        it.check_alive()
+        [pid] = pids(folder)
+        assert it.pid == pid
+        assert not gone(pid)
+    assert not (folder / "told").exists()
+
+
+def test_a_guest_that_does_not_go_down_in_time(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    folder = fake(each=GOES_DOWN)
+    it = build()
+    with it:
+        it.expect_reboot()
+        with pytest.raises(TimedOut, match="the guest to go down") as caught:
+            it.start_again(0.5)
+        assert caught.value.log == tmp_path / "vm/console.log"
+        [pid] = pids(folder)
+        assert not gone(pid)
+    assert gone(pid)
+
+
+@pytest.mark.parametrize(("status", "message"), [(3, "exit status 3"), (-6, "was ended by SIGABRT")])
+def test_qemu_that_crashes_while_the_guest_goes_down_is_not_started_again(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path, status: int, message: str
+) -> None:
+    folder = fake(each=GOES_DOWN)
+    it = build()
+    with it:
+        it.expect_reboot()
+        goes_down(folder, status)
+        with pytest.raises(MachineDied, match=message):
+            it.start_again(30)
+    assert len(pids(folder)) == 1
+    assert not (tmp_path / "vm/overlay.qcow2").exists()
+
+
+def test_a_guest_that_panics_on_its_way_down_is_not_waited_for(
+    fake: Fake, build: Callable[..., Machine]
+) -> None:
+    fake(each=GOES_DOWN)
+    it = build()
+    with it as endpoint:
+        it.expect_reboot()
+        with endpoint.console_log.open("ab") as console:
+            console.write(b"Kernel panic - not syncing: Fatal exception in interrupt\r\n")
+        with pytest.raises(GuestStuck, match="Fatal exception") as caught:
+            it.start_again(30)
+        assert caught.value.boot_again
+
+
+def test_qemu_that_cannot_start_again_is_told(
+    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+) -> None:
+    """Another program may have taken one of the ports meanwhile."""
+    second = "if len(open(here + '/pids').read().split()) > 1: sys.exit('Could not set up host forwarding')"
+    folder = fake(first=second, each=GOES_DOWN)
+    it = build()
+    with it:
+        it.expect_reboot()
+        goes_down(folder)
+        with pytest.raises(MachineDied, match="exit status 1") as caught:
+            it.start_again(30)
+        assert caught.value.tail[-1] == "Could not set up host forwarding"
+    assert all(gone(pid) for pid in pids(folder))
+    assert not (tmp_path / "vm/overlay.qcow2").exists()

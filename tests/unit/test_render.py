@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from ami_builder import render, resources
 from ami_builder.errors import UsageError
-from ami_builder.model import Reserve, Role
+from ami_builder.model import ContainerNetwork, Reserve, Role
 from tests.unit.guest import image
 
 CONTRACT = {
@@ -20,6 +21,7 @@ CONTRACT = {
     "/etc/systemd/system/dask-health.service": 0o644,
     "/etc/systemd/system/dask-health.timer": 0o644,
     "/etc/dask/compose.yaml": 0o644,
+    "/etc/docker/daemon.json": 0o644,
     "/etc/dask/dask.env": 0o644,
     "/etc/profile.d/dask-memory.sh": 0o644,
 }
@@ -37,7 +39,9 @@ def test_the_guest_is_the_contract() -> None:
 
 
 def test_every_file_ends_in_one_newline_and_nothing_is_left_of_the_templates() -> None:
-    for path, file in render.guest(image(workers=3, after=("agent.service",))).items():
+    bridge = render.guest(image(network=ContainerNetwork.BRIDGE))
+    files = render.guest(image(workers=3, after=("agent.service",)))
+    for path, file in [*files.items(), *bridge.items()]:
         text = file.content.decode()
         assert text.endswith("\n"), path
         assert not text.endswith("\n\n"), path
@@ -71,6 +75,33 @@ def test_the_service_starts_over_and_does_not_loop_for_ever() -> None:
     grace = compose["x-dask"]["stop_grace_period"]
     stop = next(line.partition("=")[2] for line in unit if line.startswith("TimeoutStopSec="))
     assert int(stop) > int(grace.removesuffix("s"))
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [
+        (
+            ContainerNetwork.HOST,
+            {"bridge": "none", "iptables": False, "ip6tables": False, "ip-forward": False},
+        ),
+        (ContainerNetwork.BRIDGE, {}),
+    ],
+)
+def test_docker_prepares_a_network_only_where_one_is_asked_for(
+    network: ContainerNetwork, settings: dict[str, object]
+) -> None:
+    of = image(network=network)
+    text = _text(render.guest(of), "/etc/docker/daemon.json")
+    assert text.startswith("{")
+    assert text.endswith("}\n")
+    assert json.loads(text) == settings
+    assert ("check_network" in _text(render.guest(of), "/usr/local/sbin/start-dask")) is bool(settings)
+    # Our own services are there in either.
+    services = yaml.safe_load(_text(render.guest(of), "/etc/dask/compose.yaml"))["services"]
+    assert {service["network_mode"] for service in services.values()} == {"host"}
+    own = yaml.safe_load(render.user_data(of, nonce="x"))["write_files"]
+    (compose,) = (file["content"] for file in own if file["path"] == "/etc/dask/compose.yaml")
+    assert {service["network_mode"] for service in yaml.safe_load(compose)["services"].values()} == {"host"}
 
 
 def test_no_value_of_the_builder_is_baked_in() -> None:

@@ -37,6 +37,8 @@ from ami_builder.pipeline.report import keep_night, write_page
 from ami_builder.report import Number, Tone
 from ami_builder.workspace import Workspace, dump, load
 
+from .test_checks import identity
+
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
 VALUE = int(MACHINE["memory.env"].split("=")[1])
@@ -117,8 +119,7 @@ def build(
     (directory / "logs" / "packer.log").write_text("log")
     (directory / "packages.txt").write_text(packages)
     (evidence / "machine-boot.json").write_text(json.dumps(MACHINE))
-    answer = json.dumps({"workers": [worker(VALUE)]})
-    (evidence / "dask-boot.json").write_text(json.dumps({"stdout": answer, "stderr": "", "status": 0}))
+    (evidence / "client-boot.json").write_text(json.dumps({"stdout": "", "stderr": "", "status": 0}))
     measured = Measurement(
         machine="2 GiB",
         phase="boot",
@@ -165,16 +166,10 @@ def verdict_of(run: records.RecordedRun) -> Verdict:
     return run.record.verdict
 
 
-def worker(limit: int) -> dict[str, object]:
-    return {
-        "address": "tcp://127.0.0.1:1",
-        "memory_limit": limit,
-        "target": 0.6,
-        "spill": 0.7,
-        "pause": 0.8,
-        "directory": "/spill",
-        "nanny": {"terminate": 0.95},
-    }
+def with_workers(run: records.RecordedRun, *limits: int) -> None:
+    """Have the scheduler list workers with these limits."""
+    file = run.directory / "machines/2GiB/machine-boot.json"
+    file.write_text(json.dumps(MACHINE | {"identity": identity(limits)}))
 
 
 def night(run: records.RecordedRun, ending: Ending = Ending.PROMOTED, **more: object) -> Night:
@@ -234,8 +229,7 @@ def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: 
 
 def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
     run = build(workspace, 0)
-    answer = json.dumps({"workers": [worker(VALUE // 5)] * 5})
-    (run.directory / "machines/2GiB/dask-boot.json").write_text(json.dumps({"stdout": answer}))
+    with_workers(run, *[VALUE // 5] * 5)
     (start,) = shown.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1].name == "memory_limit of 5 workers"
     assert all(one.equal for one in start.further)
@@ -244,14 +238,33 @@ def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
 def test_a_headroom_is_part_of_the_chain(workspace: Workspace) -> None:
     run = build(workspace, 0)
     folder = run.directory / "machines/2GiB"
-    answer = json.dumps({"workers": [worker(VALUE - 4096)]})
-    (folder / "dask-boot.json").write_text(json.dumps({"stdout": answer}))
+    with_workers(run, VALUE - 4096)
     (start,) = shown.starts(verdict_of(run), run.directory / "machines")
     assert not start.further[-1].equal
     (folder / "checks-boot").mkdir()
     (folder / "checks-boot/context.json").write_text(json.dumps({"headroom": 4096}))
     (start,) = shown.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1] == Number(name="memory_limit + nanny_headroom", value=VALUE, equal=True)
+
+
+def test_a_worker_without_a_limit_breaks_the_chain(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    with_workers(run, 0)
+    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    assert start.further[-1] == Number(name="memory_limit", value=0, equal=False)
+
+
+@pytest.mark.parametrize("answer", ["", "HTTP/1.1 404 Not Found\r\n\r\n404", None])
+def test_a_scheduler_that_listed_nobody_has_no_number(workspace: Workspace, answer: str | None) -> None:
+    """A record of an older version has no list at all."""
+    run = build(workspace, 0)
+    machine = {name: text for name, text in MACHINE.items() if name != "identity"}
+    machine |= {} if answer is None else {"identity": answer}
+    (run.directory / "machines/2GiB/machine-boot.json").write_text(json.dumps(machine))
+    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    assert [one.value for one in start.further] == [VALUE, VALUE, None]
+    assert not start.further[-1].equal
+    assert page_of(run, workspace).text.count("not recorded") == 1
 
 
 def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
@@ -502,7 +515,7 @@ def test_links_lead_to_the_files(workspace: Workspace, tmp_path: Path, output: s
     found = {(path.parent / unquote(href)).resolve() for href in hrefs}
     assert all(file.is_file() for file in found)
     assert {file.name for file in found} == {
-        "a b#c?.log", "packer.log", "packages.txt", "record.json", "machine-boot.json", "dask-boot.json"
+        "a b#c?.log", "packer.log", "packages.txt", "record.json", "machine-boot.json", "client-boot.json"
     }  # fmt: skip
 
 

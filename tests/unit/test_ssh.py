@@ -13,9 +13,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ami_builder import proc
 from ami_builder.adapters import ssh
 from ami_builder.adapters.ssh import Session, Unreachable
 from ami_builder.errors import BuildFailed, TimedOut
@@ -313,6 +315,60 @@ def test_a_refusal_that_persists_is_told(make: Make, server: Server, monkeypatch
     assert not masters(session)
 
 
+class Refusing:
+    """A machine that greets after some seconds and refuses the key from then on, and a clock for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, session: Session, greets: float) -> None:
+        self.now, self.greets = 1000.0, 1000.0 + greets
+        self.says = [(0.0, "Permission denied (publickey).")]
+        """What ssh says, each from so many seconds on."""
+        monkeypatch.setattr(ssh, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(proc, "wait_until", self.wait_until)
+        monkeypatch.setattr(session, "_greets", lambda: self.now >= self.greets)
+        monkeypatch.setattr(session, "_connect", self.connect)
+        self.session = session
+
+    def wait_until(self, look: Callable[[], bool], *, timeout: float, **_: object) -> None:
+        end = self.now + timeout
+        while not look():
+            self.now += 1
+            if self.now > end:
+                raise TimedOut("a login by ssh")
+
+    def connect(self) -> str | None:
+        return [said for since, said in self.says if self.now >= 1000.0 + since][-1] or None
+
+    def refused_after(self, timeout: float = 3600) -> float:
+        """Return for how many seconds refusals were put up with."""
+        with pytest.raises(BuildFailed, match="refuses the key"):
+            self.session.wait(timeout)
+        return self.now - self.greets
+
+
+@pytest.mark.parametrize(("greets", "seconds"), [(0, 120), (10, 120), (60, 120), (100, 200), (300, 600)])
+def test_a_slow_machine_may_refuse_for_longer(
+    make: Make, monkeypatch: pytest.MonkeyPatch, greets: float, seconds: float
+) -> None:
+    """cloud-init makes the user while the machine boots: it takes as much longer as the boot does."""
+    refusing = Refusing(monkeypatch, make(), greets)
+    assert seconds < refusing.refused_after() <= seconds + ssh._REFUSED_PAUSE + 1
+
+
+def test_the_first_refusal_is_the_measure(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that begins late, after another error, is not put up with for longer."""
+    refusing = Refusing(monkeypatch, make(), 10)
+    denied = "Permission denied (publickey)."
+    refusing.says = [(0, denied), (60, "Connection reset"), (1000, denied)]
+    assert 1000 + 120 < refusing.refused_after() + 10 <= 1000 + 120 + ssh._REFUSED_PAUSE + 1
+
+
+def test_a_key_that_is_taken_late_is_taken(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = Refusing(monkeypatch, make(), 200)
+    refusing.says.append((590.0, ""))
+    refusing.session.wait(3600)
+    assert 1590 <= refusing.now < 1600
+
+
 def test_waiting_ends_when_the_machine_dies(make: Make) -> None:
     def dead() -> None:
         raise BuildFailed("QEMU failed")
@@ -397,9 +453,54 @@ def test_reboot_waits_for_another_boot(make: Make, monkeypatch: pytest.MonkeyPat
 
     def alive() -> None: ...
 
-    session.reboot(60, alive)
+    left: list[float] = []
+    session.reboot(60, alive, left.append)
     assert rebooting.commands.count("systemctl reboot") == 1
     assert waits == [alive, alive]
+    assert left == [pytest.approx(60, abs=10)]
+
+
+def test_it_is_told_once_that_the_machine_goes_down_and_how_long_it_may_still_take(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anybody waits for a login, and when our connection has ended."""
+    session, clock, seconds = make(), [1000.0], 100.0
+    monkeypatch.setattr(ssh, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(session, "run", Rebooting())
+    events: list[str] = []
+
+    def ends(look: Callable[[], bool], *, what: str, timeout: float, **_: object) -> None:
+        clock[0] += 45
+        if what == "going down":
+            assert timeout == min(60, seconds)
+            events.append(what)
+            raise TimedOut("it goes on")
+        while not look():
+            clock[0] += 1
+
+    monkeypatch.setattr(proc, "wait_until", ends)
+    monkeypatch.setattr(session, "drop", lambda: events.append("drop"))
+    monkeypatch.setattr(session, "wait", lambda timeout, alive: events.append(f"wait {timeout:.0f}"))
+    session.reboot(seconds, went_down=lambda left: events.append(f"went down, {left:.0f} left"))
+    assert events[:4] == ["going down", "drop", "went down, 55 left", "wait 10"]
+    assert sum("went down" in event for event in events) == 1
+    clock[0], events[:] = 1000.0, []
+    monkeypatch.setattr(session, "run", Rebooting())
+    seconds = 20
+    session.reboot(seconds, went_down=lambda left: events.append(f"went down, {left:.0f} left"))
+    assert "went down, 1 left" in events, "never less"
+
+
+def test_reboot_ends_when_the_machine_does_not_go_down(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make()
+    monkeypatch.setattr(session, "run", Rebooting())
+    monkeypatch.setattr(session, "wait", lambda timeout, alive: pytest.fail("nobody is to log in"))
+
+    def late(seconds: float) -> None:
+        raise TimedOut("the guest to go down took longer than 60 s")
+
+    with pytest.raises(TimedOut, match="to go down"):
+        session.reboot(60, went_down=late)
 
 
 def test_reboot_gives_up_when_the_machine_dies(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

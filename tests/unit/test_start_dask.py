@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ami_builder import render
-from ami_builder.model import Image, Reserve
+from ami_builder.model import ContainerNetwork, Image, Reserve
 from tests.unit.fakes import calls, fake
 from tests.unit.guest import image
 
@@ -38,6 +38,8 @@ GOOD = {
     "24-tib": 25101204480,
 }
 BAD = sorted(path.name for path in MEMINFO.iterdir() if path.name.startswith(("bad-", "no-")))
+
+HOST, FROM_ENV = "network_mode: host", "command: '${DASK_SCHEDULER_ADDRESS}'"
 
 # Answers as Docker does, and writes down the environment that Compose gets.
 DOCKER = """
@@ -77,7 +79,7 @@ class Machine:
         for folder in ("proc", "etc/dask"):
             (root / folder).mkdir(parents=True)
         fake(self.programs, "docker", DOCKER)
-        self.write("etc/dask/compose.yaml", "services: {w: {command: '${DASK_SCHEDULER_ADDRESS}'}}\n")
+        self.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}, {FROM_ENV}}}}}\n")
         self.write("etc/dask/dask.env", "DASK_ROLE=local\nDASK_SCHEDULER_ADDRESS=\n")
         self.meminfo("2-gib")
 
@@ -315,6 +317,56 @@ def test_a_control_planes_compose_file_may_name_the_scheduler(machine: Machine) 
 
 
 @pytest.mark.parametrize(
+    "compose",
+    [
+        "services:\n  w:\n    network_mode: host\n",
+        'services:\n  w:\n    network_mode: "host"\n',
+        "services:\n  w:\n    network_mode:   'host'  # as Dask wants it\n",
+        "services: {w: {image: a, network_mode: host}}\n",
+        '{"services": {"w": {"network_mode": "host"}}}\n',
+        '{"services":{"w":{"network_mode":"host"}}}\n',
+        '{"services": {"w": {"network_mode" : "host"}}}\n',
+        "services:\n  w:\n    network_mode: host\n  agent:\n    image: a\n",
+    ],
+    ids=["plain", "double", "single", "flow", "json", "dense json", "spaced json", "one of two"],
+)
+def test_a_compose_file_on_the_machines_network_is_no_news(machine: Machine, compose: str) -> None:
+    machine.write("etc/dask/compose.yaml", compose)
+    started = machine.start()
+    assert started.status == 0
+    assert "<3>" not in started.output
+
+
+@pytest.mark.parametrize(
+    "compose",
+    [
+        "services:\n  w:\n    image: a\n",
+        "services:\n  w:\n    network_mode: bridge\n",
+        'services:\n  w:\n    network_mode: "none"\n',
+        "services:\n  w:\n    network_mode: hostile\n",
+        "services:\n  w:\n    # network_mode: host\n    image: a\n",
+        "services:\n  w:\n    networks: [host]\n",
+        '{"services": {"w": {"network_mode": "service:host"}}}\n',
+        "",
+    ],
+    ids=["nothing", "bridge", "none", "hostile", "comment", "networks", "json", "empty"],
+)
+def test_a_compose_file_on_another_network_is_loud_and_starts_all_the_same(
+    machine: Machine, compose: str
+) -> None:
+    machine.write("etc/dask/compose.yaml", compose)
+    started = machine.start()
+    assert started.status == 0
+    assert started.exported == "1814532096"
+    (line,) = [line for line in started.output.splitlines() if line.startswith("<3>")]
+    said = r"no service of \S+/etc/dask/compose.yaml has network_mode: host, .*\(container.network\)"
+    assert re.fullmatch(f"<3>start-dask: {said}", line)
+    other = machine.start(image(network=ContainerNetwork.BRIDGE))
+    assert other.status == 0
+    assert "<3>" not in other.output, "an image with a bridge has a network for it"
+
+
+@pytest.mark.parametrize(
     ("settings_text", "said"),
     [
         ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is none of local, worker, scheduler"),
@@ -417,8 +469,9 @@ def test_a_larger_page_is_honoured(machine: Machine) -> None:
         image(),
         image(workers=3, headroom=16 << 20),
         image(threads=2, reserve=Reserve(bytes=1 << 28, percent=2.5)),
+        image(network=ContainerNetwork.BRIDGE),
     ],
-    ids=["default", "workers", "reserve"],
+    ids=["default", "workers", "reserve", "bridge"],
 )
 def test_the_rendered_scripts_pass_shellcheck(tmp_path: Path, of: Image) -> None:
     shellcheck = shutil.which("shellcheck")

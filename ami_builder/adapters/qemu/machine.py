@@ -213,18 +213,24 @@ class Machine:
         """Start QEMU again, on the same disk and ports, once the guest has gone down to reboot.
 
         Does nothing under KVM, whose guest starts again in the same process. Raises BuildFailed when QEMU
-        can't start or fails, TimedOut when the guest has not gone down after `timeout` seconds.
+        can't start or fails, or the guest can't go on, and TimedOut when it has not gone down after `timeout`
+        seconds.
         """
         if self._accelerator is not Accelerator.TCG:
             return
         process = self._process
         assert process is not None, "the machine runs only inside its context"
-        proc.wait_until(
-            lambda: process.poll() is not None,
-            what="the guest to go down",
-            timeout=timeout,
-            log=self.console_log,
-        )
+
+        def down() -> bool:
+            try:
+                self.check_alive()
+            except MachineDied:
+                # QEMU that has ended is what is waited for.
+                if process.poll() is None:
+                    raise
+            return process.poll() is not None
+
+        proc.wait_until(down, what="the guest to go down", timeout=timeout, log=self.console_log)
         if process.returncode != 0:
             raise self._ended()
         self._running.close()
