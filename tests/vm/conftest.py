@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,6 @@ GIB = 1 << 30
 DASK_SECONDS = 600.0
 WHOLE = "AMI_BUILDER_TEST_WHOLE"
 """With this in the environment, tests run that CI leaves out for want of time."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs minutes."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.vm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +80,13 @@ def workspace() -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def built() -> Mapping[str, Any]:
-    """The image of the committed configuration, baked and verified by `ami-builder build`."""
-    answer = ami_builder("build", "--json")
+def built(pytestconfig: pytest.Config) -> Mapping[str, Any]:
+    """The image of the committed configuration, baked and verified by `ami-builder build`.
+
+    Where a tier is asked for, this is the journey: it is made though nothing that goes into it has changed.
+    """
+    again = ("--force",) if pytestconfig.getoption("tier") else ()
+    answer = ami_builder("build", *again, "--json")
     assert answer.status == 0, answer.stderr
     found: Mapping[str, Any] = answer.json
     return found
@@ -149,37 +146,54 @@ def red(results: Mapping[str, CheckResult]) -> dict[str, str]:
     return {name: r.message for name, r in results.items() if r.outcome is Outcome.FAILED}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """What a VM is told about itself, and the key that logs in to it."""
+
+    metadata: imds.InstanceMetadata
+    key: Path
+
+    @classmethod
+    def new(cls, image: Image, directory: Path) -> Instance:
+        """Return one that was not used before."""
+        key = ssh.generate_key(directory)
+        metadata = imds.InstanceMetadata(
+            instance_id=imds.new_instance_id(),
+            user_data=render.user_data(image, nonce=NONCE).encode(),
+            public_key=key.with_suffix(".pub").read_text().strip(),
+        )
+        return cls(metadata=metadata, key=key)
+
+
 @contextmanager
-def booted(
+def running(
     image: Image,
+    instance: Instance,
     disk: Path,
     directory: Path,
     *,
+    accelerator: qemu.Accelerator,
     memory: int = 2 * GIB,
     network: Network = Network.ISOLATED,
+    **more: Any,
 ) -> Iterator[Booted]:
-    """Boot a disk as verification does, and wait for ssh."""
+    """Start a VM and wait for ssh; `more` are other settings of qemu.Machine."""
     with ExitStack() as stack:
-        key = ssh.generate_key(directory)
-        public_key = key.with_suffix(".pub").read_text().strip()
-        instance_id = imds.new_instance_id()
-        user_data = render.user_data(image, nonce=NONCE).encode()
-        metadata = imds.InstanceMetadata(instance_id=instance_id, user_data=user_data, public_key=public_key)
-        server = stack.enter_context(imds.MetadataServer(metadata))
+        server = stack.enter_context(imds.MetadataServer(instance.metadata))
         machine = qemu.Machine(
             disk=disk,
             directory=directory / "machine",
             memory=memory,
             cpus=2,
-            disk_size=image.verify.disk_size,
-            accelerator=accelerator(disk, directory),
+            accelerator=accelerator,
             user=image.base.ssh_user,
             imds_port=server.port,
             network=network,
-            instance_id=instance_id,
+            instance_id=instance.metadata.instance_id,
+            **more,
         )
         endpoint = stack.enter_context(machine)
-        session = stack.enter_context(ssh.Session(endpoint, key=key, directory=directory / "ssh"))
+        session = stack.enter_context(ssh.Session(endpoint, key=instance.key, directory=directory / "ssh"))
         session.wait(600, machine.check_alive)
         context = checks.Context(
             nonce=NONCE,
@@ -192,10 +206,19 @@ def booted(
             role=Role.LOCAL,
             workers=image.dask.workers,
             user=image.base.ssh_user,
-            public_key=public_key,
+            public_key=instance.metadata.public_key or "",
             timeout=DASK_SECONDS,
         )
         yield Booted(machine=machine, session=session, context=context, directory=directory)
+
+
+@contextmanager
+def booted(image: Image, disk: Path, directory: Path, **more: Any) -> Iterator[Booted]:
+    """Boot a new instance of a disk as verification does, and wait for ssh."""
+    instance = Instance.new(image, directory)
+    more |= {"accelerator": accelerator(disk, directory), "disk_size": image.verify.disk_size}
+    with running(image, instance, disk, directory, **more) as machine:
+        yield machine
 
 
 def accelerator(disk: Path, directory: Path) -> qemu.Accelerator:
@@ -204,33 +227,67 @@ def accelerator(disk: Path, directory: Path) -> qemu.Accelerator:
     return qemu.choose_accelerator(disk, cache=cache, directory=directory)[0]
 
 
-@pytest.fixture(scope="module")
-def machine(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A VM that has come up once and was saved with its memory, for all tests that break one."""
+
+    instance: Instance
+    accelerator: qemu.Accelerator
+    disk: Path
+    """An overlay of the built image, of a few megabytes."""
+    memory: Path
+
+
+def savable(
+    image: Image, it: Saved, disk: Path, directory: Path, **more: Any
+) -> AbstractContextManager[Booted]:
+    """Start the VM that is to be saved, or one that goes on, on a disk that takes its writes."""
+    more |= {"accelerator": it.accelerator, "bus": qemu.Bus.VIRTIO, "writable": True}
+    return running(image, it.instance, disk, directory, **more)
+
+
+@pytest.fixture(scope="session")
+def saved(
     built: Mapping[str, Any], image: Image, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Booted]:
-    """One booted machine, shared: a test that changes it puts back what it changed.
+) -> Iterator[Saved]:
+    """The built image, booted until Dask had answered; then Dask was stopped.
 
-    It ends with the tests of its file: an idle emulated machine takes half a processor from the next ones.
+    Whoever breaks it starts Dask afterwards, and so has nothing to stop first.
     """
-    disk = Path(built["artifact"]["location"])
-    with ExitStack() as stack:
+    source = Path(built["artifact"]["location"])
 
-        def boot(_: int) -> Booted:
-            return stack.enter_context(booted(image, disk, tmp_path_factory.mktemp("machine")))
+    def boot(_: int) -> Saved:
+        folder = tmp_path_factory.mktemp("saved")
+        found = Saved(
+            instance=Instance.new(image, folder),
+            accelerator=accelerator(source, folder),
+            disk=folder / "disk.qcow2",
+            memory=folder / "memory",
+        )
+        qemu.create_overlay(source, found.disk, image.verify.disk_size)
+        with savable(image, found, found.disk, folder) as machine:
+            machine.root("systemctl is-system-running --wait", check=False)
+            machine.root("until dask-health; do sleep 1; done; systemctl stop dask; sync")
+            # A login would be missing its other end.
+            machine.session.drop()
+            machine.machine.save(found.memory)
+        return found
 
-        yield qemu.boot_again(boot, lambda: True)
+    saved = qemu.boot_again(boot, lambda: True)
+    yield saved
+    saved.memory.unlink()
 
 
 @pytest.fixture
-def restore(machine: Booted) -> Iterator[Callable[[str], None]]:
-    """Take back what a test does to the shared machine: the files that it names are as before afterwards."""
-    saved: list[str] = []
+def machine(saved: Saved, image: Image, tmp_path: Path) -> Iterator[Booted]:
+    """A VM of the test's own, to be broken: Dask is stopped, all else is up, and nothing is put back.
 
-    def keep(path: str) -> None:
-        machine.root(f"cp -a {path} {path}.kept-by-test")
-        saved.append(path)
-
-    yield keep
-    for path in saved:
-        machine.root(f"mv {path}.kept-by-test {path}")
-    machine.root("systemctl daemon-reload")
+    Its clock goes on where the saved one's stopped. Set right, the boot would seem to have been later than
+    what was measured in it.
+    """
+    disk = tmp_path / "disk.qcow2"
+    # QEMU takes the memory for this disk alone, and an overlay of an overlay for a security risk.
+    shutil.copy(saved.disk, disk)
+    with savable(image, saved, disk, tmp_path, saved=saved.memory) as machine:
+        yield machine
+    disk.unlink()
