@@ -20,7 +20,7 @@ NEW_CONNECTION = ("-o", "ControlPath=none", "-o", "ConnectTimeout=600")
 """What makes ssh log in: one more command over a connection that is there needs no sshd, and shows less."""
 EVERY_SECONDS = 3.0
 """From the end of a login to the next; each takes an emulated machine some 0.7 s of a processor."""
-AT_REST = 4
+AT_REST = 3
 """How many logins are timed before the pressure."""
 _PAUSE_AT_REST_SECONDS = 0.5
 _LOGIN_SECONDS = 60.0

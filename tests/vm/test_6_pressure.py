@@ -10,7 +10,7 @@ import pytest
 
 from ami_builder import proc
 from ami_builder.adapters import ssh
-from ami_builder.checks.watch import ANEW, ANSWER
+from ami_builder.checks.watch import ANSWER, NEW_CONNECTION
 from tests.vm.conftest import DASK_SECONDS, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
@@ -65,7 +65,7 @@ grep 'PAUSE: "False"' {COMPOSE_FILE}
 {_SMALLER_NEXT}{_MUTE}""",
         red=frozenset(
             {
-                "work twice the limit finishes by spilling",
+                "work larger than the limit finishes by spilling",
                 "the workers are back",
                 "ssh answers all the time",
             }
@@ -108,7 +108,9 @@ systemctl daemon-reload
 
 def pressed(machine: Booted, broken: Break) -> dict[str, str]:
     """Break the machine, start Dask on it, and return what memory pressure shows to be wrong."""
-    login = _seconds(lambda: proc.output(["ssh", *ANEW, "-F", machine.session.config, ssh.HOST, "true"]))
+    login = _seconds(
+        lambda: proc.output(["ssh", *NEW_CONNECTION, "-F", machine.session.config, ssh.HOST, "true"])
+    )
     # Far longer than a login takes here, which is what the check compares it with.
     script = f"set -e\nmute={15 + 10 * login:.0f}\n{broken.script}\n{_START}"
     start = _seconds(lambda: machine.root(script))
