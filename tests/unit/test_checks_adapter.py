@@ -16,7 +16,7 @@ import pytest
 
 from ami_builder.adapters import checks, qemu
 from ami_builder.checks.state import ANSWERS, Sections, sections
-from ami_builder.checks.watch import Watched
+from ami_builder.checks.watch import AT_REST, Watched
 from ami_builder.errors import UsageError
 from ami_builder.model import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
 from ami_builder.resources import checks_dir
@@ -452,8 +452,8 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     assert all("-o ControlPath=none" in line for line in logins), "a shared connection needs no sshd"
     told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
     watched = Watched.read(told["watched"])
-    assert (len(watched.rest), len(watched.logins)) == (4, 1)
-    assert len(logins) == 5
+    assert (len(watched.rest), len(watched.logins)) == (AT_REST, 1)
+    assert len(logins) == AT_REST + 1
     assert watched.ended
     assert not [login for login in (*watched.rest, *watched.logins) if login.failed]
 
