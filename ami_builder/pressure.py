@@ -110,7 +110,7 @@ LEAST_ALLOWED = 7.0
 TIMES_ALLOWED = 5.0
 """And so many times what it takes at rest: the same work beside a container that uses all its processors."""
 MOST_AT_REST = 20.0
-"""A machine that takes longer at rest says nothing about pressure."""
+"""Where a machine takes longer at rest, a wait over the bound says nothing about pressure."""
 MOST_DENIED = 0.75
 """Where the host keeps the machine from running for more of a wait than this, the wait says nothing."""
 

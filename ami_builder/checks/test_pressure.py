@@ -164,9 +164,9 @@ def test_ssh_answers_all_the_time(pressed: Pressed, note: Callable[[str], None])
     own = [login for login in failed if login not in starved]
     assert not own, f"{len(own)} logins failed: {own[0].failed}"
     compared = pressure.compare(watched.waits_at_rest(), watched.waits())
+    assert compared.answers is not pressure.Answers.LATE, str(compared)
     if starved or compared.answers is pressure.Answers.UNKNOWN:
         pytest.skip(f"{INCONCLUSIVE}{_too_busy(watched, compared)}")
-    assert compared.answers is pressure.Answers.IN_TIME, str(compared)
     note(f"{len(watched.logins)} logins; {compared}")
 
 
