@@ -28,7 +28,7 @@ def dask(*arguments: str, log: Path, **environment: str) -> Iterator[Path]:
         yield log
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def said(log: Path, text: str) -> str:
@@ -38,7 +38,7 @@ def said(log: Path, text: str) -> str:
         found = log.read_text(encoding="utf-8")
         return found if text in found else None
 
-    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=120, interval=0.1)
+    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=300, interval=0.1)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from ami_builder.proc import wait_until
 from ami_builder.workspace import StoredImage, Workspace
 
 from .aws import DIGEST, RUN, make_ami, tags
+from .faulting import BOUND
 from .server import REGION, Cloud
 from .stopping import start
 from .using import image, refused
@@ -195,10 +196,10 @@ def test_killed_on_the_way_and_run_again(
     cloud.options.image_describes = 1 << 30
     environment = {**cloud.environment(), "AMI_BUILDER_CONFIG": os.environ["AMI_BUILDER_CONFIG"]}
     process = start(tmp_path / "home", environment, "copy", ami)
-    wait_until(lambda: cloud.count("CopyImage") == 2, what="both copies", timeout=60, interval=0.02)
+    wait_until(lambda: cloud.count("CopyImage") == 2, what="both copies", timeout=BOUND, interval=0.02)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join(BOUND)
     begun = {region: mine(cloud, region) for region in TWO}
     assert [len(each) for each in begun.values()] == [1, 1]
     for region in TWO:

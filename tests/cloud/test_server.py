@@ -134,8 +134,10 @@ def test_an_image_is_pending_first(cloud: Cloud, ec2: Any) -> None:
     assert image(ec2, failed)["StateReason"]["Message"] == "the disk broke"
     cloud.options.image_describes, cloud.options.image_failure = 0, ""
     cloud.options.image_seconds = 0.2
-    late = ec2.create_image(InstanceId=launch(cloud, ec2), Name="late")["ImageId"]
-    assert image(ec2, late)["State"] == "pending"
+    launched, began = launch(cloud, ec2), time.monotonic()
+    late = ec2.create_image(InstanceId=launched, Name="late")["ImageId"]
+    state = image(ec2, late)["State"]
+    assert state == "pending" or time.monotonic() - began >= 0.2
     time.sleep(0.25)
     assert image(ec2, late)["State"] == "available"
 
@@ -309,26 +311,34 @@ def test_many_at_once(cloud: Cloud) -> None:
     assert len(set(made)) == len(cloud.left()["instance"]) == 4
 
 
-def test_ten_thousand_images_are_searched_in_seconds(cloud: Cloud, ec2: Any) -> None:
+def test_ten_thousand_images_take_a_search_ten_times_as_long_as_a_thousand(cloud: Cloud, ec2: Any) -> None:
+    """Not a hundred times, as moto's own would."""
     from moto.ec2.utils import random_ami_id
 
     from .image import Image
 
     backend = cloud.backend()
     template = backend.amis[cloud.base_ami()]
-    for number in range(10_000):
-        copy: Any = Image.__new__(Image)
-        copy.__dict__ |= vars(template) | {
-            "id": random_ami_id(),
-            "name": f"image-{number}",
-            "owner_id": ACCOUNT,
-        }
-        backend.amis[copy.id] = copy
-        copy.add_tags({"Name": f"image-{number}", "ami-builder:run": f"r{number % 20}"})
-    start = time.monotonic()
-    filters = [{"Name": "tag:ami-builder:run", "Values": ["r1"]}]
-    assert len(ec2.describe_images(Owners=["self"], Filters=filters)["Images"]) == 500
-    assert time.monotonic() - start < 10
+
+    def seconds(images: range) -> float:
+        """Add images, and return what a search takes of the processor, of which a busy host gives less."""
+        for number in images:
+            copy: Any = Image.__new__(Image)
+            copy.__dict__ |= vars(template) | {
+                "id": random_ami_id(),
+                "name": f"image-{number}",
+                "owner_id": ACCOUNT,
+            }
+            backend.amis[copy.id] = copy
+            copy.add_tags({"Name": f"image-{number}", "ami-builder:run": f"r{number % 20}"})
+        start = time.process_time()
+        filters = [{"Name": "tag:ami-builder:run", "Values": ["r1"]}]
+        found = ec2.describe_images(Owners=["self"], Filters=filters)["Images"]
+        assert len(found) == images.stop // 20
+        return time.process_time() - start
+
+    few = seconds(range(1_000))
+    assert seconds(range(1_000, 10_000)) < 30 * few
 
 
 def test_an_unknown_action_is_loud(cloud: Cloud, ec2: Any) -> None:

@@ -39,7 +39,7 @@ from ami_builder.workspace import Run, StoredImage, Workspace
 
 GIB = 1 << 30
 WORLD = "world.json"
-SECONDS = 60.0
+SECONDS = 300.0
 """How long a night may take."""
 
 

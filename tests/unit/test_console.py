@@ -143,7 +143,7 @@ def test_steps_run_side_by_side_in_threads(mode: Mode) -> None:
 
     def work(progress: Progress, number: int) -> None:
         with progress.step(f"machine {number}") as step:
-            started.wait(10)
+            started.wait(60)
             for line in range(50):
                 step.update(f"line {line}")
             with step.step("reboot"):

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -105,12 +106,14 @@ def test_the_verdict_comes_first_and_the_rows_go_to_programs(
 def test_a_worker_that_does_not_answer_is_listed_and_the_others_are_judged(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    began = time.monotonic()
     _, told = examined(capsys, address)
+    took = time.monotonic() - began
     reading = next(e for e in told["workers"] if e["worker"]["name"] == "low")["worker"]["reading"]
     pid = next(int(p.split()[1]) for p in reading["processes"] if p != reading["nanny_process"])
     os.kill(pid, signal.SIGSTOP)
     try:
-        status, told = examined(capsys, address, "--timeout", "6s")
+        status, told = examined(capsys, address, "--timeout", f"{max(6, 4 * took):.0f}s")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert status == 5

@@ -45,7 +45,7 @@ def worker(driver: Driver, folder: Path) -> Iterator[Path]:
         yield log
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def test_a_scheduler_gives_the_tasks_and_sees_what_becomes_of_them(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_a_scheduler_gives_the_tasks_and_sees_what_becomes_of_them(tmp_path: Pat
         Task(key="leak", function="leak", arguments=(0, 600 * MIB, 20 * MIB, 0.01), taken=True),
     )
     with driving(tmp_path / "scheduler.log") as driver, worker(driver, tmp_path) as log:
-        assert driver.expect("limit", timeout=60)["limit"] == 400 * MIB
-        told = {"module": tasks.MODULE, "path": str(tmp_path / f"{tasks.MODULE}.py"), "timeout": 90}
+        assert driver.expect("limit", timeout=300)["limit"] == 400 * MIB
+        told = {"module": tasks.MODULE, "path": str(tmp_path / f"{tasks.MODULE}.py"), "timeout": 600}
         driver.tell({**told, "tasks": [asdict(task) for task in work]})
-        ended: Mapping[str, Any] = driver.expect("ended", timeout=120)["ended"]
+        ended: Mapping[str, Any] = driver.expect("ended", timeout=700)["ended"]
         said = log.read_text()
     assert (ended["done"], ended["failed"], ended["unfinished"]) == (3, 1, 0)
     assert ended["reasons"] == {"KilledWorker": 1}
@@ -85,7 +85,7 @@ def test_logins_are_tried_until_the_work_is_over(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(experiment_run, "_LOGIN_EVERY", 0.01)
     session: Any = SimpleNamespace(config=tmp_path / "ssh_config")
     with experiment_run._logins(session) as seen:
-        proc.wait_until(lambda: len(seen) >= 3, what="three logins", timeout=20, interval=0.01)
+        proc.wait_until(lambda: len(seen) >= 3, what="three logins", timeout=120, interval=0.01)
     assert [login.answered for login in seen[:3]] == [True, False, True]
     assert all(login.ended >= login.began for login in seen)
     assert not any(thread.name == "logins" for thread in threading.enumerate())

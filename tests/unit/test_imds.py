@@ -48,7 +48,7 @@ def server(clock: Clock) -> Iterator[MetadataServer]:
 def ask(
     server: MetadataServer, method: str, path: str, headers: dict[str, str] | None = None
 ) -> tuple[int, bytes, http.client.HTTPMessage]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.request(method, path, headers=headers or {})
         answer = connection.getresponse()
@@ -68,7 +68,7 @@ def get(server: MetadataServer, path: str) -> tuple[int, bytes]:
 
 
 def raw(server: MetadataServer, data: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -314,4 +314,4 @@ def test_it_listens_on_loopback_only_and_stops() -> None:
         port = server.port
         get(server, "/")
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=1)
+        socket.create_connection(("127.0.0.1", port), timeout=60)

@@ -138,7 +138,7 @@ def test_proofs_come_in_the_order_of_their_cells(
 
     def prove(cell: Cell) -> CellProof:
         if cell.instance_type == "a":
-            assert second.wait(10)
+            assert second.wait(60)
         second.set()
         return shown(cell)
 

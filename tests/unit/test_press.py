@@ -31,7 +31,7 @@ WORK = 1.3
 def press_until(path: Path, address: str, seconds: float, work: float = WORK) -> None:
     program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
     argv = [sys.executable, "-c", program, "1", str(work), str(press.uptime() + seconds), str(path)]
-    subprocess.run(argv, check=True, timeout=60)
+    subprocess.run(argv, check=True, timeout=600)
 
 
 def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
         log = tmp_path / "worker.log"
         stack.enter_context(dask("worker", address, *flags, "--no-dashboard", log=log))
         said(log, "Registered to")
-        press_until(path, address, 120)
-        assert wait_until(lambda: reached("leaked"), what="a leak", timeout=120, interval=0.05)
+        press_until(path, address, 600)
+        assert wait_until(lambda: reached("leaked"), what="a leak", timeout=600, interval=0.05)
         assert not Path(f"{path}.json").exists()
         Path(f"{path}.grown").touch()
-        assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=60)
+        assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=600)
     told = json.loads(Path(f"{path}.json").read_text())
     assert told["error"] == ""
     assert told["leaked"] == "KilledWorker"
@@ -81,10 +81,12 @@ def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_end_is_named(tmp_path: Path) -> None:
+    began = press.uptime()
     with scheduler(tmp_path) as address:
-        press_until(tmp_path / "steps", address, 10)
+        # A few times what a program that imports Dask takes to get this far.
+        press_until(tmp_path / "steps", address, max(10.0, 4 * (press.uptime() - began)))
         done = tmp_path / "steps.json"
-        assert wait_until(done.exists, what="the end", timeout=60)
+        assert wait_until(done.exists, what="the end", timeout=600)
     assert re.fullmatch(r"asking had not ended after \d+ s in all", json.loads(done.read_text())["error"])
 
 
@@ -99,9 +101,9 @@ def test_a_worker_that_goes_while_it_spills_ends_that_step(tmp_path: Path) -> No
         off = {f"{memory}{name}": "False" for name in ("TARGET", "SPILL", "PAUSE")}
         stack.enter_context(dask("worker", address, *flags, "--no-dashboard", log=log, **off))
         said(log, "Registered to")
-        press_until(path, address, 120, work=2.0)
+        press_until(path, address, 600, work=2.0)
         Path(f"{path}.grown").touch()
-        assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=120)
+        assert wait_until(Path(f"{path}.json").exists, what="the end", timeout=600)
     told = json.loads(Path(f"{path}.json").read_text())
     assert told["error"] == ""
     assert not {"spilled", "read"} & told["spill"].keys()
@@ -131,7 +133,7 @@ class Machine:
 def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "EVERY_SECONDS", 0.01)
     monkeypatch.setattr(watch, "_PAUSE_AT_REST_SECONDS", 0.01)
-    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 3.0)
     monkeypatch.setattr(watch, "_TIMES_AT_REST", 2.0)
 
 
@@ -143,18 +145,18 @@ def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
         5) end=end ;;
     esac"""
     watching = Machine(tmp_path, script).watch()
-    watching.until_end(30)
+    watching.until_end(300)
     seen = watching.watched
     assert seen.ended
     assert [login.failed for login in seen.logins] == [
         "",
         "Connection reset",
-        "a login took longer than 1 s",
+        "a login took longer than 3 s",
         "",
         "",
     ]
     assert all(a.began + a.seconds <= b.began for a, b in pairwise(seen.logins))
-    assert 1 <= seen.logins[2].seconds < 5
+    assert 3 <= seen.logins[2].seconds < 60
 
 
 def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
@@ -164,18 +166,21 @@ def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
     assert not seen.ended
     assert {login.failed for login in seen.logins} == {"exit status 255"}
     last = seen.logins[-1]
-    assert 0.2 <= last.began + last.seconds - seen.logins[0].began < 5
+    assert 0.2 <= last.began + last.seconds - seen.logins[0].began < 60
     assert len(seen.waits()) == 1, "it never answered, and that is one long wait"
 
 
-def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(tmp_path: Path) -> None:
-    """On a host where each takes 0.8 s, one under pressure is not given up after 1 s."""
-    machine = Machine(tmp_path, "case $n in 2) sleep 0.8 ;; 6) sleep 1.2; end=end ;; esac")
+def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host where one takes 3 s, one under pressure is not given up after 3 s."""
+    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 4.0)
+    machine = Machine(tmp_path, "case $n in 2) sleep 3 ;; 5) sleep 4.5; end=end ;; esac")
     watching = machine.watch()
     watching.at_rest()
-    assert len(watching.watched.rest) == watch.AT_REST == 4
-    watching.until_end(30)
-    assert [login.failed for login in watching.watched.rest + watching.watched.logins] == [""] * 6
+    assert len(watching.watched.rest) == watch.AT_REST == 3
+    watching.until_end(300)
+    assert [login.failed for login in watching.watched.rest + watching.watched.logins] == [""] * 5
     assert watching.watched.ended
 
 
@@ -190,14 +195,14 @@ def test_what_goes_on_is_passed_on(tmp_path: Path) -> None:
     machine = Machine(
         tmp_path, "case $n in 1) ;; 4) end=end; line=done ;; *) line='spilling 1.1 of 2.0 GiB' ;; esac"
     )
-    machine.watch().until_end(30)
+    machine.watch().until_end(300)
     assert machine.progress == ["spilling 1.1 of 2.0 GiB", "spilling 1.1 of 2.0 GiB", "done"]
 
 
 @pytest.mark.parametrize("answer", ["", "what is this", "1", "0 x"])
 def test_an_answer_that_cannot_be_read_is_none(tmp_path: Path, answer: str) -> None:
     watching = Machine(tmp_path, f"case $n in 2) echo {answer}; exit ;; 3) end=end ;; esac").watch()
-    watching.until_end(30)
+    watching.until_end(300)
     first, odd, last = watching.watched.logins
     assert (first.failed, last.failed) == ("", "")
     assert odd.failed.startswith("the answer can't be read: ")
@@ -226,7 +231,7 @@ def test_what_the_host_denied_the_vm_is_part_of_each_login(
 
     monkeypatch.setattr(host, "load", load)
     watching = Machine(tmp_path, "sleep 0.1; [ $n = 1 ] || end=end").watch(emulator=4711)
-    watching.until_end(30)
+    watching.until_end(300)
     first, last = watching.watched.logins
     assert first.denied == pytest.approx(0.03)
     assert last.denied == last.seconds
@@ -243,7 +248,7 @@ def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
     script = "sleep 0.2; case $n in 1) echo 100 1000 ;; 2) echo 150 1100 ;; *) echo 150 1100 end ;; esac"
     fake(tmp_path, "ssh", f"{COUNT}\n{script}")
     watching = machine.watch()
-    watching.until_end(30)
+    watching.until_end(300)
     first, second, third = watching.watched.logins
     assert first.denied == 0, "nobody knows since when"
     assert second.denied == pytest.approx(0.5 * second.seconds)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +72,16 @@ def test_stream_can_keep_stderr_apart(tmp_path: Path) -> None:
 
 def test_stream_stops_what_takes_too_long_with_its_children(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    with pytest.raises(TimedOut, match="slow took longer than 1 s"):
+    with pytest.raises(TimedOut, match="slow took longer than 3 s"):
         proc.stream(
             ["sh", "-c", f"sleep 100 & echo $! >{pid_file}; wait"],
             log=tmp_path / "x.log",
             what="slow",
-            timeout=1,
+            timeout=3,
         )
     child = int(pid_file.read_text())
     # It was told to end; on a busy machine that takes a moment.
-    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=5, interval=0.05)
+    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
 
 
 def test_nothing_outlives_the_block(tmp_path: Path) -> None:
@@ -112,10 +111,10 @@ def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
         child = int(parent.stdout.readline())
     # Between its fork and its first system calls nobody has asked the kernel yet.
     asked = Path(f"/proc/{child}/comm")
-    proc.wait_until(lambda: asked.read_text() == "sleep\n", what="the child", timeout=10, interval=0.01)
+    proc.wait_until(lambda: asked.read_text() == "sleep\n", what="the child", timeout=60, interval=0.01)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=5, interval=0.05)
+    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
 
 
 def test_wait_until_is_bounded() -> None:
@@ -135,7 +134,7 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
         proc.stream(["sleep", "100"], log=tmp_path / "slow.log", what="slow", timeout=100)
 
     def failing() -> None:
-        started.wait(5)
+        started.wait(60)
         raise BuildFailed("the other one broke")
 
     with pytest.raises(BuildFailed, match="the other one broke"):
@@ -147,22 +146,21 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
 def test_what_is_started_while_everything_is_cancelled_ends_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = subprocess.Popen
+    real, begun = subprocess.Popen, list[subprocess.Popen[str]]()
 
     def late(*argv: Any, **more: Any) -> Any:
-        process = real(*argv, **more)
+        begun.append(real(*argv, **more))
         # Whoever cancels now does not see it yet.
         proc.cancel()
-        return process
+        return begun[0]
 
     monkeypatch.setattr(subprocess, "Popen", late)
-    started = time.monotonic()
     try:
         with pytest.raises(Interrupted):
             proc.stream(["sleep", "100"], log=tmp_path / "log", what="sleep", timeout=100)
     finally:
         proc.resume()
-    assert time.monotonic() - started < 20
+    assert begun[0].returncode == -signal.SIGTERM
 
 
 def test_a_wait_ends_when_everything_is_cancelled() -> None:

@@ -86,8 +86,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     folder = tmp_path / "fake"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
-    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 10)
+    monkeypatch.setattr(machine, "_QUIT_SECONDS", 60)
+    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 60)
 
     def make(*, first: str = "", each: str = "", console: bytes = b"", state: str = "running") -> Path:
         program = folder / "qemu-system-x86_64"
@@ -351,6 +351,7 @@ def test_qemu_does_not_answer(
     fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
     folder = fake(first="time.sleep(60)")
     with pytest.raises(MachineDied, match="QEMU does not answer"), build():
         pass
@@ -459,6 +460,7 @@ def test_a_stubborn_qemu_is_killed(
     fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proc.stop, "__kwdefaults__", {"seconds": 0.5})
+    monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
     folder = fake(
         first="import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)",
         each="if command == 'quit': continue",
@@ -515,7 +517,7 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     builder.send_signal(signal.SIGKILL)
     builder.wait()
     [pid] = pids(folder)
-    proc.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=10, interval=0.05)
+    proc.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=120, interval=0.05)
 
 
 # A machine that is saved, and goes on

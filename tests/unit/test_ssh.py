@@ -544,7 +544,7 @@ def test_a_machine_without_an_open_port_is_reached_through_a_program(
         proxy_command="aws ssm start-session --target i-0123456789abcdef0 --parameters portNumber=%p",
     )
     with Session(endpoint, key=key, directory=tmp_path / "session") as session:
-        session.wait(30)
+        session.wait(60)
         assert session.run("echo hello").stdout == "hello\n"
         session.fetch("echo there", tmp_path / "fetched")
     assert (tmp_path / "fetched").read_text() == "there\n"

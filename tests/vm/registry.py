@@ -42,7 +42,7 @@ def registry(folder: Path) -> Iterator[int]:
                     return int(line.split("listening on 127.0.0.1:")[1].split('"')[0].split()[0])
             return None
 
-        yield proc.wait_until(port, what="the registry", timeout=20, interval=0.1, log=log)
+        yield proc.wait_until(port, what="the registry", timeout=120, interval=0.1, log=log)
 
 
 def push(archive: Path, port: int, name: str, tag: str) -> str:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +64,7 @@ def _wait_for_packer(workspace: Workspace, known: set[Path], log: Path) -> None:
         logs = [run / "logs" / "packer.log" for run in set(workspace.runs_dir.iterdir()) - known]
         return any(p.exists() and "Waiting for SSH" in p.read_text(errors="replace") for p in logs)
 
-    proc.wait_until(booting, what="a baking machine", timeout=300, interval=0.2, log=log)
+    proc.wait_until(booting, what="a baking machine", timeout=900, interval=0.2, log=log)
 
 
 def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
@@ -83,8 +82,8 @@ def test_a_signal_while_baking_leaves_nothing(
     with _building(tmp_path / "log") as process:
         _wait_for_packer(workspace, runs, tmp_path / "log")
         process.send_signal(number)
-        assert process.wait(60) == 130
-    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=10)
+        assert process.wait(600) == 130
+    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
     run, record = _newest(workspace)
     assert record.status is RunStatus.INTERRUPTED
     assert not (run / "work").exists()
@@ -98,15 +97,14 @@ def test_a_second_build_is_refused_and_kill_9_leaves_no_machine(
     before, images, runs = _ours(), workspace.images(), set(workspace.runs_dir.iterdir())
     with _building(tmp_path / "log") as process:
         _wait_for_packer(workspace, runs, tmp_path / "log")
-        started = time.monotonic()
         second = ami_builder(*OTHER, "build")
         assert second.status == 8
         assert f"process {process.pid} " in second.stderr
-        assert time.monotonic() - started < 30
+        assert process.poll() is None, "it was not waited for"
         process.kill()
         process.wait()
     # Packer and QEMU are told of their parent's death by the kernel.
-    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=30)
+    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
     run, record = _newest(workspace)
     assert record.status is RunStatus.RUNNING
     assert workspace.images() == images
