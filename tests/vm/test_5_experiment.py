@@ -30,7 +30,7 @@ def runs(built: Mapping[str, Any], policy: str, repeat: int) -> Sequence[Mapping
 
 
 def test_a_leak_with_the_limit(built: Mapping[str, Any]) -> None:
-    for limited in runs(built, "available", 3):
+    for limited in runs(built, "available", 2):
         assert 0 < limited["limit"] == limited["available"] < limited["total"] < GIB
         # Outside the container nothing notices. The fourth attempt, after which the task fails, may be too
         # late.
