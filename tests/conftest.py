@@ -1,12 +1,13 @@
 """Which tests run, and at the end what was left out.
 
 Three tiers: `fast` needs no VM, no EC2 on loopback and no Packer; `journey` (scripts/test) adds that EC2 and
-one journey of a real VM; `all` (scripts/test --all) leaves nothing out. Bare pytest runs `fast`, or all of a
-folder or file that is named to it.
+one journey of a real VM; `all` (scripts/test --all) is all that CI has time for. Bare pytest runs `fast`, or
+`all` of a folder or file that is named to it.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-TIERS = ("fast", "journey", "all")
+TIERS = {"fast": ("vm", "long", "cloud"), "journey": ("vm", "long"), "all": ()}
+"""Which markers a tier leaves out; the first that applies counts."""
+WHOLE = "AMI_BUILDER_TEST_WHOLE"
+"""With this in the environment, no tier leaves out what is marked `whole`."""
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 REASONS = {
     "vm": "boot a VM",
     "long": "take half a minute and more each",
     "cloud": "need an EC2 on loopback, and Packer",
 }
-"""What is left out by its marker, and how it is called in the end; the first that applies counts."""
+"""How the end of a run calls what is left out by its marker."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tier", choices=TIERS, help="which tests run; see tests/conftest.py")
+    parser.addoption("--tier", choices=[*TIERS], help="which tests run; see tests/conftest.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if folder in ("vm", "cloud"):
             item.add_marker(folder)
     tier = config.getoption("tier") or ("all" if _named(config) else "fast")
-    without = {"fast": ("vm", "long", "cloud"), "journey": ("vm", "long"), "all": ()}[tier]
+    without = (*(() if WHOLE in os.environ else ("whole",)), *TIERS[tier])
     kept, left = [], []
     for item in items:
         reason = next((name for name in without if item.get_closest_marker(name)), None)
@@ -83,3 +87,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if parts:
         text = ", ".join(parts).replace(" that ", " tests that ", 1)
         terminalreporter.write_line(f"left out: {text}; scripts/test --all runs them")
+    if count := counted["whole"]:
+        text = f"left out: {count} tests that take minutes each; {WHOLE}=1 scripts/test --all runs them too"
+        terminalreporter.write_line(text)

@@ -31,8 +31,6 @@ HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
 DASK_SECONDS = 600.0
-WHOLE = "AMI_BUILDER_TEST_WHOLE"
-"""With this in the environment, tests run that CI leaves out for want of time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

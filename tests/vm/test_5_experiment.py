@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from tests.vm.conftest import WHOLE, ami_builder
+from tests.vm.conftest import ami_builder
 
 GIB = 1 << 30
 
@@ -41,9 +40,7 @@ def test_a_leak_with_the_limit(built: Mapping[str, Any]) -> None:
         assert limited["peak"] <= limited["limit"]
 
 
-@pytest.mark.skipif(
-    WHOLE not in os.environ, reason=f"minutes of a machine that stands still: {WHOLE}=1 runs it"
-)
+@pytest.mark.whole
 def test_a_leak_without_a_limit(built: Mapping[str, Any]) -> None:
     (free,) = runs(built, "none", 1)
     assert free["limit"] == free["total"]

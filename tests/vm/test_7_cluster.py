@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from ami_builder import proc
 from ami_builder.adapters import qemu
 from ami_builder.model import Image, Network
 from tests.real_dask import scheduler
-from tests.vm.conftest import GIB, WHOLE, Booted, ami_builder, booted
+from tests.vm.conftest import GIB, Booted, ami_builder, booted
 
 VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
 LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIABLE, "0.5")}
@@ -24,9 +23,7 @@ LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIA
 WORKER_PORT = 8790
 
 
-@pytest.mark.skipif(
-    WHOLE not in os.environ, reason=f"three machines at once take three minutes: {WHOLE}=1 runs it"
-)
+@pytest.mark.whole
 def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
     built: Mapping[str, Any], image: Image, tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ from ami_builder.adapters import qemu, recipe
 from ami_builder.workspace import Workspace
 from tests.cloud.machines import Machines
 from tests.cloud.server import Cloud
-from tests.vm.conftest import HOME, ROOT, WHOLE, ami_builder
+from tests.conftest import WHOLE
+from tests.vm.conftest import HOME, ROOT, ami_builder
 
 TYPE = "t3.small"
 MIB = 2048
