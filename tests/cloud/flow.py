@@ -80,8 +80,8 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] =
 
 PACKER_RETRIES = 3
 """As the AWS SDK has it; Packer's own are many, and take minutes."""
-READ_SECONDS = 1.0
-"""How long an answer is waited for once `in_haste`; Packer waits for ever."""
+READ_SECONDS = 3.0
+"""How long an answer is waited for once `in_haste`, which a busy host may need; Packer waits for ever."""
 
 
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
