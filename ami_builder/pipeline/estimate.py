@@ -20,14 +20,13 @@ BASE, CONTAINER = "base disk", "container"
 """Steps that run side by side."""
 
 # What the parts of a build take under emulation, in units of the seconds from the start of the bake until ssh
-# answered. Measured on 2026-11-28 with commit 4bf1c7a, QEMU 7.2 and 2 idle processors: 22 s, then 35 s for
-# the rest of the bake, 159 s for the phases, 107 s for each of the two tries of memory pressure. On two other
-# hosts, if ssh answered after the same share of the bake there, they give within 8 % what the rest of a build
-# took: 6 minutes and 18. To measure them again: record.json has the steps, packer.log "Connected to SSH!".
-_REST_OF_BAKE = 1.6
-_PHASES = 7.3
+# answered. Measured on 2026-11-28 with QEMU 7.2 and 2 processors, otherwise idle: 20 s, then 45 s for the rest of
+# the bake, 139 s for the phases, 69 s for memory pressure. To measure them again: record.json has the steps,
+# packer.log "Connected to SSH!".
+_REST_OF_BAKE = 2.2
+_PHASES = 6.9
 """First boot, service restart and reboot, with their checks."""
-_PRESSURE = 5.0
+_PRESSURE = 3.4
 """Memory pressure on a VM of 2 GiB; the work grows with the memory."""
 _PRESSURE_BYTES = 2 << 30
 
