@@ -27,6 +27,7 @@ _PROMPT_BOOT_SECONDS = 60.0
 _MOST_PATIENCE = 8.0
 # A fixed piece of work that a boot's CPU time is compared with: a shell, and processes that it starts. If it
 # changes, older records can't be compared any more.
+_IDLE = "sleep 3"
 _CONTROL = """
 i=0; while [ "$i" -lt 40000 ]; do i=$((i + 1)); done
 i=0; while [ "$i" -lt 40 ]; do /bin/true; i=$((i + 1)); done
@@ -171,11 +172,26 @@ class _Way:
             )
 
     def _control(self, session: ssh.Session) -> float | None:
-        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest."""
-        before = self.machine.cpu_seconds(session)
-        session.run(_CONTROL, timeout=self.timeout)
+        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest.
+
+        What it uses while nothing is asked of it is not part of that: on a slow host the work takes long, and
+        all of Dask goes on beside it. None when that can't be known.
+        """
+        (idle, idle_seconds), (work, work_seconds) = (
+            self._used(session, script) for script in (_IDLE, _CONTROL)
+        )
+        if idle is None or work is None:
+            return None
+        alone = work - idle * work_seconds / idle_seconds
+        return alone if alone > 0 else None
+
+    def _used(self, session: ssh.Session, script: str) -> tuple[float | None, float]:
+        """Run a script, and return the CPU seconds that the machine used meanwhile, and the seconds it took."""
+        began, before = time.monotonic(), self.machine.cpu_seconds(session)
+        session.run(script, timeout=self.timeout)
         after = self.machine.cpu_seconds(session)
-        return None if before is None or after is None else after - before
+        used = None if before is None or after is None else after - before
+        return used, time.monotonic() - began
 
     def _judge(
         self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None

@@ -26,6 +26,8 @@ from .guest import GIB, image
 LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS, CONTROL = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0, 3.0
 """How long each takes here, in seconds."""
 CPUS = 2
+IDLE_SECONDS, IDLE = 3.0, 0.25
+"""How long it is watched at rest, and the CPU seconds that it uses in each second of that."""
 """All of them work all the time."""
 
 
@@ -55,6 +57,8 @@ class Guest:
     contexts: list[checks.Context] = field(default_factory=list)
     began: float = 0.0
     """When the boot that it is in began."""
+    unused: float = 0.0
+    """CPU seconds that it could have used while it was idle."""
 
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         self.now += LAUNCH
@@ -69,11 +73,11 @@ class Guest:
 
     def reboot(self, session: RealSession, timeout: float, alive: Callable[[], None]) -> None:
         self.allowed["reboot"] = timeout
-        self.began = self.now
+        self.began, self.unused = self.now, 0.0
         self.now += REBOOT
 
     def cpu_seconds(self, session: RealSession) -> float | None:
-        return (self.now - self.began) * CPUS if self.cpu else None
+        return (self.now - self.began) * CPUS - self.unused if self.cpu else None
 
     def session(self, endpoint: Endpoint, *, key: Path, directory: Path) -> Session:
         return Session(self, directory / "config")
@@ -128,6 +132,10 @@ class Session:
         if "AVAILABLE_MEMORY_FOR_DASK" in command:
             self.guest.allowed["measured"] = timeout
             return SimpleNamespace(stdout=f"{GIB}\n")
+        if command.startswith("sleep"):
+            self.guest.now += IDLE_SECONDS
+            self.guest.unused += IDLE_SECONDS * (CPUS - IDLE)
+            return SimpleNamespace(stdout="")
         control = "while" in command
         self.guest.allowed["control" if control else "restart"] = timeout
         self.guest.now += CONTROL if control else RESTART
@@ -171,7 +179,7 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
         )
 
     assert proved(Guest()).measured == (
-        one("boot", SSH, SSH + DASK, CONTROL * CPUS),
+        one("boot", SSH, SSH + DASK, pytest.approx(CONTROL * (CPUS - IDLE))),
         one("restart", None, RESTART + DASK),
         one("reboot", REBOOT, REBOOT + DASK),
     )
