@@ -186,7 +186,7 @@ class _Way:
         return alone if alone > 0 else None
 
     def _used(self, session: ssh.Session, script: str) -> tuple[float | None, float]:
-        """Run a script, and return the CPU seconds that the machine used meanwhile, and the seconds it took."""
+        """Run a script, and return the CPU seconds that the machine used, and the seconds that it took."""
         began, before = time.monotonic(), self.machine.cpu_seconds(session)
         session.run(script, timeout=self.timeout)
         after = self.machine.cpu_seconds(session)
