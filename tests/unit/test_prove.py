@@ -179,7 +179,7 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
         )
 
     assert proved(Guest()).measured == (
-        one("boot", SSH, SSH + DASK, pytest.approx(CONTROL * (CPUS - IDLE))),
+        one("boot", SSH, SSH + DASK, CONTROL * (CPUS - IDLE)),
         one("restart", None, RESTART + DASK),
         one("reboot", REBOOT, REBOOT + DASK),
     )
