@@ -105,7 +105,7 @@ class Answers(StrEnum):
     """The host was too busy to tell."""
 
 
-LEAST_ALLOWED = 7.0
+LEAST_ALLOWED = 10.0
 """A wait of so many seconds is allowed on any host; a frozen machine keeps one waiting for minutes."""
 TIMES_ALLOWED = 5.0
 """And so many times what it takes at rest: the same work beside a container that uses all its processors."""
