@@ -1,14 +1,10 @@
 build {
   sources = ["source.qemu.image", "source.amazon-ebs.image"]
 
-  provisioner "shell" {
-    # Not /tmp, which may be in memory: the container's archive can be among the uploads.
-    inline = ["mkdir -p /var/tmp/ami-builder"]
-  }
-
   provisioner "file" {
-    sources     = var.uploads
-    destination = "/var/tmp/ami-builder/"
+    sources = var.uploads
+    # Not /tmp, which may be in memory: the container's archive can be among the uploads.
+    destination = "/var/tmp/"
   }
 
   provisioner "shell" {
@@ -27,7 +23,7 @@ build {
 
   provisioner "file" {
     direction   = "download"
-    source      = "/var/tmp/ami-builder/packages.txt"
+    source      = "/var/tmp/packages.txt"
     destination = var.packages_file
   }
 

@@ -58,7 +58,7 @@ while [ -z "$reason" ]; do
         reason="dask.service was never started"
         [ "${ExecMainPID:-0}" = 0 ] || reason="dask.service has ended, as if that had been asked for"
     else
-        sleep 2
+        sleep 1
     fi
 done
 section settled

@@ -24,7 +24,7 @@ from ami_builder.pipeline.inputs import Inputs
 from ami_builder.workspace import Run, Workspace
 
 _GIB = 1 << 30
-_UPLOADED = "/var/tmp/ami-builder/container.tar"  # noqa: S108 - on the baking instance
+_UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance
 # Snapshots of large, encrypted volumes take their time.
 AVAILABLE_SECONDS = 2 * 3600.0
 

@@ -5,7 +5,7 @@
 # GUEST_ROOT and GUEST_ARCHIVE are for tests.
 set -eu
 
-archive=${GUEST_ARCHIVE:-/var/tmp/ami-builder/guest.tar}
+archive=${GUEST_ARCHIVE:-/var/tmp/guest.tar}
 export DEBIAN_FRONTEND=noninteractive
 
 die() {
@@ -81,3 +81,5 @@ systemctl daemon-reload
 # Enabling what has a SysV script too starts perl, and packages enable Docker themselves.
 systemctl is-enabled --quiet docker.service || systemctl enable --quiet docker.service
 systemctl enable --quiet dask.service dask-health.timer
+# 20-container.sh needs it, and it takes its time.
+systemctl start --no-block docker.service

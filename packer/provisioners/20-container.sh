@@ -8,7 +8,7 @@
 set -eu
 
 config=${DOCKER_CONFIG_FILE:-/etc/docker/daemon.json}
-record=${RECORD:-/var/tmp/ami-builder/packages.txt}
+record=${RECORD:-/var/tmp/packages.txt}
 
 die() {
     echo "20-container: $1" >&2
