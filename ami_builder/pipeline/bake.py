@@ -17,8 +17,8 @@ MIB = 1 << 20
 
 # The archive's disk as the baking machine sees it; 20-container.sh loads it from there.
 _ARCHIVE_DEVICE = "/dev/disk/by-id/virtio-container"
-# Cloud-init has nothing to tell a machine that only bakes, and a kernel that panics under emulation
-# boots again by itself. It starts what Packer needs to log in, and containerd beside that: Docker waits for the
+# Cloud-init has nothing to tell a machine that only bakes, and a kernel that panics under emulation boots
+# again by itself. It starts what Packer needs to log in, and containerd beside that: Docker waits for the
 # guest's own settings. An emulator translates programs once when they are always at the same addresses.
 _WANTED = ("ssh", "systemd-networkd", "systemd-user-sessions", "containerd")
 _KERNEL_COMMAND_LINE = " ".join(

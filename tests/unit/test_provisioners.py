@@ -61,7 +61,7 @@ LEFT = (
     "var/log/apt/history.log",
     "etc/netplan/50-cloud-init.yaml",
     "tmp/something",
-    "var/tmp/ami-builder/guest.tar",
+    "var/tmp/guest.tar",
     "tmp/script_1234.sh",
     "var/tmp/left",
 )
@@ -142,6 +142,7 @@ def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, progra
         "daemon-reload",
         "is-enabled --quiet docker.service",
         "enable --quiet dask.service dask-health.timer",
+        "start --no-block docker.service",
     ]
     assert calls(programs, "docker") == ["compose version"]
 
@@ -156,6 +157,7 @@ def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: P
         "is-enabled --quiet docker.service",
         "enable --quiet docker.service",
         "enable --quiet dask.service dask-health.timer",
+        "start --no-block docker.service",
     ]
 
 

@@ -287,7 +287,16 @@ def test_network(fake: Fake, build: Callable[..., Machine], network: Network, re
 def test_kvm_uses_the_hosts_processor(fake: Fake, build: Callable[..., Machine]) -> None:
     folder = fake()
     with build(accelerator=Accelerator.KVM):
-        assert "-accel kvm -cpu host" in arguments(folder)
+        text = arguments(folder)
+    assert "-accel kvm -cpu host" in text
+    assert "type=11" not in text, "a machine that is not emulated is not changed"
+
+
+def test_an_emulated_machine_puts_programs_where_they_were(fake: Fake, build: Callable[..., Machine]) -> None:
+    folder = fake()
+    with build():
+        text = arguments(folder)
+    assert "type=11,value=io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0" in text
 
 
 def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., Machine], tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ THIS_MACHINE = "169.254.169.2"
 _EC2_NETWORK = f"net=169.254.169.0/24,host={THIS_MACHINE},dns=169.254.169.3,dhcpstart=169.254.169.20"
 
 # Features of a processor that cost more than they give where they are emulated.
-_SLOW_FLAGS = ("la57", "smap", "smep", "umip", "pku", "erms", "fsrm")
-# QEMU before 8 translates a program again for each address that it is loaded to. systemd 252 and later apply
-# this early in the boot (credential sysctl.extra of systemd-sysctl), others ignore it; it is not in the image.
+_SLOW_FLAGS = ("la57", "smap", "smep", "umip", "pku", "erms", "fsrm", "svm")
+# QEMU 7.2 translates a program again for each address that it is loaded to; 10.0 doesn't. systemd 252 and
+# later apply this early in the boot (credential sysctl.extra), older ones ignore it. It is not in the image.
 _SAME_ADDRESSES = "io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0"
 _PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
 # What a kernel says when the image is at fault; other panics under TCG are now and then the emulator's.
@@ -77,8 +77,8 @@ class Accelerator(StrEnum):
 
         Emulated, every miss of the TLB walks the page tables in software: a fifth level costs a quarter. The
         guards of user memory (SMAP and its like) end a block of translated code at each copy between kernel
-        and user: starting a process takes twice as long with them. Fast strings (ERMS) are copied byte by byte:
-        half as fast as a loop. None of it changes what is measured.
+        and user: starting a process takes twice as long with them. Fast strings (ERMS, FSRM) go byte by byte,
+        half as fast as a loop. SVM makes the guest load KVM. None of it changes what is measured.
         """
         return "host" if self is Accelerator.KVM else f"max,{','.join(f'{flag}=off' for flag in _SLOW_FLAGS)}"
 
@@ -406,9 +406,9 @@ class Machine:
         kvm = self._accelerator is Accelerator.KVM
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none"]
         argv += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi"]
+        argv += ["-cpu", self._accelerator.cpu, "-smp", str(self._cpus), "-m", f"{self._memory}B"]
         if not kvm:
             argv += ["-smbios", f"type=11,value={_SAME_ADDRESSES}"]
-        argv += ["-cpu", self._accelerator.cpu, "-smp", str(self._cpus), "-m", f"{self._memory}B"]
         argv += firmware()
         argv += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
         argv += ["-chardev", f"file,id=console,append=on,path={_escaped(self.console_log)}"]
