@@ -250,7 +250,8 @@ fill_venv() {
     : >"$venv/.unfinished"
     rm -f "$venv"/.run.lock "$venv"/.test.lock
     say "installing Python packages ($(grep -c '^[a-z].*==' "$2"), pinned by ${2#"$root/"})"
-    quietly "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input \
+    # Python compiles what it imports, which is a small part of all this.
+    quietly "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input --no-compile \
         --only-binary :all: --require-hashes -r "$2" || python_failed
     # The program runs from this folder; nothing of it is copied.
     packages_dir="$("$venv/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

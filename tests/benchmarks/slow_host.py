@@ -288,9 +288,11 @@ class Verifier:
     def verify(self, job: Job, image: Path) -> Run:
         """Do one verification; raises NoGroup when the host can't be slowed down."""
         way = self.slowdowns[job.slowdown]
-        runs = Workspace.open({"AMI_BUILDER_HOME": str(self.home)}).runs_dir
+        # Of this way alone: two may be measured at the same time, and the newest record has to be ours.
+        home = self.home / job.slowdown
+        runs = Workspace.open({"AMI_BUILDER_HOME": str(home)}).runs_dir
         before = records.known(runs)
-        log = self.home / "logs" / f"{job.slowdown}-{job.subject.name.lower()}-{job.number}.log"
+        log = home / "logs" / f"{job.slowdown}-{job.subject.name.lower()}-{job.number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         load = host.load()
         kept = {name: os.environ[name] for name in (_ACCELERATOR,) if name in os.environ}
@@ -300,7 +302,7 @@ class Verifier:
                 [*self.command, image, "--json"],
                 way,
                 group,
-                env=environment(AMI_BUILDER_HOME=str(self.home), **kept),
+                env=environment(AMI_BUILDER_HOME=str(home), **kept),
                 cwd=ROOT,
                 log=log,
                 emulator=self.emulator,
