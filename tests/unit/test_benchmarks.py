@@ -283,7 +283,7 @@ def test_a_quota_holds_for_every_emulator_of_a_verification(tmp_path: Path) -> N
     assert done.run_id == "r"
     assert done.emulators == 2
     assert done.emulator_seconds < done.wall / 2
-    logs = list((tmp_path / "home" / "logs").glob("*"))
+    logs = list((tmp_path / "home" / "quota" / "logs").glob("*"))
     assert logs[0].read_text().splitlines()[-1] == f"{tmp_path}/image.qcow2 --json"
 
 
