@@ -20,13 +20,13 @@ BASE, CONTAINER = "base disk", "container"
 """Steps that run side by side."""
 
 # What the parts of a build take under emulation, in units of the seconds from the start of the bake until ssh
-# answered. Measured on 2026-11-28 with QEMU 7.2 and 2 processors, otherwise idle: 20 s, then 45 s for the
-# rest of the bake, 139 s for the phases, 69 s for memory pressure. To measure them again: record.json has the
+# answered. Measured on 2026-11-28 with QEMU 7.2 and 2 processors, otherwise idle: 20 s, then 28 s for the
+# rest of the bake, 107 s for the phases, 45 s for memory pressure. To measure them again: record.json has the
 # steps, packer.log "Connected to SSH!".
-_REST_OF_BAKE = 2.2
-_PHASES = 6.9
+_REST_OF_BAKE = 1.4
+_PHASES = 5.3
 """First boot, service restart and reboot, with their checks."""
-_PRESSURE = 3.4
+_PRESSURE = 2.3
 """Memory pressure on a VM of 2 GiB; the work grows with the memory."""
 _PRESSURE_BYTES = 2 << 30
 

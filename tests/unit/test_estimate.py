@@ -202,19 +202,19 @@ def test_a_verification_is_estimated_by_builds_and_verifications() -> None:
 
 
 def test_the_boot_of_the_bake_gives_the_rest() -> None:
-    """On the host where this was measured: 20 s, 184 s, then 69 s of memory pressure."""
+    """On the host where this was measured: 20 s, 135 s, then 45 s of memory pressure."""
 
     def rest(of: Image, *, verify: bool = True, processors: int = 2) -> float:
         found = estimate.from_boot(of, 20, verify=verify, processors=processors)
         assert found is not None
         return found.seconds
 
-    assert rest(dask(), verify=False) == pytest.approx(45, rel=0.05)
-    assert rest(dask(pressure=False)) == pytest.approx(45 + 139, rel=0.05)
-    assert rest(dask()) == pytest.approx(45 + 139 + 69, rel=0.05)
+    assert rest(dask(), verify=False) == pytest.approx(28, rel=0.05)
+    assert rest(dask(pressure=False)) == pytest.approx(28 + 107, rel=0.05)
+    assert rest(dask()) == pytest.approx(28 + 107 + 45, rel=0.05)
     both = dask(memory=(2 * GIB, 4 * GIB), cpus=2)
-    assert rest(both) == pytest.approx(45 + 2 * 139 + 3 * 69, rel=0.05)
-    assert rest(both, processors=4) == pytest.approx(45 + 139 + 2 * 69, rel=0.05)
+    assert rest(both) == pytest.approx(28 + 2 * 107 + 3 * 45, rel=0.05)
+    assert rest(both, processors=4) == pytest.approx(28 + 107 + 2 * 45, rel=0.05)
 
 
 def test_the_boot_of_another_base_gives_nothing() -> None:
@@ -326,7 +326,7 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "kvm")
     assert built("0") == [], "how a build goes on under KVM was never measured"
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "tcg")
-    units = 2.2 + 6.9 + 3.4
+    units = 1.4 + 5.3 + 2.3
     assert built("1") == [f"build dask: about {units * 20 / 60:.0f} more minutes{SLOW}"]
     _, first = records.read(workspace)
     whole = next(step.seconds for step in first.steps if step.name == "build dask")
