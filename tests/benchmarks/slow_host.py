@@ -39,7 +39,7 @@ from tests.benchmarks.slowdown import Slowdown
 from tests.vm.conftest import HOME, ROOT, environment
 
 FOLDER = ROOT / ".cache" / "benchmarks" / "slow-host"
-"""The workspace of the verifications, with their records and evidence, beside the image without the limit."""
+"""A workspace for each way, with its records and evidence, beside the image without the limit."""
 
 _ACCELERATOR = "AMI_BUILDER_ACCELERATOR"
 _NUMBER = r"(\d+(?:\.\d+)?)"
@@ -427,10 +427,11 @@ def _measure(image: Path, output: Path | None, jobs: Sequence[Job], ways: Mappin
     verifier = Verifier(home=FOLDER, image=digest, checks=judged_by, commit=commit(), slowdowns=ways)
     subjects = {Subject.GOOD: image, Subject.UNLIMITED: unlimited}
     _say(f"{len(left)} of {len(jobs)} verifications to do; raw figures in {path}")
-    # Before the host is slowed down, and once for all runs.
+    # Before the host is slowed down, and once for all runs: no workspace has to try KVM by itself.
     accelerator = FOLDER / "cache" / "accelerator.json"
     with tempfile.TemporaryDirectory() as folder:
-        qemu.choose_accelerator(image, cache=accelerator, directory=Path(folder))
+        chosen, _ = qemu.choose_accelerator(image, cache=accelerator, directory=Path(folder))
+    os.environ[_ACCELERATOR] = str(chosen)
     about = host.describe(accelerator)
     try:
         for number, job in enumerate(left, 1):
