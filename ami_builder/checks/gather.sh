@@ -16,11 +16,8 @@ if [ -n "$all" ]; then docker inspect $all; else echo '[]'; fi >"$scratch/contai
 # What Compose makes of file $1 where nobody measured.
 config() {
     file=$1
-    set -a
-    # shellcheck source=/dev/null
-    [ ! -e /etc/dask/dask.env ] || . /etc/dask/dask.env
-    set +a
-    export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="${DASK_ROLE:-local}"
+    role=$(sed -n "s/^DASK_ROLE=[\"']*\([a-z]*\).*/\1/p" /etc/dask/dask.env 2>/dev/null)
+    export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="${role:-local}" COMPOSE_ENV_FILES=/etc/dask/dask.env
     # The plugin is a program by itself, and starting it directly saves half the time.
     set -- docker compose
     for plugin in /usr/local/lib /usr/local/libexec /usr/lib /usr/libexec; do

@@ -394,11 +394,38 @@ def test_a_value_from_outside_never_gets_through(machine: Machine) -> None:
     assert machine.start(environment={VARIABLE: "999424"}).exported is None
 
 
-def test_a_broken_settings_file_stops_it(machine: Machine) -> None:
-    machine.write("etc/dask/dask.env", "DASK_ROLE=(\n")
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("A_NAME=a b", "a b"),
+        ('A_NAME="a b"', "a b"),
+        ("A_NAME='$(id) `id` $HOME'", "$(id) `id` $HOME"),
+        ("A_NAME=a;touch ran", "a;touch ran"),
+        ("A_NAME=(", "("),
+        ("A_NAME=a=b", "a=b"),
+        ("export A_NAME=a", "a"),
+        ("  A_NAME=a", "a"),
+        ("A_NAME=a\r", "a"),
+        ("A_NAME=", ""),
+    ],
+)
+def test_settings_are_data(machine: Machine, line: str, value: str) -> None:
+    machine.write("etc/dask/dask.env", f"# what it does\r\nDASK_ROLE=local\r\n\r\n{line}")
     started = machine.start()
-    assert started.status != 0
+    assert started.status == 0, started.output
+    assert started.environment["A_NAME"] == value
+    assert not list(machine.root.rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    "line", ["DASK ROLE=a", "DASK_ROLE", "=a", "PATH/A=b", "settings=/etc/shadow", "1A=b"]
+)
+def test_a_line_that_is_no_setting_is_named(machine: Machine, line: str) -> None:
+    machine.write("etc/dask/dask.env", f"DASK_ROLE=local\n{line}\n")
+    started = machine.start()
+    assert started.status == 78
     assert started.calls == []
+    assert f"dask.env, line 2: '{line}' is not NAME=VALUE" in started.output
 
 
 def test_the_spill_directory_is_purged_and_open_to_any_user(machine: Machine) -> None:
