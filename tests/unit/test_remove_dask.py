@@ -13,7 +13,7 @@ from tests.unit.fakes import calls, fake
 
 DOCKER = """
 case $1 in
-    ps) [ -z "${FAKE_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
+    ps) [ -z "${FAKE_HANGS:-}" ] || exec sleep 60; [ -z "${FAKE_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
     inspect) printf '%s' "${FAKE_RESTARTS:-}" ;;
     rm) [ -z "${FAKE_STAYS:-}" ] ;;
 esac
@@ -49,3 +49,7 @@ def test_nothing_to_remove_and_no_docker_are_no_failure(tmp_path: Path) -> None:
     assert removed(tmp_path).returncode == 0
     assert removed(tmp_path, FAKE_DOWN="1").returncode == 0
     assert not any(call.startswith("rm") for call in calls(tmp_path, "docker"))
+
+
+def test_a_docker_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    assert removed(tmp_path, FAKE_HANGS="1", REMOVE_DASK_SECONDS="0.2").returncode == 0

@@ -69,7 +69,7 @@ def test_the_service_starts_over_for_as_long_as_the_machine_lives() -> None:
         "StartLimitIntervalSec=0",
         "RestartMaxDelaySec=60",
         "Requires=docker.service",
-        "WantedBy=multi-user.target",
+        "WantedBy=multi-user.target docker.service",
     ):
         assert line in unit
     compose = yaml.safe_load(_text(render.guest(image()), "/etc/dask/compose.yaml"))
