@@ -417,7 +417,9 @@ def test_the_programs_lock_covers_what_it_declares() -> None:
     assert names <= pins("scripts/requirements.txt").keys()
 
 
-@pytest.mark.parametrize("path", ["scripts/requirements.txt", "tests/requirements.txt"])
+@pytest.mark.parametrize(
+    "path", ["scripts/requirements.txt", "tests/requirements.txt", "tests/vm/ec2cluster.txt"]
+)
 def test_locks_name_no_index_and_no_machine(path: str) -> None:
     assert not re.search(r"https?:|://|/|--(index|find|extra|trusted)", (ROOT / path).read_text())
 
