@@ -197,6 +197,17 @@ def _cidr(value: object, folder: Path) -> str:
     return str(network)
 
 
+def _bridges(value: object, folder: Path) -> str:
+    expected = "expected an IPv4 network such as 10.200.0.0/16, from /8 to /24"
+    try:
+        network = ipaddress.IPv4Network(value) if isinstance(value, str) else None
+    except ValueError as wrong:
+        raise ValueError(f"{expected}: {wrong}") from wrong
+    if network is None or not 8 <= network.prefixlen <= 24:
+        raise ValueError(expected)
+    return str(network)
+
+
 def parse_destination(value: object) -> model.Destination:
     """Return the region, and the key, of `eu-west-1` or `eu-west-1=alias/ours`; raises ValueError."""
     region, equals, key = value.partition("=") if isinstance(value, str) else ("", "", "")
@@ -237,7 +248,7 @@ _REFERENCE = (
 )
 _CHECKSUM = r"(?:sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128})?"
 _UNIT = (
-    r"(?!dask(?:-health)?\.)[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\-]+)?"
+    r"(?!dask(?:-health|-memory)?\.)[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\-]+)?"
     r"\.(?:service|socket|target|mount|path|timer)"
 )
 _ARN = r"arn:aws[a-z-]*"
@@ -273,6 +284,14 @@ Reference = Annotated[
     str,
     text(
         _REFERENCE, "[host[:port]/]name:tag or …@sha256:digest, in lower case", examples=(DEFAULT_REFERENCE,)
+    ),
+]
+ContainerName = Annotated[
+    str,
+    text(
+        r"[a-zA-Z0-9*?][a-zA-Z0-9_.*?-]*",
+        "the name of a container, or a pattern with * and ?",
+        examples=("datadog-agent",),
     ),
 ]
 HostPort = Annotated[
@@ -365,5 +384,8 @@ Sharer = Annotated[
         "the 12 digits of an account, or the ARN of an organization or an organizational unit",
         examples=("123456789012", "arn:aws:organizations::123456789012:organization/o-0123456789"),
     ),
+]
+Bridges = Annotated[
+    str, Form(parse=_bridges, show=str, schema={"type": "string", "examples": ["10.200.0.0/16"]})
 ]
 Cidr = Annotated[str, Form(parse=_cidr, show=str, schema={"type": "string", "examples": ["203.0.113.7/32"]})]

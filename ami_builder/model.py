@@ -28,6 +28,15 @@ class Role(StrEnum):
     LOCAL = "local"
     WORKER = "worker"
     SCHEDULER = "scheduler"
+    NONE = "none"
+    """dask.service starts nothing: user data brings its own Dask."""
+
+
+class Listen(StrEnum):
+    """Where the scheduler of a whole cluster in one container listens."""
+
+    MACHINE = "127.0.0.1"
+    NETWORK = "0.0.0.0"  # noqa: S104 - by the user's own choice
 
 
 class Datasource(StrEnum):
@@ -82,6 +91,8 @@ class Base:
     """APT mirror of the recipe; empty for Debian's own."""
     packages: tuple[str, ...]
     disk_size: int
+    security_updates: bool
+    """Whether a machine installs security updates at boot, before its memory is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +106,12 @@ class Container:
     packages: tuple[str, ...]
     """Further Debian packages inside the container."""
     network: ContainerNetwork
+    bridge_subnet: str
+    """IPv4 network that Docker takes its bridges' addresses from, where it makes any."""
+    instance_metadata: bool
+    """Whether containers may read the instance's metadata, so its user data and its role's credentials."""
+    unlimited: tuple[str, ...]
+    """Names of containers without the default memory limit: the system's own, such as agents."""
     insecure_registry: str | None
     """`host:port` of a registry that is spoken to without TLS while baking (tests, closed networks)."""
 
@@ -104,6 +121,8 @@ class Dask:
     """How Dask starts on a machine of this image."""
 
     role: Role
+    listen: Listen
+    """Where the scheduler of role `local` listens."""
     workers: int
     threads: int | None
     """Threads a worker; None leaves it to Dask (CPUs / workers)."""

@@ -25,7 +25,7 @@ class RenderedFile:
 
 
 def guest(image: Image) -> dict[PurePosixPath, RenderedFile]:
-    """Return the guest's files by absolute path, sorted.
+    """Return the guest's files by absolute path, sorted; a template that renders to nothing is no file.
 
     Raises UsageError with the template's name and line.
     """
@@ -35,6 +35,8 @@ def guest(image: Image) -> dict[PurePosixPath, RenderedFile]:
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = source.relative_to(folder).as_posix()
         content = _render(environment, name, image=image) if name.endswith(SUFFIX) else source.read_bytes()
+        if name.endswith(SUFFIX) and not content.strip():
+            continue
         mode = 0o755 if source.stat().st_mode & 0o100 else 0o644
         files[PurePosixPath("/", name.removesuffix(SUFFIX))] = RenderedFile(content=content, mode=mode)
     return dict(sorted(files.items()))

@@ -18,9 +18,11 @@ from . import model, resources
 from .forms import (
     DEBIAN,
     DEFAULT_REFERENCE,
+    Bridges,
     Channel,
     Checksum,
     Cidr,
+    ContainerName,
     CopyTo,
     Disk,
     Duration,
@@ -90,6 +92,8 @@ class BaseTable(Table):
     """Further Debian packages on the disk, such as agents."""
     disk_size: Disk = 8 * GIB
     """The size of the image's disk."""
+    security_updates: Truth = False
+    """Whether a machine installs Debian's security updates at each boot, before memory is measured."""
 
 
 class ContainerTable(Table):
@@ -107,6 +111,14 @@ class ContainerTable(Table):
     """Further Debian packages in the archive."""
     network: Annotated[model.ContainerNetwork, choice(model.ContainerNetwork)] = model.ContainerNetwork.HOST
     """`host`: containers use the machine's network. `bridge`: Docker makes bridge and firewall rules too."""
+    bridge_subnet: Bridges = "198.18.0.0/16"
+    """With `bridge`: the IPv4 network that Docker's bridges take their addresses from."""
+    instance_metadata: Truth = False
+    """Whether containers may read the instance's metadata: its user data, the credentials of its role."""
+    unlimited: Annotated[tuple[ContainerName, ...], AfterValidator(distinct)] = Field(
+        (), json_schema_extra={"uniqueItems": True}
+    )
+    """Names (or patterns) of containers without the default memory limit, such as agents."""
     insecure_registry: HostPort = ""
     """`host:port` of a registry without TLS that `reference` is pulled from."""
 
@@ -128,7 +140,12 @@ class DaskTable(Table):
     """How Dask starts on a machine of this image."""
 
     role: Annotated[model.Role, choice(model.Role)] = model.Role.LOCAL
-    """`local`: a whole cluster in one container. `worker`: joins a scheduler. `scheduler`: is one."""
+    """`local`: a whole cluster in one container. `worker`: joins a scheduler. `scheduler`: is one.
+
+    `none`: dask.service starts nothing, because user data brings its own Dask.
+    """
+    listen: Annotated[model.Listen, choice(model.Listen)] = model.Listen.MACHINE
+    """Where role `local` listens: for this machine alone, or (`0.0.0.0`) for all that reach it."""
     workers: Annotated[int, count(1, 1024)] = 1
     """Worker processes in the container, which share its memory limit."""
     threads: Annotated[int | None, count(1, 1024, auto=True)] = None
@@ -296,9 +313,10 @@ class ImageTable(Table):
             "source": None if own else self.base.source,
             "checksum": None if own else self.base.checksum or None,
         }
+        if self.base.security_updates and "unattended-upgrades" not in self.base.packages:
+            base["packages"] = (*self.base.packages, "unattended-upgrades")
         container = _values(self.container) | {
             "requirements": None if pulled else self.container.requirements,
-            "network": self.container.network,
             "insecure_registry": self.container.insecure_registry or None,
         }
         del container["source"]

@@ -25,7 +25,16 @@ config() {
     done
     "$@" --project-directory /etc/dask -f "$file" config --format json
 }
+# What a container gets that asks for nothing: on the machine's network, as Dask is. At last it asks the instance's
+# metadata, which must not answer it.
+plain() {
+    image=$(docker inspect -f '{{.Image}}' "$(docker ps -q --filter label=com.docker.compose.project=dask | head -n 1)") || return
+    timeout 120 docker run --rm --network host --entrypoint sh "$image" -c \
+        'cat /sys/fs/cgroup/memory.max; python3 -c "$0"' \
+        'import socket; socket.create_connection(("169.254.169.254", 80), 5); print("reached")' 2>&1
+}
 if [ "$phase" = boot ]; then
+    (plain >"$scratch/plain" 2>&1) &
     (config /etc/dask/compose.yaml >"$scratch/compose.unset" 2>&1) &
     (config /var/lib/ami-builder/compose.image.yaml >"$scratch/image.unset" 2>&1) &
 fi
@@ -46,7 +55,14 @@ printf '%s\n' "$service"
 property() { printf '%s\n' "$service" | sed -n "s/^$1=//p"; }
 main=$(property MainPID)
 section service.environment
-[ "${main:-0}" = 0 ] || tr '\0' '\n' <"/proc/$main/environ" | grep '^AVAILABLE_MEMORY_FOR_DASK='
+# Of what start-dask has started: a shell's own is what it began with.
+for child in $(cat "/proc/${main:-0}/task/${main:-0}/children" 2>/dev/null); do
+    tr '\0' '\n' <"/proc/$child/environ" | grep '^AVAILABLE_MEMORY_FOR_DASK='
+done
+section scope
+cat /run/systemd/system/docker-.scope.d/10-dask.conf 2>/dev/null
+section cloud-final
+systemctl show cloud-final.service -p ActiveState -p ExecMainExitTimestampMonotonic
 section journal
 invocation=$(property InvocationID)
 [ -z "$invocation" ] ||
@@ -107,6 +123,14 @@ if [ "$phase" = boot ]; then
     for home in $homes; do
         [ ! -d "$home/.ssh" ] || grep -HsE '^[^#]' "$home"/.ssh/authorized_keys "$home"/.ssh/authorized_keys2
     done
+    section listening
+    ss -Hltnp
+    section sshd
+    sshd -T 2>/dev/null
+    section metadata
+    cat /etc/systemd/system/docker-.scope.d/20-metadata.conf 2>/dev/null
+    section metadata.host
+    timeout 10 bash -c 'exec 3<>/dev/tcp/169.254.169.254/80' 2>/dev/null && echo reached
     section hostkeys
     find /etc/ssh -name 'ssh_host_*_key' -printf '%p\n'
     section hostkeys.old
@@ -152,7 +176,7 @@ if [ "$phase" = boot ]; then
 fi
 
 wait
-for name in containers compose.unset image.unset; do
+for name in containers plain compose.unset image.unset; do
     [ ! -e "$scratch/$name" ] || {
         section "$name"
         cat "$scratch/$name"

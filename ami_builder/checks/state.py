@@ -15,6 +15,9 @@ PROJECT = "dask"
 ANSWERS = "Dask answers"
 """How settle.sh says that its wait ended well."""
 
+CLOCK_SECONDS = 2.0
+"""The boot's time is told in whole seconds, and the clock may be set a little while the machine runs."""
+
 _LINE = re.compile(rf"{VARIABLE}=([0-9]{{1,18}})\n?")
 
 Sections = Mapping[str, str]

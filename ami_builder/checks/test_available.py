@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import VARIABLE, Container, Machine, told
+from ami_builder.checks.state import CLOCK_SECONDS, VARIABLE, Container, Machine, told
 
 MIB = 1 << 20
-
-# The boot's time is told in whole seconds, and the clock may be set a little while the machine runs.
-CLOCK_SECONDS = 2.0
 
 
 def available_now(machine: Machine, context: Context) -> int:

@@ -29,16 +29,33 @@ def test_variable_is_whole_pages(machine: Machine, variable: int) -> None:
     assert over == 0, f"{VARIABLE} is {variable} bytes, {over} more than whole pages of {machine.page}"
 
 
-def test_container_has_a_limit(container: Container) -> None:
-    """Memory 0 is no limit: the silent failure that this project exists to catch."""
-    assert container.memory > 0, f"container {container.name} runs with memory limit {container.memory}: none"
+def test_container_has_a_limit(machine: Machine, container: Container) -> None:
+    """No limit is the silent failure that this project exists to catch."""
+    maximum = machine.levels[0].get("max") if machine.levels else "missing"
+    assert maximum.isdigit(), (
+        f"container {container.name} runs without a memory limit: memory.max is {maximum}"
+    )
 
 
 def test_docker_has_the_variable(container: Container, variable: int) -> None:
-    """Compose must hand the variable on as it is."""
-    assert container.memory == variable, (
+    """Compose must hand the variable on as it is; 0 leaves the limit to the scope's default."""
+    assert container.memory in (0, variable), (
         f"docker inspect has Memory {told(container.memory)}, {VARIABLE} is {told(variable)}"
     )
+
+
+def test_systemd_has_the_variable(machine: Machine, variable: int) -> None:
+    """Whatever starts a container, systemd limits its scope, unless it asks for a limit of its own."""
+    assert f"MemoryMax={variable}" in machine.lines("scope"), (
+        f"docker-.scope.d/10-dask.conf has {machine.lines('scope') or 'nothing'}, {VARIABLE} is {variable}"
+    )
+
+
+@pytest.mark.first_boot
+def test_any_container_has_the_variable(machine: Machine, variable: int) -> None:
+    """`docker run IMAGE` as anybody types it, without a word about memory."""
+    found = (machine.lines("plain") or ("nothing",))[0]
+    assert found == str(variable), f"a plain `docker run` has memory.max {found}, {VARIABLE} is {variable}"
 
 
 def test_kernel_enforces_the_variable(machine: Machine, container: Container, variable: int) -> None:

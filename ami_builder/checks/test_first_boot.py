@@ -133,3 +133,30 @@ def test_user_data_replaced_the_compose_file(machine: Machine) -> None:
     """A control plane's Compose file must win over the image's own."""
     same = machine.text["compose"] == machine.text["compose.image"]
     assert not same, "/etc/dask/compose.yaml is the image's own: the user data was not applied in time"
+
+
+def test_dask_listens_for_this_machine_alone(machine: Machine) -> None:
+    """Whoever reaches Dask's ports runs programs here, and the role `local` needs nobody from outside."""
+    sockets = [line.split() for line in machine.lines("listening")]
+    dask = [words for words in sockets if words[3].endswith((":8786", ":8787")) or '"dask"' in words[-1]]
+    opened = [words[3] for words in dask if not words[3].startswith(("127.", "[::1]"))]
+    assert dask, "nothing listens on 8786 and 8787"
+    assert not opened, f"Dask listens to the network on {some(opened)}"
+
+
+def test_containers_do_not_reach_the_metadata(machine: Machine) -> None:
+    """Whoever submits a task would have the credentials of the instance's role, and its user data."""
+    if "IPAddressDeny" not in machine.text["metadata"]:
+        pytest.skip("this image lets containers read the metadata (container.instance_metadata)")
+    if not machine.lines("metadata.host"):
+        pytest.skip("this machine has no metadata service")
+    assert machine.lines("plain"), "no container could be started"
+    assert "reached" not in machine.lines("plain"), "a container reaches 169.254.169.254"
+
+
+def test_ssh_takes_keys_alone(machine: Machine) -> None:
+    """A password can be guessed."""
+    settings = dict(line.split(maxsplit=1) for line in machine.lines("sshd") if " " in line)
+    assert settings, "sshd -T says nothing"
+    for name in ("passwordauthentication", "kbdinteractiveauthentication"):
+        assert settings.get(name) == "no", f"sshd has {name} {settings.get(name)}"

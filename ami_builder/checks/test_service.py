@@ -7,10 +7,10 @@ import re
 import pytest
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import VARIABLE, Client, Dask, Machine
+from ami_builder.checks.state import CLOCK_SECONDS, VARIABLE, Client, Dask, Machine
 from ami_builder.model import Role
 
-AFTER = ("docker.service", "multi-user.target", "cloud-final.service")
+AFTER = ("docker.service", "multi-user.target", "dask-memory.service")
 
 
 def test_service_is_active(machine: Machine) -> None:
@@ -30,6 +30,16 @@ def test_service_starts_after_the_system(machine: Machine) -> None:
     """What starts after the measurement uses memory that Dask was promised."""
     missing = [unit for unit in AFTER if unit not in machine.service.get("After", "").split()]
     assert not missing, f"dask.service is not ordered after {', '.join(missing)}"
+
+
+def test_measured_after_the_commands_of_user_data(machine: Machine) -> None:
+    """They may start agents. dask.service is not ordered after them: `systemctl restart dask` may be one."""
+    final = dict(line.split("=", 1) for line in machine.lines("cloud-final") if "=" in line)
+    ended = machine.booted + int(final.get("ExecMainExitTimestampMonotonic") or 0) / 1e6
+    assert final.get("ActiveState") != "activating", "cloud-final.service still runs"
+    assert machine.measured is not None
+    early = ended - machine.measured
+    assert early <= CLOCK_SECONDS, f"measured {early:.1f} s before cloud-final.service had ended"
 
 
 def test_service_started_once(machine: Machine) -> None:

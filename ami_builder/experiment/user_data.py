@@ -20,8 +20,12 @@ _HERE = Path(__file__).parent
 
 _TOTAL = "total=$(($(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) * 1024))"
 _WRITE = f'echo "EXPERIMENT_LIMIT=$((limit / {PAGE} * {PAGE}))" >>/etc/dask/dask.env'
+# What limits a container that asks for no limit goes where systemd doesn't look for it.
+_UNLIMITED = "sed -i 's|^scopes=.*|scopes=/run/dask/unused|' /usr/local/sbin/measure-memory"
 # What MemTotal is, is known on the machine alone.
 _COMPUTE = {
+    Policy.NONE: _UNLIMITED,
+    Policy.DASK_ONLY: _UNLIMITED,
     Policy.FRACTION: f"{_TOTAL}; limit=$((total * 95 / 100)); {_WRITE}",
     Policy.GKE: f"""{_TOTAL}
         reserved=0 rest=$total
@@ -34,7 +38,7 @@ _COMPUTE = {
     # As memory.reserve does while baking.
     **{
         policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
-        f"reserve_millipercent={percent * 1000}/' /usr/local/sbin/start-dask"
+        f"reserve_millipercent={percent * 1000}/' /usr/local/sbin/measure-memory"
         for policy, percent in RESERVE_PERCENT.items()
     },
 }

@@ -1,8 +1,9 @@
 """Make an image without the memory limit out of a finished one, offline: no VM, no mount, no loop device.
 
-Two files in its root file system are changed with debugfs. start-dask no longer exports the variable, so
-that the first boot has no limit though user data brings a correct Compose file. The image's own Compose file,
-which is used after the first boot, asks for limit 0.
+Three files in its root file system are changed with debugfs. start-dask no longer exports the variable, and
+measure-memory leaves no limit for containers that ask for none, so that the first boot has no limit though
+user data brings a correct Compose file. The image's own Compose file, which is used after the first boot,
+asks for limit 0.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from ami_builder.errors import UsageError
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 START_DASK = "/usr/local/sbin/start-dask"
+MEASURE_MEMORY = "/usr/local/sbin/measure-memory"
 
 _LIMIT = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+_SCOPES = "/run/systemd/system/docker-.scope.d"
 _EXPORT = re.compile(r"^(\s*)export (AVAILABLE_MEMORY_FOR_DASK=)", re.MULTILINE)
 _MODE = re.compile(r"^Inode:.*\sMode:\s+(?P<mode>[0-7]{4})", re.MULTILINE)
 _CONVERT_SECONDS = 900.0
@@ -42,7 +45,18 @@ def no_export(script: str) -> str:
     return changed
 
 
-CHANGES: Mapping[str, Callable[[str], str]] = {COMPOSE_FILE: no_limit, START_DASK: no_export}
+def no_default(script: str) -> str:
+    """Return measure-memory with its drop-in where systemd reads none; raises UsageError without one."""
+    if script.count(f"scopes=$root{_SCOPES}") != 1:
+        raise UsageError(f"the image's {MEASURE_MEMORY} does not write to {_SCOPES}")
+    return script.replace(f"scopes=$root{_SCOPES}", "scopes=$root/run/dask/unused")
+
+
+CHANGES: Mapping[str, Callable[[str], str]] = {
+    COMPOSE_FILE: no_limit,
+    START_DASK: no_export,
+    MEASURE_MEMORY: no_default,
+}
 
 
 def make(image: Path, to: Path) -> None:

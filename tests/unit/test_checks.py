@@ -269,7 +269,6 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE * 2),
         {
             "chain: container has a limit",
-            "chain: docker has the variable",
             "chain: kernel enforces the variable",
             "chain: container sees the variable",
             "chain: workers share the variable",
@@ -317,7 +316,11 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         {"chain: workers confirm what the scheduler lists"},
     ),
     # available
-    "measured in an earlier start": ([measured(-300)], dask(VALUE), {"available: measured at this start"}),
+    "measured in an earlier start": (
+        [measured(-300)],
+        dask(VALUE),
+        {"available: measured at this start", "service: measured after the commands of user data"},
+    ),
     "measured after the container": (
         [measured(60)],
         dask(VALUE),
@@ -617,7 +620,58 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE),
         {"first boot: user data replaced the compose file"},
     ),
+    "no default for containers": (
+        [put("scope", ""), sub("plain", r"\A\d+$", "max", 1)],
+        dask(VALUE),
+        {"chain: systemd has the variable", "chain: any container has the variable"},
+    ),
+    "a default of an earlier start": (
+        [put("scope", "[Scope]\nMemoryMax=1073741824\nMemorySwapMax=0\n")],
+        dask(VALUE),
+        {"chain: systemd has the variable"},
+    ),
+    "no container starts": (
+        [put("plain", "")],
+        dask(VALUE),
+        {"chain: any container has the variable", "first boot: containers do not reach the metadata"},
+    ),
+    "user data's commands still run": (
+        [sub("cloud-final", "ActiveState=active", "ActiveState=activating")],
+        dask(VALUE),
+        {"service: measured after the commands of user data"},
+    ),
+    "measured before user data's commands": (
+        [sub("cloud-final", r"Monotonic=\d+", "Monotonic=430000000")],
+        dask(VALUE),
+        {"service: measured after the commands of user data"},
+    ),
+    "dask for everybody": (
+        [sub("listening", r"127\.0\.0\.1:8786", "0.0.0.0:8786")],
+        dask(VALUE),
+        {"first boot: dask listens for this machine alone"},
+    ),
+    "a worker for everybody": (
+        [sub("listening", r"127\.0\.0\.1:40001", "*:40001")],
+        dask(VALUE),
+        {"first boot: dask listens for this machine alone"},
+    ),
+    "metadata in reach": (
+        [put("plain", f"{VALUE}\nreached\n")],
+        dask(VALUE),
+        {"first boot: containers do not reach the metadata"},
+    ),
+    "passwords": (
+        [sub("sshd", "^passwordauthentication no", "passwordauthentication yes")],
+        dask(VALUE),
+        {"first boot: ssh takes keys alone"},
+    ),
 }
+
+
+@pytest.mark.parametrize(("section", "content"), [("metadata", ""), ("metadata.host", "")])
+def test_metadata_that_is_open_or_not_there_is_no_fault(section: str, content: str) -> None:
+    text = dict(RECORDED) | {section: content, "plain": f"{VALUE}\nreached\n"}
+    assert "first boot: containers do not reach the metadata" not in red(text, dask(VALUE))
 
 
 def add_old_container(text: Text) -> None:

@@ -62,6 +62,7 @@ def _base(source: str, checksum: str | None) -> Base:
         mirror="",
         packages=(),
         disk_size=1 << 33,
+        security_updates=False,
     )
 
 

@@ -91,7 +91,8 @@ def test_workers_spill_to_the_disk_and_threads_are_dasks_own_choice(role: str) -
 
 def test_http_is_on_one_port_in_every_role() -> None:
     for role in ROLES:
-        assert _command(image(), role).count("--dashboard-address :8787") == 1
+        address = "${DASK_LISTEN:-127.0.0.1}" if role == "local" else ""
+        assert _command(image(), role).count(f"--dashboard-address {address}:8787") == 1
     assert "--no-dashboard" in _command(image(), "local")
 
 
@@ -133,7 +134,12 @@ def _local(tmp_path: Path, scenario: str, service: dict[str, Any]) -> Iterator[s
     """Run a whole cluster's shell with a `dask` that behaves as `scenario` says; what is left ends too."""
     fake(tmp_path, "dask", scenario)
     *shell, script = service["command"]
-    for compose, shells in (("$$", "$"), ("${DASK_THREADS:-0}", "0"), ("${DASK_WORKER_MEMORY:-1.0}", "1.0")):
+    for compose, shells in (
+        ("$$", "$"),
+        ("${DASK_THREADS:-0}", "0"),
+        ("${DASK_WORKER_MEMORY:-1.0}", "1.0"),
+        ("${DASK_LISTEN:-127.0.0.1}", "127.0.0.1"),
+    ):
         script = script.replace(compose, shells)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     process = subprocess.Popen([*shell, script], env=env, start_new_session=True)

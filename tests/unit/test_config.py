@@ -33,6 +33,7 @@ from ami_builder.model import (
     Destination,
     Image,
     Lifecycle,
+    Listen,
     Network,
     Nightly,
     Reserve,
@@ -54,17 +55,21 @@ DEFAULT = Image(
         mirror="",
         packages=(),
         disk_size=8 * GIB,
+        security_updates=False,
     ),
     container=Container(
         reference="ami-builder/dask:2026.8.0",
         requirements=resources.requirements(),
         packages=(),
         network=ContainerNetwork.HOST,
+        bridge_subnet="198.18.0.0/16",
+        instance_metadata=False,
+        unlimited=(),
         insecure_registry=None,
     ),
     reserve=Reserve(percent=2),
     nanny_headroom=0,
-    dask=Dask(role=Role.LOCAL, workers=1, threads=None, spill_percent=80, after=()),
+    dask=Dask(role=Role.LOCAL, listen=Listen.MACHINE, workers=1, threads=None, spill_percent=80, after=()),
     bake=Bake(memory=2 * GIB, cpus=2, timeout=1800.0),
     verify=Verify(
         memory=(2 * GIB,),
@@ -186,7 +191,7 @@ def test_the_schema_describes_every_setting_as_it_is_written() -> None:
             properties[name] = field
     assert set(properties) == set(FIELDS)
     assert all(field["description"] for field in properties.values())
-    assert properties["dask.role"]["enum"] == ["local", "worker", "scheduler"]
+    assert properties["dask.role"]["enum"] == ["local", "worker", "scheduler", "none"]
     assert properties["verify.memory"]["default"] == ["2GiB"]
     assert properties["dask.threads"]["default"] == "auto"
     # Where a default of text has a pattern, it fits: the schema would mark our own file as wrong otherwise.
@@ -245,6 +250,7 @@ def test_all_kinds_of_values(here: Path) -> None:
     assert worker.reserve == Reserve(percent=5)
     assert worker.dask == Dask(
         role=Role.WORKER,
+        listen=Listen.MACHINE,
         workers=2,
         threads=4,
         spill_percent=80,
@@ -260,6 +266,9 @@ def test_all_kinds_of_values(here: Path) -> None:
         requirements=None,
         packages=(),
         network=ContainerNetwork.BRIDGE,
+        bridge_subnet="198.18.0.0/16",
+        instance_metadata=False,
+        unlimited=(),
         insecure_registry="10.0.2.2:5000",
     )
     assert own.reserve == Reserve(bytes=2**28)
@@ -403,6 +412,7 @@ def test_settings_are_shown_as_toml_writes_them() -> None:
         "role": "local",
         "workers": 1,
         "threads": "auto",
+        "listen": "127.0.0.1",
         "spill_percent": 80,
         "after": ["a.service"],
     }
@@ -502,8 +512,8 @@ memory = 7
             " 100%, with at most two decimals",
             "ami-builder.toml:6: images.dask.reserve: unknown key; did you mean memory.reserve?",
             'ami-builder.toml:7: images.dask.bake.cpus = "two": expected a whole number from 1 to 255',
-            'ami-builder.toml:9: images.dask.dask.role = "Worker": expected one of local, worker, scheduler;'
-            " did you mean worker?",
+            'ami-builder.toml:9: images.dask.dask.role = "Worker": expected one of local, worker, scheduler,'
+            " none; did you mean worker?",
             "ami-builder.toml:10: images.dask.dask.spil_percent: unknown key; did you mean spill_percent?",
             'ami-builder.toml:13: images.dask.dask.after[1] = "agent": expected a systemd unit with its'
             " ending, not Dask's own",
@@ -550,6 +560,11 @@ BAD = [
     Bad(f'base.checksum = "{SHA256}0"', "expected sha256: with 64"),
     Bad('base.ssh_user = "debian"', "expected admin, the user of the Debian recipe"),
     Bad('base.ssh_user = "Root"', "the name of a Linux user"),
+    Bad('container.bridge_subnet = "10.0.0.0/30"', "expected an IPv4 network such as 10.200.0.0/16"),
+    Bad('container.bridge_subnet = "10.0.0.1/16"', "has host bits set"),
+    Bad('container.unlimited = ["a b"]', "the name of a container, or a pattern"),
+    Bad('dask.listen = "127.0.0.2"', "127.0.0.1"),
+    Bad('dask.after = ["dask-memory.service"]', "not Dask's own"),
     Bad('base.suite = "trixie main"', "the name of a Debian suite"),
     Bad('base.mirror = "deb http://x y"', "URL of a Debian mirror"),
     Bad("base.mirror = false", "URL of a Debian mirror"),

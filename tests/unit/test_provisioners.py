@@ -141,7 +141,7 @@ def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, progra
     assert calls(programs, "systemctl") == [
         "daemon-reload",
         "is-enabled --quiet docker.service",
-        "enable --quiet dask.service dask-health.timer",
+        "enable --quiet dask.service dask-memory.service dask-health.timer",
         "start --no-block docker.service",
     ]
     assert calls(programs, "docker") == ["compose version"]
@@ -156,7 +156,7 @@ def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: P
         "daemon-reload",
         "is-enabled --quiet docker.service",
         "enable --quiet docker.service",
-        "enable --quiet dask.service dask-health.timer",
+        "enable --quiet dask.service dask-memory.service dask-health.timer",
         "start --no-block docker.service",
     ]
 

@@ -11,13 +11,23 @@ import yaml
 from ami_builder import render, resources
 from ami_builder.errors import UsageError
 from ami_builder.model import ContainerNetwork, Reserve, Role
+from ami_builder.settings import ImageTable
 from tests.unit.guest import image
 
 CONTRACT = {
     "/usr/local/sbin/start-dask": 0o755,
+    "/usr/local/sbin/stop-dask": 0o755,
+    "/usr/local/sbin/measure-memory": 0o755,
+    "/usr/local/sbin/dask-wanted": 0o755,
+    "/usr/local/sbin/wait-for-unit": 0o755,
     "/usr/local/sbin/dask-health": 0o755,
     "/usr/local/sbin/remove-dask": 0o755,
     "/etc/systemd/system/dask.service": 0o644,
+    "/etc/systemd/system/dask-memory.service": 0o644,
+    "/etc/systemd/system/dask-.service.d/10-confined.conf": 0o644,
+    "/etc/systemd/system/docker-.scope.d/20-metadata.conf": 0o644,
+    "/etc/ssh/sshd_config.d/10-dask.conf": 0o644,
+    "/etc/sysctl.d/60-dask.conf": 0o644,
     "/etc/systemd/system/dask-health.service": 0o644,
     "/etc/systemd/system/dask-health.timer": 0o644,
     "/etc/dask/compose.yaml": 0o644,
@@ -55,19 +65,49 @@ def test_the_settings_reach_the_files() -> None:
         image(role=Role.SCHEDULER, reserve=Reserve(bytes=123, percent=2.5), after=("a.service", "b.service"))
     )
     assert "\nDASK_ROLE=scheduler\n" in _text(files, "/etc/dask/dask.env")
-    assert "reserve_bytes=123\nreserve_millipercent=2500\n" in _text(files, "/usr/local/sbin/start-dask")
-    after = "After=multi-user.target docker.service cloud-final.service a.service b.service\n"
-    assert after in _text(files, "/etc/systemd/system/dask.service")
+    assert "reserve_bytes=123\nreserve_millipercent=2500\n" in _text(files, "/usr/local/sbin/measure-memory")
+    memory = _text(files, "/etc/systemd/system/dask-memory.service")
+    assert [line.split()[-1] for line in memory.splitlines() if "wait-for-unit" in line] == [
+        "a.service",
+        "b.service",
+    ]
+
+
+def test_what_nobody_asked_for_is_no_file() -> None:
+    settings = {
+        "container": {"unlimited": ["agent-*", "logs"]},
+        "base": {"security_updates": True, "packages": ["htop"]},
+    }
+    asked = ImageTable.model_validate(settings).image("asked")
+    files = render.guest(asked)
+    assert {str(path) for path in set(files) - set(render.guest(image()))} == {
+        "/etc/systemd/system/docker-.scope.d/30-unlimited.conf",
+        "/etc/systemd/system/dask-unlimited@.service",
+        "/etc/systemd/system/security-updates.service",
+        "/usr/local/sbin/dask-unlimited",
+    }
+    assert "    agent-* | logs) ;;\n" in _text(files, "/usr/local/sbin/dask-unlimited")
+    assert asked.base.packages == ("htop", "unattended-upgrades")
+    opened = ImageTable.model_validate({"container": {"instance_metadata": True}}).image("opened")
+    closed = set(render.guest(image())) - set(render.guest(opened))
+    assert {path.name for path in closed} == {"20-metadata.conf"}
+
+
+def test_nothing_of_dask_is_ordered_after_user_datas_commands() -> None:
+    """One of them may be `systemctl restart dask`, which would then wait for itself."""
+    files = render.guest(image(after=("agent.service",)))
+    for path in (path for path in files if path.suffix == ".service" and path.name.startswith("dask")):
+        lines = [line for line in files[path].content.decode().splitlines() if line.startswith("After=")]
+        assert not [line for line in lines if "cloud-final" in line or "agent" in line], path
 
 
 def test_the_service_starts_over_for_as_long_as_the_machine_lives() -> None:
     unit = _text(render.guest(image()), "/etc/systemd/system/dask.service").splitlines()
     for line in (
         "Type=exec",
-        "Restart=on-failure",
+        "Restart=always",
         "RestartPreventExitStatus=78",
         "StartLimitIntervalSec=0",
-        "RestartMaxDelaySec=60",
         "Requires=docker.service",
         "WantedBy=multi-user.target docker.service",
     ):
@@ -94,7 +134,13 @@ def test_a_container_that_asks_for_nothing_is_bounded() -> None:
             ContainerNetwork.HOST,
             {"bridge": "none", "iptables": False, "ip6tables": False, "ip-forward": False},
         ),
-        (ContainerNetwork.BRIDGE, {}),
+        (
+            ContainerNetwork.BRIDGE,
+            {
+                "bip": "198.18.0.1/24",
+                "default-address-pools": [{"base": "198.18.0.0/16", "size": 24}],
+            },
+        ),
     ],
 )
 def test_docker_prepares_a_network_only_where_one_is_asked_for(
@@ -106,7 +152,9 @@ def test_docker_prepares_a_network_only_where_one_is_asked_for(
     assert text.endswith("}\n")
     bounds = {"log-driver", "log-opts", "default-ulimits"}
     assert {name: value for name, value in json.loads(text).items() if name not in bounds} == settings
-    assert ("check_network" in _text(render.guest(of), "/usr/local/sbin/start-dask")) is bool(settings)
+    assert ("check_network" in _text(render.guest(of), "/usr/local/sbin/start-dask")) is (
+        "bridge" in settings
+    )
     # Our own services are there in either.
     services = yaml.safe_load(_text(render.guest(of), "/etc/dask/compose.yaml"))["services"]
     assert {service["network_mode"] for service in services.values()} == {"host"}

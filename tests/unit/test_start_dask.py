@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 
 from ami_builder import render
 from ami_builder.model import ContainerNetwork, Image, Reserve
+from ami_builder.proc import wait_until
 from tests.unit.fakes import calls, fake
 from tests.unit.guest import image
 
 MEMINFO = Path(__file__).with_name("meminfo")
 PAGE = os.sysconf("SC_PAGESIZE")
 START_DASK = PurePosixPath("/usr/local/sbin/start-dask")
+MEASURE_MEMORY = PurePosixPath("/usr/local/sbin/measure-memory")
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 
 SHELLS = {name: found for name in ("dash", "busybox") if (found := shutil.which(name))}
@@ -41,11 +43,19 @@ BAD = sorted(path.name for path in MEMINFO.iterdir() if path.name.startswith(("b
 
 HOST, FROM_ENV = "network_mode: host", "command: '${DASK_SCHEDULER_ADDRESS}'"
 
-# Answers as Docker does, and writes down the environment that Compose gets.
+# Answers as Docker does, and writes down the environment that Compose gets. Dask runs until it is stopped.
 DOCKER = """
 case $1 in
     ps) [ -z "${FAKE_DOCKER_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
     compose) shift; env >"$0.env" ;;
+    events) touch "$START_DASK_ROOT/run/dask/stopping" ;;
+esac
+"""
+SYSTEMCTL = """
+case $* in
+    is-system-running*) [ -z "${FAKE_BOOT:-}" ] || exec sleep 60 ;;
+    list-jobs*) echo "12 cloud-final.service start running"; echo "13 dask.target start waiting" ;;
+    show*) echo "${FAKE_RESTARTS:-0}" ;;
 esac
 """
 
@@ -76,11 +86,14 @@ class Machine:
         self.programs = root / "programs"
         self.spill = root / "var/lib/dask/spill"
         self.record = root / "run/dask/memory.env"
-        for folder in ("proc", "etc/dask"):
+        self.drop_in = root / "run/systemd/system/docker-.scope.d/10-dask.conf"
+        for folder in ("proc", "etc/dask", "etc/docker", "sys/fs/cgroup", "usr/local/sbin"):
             (root / folder).mkdir(parents=True)
         fake(self.programs, "docker", DOCKER)
+        fake(self.programs, "systemctl", SYSTEMCTL)
         self.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}, {FROM_ENV}}}}}\n")
         self.write("etc/dask/dask.env", "DASK_ROLE=local\nDASK_SCHEDULER_ADDRESS=\n")
+        self.write("sys/fs/cgroup/cgroup.controllers", "cpu memory pids\n")
         self.meminfo("2-gib")
 
     def write(self, name: str, text: str) -> None:
@@ -90,15 +103,14 @@ class Machine:
         shutil.copyfile(MEMINFO / name, self.root / "proc/meminfo")
 
     def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
-        script = self.root / "start-dask"
-        script.write_bytes(render.guest(of or image())[START_DASK].content)
+        guest = render.guest(of or image())
+        for path in (START_DASK, MEASURE_MEMORY):
+            script = self.root / path.relative_to("/")
+            script.write_bytes(guest[path].content)
+            script.chmod(0o755)
         done = subprocess.run(
-            [*self.shell, str(script)],
-            env={
-                "PATH": f"{self.programs}:{os.environ['PATH']}",
-                "START_DASK_ROOT": str(self.root),
-                **(environment or {}),
-            },
+            [*self.shell, str(self.root / START_DASK.relative_to("/"))],
+            env=self.environment(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,6 +126,18 @@ class Machine:
             environment=dict(line.partition("=")[::2] for line in lines),
             record=self.record.read_text() if self.record.exists() else None,
         )
+
+    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        return {
+            "PATH": f"{self.programs}:{os.environ['PATH']}",
+            "START_DASK_ROOT": str(self.root),
+            "MEASURE_MEMORY_ROOT": str(self.root),
+            **more,
+        }
+
+    @property
+    def health(self) -> list[str]:
+        return (self.root / "run/dask/health").read_text().splitlines()
 
 
 @pytest.fixture(params=sorted(SHELLS))
@@ -138,12 +162,13 @@ def test_what_is_available_reaches_compose(machine: Machine, name: str, kilobyte
     assert started.status == 0, started.output
     assert started.exported == str(expected)
     assert started.record == f"{VARIABLE}={expected}\n"
+    assert machine.drop_in.read_text() == f"[Scope]\nMemoryMax={expected}\nMemorySwapMax=0\n"
     assert "<3>" not in started.output
 
 
 def test_the_journal_gets_one_clear_line(one: Machine) -> None:
     assert one.start().output == (
-        "<6>start-dask: AVAILABLE_MEMORY_FOR_DASK=1814532096 (1730 MiB of 1965 MiB; reserve 0)\n"
+        "<6>measure-memory: AVAILABLE_MEMORY_FOR_DASK=1814532096 (1730 MiB of 1965 MiB; reserve 0)\n"
     )
 
 
@@ -155,12 +180,17 @@ def test_what_cannot_be_measured_is_loud_and_leaves_the_variable_unset(machine: 
         machine.meminfo(name)
     machine.record.parent.mkdir(parents=True)
     machine.record.write_text(f"{VARIABLE}=123\n")
+    machine.drop_in.parent.mkdir(parents=True)
+    machine.drop_in.write_text("[Scope]\nMemoryMax=123\n")
     started = machine.start(environment={VARIABLE: "123"})
     assert started.status == 0, started.output
     assert started.environment, "Dask must start all the same"
     assert started.exported is None
     assert started.record is None
-    assert re.search(rf"^<3>start-dask: {VARIABLE} is not set, Dask runs WITHOUT .*: .+", started.output)
+    assert not machine.drop_in.exists()
+    assert re.search(
+        rf"^<3>measure-memory: {VARIABLE} is not set, Dask and .* run WITHOUT .*: .+", started.output
+    )
     assert len(started.output.splitlines()) == 1, started.output
 
 
@@ -268,7 +298,7 @@ def test_older_containers_are_gone_before_anything_is_measured(machine: Machine)
 
 
 def test_docker_is_asked_as_seldom_as_possible(one: Machine) -> None:
-    assert len(one.start().calls) == 2
+    assert len(one.start().calls) == 3
 
 
 def test_without_docker_nothing_is_measured_and_systemd_tries_again(one: Machine) -> None:
@@ -278,12 +308,11 @@ def test_without_docker_nothing_is_measured_and_systemd_tries_again(one: Machine
     assert "<3>start-dask: Docker does not answer: journalctl -u docker" in started.output
 
 
-def test_compose_runs_the_pinned_project_in_the_foreground(one: Machine) -> None:
+def test_compose_runs_the_pinned_project(one: Machine) -> None:
     started = one.start()
     etc = one.root / "etc/dask"
-    assert started.calls[-1] == (
-        f"compose --ansi never --project-directory {etc} --file {etc}/compose.yaml "
-        "up --quiet-pull --no-log-prefix --abort-on-container-exit"
+    assert started.calls[-2] == (
+        f"compose --ansi never --project-directory {etc} --file {etc}/compose.yaml up --detach --quiet-pull"
     )
     assert started.environment["COMPOSE_PROJECT_NAME"] == "dask"
 
@@ -291,14 +320,167 @@ def test_compose_runs_the_pinned_project_in_the_foreground(one: Machine) -> None
 def test_composes_own_program_is_preferred(one: Machine) -> None:
     plugins = one.root / "usr/libexec/docker/cli-plugins"
     fake(plugins, "docker-compose", 'env >"$0.env"')
-    assert len(one.start().calls) == 1
-    assert calls(plugins, "docker-compose")[0].endswith("--abort-on-container-exit")
+    assert [call.split()[0] for call in one.start().calls] == ["ps", "events"]
+    assert calls(plugins, "docker-compose")[0].endswith("up --detach --quiet-pull")
     assert f"{VARIABLE}=1814532096" in (plugins / "docker-compose.env").read_text()
 
 
-def test_composes_status_is_the_services(one: Machine) -> None:
+def test_a_failure_of_compose_is_a_failure(one: Machine) -> None:
     fake(one.programs, "docker", "case $1 in compose) exit 37 ;; esac")
-    assert one.start().status == 37
+    started = one.start()
+    assert started.status == 1
+    assert "<3>start-dask: Compose could not start Dask" in started.output
+    assert one.health == ["unhealthy", "Compose could not start Dask"]
+
+
+EVENTS = """
+case $1 in
+    ps) cat "$START_DASK_ROOT/running" 2>/dev/null; : ;;
+    inspect) echo "$FAKE_COMMAND" ;;
+    events) printf "$FAKE_EVENTS" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("events", "running", "command", "said"),
+    [
+        ("c1 0 dask-worker-1\n", "c2\n", "dask [worker tcp://10.0.0.1:8786]", "dask-worker-1 has ended"),
+        ("c1 0 dask-init-1\n", "", "true []", "dask-init-1 has ended"),
+        ("c1 137 dask-worker-1\n", "c2\n", "dask []", "dask-worker-1 has ended with status 137"),
+        ("c1 1 dask-logs-1\n", "c2\n", "logs []", "dask-logs-1 has ended with status 1"),
+        ("c1 0 dask-init-1\nc2 3 dask-x-1\n", "c2\n", "true []", "dask-x-1 has ended with status 3"),
+        ("c1 0 dask-init-1\n", "c2\n", "true []", "Docker has ended: journalctl -u docker"),
+    ],
+    ids=["dask", "the last", "killed", "a sidecar fails", "one after another", "docker ends"],
+)
+def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
+    machine: Machine, events: str, running: str, command: str, said: str
+) -> None:
+    fake(machine.programs, "docker", EVENTS)
+    (machine.root / "running").write_text("")
+    # Nothing runs before Compose has started it.
+    fake(
+        machine.programs,
+        "docker",
+        EVENTS + f'case $1 in compose) printf "{running}" >"$START_DASK_ROOT/running" ;; esac',
+    )
+    started = machine.start(environment={"FAKE_EVENTS": events, "FAKE_COMMAND": command})
+    assert started.status == 1
+    assert started.output.splitlines()[-1] == f"<3>start-dask: {said}"
+    assert machine.health == ["unhealthy", said]
+    assert ("<6>start-dask: dask-init-1 has done its work" in started.output) is (
+        events.startswith("c1 0 dask-init-1") and bool(running)
+    )
+
+
+def test_an_end_that_was_asked_for_is_none(machine: Machine) -> None:
+    fake(
+        machine.programs,
+        "docker",
+        '[ "$1" != events ] || touch "$START_DASK_ROOT/run/dask/stopping"' + EVENTS,
+    )
+    events = {"FAKE_EVENTS": "c1 137 dask-worker-1\n", "FAKE_COMMAND": "dask"}
+    assert machine.start(environment=events).status == 0
+
+
+def test_a_start_after_a_failure_waits_longer_each_time_and_not_by_hand(machine: Machine) -> None:
+    fake(machine.programs, "sleep", "")
+    fake(machine.programs, "docker", "case $1 in compose) exit 1 ;; esac")
+    for restarts in range(8):
+        machine.start(environment={"FAKE_RESTARTS": str(restarts)})
+    assert calls(machine.programs, "sleep") == ["5", "10", "20", "40", "60", "60", "60"]
+    machine.start(environment={"FAKE_RESTARTS": "0"})
+    assert len(calls(machine.programs, "sleep")) == 7
+    machine.start(environment={"FAKE_RESTARTS": "1"})
+    assert calls(machine.programs, "sleep")[-1] == "5"
+
+
+def test_a_boot_that_goes_on_is_said_and_not_waited_for_for_good(machine: Machine) -> None:
+    # 31 times a second of waiting stand for half an hour.
+    script = SYSTEMCTL.replace("exec sleep 60", "exit 124")
+    fake(machine.programs, "systemctl", script)
+    fake(machine.programs, "timeout", '[ "$1" != -k ] || shift 2; shift; exec "$@"')
+    started = machine.start(environment={"FAKE_BOOT": "1"})
+    assert started.status == 0
+    lines = started.output.splitlines()
+    assert (
+        lines[0] == "<6>start-dask: waiting for the end of the boot: cloud-final.service still starts (1 min)"
+    )
+    assert lines[29].startswith(
+        "<4>start-dask: the boot is not over after 30 minutes, Dask starts all the same"
+    )
+
+
+def test_a_worker_waits_for_its_scheduler(one: Machine) -> None:
+    """It is looked for without starting Dask, and nothing is measured before it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    one.write("etc/dask/dask.env", f"DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=tcp://127.0.0.1:{port}\n")
+    found: list[Started] = []
+    waiting = threading.Thread(target=lambda: found.append(one.start()))
+    waiting.start()
+    wait_until(lambda: (one.root / "run/dask/health").exists() and one.health, what="its health", timeout=60)
+    assert one.health == ["waiting", f"for the scheduler at tcp://127.0.0.1:{port}"]
+    assert not one.record.exists()
+    with socket.create_server(("127.0.0.1", port)):
+        waiting.join(60)
+    (started,) = found
+    assert started.status == 0
+    assert started.output.count("waiting for the scheduler") == 1
+    assert started.exported == "1814532096"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "ucx://10.0.0.1:8786", "tcp://[::1]", "inproc://a/b/1", "tcp://$(touch x):1", "tls://a b:1"],
+)
+def test_an_address_that_is_no_host_and_port_is_dasks_own_affair(machine: Machine, address: str) -> None:
+    machine.write("etc/dask/dask.env", f"DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS={address}\n")
+    machine.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}}}}}\n")
+    assert machine.start().status == 0
+
+
+@pytest.mark.parametrize(
+    ("settings_text", "compose", "warned"),
+    [
+        ("DASK_ROLE=local\n", "", False),
+        ("DASK_ROLE=local\nDASK_LISTEN=127.0.0.1\n", "", False),
+        ("DASK_ROLE=local\nDASK_LISTEN=0.0.0.0\n", "", True),
+        ("DASK_ROLE=scheduler\n", "", True),
+        ("DASK_ROLE=scheduler\nDASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=true\n", "", False),
+        ("DASK_ROLE=scheduler\n", "# DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION: 'true'\n", False),
+    ],
+)
+def test_ports_that_are_open_without_tls_are_said(
+    machine: Machine, settings_text: str, compose: str, warned: bool
+) -> None:
+    machine.write("etc/dask/dask.env", settings_text)
+    machine.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}}}}}\n{compose}")
+    assert ("<4>start-dask: Dask's ports are open" in machine.start().output) is warned
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (("etc/docker/daemon.json", '{"exec-opts": ["native.cgroupdriver=cgroupfs"]}'), "driver is cgroupfs"),
+        (("sys/fs/cgroup/cgroup.controllers", None), "cgroups v1"),
+    ],
+)
+def test_a_docker_without_scopes_is_said(
+    machine: Machine, break_it: tuple[str, str | None], said: str
+) -> None:
+    """There a drop-in would limit nothing."""
+    path, text = break_it
+    (machine.root / path).unlink() if text is None else machine.write(path, text)
+    machine.drop_in.parent.mkdir(parents=True)
+    machine.drop_in.write_text("[Scope]\nMemoryMax=123\n")
+    started = machine.start()
+    assert started.exported == "1814532096"
+    assert not machine.drop_in.exists()
+    assert re.search(
+        f"^<3>measure-memory: only a container with mem_limit is limited: .*{said}", started.output
+    )
 
 
 @pytest.mark.parametrize("role", ["local", "scheduler", "worker"])
@@ -369,7 +551,7 @@ def test_a_compose_file_on_another_network_is_loud_and_starts_all_the_same(
 @pytest.mark.parametrize(
     ("settings_text", "said"),
     [
-        ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is none of local, worker, scheduler"),
+        ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is none of local, worker, scheduler, none"),
         ("DASK_ROLE=\n", "DASK_ROLE='' in .* is none of"),
         ("", "DASK_ROLE='' in .* is none of"),
         ("DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=\n", "DASK_ROLE=worker needs DASK_SCHEDULER_ADDRESS"),
@@ -385,6 +567,7 @@ def test_what_it_cannot_start_it_refuses(machine: Machine, settings_text: str | 
     assert started.status == 78
     assert started.calls == []
     assert re.fullmatch(rf"<3>start-dask: .*{said}.*\n", started.output), started.output
+    assert machine.health[0] == "refused"
 
 
 def test_a_value_from_outside_never_gets_through(machine: Machine) -> None:

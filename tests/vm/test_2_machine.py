@@ -15,26 +15,25 @@ from typing import Any
 import pytest
 
 from ami_builder import proc
-from tests.vm.conftest import ROOT, Booted, ami_builder, red
+from tests.vm.conftest import NO_DEFAULT, ROOT, Booted, ami_builder, red
 
 START_DASK = "/usr/local/sbin/start-dask"
+MEASURE_MEMORY = "/usr/local/sbin/measure-memory"
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 OWN_COMPOSE_FILE = f"cp /var/lib/ami-builder/compose.image.yaml {COMPOSE_FILE}"
 """What makes the image's own Compose file count again, in place of the control plane's."""
 UNIT = "/etc/systemd/system/dask.service"
 NIGHTLY = "ami-builder-nightly@qemu.service"
 
-# The lines that start-dask exports and records the value with.
-_EXPORT = "/export AVAILABLE_MEMORY_FOR_DASK=/,/mv .*memory.env/"
-
 
 def _value(expression: str) -> str:
-    """Return a script that makes start-dask export and record something else than it measured."""
+    """Return a script that makes start-dask export and record something else than was measured."""
     return f"""
 cat >/run/break.sed <<'SED'
-{_EXPORT}c\\
-    export AVAILABLE_MEMORY_FOR_DASK="{expression}"\\
-    echo "AVAILABLE_MEMORY_FOR_DASK=$AVAILABLE_MEMORY_FOR_DASK" >"$state/memory.env"
+/^export_memory$/a\\
+kb() {{ sed -n "s/^$1: *\\([0-9]*\\) kB/\\1/p" /proc/meminfo; }}\\
+export AVAILABLE_MEMORY_FOR_DASK="{expression}"\\
+echo "AVAILABLE_MEMORY_FOR_DASK=$AVAILABLE_MEMORY_FOR_DASK" >"$state/memory.env"
 SED
 sed -i -f /run/break.sed {START_DASK}
 """
@@ -64,7 +63,7 @@ BREAKS = (
     Break(
         name="the value as kB text",
         file=START_DASK,
-        script=_value("$available_kb kB"),
+        script=_value("$(kb MemAvailable) kB"),
         red=frozenset({"chain: variable was measured"}),
     ),
     Break(
@@ -89,20 +88,20 @@ sed -i -f /run/break.sed {START_DASK}
     Break(
         name="more than is available: 95 % of all memory",
         file=START_DASK,
-        script=_value("$((total_kb * 1024 / 100 * 95 / 4096 * 4096))"),
+        script=_value("$(($(kb MemTotal) * 1024 / 100 * 95 / 4096 * 4096))"),
         red=frozenset({"available: variable is not more than was available"}),
     ),
     Break(
         name="memory that can't be measured",
-        file=START_DASK,
-        script=f"sed -i 's|^meminfo=.*|meminfo=/nowhere|' {START_DASK}",
+        file=MEASURE_MEMORY,
+        script=f"sed -i 's|^meminfo=.*|meminfo=/nowhere|' {MEASURE_MEMORY}",
         red=frozenset({"chain: variable was measured", "chain: container has a limit"}),
     ),
     Break(
-        name="a Compose file without the line",
+        name="a Compose file without the line, and no default",
         file=COMPOSE_FILE,
-        script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}",
-        red=frozenset({"chain: container has a limit", "chain: docker has the variable"}),
+        script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}; {NO_DEFAULT}",
+        red=frozenset({"chain: container has a limit", "chain: systemd has the variable"}),
         doctor="too high",
     ),
     Break(
