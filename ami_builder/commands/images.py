@@ -189,8 +189,8 @@ def run_image(
         console.result(
             [
                 f"ssh        {launched.ssh}",
-                f"dashboard  {launched.dashboard}",
-                f"scheduler  {launched.scheduler}",
+                f"tunnel     {launched.tunnel}",
+                "           then the dashboard is http://127.0.0.1:8787/status, the scheduler tcp://127.0.0.1:8786",
                 f"console    {launched.console_log}",
                 "Ctrl-C stops the machine; nothing that it wrote is kept.",
             ]

@@ -16,8 +16,7 @@ from ami_builder.pipeline.local import LocalMachine
 from ami_builder.workspace import Workspace
 
 _LOOK_SECONDS = 2.0
-_DASHBOARD = 8787
-_SCHEDULER = 8786
+_SCHEDULER, _DASHBOARD = 8786, 8787
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +24,8 @@ class Launched:
     """How a person reaches the machine."""
 
     ssh: str
-    dashboard: str
-    scheduler: str
+    tunnel: str
+    """What brings dashboard and scheduler to the same ports of this host: Dask listens for its VM alone."""
     console_log: Path
 
 
@@ -63,11 +62,12 @@ def launch(
             alive = reporting(machine.check_alive, step, endpoint.console_log)
             session.wait(image.verify.timeout, alive)
             step.done("ssh answers")
+        login = f"ssh -F {session.config}"
+        forward = " ".join(f"-L {port}:127.0.0.1:{port}" for port in (_DASHBOARD, _SCHEDULER))
         on_ready(
             Launched(
-                ssh=f"ssh -F {session.config} {ssh.HOST}",
-                dashboard=f"http://{endpoint.address}:{endpoint.ports[_DASHBOARD]}/status",
-                scheduler=f"tcp://{endpoint.address}:{endpoint.ports[_SCHEDULER]}",
+                ssh=f"{login} {ssh.HOST}",
+                tunnel=f"{login} -N {forward} {ssh.HOST}",
                 console_log=endpoint.console_log,
             )
         )

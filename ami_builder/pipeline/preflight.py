@@ -10,7 +10,7 @@ from pathlib import Path
 from ami_builder import proc
 from ami_builder.adapters import packer, qemu
 from ami_builder.errors import AmiBuilderError, MissingTool
-from ami_builder.model import Finding, Image, State, Target
+from ami_builder.model import Finding, Image, Listen, Role, State, Target
 from ami_builder.workspace import Workspace
 
 _GIB = 1 << 30
@@ -21,7 +21,11 @@ _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")
 
 
 def check(image: Image, workspace: Workspace, target: Target) -> Iterator[Finding]:
-    """Look at the tools, the accelerator or the account, memory and disk space that a build needs."""
+    """Look at what the settings leave open, and at all that a build needs.
+
+    That is tools, the accelerator or the account, memory, disk space.
+    """
+    yield from _open(image)
     if target is Target.AWS:
         yield from _cloud(image, workspace)
         return
@@ -45,6 +49,24 @@ def _cloud(image: Image, workspace: Workspace) -> Iterator[Finding]:
         yield _of(tool, lambda tool=tool: str(proc.find(tool)))  # type: ignore[misc]
     yield _disk(workspace)
     yield from preflight.check(image)
+
+
+def _open(image: Image) -> Iterator[Finding]:
+    role, tls = image.dask.role, "use TLS (DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=true), or a firewall"
+    if role in (Role.SCHEDULER, Role.WORKER) or (role is Role.LOCAL and image.dask.listen is Listen.NETWORK):
+        yield Finding(
+            name="Dask's ports",
+            state=State.NOTE,
+            found=f"role {role} listens to the network without TLS: who reaches it runs programs there",
+            hint=tls,
+        )
+    if image.container.instance_metadata:
+        yield Finding(
+            name="metadata",
+            state=State.NOTE,
+            found="who submits a task to Dask has the rights of the instance's role",
+            hint="set container.instance_metadata to false unless tasks need it",
+        )
 
 
 def _of(name: str, look: Callable[[], str]) -> Finding:

@@ -22,7 +22,7 @@ START_DASK = "/usr/local/sbin/start-dask"
 MEASURE_MEMORY = "/usr/local/sbin/measure-memory"
 
 _LIMIT = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
-_SCOPES = "/run/systemd/system/docker-.scope.d"
+SCOPES = "/run/systemd/system/docker-.scope.d"
 _EXPORT = re.compile(r"^(\s*)export (AVAILABLE_MEMORY_FOR_DASK=)", re.MULTILINE)
 _MODE = re.compile(r"^Inode:.*\sMode:\s+(?P<mode>[0-7]{4})", re.MULTILINE)
 _CONVERT_SECONDS = 900.0
@@ -47,9 +47,9 @@ def no_export(script: str) -> str:
 
 def no_default(script: str) -> str:
     """Return measure-memory with its drop-in where systemd reads none; raises UsageError without one."""
-    if script.count(f"scopes=$root{_SCOPES}") != 1:
-        raise UsageError(f"the image's {MEASURE_MEMORY} does not write to {_SCOPES}")
-    return script.replace(f"scopes=$root{_SCOPES}", "scopes=$root/run/dask/unused")
+    if script.count(f"scopes=$root{SCOPES}") != 1:
+        raise UsageError(f"the image's {MEASURE_MEMORY} does not write to {SCOPES}")
+    return script.replace(f"scopes=$root{SCOPES}", "scopes=$root/run/dask/unused")
 
 
 CHANGES: Mapping[str, Callable[[str], str]] = {

@@ -197,7 +197,7 @@ def test_stopping_a_machine_that_runs_is_its_normal_end(
 
     def stopped(*_: object, on_ready: Callable[[launch.Launched], None], **__: object) -> None:
         if is_up:
-            on_ready(launch.Launched(ssh="ssh x", dashboard="", scheduler="", console_log=tmp_path))
+            on_ready(launch.Launched(ssh="ssh x", tunnel="ssh x -N", console_log=tmp_path))
         raise Interrupted("stopped by SIGINT")
 
     monkeypatch.setattr(launch, "launch", stopped)

@@ -154,12 +154,12 @@ class Instance:
     key: Path
 
     @classmethod
-    def new(cls, image: Image, directory: Path) -> Instance:
-        """Return one that was not used before."""
+    def new(cls, image: Image, directory: Path, user_data: bytes | None = None) -> Instance:
+        """Return one that was not used before; without user data it gets what verification sends."""
         key = ssh.generate_key(directory)
         metadata = imds.InstanceMetadata(
             instance_id=imds.new_instance_id(),
-            user_data=render.user_data(image, nonce=NONCE).encode(),
+            user_data=user_data or render.user_data(image, nonce=NONCE).encode(),
             public_key=key.with_suffix(".pub").read_text().strip(),
         )
         return cls(metadata=metadata, key=key)
@@ -278,16 +278,23 @@ def saved(
     saved.memory.unlink()
 
 
-@pytest.fixture
-def machine(saved: Saved, image: Image, tmp_path: Path) -> Iterator[Booted]:
-    """A VM of the test's own, to be broken: Dask is stopped, all else is up, and nothing is put back.
+@contextmanager
+def guest_of(saved: Saved, image: Image, directory: Path) -> Iterator[Booted]:
+    """Let a VM go on that was saved; nothing is put back.
 
     Its clock goes on where the saved one's stopped. Set right, the boot would seem to have been later than
     what was measured in it.
     """
-    disk = tmp_path / "disk.qcow2"
+    disk = directory / "disk.qcow2"
     # QEMU takes the memory for this disk alone, and an overlay of an overlay for a security risk.
     shutil.copy(saved.disk, disk)
-    with savable(image, saved, disk, tmp_path, saved=saved.memory) as machine:
+    with savable(image, saved, disk, directory, saved=saved.memory) as machine:
         yield machine
     disk.unlink()
+
+
+@pytest.fixture
+def machine(saved: Saved, image: Image, tmp_path: Path) -> Iterator[Booted]:
+    """A VM of the test's own, to be broken: Dask is stopped, all else is up, and nothing is put back."""
+    with guest_of(saved, image, tmp_path) as machine:
+        yield machine

@@ -1,13 +1,24 @@
-"""What EC2Cluster sends. No VM is booted for it, but the package is fetched."""
+"""What an unmodified EC2Cluster sends, and what its containers and all others are limited to."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import yaml
+from distributed import Client
 
+from ami_builder.adapters import qemu
+from ami_builder.model import Image, Network
+from ami_builder.proc import wait_until
+from tests.real_dask import scheduler
+from tests.vm.conftest import HOME, ROOT, Booted, Instance, accelerator, running
 from tests.vm.ec2cluster import user_data
 
 IMAGE = "ami-builder/dask:1"
@@ -38,3 +49,137 @@ def test_a_worker_of_that_scheduler_and_then_its_end() -> None:
     assert worker["opts"].keys() == {"name"}, "a limit of its own would hide the image's"
     assert re.fullmatch(r"dask-\w+-worker-\w+", worker["opts"]["name"])
     assert end == "shutdown -h now"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to start a container, and the limits that came of it, in bytes; None where there is none."""
+
+    started_by: str
+    boot: str
+    variable: int
+    docker: int
+    memory_max: int
+    worker: int | None
+
+
+SCHEDULER, WORKER = "EC2Cluster's scheduler", "EC2Cluster's worker"
+PLAIN, WITH, WITHOUT = "`docker run`", "Compose with `mem_limit`", "Compose without `mem_limit`"
+FIRST, AGAIN = "first", "after a reboot"
+DOC = ROOT / "docs" / "limits.md"
+
+
+def test_each_way_to_start_a_container_has_the_limit(
+    built: Mapping[str, Any], image: Image, tmp_path: Path
+) -> None:
+    """One disk, booted four times: twice as each of two instances. EC2Cluster's user data is as it comes."""
+    source, disk = Path(built["artifact"]["location"]), tmp_path / "disk.qcow2"
+    qemu.create_overlay(source, disk, image.verify.disk_size)
+    rows: list[Row] = []
+    with scheduler(tmp_path) as address, Client(address) as client:
+        ours = address.replace("127.0.0.1", qemu.THIS_MACHINE)
+        for name, sent in ((SCHEDULER, user_data(image.container.reference, None)),
+                           (WORKER, user_data(image.container.reference, ours))):  # fmt: skip
+            folder = tmp_path / name.split()[-1]
+            folder.mkdir()
+            instance = Instance.new(image, folder, sent.encode())
+            for boot in (FIRST, AGAIN):
+                with started(image, instance, disk, folder / boot.split()[-1], source) as machine:
+                    if boot == AGAIN:  # cloud-init runs the commands once
+                        machine.root(commands(sent)[0] + " >/dev/null 2>&1 &")
+                    ids = {name: container(machine, "docker ps -q")}
+                    assert machine.root("systemctl is-active dask", check=False).strip() == "inactive"
+                    assert machine.root("head -n 1 /run/dask/health").strip() == "off"
+                    if name == SCHEDULER:
+                        ids |= others(machine, image, ours)
+                    limits = wait_until(
+                        lambda: workers(client, len(ids) - (name == SCHEDULER)),  # noqa: B023
+                        what="the workers", timeout=300, interval=1,
+                    )  # fmt: skip
+                    rows += [row(machine, how, boot, id, limits) for how, id in ids.items()]
+                    machine.root("sync")
+                wait_until(lambda: not client.scheduler_info()["workers"], what="their end", timeout=300)
+    text = table(rows)
+    (HOME / "limits.md").write_text(text)
+    assert {r.memory_max for r in rows} == {r.variable for r in rows}
+    for found in rows:
+        assert found.variable == found.memory_max, found
+        assert found.docker in (0, found.variable), found
+        assert found.worker in (None, found.variable), found
+    assert names(text) == names(DOC.read_text()), f"docs/limits.md has other rows; this run's: {text}"
+
+
+@contextmanager
+def started(image: Image, instance: Instance, disk: Path, folder: Path, source: Path) -> Iterator[Booted]:
+    folder.mkdir()
+    more: dict[str, Any] = {"accelerator": accelerator(source, folder), "network": Network.NAT}
+    with running(image, instance, disk, folder, writable=True, **more) as machine:
+        # EC2Cluster's command keeps the boot from ending.
+        machine.root("until systemctl is-active dask-memory cloud-config; do sleep 1; done")
+        yield machine
+
+
+def container(machine: Booted, ask: str) -> str:
+    """Return a container's id as soon as there is one."""
+    return machine.root(f"until {ask} --no-trunc | grep .; do sleep 1; done").split()[-1]
+
+
+def others(machine: Booted, image: Image, address: str) -> dict[str, str]:
+    """Start a worker in each of the other ways, as a person would by hand, and return the containers' ids."""
+    words = ["dask", "worker", address, "--nworkers", "1", "--no-dashboard"]
+    service = {"image": image.container.reference, "network_mode": "host", "init": True}
+    limited = {"mem_limit": "${AVAILABLE_MEMORY_FOR_DASK:-0}"}
+    found: dict[str, str] = {}
+    for how, more in ((WITH, limited), (WITHOUT, {})):
+        name = f"by-hand-{len(found)}"
+        file = {"name": name, "services": {"worker": service | more | {"command": [*words, "--name", how]}}}
+        machine.session.run(f"cat >/root/{name}.yaml", sudo=True, stdin=json.dumps(file))
+        # Through a login shell, which has the variable.
+        machine.root(f"bash -lc 'docker compose --file /root/{name}.yaml up --detach'")
+        found[how] = container(machine, f"docker ps -q --filter name={name}")
+    command = shlex.join([*words, "--name", PLAIN])
+    machine.root(f"docker run -d --network host --name plain {image.container.reference} {command}")
+    return found | {PLAIN: container(machine, "docker ps -q --filter name=plain")}
+
+
+def workers(client: Client, count: int) -> dict[str, int] | None:
+    """Return the memory limit of each worker by its name once there are so many."""
+    found = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {str(w["name"]): int(w["memory_limit"]) for w in found} if len(found) == count else None
+
+
+def row(machine: Booted, how: str, boot: str, id: str, limits: Mapping[str, int]) -> Row:
+    scope = f"/sys/fs/cgroup/system.slice/docker-{id}.scope/memory.max"
+    variable = machine.root("sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env")
+    of_ec2 = next((limit for name, limit in limits.items() if "-worker-" in name), None)
+    return Row(
+        started_by=how,
+        boot=boot,
+        variable=int(variable),
+        docker=int(machine.root(f"docker inspect -f '{{{{.HostConfig.Memory}}}}' {id}")),
+        memory_max=int(machine.root(f"cat {scope}").replace("max", "-1")),
+        worker=of_ec2 if how == WORKER else limits.get(how),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| started by | boot | `memory.env` | asked of Docker | `memory.max` | worker's `memory_limit` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        numbers = (
+            r.variable,
+            r.docker or "nothing",
+            r.memory_max,
+            "none, a scheduler" if r.worker is None else r.worker,
+        )
+        lines.append(f"| {' | '.join(map(str, (r.started_by, r.boot, *numbers)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def names(text: str) -> list[tuple[str, str]]:
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("|")
+    ]
+    return [(how, boot) for how, boot in rows[2:]]

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
         RunInstancesRequestTypeDef,
     )
 
-DASK_PORTS = (8786, 8787)
-
 _MIB, _GIB = 1 << 20, 1 << 30
 _POLL_SECONDS = 2.0
 _ALIVE_SECONDS = 5.0
@@ -308,7 +306,7 @@ class Instance:
             port=launch.ssh_port,
             user=launch.user,
             console_log=self.console_log,
-            ports={22: launch.ssh_port, **{port: port for port in DASK_PORTS}},
+            ports={22: launch.ssh_port},
             proxy_command=proxy_command(self.instance_id, self._account.region) if through_ssm else "",
         )
 

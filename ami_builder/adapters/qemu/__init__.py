@@ -4,7 +4,6 @@ from .accelerator import choose_accelerator, known_accelerator
 from .again import boot_again
 from .images import ImageInfo, check_image, create_overlay, image_info
 from .machine import (
-    DASK_PORTS,
     DEFAULT_INSTANCE,
     DEFAULT_MAC,
     THIS_MACHINE,
@@ -17,7 +16,6 @@ from .machine import (
 )
 
 __all__ = [
-    "DASK_PORTS",
     "DEFAULT_INSTANCE",
     "DEFAULT_MAC",
     "THIS_MACHINE",

@@ -23,7 +23,6 @@ from .images import create_overlay
 from .monitor import FAILURES, Monitor
 
 QEMU = "qemu-system-x86_64"
-DASK_PORTS = (8786, 8787)
 DEFAULT_INSTANCE = "i-0123456789abcdef0"
 DEFAULT_MAC = "02:00:00:00:00:01"
 
@@ -128,7 +127,7 @@ class Machine:
         imds_port: int | None = None,
         seed: Path | None = None,
         network: Network = Network.ISOLATED,
-        ports: Sequence[int] = DASK_PORTS,
+        ports: Sequence[int] = (),
         instance_id: str = DEFAULT_INSTANCE,
         mac: str = DEFAULT_MAC,
         writable: bool = False,
