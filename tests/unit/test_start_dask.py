@@ -345,12 +345,12 @@ esac
 @pytest.mark.parametrize(
     ("events", "running", "command", "said"),
     [
-        ("c1 0 dask-worker-1\n", "c2\n", "dask [worker tcp://10.0.0.1:8786]", "dask-worker-1 has ended"),
-        ("c1 0 dask-init-1\n", "", "true []", "dask-init-1 has ended"),
-        ("c1 137 dask-worker-1\n", "c2\n", "dask []", "dask-worker-1 has ended with status 137"),
-        ("c1 1 dask-logs-1\n", "c2\n", "logs []", "dask-logs-1 has ended with status 1"),
-        ("c1 0 dask-init-1\nc2 3 dask-x-1\n", "c2\n", "true []", "dask-x-1 has ended with status 3"),
-        ("c1 0 dask-init-1\n", "c2\n", "true []", "Docker has ended: journalctl -u docker"),
+        ("die c1 dask-worker-1 0\n", "c2\n", "dask [worker tcp://10.0.0.1:8786]", "dask-worker-1 has ended"),
+        ("die c1 dask-init-1 0\n", "", "true []", "dask-init-1 has ended"),
+        ("die c1 dask-worker-1 137\n", "c2\n", "dask []", "dask-worker-1 has ended with status 137"),
+        ("die c1 dask-logs-1 1\n", "c2\n", "logs []", "dask-logs-1 has ended with status 1"),
+        ("die c1 dask-init-1 0\ndie c2 dask-x-1 3\n", "c2\n", "true []", "dask-x-1 has ended with status 3"),
+        ("die c1 dask-init-1 0\n", "c2\n", "true []", "Docker has ended: journalctl -u docker"),
     ],
     ids=["dask", "the last", "killed", "a sidecar fails", "one after another", "docker ends"],
 )
@@ -370,8 +370,30 @@ def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
     assert started.output.splitlines()[-1] == f"<3>start-dask: {said}"
     assert machine.health == ["unhealthy", said]
     assert ("<6>start-dask: dask-init-1 has done its work" in started.output) is (
-        events.startswith("c1 0 dask-init-1") and bool(running)
+        events.startswith("die c1 dask-init-1 0") and bool(running)
     )
+
+
+@pytest.mark.parametrize(
+    ("maximum", "said"),
+    [
+        ("max", "dask-w-1 runs WITHOUT a memory limit"),
+        ("1814532097", "dask-w-1 may use 1814532097 bytes, more than the 1814532096 that were available"),
+        ("1814532096", ""),
+        ("1048576", ""),
+        (None, ""),
+    ],
+)
+def test_a_container_that_may_use_more_is_said(machine: Machine, maximum: str | None, said: str) -> None:
+    fake(machine.programs, "docker", EVENTS)
+    if maximum is not None:
+        scope = machine.root / "sys/fs/cgroup/system.slice/docker-c1.scope"
+        scope.mkdir(parents=True)
+        (scope / "memory.max").write_text(f"{maximum}\n")
+    started = machine.start(environment={"FAKE_EVENTS": "start c1 dask-w-1 <no value>\n", "FAKE_COMMAND": ""})
+    assert (f"<3>start-dask: {said}\n" in started.output) is bool(said)
+    notices = machine.root / "run/dask/notices"
+    assert (notices.read_text() if notices.exists() else "") == (f"{said}\n" if said else "")
 
 
 def test_an_end_that_was_asked_for_is_none(machine: Machine) -> None:
@@ -380,7 +402,7 @@ def test_an_end_that_was_asked_for_is_none(machine: Machine) -> None:
         "docker",
         '[ "$1" != events ] || touch "$START_DASK_ROOT/run/dask/stopping"' + EVENTS,
     )
-    events = {"FAKE_EVENTS": "c1 137 dask-worker-1\n", "FAKE_COMMAND": "dask"}
+    events = {"FAKE_EVENTS": "die c1 dask-worker-1 137\n", "FAKE_COMMAND": "dask"}
     assert machine.start(environment=events).status == 0
 
 

@@ -177,6 +177,9 @@ def test_an_unbroken_machine_is_healthy(machine: Booted) -> None:
     machine.root(f"{OWN_COMPOSE_FILE}; systemctl restart dask")
     assert red(machine.check("healthy")) == {}
     assert doctor(machine) == (0, ["right"])
+    # The image's own cluster: nobody reaches it from outside.
+    sockets = [line.split()[3] for line in machine.root("ss -Hltn").splitlines()]
+    assert {socket for socket in sockets if not socket.startswith("127.")} == {"0.0.0.0:22", "[::]:22"}
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)

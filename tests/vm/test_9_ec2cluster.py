@@ -138,7 +138,10 @@ def others(machine: Booted, image: Image, address: str) -> dict[str, str]:
         machine.root(f"bash -lc 'docker compose --file /root/{name}.yaml up --detach'")
         found[how] = container(machine, f"docker ps -q --filter name={name}")
     command = shlex.join([*words, "--name", PLAIN])
-    machine.root(f"docker run -d --network host --name plain {image.container.reference} {command}")
+    machine.root(
+        "docker rm plain >/dev/null 2>&1;"
+        f" docker run -d --network host --name plain {image.container.reference} {command}"
+    )
     return found | {PLAIN: container(machine, "docker ps -q --filter name=plain")}
 
 

@@ -172,12 +172,15 @@ def test_a_dask_that_ends_well_is_started_again(guest: Booted, image: Image) -> 
 
 def test_user_data_may_restart_dask(guest: Booted, image: Image) -> None:
     """cloud-final.service waits for the command, so nothing that the command waits for may wait for it."""
+    command = "[Service]\\nExecStart=\\nExecStart=systemctl restart dask\\n"
     guest.root(
-        compose(image, worker={"command": SLEEPS}) + "cd /var/lib/cloud/instance; mkdir -p scripts\n"
-        "printf '#!/bin/sh\\nsystemctl restart dask\\n' >scripts/again; chmod 755 scripts/again\n"
-        f"rm -f sem/config_scripts_user; timeout {SECONDS} systemctl restart cloud-final; rm scripts/again"
+        compose(image, worker={"command": SLEEPS}) + "cd /run/systemd/system; mkdir cloud-final.service.d\n"
+        f"printf '{command}' >cloud-final.service.d/x.conf; systemctl daemon-reload\n"
+        f"timeout {SECONDS} systemctl restart cloud-final"
     )
+    until(guest, UP)
     assert properties(guest, "ActiveState") == ["active"]
+    guest.root("rm -r /run/systemd/system/cloud-final.service.d; systemctl daemon-reload")
 
 
 def test_a_worker_waits_for_its_scheduler(guest: Booted, image: Image) -> None:
