@@ -1,5 +1,5 @@
 #!/bin/sh
-# Bring the Dask container's image into Docker, prove that it is there, and write down what was installed.
+# Bring the Dask container's image into Docker, prove that it is there, enable Dask, and write down what was installed.
 # Run by Packer as root, with
 #   CONTAINER_REFERENCE  name:tag that Compose uses
 #   CONTAINER_ARCHIVE    file or disk with a `docker save` archive; empty: pull the reference
@@ -50,6 +50,9 @@ fi
 
 id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
     die "Docker has no image $CONTAINER_REFERENCE after loading: is that the name in the archive?"
+
+# Not before: starting Docker starts what is enabled, and Dask must not run on the baking machine.
+systemctl enable --quiet dask.service dask-health.timer
 
 mkdir -p "${record%/*}"
 {
