@@ -63,4 +63,7 @@ mkdir -p "${record%/*}"
     fi | LC_ALL=C sort
     echo "container:$CONTAINER_REFERENCE=$id"
 } >"$record"
+# What must not be left of this machine; the raw disk is searched for it.
+grep -hs . /etc/machine-id /etc/ssh/ssh_host_*.pub /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys \
+    >"${record%/*}/identity.txt" || true
 echo "20-container: $CONTAINER_REFERENCE is $id"

@@ -12,7 +12,8 @@ import pytest
 from ami_builder import resources
 from tests.unit.fakes import calls, fake
 
-PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync")
+# dd too: a mistake here must not fill this machine's disk.
+PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync", "findmnt", "debugfs", "mount", "chattr", "dd")
 
 
 def _run(name: str, programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -105,6 +106,82 @@ def test_cleaning_keeps_a_shutdown_from_writing_again(machine: Path, programs: P
     assert calls(programs, "systemctl") == ["stop systemd-random-seed.service"]
     assert calls(programs, "journalctl") == ["--relinquish-var"]
     assert calls(programs, "fstrim") == ["--all --quiet-unsupported"]
+
+
+def test_identity_is_overwritten_where_it_was(machine: Path, programs: Path, tmp_path: Path) -> None:
+    names = ("etc/machine-id", "etc/ssh/ssh_host_ed25519_key", "home/admin/.ssh/authorized_keys")
+    for number, name in enumerate(names):
+        (tmp_path / f"same-{number}").hardlink_to(machine / name)
+    other = tmp_path / "other"
+    other.write_text("other")
+    (machine / "var/lib/dbus/machine-id").unlink()
+    (machine / "var/lib/dbus/machine-id").symlink_to(other)
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert done.returncode == 0, done.stderr
+    left = [(tmp_path / f"same-{number}").read_bytes() for number in range(len(names))]
+    assert {text.strip(b"\0") for text in left} == {b""}
+    assert [len(text) > 0 for text in left] == [False, True, True], "machine-id is emptied too"
+    assert other.read_text() == "other", "what a link leads to stays"
+
+
+def test_logs_that_a_program_has_open_are_empty(machine: Path, programs: Path) -> None:
+    with (machine / "var/log/cloud-init.log").open("rb") as file:
+        _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+        assert file.read() == b""
+
+
+def test_a_folder_has_no_free_space_of_its_own(machine: Path, programs: Path) -> None:
+    (programs / "findmnt").unlink()
+    assert _run("90-clean.sh", programs, CLEAN_ROOT=str(machine)).returncode == 0
+    assert calls(programs, "dd") == []
+
+
+FULL = 'case "$*" in *fsync*) ;; *) echo "dd: No space left on device" >&2; exit 1 ;; esac'
+
+
+@pytest.fixture
+def mounted(machine: Path, programs: Path) -> Path:
+    """A machine whose root is mounted, as ext4 with a log of 64 MiB."""
+    kept = machine / "sys/fs/ext4/vda1/reserved_clusters"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("4096\n")
+    fake(programs, "findmnt", f"printf '%s\\n' '{machine} /dev/vda1 ext4' '{machine}/proc proc proc'")
+    fake(programs, "debugfs", "printf '%s\\n' 'User: 0 Group: 0 Size: 67108864' 'Fragment: 0 Size: 0'")
+    fake(programs, "dd", FULL)
+    return machine
+
+
+def test_free_space_and_the_log_are_overwritten(mounted: Path, programs: Path) -> None:
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert (done.returncode, done.stderr) == (0, "")
+    zeros = mounted / ".90-clean.zeros"
+    assert calls(programs, "dd") == [
+        f"if=/dev/zero of={zeros} bs=1M count=66 conv=fsync",
+        f"if=/dev/zero of={zeros} bs=16M oflag=direct",
+        f"if=/dev/zero of={zeros} bs=4k oflag=append conv=notrunc",
+    ]
+    assert calls(programs, "chattr") == [f"+j {zeros}"]
+    assert calls(programs, "mount") == [f"-o remount,nodelalloc {mounted}", f"-o remount,delalloc {mounted}"]
+    assert (mounted / "sys/fs/ext4/vda1/reserved_clusters").read_text() == "0\n"
+    assert not zeros.exists()
+
+
+def test_free_space_that_cannot_be_overwritten_stops_the_bake(mounted: Path, programs: Path) -> None:
+    zeros = mounted / ".90-clean.zeros"
+    fake(programs, "dd", f'[ "$3" != bs=4k ] || {{ : >"{zeros}"; echo broken >&2; exit 1; }}')
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert done.returncode == 1
+    assert "can't be overwritten: broken" in done.stderr
+    assert not zeros.exists()
+
+
+@pytest.mark.parametrize("broken", ["debugfs", "mount", "chattr"])
+def test_a_log_that_cannot_be_overwritten_is_told(mounted: Path, programs: Path, broken: str) -> None:
+    fake(programs, broken, "exit 1")
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert done.returncode == 0
+    assert "the log of /dev/vda1 can't be overwritten" in done.stderr
+    assert len(calls(programs, "dd")) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in LEFT if not name.startswith("var/log/")])
@@ -286,6 +363,14 @@ def _container(programs: Path, tmp_path: Path, **environment: str) -> subprocess
         DOCKER_CONFIG_FILE=str(tmp_path / "docker/daemon.json"),
         **{"CONTAINER_REFERENCE": "a/b:1", **environment},
     )
+
+
+def test_the_identity_of_the_machine_is_written_down(docker: Path, tmp_path: Path) -> None:
+    # Files that are not there are no failure.
+    fake(docker, "grep", 'case "$*" in "-hs . /etc/machine-id /etc/ssh/"*) echo 0123; exit 2 ;; esac')
+    done = _container(docker, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "record/identity.txt").read_text() == "0123\n"
 
 
 def test_an_archive_is_loaded_and_recorded(docker: Path, tmp_path: Path) -> None:

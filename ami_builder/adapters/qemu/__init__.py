@@ -15,6 +15,7 @@ from .machine import (
     MachineDied,
     firmware,
 )
+from .raw import Found, search
 
 __all__ = [
     "DASK_PORTS",
@@ -23,6 +24,7 @@ __all__ = [
     "THIS_MACHINE",
     "Accelerator",
     "Bus",
+    "Found",
     "GuestStuck",
     "ImageInfo",
     "Machine",
@@ -34,4 +36,5 @@ __all__ = [
     "firmware",
     "image_info",
     "known_accelerator",
+    "search",
 ]
