@@ -24,7 +24,14 @@ build {
   provisioner "file" {
     direction   = "download"
     source      = "/var/tmp/packages.txt"
-    destination = var.packages_file
+    destination = "${var.records_directory}/packages.txt"
+  }
+
+  # Packer 1.6 gives two sources the same name.
+  provisioner "file" {
+    direction   = "download"
+    source      = "/var/tmp/identity.txt"
+    destination = "${var.records_directory}/identity.txt"
   }
 
   # Last, since it removes what the steps before it needed.

@@ -64,9 +64,9 @@ variable "insecure_registry" {
   default     = ""
 }
 
-variable "packages_file" {
+variable "records_directory" {
   type        = string
-  description = "Where the list of installed packages is kept on this machine."
+  description = "Where what 20-container.sh wrote down is kept on this machine: packages.txt and identity.txt."
 }
 
 variable "manifest_file" {

@@ -1,4 +1,4 @@
-"""From inputs to a baked disk: the base and the container side by side, then Packer."""
+"""From inputs to a baked disk: base and container side by side, then Packer, then a look at the raw disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ami_builder.adapters import cloud_image, packer, qemu, recipe, seed, ssh
 from ami_builder.console import Step, size
 from ami_builder.pipeline.concurrent import side_by_side
 from ami_builder.pipeline.inputs import Inputs
+from ami_builder.pipeline.traces import IDENTITY_FILE, require_clean
 from ami_builder.workspace import Run, Workspace
 
 MIB = 1 << 20
@@ -69,7 +70,6 @@ def bake(
         child.done(reason)
     with step.step("bake with Packer", detail="boot") as child:
         output = run.work / "output"
-        packages = run.directory / "packages.txt"
         console_log = run.log("bake-console")
         variables = bake_variables(
             inputs,
@@ -78,7 +78,6 @@ def bake(
             accelerator=accelerator,
             run=run,
             output=output,
-            packages=packages,
             console_log=console_log,
         )
 
@@ -100,7 +99,13 @@ def bake(
         )
         disk = output / "image.qcow2"
         child.done(size(disk.stat().st_size))
-        return Baked(disk=disk, packages=packages)
+    with step.step("search the disk for keys") as child:
+        identity = (run.directory / IDENTITY_FILE).read_text()
+        # Packer's key is known here too, wherever the base's sshd reads such keys.
+        public_key = Path(str(variables["ssh_private_key_file"])).with_suffix(".pub").read_text()
+        contents = require_clean(disk, f"{identity}\n{public_key}", run.work)
+        child.done(f"none of {contents}")
+    return Baked(disk=disk, packages=run.directory / "packages.txt")
 
 
 def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:
@@ -153,7 +158,6 @@ def bake_variables(
     accelerator: qemu.Accelerator,
     run: Run,
     output: Path,
-    packages: Path,
     console_log: Path,
 ) -> Mapping[str, packer.Variable]:
     """Return the values of Packer's variables, of which the most are how QEMU boots the base."""
@@ -198,7 +202,7 @@ def bake_variables(
         "container_archive": _ARCHIVE_DEVICE if archive is not None else "",
         "insecure_registry": image.container.insecure_registry or "",
         "packages": list(image.base.packages),
-        "packages_file": str(packages),
+        "records_directory": str(run.directory),
         "manifest_file": str(run.directory / "manifest.json"),
         "ssh_username": user,
         "ssh_private_key_file": str(key),

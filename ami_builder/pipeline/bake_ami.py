@@ -244,7 +244,7 @@ class _Bake:
             "container_archive": _UPLOADED if self.archive is not None else "",
             "insecure_registry": image.container.insecure_registry or "",
             "packages": list(image.base.packages),
-            "packages_file": str(self.run_.directory / "packages.txt"),
+            "records_directory": str(self.run_.directory),
             "manifest_file": str(self.run_.directory / "manifest.json"),
             "ssh_username": image.base.ssh_user,
             "ssh_private_key_file": str(key),

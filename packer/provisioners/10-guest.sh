@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install Docker and Compose where they are missing, then the guest's files, and enable Dask.
+# Install Docker and Compose where they are missing, then the guest's files.
 # Run by Packer as root, with
 #   PACKAGES  further packages that the image must have, such as agents
 # GUEST_ROOT and GUEST_ARCHIVE are for tests.
@@ -80,8 +80,5 @@ tar --extract --file "$archive" "$@" --directory "${GUEST_ROOT:-/}" \
 systemctl daemon-reload
 # Enabling what has a SysV script too starts perl, and packages enable Docker themselves.
 systemctl is-enabled --quiet docker.service || systemctl enable --quiet docker.service
-systemctl enable --quiet dask.service dask-memory.service dask-health.timer
-[ ! -e "${GUEST_ROOT:-}/etc/systemd/system/security-updates.service" ] ||
-    systemctl enable --quiet security-updates.service
 # 20-container.sh needs it, and it takes its time.
 systemctl start --no-block docker.service

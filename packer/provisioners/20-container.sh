@@ -1,5 +1,5 @@
 #!/bin/sh
-# Bring the Dask container's image into Docker, prove that it is there, and write down what was installed.
+# Bring the Dask container's image into Docker, prove that it is there, enable Dask, and write down what was installed.
 # Run by Packer as root, with
 #   CONTAINER_REFERENCE  name:tag that Compose uses
 #   CONTAINER_ARCHIVE    file or disk with a `docker save` archive; empty: pull the reference
@@ -51,6 +51,10 @@ fi
 id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
     die "Docker has no image $CONTAINER_REFERENCE after loading: is that the name in the archive?"
 
+# Not before: starting Docker starts what is enabled, and Dask must not run on the baking machine.
+systemctl enable --quiet dask.service dask-memory.service dask-health.timer
+[ ! -e /etc/systemd/system/security-updates.service ] || systemctl enable --quiet security-updates.service
+
 mkdir -p "${record%/*}"
 {
     if command -v dpkg-query >/dev/null; then
@@ -60,4 +64,7 @@ mkdir -p "${record%/*}"
     fi | LC_ALL=C sort
     echo "container:$CONTAINER_REFERENCE=$id"
 } >"$record"
+# What must not be left of this machine; the raw disk is searched for it.
+grep -hs . /etc/machine-id /etc/ssh/ssh_host_*.pub /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys \
+    >"${record%/*}/identity.txt" || true
 echo "20-container: $CONTAINER_REFERENCE is $id"

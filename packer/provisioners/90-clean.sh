@@ -1,5 +1,6 @@
 #!/bin/sh
-# Take out what belongs to the machine that baked: keys, identity, state, logs, caches. Then prove it.
+# Take out what belongs to the machine that baked: keys, identity, state, logs, caches. Then prove it, and
+# overwrite what was deleted: an image is a copy of the disk, free blocks and all.
 # Run by Packer as root, last. CLEAN_ROOT is for tests: every path below is relative to it.
 #
 # Packer's connection survives: sshd reads keys only when somebody logs in.
@@ -52,16 +53,71 @@ remove() {
     done
 }
 
+# Not through a link: what it leads to has other uses.
+shred_files() {
+    while read -r path; do
+        if [ -f "$path" ] && [ ! -L "$path" ]; then quietly shred -n 0 -z "$path"; fi
+    done
+}
+
+# Names of deleted files stay in ext4's log until as much has been written to it. A file's data goes there too
+# when the file asks for that, but not with delayed allocation.
+overwrite_log() {
+    size=$(debugfs -R 'stat <8>' "$2" 2>/dev/null | sed -n 's/^User: .* Size: \([0-9]*\)$/\1/p')
+    [ "${size:-0}" -gt 0 ] && mount -o remount,nodelalloc "$1" && : >"$zeros" && chattr +j "$zeros" &&
+        dd if=/dev/zero of="$zeros" bs=1M count=$((size / 1048576 + 2)) conv=fsync 2>/dev/null &&
+        mount -o remount,delalloc "$1"
+}
+
+# Large direct writes, then small ones for the rest. The disk is full for a moment only, in the end.
+overwrite_free() {
+    # Blocks that ext4 keeps back from everybody, until it is mounted again.
+    for reserve in sys/fs/ext4/*/reserved_clusters; do
+        [ ! -e "$reserve" ] || echo 0 >"$reserve"
+    done
+    quietly dd if=/dev/zero of="$zeros" bs=16M oflag=direct
+    last=$(LC_ALL=C dd if=/dev/zero of="$zeros" bs=4k oflag=append conv=notrunc 2>&1) || true
+    sync
+    rm -f "$zeros"
+    case $last in
+        *'No space left'*) ;;
+        *) echo "90-clean: the free space of $1 can't be overwritten: $last" >&2 && return 1 ;;
+    esac
+}
+
+# The file systems that are mounted here and below. A folder that is no mount point, as in tests, has none.
+overwrite() {
+    findmnt --submounts --raw --noheadings --output TARGET,SOURCE,FSTYPE "$PWD" | while read -r target source type; do
+        case $type in
+            ext[234] | xfs | btrfs) [ -w "$target" ] || continue ;;
+            *) continue ;;
+        esac
+        zeros=${target%/}/.90-clean.zeros
+        trap 'rm -f "$zeros"' EXIT
+        trap 'exit 1' HUP INT TERM
+        case $type in
+            ext[34]) overwrite_log "$target" "$source" ||
+                echo "90-clean: the log of $source can't be overwritten: it may name files that were deleted" >&2 ;;
+        esac
+        rm -f "$zeros"
+        overwrite_free "$target"
+    done
+}
+
 # Stopping it writes a seed, as a shutdown would after the cleaning.
 quietly systemctl stop systemd-random-seed.service
 # Makes journald close its files on disk, so that their space is free.
 quietly journalctl --relinquish-var
 
+# In place, for file systems whose free space can't all be overwritten later.
+{ identity && echo etc/machine-id; } | shred_files
 identity | remove
 state | remove
 caches | remove
 temporary | remove
 rm -rf var/log/journal/*
+# A program may still have its log open.
+find var/log -type f -exec truncate -s 0 {} +
 find var/log -type f -delete
 # Empty, not "uninitialized": the next boot makes a new one without the rest of systemd's first boot,
 # which would set every unit to the distribution's preset.
@@ -82,6 +138,8 @@ if [ -n "$left" ]; then
 fi
 
 if [ -d var/lib/dbus ]; then ln -s /etc/machine-id var/lib/dbus/machine-id; fi
+# A trim alone spares blocks that share a cluster of the disk with used ones, and EBS has none.
+overwrite
 quietly fstrim --all --quiet-unsupported
 sync
 echo "90-clean: nothing of this machine is left"

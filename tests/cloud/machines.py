@@ -171,6 +171,10 @@ class Machines:
         if source.id in self._images:
             self._images[image.id] = self._images[source.id]
 
+    def disk(self, image_id: str) -> Path:
+        """Return the disk of an image that was captured or copied here: what EC2 calls its snapshot."""
+        return self._images[image_id]
+
     def drop(self, image_id: str) -> None:
         """Forget the disk of a deregistered image."""
         self._images.pop(image_id, None)

@@ -34,7 +34,7 @@ def _variables(folder: Path) -> dict[str, packer.Variable]:
         "image_digest": "0" * 64,
         "run_id": "r1",
         "container_reference": "ami-builder/dask:1",
-        "packages_file": str(folder / "packages.txt"),
+        "records_directory": str(folder),
         "manifest_file": str(folder / "manifest.json"),
         "ssh_username": "root",
         "ssh_private_key_file": str(folder / "id"),

@@ -12,7 +12,8 @@ import pytest
 from ami_builder import resources
 from tests.unit.fakes import calls, fake
 
-PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync")
+# dd too: a mistake here must not fill this machine's disk.
+PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync", "findmnt", "debugfs", "mount", "chattr", "dd")
 
 
 def _run(name: str, programs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +108,82 @@ def test_cleaning_keeps_a_shutdown_from_writing_again(machine: Path, programs: P
     assert calls(programs, "fstrim") == ["--all --quiet-unsupported"]
 
 
+def test_identity_is_overwritten_where_it_was(machine: Path, programs: Path, tmp_path: Path) -> None:
+    names = ("etc/machine-id", "etc/ssh/ssh_host_ed25519_key", "home/admin/.ssh/authorized_keys")
+    for number, name in enumerate(names):
+        (tmp_path / f"same-{number}").hardlink_to(machine / name)
+    other = tmp_path / "other"
+    other.write_text("other")
+    (machine / "var/lib/dbus/machine-id").unlink()
+    (machine / "var/lib/dbus/machine-id").symlink_to(other)
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+    assert done.returncode == 0, done.stderr
+    left = [(tmp_path / f"same-{number}").read_bytes() for number in range(len(names))]
+    assert {text.strip(b"\0") for text in left} == {b""}
+    assert [len(text) > 0 for text in left] == [False, True, True], "machine-id is emptied too"
+    assert other.read_text() == "other", "what a link leads to stays"
+
+
+def test_logs_that_a_program_has_open_are_empty(machine: Path, programs: Path) -> None:
+    with (machine / "var/log/cloud-init.log").open("rb") as file:
+        _run("90-clean.sh", programs, CLEAN_ROOT=str(machine))
+        assert file.read() == b""
+
+
+def test_a_folder_has_no_free_space_of_its_own(machine: Path, programs: Path) -> None:
+    (programs / "findmnt").unlink()
+    assert _run("90-clean.sh", programs, CLEAN_ROOT=str(machine)).returncode == 0
+    assert calls(programs, "dd") == []
+
+
+FULL = 'case "$*" in *fsync*) ;; *) echo "dd: No space left on device" >&2; exit 1 ;; esac'
+
+
+@pytest.fixture
+def mounted(machine: Path, programs: Path) -> Path:
+    """A machine whose root is mounted, as ext4 with a log of 64 MiB."""
+    kept = machine / "sys/fs/ext4/vda1/reserved_clusters"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("4096\n")
+    fake(programs, "findmnt", f"printf '%s\\n' '{machine} /dev/vda1 ext4' '{machine}/proc proc proc'")
+    fake(programs, "debugfs", "printf '%s\\n' 'User: 0 Group: 0 Size: 67108864' 'Fragment: 0 Size: 0'")
+    fake(programs, "dd", FULL)
+    return machine
+
+
+def test_free_space_and_the_log_are_overwritten(mounted: Path, programs: Path) -> None:
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert (done.returncode, done.stderr) == (0, "")
+    zeros = mounted / ".90-clean.zeros"
+    assert calls(programs, "dd") == [
+        f"if=/dev/zero of={zeros} bs=1M count=66 conv=fsync",
+        f"if=/dev/zero of={zeros} bs=16M oflag=direct",
+        f"if=/dev/zero of={zeros} bs=4k oflag=append conv=notrunc",
+    ]
+    assert calls(programs, "chattr") == [f"+j {zeros}"]
+    assert calls(programs, "mount") == [f"-o remount,nodelalloc {mounted}", f"-o remount,delalloc {mounted}"]
+    assert (mounted / "sys/fs/ext4/vda1/reserved_clusters").read_text() == "0\n"
+    assert not zeros.exists()
+
+
+def test_free_space_that_cannot_be_overwritten_stops_the_bake(mounted: Path, programs: Path) -> None:
+    zeros = mounted / ".90-clean.zeros"
+    fake(programs, "dd", f'[ "$3" != bs=4k ] || {{ : >"{zeros}"; echo broken >&2; exit 1; }}')
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert done.returncode == 1
+    assert "can't be overwritten: broken" in done.stderr
+    assert not zeros.exists()
+
+
+@pytest.mark.parametrize("broken", ["debugfs", "mount", "chattr"])
+def test_a_log_that_cannot_be_overwritten_is_told(mounted: Path, programs: Path, broken: str) -> None:
+    fake(programs, broken, "exit 1")
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert done.returncode == 0
+    assert "the log of /dev/vda1 can't be overwritten" in done.stderr
+    assert len(calls(programs, "dd")) == 2
+
+
 @pytest.mark.parametrize("name", [name for name in LEFT if not name.startswith("var/log/")])
 def test_cleaning_fails_when_something_is_left(machine: Path, programs: Path, name: str) -> None:
     # A remover that can't: the proof has to see it.
@@ -141,7 +218,6 @@ def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, progra
     assert calls(programs, "systemctl") == [
         "daemon-reload",
         "is-enabled --quiet docker.service",
-        "enable --quiet dask.service dask-memory.service dask-health.timer",
         "start --no-block docker.service",
     ]
     assert calls(programs, "docker") == ["compose version"]
@@ -156,15 +232,13 @@ def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: P
         "daemon-reload",
         "is-enabled --quiet docker.service",
         "enable --quiet docker.service",
-        "enable --quiet dask.service dask-memory.service dask-health.timer",
         "start --no-block docker.service",
     ]
 
 
-@pytest.mark.parametrize("enables", ["docker.service", "dask.service"])
-def test_what_cannot_be_enabled_stops_the_bake(tmp_path: Path, programs: Path, enables: str) -> None:
+def test_a_docker_that_cannot_be_enabled_stops_the_bake(tmp_path: Path, programs: Path) -> None:
     fake(programs, "docker", "")
-    fake(programs, "systemctl", f'case "$*" in is-enabled*|"enable --quiet {enables}"*) exit 1 ;; esac')
+    fake(programs, "systemctl", 'case "$1" in is-enabled | enable) exit 1 ;; esac')
     assert _guest(tmp_path, programs).returncode == 1
 
 
@@ -291,6 +365,14 @@ def _container(programs: Path, tmp_path: Path, **environment: str) -> subprocess
     )
 
 
+def test_the_identity_of_the_machine_is_written_down(docker: Path, tmp_path: Path) -> None:
+    # Files that are not there are no failure.
+    fake(docker, "grep", 'case "$*" in "-hs . /etc/machine-id /etc/ssh/"*) echo 0123; exit 2 ;; esac')
+    done = _container(docker, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "record/identity.txt").read_text() == "0123\n"
+
+
 def test_an_archive_is_loaded_and_recorded(docker: Path, tmp_path: Path) -> None:
     archive = tmp_path / "container.tar"
     archive.write_text("")
@@ -305,7 +387,13 @@ def test_a_reference_is_pulled(docker: Path, tmp_path: Path) -> None:
     done = _container(docker, tmp_path, CONTAINER_ARCHIVE="", INSECURE_REGISTRY="")
     assert done.returncode == 0, done.stderr
     assert calls(docker, "docker")[0] == "pull --quiet a/b:1"
-    assert calls(docker, "systemctl") == ["start docker.service"]
+    enable = "enable --quiet dask.service dask-memory.service dask-health.timer"
+    assert calls(docker, "systemctl") == ["start docker.service", enable]
+
+
+def test_a_dask_that_cannot_be_enabled_stops_the_bake(docker: Path, tmp_path: Path) -> None:
+    fake(docker, "systemctl", '[ "$1" != enable ]')
+    assert _container(docker, tmp_path).returncode == 1
 
 
 def test_an_insecure_registry_is_allowed_only_while_pulling(docker: Path, tmp_path: Path) -> None:
@@ -315,7 +403,7 @@ def test_an_insecure_registry_is_allowed_only_while_pulling(docker: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert '{"insecure-registries": ["10.0.2.2:5000"]}' in done.stderr
     assert not config.exists()
-    assert calls(docker, "systemctl")[-1] == "reload docker.service"
+    assert calls(docker, "systemctl")[:-1] == ["start docker.service", "reload docker.service"]
 
 
 def test_a_failed_pull_is_tried_again_and_leaves_no_setting(docker: Path, tmp_path: Path) -> None:

@@ -700,6 +700,7 @@ def test_the_environment_is_wrong(choose: Choose, monkeypatch: pytest.MonkeyPatc
 def test_a_writable_disk_stays(fake: Fake, build: Callable[..., Machine], tmp_path: Path, disk: Path) -> None:
     folder = fake()
     with build(writable=True):
+        assert "detect-zeroes=unmap,if=none,id=root" in arguments(folder)
         assert f"file={disk}" in arguments(folder)
     assert disk.exists()
     assert sorted(p.name for p in (tmp_path / "vm").iterdir()) == ["console.log", "qemu.log"]

@@ -13,6 +13,7 @@ import pytest
 
 from ami_builder import proc
 from ami_builder.adapters import qemu
+from ami_builder.pipeline import traces
 from ami_builder.workspace import Workspace
 from tests.vm.conftest import GIB, ami_builder
 
@@ -94,6 +95,16 @@ def test_a_corrupt_image_stops_before_anything_boots(built: Mapping[str, Any], t
     assert answer.status in {2, 4}
     assert "broken.qcow2" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_no_secret_is_in_the_raw_disk(built: Mapping[str, Any], workspace: Workspace, tmp_path: Path) -> None:
+    """Nor are deleted ones. What is no secret of the bake is found: the search sees what is there."""
+    disk = Path(built["artifact"]["location"])
+    identity = (workspace.runs_dir / built["artifact"]["run_id"] / traces.IDENTITY_FILE).read_text()
+    assert "ssh-ed25519 " in identity
+    assert traces.require_clean(disk, identity, tmp_path) >= 6
+    variable, key = b"AVAILABLE_MEMORY_FOR_DASK", b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk"
+    assert {found.content for found in qemu.search(disk, [variable, key], tmp_path)} == {variable}
 
 
 def test_the_disk_holds_no_trace_of_the_builder(built: Mapping[str, Any]) -> None:

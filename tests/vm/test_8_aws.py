@@ -10,6 +10,7 @@ import pytest
 
 from ami_builder import config
 from ami_builder.adapters import qemu, recipe
+from ami_builder.pipeline import traces
 from ami_builder.workspace import Workspace
 from tests.cloud.machines import Machines
 from tests.cloud.server import Cloud
@@ -46,7 +47,7 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
         cloud.machines = None
 
 
-def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machines) -> None:
+def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machines, tmp_path: Path) -> None:
     settings = {
         "aws.source_cidrs": "127.0.0.1/32",
         "aws.ssh_port": str(machines.port),
@@ -69,4 +70,8 @@ def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machine
         (TYPE, "restart"),
         (TYPE, "reboot"),
     ]
+    # The snapshot is a copy of the disk: what was deleted must be gone from that too.
+    run = Workspace.open({"AMI_BUILDER_HOME": str(HOME)}).runs_dir / artifact["run_id"]
+    identity = run / traces.IDENTITY_FILE
+    traces.require_clean(machines.disk(artifact["location"]), identity.read_text(), tmp_path)
     assert {kind: len(ids) for kind, ids in cloud.left().items()} == {"image": 1, "snapshot": 1}

@@ -14,6 +14,7 @@ from .machine import (
     MachineDied,
     firmware,
 )
+from .raw import Found, search
 
 __all__ = [
     "DEFAULT_INSTANCE",
@@ -21,6 +22,7 @@ __all__ = [
     "THIS_MACHINE",
     "Accelerator",
     "Bus",
+    "Found",
     "GuestStuck",
     "ImageInfo",
     "Machine",
@@ -32,4 +34,5 @@ __all__ = [
     "firmware",
     "image_info",
     "known_accelerator",
+    "search",
 ]

@@ -414,6 +414,9 @@ class Machine:
         argv += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
         # No disk here has to survive a crash of the host, so the host's disk may take its time (unsafe).
         root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._root)}"
+        if self._writable:
+            # A bake overwrites its free space: zeros take none in the file.
+            root = f"detect-zeroes=unmap,{root}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
         argv += ["-drive", root, "-device", f"{self._bus},drive=root,serial={volume},bootindex=0"]
         if self._saved is not None:
