@@ -20,8 +20,10 @@ _HERE = Path(__file__).parent
 
 _TOTAL = "total=$(($(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) * 1024))"
 _WRITE = f'echo "EXPERIMENT_LIMIT=$((limit / {PAGE} * {PAGE}))" >>/etc/dask/dask.env'
-# What limits a container that asks for no limit goes where systemd doesn't look for it.
-_UNLIMITED = "sed -i 's|^scopes=.*|scopes=/run/dask/unused|' /usr/local/sbin/measure-memory"
+# As if the image had no limit for containers that ask for none: of drop-ins the last one counts.
+_UNLIMITED = (
+    "cd /etc/systemd/system/docker-.scope.d; printf '[Scope]\\nMemoryMax=infinity\\n' >99-unlimited.conf"
+)
 # What MemTotal is, is known on the machine alone.
 _COMPUTE = {
     Policy.NONE: _UNLIMITED,

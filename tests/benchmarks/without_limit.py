@@ -1,9 +1,8 @@
 """Make an image without the memory limit out of a finished one, offline: no VM, no mount, no loop device.
 
 Three files in its root file system are changed with debugfs. start-dask no longer exports the variable, and
-measure-memory leaves no limit for containers that ask for none, so that the first boot has no limit though
-user data brings a correct Compose file. The image's own Compose file, which is used after the first boot,
-asks for limit 0.
+containers that ask for no limit get none, so that the first boot has no limit though user data brings a
+correct Compose file. The image's own Compose file, which is used after the first boot, asks for limit 0.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from ami_builder.errors import UsageError
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 START_DASK = "/usr/local/sbin/start-dask"
-MEASURE_MEMORY = "/usr/local/sbin/measure-memory"
+DEFAULT = "/etc/systemd/system/docker-.scope.d/20-metadata.conf"
+"""The last of the drop-ins for each container's scope, whose word counts."""
 
 _LIMIT = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
-SCOPES = "/run/systemd/system/docker-.scope.d"
 _EXPORT = re.compile(r"^(\s*)export (AVAILABLE_MEMORY_FOR_DASK=)", re.MULTILINE)
 _MODE = re.compile(r"^Inode:.*\sMode:\s+(?P<mode>[0-7]{4})", re.MULTILINE)
 _CONVERT_SECONDS = 900.0
@@ -45,17 +44,17 @@ def no_export(script: str) -> str:
     return changed
 
 
-def no_default(script: str) -> str:
-    """Return measure-memory with its drop-in where systemd reads none; raises UsageError without one."""
-    if script.count(f"scopes=$root{SCOPES}") != 1:
-        raise UsageError(f"the image's {MEASURE_MEMORY} does not write to {SCOPES}")
-    return script.replace(f"scopes=$root{SCOPES}", "scopes=$root/run/dask/unused")
+def no_default(drop_in: str) -> str:
+    """Return a drop-in of containers' scopes with no limit; raises UsageError when it is another file."""
+    if not drop_in.rstrip().rpartition("\n[")[2].startswith("Scope]"):
+        raise UsageError(f"the image's {DEFAULT} does not end in [Scope]")
+    return f"{drop_in.rstrip()}\nMemoryMax=infinity\n"
 
 
 CHANGES: Mapping[str, Callable[[str], str]] = {
     COMPOSE_FILE: no_limit,
     START_DASK: no_export,
-    MEASURE_MEMORY: no_default,
+    DEFAULT: no_default,
 }
 
 

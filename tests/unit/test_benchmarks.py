@@ -325,13 +325,13 @@ def test_the_image_without_the_limit(tmp_path: Path) -> None:
         without_limit.START_DASK: (
             '#!/bin/sh\nunset AVAILABLE_MEMORY_FOR_DASK\n    export AVAILABLE_MEMORY_FOR_DASK="$limit"\n'
         ),
-        without_limit.MEASURE_MEMORY: f"state=$root/run/dask\nscopes=$root{without_limit.SCOPES}\n",
+        without_limit.DEFAULT: "# why\n[Scope]\nIPAddressDeny=169.254.169.254\n",
     }
     for name, text in texts.items():
         path = root / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        path.chmod(0o644 if name == without_limit.COMPOSE_FILE else 0o755)
+        path.chmod(0o755 if name == without_limit.START_DASK else 0o644)
     disk = disk_of(tmp_path, root)
     image, changed, raw = (tmp_path / name for name in ("good.qcow2", "bad.qcow2", "bad.raw"))
     convert(disk, image, "qcow2")
@@ -342,9 +342,9 @@ def test_the_image_without_the_limit(tmp_path: Path) -> None:
     assert files.read(without_limit.COMPOSE_FILE) == "  mem_limit: 0\n  memswap_limit: 0\n  restart: no\n"
     script = texts[without_limit.START_DASK].replace("export ", "")
     assert files.read(without_limit.START_DASK) == script
-    measuring = files.read(without_limit.MEASURE_MEMORY)
-    assert measuring == "state=$root/run/dask\nscopes=$root/run/dask/unused\n"
-    assert [files.mode(path) for path in texts] == ["0644", "0755", "0755"]
+    default = files.read(without_limit.DEFAULT)
+    assert default == texts[without_limit.DEFAULT] + "MemoryMax=infinity\n"
+    assert [files.mode(path) for path in texts] == ["0644", "0755", "0644"]
     assert image.read_bytes() == before
     assert not list(tmp_path.glob(".without-limit-*"))
 
@@ -373,7 +373,7 @@ def convert(source: Path, to: Path, kind: str) -> None:
     [
         (without_limit.no_limit, "mem_limit: 1g\n"),
         (without_limit.no_export, "AVAILABLE_MEMORY_FOR_DASK=1\nexport OTHER\n"),
-        (without_limit.no_default, "scopes=/run/elsewhere\n"),
+        (without_limit.no_default, "[Scope]\n[Unit]\nWants=a.service\n"),
     ],
 )
 def test_an_image_that_is_not_changed_is_no_image_without_the_limit(

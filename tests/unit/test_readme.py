@@ -105,3 +105,18 @@ def test_what_the_experiment_came_to_is_what_was_recorded() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_limits_has_equal_numbers() -> None:
+    """Its rows are held by tests/vm/test_9_ec2cluster.py, which makes it."""
+    lines = (ROOT / "docs" / "limits.md").read_text().splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("| started by |"))
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines[begin + 2 :] if line[:1] == "|"
+    ]
+    rows = [row for row in rows if len(row) == 6]
+    assert len(rows) >= 8
+    for _, _, variable, asked, maximum, worker in rows:
+        assert variable == maximum
+        assert asked in ("nothing", variable)
+        assert worker in ("none, a scheduler", variable)

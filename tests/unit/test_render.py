@@ -25,6 +25,7 @@ CONTRACT = {
     "/etc/systemd/system/dask.service": 0o644,
     "/etc/systemd/system/dask-memory.service": 0o644,
     "/etc/systemd/system/dask-.service.d/10-confined.conf": 0o644,
+    "/etc/systemd/system/docker-.scope.d/00-unmeasured.conf": 0o644,
     "/etc/systemd/system/docker-.scope.d/20-metadata.conf": 0o644,
     "/etc/ssh/sshd_config.d/10-dask.conf": 0o644,
     "/etc/sysctl.d/60-dask.conf": 0o644,

@@ -115,7 +115,7 @@ def started(image: Image, instance: Instance, disk: Path, folder: Path, source: 
     more: dict[str, Any] = {"accelerator": accelerator(source, folder), "network": Network.NAT}
     with running(image, instance, disk, folder, writable=True, **more) as machine:
         # EC2Cluster's command keeps the boot from ending.
-        machine.root("until systemctl is-active dask-memory cloud-config; do sleep 1; done")
+        machine.root("until systemctl is-active dask-memory; do sleep 1; done")
         yield machine
 
 
