@@ -72,33 +72,39 @@ DOC = ROOT / "docs" / "limits.md"
 def test_each_way_to_start_a_container_has_the_limit(
     built: Mapping[str, Any], image: Image, tmp_path: Path
 ) -> None:
-    """One disk, booted four times: twice as each of two instances. EC2Cluster's user data is as it comes."""
+    """One disk, booted as two instances of EC2Cluster, whose user data is as it comes; the first one twice.
+
+    cloud-init runs the command once for an instance. After the reboot it is typed by hand.
+    """
     source, disk = Path(built["artifact"]["location"]), tmp_path / "disk.qcow2"
     qemu.create_overlay(source, disk, image.verify.disk_size)
     rows: list[Row] = []
     with scheduler(tmp_path) as address, Client(address) as client:
         ours = address.replace("127.0.0.1", qemu.THIS_MACHINE)
-        for name, sent in ((SCHEDULER, user_data(image.container.reference, None)),
-                           (WORKER, user_data(image.container.reference, ours))):  # fmt: skip
-            folder = tmp_path / name.split()[-1]
-            folder.mkdir()
-            instance = Instance.new(image, folder, sent.encode())
-            for boot in (FIRST, AGAIN):
-                with started(image, instance, disk, folder / boot.split()[-1], source) as machine:
-                    if boot == AGAIN:  # cloud-init runs the commands once
-                        machine.root(commands(sent)[0] + " >/dev/null 2>&1 &")
-                    ids = {name: container(machine, "docker ps -q")}
-                    assert machine.root("systemctl is-active dask", check=False).strip() == "inactive"
-                    assert machine.root("head -n 1 /run/dask/health").strip() == "off"
-                    if name == SCHEDULER:
-                        ids |= others(machine, image, ours)
-                    limits = wait_until(
-                        lambda: workers(client, len(ids) - (name == SCHEDULER)),  # noqa: B023
-                        what="the workers", timeout=300, interval=1,
-                    )  # fmt: skip
-                    rows += [row(machine, how, boot, id, limits) for how, id in ids.items()]
-                    machine.root("sync")
-                wait_until(lambda: not client.scheduler_info()["workers"], what="their end", timeout=300)
+        sent = {
+            name: user_data(image.container.reference, at) for name, at in ((SCHEDULER, None), (WORKER, ours))
+        }
+        instances = {name: Instance.new(image, folder(tmp_path, name), sent[name].encode()) for name in sent}
+        for name, boot in ((SCHEDULER, FIRST), (SCHEDULER, AGAIN), (WORKER, FIRST)):
+            with started(image, instances[name], disk, folder(tmp_path, name, boot), source) as machine:
+                assert machine.root("systemctl is-active dask", check=False).strip() == "inactive"
+                assert machine.root("head -n 1 /run/dask/health").strip() == "off"
+                if boot == FIRST:
+                    ids = {name: container(machine)}
+                else:
+                    by_hand = {how: f"{commands(text)[0]} >/dev/null 2>&1 &" for how, text in sent.items()}
+                    ids = {how: container(machine, command) for how, command in by_hand.items()}
+                if name == SCHEDULER:
+                    ids |= others(machine, image, ours)
+                limits = wait_until(
+                    lambda: workers(client, len(ids) - (SCHEDULER in ids)),  # noqa: B023
+                    what="the workers",
+                    timeout=600,
+                    interval=1,
+                )
+                rows += [row(machine, how, boot, id, limits) for how, id in ids.items()]
+                machine.root("sync")
+            wait_until(lambda: not client.scheduler_info()["workers"], what="their end", timeout=600)
     text = table(rows)
     (HOME / "limits.md").write_text(text)
     assert {r.memory_max for r in rows} == {r.variable for r in rows}
@@ -110,18 +116,28 @@ def test_each_way_to_start_a_container_has_the_limit(
 
 
 @contextmanager
-def started(image: Image, instance: Instance, disk: Path, folder: Path, source: Path) -> Iterator[Booted]:
-    folder.mkdir()
-    more: dict[str, Any] = {"accelerator": accelerator(source, folder), "network": Network.NAT}
-    with running(image, instance, disk, folder, writable=True, **more) as machine:
+def started(image: Image, instance: Instance, disk: Path, directory: Path, source: Path) -> Iterator[Booted]:
+    more: dict[str, Any] = {"accelerator": accelerator(source, directory), "network": Network.NAT}
+    with running(image, instance, disk, directory, writable=True, **more) as machine:
         # EC2Cluster's command keeps the boot from ending.
         machine.root("until systemctl is-active dask-memory; do sleep 1; done")
         yield machine
 
 
-def container(machine: Booted, ask: str) -> str:
-    """Return a container's id as soon as there is one."""
-    return machine.root(f"until {ask} --no-trunc | grep .; do sleep 1; done").split()[-1]
+def folder(path: Path, *names: str) -> Path:
+    """Return a folder of a boot, made for it."""
+    found = path / "-".join(name.split()[-1] for name in names)
+    found.mkdir()
+    return found
+
+
+def container(machine: Booted, start: str = "") -> str:
+    """Return the id of the container that a command starts, or that user data has started."""
+    count = int(machine.root("docker ps -q | wc -l")) if start else 0
+    # The newest comes first.
+    return machine.root(
+        f"{start}\nuntil [ $(docker ps -q | wc -l) -gt {count} ]; do sleep 1; done; docker ps -q --no-trunc"
+    ).split()[0]
 
 
 def others(machine: Booted, image: Image, address: str) -> dict[str, str]:
@@ -135,14 +151,12 @@ def others(machine: Booted, image: Image, address: str) -> dict[str, str]:
         file = {"name": name, "services": {"worker": service | more | {"command": [*words, "--name", how]}}}
         machine.session.run(f"cat >/root/{name}.yaml", sudo=True, stdin=json.dumps(file))
         # Through a login shell, which has the variable.
-        machine.root(f"bash -lc 'docker compose --file /root/{name}.yaml up --detach'")
-        found[how] = container(machine, f"docker ps -q --filter name={name}")
+        found[how] = container(
+            machine, f"bash -lc 'docker compose --file /root/{name}.yaml up --detach' >/dev/null 2>&1"
+        )
     command = shlex.join([*words, "--name", PLAIN])
-    machine.root(
-        "docker rm plain >/dev/null 2>&1;"
-        f" docker run -d --network host --name plain {image.container.reference} {command}"
-    )
-    return found | {PLAIN: container(machine, "docker ps -q --filter name=plain")}
+    run = f"docker run --network host {image.container.reference} {command} >/dev/null 2>&1 &"
+    return found | {PLAIN: container(machine, run)}
 
 
 def workers(client: Client, count: int) -> dict[str, int] | None:
