@@ -69,15 +69,20 @@ overwrite_log() {
         mount -o remount,delalloc "$1"
 }
 
-# Large direct writes, then small ones for the rest. The disk is full for a moment only, in the end.
+# Large direct writes, then small ones for the rest. The disk is full for a moment only, in the end. Blocks that
+# are promised to what programs have written lately are not given to anybody, and may be free again later: so all
+# is brought to the disk before, and the rest is taken twice.
 overwrite_free() {
     # Blocks that ext4 keeps back from everybody, until it is mounted again.
     for reserve in sys/fs/ext4/*/reserved_clusters; do
         [ ! -e "$reserve" ] || echo 0 >"$reserve"
     done
-    quietly dd if=/dev/zero of="$zeros" bs=16M oflag=direct
-    last=$(LC_ALL=C dd if=/dev/zero of="$zeros" bs=4k oflag=append conv=notrunc 2>&1) || true
     sync
+    quietly dd if=/dev/zero of="$zeros" bs=16M oflag=direct
+    for _ in 1 2; do
+        last=$(LC_ALL=C dd if=/dev/zero of="$zeros" bs=4k oflag=append conv=notrunc 2>&1) || true
+        sync
+    done
     rm -f "$zeros"
     case $last in
         *'No space left'*) ;;
