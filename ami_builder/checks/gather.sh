@@ -125,6 +125,11 @@ if [ "$phase" = boot ]; then
     done
     section listening
     ss -Hltnp
+    section listening.dask
+    # A worker under a nanny has the name of Python, so Dask's processes are known by their container.
+    if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
+        cat "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.procs"
+    fi
     section sshd
     sshd -T 2>/dev/null
     section metadata

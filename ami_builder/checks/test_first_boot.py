@@ -138,7 +138,12 @@ def test_user_data_replaced_the_compose_file(machine: Machine) -> None:
 def test_dask_listens_for_this_machine_alone(machine: Machine) -> None:
     """Whoever reaches Dask's ports runs programs here, and the role `local` needs nobody from outside."""
     sockets = [line.split() for line in machine.lines("listening")]
-    dask = [words for words in sockets if words[3].endswith((":8786", ":8787")) or '"dask"' in words[-1]]
+    inside = set(machine.lines("listening.dask"))
+    dask = [
+        words
+        for words in sockets
+        if words[3].endswith((":8786", ":8787")) or inside & set(re.findall(r"pid=(\d+)", words[-1]))
+    ]
     opened = [words[3] for words in dask if not words[3].startswith(("127.", "[::1]"))]
     assert dask, "nothing listens on 8786 and 8787"
     assert not opened, f"Dask listens to the network on {some(opened)}"

@@ -655,6 +655,11 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE),
         {"first boot: dask listens for this machine alone"},
     ),
+    "a worker's HTTP server for everybody": (
+        [sub("listening", r"127\.0\.0\.1:40003", "0.0.0.0:40003")],
+        dask(VALUE),
+        {"first boot: dask listens for this machine alone"},
+    ),
     "metadata in reach": (
         [put("plain", f"{VALUE}\nreached\n")],
         dask(VALUE),

@@ -93,7 +93,9 @@ def test_http_is_on_one_port_in_every_role() -> None:
     for role in ROLES:
         address = "${DASK_LISTEN:-127.0.0.1}" if role == "local" else ""
         assert _command(image(), role).count(f"--dashboard-address {address}:8787") == 1
-    assert "--no-dashboard" in _command(image(), "local")
+    # The rest of a worker's HTTP server is there without a dashboard, by default for the network.
+    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in _command(image(), "local")
+    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in render.user_data(image(), nonce="n")
 
 
 @pytest.mark.parametrize("role", ["local", "worker"])

@@ -29,6 +29,7 @@ CONTRACT = {
     "/etc/systemd/system/docker-.scope.d/20-metadata.conf": 0o644,
     "/etc/ssh/sshd_config.d/10-dask.conf": 0o644,
     "/etc/sysctl.d/60-dask.conf": 0o644,
+    "/etc/modprobe.d/60-dask.conf": 0o644,
     "/etc/systemd/system/dask-health.service": 0o644,
     "/etc/systemd/system/dask-health.timer": 0o644,
     "/etc/dask/compose.yaml": 0o644,
@@ -126,6 +127,7 @@ def test_a_container_that_asks_for_nothing_is_bounded() -> None:
         "core": 0,
         "nofile": 65536,
     }
+    assert settings["no-new-privileges"] is True
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_docker_prepares_a_network_only_where_one_is_asked_for(
     text = _text(render.guest(of), "/etc/docker/daemon.json")
     assert text.startswith("{")
     assert text.endswith("}\n")
-    bounds = {"log-driver", "log-opts", "default-ulimits"}
+    bounds = {"log-driver", "log-opts", "default-ulimits", "no-new-privileges"}
     assert {name: value for name, value in json.loads(text).items() if name not in bounds} == settings
     assert ("check_network" in _text(render.guest(of), "/usr/local/sbin/start-dask")) is (
         "bridge" in settings
