@@ -146,6 +146,8 @@ def others(machine: Booted, image: Image, address: str) -> dict[str, str]:
     service = {"image": image.container.reference, "network_mode": "host", "init": True}
     limited = {"mem_limit": "${AVAILABLE_MEMORY_FOR_DASK:-0}"}
     found: dict[str, str] = {}
+    # Compose would start those of an earlier boot again.
+    machine.root("docker container prune --force")
     for how, more in ((WITH, limited), (WITHOUT, {})):
         name = f"by-hand-{len(found)}"
         file = {"name": name, "services": {"worker": service | more | {"command": [*words, "--name", how]}}}
@@ -196,7 +198,7 @@ def table(rows: list[Row]) -> str:
 
 
 def names(text: str) -> list[tuple[str, str]]:
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("|")
-    ]
-    return [(how, boot) for how, boot in rows[2:]]
+    """Return which rows the table in a text has."""
+    _, _, table = text.partition("| started by |")
+    rows = [line.split("|") for line in table.splitlines()[2:] if line.startswith("|")]
+    return [(cells[1].strip(), cells[2].strip()) for cells in rows if len(cells) == 8]
