@@ -113,8 +113,7 @@ sed -i '/memswap_limit:/d
     s|disable: true|test: [CMD, "true"]|
     s|restart: "no"|restart: always|
     s|--local-directory /spill|--local-directory /scratch|
-    s|--memory-limit 1.0|--memory-limit 0.5|
-    /max-size:/d; /max-file:/d; /    options:/d' {COMPOSE_FILE}
+    s|--memory-limit 1.0|--memory-limit 0.5|' {COMPOSE_FILE}
 """,
         red=frozenset(
             {
@@ -123,7 +122,6 @@ sed -i '/memswap_limit:/d
                 "limit: no swap by docker",
                 "limit: no health check inside",
                 "limit: restart policy brings nothing back",
-                "limit: logs are bounded",
                 "limit: spill is on disk",
             }
         ),
