@@ -93,7 +93,7 @@ systemctl daemon-reload
     ),
     Break(
         name="no limit, and an agent",
-        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; {_KILL_SOON}{_AGENT}",
+        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; ({NO_DEFAULT}); {_KILL_SOON}{_AGENT}",
         red=frozenset(
             {
                 "the leaking worker is restarted",
