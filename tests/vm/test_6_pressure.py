@@ -11,7 +11,7 @@ import pytest
 from ami_builder import proc
 from ami_builder.adapters import ssh
 from ami_builder.checks.watch import ANSWER, NEW_CONNECTION
-from tests.vm.conftest import DASK_SECONDS, Booted, red
+from tests.vm.conftest import DASK_SECONDS, NO_DEFAULT, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 SCOPES = "/etc/systemd/system/docker-.scope.d/kill-all.conf"
