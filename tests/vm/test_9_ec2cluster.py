@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from distributed import Client
 
@@ -69,6 +70,7 @@ FIRST, AGAIN = "first", "after a reboot"
 DOC = ROOT / "docs" / "limits.md"
 
 
+@pytest.mark.whole
 def test_each_way_to_start_a_container_has_the_limit(
     built: Mapping[str, Any], image: Image, tmp_path: Path
 ) -> None:
