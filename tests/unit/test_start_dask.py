@@ -337,7 +337,7 @@ EVENTS = """
 case $1 in
     ps) cat "$START_DASK_ROOT/running" 2>/dev/null; : ;;
     inspect) echo "$FAKE_COMMAND" ;;
-    events) printf "$FAKE_EVENTS" ;;
+    events) printf "${FAKE_STARTS-start c1 a -\nstart c2 b -\n}${FAKE_EVENTS:-}" ;;
 esac
 """
 
@@ -390,10 +390,19 @@ def test_a_container_that_may_use_more_is_said(machine: Machine, maximum: str | 
         scope = machine.root / "sys/fs/cgroup/system.slice/docker-c1.scope"
         scope.mkdir(parents=True)
         (scope / "memory.max").write_text(f"{maximum}\n")
-    started = machine.start(environment={"FAKE_EVENTS": "start c1 dask-w-1 <no value>\n", "FAKE_COMMAND": ""})
+    started = machine.start(environment={"FAKE_STARTS": "start c1 dask-w-1 <no value>\\n"})
     assert (f"<3>start-dask: {said}\n" in started.output) is bool(said)
     notices = machine.root / "run/dask/notices"
     assert (notices.read_text() if notices.exists() else "") == (f"{said}\n" if said else "")
+
+
+def test_the_end_of_an_older_container_is_none_of_this_start(machine: Machine) -> None:
+    """Docker takes whole seconds: on a fast machine a restart of the service is within one."""
+    fake(machine.programs, "docker", EVENTS)
+    events = "die c0 dask-worker-1 143\\nstart c1 dask-worker-1 -\\ndie c1 dask-worker-1 3\\n"
+    started = machine.start(environment={"FAKE_STARTS": "", "FAKE_EVENTS": events, "FAKE_COMMAND": "dask"})
+    assert started.output.count("has ended") == 1
+    assert started.output.endswith("dask-worker-1 has ended with status 3\n")
 
 
 def test_an_end_that_was_asked_for_is_none(machine: Machine) -> None:
