@@ -155,8 +155,9 @@ def test_containers_do_not_reach_the_metadata(machine: Machine) -> None:
         pytest.skip("this image lets containers read the metadata (container.instance_metadata)")
     if not machine.lines("metadata.host"):
         pytest.skip("this machine has no metadata service")
-    assert machine.lines("plain"), "no container could be started"
-    assert "reached" not in machine.lines("plain"), "a container reaches 169.254.169.254"
+    answer = (machine.lines("plain") or ("nothing",))[-1]
+    assert answer in ("reached", "refused"), f"a container could not try: {answer}"
+    assert answer == "refused", "a container reaches 169.254.169.254"
 
 
 def test_ssh_takes_keys_alone(machine: Machine) -> None:

@@ -87,8 +87,23 @@ def test_a_dask_of_user_data_has_the_machine_to_itself(
         "#cloud-config\nwrite_files:\n- path: /etc/dask/compose.yaml\n  content: {command: dask worker tcp://a:1}\n",
         "#!/bin/sh\ninstall-agent\nsystemctl restart dask # the dask worker of this image\n",
         "#cloud-config\nruncmd: [pip install dask, echo mydask-worker]\n",
+        "#cloud-config\nhostname: dask-worker-1\nfqdn: dask-scheduler.example.com\n",
+        "#cloud-config\nwrite_files:\n- path: /etc/agent\n  content: 'tags: role:dask-worker'\n",
+        "#!/bin/sh\necho 10.0.0.5 dask-scheduler >>/etc/hosts\n",
     ],
-    ids=["none", "empty", "garbage", "other", "comment", "compose file", "service", "package"],
+    ids=[
+        "none",
+        "empty",
+        "garbage",
+        "other",
+        "comment",
+        "compose file",
+        "service",
+        "package",
+        "host name",
+        "tags",
+        "hosts",
+    ],
 )
 def test_other_user_data_leaves_dask_to_the_service(
     tmp_path: Path, shell: str, text: str | bytes | None
@@ -107,7 +122,15 @@ def test_what_verification_sends_is_the_services(tmp_path: Path) -> None:
     assert run("dask-wanted", tmp_path) == (0, "")
 
 
-@pytest.mark.parametrize("line", ["DASK_ROLE=none", "export DASK_ROLE='none'\r", 'DASK_ROLE="none"'])
+def test_the_last_line_of_the_role_counts(tmp_path: Path) -> None:
+    told(tmp_path, None)
+    (tmp_path / "etc/dask/dask.env").write_text("DASK_ROLE=none\nDASK_ROLE=worker\n")
+    assert run("dask-wanted", tmp_path) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "line", ["DASK_ROLE=none", "  DASK_ROLE=none", "export DASK_ROLE='none'\r", 'DASK_ROLE="none"']
+)
 def test_the_role_may_be_none(tmp_path: Path, line: str) -> None:
     told(tmp_path, None)
     (tmp_path / "etc/dask/dask.env").write_text(f"# as configured\n{line}\n")

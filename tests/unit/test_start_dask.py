@@ -41,7 +41,7 @@ GOOD = {
 }
 BAD = sorted(path.name for path in MEMINFO.iterdir() if path.name.startswith(("bad-", "no-")))
 
-HOST, FROM_ENV = "network_mode: host", "command: '${DASK_SCHEDULER_ADDRESS}'"
+HOST, FROM_ENV = "network_mode: host", "command: '${DASK_SCHEDULER_ADDRESS} ${DASK_LISTEN}'"
 
 # Answers as Docker does, and writes down the environment that Compose gets. Dask runs until it is stopped.
 DOCKER = """
@@ -337,7 +337,7 @@ EVENTS = """
 case $1 in
     ps) cat "$START_DASK_ROOT/running" 2>/dev/null; : ;;
     inspect) echo "$FAKE_COMMAND" ;;
-    events) printf "${FAKE_STARTS-start c1 a -\nstart c2 b -\n}${FAKE_EVENTS:-}" ;;
+    events) printf "${FAKE_STARTS:-}${FAKE_EVENTS:-}" | sed "s/^/${FAKE_TIME:-$(date +%s)999999999} /" ;;
 esac
 """
 
@@ -346,13 +346,27 @@ esac
     ("events", "running", "command", "said"),
     [
         ("die c1 dask-worker-1 0\n", "c2\n", "dask [worker tcp://10.0.0.1:8786]", "dask-worker-1 has ended"),
+        (
+            "die c1 dask-worker-1 0\\n",
+            "c2\\n",
+            "/sbin/docker-init [-- dask-scheduler]",
+            "dask-worker-1 has ended",
+        ),
         ("die c1 dask-init-1 0\n", "", "true []", "dask-init-1 has ended"),
         ("die c1 dask-worker-1 137\n", "c2\n", "dask []", "dask-worker-1 has ended with status 137"),
         ("die c1 dask-logs-1 1\n", "c2\n", "logs []", "dask-logs-1 has ended with status 1"),
         ("die c1 dask-init-1 0\ndie c2 dask-x-1 3\n", "c2\n", "true []", "dask-x-1 has ended with status 3"),
         ("die c1 dask-init-1 0\n", "c2\n", "true []", "Docker has ended: journalctl -u docker"),
     ],
-    ids=["dask", "the last", "killed", "a sidecar fails", "one after another", "docker ends"],
+    ids=[
+        "dask",
+        "dask under init",
+        "the last",
+        "killed",
+        "a sidecar fails",
+        "one after another",
+        "docker ends",
+    ],
 )
 def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
     machine: Machine, events: str, running: str, command: str, said: str
@@ -399,10 +413,34 @@ def test_a_container_that_may_use_more_is_said(machine: Machine, maximum: str | 
 def test_the_end_of_an_older_container_is_none_of_this_start(machine: Machine) -> None:
     """Docker takes whole seconds: on a fast machine a restart of the service is within one."""
     fake(machine.programs, "docker", EVENTS)
-    events = "die c0 dask-worker-1 143\\nstart c1 dask-worker-1 -\\ndie c1 dask-worker-1 3\\n"
-    started = machine.start(environment={"FAKE_STARTS": "", "FAKE_EVENTS": events, "FAKE_COMMAND": "dask"})
-    assert started.output.count("has ended") == 1
-    assert started.output.endswith("dask-worker-1 has ended with status 3\n")
+    events = {"FAKE_EVENTS": "die c0 dask-worker-1 143\\n", "FAKE_COMMAND": "dask worker"}
+    older = machine.start(environment={**events, "FAKE_TIME": "1"})
+    assert "has ended with status" not in older.output
+    assert "dask-worker-1 has ended with status 143" in machine.start(environment=events).output
+
+
+def test_a_stop_while_compose_still_starts_ends_compose_first(one: Machine) -> None:
+    """What it started afterwards would run on without the service."""
+    script = """
+case $1 in compose)
+    trap 'echo ended >"$0.ended"; exit 1' TERM
+    echo up >"$0.up"
+    sleep 30 &
+    wait
+    ;;
+esac
+"""
+    fake(one.programs, "docker", script)
+    guest = render.guest(image())
+    for path in (START_DASK, MEASURE_MEMORY):
+        (one.root / path.relative_to("/")).write_bytes(guest[path].content)
+        (one.root / path.relative_to("/")).chmod(0o755)
+    argv = [*one.shell, str(one.root / START_DASK.relative_to("/"))]
+    with subprocess.Popen(argv, env=one.environment({}), stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: (one.programs / "docker.up").exists(), what="Compose", timeout=60)
+        process.terminate()
+        assert process.wait(60) == 143
+        assert (one.programs / "docker.ended").exists()
 
 
 def test_an_end_that_was_asked_for_is_none(machine: Machine) -> None:
@@ -475,8 +513,9 @@ def test_an_address_that_is_no_host_and_port_is_dasks_own_affair(machine: Machin
 @pytest.mark.parametrize(
     ("settings_text", "compose", "warned"),
     [
-        ("DASK_ROLE=local\n", "", False),
-        ("DASK_ROLE=local\nDASK_LISTEN=127.0.0.1\n", "", False),
+        ("DASK_ROLE=local\n", "# dask scheduler --host ${DASK_LISTEN}\n", False),
+        ("DASK_ROLE=local\nDASK_LISTEN=127.0.0.1\n", "# dask scheduler --host 127.0.0.1\n", False),
+        ("DASK_ROLE=local\n", "# dask scheduler\n", True),
         ("DASK_ROLE=local\nDASK_LISTEN=0.0.0.0\n", "", True),
         ("DASK_ROLE=scheduler\n", "", True),
         ("DASK_ROLE=scheduler\nDASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION=true\n", "", False),

@@ -17,7 +17,7 @@ from ami_builder.model import Image
 from ami_builder.settings import ImageTable
 from tests.vm.conftest import Booted, Saved, guest_of
 
-SLEEPS = ["sh", "-c", "sleep 3600 # dask"]
+SLEEPS = ["sh", "-c", "sleep 3600 # dask worker"]
 UP = "docker ps -q | grep -q ."
 SECONDS = 120
 
@@ -166,7 +166,7 @@ def test_what_has_done_its_work_beside_dask_does_not_end_it(
 def test_a_dask_that_ends_well_is_started_again(guest: Booted, image: Image) -> None:
     """As a worker does whose scheduler has ended."""
     begun = since(guest)
-    worker = {"command": ["sh", "-c", "sleep 2 # dask"]}
+    worker = {"command": ["sh", "-c", "sleep 2 # dask worker"]}
     guest.root(compose(image, worker=worker, logs={"command": "sleep 3600"}) + "systemctl restart dask")
     said(guest, begun, "dask-worker-1 has ended")
     until(guest, "[ $(systemctl show dask -P NRestarts) -ge 1 ]")
