@@ -16,7 +16,7 @@ ANSWERS = "Dask answers"
 """How settle.sh says that its wait ended well."""
 
 CLOCK_SECONDS = 2.0
-"""The boot's time is told in whole seconds, and the clock may be set a little while the machine runs."""
+"""The boot's time is reported in whole seconds, and the clock may be set a little while the machine runs."""
 
 _LINE = re.compile(rf"{VARIABLE}=([0-9]{{1,18}})\n?")
 

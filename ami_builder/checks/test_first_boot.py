@@ -136,7 +136,7 @@ def test_user_data_replaced_the_compose_file(machine: Machine) -> None:
 
 
 def test_dask_listens_for_this_machine_alone(machine: Machine) -> None:
-    """Whoever reaches Dask's ports runs programs here, and the role `local` needs nobody from outside."""
+    """A client that reaches Dask's ports runs programs here, and the role `local` needs none from outside."""
     sockets = [line.split() for line in machine.lines("listening")]
     inside = set(machine.lines("listening.dask"))
     dask = [
@@ -150,7 +150,7 @@ def test_dask_listens_for_this_machine_alone(machine: Machine) -> None:
 
 
 def test_containers_do_not_reach_the_metadata(machine: Machine) -> None:
-    """Whoever submits a task would have the credentials of the instance's role, and its user data."""
+    """A task of Dask would have the credentials of the instance's role, and could read its user data."""
     if "IPAddressDeny" not in machine.text["metadata"]:
         pytest.skip("this image lets containers read the metadata (container.instance_metadata)")
     if not machine.lines("metadata.host"):

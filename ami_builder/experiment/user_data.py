@@ -20,14 +20,14 @@ _HERE = Path(__file__).parent
 
 _TOTAL = "total=$(($(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) * 1024))"
 _WRITE = f'echo "EXPERIMENT_LIMIT=$((limit / {PAGE} * {PAGE}))" >>/etc/dask/dask.env'
-# As if the image had no limit for containers that ask for none: of drop-ins the last one counts.
-_UNLIMITED = (
+UNLIMITED = (
     "cd /etc/systemd/system/docker-.scope.d; printf '[Scope]\\nMemoryMax=infinity\\n' >99-unlimited.conf"
 )
+"""What leaves a container that asks for no limit without one: of drop-ins the last one counts."""
 # What MemTotal is, is known on the machine alone.
 _COMPUTE = {
-    Policy.NONE: _UNLIMITED,
-    Policy.DASK_ONLY: _UNLIMITED,
+    Policy.NONE: UNLIMITED,
+    Policy.DASK_ONLY: UNLIMITED,
     Policy.FRACTION: f"{_TOTAL}; limit=$((total * 95 / 100)); {_WRITE}",
     Policy.GKE: f"""{_TOTAL}
         reserved=0 rest=$total

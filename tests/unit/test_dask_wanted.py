@@ -37,7 +37,7 @@ def run(program: str, root: Path, *arguments: str, shell: str = SHELLS[0], **mor
     return done.returncode, done.stdout
 
 
-def told(root: Path, text: str | bytes | None, where: str = "user-data.txt") -> None:
+def user_data(root: Path, text: str | bytes | None, where: str = "user-data.txt") -> None:
     """Leave user data where cloud-init does."""
     (root / "etc/dask").mkdir(parents=True, exist_ok=True)
     instance = root / "var/lib/cloud/instance"
@@ -68,7 +68,7 @@ def told(root: Path, text: str | bytes | None, where: str = "user-data.txt") -> 
 def test_a_dask_of_user_data_has_the_machine_to_itself(
     tmp_path: Path, shell: str, where: str, text: str
 ) -> None:
-    told(tmp_path, text, where)
+    user_data(tmp_path, text, where)
     status, output = run("dask-wanted", tmp_path, shell=shell)
     reason = "this instance's user data starts a Dask of its own"
     assert (status, output) == (1, f"<5>dask-wanted: dask.service does not start Dask: {reason}\n")
@@ -108,7 +108,7 @@ def test_a_dask_of_user_data_has_the_machine_to_itself(
 def test_other_user_data_leaves_dask_to_the_service(
     tmp_path: Path, shell: str, text: str | bytes | None
 ) -> None:
-    told(tmp_path, text)
+    user_data(tmp_path, text)
     assert run("dask-wanted", tmp_path, shell=shell) == (0, "")
     assert not (tmp_path / "run").exists()
 
@@ -118,12 +118,12 @@ def test_a_machine_without_cloud_init_has_no_user_data(tmp_path: Path) -> None:
 
 
 def test_what_verification_sends_is_the_services(tmp_path: Path) -> None:
-    told(tmp_path, render.user_data(image(), nonce="n"))
+    user_data(tmp_path, render.user_data(image(), nonce="n"))
     assert run("dask-wanted", tmp_path) == (0, "")
 
 
 def test_the_last_line_of_the_role_counts(tmp_path: Path) -> None:
-    told(tmp_path, None)
+    user_data(tmp_path, None)
     (tmp_path / "etc/dask/dask.env").write_text("DASK_ROLE=none\nDASK_ROLE=worker\n")
     assert run("dask-wanted", tmp_path) == (0, "")
 
@@ -132,7 +132,7 @@ def test_the_last_line_of_the_role_counts(tmp_path: Path) -> None:
     "line", ["DASK_ROLE=none", "  DASK_ROLE=none", "export DASK_ROLE='none'\r", 'DASK_ROLE="none"']
 )
 def test_the_role_may_be_none(tmp_path: Path, line: str) -> None:
-    told(tmp_path, None)
+    user_data(tmp_path, None)
     (tmp_path / "etc/dask/dask.env").write_text(f"# as configured\n{line}\n")
     status, output = run("dask-wanted", tmp_path)
     assert status == 1

@@ -31,10 +31,6 @@ HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"
 NONCE = "0123456789abcdef"
 GIB = 1 << 30
 DASK_SECONDS = 600.0
-NO_DEFAULT = (
-    "cd /etc/systemd/system/docker-.scope.d; printf '[Scope]\\nMemoryMax=infinity\\n' >99-unlimited.conf"
-)
-"""What leaves a container that asks for no limit without one: of drop-ins the last one counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

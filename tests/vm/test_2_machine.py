@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ami_builder import proc
-from tests.vm.conftest import NO_DEFAULT, ROOT, Booted, ami_builder, red
+from ami_builder.experiment.user_data import UNLIMITED
+from tests.vm.conftest import ROOT, Booted, ami_builder, red
 
 START_DASK = "/usr/local/sbin/start-dask"
 MEASURE_MEMORY = "/usr/local/sbin/measure-memory"
@@ -100,7 +101,7 @@ sed -i -f /run/break.sed {START_DASK}
     Break(
         name="a Compose file without the line, and no default",
         file=COMPOSE_FILE,
-        script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}; {NO_DEFAULT}",
+        script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}; {UNLIMITED}",
         red=frozenset({"chain: container has a limit", "chain: kernel enforces the variable"}),
         doctor="too high",
     ),

@@ -11,7 +11,8 @@ import pytest
 from ami_builder import proc
 from ami_builder.adapters import ssh
 from ami_builder.checks.watch import ANSWER, NEW_CONNECTION
-from tests.vm.conftest import DASK_SECONDS, NO_DEFAULT, Booted, red
+from ami_builder.experiment.user_data import UNLIMITED
+from tests.vm.conftest import DASK_SECONDS, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 SCOPES = "/etc/systemd/system/docker-.scope.d/kill-all.conf"
@@ -93,7 +94,7 @@ systemctl daemon-reload
     ),
     Break(
         name="no limit, and an agent",
-        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; ({NO_DEFAULT}); {_KILL_SOON}{_AGENT}",
+        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; ({UNLIMITED}); {_KILL_SOON}{_AGENT}",
         red=frozenset(
             {
                 "the leaking worker is restarted",

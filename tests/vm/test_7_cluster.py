@@ -13,9 +13,10 @@ import pytest
 
 from ami_builder import proc
 from ami_builder.adapters import qemu
+from ami_builder.experiment.user_data import UNLIMITED
 from ami_builder.model import Image, Network
 from tests.real_dask import scheduler
-from tests.vm.conftest import GIB, NO_DEFAULT, Booted, ami_builder, booted
+from tests.vm.conftest import GIB, Booted, ami_builder, booted
 
 VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
 LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIABLE, "0.5")}
@@ -47,7 +48,7 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
             machine.root("systemctl is-system-running --wait", check=False)
             machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
             if name == "unlimited":
-                machine.root(NO_DEFAULT)
+                machine.root(UNLIMITED)
             machine.root("systemctl restart dask")
 
         list(pool.map(start, LIMITS))

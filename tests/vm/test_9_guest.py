@@ -135,7 +135,7 @@ def test_what_a_container_asks_nothing_for_is_bounded(guest: Booted, image: Imag
 
 
 def test_the_metadata_is_out_of_reach_for_containers_alone(guest: Booted, image: Image) -> None:
-    """Whoever submits a task would have what the instance's role may do."""
+    """A task of Dask would have what the instance's role may do."""
     probe = "import socket; socket.create_connection(('169.254.169.254', 80), 10); print('reached')"
     ask = f'python -c "{probe}"'
     assert "reached" in guest.root(f'python3 -c "{probe}"')
@@ -198,9 +198,8 @@ def test_a_worker_waits_for_its_scheduler(guest: Booted, image: Image) -> None:
     assert guest.root("docker ps -aq").split() == []
     guest.root("systemd-run --unit late -q python3 -m http.server --bind 127.0.0.1 9999")
     said(guest, begun, "AVAILABLE_MEMORY_FOR_DASK=")
-    guest.root(
-        f"timeout {SECONDS} sh -c 'until docker ps -q | grep .; do sleep 0.5; done'; systemctl stop late"
-    )
+    until(guest, UP)
+    guest.root("systemctl stop late")
     assert properties(guest, "ActiveState", "NRestarts") == ["active", "0"]
 
 
