@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ami_builder import proc
+from ami_builder.system import processes
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def said(log: Path, text: str) -> str:
         found = log.read_text(encoding="utf-8")
         return found if text in found else None
 
-    return proc.wait_until(look, what=f"{text!r} in {log}", timeout=300, interval=0.1)
+    return processes.wait_until(look, what=f"{text!r} in {log}", timeout=300, interval=0.1)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ami_builder.model import FIRST_BOOT, Datasource, Reserve, Role
+from ami_builder.core.records import FIRST_BOOT, Datasource, Reserve, Role
 
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
 """Names the JSON file."""

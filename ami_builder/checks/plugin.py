@@ -21,13 +21,12 @@ import pytest
 import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
-from ami_builder.model import FIRST_BOOT, PRESSURE, Role
-
-from .context import ENVIRONMENT, Context
-from .pressed import Pressed
-from .reports import NOTE, message_of, name_of
-from .state import ANSWERS, Client, Container, Dask, Incomplete, Machine, Sections, sections
-from .watch import ANSWER, NEW_CONNECTION, Watch
+from ami_builder.checks.context import ENVIRONMENT, Context
+from ami_builder.checks.pressed import Pressed
+from ami_builder.checks.reports import NOTE, message_of, name_of
+from ami_builder.checks.state import ANSWERS, Client, Container, Dask, Incomplete, Machine, Sections, sections
+from ami_builder.checks.watch import ANSWER, NEW_CONNECTION, Watch
+from ami_builder.core.records import FIRST_BOOT, PRESSURE, Role
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""

@@ -9,11 +9,10 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-from ami_builder import pressure
-from ami_builder.pressure import Constraint, Kill
-
-from .state import Incomplete, Sections, numbers, taken
-from .watch import Watched
+from ami_builder.checks.state import Incomplete, Sections, numbers, taken
+from ami_builder.checks.watch import Watched
+from ami_builder.core import oom
+from ami_builder.core.oom import Constraint, Kill
 
 BESIDE_SECONDS = 1.0
 """A kill so soon after another is not for what was taken since: no worker is up again by then.
@@ -121,7 +120,7 @@ class Pressed:
                     began=float(grower["began"]),
                     ended=float(grower["ended"]),
                 ),
-                kills=pressure.kills(text["kernel"]),
+                kills=oom.kills(text["kernel"]),
                 before=_services(text["services.before"]),
                 after=_services(text["services.after"]),
                 container=(text["container.before"].strip(), text["container.after"].strip()),

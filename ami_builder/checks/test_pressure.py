@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ami_builder import pressure
 from ami_builder.checks.context import Context
 from ami_builder.checks.plugin import BLOCKED, INCONCLUSIVE
 from ami_builder.checks.pressed import Pressed, Slayer
 from ami_builder.checks.state import told
 from ami_builder.checks.watch import Watched
+from ami_builder.core import oom
 
 pytestmark = pytest.mark.pressure
 
@@ -92,7 +92,7 @@ def _room(pressed: Pressed, limit: int) -> int:
     workers = pressed.dask["workers"]
     largest = max(worker["limit"] for worker in workers)
     idle = pressed.idle * (len(workers) - 1) // len(workers)
-    return pressure.room(limit, beside=pressed.beside + idle, headroom=limit - largest)
+    return oom.room(limit, beside=pressed.beside + idle, headroom=limit - largest)
 
 
 def _in_time(pressed: Pressed, limit: int, context: Context) -> str:
@@ -101,10 +101,10 @@ def _in_time(pressed: Pressed, limit: int, context: Context) -> str:
     system = context.machine_memory - limit
 
     def machine(beside: int) -> str:
-        least = system + pressure.smallest_limit(beside=beside, headroom=headroom)
+        least = system + oom.smallest_limit(beside=beside, headroom=headroom)
         return f"{-(-least * 10 // GIB) / 10} GiB"
 
-    needed = pressure.least_headroom(limit, beside=pressed.beside)
+    needed = oom.least_headroom(limit, beside=pressed.beside)
     enough = f", here with a headroom of {-(-needed // MIB)} MiB" if needed > headroom else ""
     return (
         f"beside the workers {size(pressed.beside)} are in use, so the nanny is in time on machines from"
@@ -160,17 +160,17 @@ def test_ssh_answers_all_the_time(pressed: Pressed, note: Callable[[str], None])
     """Who can't log in can't help, and a cluster takes a machine that does not answer for dead."""
     watched = pressed.watched
     failed = [login for login in (*watched.rest, *watched.logins) if login.failed]
-    starved = [login for login in failed if login.denied > pressure.MOST_DENIED * login.seconds]
+    starved = [login for login in failed if login.denied > oom.MOST_DENIED * login.seconds]
     own = [login for login in failed if login not in starved]
     assert not own, f"{len(own)} logins failed: {own[0].failed}"
-    compared = pressure.compare(watched.waits_at_rest(), watched.waits())
-    assert compared.answers is not pressure.Answers.LATE, str(compared)
-    if starved or compared.answers is pressure.Answers.UNKNOWN:
+    compared = oom.compare(watched.waits_at_rest(), watched.waits())
+    assert compared.answers is not oom.Answers.LATE, str(compared)
+    if starved or compared.answers is oom.Answers.UNKNOWN:
         pytest.skip(f"{INCONCLUSIVE}{_too_busy(watched, compared)}")
     note(f"{len(watched.logins)} logins; {compared}")
 
 
-def _too_busy(watched: Watched, compared: pressure.Compared) -> str:
+def _too_busy(watched: Watched, compared: oom.Compared) -> str:
     denied = sum(login.denied for login in watched.logins)
     seconds = sum(login.seconds for login in watched.logins)
     return (

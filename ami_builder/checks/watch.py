@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ami_builder import host, proc
-from ami_builder.errors import TimedOut
-from ami_builder.pressure import Wait
+from ami_builder.core.errors import TimedOut
+from ami_builder.core.oom import Wait
+from ami_builder.system import host, processes
 
 ANSWER = "/run/ami-builder-pressure"
 """Where press.sh writes what happened; its last line is `end`."""
@@ -109,7 +109,7 @@ class Watch:
 
         with suppress(TimedOut):
             most = AT_REST * _LOGIN_SECONDS
-            proc.wait_until(enough, what="logins", timeout=most, interval=_PAUSE_AT_REST_SECONDS)
+            processes.wait_until(enough, what="logins", timeout=most, interval=_PAUSE_AT_REST_SECONDS)
         longest = max(login.seconds for login in self.watched.rest)
         self._patience = max(_LOGIN_SECONDS, _TIMES_AT_REST * longest)
 
@@ -122,7 +122,7 @@ class Watch:
             return self.watched.ended
 
         with suppress(TimedOut):
-            proc.wait_until(ended, what="the end", timeout=seconds, interval=EVERY_SECONDS)
+            processes.wait_until(ended, what="the end", timeout=seconds, interval=EVERY_SECONDS)
         after = host.load(self._emulator)
         self.watched.busy = (after.pressure - before.pressure) / max(1.0, time.monotonic() - began)
 
@@ -130,7 +130,7 @@ class Watch:
         began, before = time.monotonic(), host.load(self._emulator)
         failed, share = "", 0.0
         try:
-            done = proc.capture([*self._ssh, _ASK], what="a login", timeout=self._patience)
+            done = processes.capture([*self._ssh, _ASK], what="a login", timeout=self._patience)
             if done.status:
                 failed = done.stderr.strip() or f"exit status {done.status}"
             else:

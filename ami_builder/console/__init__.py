@@ -3,10 +3,10 @@
 Progress and errors go to stderr, results to stdout. rich is imported only where something is drawn.
 """
 
-from .progress import Progress, Step
-from .renderers import open_progress
-from .results import error, note, result, result_json, table, verdict
-from .style import Mode, amount, choose_mode, clean, duration, size
+from ami_builder.console.progress import Progress, Step
+from ami_builder.console.renderers import open_progress
+from ami_builder.console.results import error, note, result, result_json, table, verdict
+from ami_builder.console.style import Mode, amount, choose_mode, clean, duration, size
 
 __all__ = [
     "Mode",

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, Self
 
-from ami_builder.errors import Inconclusive, Interrupted
-from ami_builder.model import RunStatus, StepRecord
-
-from .style import clean
+from ami_builder.console.style import clean
+from ami_builder.core.errors import Inconclusive, Interrupted
+from ami_builder.core.records import RunStatus, StepRecord
 
 NOTE = "step: "
 """How the note begins that tells an exception's innermost step."""

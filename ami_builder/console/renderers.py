@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING
 
-from ami_builder.model import RunStatus
-
-from .progress import BEAT_SECONDS, Progress, Renderer, Step
-from .style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console
+from ami_builder.console.progress import BEAT_SECONDS, Progress, Renderer, Step
+from ami_builder.console.style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console
+from ami_builder.core.records import RunStatus
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import IO, TYPE_CHECKING, Any
 
-from ami_builder.errors import AmiBuilderError, Inconclusive, Interrupted
-from ami_builder.model import Outcome, Verdict
-
-from .progress import NOTE
-from .style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console
+from ami_builder.console.progress import NOTE
+from ami_builder.console.style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console
+from ami_builder.core.errors import AmiBuilderError, Inconclusive, Interrupted
+from ami_builder.core.records import Outcome, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Literal
 
-from ami_builder.difference import Quantity, Unit, multiple
+from ami_builder.core.diff import Quantity, Unit, multiple
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,8 +1,8 @@
 """The page of a run, a night or an experiment: pure, from what was collected to one HTML file."""
 
-from .comparison import Comparison, Criterion, Curve, Panel, Table
-from .html import render
-from .page import Bar, Check, Fact, Failure, Link, Number, Page, Point, Start, Tone, Trend
+from ami_builder.report.html import render
+from ami_builder.report.page import Bar, Check, Fact, Failure, Link, Number, Page, Point, Start, Tone, Trend
+from tests.experiment.comparison import Comparison, Criterion, Curve, Panel, Table
 
 __all__ = [
     "Bar",

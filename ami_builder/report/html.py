@@ -13,11 +13,10 @@ import jinja2
 from markupsafe import Markup
 
 from ami_builder.console import amount, clean, duration, size
-from ami_builder.difference import Measured
-from ami_builder.model import Outcome
-
-from .comparison import Comparison
-from .page import Check, Page, Trend
+from ami_builder.core.diff import Measured
+from ami_builder.core.records import Outcome
+from ami_builder.report.page import Check, Page, Trend
+from tests.experiment.comparison import Comparison
 
 _TEMPLATE = "page.html.j2"
 _PHASES = {
@@ -100,7 +99,7 @@ def _machines(columns: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
 
 
 def _plot(trend: Trend) -> Mapping[str, object]:
-    from .plots import draw
+    from ami_builder.report.plots import draw
 
     values = [point.value for point in trend.points]
     first, last = trend.points[0], trend.points[-1]
@@ -110,7 +109,7 @@ def _plot(trend: Trend) -> Mapping[str, object]:
 def _comparison_plots(comparison: Comparison | None) -> Mapping[str, object]:
     if comparison is None:
         return {}
-    from . import comparison_plots as plots
+    from tests.experiment import plots as plots
 
     def plot(svg: str, text: str) -> Mapping[str, object]:
         return {"svg": Markup(svg), "text": text}  # noqa: S704 - ours

@@ -8,12 +8,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from ami_builder.difference import Difference, Quantity
-from ami_builder.model import Outcome
-from ami_builder.night import Night
+from ami_builder.core.diff import Difference, Quantity
+from ami_builder.core.nightly import Night
+from ami_builder.core.records import Outcome
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
+    from tests.experiment.comparison import Comparison
 
 
 class Tone(StrEnum):

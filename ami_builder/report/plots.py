@@ -13,10 +13,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ami_builder.difference import Quantity, Unit
-from ami_builder.spelling import GIB, MIB
-
-from .page import Trend
+from ami_builder.core.diff import Quantity, Unit
+from ami_builder.core.units import GIB, MIB
+from ami_builder.report.page import Trend
 
 _INCHES = (3.7, 1.6)
 # Stand for what the page's style sheet decides, in the light and in the dark.

@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import config, console
-from ami_builder.adapters import packer, qemu
-from ami_builder.model import Image
-from ami_builder.pipeline import bake
-from ami_builder.pipeline.inputs import gather
-from ami_builder.workspace import Workspace
+from ami_builder import console, qemu
+from ami_builder.build import packer
+from ami_builder.build.inputs import gather
+from ami_builder.config import loading
+from ami_builder.core.records import Image
+from ami_builder.qemu import bake
+from ami_builder.state.workspace import Workspace
 from tests.benchmarks import against, slow_host
 from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
 from tests.benchmarks.planning import planning_seconds
@@ -87,7 +88,7 @@ def _workspace() -> Workspace:
 
 
 def _image() -> Image:
-    return config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+    return loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
 
 
 def startup() -> Sequence[Row]:

@@ -31,9 +31,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ami_builder import proc
-from ami_builder.errors import AmiBuilderError
-from ami_builder.workspace import write_atomically
+from ami_builder.core.errors import AmiBuilderError
+from ami_builder.state.workspace import write_atomically
+from ami_builder.system import processes
 from tests.benchmarks import cgroups, host, records
 from tests.vm.conftest import ROOT
 
@@ -305,7 +305,7 @@ def measure(made: Clone, kind: Kind, turn: int, options: Sequence[str] = ()) -> 
         sample()
         started, began = time.time(), time.monotonic()
         process = stack.enter_context(
-            proc.running(
+            processes.running(
                 argv if group is None else group.command(argv),
                 env=made.environment(),
                 cwd=made.checkout,
@@ -317,7 +317,7 @@ def measure(made: Clone, kind: Kind, turn: int, options: Sequence[str] = ()) -> 
             sample()
             return process.poll() is not None
 
-        proc.wait_until(ended, what="the build's end", timeout=float("inf"), interval=SAMPLE_SECONDS)
+        processes.wait_until(ended, what="the build's end", timeout=float("inf"), interval=SAMPLE_SECONDS)
         wall = time.monotonic() - began
         sample()
     waited = _waited() - waited
@@ -357,7 +357,7 @@ def _waited() -> float:
 def _wrong(record: Mapping[str, Any], status: int, log: Path) -> tuple[str, ...]:
     if status == 0:
         return ()
-    error = record.get("error") or " / ".join(proc.last_lines(log, 5))
+    error = record.get("error") or " / ".join(processes.last_lines(log, 5))
     return records.not_passed(record) or (str(error),)
 
 

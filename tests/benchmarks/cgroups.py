@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import proc
-from ami_builder.errors import AmiBuilderError, TimedOut
+from ami_builder.core.errors import AmiBuilderError, TimedOut
+from ami_builder.system import processes
 
 PERIOD = 100_000
 """Microseconds in which a group may use its quota; the kernel's default."""
@@ -127,7 +127,7 @@ def _remove(made: Group) -> None:
 
 
 def _wait_until_empty(made: Group) -> None:
-    proc.wait_until(
+    processes.wait_until(
         lambda: not made.members(),
         what="the end of a cgroup",
         timeout=_EMPTY_SECONDS,

@@ -14,8 +14,8 @@ import sys
 import time
 from contextlib import suppress
 
-from ami_builder.diagnosis import Level, Reading, Worker, diagnose
-from ami_builder.spelling import GIB
+from ami_builder.core.units import GIB
+from ami_builder.doctor.rules import Level, Reading, Worker, diagnose
 
 
 def judging_seconds(count: int) -> float:
@@ -96,7 +96,7 @@ async def _work(count: int, address: str) -> None:
     from distributed.core import Server
     from distributed.versions import get_versions
 
-    from ami_builder.adapters.dask.probe import read
+    from ami_builder.doctor.probe import read
 
     async with Worker(address, nthreads=1, memory_limit=GIB, dashboard=False) as real:
         metrics, extra = await real.get_metrics(), await real.get_startup_information()

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import proc
-from ami_builder.adapters import qemu
+from ami_builder import qemu
+from ami_builder.system import processes
 from tests.vm.conftest import HOME
 
 LOAD_PER_CPU = 0.5
@@ -95,7 +95,7 @@ def _model() -> str:
 
 
 def _qemu() -> str:
-    version = proc.output(["qemu-system-x86_64", "--version"]).splitlines()[0]
+    version = processes.output(["qemu-system-x86_64", "--version"]).splitlines()[0]
     return version.replace(" emulator version", "")
 
 

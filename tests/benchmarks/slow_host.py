@@ -28,12 +28,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ami_builder import config
-from ami_builder.adapters import checks, qemu
-from ami_builder.errors import AmiBuilderError
-from ami_builder.model import PRESSURE, Target
-from ami_builder.resources import checks_dir
-from ami_builder.workspace import Workspace
+from ami_builder import qemu
+from ami_builder.config import loading
+from ami_builder.core.errors import AmiBuilderError
+from ami_builder.core.records import PRESSURE, Target
+from ami_builder.state.workspace import Workspace
+from ami_builder.system.resources import checks_dir
+from ami_builder.verify import runner
 from tests.benchmarks import host, records, slowdown, without_limit
 from tests.benchmarks.slowdown import Slowdown
 from tests.vm.conftest import HOME, ROOT, environment
@@ -349,7 +350,7 @@ def _last_line(log: Path) -> str:
 
 def newest_image() -> Path:
     """Return the newest finished image of the default configuration; ends the program when there is none."""
-    name = config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select().name
+    name = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select().name
     found = [
         stored.path
         for stored in Workspace.open({"AMI_BUILDER_HOME": str(HOME)}).images()
@@ -377,7 +378,7 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    settings = config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select().verify
+    settings = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select().verify
     ways = {way.name: way for way in slowdown.slowdowns(slowdown.usable_cpus(), settings.cpus)}
     parser.add_argument(
         "--runs", type=int, default=10, help="verifications of the good image, spread over all ways (10)"
@@ -413,7 +414,7 @@ def main(arguments: Sequence[str]) -> None:
 def _measure(image: Path, output: Path | None, jobs: Sequence[Job], ways: Mapping[str, Slowdown]) -> None:
     with image.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    judged_by = checks.digest(checks.shipped(checks_dir()))
+    judged_by = runner.digest(runner.shipped(checks_dir()))
     path = output or FOLDER / f"{digest[:12]}-{judged_by[:12]}.jsonl"
     done = read_runs(path)
     if any((run.image, run.checks) != (digest, judged_by) for run in done):

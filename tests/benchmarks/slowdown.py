@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ami_builder import proc
+from ami_builder.system import processes
 from tests.benchmarks import cgroups
 
 EMULATOR = "qemu-system-"
@@ -99,7 +99,7 @@ def slowed(slowdown: Slowdown) -> Iterator[cgroups.Group]:
         # (autogroup) or by systemd's units first.
         for _ in range(slowdown.loops):
             argv = group.command([sys.executable, "-I", "-S", "-c", _BUSY_LOOP])
-            stack.enter_context(proc.running(argv))
+            stack.enter_context(processes.running(argv))
         yield group
 
 
@@ -120,7 +120,7 @@ def run(
     usage = Usage()
     if slowdown.quota is None:
         argv = group.command(argv)
-    with log.open("w") as out, proc.running(argv, env=env, cwd=cwd, stdout=out.fileno()) as process:
+    with log.open("w") as out, processes.running(argv, env=env, cwd=cwd, stdout=out.fileno()) as process:
 
         def ended() -> bool:
             for pid in descendants(process.pid, lambda name: name.startswith(emulator)):
@@ -129,7 +129,7 @@ def run(
                 usage.look(pid)
             return process.poll() is not None
 
-        proc.wait_until(ended, what="the command's end", timeout=float("inf"), interval=LOOK_SECONDS)
+        processes.wait_until(ended, what="the command's end", timeout=float("inf"), interval=LOOK_SECONDS)
     return process.returncode, usage
 
 

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ami_builder import proc
-from ami_builder.errors import UsageError
+from ami_builder.core.errors import UsageError
+from ami_builder.system import processes
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 START_DASK = "/usr/local/sbin/start-dask"
@@ -84,7 +84,9 @@ class RootFiles:
     """The files of the largest partition of a raw disk, an ext2, ext3 or ext4 file system."""
 
     def __init__(self, disk: Path) -> None:
-        table = json.loads(proc.output(["sfdisk", "--json", disk], what=f"reading the partitions of {disk}"))
+        table = json.loads(
+            processes.output(["sfdisk", "--json", disk], what=f"reading the partitions of {disk}")
+        )
         root = max(table["partitiontable"]["partitions"], key=lambda partition: int(partition["size"]))
         offset = int(root["start"]) * int(table["partitiontable"].get("sectorsize", 512))
         self._disk = f"{disk}?offset={offset}"
@@ -92,9 +94,9 @@ class RootFiles:
     def check(self, *, repair: bool) -> None:
         """Replay the journal and check the file system; raises UsageError when it is damaged."""
         argv = ["e2fsck", "-f", "-p" if repair else "-n", self._disk]
-        done = proc.capture(argv, what="e2fsck", timeout=_CONVERT_SECONDS)
+        done = processes.capture(argv, what="e2fsck", timeout=_CONVERT_SECONDS)
         if done.status not in (_REPAIRED if repair else _REPAIRED[:1]):
-            tail = tuple((done.stdout + done.stderr).splitlines()[-proc.TAIL_LINES :])
+            tail = tuple((done.stdout + done.stderr).splitlines()[-processes.TAIL_LINES :])
             raise UsageError("the image's root file system is damaged", tail=tail)
 
     def read(self, path: str) -> str:
@@ -125,7 +127,7 @@ class RootFiles:
     def _debugfs(self, *requests: str, writable: bool = False) -> str:
         # Its exit status is 0 even when a request fails, and each request is repeated on stdout with -f.
         argv = ["debugfs", *(["-w", "-f", "-"] if writable else ["-R", *requests]), self._disk]
-        done = proc.capture(argv, what="debugfs", stdin="\n".join(requests) + "\n" if writable else None)
+        done = processes.capture(argv, what="debugfs", stdin="\n".join(requests) + "\n" if writable else None)
         errors = [line for line in done.stderr.splitlines() if not line.startswith("debugfs 1.")]
         if done.status or errors:
             raise UsageError(f"`{requests[0]}` failed in the image's file system", tail=tuple(errors))
@@ -133,6 +135,6 @@ class RootFiles:
 
 
 def _convert(source: Path, to: Path, kind: str) -> None:
-    proc.output(
+    processes.output(
         ["qemu-img", "convert", "-O", kind, source, to], what=f"converting {source}", timeout=_CONVERT_SECONDS
     )

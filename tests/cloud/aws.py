@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.instance import Instance, Launch
-from ami_builder.adapters.aws.network import SecurityGroup
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.ledger import Ledger
-
-from .server import Cloud
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.instance import Instance, Launch
+from ami_builder.aws.network import SecurityGroup
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.state.ledger import Ledger
+from tests.fake_ec2.server import Cloud
 
 RUN = "20260101T000000Z-abcdef"
 DIGEST = "ab" * 32

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .faulting import Place, good_run
-from .flow import in_haste, without_ssh
-from .server import Cloud
+from tests.cloud.faulting import Place, good_run
+from tests.cloud.flow import in_haste, without_ssh
+from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,11 @@ from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 
-from ami_builder.adapters.aws.tags import FINISHED
-
-from .calls import Call
-from .faults import Fault
-from .flow import READ_SECONDS, Ran, captured
-from .server import Cloud
+from ami_builder.aws.tags import FINISHED
+from tests.cloud.flow import READ_SECONDS, Ran, captured
+from tests.fake_ec2.calls import Call
+from tests.fake_ec2.faults import Fault
+from tests.fake_ec2.server import Cloud
 
 BUILD = ("--set", "bake.timeout=100s", "build", "--target", "aws")
 LASTING = "lasting"

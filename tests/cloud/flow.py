@@ -16,16 +16,16 @@ import pytest
 import tenacity
 from botocore.retries import standard
 
-from ami_builder import commands, proc
-from ami_builder.adapters import packer
-from ami_builder.adapters.aws import images, instance, instances, network, session, waiting
+from ami_builder.aws import bake, images, instance, instances, jobs, network, session, waiting
+from ami_builder.build import packer
+from ami_builder.build.guest import RenderedFile
+from ami_builder.build.target import Machine
+from ami_builder.cli import app as cli
 from ami_builder.console import Step
-from ami_builder.model import CheckResult, Image, Measurement, Outcome
-from ami_builder.pipeline import bake_ami, cells
-from ami_builder.pipeline.prove import Proof
-from ami_builder.pipeline.target import Machine
-from ami_builder.render import RenderedFile
-from ami_builder.workspace import Run
+from ami_builder.core.records import CheckResult, Image, Measurement, Outcome
+from ami_builder.state.workspace import Run
+from ami_builder.system import processes
+from ami_builder.verify.journey import Proof
 
 NO_SSH = """
 build {
@@ -75,7 +75,7 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] =
         return Proof(results=(result,), measured=(one,))
 
     monkeypatch.setattr(packer, "stage", staged)
-    monkeypatch.setattr(cells, "prove", proved)
+    monkeypatch.setattr(jobs, "prove", proved)
 
 
 PACKER_RETRIES = 3
@@ -90,10 +90,10 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_READ_SECONDS", READ_SECONDS)
     # It makes no call, and what it looks at is the same in every build.
     monkeypatch.setattr(packer, "validate", lambda *_: None)
-    monkeypatch.setattr(bake_ami, "PAUSE", tenacity.wait_fixed(0.01))
-    monkeypatch.setattr(bake_ami, "ATTEMPTS", 2)
+    monkeypatch.setattr(bake, "PAUSE", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(bake, "ATTEMPTS", 2)
     monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.5)
-    monkeypatch.setattr(proc.stop, "__kwdefaults__", {"seconds": 5.0})
+    monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 5.0})
     monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
     for module in (instance, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
@@ -103,7 +103,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ami_builder(*arguments: str) -> int:
     """Run one command in this process and return its exit code."""
-    return commands.run([*SETTINGS, *arguments])
+    return cli.run([*SETTINGS, *arguments])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

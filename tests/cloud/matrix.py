@@ -24,10 +24,10 @@ from pathlib import Path
 import pytest
 import tenacity
 
-from .faulting import FAULTS, Cell, Leak, Missed, Place, Row, Verdict, good_run, rows, try_fault
-from .flow import in_haste, without_ssh
-from .server import Cloud
-from .stopping import SIGNALS, try_signal
+from tests.cloud.faulting import FAULTS, Cell, Leak, Missed, Place, Row, Verdict, good_run, rows, try_fault
+from tests.cloud.flow import in_haste, without_ssh
+from tests.cloud.stopping import SIGNALS, try_signal
+from tests.fake_ec2.server import Cloud
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"

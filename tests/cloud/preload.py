@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from ami_builder.proc import wait_until
-
-from .flow import in_haste, without_ssh
+from ami_builder.system.processes import wait_until
+from tests.cloud.flow import in_haste, without_ssh
 
 GO = "AMI_BUILDER_TEST_GO"
 _BOUND = 120.0

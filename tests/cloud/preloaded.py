@@ -2,7 +2,7 @@
 
 import pytest
 
-from ami_builder.adapters.aws.session import Account
+from ami_builder.aws.session import Account
 
 with pytest.MonkeyPatch.context() as environment:
     environment.setenv("AWS_ACCESS_KEY_ID", "nobody")

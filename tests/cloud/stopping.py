@@ -13,13 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.proc import wait_until
+from ami_builder.system.processes import wait_until
+from tests.cloud.faulting import (
+    BOUND,
+    BUILD,
+    Cell,
+    Leak,
+    Missed,
+    Place,
+    Verdict,
+    check_ended,
+    fresh,
+    judged,
+    rebuilt,
+)
+from tests.cloud.flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
+from tests.fake_ec2.faults import Fault
+from tests.fake_ec2.server import ACCESS_KEY, Cloud
 from tests.unit.nights import die_after
-
-from .faulting import BOUND, BUILD, Cell, Leak, Missed, Place, Verdict, check_ended, fresh, judged, rebuilt
-from .faults import Fault
-from .flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
-from .server import ACCESS_KEY, Cloud
 
 POWER_LOSS = "power loss"
 """SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""
@@ -34,7 +45,7 @@ _INTERRUPTED = 130
 def processes() -> multiprocessing.context.ForkServerContext:
     """Return what starts commands: a server that has imported everything, and forks for each."""
     context = multiprocessing.get_context("forkserver")
-    read = ("ami_builder.pipeline.cloud", "ami_builder.pipeline.collect", "tests.cloud.preloaded")
+    read = ("ami_builder.aws.target", "ami_builder.aws.gc", "tests.cloud.preloaded")
     context.set_forkserver_preload([__name__, *read])
     return context
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from ami_builder.adapters.aws import base
-from ami_builder.adapters.aws.session import Account, failure, is_definite, translated
-from ami_builder.errors import CloudFailed, UsageError
-
-from .server import ACCESS_KEY, REGION, Cloud
+from ami_builder.aws import source_ami
+from ami_builder.aws.session import Account, failure, is_definite, translated
+from ami_builder.core.errors import CloudFailed, UsageError
+from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 
 DEBIAN = "136693071363"
 
@@ -78,7 +77,7 @@ def test_passing_faults_are_tried_again(cloud: Cloud) -> None:
 
 def test_aws_not_answering_is_no_traceback(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     account = Account.open()
     with pytest.raises(CloudFailed, match="AWS did not answer") as caught, translated():
@@ -145,7 +144,7 @@ def test_credentials_are_in_no_message(cloud: Cloud) -> None:
 )
 def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
     newest = cloud.base_ami()
-    found = base.resolve(Account.open(), newest if source == "AMI" else source)
+    found = source_ami.resolve(Account.open(), newest if source == "AMI" else source)
     assert (found.id, found.owner, found.architecture) == (newest, DEBIAN, "x86_64")
     assert found.name.startswith("debian-13-amd64-")
     assert found.root_device == "/dev/xvda"
@@ -155,7 +154,7 @@ def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
 
 def refused(source: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        base.resolve(Account.open(), source)
+        source_ami.resolve(Account.open(), source)
     return caught.value
 
 
@@ -173,7 +172,7 @@ def test_an_ami_that_can_not_be_baked_from(cloud: Cloud) -> None:
     newest = images[cloud.base_ami()]
     newest.deprecation_time = "2026-01-01T00:00:00.000Z"
     assert "deprecated since 2026-01-01" in refused(newest.id).message
-    assert base.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-*").id != newest.id
+    assert source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-*").id != newest.id
     newest.deprecation_time = None
     newest.root_device_type = "instance-store"
     assert "instance store" in refused(newest.id).message

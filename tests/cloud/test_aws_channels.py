@@ -9,24 +9,23 @@ from typing import Any
 
 import pytest
 
-from ami_builder import commands
-from ami_builder.adapters.aws import channels as adapter
-from ami_builder.adapters.aws import images
-from ami_builder.adapters.aws.policy import Section, document
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.channels import Move
-from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.model import Image, Outcome
-from ami_builder.pipeline.channels import promote, revoke, rollback, standing
-from ami_builder.pipeline.cloud import CloudSite
-from ami_builder.pipeline.cloud_channels import CloudChannels
-from ami_builder.workspace import StoredImage, Workspace
+from ami_builder.aws import images
+from ami_builder.aws import parameters as adapter
+from ami_builder.aws.channels import CloudChannels
+from ami_builder.aws.policy import Section, document
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.aws.target import CloudSite
+from ami_builder.build.channels import promote, revoke, rollback, standing
+from ami_builder.cli import app as cli
+from ami_builder.core.channels import Move
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.records import Image, Outcome
+from ami_builder.state.workspace import StoredImage, Workspace
+from tests.cloud.aws import DIGEST, make_ami, tags
+from tests.cloud.using import refused
+from tests.fake_ec2.server import Cloud
 from tests.unit.guest import image as guest_image
-
-from .aws import DIGEST, make_ami, tags
-from .server import Cloud
-from .using import refused
 
 KNOWN = ("testing", "stable")
 NAME = "/ami-builder/dask/x86_64/stable"
@@ -283,15 +282,15 @@ def test_the_commands(
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     # One that this machine has built is known by its name, any other by its id.
     channels.site.workspace.remember(first.artifact, None)
-    assert commands.run(["promote", "dask", "stable", "--target", "aws"]) == 0
-    assert commands.run(["promote", second.artifact.location, "stable"]) == 0
+    assert cli.run(["promote", "dask", "stable", "--target", "aws"]) == 0
+    assert cli.run(["promote", second.artifact.location, "stable"]) == 0
     assert capsys.readouterr().out.split() == [first.artifact.location, second.artifact.location]
-    assert commands.run(["rollback", "stable", "--target", "aws", "--json"]) == 0
+    assert cli.run(["rollback", "stable", "--target", "aws", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["artifact"]["location"] == first.artifact.location
     assert answer["artifact"]["digest"] == DIGEST
-    assert commands.run(["revoke", first.artifact.location, "--reason", "x"]) == 0
+    assert cli.run(["revoke", first.artifact.location, "--reason", "x"]) == 0
     assert "nothing stands there any more" in capsys.readouterr().err
-    assert commands.run(["history", "stable", "--target", "aws"]) == 0
-    assert commands.run(["promote", "ami-0123456789abcdef0", "stable"]) == 2
+    assert cli.run(["history", "stable", "--target", "aws"]) == 0
+    assert cli.run(["promote", "ami-0123456789abcdef0", "stable"]) == 2
     assert "there is no AMI" in capsys.readouterr().err

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 from moto.core.utils import utcnow
 
-from ami_builder.adapters.aws import gc, images, instances, network, waiting
-from ami_builder.adapters.aws import instance as instance_module
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.errors import CloudFailed
-from ami_builder.ledger import Entry, Ledger, read
-from ami_builder.leftovers import Action, Found, Leftover, RunState, plan
-from ami_builder.model import Resource
-
-from .aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
-from .server import REGION, Cloud
+from ami_builder.aws import images, instances, network, orphans, waiting
+from ami_builder.aws import instance as instance_module
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.core.errors import CloudFailed
+from ami_builder.core.orphans import Action, Found, Leftover, RunState, plan
+from ami_builder.core.records import Resource
+from ami_builder.state.ledger import Entry, Ledger, read
+from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
+from tests.fake_ec2.server import REGION, Cloud
 
 
 @pytest.fixture
@@ -40,11 +39,11 @@ def collect(
 ) -> tuple[Leftover, ...]:
     """Do what `gc --apply` does; return its plan."""
     known = {RUN: RunState.ENDED} if runs is None else runs
-    leftovers = plan(gc.find(account, entries), known, datetime.now(UTC), 7200.0)
+    leftovers = plan(orphans.find(account, entries), known, datetime.now(UTC), 7200.0)
     for leftover in leftovers:
         if leftover.action is Action.DELETE:
-            gc.remove(account, leftover)
-            gc.remove(account, leftover)
+            orphans.remove(account, leftover)
+            orphans.remove(account, leftover)
     return leftovers
 
 
@@ -125,7 +124,7 @@ def test_finished_images_living_runs_and_other_machines_keep_theirs(
     assert cloud.left() == before
     # A long time later, nobody can be at work any more.
     later = datetime.now(UTC).replace(year=2099)
-    again = plan(gc.find(account), {"live": RunState.LIVE}, later, 7200.0)
+    again = plan(orphans.find(account), {"live": RunState.LIVE}, later, 7200.0)
     assert {left.found.run_id: left.action for left in again} == {
         RUN: Action.KEEP,
         "live": Action.KEEP,
@@ -213,8 +212,8 @@ def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest
             Description="x",
             TagSpecifications=tagging.specifications(tags(), "security-group"),
         )
-    monkeypatch.setattr(gc, "_PAGE", 5)
-    assert len(gc.find(account)) == 12
+    monkeypatch.setattr(orphans, "_PAGE", 5)
+    assert len(orphans.find(account)) == 12
     assert cloud.count("DescribeSecurityGroups") == 3
 
 
@@ -232,10 +231,10 @@ def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest
 def test_where_one_list_fails_nothing_is_planned(
     cloud: Cloud, action: str, account: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     cloud.faults.add(action, "http500", times=None)
     with pytest.raises(CloudFailed, match=f"ec2:{action}"):
-        gc.find(Account.open())
+        orphans.find(Account.open())
 
 
 @pytest.mark.parametrize(
@@ -265,11 +264,11 @@ def test_collecting_through_faults(
 def test_what_is_kept_is_never_removed(account: Account) -> None:
     one = Found(kind=Resource.IMAGE, id="ami-1", region=REGION, run_id=RUN)
     with pytest.raises(ValueError, match="ami-1 is to be kept: because"):
-        gc.remove(account, Leftover(found=one, action=Action.KEEP, reason="because"))
+        orphans.remove(account, Leftover(found=one, action=Action.KEEP, reason="because"))
 
 
 def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "_RELEASED_SECONDS", 0.2)
+    monkeypatch.setattr(orphans, "_RELEASED_SECONDS", 0.2)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 0.2)
     made = cloud.client().run_instances(
         ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1
@@ -278,7 +277,7 @@ def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: p
     (volume,) = cloud.left()["volume"]
     one = Found(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
     with pytest.raises(CloudFailed, match=f"the volume {volume} can't be deleted"):
-        gc.remove(account, Leftover(found=one, action=Action.DELETE, reason="because"))
+        orphans.remove(account, Leftover(found=one, action=Action.DELETE, reason="because"))
 
 
 def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) -> None:

@@ -11,15 +11,14 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.adapters.aws import images, measured
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.errors import CloudFailed, TimedOut, UsageError
-from ami_builder.model import Measurement, Outcome
-
-from .aws import DIGEST, RUN, make_ami, tags
-from .server import Cloud
+from ami_builder.aws import images, measured
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.core.records import Measurement, Outcome
+from tests.cloud.aws import DIGEST, RUN, make_ami, tags
+from tests.fake_ec2.server import Cloud
 
 NAME = tagging.ami_name("dask", DIGEST, RUN)
 

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
-from ami_builder.adapters.aws import instance as module
-from ami_builder.adapters.aws import instances, network, waiting
-from ami_builder.adapters.aws.instance import Instance, Launch
-from ami_builder.adapters.aws.session import Account
-from ami_builder.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
-from ami_builder.ledger import Entry, Ledger, read
-from ami_builder.model import Connect
-
-from .aws import KEY, RUN, group, instance, launch
-from .server import REGION, Cloud
+from ami_builder.aws import instance as module
+from ami_builder.aws import instances, network, waiting
+from ami_builder.aws.instance import Instance, Launch
+from ami_builder.aws.session import Account
+from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
+from ami_builder.core.records import Connect
+from ami_builder.state.ledger import Entry, Ledger, read
+from tests.cloud.aws import KEY, RUN, group, instance, launch
+from tests.fake_ec2.server import REGION, Cloud
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +174,7 @@ def test_one_fault_leaves_nothing_and_stops_nothing(
 def test_a_fault_that_stays_leaves_nothing_either(
     cloud: Cloud, ledger: Ledger, ordinary: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.adapters.aws.instance.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.instance.ATTEMPTS", 2)
     cloud.faults.add("RunInstances", "lost_response", times=None)
     with pytest.raises(CloudFailed, match="AWS did not answer"):
         instance(Account.open(), ledger, ordinary, tmp_path / "machine").__enter__()
@@ -185,7 +184,7 @@ def test_a_fault_that_stays_leaves_nothing_either(
 def test_what_is_not_found_stands_in_the_ledger(
     cloud: Cloud, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.adapters.aws.instance.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.instance.ATTEMPTS", 2)
     group_id = cloud.client().describe_security_groups()["SecurityGroups"][0]["GroupId"]
     cloud.options.hidden_describes = 1000
     cloud.faults.add("RunInstances", "lost_response", times=None)

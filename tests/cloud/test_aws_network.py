@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from ami_builder.adapters.aws import network, waiting
-from ami_builder.adapters.aws.network import my_cidrs
-from ami_builder.adapters.aws.session import Account
-from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.ledger import Ledger, read
-
-from .aws import RUN, group, instance, launch
-from .server import Cloud
+from ami_builder.aws import network, waiting
+from ami_builder.aws.network import my_cidrs
+from ami_builder.aws.session import Account
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.state.ledger import Ledger, read
+from tests.cloud.aws import RUN, group, instance, launch
+from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture
@@ -217,7 +216,7 @@ def test_a_refusal_is_final_and_known_to_have_made_nothing(
     cloud: Cloud, account: Account, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cloud.faults.add("AuthorizeSecurityGroupIngress", "http500", times=None)
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 2)
     with pytest.raises(CloudFailed, match="InternalError"), group(Account.open(), ledger):
         pass
     assert cloud.left() == {}

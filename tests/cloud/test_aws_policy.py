@@ -10,22 +10,21 @@ from typing import Any
 
 import pytest
 
-from ami_builder import commands
-from ami_builder.adapters.aws import claims, gc, images, instances, preflight, waiting
-from ami_builder.adapters.aws import instance as instance_module
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.policy import LONGEST, Section, document
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.errors import CloudFailed
-from ami_builder.ledger import Ledger, read
-from ami_builder.leftovers import Action, RunState, plan
-from ami_builder.model import Connect, Image, Outcome, Resource, State
+from ami_builder.aws import claims, images, instances, orphans, preflight, waiting
+from ami_builder.aws import instance as instance_module
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.policy import LONGEST, Section, document
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.cli import app as cli
+from ami_builder.core.errors import CloudFailed
+from ami_builder.core.orphans import Action, RunState, plan
+from ami_builder.core.records import Connect, Image, Outcome, Resource, State
+from ami_builder.state.ledger import Ledger, read
+from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
+from tests.fake_ec2.policy import Enforced
+from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 from tests.unit.guest import image as guest_image
-
-from .aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
-from .policy import Enforced
-from .server import ACCESS_KEY, REGION, Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"
 BASE = "136693071363/debian-13-amd64-*"
@@ -105,10 +104,10 @@ def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch,
     ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
     make_ami(cloud, name)
     held, account = enforced(cloud, monkeypatch, Section.LIFECYCLE)
-    found = gc.find(account, read(ledger.path))
+    found = orphans.find(account, read(ledger.path))
     for leftover in plan(found, {RUN: RunState.ENDED}, datetime.now(UTC), 7200.0):
         assert leftover.action is Action.DELETE
-        gc.remove(account, leftover)
+        orphans.remove(account, leftover)
     assert cloud.left() == {}
     assert held.refused == []
     assert held.unused == set()
@@ -207,7 +206,7 @@ def test_a_policy_that_is_too_long_to_attach_is_said_to_be(
     flags = [part for key, value in everything.items() for part in ("--set", f"{key}={value}")]
     sizes = {}
     for settings, section in [((), "all"), *((flags, section) for section in Section)]:
-        assert commands.run([*settings, "iam-policy", section]) == 0
+        assert cli.run([*settings, "iam-policy", section]) == 0
         printed, said = capsys.readouterr()
         sizes[len(settings), section] = size = len("".join(printed.split()))
         assert ("print the parts one by one" in said) is (size > LONGEST), section

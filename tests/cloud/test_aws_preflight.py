@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from ami_builder.adapters.aws import cost, preflight
-from ami_builder.adapters.aws.session import Account
-from ami_builder.model import Connect, Finding, Image, State
+from ami_builder.aws import cost, preflight
+from ami_builder.aws.session import Account
+from ami_builder.core.records import Connect, Finding, Image, State
+from tests.fake_ec2.server import REGION, Cloud
 from tests.unit.fakes import fake
 from tests.unit.guest import image as guest_image
-
-from .server import REGION, Cloud
 
 BASE = "136693071363/debian-13-amd64-*"
 
@@ -107,7 +106,7 @@ def test_subnets_of_two_networks(cloud: Cloud) -> None:
 
 
 def test_a_failing_cloud_is_a_finding_too(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     for action in ("DescribeInstanceTypeOfferings", "StopInstances"):
         cloud.faults.add(action, "http500", times=None)
     findings = found(configured())

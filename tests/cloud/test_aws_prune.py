@@ -12,20 +12,19 @@ import pytest
 from moto.core.utils import utcnow
 from moto.ec2.utils import random_ami_id
 
-from ami_builder import commands
-from ami_builder.adapters.aws import channels as adapter
-from ami_builder.adapters.aws import images, references
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.policy import Section, document
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
-from ami_builder.errors import CloudFailed
-from ami_builder.model import Outcome
-
-from .aws import make_ami, tags
-from .image import Image
-from .server import REGION, Cloud
-from .using import refused
+from ami_builder.aws import images, references
+from ami_builder.aws import parameters as adapter
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.policy import Section, document
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.cli import app as cli
+from ami_builder.core.errors import CloudFailed
+from ami_builder.core.records import Outcome
+from tests.cloud.aws import make_ami, tags
+from tests.cloud.using import refused
+from tests.fake_ec2.image import Image
+from tests.fake_ec2.server import REGION, Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"
 LISTS = (
@@ -71,7 +70,7 @@ def _stamp(days: float) -> str:
 def pruned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, tuple[str, str]]:
     """Return what `prune` says of each AMI: action, reason."""
     capsys.readouterr()
-    status = commands.run(["--quiet", "prune", "--target", "aws", "--json", *flags])
+    status = cli.run(["--quiet", "prune", "--target", "aws", "--json", *flags])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     found = json.loads(shown.out)["plan"]
@@ -162,13 +161,13 @@ def _protected(cloud: Cloud, ami: str) -> str:
 
 
 def _channel(cloud: Cloud, ami: str) -> str:
-    assert commands.run(["promote", ami, "stable"]) == 0
+    assert cli.run(["promote", ami, "stable"]) == 0
     return "in channel stable"
 
 
 def _predecessor(cloud: Cloud, ami: str) -> str:
-    assert commands.run(["promote", ami, "stable"]) == 0
-    assert commands.run(["promote", aged(cloud, "next"), "stable"]) == 0
+    assert cli.run(["promote", ami, "stable"]) == 0
+    assert cli.run(["promote", aged(cloud, "next"), "stable"]) == 0
     return "what channel stable goes back to"
 
 
@@ -230,9 +229,9 @@ def test_where_one_list_fails_nothing_is_planned(
     ami = aged(cloud, "old", deprecated=50)
     cloud.client().create_launch_template(LaunchTemplateName="t", LaunchTemplateData={"KeyName": "k"})
     before = cloud.left()
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     cloud.faults.add(action, "http500", times=None)
-    assert commands.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
+    assert cli.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
     assert action in capsys.readouterr().err
     assert cloud.left() == before
     assert ami in before["image"]
@@ -327,20 +326,20 @@ def test_orphans_are_those_of_ours_that_no_ami_uses(
 def test_each_region_is_planned_by_itself(
     cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 1)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     there = "eu-west-1"
     (tmp_path / "ami-builder.toml").write_text(
         POLICY.replace(f'region = "{REGION}"', f'region = "{REGION}"\ncopy_to = ["{there}"]')
     )
     ami, kept = aged(cloud, "old"), aged(cloud, "current")
     for each in (ami, kept):
-        assert commands.run(["--quiet", "copy", each]) == 0
+        assert cli.run(["--quiet", "copy", each]) == 0
     lines = capsys.readouterr().out.splitlines()
     copy, other = (line.split("\t")[1] for line in lines)
     for one in (copy, other):
         cloud.backend(there).amis[one].creation_date = utcnow() - timedelta(days=50)
     # What stands in the channel here is free there, and the other way round.
-    assert commands.run(["promote", kept, "stable", "--region", REGION]) == 0
+    assert cli.run(["promote", kept, "stable", "--region", REGION]) == 0
     cloud.client("ssm", region=there).put_parameter(
         Name="/ami-builder/dask/x86_64/stable", Value=copy, Type="String", DataType="aws:ec2:image"
     )
@@ -354,7 +353,7 @@ def test_each_region_is_planned_by_itself(
     assert lost not in cloud.left(there)["snapshot"]
     # A region that can't be read stops the plan of all.
     cloud.faults.add("*", "reset", times=None, region=there)
-    assert commands.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
+    assert cli.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
 
 
 @pytest.mark.long
@@ -417,7 +416,7 @@ def test_least_privilege(
     aged(cloud, "old")
     gone = aged(cloud, "older", 200, deprecated=50)
     current = aged(cloud, "current")
-    assert commands.run(["promote", current, "stable"]) == 0
+    assert cli.run(["promote", current, "stable"]) == 0
     cloud.client().create_launch_template(LaunchTemplateName="t", LaunchTemplateData={"KeyName": "k"})
     theirs = make_ami(cloud, "theirs")
     lost = orphan(cloud)

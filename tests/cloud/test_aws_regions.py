@@ -15,28 +15,28 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.retries import standard
 
-from ami_builder import commands, config
-from ami_builder.adapters.aws import channels as adapter
-from ami_builder.adapters.aws import copies, images
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.policy import Section, document
-from ami_builder.adapters.aws.session import Account
-from ami_builder.adapters.aws.tags import Purpose
+from ami_builder.aws import copies, images
+from ami_builder.aws import parameters as adapter
+from ami_builder.aws import place as cloud_place
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.place import CloudPlace, places
+from ami_builder.aws.policy import Section, document
+from ami_builder.aws.session import Account
+from ami_builder.aws.tags import Purpose
+from ami_builder.build.channels import promote
+from ami_builder.build.place import Place
+from ami_builder.cli import app as cli
+from ami_builder.config import loading
 from ami_builder.console import Progress
-from ami_builder.errors import CloudFailed, UsageError
-from ami_builder.model import Image, Outcome
-from ami_builder.pipeline import cloud_place
-from ami_builder.pipeline.channels import promote
-from ami_builder.pipeline.cloud_place import CloudPlace, places
-from ami_builder.pipeline.place import Place
-from ami_builder.proc import wait_until
-from ami_builder.workspace import StoredImage, Workspace
-
-from .aws import DIGEST, RUN, make_ami, tags
-from .faulting import BOUND
-from .server import REGION, Cloud
-from .stopping import start
-from .using import image, refused
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.records import Image, Outcome
+from ami_builder.state.workspace import StoredImage, Workspace
+from ami_builder.system.processes import wait_until
+from tests.cloud.aws import DIGEST, RUN, make_ami, tags
+from tests.cloud.faulting import BOUND
+from tests.cloud.stopping import start
+from tests.cloud.using import image, refused
+from tests.fake_ec2.server import REGION, Cloud
 
 NAME = tagging.ami_name("dask", DIGEST, RUN)
 KEY = "AKIALEASTPRIVILEGE00"
@@ -57,7 +57,7 @@ Configure = Callable[..., Image]
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-    monkeypatch.setattr("ami_builder.adapters.aws.session.ATTEMPTS", 3)
+    monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 3)
     monkeypatch.setattr(copies, "COPYING", timedelta(minutes=5))
     monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(images, "_SEEN_SECONDS", 0.5)
@@ -75,7 +75,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
         told = {"region": REGION, "copy_to": list(TWO), **settings}
         lines = [f"{key} = {json.dumps(value)}" for key, value in told.items()]
         path.write_text("\n".join(["[images.dask.aws]", *lines, ""]))
-        return config.load(path, environ={}, overrides={}).select()
+        return loading.load(path, environ={}, overrides={}).select()
 
     write()
     return write
@@ -94,7 +94,7 @@ def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = 
 def copied(capsys: pytest.CaptureFixture[str], ami: str, *flags: str, status: int = 0) -> dict[str, str]:
     """Run `copy` and return region -> AMI."""
     capsys.readouterr()
-    assert commands.run(["--quiet", "copy", ami, *flags]) == status
+    assert cli.run(["--quiet", "copy", ami, *flags]) == status
     return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
 
 
@@ -174,7 +174,7 @@ def test_one_region_in_trouble_does_not_keep_the_others(
             cloud.faults.add("CopyImage", "throttle", times=None, region=bad)
         case _:
             cloud.options.full_regions = {bad}
-    assert commands.run(["--quiet", "copy", ami, "--json"]) == 6
+    assert cli.run(["--quiet", "copy", ami, "--json"]) == 6
     shown = capsys.readouterr()
     answer = json.loads(shown.out)
     assert [one["region"] for one in answer["copies"]] == [good]
@@ -243,7 +243,7 @@ def test_a_failed_copy_makes_room_for_another(
     ami, region = baked(cloud), TWO[0]
     cloud.options.image_describes = 1
     cloud.options.image_failure = "the key is disabled"
-    assert commands.run(["--quiet", "copy", ami]) == 6
+    assert cli.run(["--quiet", "copy", ami]) == 6
     assert f"{region}: {mine(cloud, region)[0]} is failed: the key is disabled" in capsys.readouterr().err
     (failed,) = mine(cloud, region)
     cloud.options.image_failure = ""
@@ -274,7 +274,7 @@ def test_copies_are_encrypted_with_each_regions_key(
     assert disks(copied(capsys, ami, "--region", "us-east-2")) == [(False, None)]
     configure(encrypt=True, copy_to=["us-east-2", "ca-central-1"])
     assert disks(copied(capsys, ami, "--region", "ca-central-1")) == [(True, None)]
-    assert commands.run(["--quiet", "copy", ami]) == 6
+    assert cli.run(["--quiet", "copy", ami]) == 6
     assert "us-east-2: the copy" in (said := capsys.readouterr().err)
     assert "is not encrypted, and is to be" in said
 
@@ -290,12 +290,12 @@ def test_what_copy_refuses(
         (("--region", REGION), f"{REGION} is there twice"),
         (("--region", "eu-west-1", "--region", "eu-west-1=k"), "eu-west-1 is there twice"),
     ):
-        assert commands.run(["copy", ami, *flags]) == 2
+        assert cli.run(["copy", ami, *flags]) == 2
         assert said in capsys.readouterr().err
     theirs = make_ami(cloud, "theirs")
-    assert commands.run(["copy", theirs, "--region", "eu-west-1"]) == 6
+    assert cli.run(["copy", theirs, "--region", "eu-west-1"]) == 6
     assert f"{theirs} is not a finished AMI of ours in {REGION}" in capsys.readouterr().err
-    assert commands.run(["copy"]) == 2
+    assert cli.run(["copy"]) == 2
     assert "has not been built yet" in capsys.readouterr().err
     configured = replace(configure(copy_to=["eu-west-1"]), name="dask")
     elsewhere = replace(configured, aws=replace(configured.aws, region=""))
@@ -372,7 +372,7 @@ def standing(cloud: Cloud) -> dict[str, str]:
 def moved(capsys: pytest.CaptureFixture[str], *command: str, status: int = 0) -> dict[str, str]:
     """Run a command that moves the channel, and return region -> AMI."""
     capsys.readouterr()
-    assert commands.run(["--quiet", *command]) == status
+    assert cli.run(["--quiet", *command]) == status
     return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
 
 
@@ -385,19 +385,19 @@ def test_a_person_moves_a_channel_in_every_region(
         assert moved(capsys, "promote", ami, "stable") == there[ami] == standing(cloud)
     assert moved(capsys, "rollback", "stable", "--target", "aws") == there[first] == standing(cloud)
     assert moved(capsys, "promote", second, "stable") == there[second]
-    assert commands.run(["--quiet", "revoke", second, "--reason", "leaks"]) == 0
+    assert cli.run(["--quiet", "revoke", second, "--reason", "leaks"]) == 0
     assert standing(cloud) == there[first]
     told = capsys.readouterr().err.splitlines()
     assert told == [f"{region}: channel stable: {ami}" for region, ami in there[first].items()]
     for region, ami in there[second].items():
         alone = ("--set", f"aws.region={region}", "--set", "aws.copy_to=")
-        assert commands.run([*alone, "promote", ami, "stable"]) == 2
+        assert cli.run([*alone, "promote", ami, "stable"]) == 2
         assert "never comes back: leaks" in capsys.readouterr().err
-    assert commands.run(["history", "stable", "--target", "aws"]) == 0
+    assert cli.run(["history", "stable", "--target", "aws"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     moves = ["promoted", "promoted", "rolled back", "promoted", "revoked"]
     assert [(row[0], row[2]) for row in rows] == [(r, move) for r in (REGION, *TWO) for move in moves]
-    assert commands.run(["history", "stable", "--target", "aws", "--json", "--region", TWO[1]]) == 0
+    assert cli.run(["history", "stable", "--target", "aws", "--json", "--region", TWO[1]]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["standing"] == there[first][TWO[1]]
     assert [one["region"] for one in answer["regions"]] == [TWO[1]]
@@ -422,13 +422,13 @@ def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
         (("rollback", "stable", "--target", "aws"), "nothing stood before"),
         (("promote", second, "stabel"), "did you mean stable"),
     ):
-        assert commands.run(["--quiet", *command]) == 2
+        assert cli.run(["--quiet", *command]) == 2
         assert said in capsys.readouterr().err
     assert standing(cloud) == {REGION: first, **copies}
     # One region alone; and one that is down keeps no other.
     assert moved(capsys, "promote", second, "stable", "--region", TWO[0]) == there
     cloud.faults.add("*", "reset", times=None, region=TWO[1])
-    assert commands.run(["--quiet", "revoke", first, "--reason", "x", "--json"]) == 6
+    assert cli.run(["--quiet", "revoke", first, "--reason", "x", "--json"]) == 6
     answer = json.loads(capsys.readouterr().out)
     assert [one["region"] for one in answer["regions"]] == [REGION, TWO[0]]
     assert [one["region"] for one in answer["failed"]] == [TWO[1]]
@@ -456,12 +456,12 @@ def test_sharing_adds_what_lacks_and_takes_nothing_back(
     cloud.client().modify_image_attribute(
         ImageId=ami, LaunchPermission={"Add": [{"UserId": "888888888888"}, {"UserId": THEIRS}]}
     )
-    assert commands.run(["--quiet", "share", ami]) == 6
+    assert cli.run(["--quiet", "share", ami]) == 6
     shown = capsys.readouterr()
     assert shown.out == f"{REGION}\t{ami}\n"
     assert f"{TWO[0]}: there is no copy of {ami}" in shown.err
     found = copied(capsys, ami)
-    assert commands.run(["share", ami]) == 0
+    assert cli.run(["share", ami]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [f"{region}\t{id}" for region, id in {REGION: ami, **found}.items()]
     assert f"{REGION}: 888888888888 may launch {ami} too" in shown.err
@@ -473,7 +473,7 @@ def test_sharing_adds_what_lacks_and_takes_nothing_back(
         assert held.ebs_snapshot.create_volume_permission_userids == {THEIRS}
     before = len(cloud.calls)
     configure(share_with=[ORGANIZATION])
-    assert commands.run(["--quiet", "share", ami, "--json"]) == 0
+    assert cli.run(["--quiet", "share", ami, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["shared"]
     assert [one["added"] for one in told] == [[], [], []]
     assert told[1] == {
@@ -492,7 +492,7 @@ def test_what_is_under_the_default_key_is_not_shared(
     ami = baked(cloud)
     held = cloud.backend().amis[ami]
     held.mapping[0]["Ebs"]["Encrypted"] = held.ebs_snapshot.encrypted = True
-    assert commands.run(["--quiet", "share", ami]) == 6
+    assert cli.run(["--quiet", "share", ami]) == 6
     assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in capsys.readouterr().err
 
 
@@ -510,7 +510,7 @@ def test_least_privilege(
     found = copied(capsys, ami)
     cloud.backend(TWO[0]).tags.pop(found[TWO[0]])
     assert copied(capsys, ami) == found
-    assert commands.run(["--quiet", "share", ami]) == 0
+    assert cli.run(["--quiet", "share", ami]) == 0
     # Whether it can be launched is asked of those only who may launch.
     assert {action for action, _ in held.refused} == {"ec2:RunInstances"}
     assert held.unused == set()

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.pipeline import bake_ami
-
-from .faulting import BUILD, Place, collect, fresh, only_the_ami, rebuilt
-from .flow import Ran, captured
-from .server import Cloud
+from ami_builder.aws import bake
+from tests.cloud.faulting import BUILD, Place, collect, fresh, only_the_ami, rebuilt
+from tests.cloud.flow import Ran, captured
+from tests.fake_ec2.server import Cloud
 
 BAKE, PROVE = "m7i.large", "m5.large"
 
@@ -86,7 +85,7 @@ def test_no_capacity_to_prove_keeps_the_ami(cloud: Cloud, subnets: Sequence[str]
 def test_what_was_made_a_moment_ago_is_not_found_yet(
     cloud: Cloud, subnets: Sequence[str], monkeypatch: pytest.MonkeyPatch, describes: int
 ) -> None:
-    monkeypatch.setattr(bake_ami, "ATTEMPTS", 5)
+    monkeypatch.setattr(bake, "ATTEMPTS", 5)
     cloud.options.hidden_describes = describes
     ran = build()
     assert ran.status == 0, ran.err

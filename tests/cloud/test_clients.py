@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from .server import ACCESS_KEY, Cloud
-from .using import launch, tagged
+from tests.cloud.using import launch, tagged
+from tests.fake_ec2.server import ACCESS_KEY, Cloud
 
 TEMPLATE = """
 source "amazon-ebs" "image" {

@@ -16,11 +16,11 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import HTTPClientError
 
-from . import matrix
-from .faulting import FAULTS, Place, Verdict, rows
-from .faults import Fault
-from .server import Cloud
-from .using import launch, refused
+from tests.cloud import matrix
+from tests.cloud.faulting import FAULTS, Place, Verdict, rows
+from tests.cloud.using import launch, refused
+from tests.fake_ec2.faults import Fault
+from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture

@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 
-from ami_builder import config
+from ami_builder.aws import jobs
+from ami_builder.aws.target import CloudSite
+from ami_builder.build.target import Machine
+from ami_builder.config import loading
 from ami_builder.console import Step
-from ami_builder.model import Image, Measurement
-from ami_builder.pipeline import cells
-from ami_builder.pipeline.cloud import CloudSite
-from ami_builder.pipeline.prove import Proof
-from ami_builder.pipeline.target import Machine
-from ami_builder.workspace import Run, Workspace
-
-from .flow import SETTINGS, ami_builder, without_ssh
-from .server import ACCESS_KEY, Cloud
+from ami_builder.core.records import Image, Measurement
+from ami_builder.state.workspace import Run, Workspace
+from ami_builder.verify.journey import Proof
+from tests.cloud.flow import SETTINGS, ami_builder, without_ssh
+from tests.fake_ec2.server import ACCESS_KEY, Cloud
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +79,8 @@ def test_another_machine_knows_what_was_measured(
 ) -> None:
     ami = _built(capsys)["artifact"]["location"]
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "elsewhere"))
-    settings = config.overrides_from(word for word in SETTINGS if word != "--set")
-    image = config.load(None, environ={}, overrides=settings).select()
+    settings = loading.overrides_from(word for word in SETTINGS if word != "--set")
+    image = loading.load(None, environ={}, overrides=settings).select()
     site = CloudSite.open(image, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "elsewhere")}))
     verdict = site.ami(image, ami).verdict
     assert verdict is not None
@@ -144,13 +143,13 @@ def test_credentials_are_in_no_file_no_argument_and_no_output(
         return "".join(each.read_text(errors="replace") for each in files)
 
     during: list[str] = []
-    prove: Callable[[Image, Machine, Run, Step], Proof] = vars(cells)["prove"]
+    prove: Callable[[Image, Machine, Run, Step], Proof] = vars(jobs)["prove"]
 
     def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
         during.append(written())
         return prove(image, machine, run, step)
 
-    monkeypatch.setattr(cells, "prove", proved)
+    monkeypatch.setattr(jobs, "prove", proved)
     monkeypatch.setattr(subprocess, "Popen", started)
     assert ami_builder("--debug", "build", "--target", "aws") == 0
     assert set(words) <= set(given), "Packer was given them"

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters.qemu import Accelerator
+from ami_builder.qemu import Accelerator
+from ami_builder.system import processes
+from tests.cloud.using import image, instance, launch
+from tests.fake_ec2.machine import Vm
+from tests.fake_ec2.machines import Machines
+from tests.fake_ec2.server import Cloud
 from tests.unit.test_qemu import FAKE, qcow2
-
-from .machine import Vm
-from .machines import Machines
-from .server import Cloud
-from .using import image, instance, launch
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def until(ec2: Any, instance_id: str, wanted: str) -> None:
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    proc.wait_until(condition, what="the cloud", timeout=120, interval=0.05)
+    processes.wait_until(condition, what="the cloud", timeout=120, interval=0.05)
 
 
 @pytest.fixture

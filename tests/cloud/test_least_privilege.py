@@ -10,19 +10,18 @@ from typing import Any, NoReturn
 
 import pytest
 
+from ami_builder.aws import jobs
+from ami_builder.build.target import Machine
 from ami_builder.console import Step
-from ami_builder.errors import BuildFailed
-from ami_builder.model import Image
-from ami_builder.pipeline import cells
-from ami_builder.pipeline.target import Machine
-from ami_builder.workspace import Run
-
-from .faulting import BUILD, Place, only_the_ami
-from .flow import captured
-from .policy import Enforced
-from .server import Cloud
-from .state import DEBIAN_PARAMETER
-from .stopping import POWER_LOSS, stopped
+from ami_builder.core.errors import BuildFailed
+from ami_builder.core.records import Image
+from ami_builder.state.workspace import Run
+from tests.cloud.faulting import BUILD, Place, only_the_ami
+from tests.cloud.flow import captured
+from tests.cloud.stopping import POWER_LOSS, stopped
+from tests.fake_ec2.policy import Enforced
+from tests.fake_ec2.server import Cloud
+from tests.fake_ec2.state import DEBIAN_PARAMETER
 
 KEY = "AKIALEASTPRIVILEGE00"
 
@@ -75,7 +74,7 @@ def test_build_and_verify(
     assert cloud.count("RunInstances") == made, "unchanged"
     proved = captured("verify", ami)
     assert proved.status == 0, proved.err
-    monkeypatch.setattr(cells, "prove", _lost)
+    monkeypatch.setattr(jobs, "prove", _lost)
     assert captured("verify", ami).status == BuildFailed.exit_code
     assert held.refused == []
     assert held.unused == set()

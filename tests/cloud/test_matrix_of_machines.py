@@ -15,16 +15,15 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters.dask import executor as cluster
-from ami_builder.model import RunStatus
-from ami_builder.proc import wait_until
-from ami_builder.workspace import Workspace
-
-from .faulting import BUILD, collect, only_the_ami
-from .flow import captured, in_haste, without_ssh
-from .preload import GO
-from .server import Cloud
+from ami_builder.core.records import RunStatus
+from ami_builder.state.workspace import Workspace
+from ami_builder.system import processes
+from ami_builder.system.processes import wait_until
+from ami_builder.verify import executor as cluster
+from tests.cloud.faulting import BUILD, collect, only_the_ami
+from tests.cloud.flow import captured, in_haste, without_ssh
+from tests.cloud.preload import GO
+from tests.fake_ec2.server import Cloud
 
 ROOT = Path(__file__).parents[2]
 TYPES = ("m5.large", "m6i.large", "m7i.large")
@@ -256,7 +255,7 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
     finally:
         signal.signal(signal.SIGINT, was[0])
         signal.signal(signal.SIGTERM, was[1])
-        proc.resume()  # else this process would wait for nothing any more
+        processes.resume()  # else this process would wait for nothing any more
     stopper.join(BOUND)
     assert ran.status == 130, ran.err
     assert "goes on to its end" in ran.err

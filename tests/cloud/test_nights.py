@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from ami_builder.adapters.aws import images, session
-from ami_builder.adapters.aws import tags as tagging
-from ami_builder.adapters.aws.session import Account
-from ami_builder.journal import Journal, Step, unfinished
-from ami_builder.workspace import Workspace
-
-from .faulting import BOUND
-from .faults import Fault
-from .flow import captured, in_haste, without_ssh
-from .server import REGION, Cloud
-from .stopping import DIES_AFTER, start
+from ami_builder.aws import images, session
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account
+from ami_builder.state.journal import Journal, Step, unfinished
+from ami_builder.state.workspace import Workspace
+from tests.cloud.faulting import BOUND
+from tests.cloud.flow import captured, in_haste, without_ssh
+from tests.cloud.stopping import DIES_AFTER, start
+from tests.fake_ec2.faults import Fault
+from tests.fake_ec2.server import REGION, Cloud
 
 COPIES = ("eu-west-1", "eu-central-1")
 PARAMETER = "/ami-builder/dask/x86_64/testing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .server import Cloud
+from tests.fake_ec2.server import Cloud
 
 NAME = "/ours/image"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from .server import Cloud
-from .using import RUN, launch, refused, tagged
+from tests.cloud.using import RUN, launch, refused, tagged
+from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALIMITEDLIMITED00"
 OURS = {"StringLike": {"aws:RequestTag/ami-builder:run": "*"}}

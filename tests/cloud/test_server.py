@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
 
-from .calls import ACCOUNT
-from .image import DEBIAN_ACCOUNT
-from .server import Cloud
-from .state import DEBIAN_PARAMETER
-from .using import RUN, image, instance, launch, refused, tagged
+from tests.cloud.using import RUN, image, instance, launch, refused, tagged
+from tests.fake_ec2.calls import ACCOUNT
+from tests.fake_ec2.image import DEBIAN_ACCOUNT
+from tests.fake_ec2.server import Cloud
+from tests.fake_ec2.state import DEBIAN_PARAMETER
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_ten_thousand_images_take_a_search_ten_times_as_long_as_a_thousand(cloud
     """Not a hundred times, as moto's own would."""
     from moto.ec2.utils import random_ami_id
 
-    from .image import Image
+    from tests.fake_ec2.image import Image
 
     backend = cloud.backend()
     template = backend.amis[cloud.base_ami()]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from . import matrix
-from .faulting import BUILD, Place, collect, only_the_ami
-from .flow import captured
-from .server import Cloud
-from .stopping import POWER_LOSS, SIGNALS, stopped
+from tests.cloud import matrix
+from tests.cloud.faulting import BUILD, Place, collect, only_the_ami
+from tests.cloud.flow import captured
+from tests.cloud.stopping import POWER_LOSS, SIGNALS, stopped
+from tests.fake_ec2.server import Cloud
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from .server import Cloud
+from tests.fake_ec2.server import Cloud
 
 RUN = {"ami-builder:run": "r1"}
 

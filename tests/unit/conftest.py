@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from ami_builder.workspace import Workspace
+from ami_builder.state.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ami_builder import lines
-from ami_builder.experiment.cases import DEFAULT, METHOD, Case, Policy, Work
-from ami_builder.experiment.criteria import Row, judge, rows, said
-from ami_builder.experiment.findings import shares
-from ami_builder.experiment.results import Result
-from ami_builder.spelling import GIB, MIB
+from ami_builder.core.units import GIB, MIB
+from ami_builder.state import jsonl
+from tests.experiment.cases import DEFAULT, METHOD, Case, Policy, Work
+from tests.experiment.criteria import Row, judge, rows, said
+from tests.experiment.findings import shares
+from tests.experiment.results import Result
 
 
 def case(**changes: Any) -> Case:
@@ -72,7 +72,7 @@ SAME = (
 
 def recorded() -> tuple[Result, ...]:
     """Return the runs that the README tells of, as `ami-builder experiment` has kept them."""
-    kept = lines.read(Path(__file__).with_name("test_experiment_recorded.jsonl"))
+    kept = jsonl.read(Path(__file__).with_name("test_experiment_recorded.jsonl"))
     return tuple(map(TypeAdapter(Result).validate_python, kept))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ami_builder.model import ContainerNetwork, Image, Reserve, Role
-from ami_builder.settings import ImageTable
+from ami_builder.config.schema import ImageTable
+from ami_builder.core.records import ContainerNetwork, Image, Reserve, Role
 
 GIB = 1 << 30
 

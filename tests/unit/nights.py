@@ -27,15 +27,15 @@ from typing import Any
 import pytest
 import time_machine
 
-from ami_builder import commands
-from ami_builder.commands import nightly as command
+from ami_builder.build.inputs import Inputs
+from ami_builder.cli import app as cli
+from ami_builder.cli import nightly as command
 from ami_builder.console import Step
-from ami_builder.errors import BuildFailed
-from ami_builder.journal import Journal
-from ami_builder.model import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
-from ami_builder.pipeline.inputs import Inputs
-from ami_builder.pipeline.prove import Proof
-from ami_builder.workspace import Run, StoredImage, Workspace
+from ami_builder.core.errors import BuildFailed
+from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
+from ami_builder.state.journal import Journal
+from ami_builder.state.workspace import Run, StoredImage, Workspace
+from ami_builder.verify.journey import Proof
 
 GIB = 1 << 30
 WORLD = "world.json"
@@ -183,7 +183,7 @@ def begin(
     context = multiprocessing.get_context("forkserver")
     # So that each night need not import all of this again.
     context.set_forkserver_preload(
-        [__name__, "ami_builder.pipeline.nightly", "ami_builder.pipeline.prune", "ami_builder.report.plots"]
+        [__name__, "ami_builder.nightly.run", "ami_builder.qemu.cleanup", "ami_builder.report.plots"]
     )
     process = context.Process(target=_night, args=(folder, dies_after, unnoted, at, drawn))
     process.start()
@@ -207,10 +207,10 @@ def _night(folder: Path, dies_after: int, unnoted: bool, at: datetime | None, dr
         install(folder, monkeypatch)
         monkeypatch.setenv("AMI_BUILDER_WEBHOOK", told(folder).webhook)
         if not drawn:
-            monkeypatch.setattr("ami_builder.pipeline.report.write_page", lambda *_: None)
+            monkeypatch.setattr("ami_builder.report.collect.write_page", lambda *_: None)
         if dies_after:
             die_after(dies_after, monkeypatch, unnoted=unnoted)
         if at is not None:
             stack.enter_context(time_machine.travel(at, tick=True))
-        status = commands.run(["nightly"])
+        status = cli.run(["nightly"])
     sys.exit(status)

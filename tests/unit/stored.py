@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from ami_builder.model import Artifact, CheckResult, Outcome, Target, Verdict
-from ami_builder.workspace import StoredImage, Workspace
+from ami_builder.core.records import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.state.workspace import StoredImage, Workspace
 
 
 def stored(

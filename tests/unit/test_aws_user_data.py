@@ -12,15 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.adapters.aws.user_data import (
-    MAX_BYTES,
-    builder_user_data,
-    lifetime_user_data,
-    with_lifetime,
-)
-from ami_builder.errors import UsageError
-
-from .fakes import calls, fake
+from ami_builder.aws.user_data import MAX_BYTES, builder_user_data, lifetime_user_data, with_lifetime
+from ami_builder.core.errors import UsageError
+from tests.unit.fakes import calls, fake
 
 KEY = "ssh-ed25519 AAAAC3Nz ami-builder"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ami_builder.errors import UsageError
+from ami_builder.core.errors import UsageError
 from tests.benchmarks import against, cgroups, host, slow_host, slowdown, without_limit
 from tests.benchmarks.against import Kind, Phase, Side
 from tests.benchmarks.slow_host import Job, Outcome, Subject

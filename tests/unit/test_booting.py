@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ami_builder.console import Mode, open_progress
-from ami_builder.errors import BuildFailed
-from ami_builder.pipeline.booting import doing, reporting
+from ami_builder.core.errors import BuildFailed
+from ami_builder.verify.boot_progress import doing, reporting
 
 FIRMWARE = b'\x1b[2J\x1b[01;01H\x1b[=3hBdsDxe: loading Boot0001 "UEFI QEMU NVMe Ctrl" from PciRoot(0x0)\r\n'
 GRUB = b"\x1b[0m\x1b[30m\x1b[47mWelcome to GRUB!\r\n"

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import commands
-from ami_builder.channels import Entry, Move, stack
-from ami_builder.errors import UsageError
-from ami_builder.model import Artifact, Outcome
-from ami_builder.pipeline import channels, local_channels
-from ami_builder.pipeline.channels import Moved, choose, promote, revoke, rollback, standing
-from ami_builder.pipeline.local_channels import LocalChannels
-from ami_builder.workspace import StoredImage, Workspace
-
-from .stored import stored
+from ami_builder.build import channels
+from ami_builder.build.channels import Moved, choose, promote, revoke, rollback, standing
+from ami_builder.cli import app as cli
+from ami_builder.core.channels import Entry, Move, stack
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import Artifact, Outcome
+from ami_builder.qemu import channels as local_channels
+from ami_builder.qemu.channels import LocalChannels
+from ami_builder.state.workspace import StoredImage, Workspace
+from tests.unit.stored import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -197,22 +197,22 @@ def test_an_image_is_chosen_by_name_digest_or_path(workspace: Workspace) -> None
 
 def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = made(workspace, "a"), made(workspace, "b")
-    assert commands.run(["promote", "aaaaaaaa", "stable", "--reason", "first"]) == 0
-    assert commands.run(["promote", "dask", "stable", "--json"]) == 0
+    assert cli.run(["promote", "aaaaaaaa", "stable", "--reason", "first"]) == 0
+    assert cli.run(["promote", "dask", "stable", "--json"]) == 0
     path, answer = capsys.readouterr().out.splitlines()
     assert path == str(one.path)
     assert json.loads(answer)["entries"][0]["move"] == "promoted"
-    assert commands.run(["list"]) == 0
+    assert cli.run(["list"]) == 0
     first, second = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert (first[6], second[6]) == ("", "stable")
-    assert commands.run(["rollback", "stable"]) == 0
+    assert cli.run(["rollback", "stable"]) == 0
     assert capsys.readouterr().out == f"{one.path}\n"
-    assert commands.run(["list", "--json"]) == 0
+    assert cli.run(["list", "--json"]) == 0
     images = json.loads(capsys.readouterr().out)["images"]
     assert [image["channels"] for image in images] == [["stable"], []]
-    assert commands.run(["revoke", "aaaaaaaa", "--reason", "slow"]) == 0
+    assert cli.run(["revoke", "aaaaaaaa", "--reason", "slow"]) == 0
     assert f"channel stable: {'b' * 64}" not in capsys.readouterr().err
-    assert commands.run(["history", "stable"]) == 0
+    assert cli.run(["history", "stable"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [(row[1], row[2][:1], row[4]) for row in rows] == [
         ("promoted", "a", "first"),
@@ -220,7 +220,7 @@ def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) 
         ("rolled back", "a", ""),
         ("revoked", "n", "slow"),
     ]
-    assert commands.run(["history", "stable", "--json"]) == 0
+    assert cli.run(["history", "stable", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["standing"] is None
     assert len(answer["entries"]) == 4
@@ -242,7 +242,7 @@ def test_wrong_words_say_what_is_right(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     made(workspace, "a")
-    assert commands.run(arguments) == 2
+    assert cli.run(arguments) == 2
     assert said in capsys.readouterr().err
 
 

@@ -15,12 +15,12 @@ from types import ModuleType
 
 import pytest
 
-from ami_builder.adapters import checks
 from ami_builder.checks import plugin, reports
 from ami_builder.checks.context import Context
 from ami_builder.checks.state import Client, Dask, Incomplete, Machine, Worker, numbers, seconds, sections
-from ami_builder.model import Datasource, Reserve, Role
-from ami_builder.resources import checks_dir
+from ami_builder.core.records import Datasource, Reserve, Role
+from ami_builder.system.resources import checks_dir
+from ami_builder.verify import runner
 
 Text = dict[str, str]
 Change = Callable[[Text], object]
@@ -94,7 +94,7 @@ NOTHING = Told(identity="", client="")
 
 
 def modules() -> list[ModuleType]:
-    files = [p for p in checks.shipped(checks_dir()) if p.stem != "test_pressure"]  # test_checks_pressure.py
+    files = [p for p in runner.shipped(checks_dir()) if p.stem != "test_pressure"]  # test_checks_pressure.py
     return [importlib.import_module(f"ami_builder.checks.{p.stem}") for p in files]
 
 

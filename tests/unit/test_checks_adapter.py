@@ -15,16 +15,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ami_builder.adapters import checks, qemu
+from ami_builder import qemu
 from ami_builder.checks.state import ANSWERS, Sections, sections
 from ami_builder.checks.watch import AT_REST, Watched
-from ami_builder.errors import UsageError
-from ami_builder.model import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
-from ami_builder.resources import checks_dir
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
+from ami_builder.system.resources import checks_dir
+from ami_builder.verify import runner
+from tests.unit import fakes as programs
 
-from . import fakes as programs
-
-CONTEXT = checks.Context(
+CONTEXT = runner.Context(
     nonce="5ecret",
     machine="2 GiB",
     machine_memory=2 << 30,
@@ -117,12 +117,12 @@ class Fake:
         *files: Path,
         host: str = "dask-vm",
         phase: str = "boot",
-        context: checks.Context = CONTEXT,
+        context: runner.Context = CONTEXT,
         timeout: float = 60,
         alive: Callable[[], None] = lambda: None,
         share_connection: bool = True,
     ) -> tuple[CheckResult, ...]:
-        return checks.run(
+        return runner.run(
             files=files,
             ssh_config=self.folder / "ssh_config",
             host=host,
@@ -229,7 +229,7 @@ class Settling:
             (self.folder / (f"{name}.{number}" if number else name)).write_bytes(text.encode())
 
     def run(self, least: int = 1, seconds: int = 60, nonce: str = "") -> Sections:
-        script = Path(checks.__file__).parents[1] / "checks" / "settle.sh"
+        script = Path(runner.__file__).parents[1] / "checks" / "settle.sh"
         done = subprocess.run(
             ["sh", script, nonce, str(seconds), str(least)],
             env={"PATH": f"{self.folder}:{os.environ['PATH']}"},
@@ -349,7 +349,7 @@ def test_results_come_as_they_are_made(fake: Fake) -> None:
 
 
 def test_our_own_checks_run(fake: Fake) -> None:
-    results = fake.run(*checks.shipped(checks_dir()))
+    results = fake.run(*runner.shipped(checks_dir()))
     names = [r.name for r in results]
     assert "chain: docker has the variable" in names
     assert "first boot: host keys are new" in names
@@ -365,7 +365,7 @@ def test_our_own_checks_run(fake: Fake) -> None:
 
 
 def test_the_client_is_asked_on_the_first_boot_alone(fake: Fake) -> None:
-    names = {r.name for r in fake.run(*checks.shipped(checks_dir()))}
+    names = {r.name for r in fake.run(*runner.shipped(checks_dir()))}
     assert (fake.folder / "asked").exists()
     assert {path.name for path in fake.evidence.glob("*-boot.json")} == {
         "machine-boot.json",
@@ -374,7 +374,7 @@ def test_the_client_is_asked_on_the_first_boot_alone(fake: Fake) -> None:
     assert json.loads((fake.evidence / "client-boot.json").read_text())["stdout"] == '{"workers": []}\n'
     (fake.folder / "asked").unlink()
     for phase in ("restart", "reboot"):
-        later = {r.name for r in fake.run(*checks.shipped(checks_dir()), phase=phase)}
+        later = {r.name for r in fake.run(*runner.shipped(checks_dir()), phase=phase)}
         assert {path.name for path in fake.evidence.glob(f"*-{phase}.json")} == {f"machine-{phase}.json"}
         assert names - later >= {
             "chain: workers confirm what the scheduler lists",
@@ -443,7 +443,7 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
             pass
         """
     )
-    results = fake.run(*checks.shipped(checks_dir()), own, phase="pressure")
+    results = fake.run(*runner.shipped(checks_dir()), own, phase="pressure")
     assert verdict(results).passed, results
     assert {r.name.split(":")[0] for r in results} == {"pressure", "own"}
     kills = PRESSED["kernel"].count("oom-kill:")
@@ -460,12 +460,12 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
 
 
 def test_what_goes_on_under_pressure_is_reported(fake: Fake) -> None:
-    fake.run(*checks.shipped(checks_dir()), phase="pressure")
+    fake.run(*runner.shipped(checks_dir()), phase="pressure")
     assert fake.progress[0] == "logins at rest"
     assert set(fake.progress[1:]) == {"spilling 1.1 of 2.0 GiB"}
     fake.progress.clear()
     (fake.folder / "progress").write_text("")
-    fake.run(*checks.shipped(checks_dir()), phase="pressure")
+    fake.run(*runner.shipped(checks_dir()), phase="pressure")
     assert fake.progress == ["logins at rest"]
 
 
@@ -478,7 +478,7 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
     fake.pressed(**raced)
     # Whoever looks at the machine a second time finds it as it should be.
     fake.pressed("pressed.next")
-    results = {r.name: r for r in fake.run(*checks.shipped(checks_dir()), phase="pressure")}
+    results = {r.name: r for r in fake.run(*runner.shipped(checks_dir()), phase="pressure")}
     assert verdict(tuple(results.values())).passed, results
     assert fake.progress.count("logins at rest") == 2
     why = "the kernel killed dask 0.09 s after python, in the container"
@@ -488,7 +488,7 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
         "pressed-again-pressure.json",
     }
     fake.pressed(**raced)
-    again = {r.name: r for r in fake.run(*checks.shipped(checks_dir()), phase="pressure")}
+    again = {r.name: r for r in fake.run(*runner.shipped(checks_dir()), phase="pressure")}
     steps = again["pressure: all steps were gone"]
     assert steps.outcome is Outcome.FAILED
     assert steps.message == f"Dask under memory pressure: it did not tell how it went; {why}; {why}"
@@ -748,7 +748,7 @@ def test_pytest_that_hangs_is_stopped(fake: Fake) -> None:
 
 
 def test_a_machine_that_is_gone_ends_it_at_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "_ALIVE_SECONDS", 0.1)
     own = fake.file("import time\n\ndef test_a():\n    pass\n\ndef test_b():\n    time.sleep(60)\n")
 
     def alive() -> None:
@@ -790,19 +790,19 @@ def test_connection_is_shared_unless_told_otherwise(fake: Fake, share: bool) -> 
 def test_digest_follows_content(tmp_path: Path) -> None:
     own = tmp_path / "test_own.py"
     own.write_text("def test_a(): pass\n")
-    first = checks.digest([own])
-    assert checks.digest([own]) == first
-    assert checks.digest([]) != first
+    first = runner.digest([own])
+    assert runner.digest([own]) == first
+    assert runner.digest([]) != first
     own.write_text("def test_b(): pass\n")
-    assert checks.digest([own]) != first
+    assert runner.digest([own]) != first
     with pytest.raises(UsageError, match=r"gone\.py can't be read"):
-        checks.digest([tmp_path / "gone.py"])
+        runner.digest([tmp_path / "gone.py"])
 
 
 def test_context_crosses_unharmed(tmp_path: Path) -> None:
     context = replace(CONTEXT, reserve=Reserve(bytes=5, percent=2.5), phase="reboot", emulator=4711)
     context.write(tmp_path / "context.json")
-    assert checks.Context.read(tmp_path / "context.json") == context
+    assert runner.Context.read(tmp_path / "context.json") == context
     assert (tmp_path / "context.json").stat().st_mode & 0o077 == 0
 
 
@@ -822,7 +822,7 @@ def by_hand(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
     own = folder / "test_own.py"
     own.write_text("def test_a(host):\n    pass\n")
     argv = [sys.executable, "-m", "pytest", "-p", "ami_builder.checks.plugin", "-c", "/dev/null", str(own)]
-    root, env = Path(checks.__file__).parents[2], {"PATH": os.environ["PATH"], **environment}
+    root, env = Path(runner.__file__).parents[2], {"PATH": os.environ["PATH"], **environment}
     return subprocess.run(argv, cwd=root, env=env, capture_output=True, text=True, check=False)
 
 

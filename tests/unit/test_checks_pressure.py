@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 
-from ami_builder import pressure
 from ami_builder.checks import plugin, reports
 from ami_builder.checks.context import Context
 from ami_builder.checks.pressed import Pressed, Slayer
 from ami_builder.checks.state import Incomplete
 from ami_builder.checks.watch import Watched
-
-from .test_checks import CONTEXT, MIB, Change, Text, put, sub
+from ami_builder.core import oom
+from tests.unit.test_checks import CONTEXT, MIB, Change, Text, put, sub
 
 HERE = Path(__file__).parent
 # Both were recorded when a worker that leaked was tried twice, and only the time of each answer was kept,
@@ -358,7 +357,7 @@ def test_the_nannys_headroom_is_named_where_it_is_needed() -> None:
     assert "beside the workers 200 MiB are in use" in notes[1]
     limit = parse(GOOD).limit
     assert limit is not None
-    needed = -(-pressure.least_headroom(limit, beside=200 * MIB) // MIB)
+    needed = -(-oom.least_headroom(limit, beside=200 * MIB) // MIB)
     assert needed > 100
     assert f"here with a headroom of {needed} MiB" in notes[1]
     assert re.search(r"on machines from [34]\.\d GiB on", notes[1])

@@ -11,10 +11,10 @@ from threading import Thread
 
 import pytest
 
-from ami_builder.adapters import cloud_image
-from ami_builder.errors import BuildFailed
-from ami_builder.model import Base
-from ami_builder.workspace import Workspace
+from ami_builder.build import base_image
+from ami_builder.core.errors import BuildFailed
+from ami_builder.core.records import Base
+from ami_builder.state.workspace import Workspace
 
 CONTENT = b"a disk image" * 1000
 SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -71,38 +71,38 @@ def test_a_url_is_downloaded_once(workspace: Workspace) -> None:
         base = _base(f"{url}/disk.qcow2", SHA256)
         shown: list[str] = []
         for _ in range(2):
-            path = cloud_image.fetch(base, workspace, shown.append)
+            path = base_image.fetch(base, workspace, shown.append)
         assert path.read_bytes() == CONTENT
         assert seen == ["/disk.qcow2"]
         assert shown
-        assert cloud_image.digest(base, workspace) == SHA256.partition(":")[2]
+        assert base_image.digest(base, workspace) == SHA256.partition(":")[2]
 
 
 def test_a_wrong_checksum_keeps_nothing(workspace: Workspace) -> None:
     wrong = "sha256:" + "0" * 64
     with _server() as (url, _), pytest.raises(BuildFailed, match="wrong checksum") as error:
-        cloud_image.fetch(_base(f"{url}/disk.qcow2", wrong), workspace, lambda _: None)
+        base_image.fetch(_base(f"{url}/disk.qcow2", wrong), workspace, lambda _: None)
     assert error.value.tail == (f"expected {wrong}", f"found    {SHA256}")
     assert not [p for p in (workspace.cache / "base").iterdir() if p.is_dir()]
 
 
 def test_a_short_answer_is_no_image(workspace: Workspace) -> None:
     with _server(promised=len(CONTENT) + 1) as (url, _), pytest.raises(BuildFailed, match="ended after"):
-        cloud_image.fetch(_base(f"{url}/disk.qcow2", SHA256), workspace, lambda _: None)
+        base_image.fetch(_base(f"{url}/disk.qcow2", SHA256), workspace, lambda _: None)
 
 
 def test_a_missing_page_and_a_dead_server_are_told_apart(workspace: Workspace) -> None:
     with _server() as (url, _), pytest.raises(BuildFailed, match="404"):
-        cloud_image.fetch(_base(f"{url}/other.qcow2", SHA256), workspace, lambda _: None)
+        base_image.fetch(_base(f"{url}/other.qcow2", SHA256), workspace, lambda _: None)
     with pytest.raises(BuildFailed, match="refused"):
-        cloud_image.fetch(_base(f"{url}/disk.qcow2", SHA256), workspace, lambda _: None)
+        base_image.fetch(_base(f"{url}/disk.qcow2", SHA256), workspace, lambda _: None)
 
 
 def test_a_path_is_used_where_it_is(workspace: Workspace, tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"
     disk.write_bytes(CONTENT)
-    assert cloud_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None) == disk
-    assert cloud_image.digest(_base(str(disk), None), workspace) == SHA256.partition(":")[2]
+    assert base_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None) == disk
+    assert base_image.digest(_base(str(disk), None), workspace) == SHA256.partition(":")[2]
     disk.write_bytes(CONTENT + b"changed")
     with pytest.raises(BuildFailed, match="wrong checksum"):
-        cloud_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None)
+        base_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None)

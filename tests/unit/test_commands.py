@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import __version__, commands, proc
-from ami_builder.adapters import qemu
-from ami_builder.errors import Interrupted
-from ami_builder.model import Outcome
-from ami_builder.pipeline import build as build_module
-from ami_builder.pipeline import launch
-from ami_builder.workspace import Workspace
-
-from .stored import stored
+from ami_builder import __version__, qemu
+from ami_builder.build import build as build_module
+from ami_builder.cli import app as cli
+from ami_builder.core.errors import Interrupted
+from ami_builder.core.records import Outcome
+from ami_builder.qemu import run
+from ami_builder.state.workspace import Workspace
+from ami_builder.system import processes
+from tests.unit.stored import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_wrong_usage_says_what_is_right(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    assert commands.run(arguments) == 2
+    assert cli.run(arguments) == 2
     shown = capsys.readouterr()
     assert said in shown.err
     assert "Traceback" not in shown.err
@@ -52,11 +52,11 @@ def test_wrong_usage_says_what_is_right(
 
 
 def test_help_and_no_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.run(["--help"]) == 0
+    assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "Bake and prove" in shown
     assert shown.index("build") < shown.index("verify") < shown.index("nightly") < shown.index("gc")
-    assert commands.run([]) == 2
+    assert cli.run([]) == 2
 
 
 def test_version_needs_no_imports() -> None:
@@ -76,11 +76,11 @@ def test_version_needs_no_imports() -> None:
 def test_list_shows_verdicts(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.run(["list", "--json"]) == 0
+    assert cli.run(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == []
     for passed, word in ((None, "not verified"), (True, "passed"), (False, "FAILED")):
         one = stored(workspace, "a", passed=passed)
-        assert commands.run(["list"]) == 0
+        assert cli.run(["list"]) == 0
         shown = capsys.readouterr().out
         assert word in shown
         assert str(one.path) in shown
@@ -88,23 +88,23 @@ def test_list_shows_verdicts(
 
 def test_show_tells_of_one_image(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = stored(workspace, "a"), stored(workspace, "b", passed=False)
-    assert commands.run(["show", "aaaa"]) == 0
+    assert cli.run(["show", "aaaa"]) == 0
     shown = capsys.readouterr().out
     assert f"where\t{good.path}" in shown
     assert "verdict\tpassed" in shown
-    assert commands.run(["show", str(bad.path)]) == 0
+    assert cli.run(["show", str(bad.path)]) == 0
     assert "failed on 2 GiB boot\tchain: x" in capsys.readouterr().out
     stored(workspace, "d", outcome=Outcome.INCONCLUSIVE)
-    assert commands.run(["show", "dddd"]) == 0
+    assert cli.run(["show", "dddd"]) == 0
     shown = capsys.readouterr().out
     assert "verdict\tinconclusive" in shown
     assert "inconclusive on 2 GiB boot\tchain: x" in shown
     assert "fail" not in shown.lower()
-    assert commands.run(["list"]) == 0
+    assert cli.run(["list"]) == 0
     assert "\tinconclusive\t" in capsys.readouterr().out
-    assert commands.run(["show", "bbbb", "--json"]) == 0
+    assert cli.run(["show", "bbbb", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["artifact"]["digest"] == bad.artifact.digest
-    assert commands.run(["show", "cccc"]) == 2
+    assert cli.run(["show", "cccc"]) == 2
     assert "ami-builder list" in capsys.readouterr().err
 
 
@@ -117,21 +117,21 @@ def test_a_result_is_one_json_object(
     one = stored(workspace, "a")
     built = build_module.Built(stored=one, unchanged=True)
     monkeypatch.setattr(build_module, "build", lambda *_: built)
-    assert commands.run(["build", "--json"]) == 0
+    assert cli.run(["build", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["schema_version"] == 1
     assert answer["unchanged"] is True
     assert answer["artifact"]["location"] == str(one.path)
-    assert commands.run(["--quiet", "build"]) == 0
+    assert cli.run(["--quiet", "build"]) == 0
     assert capsys.readouterr().out == f"{one.path}\n"
 
 
 def test_render_shows_and_writes_the_guest(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.run(["--set", "memory.reserve=64MiB", "render"]) == 0
+    assert cli.run(["--set", "memory.reserve=64MiB", "render"]) == 0
     assert "reserve_bytes=67108864" in capsys.readouterr().out
-    assert commands.run(["render", "--output", str(tmp_path / "guest")]) == 0
+    assert cli.run(["render", "--output", str(tmp_path / "guest")]) == 0
     script = tmp_path / "guest" / "usr" / "local" / "sbin" / "start-dask"
     assert script.stat().st_mode & 0o111
     assert str(script) in capsys.readouterr().out
@@ -142,14 +142,14 @@ def test_check_names_what_is_missing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = proc.find
+    real = processes.find
 
     def find(program: str) -> Path:
         return real("mmdebstrap-that-is-not-there" if program == "mmdebstrap" else program)
 
-    monkeypatch.setattr(proc, "find", find)
-    monkeypatch.setattr(proc, "PACKAGES", {"mmdebstrap-that-is-not-there": "mmdebstrap"})
-    assert commands.run(["check", "--json"]) == 3
+    monkeypatch.setattr(processes, "find", find)
+    monkeypatch.setattr(processes, "PACKAGES", {"mmdebstrap-that-is-not-there": "mmdebstrap"})
+    assert cli.run(["check", "--json"]) == 3
     answer = json.loads(capsys.readouterr().out)
     assert answer["ready"] is False
     (missing,) = (f for f in answer["findings"] if f["state"] == "stops a build")
@@ -178,7 +178,7 @@ def test_whatever_happens_there_is_no_traceback(
         raise error
 
     monkeypatch.setattr(build_module, "build", broken)
-    assert commands.run(["build"]) == status
+    assert cli.run(["build"]) == status
     shown = capsys.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
@@ -195,13 +195,13 @@ def test_stopping_a_machine_that_runs_is_its_normal_end(
 ) -> None:
     stored(workspace, "a")
 
-    def stopped(*_: object, on_ready: Callable[[launch.Launched], None], **__: object) -> None:
+    def stopped(*_: object, on_ready: Callable[[run.Launched], None], **__: object) -> None:
         if is_up:
-            on_ready(launch.Launched(ssh="ssh x", tunnel="ssh x -N", console_log=tmp_path))
+            on_ready(run.Launched(ssh="ssh x", tunnel="ssh x -N", console_log=tmp_path))
         raise Interrupted("stopped by SIGINT")
 
-    monkeypatch.setattr(launch, "launch", stopped)
-    assert commands.run(["run"]) == status
+    monkeypatch.setattr(run, "launch", stopped)
+    assert cli.run(["run"]) == status
     assert ("error" in capsys.readouterr().err) is not is_up
 
 
@@ -212,7 +212,7 @@ def test_debug_shows_the_traceback(
         raise ZeroDivisionError
 
     monkeypatch.setattr(build_module, "build", broken)
-    assert commands.run(["--debug", "build"]) == 1
+    assert cli.run(["--debug", "build"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -228,7 +228,7 @@ def test_a_corrupt_base_stops_before_packer(
     monkeypatch.setattr(qemu, "choose_accelerator", no_trial)
     settings = ["--set", f"base.source={base}", "--set", "base.ssh_user=debian"]
     settings += ["--set", "container.source=registry", "--set", "container.reference=127.0.0.1:1/dask:1"]
-    assert commands.run([*settings, "build"]) in {2, 4}
+    assert cli.run([*settings, "build"]) in {2, 4}
     shown = capsys.readouterr().err
     assert "base.qcow2" in shown
     assert "Traceback" not in shown

@@ -16,9 +16,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ami_builder import render
-from ami_builder.model import Image
-from ami_builder.proc import wait_until
+from ami_builder.build import guest
+from ami_builder.core.records import Image
+from ami_builder.system.processes import wait_until
 from tests.unit.fakes import calls, fake
 from tests.unit.guest import image
 
@@ -26,7 +26,7 @@ ROLES = ("local", "worker", "scheduler")
 
 
 def _services(of: Image) -> dict[str, dict[str, Any]]:
-    content = render.guest(of)[PurePosixPath("/etc/dask/compose.yaml")].content
+    content = guest.guest(of)[PurePosixPath("/etc/dask/compose.yaml")].content
     services: dict[str, dict[str, Any]] = yaml.safe_load(content)["services"]
     return services
 
@@ -95,7 +95,7 @@ def test_http_is_on_one_port_in_every_role() -> None:
         assert _command(image(), role).count(f"--dashboard-address {address}:8787") == 1
     # The rest of a worker's HTTP server is there without a dashboard, by default for the network.
     assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in _command(image(), "local")
-    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in render.user_data(image(), nonce="n")
+    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in guest.user_data(image(), nonce="n")
 
 
 @pytest.mark.parametrize("role", ["local", "worker"])
@@ -126,7 +126,7 @@ def test_a_headroom_leaves_the_share_to_start_dask(role: str, workers: int) -> N
     fraction = _share(image(workers=workers), role)
     with_headroom = image(workers=workers, headroom=64 << 20)
     assert _share(with_headroom, role) == "${DASK_WORKER_MEMORY:-%s}" % fraction  # noqa: UP031
-    plain, sent = (render.user_data(of, nonce="n") for of in (image(workers=workers), with_headroom))
+    plain, sent = (guest.user_data(of, nonce="n") for of in (image(workers=workers), with_headroom))
     assert f"--memory-limit {fraction} " in plain
     assert f"--memory-limit ${{DASK_WORKER_MEMORY:-{fraction}}} " in sent
 
@@ -160,7 +160,7 @@ def _own() -> dict[str, Any]:
 
 def _sent() -> dict[str, Any]:
     """What a control plane sends, as the checks have it."""
-    files = yaml.safe_load(render.user_data(image(), nonce="x"))["write_files"]
+    files = yaml.safe_load(guest.user_data(image(), nonce="x"))["write_files"]
     service: dict[str, Any] = yaml.safe_load(files[1]["content"])["services"]["cluster"]
     return service
 

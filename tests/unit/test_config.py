@@ -17,11 +17,12 @@ import tomlkit
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ami_builder import config, resources
-from ami_builder.config import Config, Setting
-from ami_builder.errors import UsageError
-from ami_builder.forms import DEFAULT_REFERENCE
-from ami_builder.model import (
+from ami_builder.config import loading
+from ami_builder.config.loading import Config, Setting
+from ami_builder.config.schema import FIELDS
+from ami_builder.config.types import DEFAULT_REFERENCE
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import (
     Aws,
     Bake,
     Base,
@@ -40,7 +41,7 @@ from ami_builder.model import (
     Role,
     Verify,
 )
-from ami_builder.settings import FIELDS
+from ami_builder.system import resources
 
 GIB = 2**30
 SHA256 = "sha256:" + "ab" * 32
@@ -127,7 +128,7 @@ def loaded(
 ) -> Config:
     """Load `text` as ./ami-builder.toml."""
     Path("ami-builder.toml").write_text(text, encoding="utf-8")
-    return config.load(None, image=image, environ=environ or {}, overrides=flags)
+    return loading.load(None, image=image, environ=environ or {}, overrides=flags)
 
 
 def mistakes(text: str, **more: Any) -> list[str]:
@@ -149,7 +150,7 @@ def test_an_empty_table_is_the_whole_default_image() -> None:
 
 
 def test_the_shipped_file_is_the_default_image() -> None:
-    shipped = config.load(resources.default_config(), environ={})
+    shipped = loading.load(resources.default_config(), environ={})
     assert shipped.images == {"dask": DEFAULT}
     assert {setting.origin for setting in shipped.origins("dask")} == {"default"}
 
@@ -171,15 +172,15 @@ def test_the_shipped_file_documents_every_setting_with_its_default(here: Path) -
 
 
 def test_the_committed_schema_is_the_one_that_the_code_makes() -> None:
-    committed = Path(config.__file__).with_name("ami-builder.schema.json")
-    assert committed.read_text(encoding="utf-8") == config.schema_text(), (
+    committed = Path(loading.__file__).with_name("ami-builder.schema.json")
+    assert committed.read_text(encoding="utf-8") == loading.schema_text(), (
         "make it anew: python -c 'from ami_builder import config; print(config.schema_text(), end=\"\")'"
-        " > ami_builder/ami-builder.schema.json"
+        " > ami_builder/config/ami-builder.schema.json"
     )
 
 
 def test_the_schema_describes_every_setting_as_it_is_written() -> None:
-    schema = config.json_schema()
+    schema = loading.json_schema()
     definitions = schema["$defs"]
     properties: dict[str, Any] = {}
     for name, field in definitions["ImageTable"]["properties"].items():
@@ -395,8 +396,8 @@ def test_paths_start_where_they_were_written(here: Path, monkeypatch: pytest.Mon
     file = here / "project" / "ami-builder.toml"
     file.write_text('[images.dask.verify]\nchecks = ["check.py"]\n', encoding="utf-8")
     monkeypatch.chdir(here / "elsewhere")
-    assert config.load(file, environ={}).select().verify.checks == (here / "project" / "check.py",)
-    read = config.load(file, environ={}, overrides={"verify.checks": "check.py"})
+    assert loading.load(file, environ={}).select().verify.checks == (here / "project" / "check.py",)
+    read = loading.load(file, environ={}, overrides={"verify.checks": "check.py"})
     assert read.select().verify.checks == (here / "elsewhere" / "check.py",)
 
 
@@ -429,16 +430,16 @@ def test_where_the_file_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     deep = here / "a" / "b"
     deep.mkdir(parents=True)
     monkeypatch.chdir(deep)
-    assert config.find(None, {}) == resources.default_config()
+    assert loading.find(None, {}) == resources.default_config()
     above = here / "ami-builder.toml"
     above.touch()
-    assert config.find(None, {}) == above
+    assert loading.find(None, {}) == above
     own = deep / "ami-builder.toml"
     own.touch()
-    assert config.find(None, {}) == own
-    assert config.find(None, {"AMI_BUILDER_CONFIG": ""}) == own
-    assert config.find(None, {"AMI_BUILDER_CONFIG": "other.toml"}) == Path("other.toml")
-    assert config.find(Path("flag.toml"), {"AMI_BUILDER_CONFIG": "other.toml"}) == Path("flag.toml")
+    assert loading.find(None, {}) == own
+    assert loading.find(None, {"AMI_BUILDER_CONFIG": ""}) == own
+    assert loading.find(None, {"AMI_BUILDER_CONFIG": "other.toml"}) == Path("other.toml")
+    assert loading.find(Path("flag.toml"), {"AMI_BUILDER_CONFIG": "other.toml"}) == Path("flag.toml")
 
 
 def test_which_image_is_meant() -> None:
@@ -782,7 +783,7 @@ def test_the_file_goes_wrong_where_no_image_would_notice() -> None:
 def test_what_is_no_toml(content: bytes, message: str, here: Path) -> None:
     (here / "ami-builder.toml").write_bytes(content)
     with pytest.raises(UsageError, match=message) as caught:
-        config.load(None, environ={})
+        loading.load(None, environ={})
     assert "ami-builder.toml" in str(caught.value.hint)
 
 
@@ -800,9 +801,9 @@ def test_what_can_not_be_read(here: Path) -> None:
         "folder/../missing/x": "No such file or directory",
     }.items():
         with pytest.raises(UsageError, match=f"^{name} can't be read: {reason}"):
-            config.load(Path(name), environ={})
+            loading.load(Path(name), environ={})
         with pytest.raises(UsageError, match=f"^{name} can't be read: {reason}") as caught:
-            config.load(None, environ={"AMI_BUILDER_CONFIG": name})
+            loading.load(None, environ={"AMI_BUILDER_CONFIG": name})
         assert str(caught.value.hint).startswith("AMI_BUILDER_CONFIG names it; ")
 
 
@@ -813,15 +814,15 @@ def test_an_unreadable_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (here / "ami-builder.toml").touch()
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
     with pytest.raises(UsageError, match=r"^ami-builder.toml can't be read: Permission denied$"):
-        config.load(None, environ={})
+        loading.load(None, environ={})
 
 
 def test_flags_are_pairs() -> None:
-    pairs = config.overrides_from(["memory.reserve=5%", "base.source=a=b", "memory.reserve = 6%"])
+    pairs = loading.overrides_from(["memory.reserve=5%", "base.source=a=b", "memory.reserve = 6%"])
     assert pairs == {"memory.reserve": " 6%", "base.source": "a=b"}
     assert loaded("[images.dask]", flags={"memory.reserve": " 6%"}).select().reserve == Reserve(percent=6)
     with pytest.raises(UsageError, match=r"^--set memory.reserve: expected KEY=VALUE$"):
-        config.overrides_from(["memory.reserve"])
+        loading.overrides_from(["memory.reserve"])
 
 
 def test_which_variables_are_settings() -> None:
@@ -884,16 +885,16 @@ def test_whatever_is_written_ends_in_images_or_a_usage_error(
     Path("ami-builder.toml").write_text(tomlkit.dumps(content), encoding="utf-8")
     environ = {f"AMI_BUILDER_{key.upper().replace('.', '__')}": text for key, text in variables.items()}
     with suppress(UsageError):
-        read = config.load(None, environ=environ, overrides=flags)
+        read = loading.load(None, environ=environ, overrides=flags)
         assert read.names
         assert set(read.images) == set(read.names)
 
 
 def test_what_needs_no_configuration_does_not_pay_for_pydantic() -> None:
     code = (
-        "import sys, ami_builder.model, ami_builder.resources, ami_builder.spelling\n"
+        "import sys, ami_builder.core.records, ami_builder.system.resources, ami_builder.core.units\n"
         "print('pydantic' in sys.modules)"
     )
-    top = Path(config.__file__).parents[1]
+    top = Path(loading.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=top)
     assert done.stdout.strip() == "False"

@@ -17,8 +17,8 @@ import pytest
 
 from ami_builder import console
 from ami_builder.console import Mode, Progress
-from ami_builder.errors import BuildFailed, Inconclusive, Interrupted, UsageError
-from ami_builder.model import CheckResult, Measurement, Outcome, RunStatus, StepRecord, Verdict
+from ami_builder.core.errors import BuildFailed, Inconclusive, Interrupted, UsageError
+from ami_builder.core.records import CheckResult, Measurement, Outcome, RunStatus, StepRecord, Verdict
 
 GIB = 1 << 30
 FAILURE = BuildFailed(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.adapters.dask import probe
-from ami_builder.spelling import GIB
+from ami_builder.core.units import GIB
+from ami_builder.doctor import probe
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, own: str, mounts: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.diagnosis import RUNTIME, Diagnosis, Health, Level, Reading, Worker, diagnose
-from ami_builder.spelling import GIB, MIB
+from ami_builder.core.units import GIB, MIB
+from ami_builder.doctor.rules import RUNTIME, Diagnosis, Health, Level, Reading, Worker, diagnose
 
 PAGE = 4096
 HELD = {"worker": 100 * MIB, "nanny": 64 * MIB}

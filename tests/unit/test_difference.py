@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import commands
-from ami_builder.difference import Measured, Moved, Quantity, Side, compare, read_packages
-from ami_builder.model import (
+from ami_builder.cli import app as cli
+from ami_builder.core.diff import Measured, Moved, Quantity, Side, compare, read_packages
+from ami_builder.core.records import (
     Artifact,
     CheckResult,
     Measurement,
@@ -22,7 +22,7 @@ from ami_builder.model import (
     Target,
     Verdict,
 )
-from ami_builder.workspace import StoredImage, Workspace
+from ami_builder.state.workspace import StoredImage, Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
@@ -139,7 +139,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
     stored(workspace, "b", "apt=2\nbash=5\n", GIB + GIB // 100, 50.0, cpu=250.0)
-    assert commands.run(["diff", "aaaa", "dask"]) == 0
+    assert cli.run(["diff", "aaaa", "dask"]) == 0
     shown = capsys.readouterr()
     assert [line.split("\t") for line in shown.out.splitlines()] == [
         ["size", "1 KiB", "1 KiB", "+0.0%"],
@@ -152,7 +152,7 @@ def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -
         ["package apt", "1", "2", ""],
     ]
     assert "packages that differ: 1" in shown.err
-    assert commands.run(["diff", "aaaa", "bbbb", "--json"]) == 0
+    assert cli.run(["diff", "aaaa", "bbbb", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["packages"] == [{"name": "apt", "before": "1", "after": "2"}]
     assert answer["measured"][1]["after"] == GIB + GIB // 100
@@ -167,7 +167,7 @@ def test_without_a_list_packages_are_not_compared(
 ) -> None:
     stored(workspace, "a", "", GIB, 1.0)
     stored(workspace, "b", "apt=2\n", GIB, 1.0)
-    assert commands.run(["diff", "aaaa", "bbbb"]) == 0
+    assert cli.run(["diff", "aaaa", "bbbb"]) == 0
     assert "packages are not compared" in capsys.readouterr().err
-    assert commands.run(["diff", "aaab", "bbbb"]) == 2
+    assert cli.run(["diff", "aaab", "bbbb"]) == 2
     assert "did you mean aaaa" in capsys.readouterr().err

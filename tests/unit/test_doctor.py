@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from ami_builder import commands
-from ami_builder.adapters.dask import cluster
-from ami_builder.spelling import GIB, MIB
+from ami_builder.cli import app as cli
+from ami_builder.core.units import GIB, MIB
+from ami_builder.doctor import client
 from tests.real_dask import dask, said, scheduler
 
 PRELOAD = Path(__file__).with_name("dask_machine.py")
@@ -59,7 +59,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def examined(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     capsys.readouterr()
-    status = commands.run(["-q", "doctor", "--json", *arguments])
+    status = cli.run(["-q", "doctor", "--json", *arguments])
     printed = capsys.readouterr()
     assert printed.err == ""
     return status, json.loads(printed.out)
@@ -91,7 +91,7 @@ def test_it_tells_a_healthy_worker_from_an_unlimited_and_a_low_one(
 def test_the_verdict_comes_first_and_the_rows_go_to_programs(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.run(["-q", "doctor", address]) == 5
+    assert cli.run(["-q", "doctor", address]) == 5
     printed = capsys.readouterr()
     assert printed.err.splitlines()[0] == "1 of 3 workers has a right limit: 1 missing, 1 needlessly low"
     rows = [line.split("\t") for line in printed.out.splitlines()]
@@ -141,14 +141,14 @@ def test_a_tls_cluster_is_reached_by_dask_s_own_configuration(
         files[kind].write_text(content)
     flags = (f"--tls-{kind}={path}" for kind, path in files.items())
     with scheduler(tmp_path, "tls", *flags) as address:
-        assert commands.run(["-q", "doctor", address, "--timeout", "5s"]) in (2, 7)
+        assert cli.run(["-q", "doctor", address, "--timeout", "5s"]) in (2, 7)
         capsys.readouterr()
         monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CA_FILE", str(files["ca-file"]))
         monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT", str(files["cert"]))
         monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY", str(files["key"]))
         with dask_module.config.set():
             dask_module.config.refresh()
-            assert commands.run(["-q", "doctor", address]) == 5
+            assert cli.run(["-q", "doctor", address]) == 5
         assert capsys.readouterr().err == "the scheduler has no workers\n"
     monkeypatch.undo()
     dask_module.config.refresh()
@@ -158,14 +158,14 @@ def test_an_address_where_nobody_is(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        assert commands.run(["-q", "doctor", f"tcp://127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
+        assert cli.run(["-q", "doctor", f"tcp://127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
     assert f"127.0.0.1:{port} gave no answer in" in capsys.readouterr().err
 
 
 def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
-        assert commands.run(["-q", "doctor", f"127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
+        assert cli.run(["-q", "doctor", f"127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
     assert "gave no answer in" in capsys.readouterr().err
 
 
@@ -178,7 +178,7 @@ def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.run(["-q", "doctor", *arguments]) == 2
+    assert cli.run(["-q", "doctor", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -186,20 +186,20 @@ def test_without_dask_it_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    assert commands.run(["-q", "doctor", "127.0.0.1:8786"]) == 3
+    assert cli.run(["-q", "doctor", "127.0.0.1:8786"]) == 3
     assert "pip install 'ami-builder[dask]'" in capsys.readouterr().err
 
 
 def test_other_commands_start_without_dask() -> None:
-    code = "import ami_builder.commands, sys; print({'dask', 'distributed', 'asyncio'} & set(sys.modules))"
+    code = "import ami_builder.cli.app, sys; print({'dask', 'distributed', 'asyncio'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 def test_what_a_worker_could_not_tell_is_unknown() -> None:
     known = {"name": "w", "host": "h"}
-    mac = cluster._worker("a", known, {"status": "OK", "result": {"error": "runs on Darwin"}})
+    mac = client._worker("a", known, {"status": "OK", "result": {"error": "runs on Darwin"}})
     assert (mac.problem, mac.silent, mac.reading) == ("runs on Darwin", False, None)
-    failed = cluster._worker("a", known, {"status": "error", "text": "No module named dask"})
+    failed = client._worker("a", known, {"status": "error", "text": "No module named dask"})
     assert "No module named dask" in failed.problem
-    assert cluster._worker("a", known, b"a pickled error").silent
+    assert client._worker("a", known, b"a pickled error").silent

@@ -12,19 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from ami_builder.adapters import checks, packer, ssh
+from ami_builder.build import build, packer
+from ami_builder.build import verify as standalone
+from ami_builder.build.build import Options
+from ami_builder.build.inputs import Inputs
 from ami_builder.console import Progress, Step
-from ami_builder.model import Artifact, Image, RunRecord, RunStatus, StepRecord, Target
-from ami_builder.pipeline import build, estimate, prove, records, standalone
-from ami_builder.pipeline.build import Options
-from ami_builder.pipeline.estimate import Estimate
-from ami_builder.pipeline.inputs import Inputs
-from ami_builder.pipeline.local import LocalSite
-from ami_builder.workspace import Run, StoredImage, Workspace
-
-from .fakes import fake
-from .guest import GIB, image
-from .test_prove import Guest
+from ami_builder.core.records import Artifact, Image, RunRecord, RunStatus, StepRecord, Target
+from ami_builder.qemu.target import LocalSite
+from ami_builder.state import runs
+from ami_builder.state.workspace import Run, StoredImage, Workspace
+from ami_builder.system import ssh
+from ami_builder.verify import estimate, journey, runner
+from ami_builder.verify.estimate import Estimate
+from tests.unit.fakes import fake
+from tests.unit.guest import GIB, image
+from tests.unit.test_prove import Guest
 
 TCG = "TCG (slow): /dev/kvm: No such file or directory"
 SLOW = ": without KVM the VM is emulated, which is slow"
@@ -253,10 +255,10 @@ class Site(LocalSite):
 
     guest: Guest
 
-    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> list[prove.Proof]:
+    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> list[journey.Proof]:
         with step.step("choose the accelerator") as child:
             child.done(os.environ["AMI_BUILDER_ACCELERATOR"].upper())
-        return [prove.prove(image, self.guest, run, step)]
+        return [journey.prove(image, self.guest, run, step)]
 
 
 PACKER = """
@@ -310,9 +312,9 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
 ) -> None:
     """The names of the steps are the real ones: another name for one of them is seen here."""
     guest = Guest()
-    monkeypatch.setattr(prove, "time", SimpleNamespace(monotonic=lambda: guest.now))
+    monkeypatch.setattr(journey, "time", SimpleNamespace(monotonic=lambda: guest.now))
     monkeypatch.setattr(ssh, "Session", guest.session)
-    monkeypatch.setattr(checks, "run", guest.checks)
+    monkeypatch.setattr(runner, "run", guest.checks)
     site = Site(workspace=workspace, guest=guest)
 
     def said(act: Callable[[Progress], object]) -> list[str]:
@@ -330,7 +332,7 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "tcg")
     units = 1.4 + 5.3 + 2.3
     assert built("1") == [f"build dask: about {units * 20 / 60:.0f} more minutes{SLOW}"]
-    _, first = records.read(workspace)
+    _, first = runs.read(workspace)
     whole = next(step.seconds for step in first.steps if step.name == "build dask")
     again = f"about {whole / 60:.0f} min on this host, judging by 1 earlier run{SLOW}"
     assert built("2") == [f"build dask: {again}"]
@@ -344,6 +346,6 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     text = f"about {verification / 60:.0f} min on this host, judging by"
     verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
     assert verified == [f"verify image.qcow2: {text} 2 earlier runs{SLOW}"]
-    assert records.read(workspace)[-1].artifact == stored.artifact
+    assert runs.read(workspace)[-1].artifact == stored.artifact
     verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
     assert verified == [f"verify image.qcow2: {text} 3 earlier runs{SLOW}"]

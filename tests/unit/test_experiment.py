@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from ami_builder import commands
-from ami_builder.adapters import qemu
-from ami_builder.errors import BuildFailed
-from ami_builder.experiment.cases import METHOD, Case, Policy, Work
-from ami_builder.experiment.results import Result, Trace
-from ami_builder.pipeline import experiment
-from ami_builder.workspace import Workspace
+from ami_builder import qemu
+from ami_builder.cli import app as cli
+from ami_builder.core.errors import BuildFailed
+from ami_builder.state.workspace import Workspace
+from tests.experiment import runs
+from tests.experiment.cases import METHOD, Case, Policy, Work
+from tests.experiment.results import Result, Trace
 from tests.unit.experiments import result
 from tests.unit.stored import stored
 from tests.unit.test_report import Parsed
@@ -56,14 +56,14 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machines:
     workspace.ensure()
     stored(workspace, "a")
     found = Machines()
-    monkeypatch.setattr(experiment, "make", found.make)
+    monkeypatch.setattr(runs, "make", found.make)
     monkeypatch.setattr(qemu, "image_info", lambda _: None)
     monkeypatch.setattr(qemu, "choose_accelerator", lambda *_, **__: (qemu.Accelerator.TCG, "TCG"))
     return found
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
-    assert commands.run(["-q", "experiment", *arguments, "--json"]) == status
+    assert cli.run(["-q", "experiment", *arguments, "--json"]) == status
     out = capsys.readouterr().out
     return json.loads(out) if out else None
 
@@ -101,7 +101,7 @@ def test_after_its_time_nothing_is_started_and_the_next_call_goes_on(
     machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10000, 100))
-    monkeypatch.setattr(f"{experiment.__name__}.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(f"{runs.__name__}.time.monotonic", lambda: float(next(clock)))
     found = told(capsys, "--repeat", "3", "--jobs", "1", "--for", "250s")
     assert len(machines.made) == 2
     assert len(found["left"]) == 4
@@ -118,7 +118,7 @@ def test_a_machine_that_does_not_come_up_costs_nothing_else(
     assert list(found["failed"].values()) == ["it does not come up"]
     assert found["left"] == list(found["failed"])
     # Nothing was left but what fails.
-    assert commands.run(["-q", "experiment", "--repeat", "1"]) == BuildFailed.exit_code
+    assert cli.run(["-q", "experiment", "--repeat", "1"]) == BuildFailed.exit_code
 
 
 def test_without_dask_it_says_what_to_install(
@@ -128,7 +128,7 @@ def test_without_dask_it_says_what_to_install(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "distributed" else find(name, *a)
     )
-    assert commands.run(["-q", "experiment"]) == 3
+    assert cli.run(["-q", "experiment"]) == 3
     assert "pip install 'ami-builder[dask]'" in capsys.readouterr().err
     assert machines.made == []
 
@@ -146,7 +146,7 @@ def test_without_dask_it_says_what_to_install(
 def test_bad_input_is_said(
     machines: Machines, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    assert commands.run(["-q", "experiment", *arguments]) == 2
+    assert cli.run(["-q", "experiment", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     told(capsys, "--no-run")
     assert page.read_text(encoding="utf-8") == text
     # What ran last is the experiment.
-    assert commands.run(["report", "-o", str(tmp_path / "again.html")]) == 0
+    assert cli.run(["report", "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
@@ -186,7 +186,7 @@ COMMANDS = re.findall(r"^ami-builder .*", SECTION.replace("\\\n", ""), re.M)
 def test_the_commands_of_the_readme_are_understood(
     machines: Machines, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert commands.run([*shlex.split(command)[1:], "--no-run"]) == 2
+    assert cli.run([*shlex.split(command)[1:], "--no-run"]) == 2
     assert "no run of this image has been made yet" in capsys.readouterr().err
 
 
@@ -199,7 +199,7 @@ def test_the_readme_names_every_policy_and_work() -> None:
 def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.run(["-q", "experiment", "--repeat", "1"]) == 0
+    assert cli.run(["-q", "experiment", "--repeat", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split("\t")[:4] == ["2 GiB, 2 CPUs", "spikes", "none", "1"]
     assert any("\tpassed\t" in line for line in out)

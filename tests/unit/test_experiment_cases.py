@@ -16,10 +16,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import config
-from ami_builder.adapters.imds import MAX_USER_DATA
-from ami_builder.experiment import tasks
-from ami_builder.experiment.cases import (
+from ami_builder.config import loading
+from ami_builder.core.records import Reserve
+from ami_builder.core.units import GIB, MIB
+from ami_builder.qemu.imds import MAX_USER_DATA
+from tests.experiment import tasks
+from tests.experiment.cases import (
     DEFAULT,
     NANNY_HEADROOM,
     RESERVE_PERCENT,
@@ -32,13 +34,11 @@ from ami_builder.experiment.cases import (
     left,
     plan,
 )
-from ami_builder.experiment.user_data import user_data
-from ami_builder.model import Reserve
-from ami_builder.spelling import GIB, MIB
+from tests.experiment.user_data import user_data
 from tests.unit.experiments import case
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+IMAGE = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
 
 PLANS = st.fixed_dictionaries(
     {

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import proc
-from ami_builder.experiment import results
-from ami_builder.experiment.cases import DEFAULT, Policy, Work
-from ami_builder.experiment.criteria import PUBLISHED, SILENT_SECONDS, Answer, asked, judge, rows, unhurt
-from ami_builder.experiment.criteria import given as system_gave
-from ami_builder.experiment.findings import notes, shares
-from ami_builder.experiment.results import Login, Tick
-from ami_builder.pressure import kills
-from ami_builder.spelling import GIB, MIB
+from ami_builder.core.oom import kills
+from ami_builder.core.units import GIB, MIB
+from ami_builder.system import processes
+from tests.experiment import results
+from tests.experiment.cases import DEFAULT, Policy, Work
+from tests.experiment.criteria import PUBLISHED, SILENT_SECONDS, Answer, asked, judge, rows, unhurt
+from tests.experiment.criteria import given as system_gave
+from tests.experiment.findings import notes, shares
+from tests.experiment.results import Login, Tick
 from tests.unit.experiments import BAD, GOOD, SAME, recorded, result
 
 
@@ -59,7 +59,7 @@ def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
     began = time.clock_gettime(time.CLOCK_BOOTTIME)
     with subprocess.Popen([sys.executable, ticker, out]) as process:
         try:
-            proc.wait_until(
+            processes.wait_until(
                 lambda: out.exists() and len(results.ticks(out.read_text())) >= 3, what="ticks", timeout=120
             )
         finally:

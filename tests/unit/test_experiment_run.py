@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters.dask.driver import Driver, driving
-from ami_builder.errors import BuildFailed, TimedOut
-from ami_builder.experiment import tasks
-from ami_builder.experiment.tasks import Task
-from ami_builder.pipeline import experiment_run
-from ami_builder.spelling import MIB
+from ami_builder.core.errors import BuildFailed, TimedOut
+from ami_builder.core.units import MIB
+from ami_builder.system import processes
+from tests.experiment import run, tasks
+from tests.experiment.driver import Driver, driving
+from tests.experiment.tasks import Task
 from tests.unit.fakes import calls, fake
 
 SOURCE = Path(tasks.__file__).with_name("work.py")
@@ -82,10 +81,10 @@ def test_logins_are_tried_until_the_work_is_over(monkeypatch: pytest.MonkeyPatch
     bin_ = tmp_path / "bin"
     fake(bin_, "ssh", '[ $(wc -l <"$0.calls") -ne 2 ] || exit 255')
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
-    monkeypatch.setattr(experiment_run, "_LOGIN_EVERY", 0.01)
+    monkeypatch.setattr(run, "_LOGIN_EVERY", 0.01)
     session: Any = SimpleNamespace(config=tmp_path / "ssh_config")
-    with experiment_run._logins(session) as seen:
-        proc.wait_until(lambda: len(seen) >= 3, what="three logins", timeout=120, interval=0.01)
+    with run._logins(session) as seen:
+        processes.wait_until(lambda: len(seen) >= 3, what="three logins", timeout=120, interval=0.01)
     assert [login.answered for login in seen[:3]] == [True, False, True]
     assert all(login.ended >= login.began for login in seen)
     assert not any(thread.name == "logins" for thread in threading.enumerate())
@@ -99,6 +98,6 @@ def test_the_logs_of_a_machine_that_shows_nothing_are_kept(tmp_path: Path) -> No
     for name in ("console.log", "id_ed25519"):
         (work / name).write_text(name)
     failed = BuildFailed("it does not come up", log=work / "console.log")
-    experiment_run._keep_logs(work, to, failed)
+    run._keep_logs(work, to, failed)
     assert failed.log == to / "console.log"
     assert [path.name for path in to.iterdir()] == ["console.log"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ami_builder.experiment.silence import Silence, silence
+from tests.experiment.silence import Silence, silence
 
 
 def test_the_longest_silence_and_the_sum_of_those_over_a_bound() -> None:

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import commands
-from ami_builder.difference import Quantity, Side, compare
-from ami_builder.errors import Held
-from ami_builder.gate import judge, moved, not_compared, require_close
-from ami_builder.model import Nightly
-from ami_builder.workspace import Workspace
-
-from .test_difference import stored, workspace  # noqa: F401 - a fixture
+from ami_builder.cli import app as cli
+from ami_builder.core.diff import Quantity, Side, compare
+from ami_builder.core.errors import Held
+from ami_builder.core.gate import judge, moved, not_compared, require_close
+from ami_builder.core.records import Nightly
+from ami_builder.state.workspace import Workspace
+from tests.unit.test_difference import stored, workspace  # noqa: F401 - a fixture
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -269,23 +268,23 @@ def test_every_quantity_of_before_is_judged_or_said(before: Side, after: Side, b
 def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     stored(workspace, "a", "apt=1\nbash=5\n", GIB, 100.0)
     stored(workspace, "b", "apt=2\nbash=5\n", GIB * 9 // 10, 100.0)
-    assert commands.run(["diff", "aaaa", "bbbb"]) == 0
+    assert cli.run(["diff", "aaaa", "bbbb"]) == 0
     plain = capsys.readouterr()
-    assert commands.run(["diff", "aaaa", "bbbb", "--gate"]) == 9
+    assert cli.run(["diff", "aaaa", "bbbb", "--gate"]) == 9
     gated = capsys.readouterr()
     assert gated.out == plain.out
     assert (
         "available memory at boot on 2 GiB fell from 1.00 GiB to 0.90 GiB (-10.0 %, bound 3 %)" in gated.err
     )
     assert "apt moved from 1 to 2" in gated.err
-    assert commands.run(["diff", "bbbb", "aaaa", "--gate"]) == 0
+    assert cli.run(["diff", "bbbb", "aaaa", "--gate"]) == 0
     assert "error" not in capsys.readouterr().err
     wide = ["--set", "nightly.memory_drift_percent=11", "--set", "nightly.hold_packages=apt"]
-    assert commands.run([*wide, "diff", "aaaa", "bbbb", "--gate", "--json"]) == 9
+    assert cli.run([*wide, "diff", "aaaa", "bbbb", "--gate", "--json"]) == 9
     shown = capsys.readouterr()
     answer = json.loads(shown.out)
     assert [(one["quantity"], one["name"]) for one in answer["held"]] == [(None, "apt")]
     assert answer["not_compared"] == []
     assert "nightly.hold_packages (apt)" in shown.err
-    assert commands.run(["diff", "aaaa", "bbbb", "--json"]) == 0
+    assert cli.run(["diff", "aaaa", "bbbb", "--json"]) == 0
     assert "held" not in json.loads(capsys.readouterr().out)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import host
-from ami_builder.host import Load
+from ami_builder.system import host
+from ami_builder.system.host import Load
 
 TICKS = os.sysconf("SC_CLK_TCK")
 CPUS = os.cpu_count() or 1

@@ -9,14 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ami_builder.adapters.imds import (
-    MAX_TOKEN_SECONDS,
-    MAX_USER_DATA,
-    InstanceMetadata,
-    MetadataServer,
-    Request,
-)
-from ami_builder.errors import UsageError
+from ami_builder.core.errors import UsageError
+from ami_builder.qemu.imds import MAX_TOKEN_SECONDS, MAX_USER_DATA, InstanceMetadata, MetadataServer, Request
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGNnVmE0 someone"
 USER_DATA = b"#cloud-config\n\x00\xff binary \r\n"

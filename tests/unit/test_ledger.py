@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.ledger import Entry, Ledger, read
-from ami_builder.model import Resource
+from ami_builder.core.records import Resource
+from ami_builder.state.ledger import Entry, Ledger, read
 
 
 def test_an_entry_goes_through_its_life(tmp_path: Path) -> None:

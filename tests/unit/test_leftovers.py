@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.leftovers import MARGIN, ORDER, Action, Found, Leftover, RunState, plan
-from ami_builder.model import Resource
+from ami_builder.core.orphans import MARGIN, ORDER, Action, Found, Leftover, RunState, plan
+from ami_builder.core.records import Resource
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 LIFETIME = 7200.0

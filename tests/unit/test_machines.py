@@ -9,17 +9,16 @@ from typing import Any, cast
 
 import pytest
 
-from ami_builder import host
-from ami_builder.adapters import qemu, ssh
-from ami_builder.adapters.aws.session import Account
-from ami_builder.errors import TimedOut
-from ami_builder.ledger import Ledger
-from ami_builder.model import Endpoint
-from ami_builder.pipeline.cells import CloudMachine
-from ami_builder.pipeline.local import LocalMachine
-from ami_builder.proc import Completed
-
-from .guest import GIB, image
+from ami_builder import qemu
+from ami_builder.aws.jobs import CloudMachine
+from ami_builder.aws.session import Account
+from ami_builder.core.errors import TimedOut
+from ami_builder.core.records import Endpoint
+from ami_builder.qemu.target import LocalMachine
+from ami_builder.state.ledger import Ledger
+from ami_builder.system import host, ssh
+from ami_builder.system.processes import Completed
+from tests.unit.guest import GIB, image
 
 TCG, KVM = qemu.Accelerator.TCG, qemu.Accelerator.KVM
 

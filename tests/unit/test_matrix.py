@@ -17,11 +17,14 @@ from typing import Any
 
 import pytest
 
-from ami_builder import errors
-from ami_builder.adapters import qemu, ssh
-from ami_builder.adapters.dask import executor as cluster
+from ami_builder import qemu
+from ami_builder.aws import jobs as cells_module
+from ami_builder.aws import matrix
+from ami_builder.aws.jobs import Cell, CellProof, cells, prove_cell
+from ami_builder.aws.matrix import Subject, prove_matrix, proved, verify_matrix
 from ami_builder.console import Mode, Progress, Step, open_progress
-from ami_builder.errors import (
+from ami_builder.core import errors
+from ami_builder.core.errors import (
     AmiBuilderError,
     BuildFailed,
     CloudFailed,
@@ -31,7 +34,7 @@ from ami_builder.errors import (
     TimedOut,
     UsageError,
 )
-from ami_builder.model import (
+from ami_builder.core.records import (
     Artifact,
     CheckResult,
     Measurement,
@@ -41,15 +44,12 @@ from ami_builder.model import (
     Target,
     Verdict,
 )
-from ami_builder.pipeline import cells as cells_module
-from ami_builder.pipeline import matrix
-from ami_builder.pipeline.cells import Cell, CellProof, cells, prove_cell
-from ami_builder.pipeline.concurrent import open_executor, threads
-from ami_builder.pipeline.matrix import Subject, prove_matrix, proved, verify_matrix
-from ami_builder.pipeline.prove import Proof
-from ami_builder.workspace import StoredImage, Workspace, load
-
-from .guest import image
+from ami_builder.state.workspace import StoredImage, Workspace, load
+from ami_builder.system import ssh
+from ami_builder.verify import executor as cluster
+from ami_builder.verify.concurrency import open_executor, threads
+from ami_builder.verify.journey import Proof
+from tests.unit.guest import image
 
 EAST, WEST = "us-east-1", "eu-west-1"
 Proving = Callable[[Cell], CellProof]

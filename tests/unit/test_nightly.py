@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 import time_machine
 
-from ami_builder import commands
-from ami_builder.commands.nightly import worst
-from ami_builder.journal import Journal, Step, open_night, unfinished
-from ami_builder.model import RunRecord, Target
-from ami_builder.night import Night
-from ami_builder.pipeline import channels
-from ami_builder.pipeline.local_channels import LocalChannels
-from ami_builder.pipeline.records import NIGHT
-from ami_builder.workspace import Workspace, load
-
-from .nights import WORLD, World, begin, ended, install
+from ami_builder.build import channels
+from ami_builder.cli import app as cli
+from ami_builder.cli.nightly import worst
+from ami_builder.core.nightly import Night
+from ami_builder.core.records import RunRecord, Target
+from ami_builder.qemu.channels import LocalChannels
+from ami_builder.state.journal import Journal, Step, open_night, unfinished
+from ami_builder.state.runs import NIGHT
+from ami_builder.state.workspace import Workspace, load
+from tests.unit.nights import WORLD, World, begin, ended, install
 
 CONFIG = """
 [images.dask.lifecycle]
@@ -71,7 +70,7 @@ def standing(record: LocalChannels, channel: str = "testing") -> str:
 def night(capsys: pytest.CaptureFixture[str], *flags: str, status: int = 0) -> dict[str, object]:
     """Run one night and return what --json says of it."""
     capsys.readouterr()
-    assert commands.run(["nightly", "--json", *flags]) == status
+    assert cli.run(["nightly", "--json", *flags]) == status
     (found,) = json.loads(capsys.readouterr().out)["nights"]
     return dict(found)
 
@@ -112,7 +111,7 @@ def test_what_drifts_too_far_is_held_until_a_person_promotes_it(
         assert any("systemd" in line for line in held["moved"])  # type: ignore[attr-defined]
         assert standing(record) == before == held["before"]
     assert len(bakes(folder)) == 2
-    assert commands.run(["promote", str(held["digest"]), "testing"]) == 0
+    assert cli.run(["promote", str(held["digest"]), "testing"]) == 0
     assert night(capsys)["ending"] == "unchanged"
 
 
@@ -148,7 +147,7 @@ def test_a_host_that_is_too_busy_to_judge_leaves_the_channel_and_the_next_run_ve
         assert "too busy to judge" in str(busy["error"])
         assert standing(record) == before == busy["before"]
     assert not list(unfinished(workspace))
-    assert commands.run(["promote", str(busy["digest"]), "testing"]) == 2
+    assert cli.run(["promote", str(busy["digest"]), "testing"]) == 2
     assert "inconclusive" in capsys.readouterr().err
     statuses = [load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json")]
     assert sorted(str(one.status) for one in statuses if one) == ["inconclusive", "inconclusive", "passed"]
@@ -184,7 +183,7 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
     before = night(capsys)["digest"]
     meet(folder, World(inputs="two"))
     bad = str(night(capsys)["digest"])
-    assert commands.run(command.replace("IMAGE", bad).split()) == 0
+    assert cli.run(command.replace("IMAGE", bad).split()) == 0
     held = night(capsys, status=9)
     assert held["ending"] == "held"
     assert "slow" in str(held["drifts"])
@@ -240,10 +239,10 @@ def test_of_two_nights_at_once_the_second_says_who_is_at_it(
     folder: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with workspace.lock_night("dask", Target.QEMU):
-        assert commands.run(["nightly"]) == 8
+        assert cli.run(["nightly"]) == 8
         assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
     assert not bakes(folder)
-    assert commands.run(["nightly"]) == 0
+    assert cli.run(["nightly"]) == 0
 
 
 def test_nights_that_begin_at_the_same_moment_make_one_image(
@@ -304,17 +303,17 @@ def test_a_night_that_can_not_begin_is_told_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (folder / "ami-builder.toml").write_text("[images.dask.nightly]\nchanel = 'testing'\n")
-    assert commands.run(["nightly"]) == 2
+    assert cli.run(["nightly"]) == 2
     (folder / "ami-builder.toml").write_text(CONFIG)
     with workspace.lock_night("dask", Target.QEMU):
-        assert commands.run(["nightly", "dask"]) == 8
+        assert cli.run(["nightly", "dask"]) == 8
 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a <defect>")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ami_builder.pipeline.nightly.resolve", broken)
-        assert commands.run(["nightly"]) == 1
+        patch.setattr("ami_builder.nightly.run.resolve", broken)
+        assert cli.run(["nightly"]) == 1
     config, locked, defect = hook()
     assert config.startswith("*all images (qemu): FAILED, there was no night: ")
     assert "chanel" in config
@@ -322,7 +321,7 @@ def test_a_night_that_can_not_begin_is_told_too(
     assert "dask (qemu): FAILED, there was no night: a night of image 'dask' for qemu is going" in locked
     assert "KeyError: 'a &lt;defect&gt;'" in defect
     # What a defect cut off is gone on with.
-    assert commands.run(["nightly"]) == 0
+    assert cli.run(["nightly"]) == 0
     assert hook()[-1].startswith("*dask (qemu): promoted")
 
 
@@ -434,7 +433,7 @@ def test_seven_nights(
 
     # And a history that a person can read.
     capsys.readouterr()
-    assert commands.run(["history", "testing"]) == 0
+    assert cli.run(["history", "testing"]) == 0
     told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [(when[:10], move, image, why[:13]) for when, move, image, _, why in told] == [
         ("2026-03-02", "promoted", digests["one"][:16], "night 2026030"),

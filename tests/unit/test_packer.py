@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import packer
-from ami_builder.errors import BuildFailed, MissingTool
-from ami_builder.render import RenderedFile
+from ami_builder.build import packer
+from ami_builder.build.guest import RenderedFile
+from ami_builder.core.errors import BuildFailed, MissingTool
+from ami_builder.system import processes
 from tests.unit.fakes import calls, fake
 
 GUEST = {PurePosixPath("/usr/local/sbin/x"): RenderedFile(content=b"#!/bin/sh\n", mode=0o755)}
@@ -28,7 +28,7 @@ def _asked_anew() -> Iterator[None]:
 def _variables(folder: Path) -> dict[str, packer.Variable]:
     for name in ("key", "base.qcow2"):
         (folder / name).touch()
-    proc.output(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "id"])
+    processes.output(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "id"])
     return {
         "image_name": "dask",
         "image_digest": "0" * 64,
@@ -48,7 +48,7 @@ def test_the_real_packer_takes_the_template(tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     packer.stage(stage, GUEST, _variables(tmp_path))
     packer.validate(stage, tmp_path / "packer.log")
-    proc.output(["packer", "fmt", "-check", "-diff", str(stage)])
+    processes.output(["packer", "fmt", "-check", "-diff", str(stage)])
 
 
 @pytest.mark.parametrize("more", [{}, {"spot": True}, {"encrypt": True, "kms_key": "alias/x"}])
@@ -153,7 +153,7 @@ def test_without_ssh_the_console_is_shown(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BuildFailed) as error:
         _build(tmp_path, monkeypatch, "echo 'qemu-img: write: No space left on device'; exit 1")
-    assert error.value.hint == proc.DISK_FULL
+    assert error.value.hint == processes.DISK_FULL
 
 
 def test_progress_tells_the_provisioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import host
 from ami_builder.checks import press, watch
-from ami_builder.pressure import Wait
-from ami_builder.proc import wait_until
+from ami_builder.core.oom import Wait
+from ami_builder.system import host
+from ami_builder.system.processes import wait_until
 from tests.real_dask import dask, said, scheduler
 from tests.unit.fakes import fake
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ami_builder import pressure
-from ami_builder.pressure import Answers, Constraint, Kill, Wait
-from ami_builder.spelling import GIB, MIB
+from ami_builder.core import oom
+from ami_builder.core.oom import Answers, Constraint, Kill, Wait
+from ami_builder.core.units import GIB, MIB
 
 SCOPE = "/system.slice/docker-4f6b.scope"
 # As Linux 6.12 writes them.
@@ -34,30 +34,30 @@ def test_a_kill_in_a_container() -> None:
 1764086400.250000 dask kernel: {MEMCG}
 1764086400.250001 dask kernel: Memory cgroup out of memory: Killed process 1733 (dask worker [tc) total-vm:2kB
 """
-    assert pressure.kills(log) == (KILL,)
+    assert oom.kills(log) == (KILL,)
 
 
 @pytest.mark.parametrize("stamp", ["[   90.500000] ", "<6>[   90.500000] ", "[90.500000] "])
 def test_a_global_kill_by_dmesg(stamp: str) -> None:
-    (kill,) = pressure.kills(stamp + GLOBAL)
+    (kill,) = oom.kills(stamp + GLOBAL)
     assert (kill.seconds, kill.constraint, kill.oom_memcg) == (90.5, Constraint.GLOBAL, "")
     assert (kill.task_memcg, kill.task, kill.pid) == (SCOPE, "python", 99)
 
 
 def test_a_task_named_like_the_line() -> None:
-    (kill,) = pressure.kills("[1.0] " + MEMCG.replace("dask worker [tc", "a,task=b,pid=1"))
+    (kill,) = oom.kills("[1.0] " + MEMCG.replace("dask worker [tc", "a,task=b,pid=1"))
     assert (kill.task, kill.pid) == ("a,task=b,pid=1", 1733)
 
 
 def test_a_cpuset_is_the_machines_memory() -> None:
-    (kill,) = pressure.kills("[1.0] " + GLOBAL.replace("CONSTRAINT_NONE", "CONSTRAINT_CPUSET"))
+    (kill,) = oom.kills("[1.0] " + GLOBAL.replace("CONSTRAINT_NONE", "CONSTRAINT_CPUSET"))
     assert kill.constraint is Constraint.GLOBAL
 
 
 @pytest.mark.parametrize("line", [MEMCG, f"[1.0] {MEMCG[:90]}", f"Nov 25 16:00:00 dask kernel: {GLOBAL}"])
 def test_what_cannot_be_read_is_not_passed_over(line: str) -> None:
     with pytest.raises(ValueError, match="can't be read"):
-        pressure.kills(line)
+        oom.kills(line)
 
 
 def test_inside_a_container() -> None:
@@ -65,9 +65,9 @@ def test_inside_a_container() -> None:
     assert KILL.inside("/system.slice")
     assert KILL.inside("/")
     assert not KILL.inside("/system.slice/docker-4f6b")
-    (stray,) = pressure.kills("[1.0] " + MEMCG.replace(f"task_memcg={SCOPE}", "task_memcg=/init.scope"))
+    (stray,) = oom.kills("[1.0] " + MEMCG.replace(f"task_memcg={SCOPE}", "task_memcg=/init.scope"))
     assert not stray.inside(SCOPE)
-    (machines,) = pressure.kills("[1.0] " + GLOBAL)
+    (machines,) = oom.kills("[1.0] " + GLOBAL)
     assert not machines.inside("/")
 
 
@@ -107,7 +107,7 @@ def test_what_the_host_denied_is_not_the_vms_own() -> None:
 def test_the_longest_wait_is_held_against_the_bound_of_that_host(
     rest: float, longest: float, answers: Answers
 ) -> None:
-    compared = pressure.compare(waits(rest), waits(0.1, longest, 0.2))
+    compared = oom.compare(waits(rest), waits(0.1, longest, 0.2))
     assert compared.answers is answers
     assert compared.longest.seconds == longest
     assert compared.allowed == max(10.0, 5 * rest)
@@ -115,8 +115,8 @@ def test_the_longest_wait_is_held_against_the_bound_of_that_host(
 
 def test_a_fast_host_allows_a_login_ten_seconds() -> None:
     """However quick one is at rest."""
-    assert pressure.LEAST_ALLOWED == 10.0
-    assert pressure.TIMES_ALLOWED * 0.7 < pressure.LEAST_ALLOWED
+    assert oom.LEAST_ALLOWED == 10.0
+    assert oom.TIMES_ALLOWED * 0.7 < oom.LEAST_ALLOWED
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_fast_host_allows_a_login_ten_seconds() -> None:
     ],
 )
 def test_one_slow_login_at_rest_is_no_measure(rest: list[float | tuple[float, float]], median: float) -> None:
-    assert pressure.compare(waits(*rest), waits(1.0)).rest.own == median
+    assert oom.compare(waits(*rest), waits(1.0)).rest.own == median
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_one_slow_login_at_rest_is_no_measure(rest: list[float | tuple[float, fl
     ],
 )
 def test_time_in_which_the_host_did_not_run_the_vm(longest: tuple[float, float], answers: Answers) -> None:
-    assert pressure.compare(waits(0.7), waits(1.0, longest)).answers is answers
+    assert oom.compare(waits(0.7), waits(1.0, longest)).answers is answers
 
 
 def test_the_longest_is_the_vms_own_not_the_hosts() -> None:
     """One that the host kept from answering for long hides none that the VM did."""
-    compared = pressure.compare(waits(0.7), waits((600.0, 599.0), 11.0))
+    compared = oom.compare(waits(0.7), waits((600.0, 599.0), 11.0))
     assert compared.longest.seconds == 11.0
     assert compared.answers is Answers.LATE
 
@@ -158,7 +158,7 @@ def test_the_longest_is_the_vms_own_not_the_hosts() -> None:
 @pytest.mark.parametrize(("rest", "under"), [([], [1.0]), ([1.0], []), ([], [])])
 def test_nothing_is_not_compared(rest: list[float], under: list[float]) -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
-        pressure.compare(waits(*rest), waits(*under))
+        oom.compare(waits(*rest), waits(*under))
 
 
 @pytest.mark.parametrize(
@@ -176,26 +176,26 @@ def test_nothing_is_not_compared(rest: list[float], under: list[float]) -> None:
     ],
 )
 def test_both_are_shown_side_by_side(rest: float, longest: float | tuple[float, float], line: str) -> None:
-    assert str(pressure.compare(waits(rest), waits(longest))) == line
+    assert str(oom.compare(waits(rest), waits(longest))) == line
 
 
 @pytest.mark.parametrize("headroom", [0, 16 * MIB])
 def test_the_smallest_limit_leaves_no_room(headroom: int) -> None:
-    least = pressure.smallest_limit(beside=70 * MIB, headroom=headroom)
-    assert 0 <= pressure.room(least, beside=70 * MIB, headroom=headroom) <= 1
-    assert pressure.room(least - MIB, beside=70 * MIB, headroom=headroom) < 0
+    least = oom.smallest_limit(beside=70 * MIB, headroom=headroom)
+    assert 0 <= oom.room(least, beside=70 * MIB, headroom=headroom) <= 1
+    assert oom.room(least - MIB, beside=70 * MIB, headroom=headroom) < 0
 
 
 def test_a_nanny_alone_needs_nearly_1400_mib() -> None:
     """1 GiB: the kernel, 2 GiB: the nanny, as seen on machines of those sizes."""
-    least = pressure.smallest_limit(beside=68 * MIB)
+    least = oom.smallest_limit(beside=68 * MIB)
     assert least == pytest.approx(1360 * MIB, abs=2)
     assert GIB < least < 1.6 * GIB
 
 
 def test_the_least_headroom_is_just_enough() -> None:
-    headroom = pressure.least_headroom(GIB, beside=70 * MIB)
-    assert pressure.room(GIB, beside=70 * MIB, headroom=headroom) >= 0
-    assert pressure.room(GIB, beside=70 * MIB, headroom=headroom - 2) < 0
-    assert pressure.least_headroom(4 * GIB, beside=70 * MIB) == 0
-    assert pressure.smallest_limit(beside=MIB, headroom=GIB) == 0
+    headroom = oom.least_headroom(GIB, beside=70 * MIB)
+    assert oom.room(GIB, beside=70 * MIB, headroom=headroom) >= 0
+    assert oom.room(GIB, beside=70 * MIB, headroom=headroom - 2) < 0
+    assert oom.least_headroom(4 * GIB, beside=70 * MIB) == 0
+    assert oom.smallest_limit(beside=MIB, headroom=GIB) == 0

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.errors import BuildFailed, Interrupted, MissingTool, TimedOut
-from ami_builder.pipeline.concurrent import side_by_side
+from ami_builder.core.errors import BuildFailed, Interrupted, MissingTool, TimedOut
+from ami_builder.system import processes
+from ami_builder.verify.concurrency import side_by_side
 
 
 def _alive(pid: int) -> bool:
@@ -27,9 +27,9 @@ def _alive(pid: int) -> bool:
 
 def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(proc, "PACKAGES", {"no-such-tool": "the-package"})
+    monkeypatch.setattr(processes, "PACKAGES", {"no-such-tool": "the-package"})
     with pytest.raises(MissingTool) as error:
-        proc.find("no-such-tool")
+        processes.find("no-such-tool")
     assert "the-package" in (error.value.hint or "")
     assert error.value.exit_code == 3
 
@@ -37,12 +37,12 @@ def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> No
 def test_credentials_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("GITHUB_TOKEN", "secret")
-    assert "secret" not in proc.output(["env"])
+    assert "secret" not in processes.output(["env"])
 
 
 def test_output_shows_the_error(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed) as error:
-        proc.output(["sh", "-c", "echo the reason >&2; exit 3"], what="a tool")
+        processes.output(["sh", "-c", "echo the reason >&2; exit 3"], what="a tool")
     assert error.value.message == "a tool failed (exit status 3)"
     assert error.value.tail == ("the reason",)
 
@@ -50,7 +50,9 @@ def test_output_shows_the_error(tmp_path: Path) -> None:
 def test_stream_writes_a_log_and_calls_back(tmp_path: Path) -> None:
     lines: list[str] = []
     log = tmp_path / "x.log"
-    proc.stream(["sh", "-c", "echo one; echo two >&2"], log=log, what="x", timeout=10, on_line=lines.append)
+    processes.stream(
+        ["sh", "-c", "echo one; echo two >&2"], log=log, what="x", timeout=10, on_line=lines.append
+    )
     assert lines == ["one", "two"]
     assert log.read_text() == "one\ntwo\n"
 
@@ -58,7 +60,7 @@ def test_stream_writes_a_log_and_calls_back(tmp_path: Path) -> None:
 def test_stream_can_keep_stderr_apart(tmp_path: Path) -> None:
     lines: list[str] = []
     log = tmp_path / "x.log"
-    proc.stream(
+    processes.stream(
         ["sh", "-c", "echo one; echo two >&2"],
         log=log,
         what="x",
@@ -73,7 +75,7 @@ def test_stream_can_keep_stderr_apart(tmp_path: Path) -> None:
 def test_stream_stops_what_takes_too_long_with_its_children(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     with pytest.raises(TimedOut, match="slow took longer than 3 s"):
-        proc.stream(
+        processes.stream(
             ["sh", "-c", f"sleep 100 & echo $! >{pid_file}; wait"],
             log=tmp_path / "x.log",
             what="slow",
@@ -81,20 +83,22 @@ def test_stream_stops_what_takes_too_long_with_its_children(tmp_path: Path) -> N
         )
     child = int(pid_file.read_text())
     # It was told to end; on a busy machine that takes a moment.
-    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
+    processes.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
 
 
 def test_nothing_outlives_the_block(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="boom"), proc.running(["sleep", "100"]) as process:
+    with pytest.raises(RuntimeError, match="boom"), processes.running(["sleep", "100"]) as process:
         raise RuntimeError("boom")
     assert process.returncode is not None
 
 
 def test_a_stubborn_process_is_killed() -> None:
-    with proc.running(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1) as p:
+    with processes.running(
+        ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1
+    ) as p:
         assert p.stdout is not None
         p.stdout.readline()
-        proc.stop(p, seconds=0.3)
+        processes.stop(p, seconds=0.3)
         assert p.returncode == -signal.SIGKILL
 
 
@@ -111,15 +115,15 @@ def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
         child = int(parent.stdout.readline())
     # Between its fork and its first system calls nobody has asked the kernel yet.
     asked = Path(f"/proc/{child}/comm")
-    proc.wait_until(lambda: asked.read_text() == "sleep\n", what="the child", timeout=60, interval=0.01)
+    processes.wait_until(lambda: asked.read_text() == "sleep\n", what="the child", timeout=60, interval=0.01)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    proc.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
+    processes.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
 
 
 def test_wait_until_is_bounded() -> None:
     with pytest.raises(TimedOut, match="the moon did not happen within 0 s"):
-        proc.wait_until(lambda: None, what="the moon", timeout=0.1, interval=0.02)
+        processes.wait_until(lambda: None, what="the moon", timeout=0.1, interval=0.02)
 
 
 def test_side_by_side_keeps_order() -> None:
@@ -131,7 +135,7 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
 
     def slow() -> None:
         started.set()
-        proc.stream(["sleep", "100"], log=tmp_path / "slow.log", what="slow", timeout=100)
+        processes.stream(["sleep", "100"], log=tmp_path / "slow.log", what="slow", timeout=100)
 
     def failing() -> None:
         started.wait(60)
@@ -140,7 +144,7 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="the other one broke"):
         side_by_side([slow, failing])
     # And work can go on afterwards.
-    assert proc.output(["echo", "fine"]) == "fine\n"
+    assert processes.output(["echo", "fine"]) == "fine\n"
 
 
 def test_what_is_started_while_everything_is_cancelled_ends_too(
@@ -151,24 +155,24 @@ def test_what_is_started_while_everything_is_cancelled_ends_too(
     def late(*argv: Any, **more: Any) -> Any:
         begun.append(real(*argv, **more))
         # Whoever cancels now does not see it yet.
-        proc.cancel()
+        processes.cancel()
         return begun[0]
 
     monkeypatch.setattr(subprocess, "Popen", late)
     try:
         with pytest.raises(Interrupted):
-            proc.stream(["sleep", "100"], log=tmp_path / "log", what="sleep", timeout=100)
+            processes.stream(["sleep", "100"], log=tmp_path / "log", what="sleep", timeout=100)
     finally:
-        proc.resume()
+        processes.resume()
     assert begun[0].returncode == -signal.SIGTERM
 
 
 def test_a_wait_ends_when_everything_is_cancelled() -> None:
-    proc.cancel()
+    processes.cancel()
     try:
         with pytest.raises(Interrupted):
-            proc.wait_until(lambda: None, what="x", timeout=100, interval=0.01)
-        with pytest.raises(Interrupted), proc.running(["true"]):
+            processes.wait_until(lambda: None, what="x", timeout=100, interval=0.01)
+        with pytest.raises(Interrupted), processes.running(["true"]):
             pass
     finally:
-        proc.resume()
+        processes.resume()

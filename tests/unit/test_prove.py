@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 
-from ami_builder.adapters import checks, ssh
-from ami_builder.adapters.qemu import GuestStuck
-from ami_builder.adapters.ssh import Session as RealSession
 from ami_builder.console import Mode, open_progress
-from ami_builder.errors import TimedOut
-from ami_builder.model import CheckResult, Endpoint, Image, Measurement, Outcome
-from ami_builder.pipeline import prove
-from ami_builder.pipeline.prove import Proof
-from ami_builder.workspace import Workspace
-
-from .guest import GIB, image
+from ami_builder.core.errors import TimedOut
+from ami_builder.core.records import CheckResult, Endpoint, Image, Measurement, Outcome
+from ami_builder.qemu import GuestStuck
+from ami_builder.state.workspace import Workspace
+from ami_builder.system import ssh
+from ami_builder.system.ssh import Session as RealSession
+from ami_builder.verify import journey, runner
+from ami_builder.verify.journey import Proof
+from tests.unit.guest import GIB, image
 
 LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS, CONTROL = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0, 3.0
 """How long each takes here, in seconds."""
@@ -54,7 +53,7 @@ class Guest:
     """The evidence that was asked for."""
     allowed: dict[str, float] = field(default_factory=dict)
     """What was waited for -> for how many seconds at most."""
-    contexts: list[checks.Context] = field(default_factory=list)
+    contexts: list[runner.Context] = field(default_factory=list)
     began: float = 0.0
     """When the boot that it is in began."""
     unused: float = 0.0
@@ -88,7 +87,7 @@ class Guest:
         phase: str,
         on_ready: Callable[[], None] | None,
         on_result: Callable[[CheckResult], None],
-        context: checks.Context,
+        context: runner.Context,
         timeout: float,
         **_: Any,
     ) -> tuple[CheckResult, ...]:
@@ -153,11 +152,11 @@ def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     with workspace.run("verify", "dask") as run, open_progress(mode=Mode.QUIET) as progress:
 
         def way(guest: Guest, of: Image | None = None) -> Proof:
-            monkeypatch.setattr(prove, "time", SimpleNamespace(monotonic=lambda: guest.now))
+            monkeypatch.setattr(journey, "time", SimpleNamespace(monotonic=lambda: guest.now))
             monkeypatch.setattr(ssh, "Session", guest.session)
-            monkeypatch.setattr(checks, "run", guest.checks)
+            monkeypatch.setattr(runner, "run", guest.checks)
             with progress.step("verify") as step:
-                return prove.prove(of or image(), guest, run, step)
+                return journey.prove(of or image(), guest, run, step)
 
         yield way
 
@@ -286,4 +285,4 @@ def result(outcome: Outcome, message: str = "") -> CheckResult:
     ],
 )
 def test_a_phase_in_one_line(results: list[CheckResult], line: str) -> None:
-    assert prove.summary(results) == line
+    assert journey.summary(results) == line

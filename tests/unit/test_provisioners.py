@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import resources
+from ami_builder.system import resources
 from tests.unit.fakes import calls, fake
 
 # dd too: a mistake here must not fill this machine's disk.

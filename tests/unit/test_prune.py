@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder import commands, ledger
-from ami_builder.channels import Entry
-from ami_builder.errors import UsageError
-from ami_builder.ledger import Ledger
-from ami_builder.model import Artifact, CheckResult, Outcome, Resource, Target, Verdict
-from ami_builder.pipeline import prune
-from ami_builder.pipeline.channels import current, promote, revoke, rollback
-from ami_builder.pipeline.local_channels import LocalChannels
-from ami_builder.retention import Action, Candidate, Policy, plan
-from ami_builder.workspace import StoredImage, Workspace
-
-from .stored import stored
+from ami_builder.build.channels import current, promote, revoke, rollback
+from ami_builder.cli import app as cli
+from ami_builder.core.channels import Entry
+from ami_builder.core.cleanup import Action, Candidate, Policy, plan
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import Artifact, CheckResult, Outcome, Resource, Target, Verdict
+from ami_builder.qemu import cleanup
+from ami_builder.qemu.channels import LocalChannels
+from ami_builder.state import ledger
+from ami_builder.state.ledger import Ledger
+from ami_builder.state.workspace import StoredImage, Workspace
+from tests.unit.stored import stored
 
 KNOWN = ("testing", "stable")
 NOW = datetime.now(UTC)
@@ -59,7 +59,7 @@ def cache(workspace: Workspace, name: str, days: float) -> Path:
 def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, tuple[str, str]]:
     """Return what `prune` says: the first letter of a digest or a cache's name -> (action, reason)."""
     capsys.readouterr()
-    assert commands.run(["prune", "--json", *flags]) == 0
+    assert cli.run(["prune", "--json", *flags]) == 0
     found = json.loads(capsys.readouterr().out)["plan"]
     return {Path(d["candidate"]["id"]).name[:1]: (d["action"], d["reason"]) for d in found}
 
@@ -103,7 +103,7 @@ def test_what_is_needed_stays_and_the_rest_goes(
 def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     aged(workspace, "a", 30)
     aged(workspace, "b", 20)
-    assert commands.run(["prune"]) == 0
+    assert cli.run(["prune"]) == 0
     shown = capsys.readouterr()
     first, second = (line.split("\t") for line in shown.out.splitlines())
     assert first[3:5] == ["to delete", "30 days old, and nothing needs it"]
@@ -111,7 +111,7 @@ def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> 
     assert "1 to delete (1 KiB)" in shown.err
     assert "nothing was changed: `ami-builder prune --apply` does it" in shown.err
     assert left(workspace) == "ab"
-    assert commands.run(["prune", "--apply"]) == 0
+    assert cli.run(["prune", "--apply"]) == 0
     assert "deleted" in capsys.readouterr().out
     assert left(workspace) == "b"
 
@@ -172,7 +172,7 @@ def test_no_pruning_while_a_build_is_going(
     aged(workspace, "a", 90)
     aged(workspace, "b", 80)
     with workspace.lock("dask", target):
-        assert commands.run(["prune", "--apply"]) == 8
+        assert cli.run(["prune", "--apply"]) == 8
     assert "is being built" in capsys.readouterr().err
     assert left(workspace) == "ab"
 
@@ -194,11 +194,11 @@ def test_killed_on_the_way_nothing_half_is_left(
         if next(steps) == 1:
             raise Killed
 
-    target = {1: (Path, "unlink"), 2: (Path, "rename"), 3: (prune.shutil, "rmtree")}[step]  # type: ignore[attr-defined]
+    target = {1: (Path, "unlink"), 2: (Path, "rename"), 3: (cleanup.shutil, "rmtree")}[step]  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
         patch.setattr(*target, killed)
         with pytest.raises(Killed):
-            prune._delete(gone.directory)
+            cleanup._delete(gone.directory)
     assert left(workspace) == ("ab" if step == 1 else "b")
     assert planned(capsys, "--apply")["b"][0] == "keep"
     assert [path.name[:1] for path in (workspace.images_dir / "dask").iterdir()] == ["b"]
@@ -228,7 +228,7 @@ def test_records_go_after_a_year_unless_something_needs_them(
         then = (NOW - timedelta(days=300 if name == "young" else 400)).timestamp()
         os.utime(folder, (then, then))
     (night / "latest").symlink_to("last-night")
-    assert commands.run(["prune", "--apply"]) == 0
+    assert cli.run(["prune", "--apply"]) == 0
     assert {name for name, folder in folders.items() if folder.exists()} == {
         *("young", "r", "owing", "last-night")
     }
@@ -303,7 +303,7 @@ def test_whatever_people_did_what_stands_and_what_it_goes_back_to_stays(
                     revoke(record, image, "leaks")
     harsh = Policy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
     old = [Candidate(id=letter, image="dask", created=NOW - timedelta(days=900)) for letter in "abcde"]
-    decisions = plan(old, list(prune.channel_references(record)), harsh, NOW)
+    decisions = plan(old, list(cleanup.channel_references(record)), harsh, NOW)
     gone = {one.candidate.id for one in decisions if one.action is Action.DELETE}
     needed = set()
     for channel in record.used():

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import qemu
-from ami_builder.adapters.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
-from ami_builder.errors import BuildFailed, MissingTool, TimedOut, UsageError
-from ami_builder.model import Network
+from ami_builder import qemu
+from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut, UsageError
+from ami_builder.core.records import Network
+from ami_builder.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
+from ami_builder.system import processes
 
 MIB = 1 << 20
 
@@ -87,7 +87,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 60)
-    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 60)
+    monkeypatch.setattr("ami_builder.qemu.monitor._ANSWER_SECONDS", 60)
 
     def make(*, first: str = "", each: str = "", console: bytes = b"", state: str = "running") -> Path:
         program = folder / "qemu-system-x86_64"
@@ -322,8 +322,8 @@ def test_qemu_is_missing(
 ) -> None:
     path = tmp_path / "bin"
     path.mkdir()
-    (path / "qemu-img").symlink_to(proc.find("qemu-img"))
-    monkeypatch.setattr(proc, "find", lambda name: refuse(name) if "system" in name else path / name)
+    (path / "qemu-img").symlink_to(processes.find("qemu-img"))
+    monkeypatch.setattr(processes, "find", lambda name: refuse(name) if "system" in name else path / name)
     with pytest.raises(MissingTool, match="qemu-system-x86_64"), build():
         pass
     assert not (tmp_path / "vm/overlay.qcow2").exists()
@@ -356,7 +356,7 @@ def test_qemu_dies_at_once(
 def test_qemu_does_not_answer(
     fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.adapters.qemu.monitor._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("ami_builder.qemu.monitor._ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
     folder = fake(first="time.sleep(60)")
     with pytest.raises(MachineDied, match="QEMU does not answer"), build():
@@ -465,7 +465,7 @@ def test_the_console_of_an_earlier_machine_does_not_count(
 def test_a_stubborn_qemu_is_killed(
     fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proc.stop, "__kwdefaults__", {"seconds": 0.5})
+    monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 0.5})
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
     folder = fake(
         first="import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)",
@@ -510,7 +510,7 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from ami_builder.adapters.qemu import Accelerator, Machine
+        from ami_builder.qemu import Accelerator, Machine
         with Machine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}), memory=1 << 28,
                      cpus=1, accelerator=Accelerator.TCG, user="admin"):
             print("up", flush=True)
@@ -523,7 +523,7 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     builder.send_signal(signal.SIGKILL)
     builder.wait()
     [pid] = pids(folder)
-    proc.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=120, interval=0.05)
+    processes.wait_until(lambda: gone(pid), what="the end of QEMU", timeout=120, interval=0.05)
 
 
 # A machine that is saved, and goes on

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import config, errors
-from ami_builder.adapters import webhook
-from ami_builder.commands import app, config_app
+from ami_builder.cli.app import app, config_app
+from ami_builder.config import loading
+from ami_builder.core import errors
+from ami_builder.nightly import webhook
 from tests.unit.experiments import recorded, told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def test_the_example_configuration_loads(tmp_path: Path) -> None:
     path.write_text(example.replace("sha256:0123…", "sha256:" + "0" * 64), encoding="utf-8")
     (tmp_path / "checks").mkdir()
     (tmp_path / "checks" / "test_ours.py").write_text("")
-    image = config.load(path, environ={}).select()
+    image = loading.load(path, environ={}).select()
     assert image.name == "prod"
     assert image.reserve.percent == 5
     assert image.container.requirements is None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ami_builder.adapters.recipe import Recipe
-from ami_builder.workspace import Workspace
-
-from .fakes import fake
+from ami_builder.build.recipe import Recipe
+from ami_builder.state.workspace import Workspace
+from tests.unit.fakes import fake
 
 
 def test_progress_is_what_the_script_does_without_who_says_it(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ami_builder import resources
+from ami_builder.system import resources
 from tests.unit.fakes import calls, fake
 
 DOCKER = """

@@ -8,10 +8,11 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
-from ami_builder import render, resources
-from ami_builder.errors import UsageError
-from ami_builder.model import ContainerNetwork, Reserve, Role
-from ami_builder.settings import ImageTable
+from ami_builder.build import guest
+from ami_builder.config.schema import ImageTable
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import ContainerNetwork, Reserve, Role
+from ami_builder.system import resources
 from tests.unit.guest import image
 
 CONTRACT = {
@@ -39,20 +40,20 @@ CONTRACT = {
 }
 
 
-def _text(of: dict[PurePosixPath, render.RenderedFile], path: str) -> str:
+def _text(of: dict[PurePosixPath, guest.RenderedFile], path: str) -> str:
     return of[PurePosixPath(path)].content.decode()
 
 
 def test_the_guest_is_the_contract() -> None:
-    files = render.guest(image())
+    files = guest.guest(image())
     assert {str(path): file.mode for path, file in files.items()} == CONTRACT
     assert list(files) == sorted(files)
-    assert render.guest(image()) == files
+    assert guest.guest(image()) == files
 
 
 def test_every_file_ends_in_one_newline_and_nothing_is_left_of_the_templates() -> None:
-    bridge = render.guest(image(network=ContainerNetwork.BRIDGE))
-    files = render.guest(image(workers=3, after=("agent.service",)))
+    bridge = guest.guest(image(network=ContainerNetwork.BRIDGE))
+    files = guest.guest(image(workers=3, after=("agent.service",)))
     for path, file in [*files.items(), *bridge.items()]:
         text = file.content.decode()
         assert text.endswith("\n"), path
@@ -63,7 +64,7 @@ def test_every_file_ends_in_one_newline_and_nothing_is_left_of_the_templates() -
 
 
 def test_the_settings_reach_the_files() -> None:
-    files = render.guest(
+    files = guest.guest(
         image(role=Role.SCHEDULER, reserve=Reserve(bytes=123, percent=2.5), after=("a.service", "b.service"))
     )
     assert "\nDASK_ROLE=scheduler\n" in _text(files, "/etc/dask/dask.env")
@@ -81,8 +82,8 @@ def test_what_nobody_asked_for_is_no_file() -> None:
         "base": {"security_updates": True, "packages": ["htop"]},
     }
     asked = ImageTable.model_validate(settings).image("asked")
-    files = render.guest(asked)
-    assert {str(path) for path in set(files) - set(render.guest(image()))} == {
+    files = guest.guest(asked)
+    assert {str(path) for path in set(files) - set(guest.guest(image()))} == {
         "/etc/systemd/system/docker-.scope.d/30-unlimited.conf",
         "/etc/systemd/system/dask-unlimited@.service",
         "/etc/systemd/system/security-updates.service",
@@ -91,20 +92,20 @@ def test_what_nobody_asked_for_is_no_file() -> None:
     assert "    agent-* | logs) ;;\n" in _text(files, "/usr/local/sbin/dask-unlimited")
     assert asked.base.packages == ("htop", "unattended-upgrades")
     opened = ImageTable.model_validate({"container": {"instance_metadata": True}}).image("opened")
-    closed = set(render.guest(image())) - set(render.guest(opened))
+    closed = set(guest.guest(image())) - set(guest.guest(opened))
     assert {path.name for path in closed} == {"20-metadata.conf"}
 
 
 def test_nothing_of_dask_is_ordered_after_user_datas_commands() -> None:
     """One of them may be `systemctl restart dask`, which would then wait for itself."""
-    files = render.guest(image(after=("agent.service",)))
+    files = guest.guest(image(after=("agent.service",)))
     for path in (path for path in files if path.suffix == ".service" and path.name.startswith("dask")):
         lines = [line for line in files[path].content.decode().splitlines() if line.startswith("After=")]
         assert not [line for line in lines if "cloud-final" in line or "agent" in line], path
 
 
 def test_the_service_starts_over_for_as_long_as_the_machine_lives() -> None:
-    unit = _text(render.guest(image()), "/etc/systemd/system/dask.service").splitlines()
+    unit = _text(guest.guest(image()), "/etc/systemd/system/dask.service").splitlines()
     for line in (
         "Type=exec",
         "Restart=always",
@@ -114,14 +115,14 @@ def test_the_service_starts_over_for_as_long_as_the_machine_lives() -> None:
         "WantedBy=multi-user.target docker.service",
     ):
         assert line in unit
-    compose = yaml.safe_load(_text(render.guest(image()), "/etc/dask/compose.yaml"))
+    compose = yaml.safe_load(_text(guest.guest(image()), "/etc/dask/compose.yaml"))
     grace = compose["x-dask"]["stop_grace_period"]
     stop = next(line.partition("=")[2] for line in unit if line.startswith("TimeoutStopSec="))
     assert int(stop) > int(grace.removesuffix("s"))
 
 
 def test_a_container_that_asks_for_nothing_is_bounded() -> None:
-    settings = json.loads(_text(render.guest(image()), "/etc/docker/daemon.json"))
+    settings = json.loads(_text(guest.guest(image()), "/etc/docker/daemon.json"))
     assert settings["log-opts"] == {"max-size": "10m", "max-file": "3"}
     assert {name: limit["Hard"] for name, limit in settings["default-ulimits"].items()} == {
         "core": 0,
@@ -150,24 +151,22 @@ def test_docker_prepares_a_network_only_where_one_is_asked_for(
     network: ContainerNetwork, settings: dict[str, object]
 ) -> None:
     of = image(network=network)
-    text = _text(render.guest(of), "/etc/docker/daemon.json")
+    text = _text(guest.guest(of), "/etc/docker/daemon.json")
     assert text.startswith("{")
     assert text.endswith("}\n")
     bounds = {"log-driver", "log-opts", "default-ulimits", "no-new-privileges"}
     assert {name: value for name, value in json.loads(text).items() if name not in bounds} == settings
-    assert ("check_network" in _text(render.guest(of), "/usr/local/sbin/start-dask")) is (
-        "bridge" in settings
-    )
+    assert ("check_network" in _text(guest.guest(of), "/usr/local/sbin/start-dask")) is ("bridge" in settings)
     # Our own services are there in either.
-    services = yaml.safe_load(_text(render.guest(of), "/etc/dask/compose.yaml"))["services"]
+    services = yaml.safe_load(_text(guest.guest(of), "/etc/dask/compose.yaml"))["services"]
     assert {service["network_mode"] for service in services.values()} == {"host"}
-    own = yaml.safe_load(render.user_data(of, nonce="x"))["write_files"]
+    own = yaml.safe_load(guest.user_data(of, nonce="x"))["write_files"]
     (compose,) = (file["content"] for file in own if file["path"] == "/etc/dask/compose.yaml")
     assert {service["network_mode"] for service in yaml.safe_load(compose)["services"].values()} == {"host"}
 
 
 def test_no_value_of_the_builder_is_baked_in() -> None:
-    for path, file in render.guest(image()).items():
+    for path, file in guest.guest(image()).items():
         assert b"AVAILABLE_MEMORY_FOR_DASK=1" not in file.content, path
 
 
@@ -191,7 +190,7 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_mistake_in_a_template_is_named_with_its_line(templates: Path, text: str, said: str) -> None:
     (templates / "file.j2").write_text(text)
     with pytest.raises(UsageError, match=said):
-        render.guest(image())
+        guest.guest(image())
 
 
 def test_other_files_are_copied_as_they_are(templates: Path) -> None:
@@ -199,15 +198,15 @@ def test_other_files_are_copied_as_they_are(templates: Path) -> None:
     program = templates / "program.j2"
     program.write_text("{{ image.name }}")
     program.chmod(0o755)
-    assert render.guest(image()) == {
-        PurePosixPath("/etc/program"): render.RenderedFile(content=b"default", mode=0o755),
-        PurePosixPath("/etc/raw"): render.RenderedFile(content=b"{{ not a template }}\xff\n\n", mode=0o644),
+    assert guest.guest(image()) == {
+        PurePosixPath("/etc/program"): guest.RenderedFile(content=b"default", mode=0o755),
+        PurePosixPath("/etc/raw"): guest.RenderedFile(content=b"{{ not a template }}\xff\n\n", mode=0o644),
     }
 
 
 @pytest.mark.parametrize("nonce", ["4f2a", 'it\'s "quoted": {{ x }} # <no>', "007"])
 def test_user_data_is_a_cloud_config_that_carries_the_nonce(nonce: str) -> None:
-    text = render.user_data(image(), nonce=nonce)
+    text = guest.user_data(image(), nonce=nonce)
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     files = {file["path"]: file["content"] for file in config["write_files"]}
@@ -217,9 +216,9 @@ def test_user_data_is_a_cloud_config_that_carries_the_nonce(nonce: str) -> None:
 
 
 def test_user_data_replaces_the_compose_file_by_another_with_the_same_promise() -> None:
-    files = yaml.safe_load(render.user_data(image(workers=3), nonce="x"))["write_files"]
+    files = yaml.safe_load(guest.user_data(image(workers=3), nonce="x"))["write_files"]
     own = next(file["content"] for file in files if file["path"] == "/etc/dask/compose.yaml")
-    assert own != _text(render.guest(image(workers=3)), "/etc/dask/compose.yaml")
+    assert own != _text(guest.guest(image(workers=3)), "/etc/dask/compose.yaml")
     services = yaml.safe_load(own)["services"]
     assert list(services) == ["cluster"]
     limit = "${AVAILABLE_MEMORY_FOR_DASK:-0}"

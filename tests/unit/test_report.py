@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ami_builder import commands, proc, report
-from ami_builder.difference import Quantity
-from ami_builder.model import (
+from ami_builder import report
+from ami_builder.cli import app as cli
+from ami_builder.core.diff import Quantity
+from ami_builder.core.nightly import Ending, Night, PlaceEnding
+from ami_builder.core.records import (
     Artifact,
     CheckResult,
     Measurement,
@@ -30,14 +32,13 @@ from ami_builder.model import (
     Target,
     Verdict,
 )
-from ami_builder.night import Ending, Night, PlaceEnding
-from ami_builder.pipeline import records, shown
-from ami_builder.pipeline.records import RecordedNight
-from ami_builder.pipeline.report import keep_night, write_page
-from ami_builder.report import Number, Tone
-from ami_builder.workspace import Workspace, dump, load
-
-from .test_checks import identity
+from ami_builder.report import Number, Tone, content
+from ami_builder.report.collect import keep_night, write_page
+from ami_builder.state import runs
+from ami_builder.state.runs import RecordedNight
+from ami_builder.state.workspace import Workspace, dump, load
+from ami_builder.system import processes
+from tests.unit.test_checks import identity
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
@@ -108,7 +109,7 @@ def build(
     detail: str = "",
     wall: float | None = None,
     cpu: float | None = None,
-) -> records.RecordedRun:
+) -> runs.RecordedRun:
     """Record a build of that day, as `ami-builder build` does."""
     when = DAY + timedelta(days=day)
     run_id, digest = f"{when:%Y%m%dT%H%M%SZ}-{day:06}", f"{day:02}" * 32
@@ -158,21 +159,21 @@ def build(
         error=error,
     )
     dump(record, directory / "record.json")
-    return records.RecordedRun(record=record, directory=directory)
+    return runs.RecordedRun(record=record, directory=directory)
 
 
-def verdict_of(run: records.RecordedRun) -> Verdict:
+def verdict_of(run: runs.RecordedRun) -> Verdict:
     assert run.record.verdict is not None
     return run.record.verdict
 
 
-def with_workers(run: records.RecordedRun, *limits: int) -> None:
+def with_workers(run: runs.RecordedRun, *limits: int) -> None:
     """Have the scheduler list workers with these limits."""
     file = run.directory / "machines/2GiB/machine-boot.json"
     file.write_text(json.dumps(MACHINE | {"identity": identity(limits)}))
 
 
-def night(run: records.RecordedRun, ending: Ending = Ending.PROMOTED, **more: object) -> Night:
+def night(run: runs.RecordedRun, ending: Ending = Ending.PROMOTED, **more: object) -> Night:
     told = Night(
         id="20261123T230000Z-abcdef",
         image=run.record.image,
@@ -188,7 +189,7 @@ def night(run: records.RecordedRun, ending: Ending = Ending.PROMOTED, **more: ob
     return replace(told, **more)  # type: ignore[arg-type]
 
 
-def page_of(subject: records.RecordedRun | records.RecordedNight, workspace: Workspace) -> Parsed:
+def page_of(subject: runs.RecordedRun | runs.RecordedNight, workspace: Workspace) -> Parsed:
     return Parsed(write_page(subject, workspace).read_text())
 
 
@@ -230,7 +231,7 @@ def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: 
 def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
     run = build(workspace, 0)
     with_workers(run, *[VALUE // 5] * 5)
-    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    (start,) = content.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1].name == "memory_limit of 5 workers"
     assert all(one.equal for one in start.further)
 
@@ -239,18 +240,18 @@ def test_a_headroom_is_part_of_the_chain(workspace: Workspace) -> None:
     run = build(workspace, 0)
     folder = run.directory / "machines/2GiB"
     with_workers(run, VALUE - 4096)
-    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    (start,) = content.starts(verdict_of(run), run.directory / "machines")
     assert not start.further[-1].equal
     (folder / "checks-boot").mkdir()
     (folder / "checks-boot/context.json").write_text(json.dumps({"headroom": 4096}))
-    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    (start,) = content.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1] == Number(name="memory_limit + nanny_headroom", value=VALUE, equal=True)
 
 
 def test_a_worker_without_a_limit_breaks_the_chain(workspace: Workspace) -> None:
     run = build(workspace, 0)
     with_workers(run, 0)
-    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    (start,) = content.starts(verdict_of(run), run.directory / "machines")
     assert start.further[-1] == Number(name="memory_limit", value=0, equal=False)
 
 
@@ -261,7 +262,7 @@ def test_a_scheduler_that_listed_nobody_has_no_number(workspace: Workspace, answ
     machine = {name: text for name, text in MACHINE.items() if name != "identity"}
     machine |= {} if answer is None else {"identity": answer}
     (run.directory / "machines/2GiB/machine-boot.json").write_text(json.dumps(machine))
-    (start,) = shown.starts(verdict_of(run), run.directory / "machines")
+    (start,) = content.starts(verdict_of(run), run.directory / "machines")
     assert [one.value for one in start.further] == [VALUE, VALUE, None]
     assert not start.further[-1].equal
     assert page_of(run, workspace).text.count("not recorded") == 1
@@ -271,8 +272,8 @@ def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
     """It has its column of checks, and no chain of numbers."""
     results = (result("chain: docker has the variable"), result("pressure: a", phase="pressure"))
     run = build(workspace, 0, results=results)
-    assert [start.phase for start in shown.starts(verdict_of(run), run.directory / "machines")] == ["boot"]
-    assert shown.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
+    assert [start.phase for start in content.starts(verdict_of(run), run.directory / "machines")] == ["boot"]
+    assert content.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
 
 
 def test_a_start_shows_its_boot_in_wall_time_and_in_cpu_time(workspace: Workspace) -> None:
@@ -367,7 +368,7 @@ def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> 
     build(workspace, 2)
     when = DAY + timedelta(days=1, hours=1)
     record = replace(run.record, command="verify", run_id="later", started=when, artifact=None)
-    page = page_of(records.RecordedRun(record=record, directory=workspace.runs_dir / "later"), workspace)
+    page = page_of(runs.RecordedRun(record=record, directory=workspace.runs_dir / "later"), workspace)
     assert "Verification of image dask" in page.text
     assert f"/images/{'01' * 8}/image.qcow2" in page.text
     assert "281 MiB now, 280 MiB the build before" in page.text
@@ -375,7 +376,7 @@ def test_a_verification_tells_which_image_it_was_about(workspace: Workspace) -> 
 
 def test_a_run_that_goes_on_is_no_failure(workspace: Workspace) -> None:
     with workspace.run("build", "dask", "d" * 64) as run:
-        found = records.find(workspace, run.record.run_id)
+        found = runs.find(workspace, run.record.run_id)
         assert "Running" in page_of(found, workspace).text
 
 
@@ -544,13 +545,13 @@ def test_the_same_record_gives_the_same_bytes(workspace: Workspace) -> None:
     # What was built since is no part of this run's past.
     build(workspace, 2)
     assert write_page(run, workspace).read_bytes() == first
-    program = "import sys; from ami_builder.commands import run; sys.exit(run(['report', sys.argv[1]]))"
+    program = "import sys; from ami_builder.cli.app import run; sys.exit(run(['report', sys.argv[1]]))"
     home = str(workspace.state.parent)
     for seed in ("1", "2"):
         subprocess.run(
             [sys.executable, "-c", program, run.id],
             cwd=ROOT,
-            env=proc.environment({"AMI_BUILDER_HOME": home, "PYTHONHASHSEED": seed}),
+            env=processes.environment({"AMI_BUILDER_HOME": home, "PYTHONHASHSEED": seed}),
             check=True,
             capture_output=True,
         )
@@ -570,10 +571,10 @@ def test_plots_take_the_pages_colours(workspace: Workspace) -> None:
 def test_matplotlib_is_imported_only_to_draw(workspace: Workspace) -> None:
     run = build(workspace, 0)
     program = (
-        "import sys; from ami_builder.commands import run; run(['report', sys.argv[1]])\n"
+        "import sys; from ami_builder.cli.app import run; run(['report', sys.argv[1]])\n"
         "assert not {'matplotlib', 'numpy'} & set(sys.modules)"
     )
-    environment = proc.environment({"AMI_BUILDER_HOME": str(workspace.state.parent)})
+    environment = processes.environment({"AMI_BUILDER_HOME": str(workspace.state.parent)})
     subprocess.run([sys.executable, "-c", program, run.id], cwd=ROOT, env=environment, check=True)
 
 
@@ -581,7 +582,7 @@ def test_the_command_takes_the_last_or_what_is_named(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask(*arguments: str) -> tuple[int, str, str]:
-        status = commands.run(["report", *arguments])
+        status = cli.run(["report", *arguments])
         said = capsys.readouterr()
         return status, said.out.strip(), said.err
 
@@ -608,8 +609,8 @@ def test_of_a_night_a_run_shows_its_own_steps(workspace: Workspace) -> None:
     other = StepRecord(name="build other", seconds=500.0, status=RunStatus.PASSED)
     longer = StepRecord(name="build dask-gpu", seconds=500.0, status=RunStatus.PASSED, began=100)
     record = replace(run.record, steps=(other, *run.record.steps, longer))
-    assert shown.steps(replace(run, record=record)) == run.record.steps
-    assert shown.took(replace(run, record=record)) == 90
+    assert content.steps(replace(run, record=record)) == run.record.steps
+    assert content.took(replace(run, record=record)) == 90
 
 
 paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(" > ".join)
@@ -627,7 +628,7 @@ step_lists = st.lists(
 
 @given(step_lists)
 def test_every_step_is_shown_once_below_what_it_is_inside(steps: list[StepRecord]) -> None:
-    bars = shown.bars(steps)
+    bars = content.bars(steps)
     assert sorted(bar.seconds for bar in bars) == sorted(step.seconds for step in steps)
     assert all(bar.begin >= 0 for bar in bars)
     depths = [bar.depth for bar in bars]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import resources
-from ami_builder.errors import AmiBuilderError
+from ami_builder.core.errors import AmiBuilderError
+from ami_builder.system import resources
 
-PACKAGE = Path(resources.__file__).parent
+PACKAGE = Path(resources.__file__).parents[1]
 REPORT = """
-from ami_builder import resources as r
+from ami_builder.system import resources as r
 for path in r.root(), r.packer_dir(), r.scripts_dir(), r.requirements(), r.default_config(), r.checks_dir():
     print(path)
 """
@@ -24,9 +24,9 @@ for path in r.root(), r.packer_dir(), r.scripts_dir(), r.requirements(), r.defau
 def package(tmp_path: Path) -> Path:
     """Return a copy of the package in a folder of its own, with nothing beside it."""
     copy = tmp_path / "site" / "ami_builder"
-    copy.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "resources.py"):
-        shutil.copy(PACKAGE / name, copy)
+    for name in ("__init__.py", "core/errors.py", "system/resources.py"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACKAGE / name, copy / name)
     return copy
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.retention import Action, Candidate, Decision, Policy, Reference, plan
+from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)

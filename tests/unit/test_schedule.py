@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ami_builder import errors
-from ami_builder.adapters import webhook
-
-from .fakes import calls, fake
+from ami_builder.core import errors
+from ami_builder.nightly import webhook
+from tests.unit.fakes import calls, fake
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "scripts" / "systemd"

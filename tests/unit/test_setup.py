@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ami_builder import proc
-
-from .fakes import calls, fake
+from ami_builder.system import processes
+from tests.unit.fakes import calls, fake
 
 ROOT = Path(__file__).parents[2]
 PLAIN_TOOLS = (
@@ -395,7 +394,7 @@ def listed() -> dict[str, str]:
 
 def test_every_program_that_the_code_names_is_installed_by_the_set_up() -> None:
     rows = listed()
-    assert {program: rows.get(program) for program in proc.PACKAGES} == dict(proc.PACKAGES)
+    assert {program: rows.get(program) for program in processes.PACKAGES} == dict(processes.PACKAGES)
 
 
 def pins(path: str) -> dict[str, str]:

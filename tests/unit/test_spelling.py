@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ami_builder.model import Reserve
-from ami_builder.spelling import (
+from ami_builder.core.records import Reserve
+from ami_builder.core.units import (
     DURATION_PATTERN,
     PERCENT_PATTERN,
     SIZE_PATTERN,

@@ -17,14 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import ssh
-from ami_builder.adapters.ssh import Session, Unreachable
-from ami_builder.errors import BuildFailed, TimedOut
-from ami_builder.model import Endpoint
-from ami_builder.proc import Completed
-
-from .fakes import calls, fake
+from ami_builder.core.errors import BuildFailed, TimedOut
+from ami_builder.core.records import Endpoint
+from ami_builder.system import processes, ssh
+from ami_builder.system.processes import Completed
+from ami_builder.system.ssh import Session, Unreachable
+from tests.unit.fakes import calls, fake
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -323,7 +321,7 @@ class Refusing:
         self.says = [(0.0, "Permission denied (publickey).")]
         """What ssh says, each from so many seconds on."""
         monkeypatch.setattr(ssh, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(proc, "wait_until", self.wait_until)
+        monkeypatch.setattr(processes, "wait_until", self.wait_until)
         monkeypatch.setattr(session, "_greets", lambda: self.now >= self.greets)
         monkeypatch.setattr(session, "_connect", self.connect)
         self.session = session
@@ -478,7 +476,7 @@ def test_it_is_told_once_that_the_machine_goes_down_and_how_long_it_may_still_ta
         while not look():
             clock[0] += 1
 
-    monkeypatch.setattr(proc, "wait_until", ends)
+    monkeypatch.setattr(processes, "wait_until", ends)
     monkeypatch.setattr(session, "drop", lambda: events.append("drop"))
     monkeypatch.setattr(session, "wait", lambda timeout, alive: events.append(f"wait {timeout:.0f}"))
     session.reboot(seconds, went_down=lambda left: events.append(f"went down, {left:.0f} left"))

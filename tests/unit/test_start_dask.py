@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ami_builder import render
-from ami_builder.model import ContainerNetwork, Image, Reserve
-from ami_builder.proc import wait_until
+from ami_builder.build import guest as render
+from ami_builder.core.records import ContainerNetwork, Image, Reserve
+from ami_builder.system.processes import wait_until
 from tests.unit.fakes import calls, fake
 from tests.unit.guest import image
 

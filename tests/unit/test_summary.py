@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.model import RunStatus, StepRecord, Target
-from ami_builder.night import Ending, Night, PlaceEnding
-from ami_builder.pipeline import summary
+from ami_builder.core.nightly import Ending, Night, PlaceEnding
+from ami_builder.core.records import RunStatus, StepRecord, Target
+from ami_builder.nightly import summary
 
 BEGAN = datetime(2026, 11, 24, 3, 31, 7, tzinfo=UTC)
 DIGEST = "3f9a2c1d" * 8

@@ -11,7 +11,7 @@ import tomlkit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ami_builder.toml_lines import KeyPath, dotted, key_lines, line_of
+from ami_builder.config.toml_lines import KeyPath, dotted, key_lines, line_of
 
 # QQQ stands for three apostrophes.
 EVERYTHING = r'''# [not.a.table]

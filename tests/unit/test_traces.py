@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import qemu
-from ami_builder.errors import BuildFailed
-from ami_builder.pipeline import traces
+from ami_builder import qemu
+from ami_builder.core.errors import BuildFailed
+from ami_builder.qemu import traces
+from ami_builder.system import processes
 
 MIB = 1 << 20
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
@@ -21,7 +21,9 @@ KINDS = ("ed25519", "rsa", "ecdsa")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("keys")
     for kind in KINDS:
-        proc.output(["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", f"root@{kind}", "-f", folder / kind])
+        processes.output(
+            ["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", f"root@{kind}", "-f", folder / kind]
+        )
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -41,7 +43,7 @@ def _disk(path: Path, content: bytes, offset: int = 5 * MIB + 4096, kind: str = 
         file.seek(offset)
         file.write(content)
     options = ["-c", "-o", "compression_type=zstd"] if kind == "qcow2" else []
-    proc.output(["qemu-img", "convert", "-f", "raw", "-O", kind, *options, str(raw), str(path)])
+    processes.output(["qemu-img", "convert", "-f", "raw", "-O", kind, *options, str(raw), str(path)])
     raw.unlink()
     return path
 

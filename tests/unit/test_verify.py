@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.errors import ChecksFailed, Inconclusive
-from ami_builder.model import CheckResult, Outcome, Target, Verdict
-from ami_builder.pipeline.verify import is_verified, keep_verdict, require_passed
-from ami_builder.workspace import StoredImage, Workspace
-
-from .guest import image
-from .stored import stored
+from ami_builder.core.errors import ChecksFailed, Inconclusive
+from ami_builder.core.records import CheckResult, Outcome, Target, Verdict
+from ami_builder.state.workspace import StoredImage, Workspace
+from ami_builder.verify.verdict import is_verified, keep_verdict, require_passed
+from tests.unit.guest import image
+from tests.unit.stored import stored
 
 EVIDENCE = Path("/runs/1/machines")
 AGAIN = "ami-builder verify dask"

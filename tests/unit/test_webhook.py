@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tenacity import wait_none
 
-from ami_builder import proc
-from ami_builder.adapters import webhook
+from ami_builder.nightly import webhook
+from ami_builder.system import processes
 
 SECRET = "T000/B000/very-secret"
 
@@ -200,6 +200,6 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_no_child_process_gets_to_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(webhook.VARIABLE, f"https://example.com/{SECRET}")
     monkeypatch.setenv("AMI_BUILDER_HOME", os.devnull)
-    environ = proc.environment()
+    environ = processes.environment()
     assert webhook.VARIABLE not in environ
     assert environ["AMI_BUILDER_HOME"] == os.devnull

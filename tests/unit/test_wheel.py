@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import proc
+from ami_builder.system import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ def _run(installed: Path, cwd: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-I", "-c", program, str(installed), *arguments],
         cwd=cwd,
-        env=proc.environment({"AMI_BUILDER_HOME": str(cwd / "home")}),
+        env=processes.environment({"AMI_BUILDER_HOME": str(cwd / "home")}),
         capture_output=True,
         text=True,
         check=False,

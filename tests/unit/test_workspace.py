@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.errors import BuildFailed, Inconclusive, Interrupted, Locked, UsageError
-from ami_builder.model import (
+from ami_builder.core.errors import BuildFailed, Inconclusive, Interrupted, Locked, UsageError
+from ami_builder.core.records import (
     Artifact,
     CheckResult,
     Measurement,
@@ -21,7 +21,7 @@ from ami_builder.model import (
     Target,
     Verdict,
 )
-from ami_builder.workspace import StoredImage, Workspace, dump, load, write_atomically
+from ami_builder.state.workspace import StoredImage, Workspace, dump, load, write_atomically
 
 
 @pytest.fixture

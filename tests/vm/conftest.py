@@ -20,11 +20,15 @@ from typing import Any
 
 import pytest
 
-from ami_builder import config, proc, render
-from ami_builder.adapters import checks, imds, qemu, ssh
-from ami_builder.model import CheckResult, Image, Network, Outcome, Role
-from ami_builder.resources import checks_dir
-from ami_builder.workspace import Workspace
+from ami_builder import qemu
+from ami_builder.build import guest
+from ami_builder.config import loading
+from ami_builder.core.records import CheckResult, Image, Network, Outcome, Role
+from ami_builder.qemu import imds
+from ami_builder.state.workspace import Workspace
+from ami_builder.system import processes, ssh
+from ami_builder.system.resources import checks_dir
+from ami_builder.verify import runner
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"))
@@ -93,7 +97,7 @@ def built(pytestconfig: pytest.Config) -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def image() -> Image:
     """The default image of the committed configuration."""
-    return config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+    return loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ class Booted:
 
     machine: qemu.Machine
     session: ssh.Session
-    context: checks.Context
+    context: runner.Context
     directory: Path
 
     def root(self, script: str, *, check: bool = True) -> str:
@@ -113,8 +117,8 @@ class Booted:
         self, name: str, *, phase: str = "restart", shared: bool = True, timeout: float = DASK_SECONDS
     ) -> dict[str, CheckResult]:
         """Run the shipped checks and return their results by name."""
-        results = checks.run(
-            files=checks.shipped(checks_dir()),
+        results = runner.run(
+            files=runner.shipped(checks_dir()),
             ssh_config=self.session.config,
             host=ssh.HOST,
             phase=phase,
@@ -132,11 +136,11 @@ class Booted:
             here: int = free.getsockname()[1]
         forward = f"127.0.0.1:{here}:127.0.0.1:{port}"
         control: list[str | Path] = ["ssh", "-F", self.session.config, "-L", forward]
-        proc.output([*control, "-O", "forward", ssh.HOST])
+        processes.output([*control, "-O", "forward", ssh.HOST])
         try:
             yield here
         finally:
-            proc.output([*control, "-O", "cancel", ssh.HOST])
+            processes.output([*control, "-O", "cancel", ssh.HOST])
 
 
 def red(results: Mapping[str, CheckResult]) -> dict[str, str]:
@@ -157,7 +161,7 @@ class Instance:
         key = ssh.generate_key(directory)
         metadata = imds.InstanceMetadata(
             instance_id=imds.new_instance_id(),
-            user_data=user_data or render.user_data(image, nonce=NONCE).encode(),
+            user_data=user_data or guest.user_data(image, nonce=NONCE).encode(),
             public_key=key.with_suffix(".pub").read_text().strip(),
         )
         return cls(metadata=metadata, key=key)
@@ -193,7 +197,7 @@ def running(
         endpoint = stack.enter_context(machine)
         session = stack.enter_context(ssh.Session(endpoint, key=instance.key, directory=directory / "ssh"))
         session.wait(600, machine.check_alive)
-        context = checks.Context(
+        context = runner.Context(
             nonce=NONCE,
             machine=f"{memory / GIB:g} GiB",
             machine_memory=memory,

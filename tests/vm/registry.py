@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import proc
+from ami_builder.system import processes
 from tests.vm.conftest import ROOT
 
 PROGRAM = ROOT / ".cache" / "tools" / "usr" / "bin" / "docker-registry"
@@ -33,7 +33,10 @@ def registry(folder: Path) -> Iterator[int]:
     storage = {"filesystem": {"rootdirectory": str(folder / "registry")}}
     http = {"addr": "127.0.0.1:0"}
     settings.write_text(json.dumps({"version": 0.1, "storage": storage, "http": http}))
-    with log.open("w") as out, proc.running([program, "serve", settings], stdout=out.fileno()) as process:
+    with (
+        log.open("w") as out,
+        processes.running([program, "serve", settings], stdout=out.fileno()) as process,
+    ):
 
         def port() -> int | None:
             assert process.poll() is None, log.read_text()
@@ -42,7 +45,7 @@ def registry(folder: Path) -> Iterator[int]:
                     return int(line.split("listening on 127.0.0.1:")[1].split('"')[0].split()[0])
             return None
 
-        yield proc.wait_until(port, what="the registry", timeout=120, interval=0.1, log=log)
+        yield processes.wait_until(port, what="the registry", timeout=120, interval=0.1, log=log)
 
 
 def push(archive: Path, port: int, name: str, tag: str) -> str:

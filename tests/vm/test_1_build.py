@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import qemu
-from ami_builder.pipeline import traces
-from ami_builder.workspace import Workspace
+from ami_builder import qemu
+from ami_builder.qemu import traces
+from ami_builder.state.workspace import Workspace
+from ami_builder.system import processes
 from tests.vm.conftest import GIB, ami_builder
 
 pytestmark = pytest.mark.journey
@@ -110,6 +110,6 @@ def test_no_secret_is_in_the_raw_disk(built: Mapping[str, Any], workspace: Works
 def test_the_disk_holds_no_trace_of_the_builder(built: Mapping[str, Any]) -> None:
     """What is free was trimmed: the image's data is what its files need, and little more."""
     disk = built["artifact"]["location"]
-    mapped = json.loads(proc.output(["qemu-img", "map", "--output=json", disk]))
+    mapped = json.loads(processes.output(["qemu-img", "map", "--output=json", disk]))
     data = sum(part["length"] for part in mapped if part["data"])
     assert data < 2 * GIB

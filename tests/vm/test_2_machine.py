@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.experiment.user_data import UNLIMITED
+from ami_builder.system import processes
+from tests.experiment.user_data import UNLIMITED
 from tests.vm.conftest import ROOT, Booted, ami_builder, red
 
 START_DASK = "/usr/local/sbin/start-dask"
@@ -140,16 +140,16 @@ sed -i '/memswap_limit:/d
 def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path) -> None:
     """The whole command, on a disk whose start-dask was broken before it ever booted: exit 5, with names."""
     raw, disk = tmp_path / "broken.raw", tmp_path / "broken.qcow2"
-    proc.output(["qemu-img", "convert", "-O", "raw", built["artifact"]["location"], raw], timeout=300)
-    table = json.loads(proc.output(["sfdisk", "--json", raw]))["partitiontable"]
+    processes.output(["qemu-img", "convert", "-O", "raw", built["artifact"]["location"], raw], timeout=300)
+    table = json.loads(processes.output(["sfdisk", "--json", raw]))["partitiontable"]
     (start,) = (p["start"] for p in table["partitions"] if p.get("name") == "root")
     root = f"{raw}?offset={start * table['sectorsize']}"
     (tmp_path / "start-dask").write_text("#!/bin/sh\necho start-dask: broken on purpose\nexit 1\n")
     for request in (f"rm {START_DASK}", f"write {tmp_path / 'start-dask'} {START_DASK}",
                     f"set_inode_field {START_DASK} mode 0100755"):  # fmt: skip
-        proc.output(["debugfs", "-w", "-R", request, root])
+        processes.output(["debugfs", "-w", "-R", request, root])
     # To read a raw disk's empty gigabytes for their digest takes as long as half a boot.
-    proc.output(["qemu-img", "convert", "-O", "qcow2", raw, disk], timeout=300)
+    processes.output(["qemu-img", "convert", "-O", "qcow2", raw, disk], timeout=300)
     raw.unlink()
     answer = ami_builder("verify", disk)
     assert answer.status == 5, answer.stderr

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.model import RunRecord, RunStatus
-from ami_builder.workspace import Workspace, load
+from ami_builder.core.records import RunRecord, RunStatus
+from ami_builder.state.workspace import Workspace, load
+from ami_builder.system import processes
 from tests.vm.conftest import HOME, ROOT, ami_builder, environment
 
 # Another image than the one that the other tests share, from the same base and container.
@@ -64,7 +64,7 @@ def _wait_for_packer(workspace: Workspace, known: set[Path], log: Path) -> None:
         logs = [run / "logs" / "packer.log" for run in set(workspace.runs_dir.iterdir()) - known]
         return any(p.exists() and "Waiting for SSH" in p.read_text(errors="replace") for p in logs)
 
-    proc.wait_until(booting, what="a baking machine", timeout=900, interval=0.2, log=log)
+    processes.wait_until(booting, what="a baking machine", timeout=900, interval=0.2, log=log)
 
 
 def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
@@ -83,7 +83,7 @@ def test_a_signal_while_baking_leaves_nothing(
         _wait_for_packer(workspace, runs, tmp_path / "log")
         process.send_signal(number)
         assert process.wait(600) == 130
-    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
+    processes.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
     run, record = _newest(workspace)
     assert record.status is RunStatus.INTERRUPTED
     assert not (run / "work").exists()
@@ -104,7 +104,7 @@ def test_a_second_build_is_refused_and_kill_9_leaves_no_machine(
         process.kill()
         process.wait()
     # Packer and QEMU are told of their parent's death by the kernel.
-    proc.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
+    processes.wait_until(lambda: _ours() <= before, what="the end of all processes", timeout=120)
     run, record = _newest(workspace)
     assert record.status is RunStatus.RUNNING
     assert workspace.images() == images

@@ -19,8 +19,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ami_builder.journal import unfinished
-from ami_builder.workspace import Workspace
+from ami_builder.state.journal import unfinished
+from ami_builder.state.workspace import Workspace
 from tests.vm.conftest import GIB, ROOT, ami_builder
 from tests.vm.registry import push, registry
 

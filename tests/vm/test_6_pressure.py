@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import ssh
 from ami_builder.checks.watch import ANSWER, NEW_CONNECTION
-from ami_builder.experiment.user_data import UNLIMITED
+from ami_builder.system import processes, ssh
+from tests.experiment.user_data import UNLIMITED
 from tests.vm.conftest import DASK_SECONDS, Booted, red
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
@@ -110,7 +109,7 @@ systemctl daemon-reload
 def pressed(machine: Booted, broken: Break) -> dict[str, str]:
     """Break the machine, start Dask on it, and return what memory pressure shows to be wrong."""
     login = _seconds(
-        lambda: proc.output(["ssh", *NEW_CONNECTION, "-F", machine.session.config, ssh.HOST, "true"])
+        lambda: processes.output(["ssh", *NEW_CONNECTION, "-F", machine.session.config, ssh.HOST, "true"])
     )
     # Far longer than a login takes here, which is what the check compares it with.
     script = f"set -e\nmute={15 + 10 * login:.0f}\n{broken.script}\n{_START}"
@@ -138,12 +137,12 @@ def test_a_cluster_whose_scheduler_is_killed_begins_again(machine: Booted, whose
     container = "docker ps --quiet --no-trunc --filter label=com.docker.compose.project=dask"
     before = machine.root(container)
     machine.root("kill -KILL $(pgrep -f '^[^ ]*python[^ ]* [^ ]*dask scheduler')")
-    assert proc.wait_until(
+    assert processes.wait_until(
         lambda: machine.root(container, check=False) != before,
         what="the container's end before the worker gives up",
         timeout=DEATH_SECONDS - 30,
     )
-    assert proc.wait_until(
+    assert processes.wait_until(
         lambda: machine.root(f"dask-health >&2 && {container}", check=False) not in ("", before),
         what="another container that answers",
         timeout=DASK_SECONDS,

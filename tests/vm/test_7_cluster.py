@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ami_builder import proc
-from ami_builder.adapters import qemu
-from ami_builder.experiment.user_data import UNLIMITED
-from ami_builder.model import Image, Network
+from ami_builder import qemu
+from ami_builder.core.records import Image, Network
+from ami_builder.system import processes
+from tests.experiment.user_data import UNLIMITED
 from tests.real_dask import scheduler
 from tests.vm.conftest import GIB, Booted, ami_builder, booted
 
@@ -60,7 +60,7 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
             whole = len(sure) == len(LIMITS)
             return {**told, "status": answer.status} if whole else None
 
-        told = proc.wait_until(all_there, what="three workers", timeout=600, interval=5)
+        told = processes.wait_until(all_there, what="three workers", timeout=600, interval=5)
     assert {said["worker"]["name"]: said["health"] for said in told["workers"]} == {
         "healthy": "right",
         "unlimited": "too high",

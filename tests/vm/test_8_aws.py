@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import config
-from ami_builder.adapters import qemu, recipe
-from ami_builder.pipeline import traces
-from ami_builder.workspace import Workspace
-from tests.cloud.machines import Machines
-from tests.cloud.server import Cloud
+from ami_builder import qemu
+from ami_builder.build import recipe
+from ami_builder.config import loading
+from ami_builder.qemu import traces
+from ami_builder.state.workspace import Workspace
 from tests.conftest import WHOLE
+from tests.fake_ec2.machines import Machines
+from tests.fake_ec2.server import Cloud
 from tests.vm.conftest import HOME, ROOT, ami_builder
 
 TYPE = "t3.small"
@@ -31,7 +32,7 @@ def cloud() -> Iterator[Cloud]:
 def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
     workspace.ensure()
-    image = config.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
+    image = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
     base = recipe.base_recipe(image)
     log = tmp_path / "base.log"
     digest = base.resolve(workspace, log, refresh=False)

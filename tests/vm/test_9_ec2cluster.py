@@ -15,9 +15,9 @@ import pytest
 import yaml
 from distributed import Client
 
-from ami_builder.adapters import qemu
-from ami_builder.model import Image, Network
-from ami_builder.proc import wait_until
+from ami_builder import qemu
+from ami_builder.core.records import Image, Network
+from ami_builder.system.processes import wait_until
 from tests.real_dask import scheduler
 from tests.vm.conftest import HOME, ROOT, Booted, Instance, accelerator, running
 from tests.vm.ec2cluster import user_data

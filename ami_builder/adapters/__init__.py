@@ -1,1 +1,0 @@
-"""One outside thing each: none of these modules imports another."""

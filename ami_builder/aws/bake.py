@@ -1,0 +1,281 @@
+"""From inputs to an AMI: the container's archive, then Packer's amazon-ebs in a security group of the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+
+import tenacity
+
+from ami_builder.aws import claims, images, instances, launch_templates, network, tags, user_data
+from ami_builder.aws.session import Account
+from ami_builder.aws.waiting import look_for
+from ami_builder.build import packer
+from ami_builder.build.inputs import Inputs
+from ami_builder.console import Step
+from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
+from ami_builder.core.records import Connect, Resource
+from ami_builder.qemu.bake import container_archive
+from ami_builder.state.ledger import FILE as LEDGER
+from ami_builder.state.ledger import Entry, Ledger
+from ami_builder.state.workspace import Run, Workspace
+from ami_builder.system import ssh
+
+_GIB = 1 << 30
+_UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance
+# Snapshots of large, encrypted volumes take their time.
+AVAILABLE_SECONDS = 2 * 3600.0
+
+_INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
+_IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
+_IMAGING = re.compile(r"Creating AMI ")
+_CAPACITY = re.compile(
+    r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
+)
+# Packer asks a few things before it makes anything, and gives up at the first refusal; EC2 may not show our
+# security group yet.
+_TRANSIENT = re.compile(
+    r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
+    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout|InvalidGroup\.NotFound"
+)
+ATTEMPTS = 5
+PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
+
+
+def bake_ami(
+    inputs: Inputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
+) -> images.Ami:
+    """Bake an AMI and finish it; nothing else of the run is left in the account.
+
+    Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
+    """
+    with step.step("container") as child:
+        archive = container_archive(inputs, workspace, run, child)
+    bake = _Bake(inputs, account, archive, run)
+    try:
+        ami = bake.run(step)
+        with step.step("finish the AMI") as child:
+            done = finish(inputs, account, ami, child, public=public)
+            child.done(f"{done.id}, {done.size // _GIB} GiB")
+    except Interrupted:
+        bake.drop()
+        raise
+    return done
+
+
+def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
+    """Wait for an AMI of ours and make it whole: tags on its snapshots, IMDSv2 only, private or `public`."""
+    images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
+    run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
+        tags.ami_name(inputs.image.name, inputs.digest, "")
+    )
+    return images.finish(account, ami.id, _image_tags(inputs, run_id), public=public)
+
+
+class _Bake:
+    def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
+        assert inputs.base_ami is not None
+        self.inputs, self.account, self.run_ = inputs, account, run
+        self.aws, self.base = inputs.image.aws, inputs.base_ami
+        self.archive = archive
+        self.run_id = run.record.run_id
+        self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
+        self.ledger = Ledger(run.directory / LEDGER)
+        self.instance = ""
+        self.ami = ""
+        self.imaging = False
+
+    def drop(self) -> None:
+        """Deregister what is not finished yet, as far as that is allowed; else the ledger knows of it."""
+        with suppress(AmiBuilderError):
+            found = look_for(self._made) if self.imaging else self._made()
+            if found is not None and not found.finished:
+                claims.claim_image(self.account, found.id, self.run_id)
+                images.deregister(self.account, found.id)
+
+    def _made(self) -> images.Ami | None:
+        # By its name: another machine may have baked the same digest meanwhile.
+        return images.named(self.account, self.name)
+
+    def run(self, step: Step) -> images.Ami:
+        key = ssh.generate_key(self.run_.work)
+        data = user_data.builder_user_data(key.with_suffix(".pub").read_text().strip(), self.aws.lifetime)
+        data_file = self.run_.work / "user-data"
+        data_file.write_text(data)
+        lacking: list[str] = []
+        for kind, subnet in product(self.aws.instance_types, self.aws.subnets or ("",)):
+            try:
+                with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
+                    self._with_packer(kind, subnet, key, data_file, child)
+            except CloudFailed as failed:
+                if not _CAPACITY.search("\n".join((failed.message, *failed.tail))):
+                    raise
+                lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
+                continue
+            found = self._made()
+            if found is None:
+                raise CloudFailed(
+                    f"Packer succeeded, but there is no AMI {self.name}", log=self.run_.log("packer")
+                )
+            return found
+        raise CloudFailed(
+            f"EC2 has no capacity in {self.account.region} for any of these",
+            hint="name more aws.instance_types, or aws.subnets in other zones",
+            tail=tuple(lacking),
+        )
+
+    def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
+        through_ssm = self.aws.connect is Connect.SESSION_MANAGER
+        group = network.SecurityGroup(
+            self.account,
+            self.ledger,
+            run_id=self.run_id,
+            purpose=tags.Purpose.BAKE,
+            tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
+            cidrs=() if through_ssm else network.my_cidrs(self.aws.source_cidrs),
+            port=self.aws.ssh_port,
+            subnet=subnet,
+        )
+        with group as group_id:
+            variables = self._variables(kind, subnet, group_id, key, data_file)
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(self._nothing_was_made),
+                stop=tenacity.stop_after_attempt(ATTEMPTS),
+                wait=PAUSE,
+                reraise=True,
+            )
+            retrying(self._build, variables, step)
+
+    def _nothing_was_made(self, error: BaseException) -> bool:
+        """Tell whether Packer failed for a moment's reason, before there was an instance."""
+        if not isinstance(error, CloudFailed) or self.instance:
+            return False
+        said = "\n".join((error.message, *error.tail))
+        # EC2 answers a lack of capacity with HTTP 500 too: the next place is better.
+        return bool(_TRANSIENT.search(said)) and not _CAPACITY.search(said)
+
+    def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
+        stage = self.run_.directory / "packer"
+        if not stage.exists():
+            packer.stage(
+                stage,
+                self.inputs.guest,
+                variables,
+                uploads=[self.archive] if self.archive is not None else [],
+            )
+            packer.validate(stage, self.run_.log("packer"))
+        else:
+            packer.set_variables(stage, variables)
+        # Written before Packer asks for them; what they are called is known already.
+        instance = self.ledger.intend(Resource.INSTANCE, self.account.region, run=self.run_id)
+        # Packer alone knows its name; it carries the run's tag.
+        template = (
+            self.ledger.intend(Resource.LAUNCH_TEMPLATE, self.account.region, run=self.run_id)
+            if self.aws.spot
+            else None
+        )
+        image = self.ledger.intend(Resource.IMAGE, self.account.region, run=self.run_id, name=self.name)
+        self.instance = self.ami = ""
+
+        def seen(line: str) -> None:
+            self.imaging = self.imaging or _IMAGING.search(line) is not None
+            if (found := _INSTANCE.search(line)) and not self.instance:
+                self.instance = found[1]
+                self.ledger.made(instance, self.instance)
+                # Packer 1.6 can't ask for these when it launches.
+                with suppress(AmiBuilderError):
+                    if self.aws.spot:
+                        claims.claim_instance(self.account, self.instance, self.run_id)
+                    instances.require_imdsv2(self.account, self.instance)
+            elif (found := _IMAGE.search(line)) and not self.ami:
+                self.ami = found[1]
+                self.ledger.made(image, self.ami)
+
+        log = self.run_.log("packer")
+        try:
+            packer.build(
+                stage,
+                only="amazon-ebs.image",
+                log=log,
+                console_log=log,
+                timeout=self.inputs.image.bake.timeout,
+                on_progress=step.update,
+                on_line=seen,
+                env=self.account.environment(),
+            )
+        except BuildFailed as failed:
+            if self.instance:
+                raise
+            # Before there is an instance only the account or its network can have failed.
+            raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
+        finally:
+            self._settle(instance, template)
+
+    def _settle(self, instance: Entry, template: Entry | None) -> None:
+        """End the instance and what launched it, as Packer does unless it was killed or cut off.
+
+        An AMI stays in the ledger: one whose making was not answered may show only later.
+        """
+        with suppress(AmiBuilderError):
+            left = instances.of_run(self.account, self.run_id)
+            # One that was launched a moment ago may not be listed yet.
+            if self.instance and not self.ami:
+                left.append(self.instance)
+            for one in dict.fromkeys(left):
+                instances.terminate(self.account, one)
+            self.ledger.gone(instance)
+            if template is not None:
+                for one in launch_templates.of_run(self.account, self.run_id):
+                    launch_templates.delete(self.account, one)
+                self.ledger.gone(template)
+
+    def _variables(
+        self, kind: str, subnet: str, group: str, key: Path, data_file: Path
+    ) -> Mapping[str, packer.Variable]:
+        image, aws = self.inputs.image, self.aws
+        size = max(image.base.disk_size, self.base.size)
+        return {
+            "image_name": image.name,
+            "image_digest": self.inputs.digest,
+            "run_id": self.run_id,
+            "container_reference": image.container.reference,
+            "container_archive": _UPLOADED if self.archive is not None else "",
+            "insecure_registry": image.container.insecure_registry or "",
+            "packages": list(image.base.packages),
+            "records_directory": str(self.run_.directory),
+            "manifest_file": str(self.run_.directory / "manifest.json"),
+            "ssh_username": image.base.ssh_user,
+            "ssh_private_key_file": str(key),
+            "ssh_port": aws.ssh_port,
+            "ssh_interface": "session_manager" if aws.connect is Connect.SESSION_MANAGER else "",
+            "region": self.account.region,
+            "endpoint": self.account.endpoint("ec2"),
+            "ami_name": self.name,
+            "source_ami": self.base.id,
+            "root_device": self.base.root_device,
+            "volume_size": -(-size // _GIB),
+            "instance_type": kind,
+            "spot": aws.spot,
+            "subnet_id": subnet,
+            "security_group_id": group,
+            "instance_profile": aws.instance_profile,
+            "user_data_file": str(data_file),
+            "encrypt": aws.encrypt,
+            "kms_key": aws.kms_key,
+            "tags": _image_tags(self.inputs, self.run_id),
+            "run_tags": _tags(self.inputs, self.run_id, tags.Purpose.BAKE),
+        }
+
+
+def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
+    assert inputs.base_ami is not None
+    return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_ami.id})
+
+
+def _tags(
+    inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
+) -> Mapping[str, str]:
+    return tags.tags(inputs.image.name, inputs.digest, run_id, purpose, more)

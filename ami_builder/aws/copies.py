@@ -1,0 +1,130 @@
+"""Copies of an AMI of ours in other regions: made once whatever happens, found again, finished when whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ami_builder.aws import images
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, translated
+from ami_builder.core.errors import CloudFailed, TimedOut
+from ami_builder.core.orphans import COPYING
+from ami_builder.core.records import Destination
+
+_FAILED = frozenset({"failed", "error", "invalid"})
+_ATTEMPTS = 3
+# What is told of an AMI after it was made, and may change; a client token goes with the same tags only.
+_LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.MEASURED, tagging.REVOKED})
+
+
+def find(there: Account, source: images.Ami) -> images.Ami | None:
+    """Return the copy of an AMI in another region, finished or still on its way; None when there is none."""
+    return _best(images.copies(there, source.id, source.name))
+
+
+def copy(
+    source: images.Ami,
+    origin: str,
+    there: Account,
+    destination: Destination,
+    *,
+    encrypt: bool = False,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> images.Ami:
+    """Return the finished copy of a finished AMI, with its tags as they stand now; made if there is none.
+
+    `origin` is the region of the source. A copy that was begun by a run that is gone is waited for and
+    finished; one that failed makes room for the next. Raises CloudFailed with EC2's reason, TimedOut.
+    """
+    known = images.copies(there, source.id, source.name)
+    spent = sorted(ami.id for ami in known if ami.state in _FAILED)
+    found = _best(known)
+    for failed in spent:
+        images.deregister(there, failed)
+    if found is None:
+        found = _made(source, origin, there, destination, encrypt=encrypt, spent=spent)
+    whole = images.wait_available(there, found.id, COPYING.total_seconds(), on_progress)
+    if (encrypt or destination.kms_key) and not whole.encrypted:
+        raise CloudFailed(
+            f"the copy {whole.id} of {source.id} is not encrypted, and is to be",
+            hint="deregister it: the next run makes another one",
+        )
+    return _finished(there, whole, source)
+
+
+def _best(known: Sequence[images.Ami]) -> images.Ami | None:
+    fitting = [ami for ami in known if ami.state == "available" or ami.pending]
+    return max(fitting, key=lambda ami: (ami.finished, not ami.pending, ami.id), default=None)
+
+
+def _made(
+    source: images.Ami,
+    origin: str,
+    there: Account,
+    destination: Destination,
+    *,
+    encrypt: bool,
+    spent: Sequence[str],
+) -> images.Ami:
+    """Begin a copy, or return what this call began before: EC2 makes one for a token.
+
+    A token goes on naming what it made after that failed or was deregistered, so these are part of the next.
+    """
+    encrypted = encrypt or bool(destination.kms_key)
+    settings: dict[str, Any] = {"Encrypted": True} if encrypted else {}
+    if destination.kms_key:
+        settings["KmsKeyId"] = destination.kms_key
+    gone = list(spent)
+    for _ in range(_ATTEMPTS):
+        with translated():
+            made = there.ec2.copy_image(
+                Name=source.name,
+                SourceImageId=source.id,
+                SourceRegion=origin,
+                ClientToken=_token(source, there.region, encrypted, destination.kms_key, *gone),
+                TagSpecifications=tagging.specifications(_own(source), "image", "snapshot"),
+                **settings,
+            )
+        try:
+            return images.wait_seen(there, made["ImageId"])
+        except TimedOut:
+            gone.append(made["ImageId"])
+    raise CloudFailed(f"EC2 says that it copies {source.id}, but shows no copy: {', '.join(gone)}")
+
+
+def _token(source: images.Ami, region: str, *more: object) -> str:
+    """Return the client token of a copy: 64 characters, the same on every machine."""
+    told = (source.tags.get(tagging.DIGEST, ""), source.tags.get(tagging.RUN, ""), source.id, region, *more)
+    return hashlib.sha256("\0".join(map(str, told)).encode()).hexdigest()
+
+
+def _own(source: images.Ami) -> dict[str, str]:
+    """Return the tags that a copy has from its beginning, and its snapshots too: they never change."""
+    ours = {
+        key: value
+        for key, value in source.tags.items()
+        if key == tagging.NAME or (key.startswith(tagging.PREFIX) and key not in _LATER)
+    }
+    return ours | {tagging.COPY_OF: source.id}
+
+
+def _finished(there: Account, found: images.Ami, source: images.Ami) -> images.Ami:
+    """Carry the tags of the source over, the verdict with them, and mark the copy as finished last."""
+    own = _own(source)
+    wanted = {key: value for key, value in source.tags.items() if not key.startswith("aws:")} | own
+    lacking = {
+        key: value
+        for key, value in wanted.items()
+        if key != tagging.FINISHED and found.tags.get(key) != value
+    }
+    # Ours first: who may only change what is ours may tag it then.
+    ours = {key: value for key, value in lacking.items() if key in own or key in _LATER}
+    for tags in (ours, {key: value for key, value in lacking.items() if key not in ours}):
+        if tags:
+            with translated():
+                there.ec2.create_tags(Resources=[found.id], Tags=tagging.as_list(tags))
+    if not found.finished:
+        return images.finish(there, found.id, own)
+    return images.wait_seen(there, found.id) if lacking else found

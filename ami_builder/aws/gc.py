@@ -1,0 +1,106 @@
+"""`ami-builder gc`: what killed runs left, here and in the accounts; planned first, removed when asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from ami_builder.aws import orphans
+from ami_builder.aws.session import Account
+from ami_builder.console import Progress
+from ami_builder.core.errors import CloudFailed
+from ami_builder.core.orphans import Action, Leftover, RunState, plan
+from ami_builder.core.records import Image
+from ami_builder.state.ledger import FILE as LEDGER
+from ami_builder.state.ledger import Entry, Ledger, read
+from ami_builder.state.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """One account's region, and the longest that an instance of ours may live there in seconds."""
+
+    account: Account
+    lifetime: float
+
+
+def find_leftovers(
+    regions: Sequence[Region], workspace: Workspace, progress: Progress
+) -> tuple[Leftover, ...]:
+    """Plan what is to happen to everything of ours; nothing is changed. Raises CloudFailed."""
+    workspace.ensure()
+    entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
+    runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
+    leftovers: list[Leftover] = []
+    for region in regions:
+        with progress.step(f"look in {region.account.region}") as step:
+            found = orphans.find(region.account, _of(entries, region))
+            planned = plan(found, runs, datetime.now(UTC), region.lifetime)
+            step.done(
+                f"{len(planned)} found, {sum(one.action is Action.DELETE for one in planned)} to delete"
+            )
+        leftovers += planned
+    return tuple(leftovers)
+
+
+def remove_leftovers(
+    leftovers: Sequence[Leftover], regions: Sequence[Region], workspace: Workspace, progress: Progress
+) -> None:
+    """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
+
+    What can't be deleted doesn't keep the rest from going; raises CloudFailed that names it at the end.
+    """
+    workspace.sweep()
+    accounts: Mapping[str, Account] = {region.account.region: region.account for region in regions}
+    failed: list[str] = []
+    for one in leftovers:
+        if one.action is not Action.DELETE:
+            continue
+        what = f"{one.found.kind} {one.found.id}"
+        try:
+            with progress.step(f"delete {what}"):
+                orphans.remove(accounts[one.found.region], one)
+        except CloudFailed as refused:
+            failed.append(f"{what}: {refused.message}")
+    if failed:
+        raise CloudFailed(
+            f"{len(failed)} things could not be deleted", tail=tuple(failed), hint="run it again, or look why"
+        )
+    _close(workspace, accounts)
+
+
+def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
+    """Note as gone what ended runs have in their ledgers, now that none of it stands in the accounts."""
+    for run in _runs(workspace):
+        path = workspace.runs_dir / run / LEDGER
+        if workspace.is_live(run) or not path.exists():
+            continue
+        ledger = Ledger(path)
+        for entry in read(path):
+            if not entry.gone and entry.region in accounts:
+                ledger.gone(entry)
+
+
+def _of(entries: Sequence[Entry], region: Region) -> list[Entry]:
+    return [entry for entry in entries if entry.region == region.account.region]
+
+
+def _runs(workspace: Workspace) -> list[str]:
+    return sorted(path.name for path in workspace.runs_dir.glob("*/"))
+
+
+def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> list[Region]:
+    """Return the regions of all images and of their copies, and those named besides; each once."""
+    lifetimes: dict[str, tuple[Account, float]] = {}
+    named = [
+        (region, image.aws.lifetime)
+        for image in images
+        for region in (image.aws.region, *(one.region for one in image.aws.copy_to))
+    ]
+    longest = max((lifetime for _, lifetime in named), default=0.0)
+    for region, lifetime in [*named, *((name, longest) for name in extra)]:
+        opened = Account.open(region)
+        _, known = lifetimes.get(opened.region, (opened, 0.0))
+        lifetimes[opened.region] = (opened, max(known, lifetime))
+    return [Region(account=opened, lifetime=lifetime) for opened, lifetime in lifetimes.values()]

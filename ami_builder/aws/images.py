@@ -1,0 +1,326 @@
+"""AMIs of ours: found again, waited for, finished, judged, deregistered with their snapshots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from ami_builder.aws import measured as measuring
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.records import Measurement, Outcome
+from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef, SnapshotTypeDef
+
+_GIB = 1 << 30
+_POLL_SECONDS = 5.0
+_SEEN_SECONDS = 300.0
+_UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
+# EC2 takes 200 values a filter.
+_VALUES = 200
+_PAGE = 1000
+_UNPROTECTED = ("disabled", "")
+_SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
+_PENDING = frozenset({"pending", "transient"})
+_VERDICTS = frozenset({Outcome.PASSED, Outcome.FAILED, Outcome.INCONCLUSIVE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ami:
+    """An AMI of this account."""
+
+    id: str
+    name: str
+    state: str
+    """`available`, `pending`, or why it will never be available."""
+    reason: str
+    created: datetime | None
+    size: int
+    """Of its volumes, in bytes."""
+    snapshots: tuple[str, ...]
+    encrypted: bool
+    public: bool
+    protected: bool
+    """Whether EC2 refuses to deregister it."""
+    deprecated: datetime | None
+    """Since when it is, or from when on it will be."""
+    tags: Mapping[str, str]
+
+    @property
+    def finished(self) -> bool:
+        """True when all that makes it ours was done; what is not finished may be collected."""
+        return tagging.FINISHED in self.tags
+
+    @property
+    def pending(self) -> bool:
+        """True while it is on its way to being available."""
+        return self.state in _PENDING
+
+    @property
+    def verdict(self) -> tuple[Outcome, str] | None:
+        """How the checks ended, and the digest of those checks; None when they never ran."""
+        word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
+        if not word:
+            return None
+        # What nobody here knows is no pass.
+        return Outcome(word) if word in _VERDICTS else Outcome.FAILED, digest
+
+    @property
+    def measured(self) -> tuple[Measurement, ...]:
+        """What its first boots measured, on as many machines as the tag had room for."""
+        return measuring.read(self.tags.get(tagging.MEASURED, ""))
+
+    @property
+    def revoked(self) -> str | None:
+        """Why it must never stand in a channel again; None when it may."""
+        return self.tags.get(tagging.REVOKED)
+
+
+def get(account: Account, ami: str) -> Ami | None:
+    """Return an AMI by its id; None when there is none, or EC2 does not show it yet."""
+    with translated():
+        try:
+            images = account.ec2.describe_images(ImageIds=[ami])["Images"]
+        except ClientError as error:
+            if not code_of(error).startswith("InvalidAMIID"):
+                raise
+            return None
+    return _ami(images[0]) if images else None
+
+
+def find(account: Account, image: str, digest: str) -> Ami | None:
+    """Return our AMI of exactly this digest, or None; one that is still pending counts.
+
+    One whose build was killed before it was tagged is found by its name. Finished ones come first, then the
+    newest.
+    """
+    tagged = _search(account, _tagged(tagging.IMAGE, image), _tagged(tagging.DIGEST, digest))
+    named = _search(account, {"Name": "name", "Values": [tagging.ami_name_pattern(image, digest)]})
+    fitting = [
+        ami
+        for ami in [*tagged, *named]
+        if ami.tags.get(tagging.DIGEST, digest) == digest and ami.state in {"available", *_PENDING}
+    ]
+    return max(fitting, key=lambda ami: (ami.finished, ami.state == "available", _age(ami)), default=None)
+
+
+def named(account: Account, name: str) -> Ami | None:
+    """Return the AMI of a name, which no two of an account have in a region, in whatever state."""
+    return next(iter(_search(account, {"Name": "name", "Values": [name]})), None)
+
+
+def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
+    """Return those of these AMIs that are there, by id."""
+    chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
+    return {
+        ami.id: ami for chunk in chunks for ami in _search(account, {"Name": "image-id", "Values": chunk})
+    }
+
+
+def owned(account: Account) -> list[Ami]:
+    """Return every AMI of this account, whoever made it; also those that are disabled."""
+    return _listed(account, Owners=["self"], IncludeDisabled=True)
+
+
+def lent(account: Account) -> list[Ami]:
+    """Return the AMIs of other accounts that this one was given to launch."""
+    return _listed(account, ExecutableUsers=["self"])
+
+
+def copies(account: Account, source: str, name: str) -> list[Ami]:
+    """Return the copies of another region's AMI, in whatever state; one without its tags by its name."""
+    tagged = _search(account, _tagged(tagging.COPY_OF, source))
+    named = _search(account, {"Name": "name", "Values": [name]})
+    found = {ami.id: ami for ami in [*tagged, *named] if ami.tags.get(tagging.COPY_OF, source) == source}
+    return list(found.values())
+
+
+def deprecate(account: Account, ami: str) -> None:
+    """Deprecate an AMI: nobody new finds it, while who knows its id can launch it still."""
+    with translated():
+        account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
+
+
+def wait_seen(account: Account, ami: str, seconds: float = math.inf) -> Ami:
+    """Wait until EC2 shows an AMI that was made a moment ago, whatever its state; raises TimedOut."""
+    return processes.wait_until(
+        lambda: get(account, ami),
+        what=f"the appearance of {ami}",
+        timeout=min(seconds, _SEEN_SECONDS),
+        interval=_POLL_SECONDS,
+    )
+
+
+def wait_available(
+    account: Account, ami: str, seconds: float, on_progress: Callable[[str], None] = lambda _: None
+) -> Ami:
+    """Wait until an AMI can be launched.
+
+    Raises CloudFailed with EC2's reason when it never will be, TimedOut after `seconds`.
+    """
+    wait_seen(account, ami, seconds)
+
+    def settled() -> Ami | None:
+        found = get(account, ami)
+        if found is None:
+            return None
+        if found.pending:
+            on_progress(f"snapshot {_progress(account, found)}")
+            return None
+        return found
+
+    found = processes.wait_until(
+        settled, what=f"the completion of {ami}", timeout=seconds, interval=_POLL_SECONDS
+    )
+    if found.state != "available":
+        raise CloudFailed(f"{ami} is {found.state}" + (f": {found.reason}" if found.reason else ""))
+    return found
+
+
+def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool = False) -> Ami:
+    """Make an available AMI what ours are, and mark it as finished last; calling it again changes nothing.
+
+    Its tags also on its snapshots, IMDSv2 only, and private unless `public` publishes it to everyone.
+    Raises UsageError when an encrypted one is to be published, CloudFailed.
+    """
+    found = _existing(account, ami)
+    if public and found.encrypted:
+        raise UsageError(
+            f"{ami} is encrypted, and an encrypted AMI can't be published", hint="build without aws.encrypt"
+        )
+    with translated():
+        account.ec2.create_tags(Resources=[ami, *found.snapshots], Tags=tagging.as_list(tags))
+        account.ec2.modify_image_attribute(ImageId=ami, ImdsSupport={"Value": "v2.0"})
+        if public != found.public:
+            everyone = [{"Group": "all"}]
+            account.ec2.modify_image_attribute(
+                ImageId=ami,
+                LaunchPermission={"Add": everyone} if public else {"Remove": everyone},  # type: ignore[typeddict-item]
+            )
+        if not found.finished:
+            account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.FINISHED: tagging.now()}))
+    return _existing(account, ami)
+
+
+def record_verdict(
+    account: Account, ami: str, outcome: Outcome, checks_digest: str, measured: Sequence[Measurement] = ()
+) -> None:
+    """Tag an AMI with how the checks of `checks_digest` ended on it, and what its first boots measured.
+
+    Nothing stays of a verdict before.
+    """
+    told = {
+        tagging.VERDICT: f"{outcome} {checks_digest}",
+        tagging.MEASURED: measuring.write(measured),
+    }
+    with translated():
+        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(told))
+
+
+def revoke(account: Account, ami: str, reason: str) -> None:
+    """Tag an AMI with why it must never stand in a channel again; the first reason stays."""
+    if _existing(account, ami).revoked is None:
+        with translated():
+            told = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
+            account.ec2.create_tags(Resources=[ami], Tags=told)
+
+
+def deregister(account: Account, ami: str) -> None:
+    """Deregister an AMI of ours and delete its snapshots, but for those that another AMI uses.
+
+    One that is gone already is fine.
+    """
+    found = get(account, ami)
+    if found is None:
+        return
+    with translated():
+        try:
+            account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+        except ClientError as error:
+            if code_of(error) not in _UNKNOWN:
+                raise
+    for snapshot in found.snapshots:
+        delete_snapshot(account, snapshot)
+
+
+def delete_snapshot(account: Account, snapshot: str) -> bool:
+    """Delete a snapshot and tell whether it is gone; one that an AMI uses stays."""
+    with translated():
+        try:
+            account.ec2.delete_snapshot(SnapshotId=snapshot)
+        except ClientError as error:
+            if code_of(error) == "InvalidSnapshot.InUse":
+                return False
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+    return True
+
+
+def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
+    return _listed(account, Owners=["self"], Filters=list(filters))
+
+
+def _listed(account: Account, **which: Any) -> list[Ami]:
+    with translated():
+        pages = account.ec2.get_paginator("describe_images").paginate(
+            **which, PaginationConfig={"PageSize": _PAGE}
+        )
+        return [_ami(image) for page in pages for image in page["Images"]]
+
+
+def _tagged(key: str, value: str) -> FilterTypeDef:
+    return {"Name": f"tag:{key}", "Values": [value]}
+
+
+def _existing(account: Account, ami: str) -> Ami:
+    if (found := get(account, ami)) is None:
+        raise CloudFailed(f"there is no AMI {ami} in {account.region}")
+    return found
+
+
+def _progress(account: Account, ami: Ami) -> str:
+    return ", ".join(one.get("Progress") or "0%" for one in shown(account, ami.snapshots)) or "not started"
+
+
+def shown(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
+    """Return snapshots as EC2 describes them; none while it doesn't show them all."""
+    if not snapshots:
+        return []
+    with translated():
+        try:
+            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
+        except ClientError as error:
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+            return []
+
+
+def _ami(image: ImageTypeDef) -> Ami:
+    disks = [mapping["Ebs"] for mapping in image.get("BlockDeviceMappings", []) if "Ebs" in mapping]
+    created, deprecated = image.get("CreationDate", ""), image.get("DeprecationTime", "")
+    return Ami(
+        id=image["ImageId"],
+        name=image.get("Name", ""),
+        state=image.get("State", "available"),
+        reason=image.get("StateReason", {}).get("Message", ""),
+        created=datetime.fromisoformat(created) if created else None,
+        size=sum(disk.get("VolumeSize", 0) for disk in disks) * _GIB,
+        snapshots=tuple(disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")),
+        encrypted=any(disk.get("Encrypted", False) for disk in disks),
+        public=image.get("Public", False),
+        protected=image.get("DeregistrationProtection", "disabled") not in _UNPROTECTED,
+        deprecated=datetime.fromisoformat(deprecated) if deprecated else None,
+        tags=tagging.as_dict(image.get("Tags", [])),
+    )
+
+
+def _age(ami: Ami) -> datetime:
+    return ami.created or datetime.min.replace(tzinfo=UTC)

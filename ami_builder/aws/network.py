@@ -1,0 +1,213 @@
+"""Who may reach our instances: this machine's address, and a security group that lives as long as a run."""
+
+from __future__ import annotations
+
+import ipaddress
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, code_of, is_definite, translated
+from ami_builder.aws.waiting import look_for, settle
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.records import Resource
+from ami_builder.state.ledger import Entry, Ledger
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import FilterTypeDef, IpPermissionUnionTypeDef
+
+CHECKIP_URL = "https://checkip.amazonaws.com"
+
+_CHECKIP_SECONDS = 15.0
+_SEEN_SECONDS = 60.0
+_DELETE_SECONDS = 300.0
+
+
+def my_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
+    """Return the configured networks, or else this machine's public address alone.
+
+    Raises CloudFailed when nobody tells that address.
+    """
+    if configured:
+        return tuple(configured)
+    try:
+        with urllib.request.urlopen(CHECKIP_URL, timeout=_CHECKIP_SECONDS) as answer:
+            said = answer.read(64).decode("ascii").strip()
+        return (str(ipaddress.ip_network(said)),)
+    except (OSError, ValueError) as wrong:
+        raise CloudFailed(
+            f"this machine's public address can't be found out: {wrong}",
+            hint="set aws.source_cidrs to the address that AWS sees this machine at, such as 203.0.113.7/32",
+        ) from wrong
+
+
+def vpc_of(account: Account, subnet: str = "") -> str:
+    """Return the VPC of a subnet, or the default one; raises UsageError when there is none."""
+    with translated():
+        if subnet:
+            try:
+                return account.ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
+            except ClientError as error:
+                if not code_of(error).startswith("InvalidSubnetID"):
+                    raise
+                raise UsageError(f"aws.subnets: there is no {subnet} in {account.region}") from error
+        vpcs = account.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    if not vpcs:
+        raise UsageError(
+            f"there is no default VPC in {account.region}", hint="name aws.subnets that instances may run in"
+        )
+    return vpcs[0]["VpcId"]
+
+
+class SecurityGroup:
+    """A run's security group; the context yields its id, and deletes it once nothing uses it any more.
+
+    `cidrs` may reach `port` by TCP; without any there is no way in. Entering raises UsageError, CloudFailed.
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        ledger: Ledger,
+        *,
+        run_id: str,
+        purpose: tagging.Purpose,
+        tags: Mapping[str, str],
+        cidrs: Sequence[str],
+        port: int = 22,
+        subnet: str = "",
+    ) -> None:
+        self._account, self._ledger = account, ledger
+        self._run_id, self._tags = run_id, tags
+        self._name = tagging.group_name(run_id, purpose)
+        self._cidrs, self._port, self._subnet = tuple(cidrs), port, subnet
+        self._entry: Entry | None = None
+
+    def __enter__(self) -> str:
+        vpc = vpc_of(self._account, self._subnet)
+        self._entry = self._ledger.intend(
+            Resource.SECURITY_GROUP, self._account.region, run=self._run_id, name=self._name, vpc=vpc
+        )
+        try:
+            self._entry = self._ledger.made(self._entry, self._create(vpc))
+            if self._cidrs:
+                self._open(self._entry.id)
+        except BaseException as error:
+            if is_definite(error) and not self._entry.id:
+                self._entry = self._ledger.gone(self._entry)
+            self.__exit__(type(error), error, None)
+            raise
+        return self._entry.id
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._remove()
+        except CloudFailed:
+            # It stands in the ledger; what went wrong first is what a person has to read.
+            if error is None:
+                raise
+
+    def _create(self, vpc: str) -> str:
+        with translated():
+            try:
+                return self._account.ec2.create_security_group(
+                    GroupName=self._name,
+                    Description=f"ami-builder, run {self._run_id}",
+                    VpcId=vpc,
+                    TagSpecifications=tagging.specifications(self._tags, "security-group"),
+                )["GroupId"]
+            except ClientError as error:
+                if code_of(error) != "InvalidGroup.Duplicate":
+                    raise
+                # An earlier attempt of this very call made it, and its answer was lost.
+                if (found := self._look()) is None:
+                    raise
+                return found
+
+    def _open(self, group: str) -> None:
+        with translated():
+            if not settle(lambda: self._authorize(group), seconds=_SEEN_SECONDS):
+                raise CloudFailed(f"EC2 does not show the security group {group} that it has made")
+
+    def _authorize(self, group: str) -> bool:
+        try:
+            self._account.ec2.authorize_security_group_ingress(
+                GroupId=group, IpPermissions=[permission(self._cidrs, self._port)]
+            )
+        except ClientError as error:
+            if code_of(error) == "InvalidGroup.NotFound":
+                return False
+            if code_of(error) != "InvalidPermission.Duplicate":
+                raise
+        return True
+
+    def _look(self) -> str | None:
+        return look_for(lambda: find_group(self._account, self._name, self._run_id))
+
+    def _remove(self) -> None:
+        if self._entry is None or self._entry.gone:
+            return
+        if not self._entry.id:
+            found = look_for(lambda: find_group(self._account, self._name, self._run_id))
+            if found is None:
+                return
+            self._entry = self._ledger.made(self._entry, found)
+        delete_group(self._account, self._entry.id)
+        self._entry = self._ledger.gone(self._entry)
+
+
+def permission(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
+    """Return the rule that lets `cidrs`, of either family, reach a TCP port."""
+    networks = [ipaddress.ip_network(cidr) for cidr in cidrs]
+    return {
+        "IpProtocol": "tcp",
+        "FromPort": port,
+        "ToPort": port,
+        "IpRanges": [{"CidrIp": str(n), "Description": "ssh of a run"} for n in networks if n.version == 4],
+        "Ipv6Ranges": [
+            {"CidrIpv6": str(n), "Description": "ssh of a run"} for n in networks if n.version == 6
+        ],
+    }
+
+
+def find_group(account: Account, name: str, run_id: str) -> str | None:
+    """Return the id of a run's security group by its name and its tag."""
+    filters: list[FilterTypeDef] = [
+        {"Name": "group-name", "Values": [name]},
+        {"Name": f"tag:{tagging.RUN}", "Values": [run_id]},
+    ]
+    with translated():
+        groups = account.ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
+    return groups[0]["GroupId"] if groups else None
+
+
+def delete_group(account: Account, group: str) -> None:
+    """Delete a security group, and wait until nothing uses it first; one that is gone is fine.
+
+    Raises CloudFailed when something goes on using it.
+    """
+
+    def deleted() -> bool:
+        try:
+            account.ec2.delete_security_group(GroupId=group)
+        except ClientError as error:
+            if code_of(error) in {"DependencyViolation", "InvalidGroup.InUse"}:
+                return False
+            if code_of(error) not in {"InvalidGroup.NotFound", "InvalidGroupId.NotFound"}:
+                raise
+        return True
+
+    with translated():
+        gone = settle(deleted, seconds=_DELETE_SECONDS)
+    if not gone:
+        raise CloudFailed(
+            f"the security group {group} can't be deleted: something still uses it",
+            hint="`ami-builder gc` shows what, and tries again",
+        )

@@ -1,0 +1,280 @@
+"""Finding what runs left in an account, by tag and by ledger, and removing it; never anything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from ami_builder.aws import claims, images, instances, launch_templates, network
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.aws.waiting import settle
+from ami_builder.core.errors import CloudFailed
+from ami_builder.core.orphans import Action, Found, Leftover
+from ami_builder.core.records import Resource
+from ami_builder.state.ledger import Entry
+
+if TYPE_CHECKING:
+    from types_boto3_ec2.type_defs import FilterTypeDef
+
+_RELEASED_SECONDS = 300.0
+_ENDED = frozenset({"terminated"})
+# EC2 takes 200 values a filter.
+_CHUNK = 100
+_PAGE = 200
+# How EC2 describes a snapshot of CreateImage.
+_MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
+
+
+def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
+    """Return what in this region carries our run tag, or stands in `entries` that are not gone.
+
+    Raises CloudFailed when any of it can't be listed, since a plan needs to know all.
+    """
+    open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
+    found: dict[tuple[Resource, str], Found] = {}
+    templates = list(_templates(account))
+    instances = list(_instances(account, open_entries, templates))
+    made_from = _by_id(open_entries, Resource.INSTANCE) | {one.id: one.run_id for one, _ in instances}
+    for one in (
+        *(one for one, state in instances if state not in _ENDED),
+        *templates,
+        *_volumes(account),
+        *_images_and_snapshots(account, open_entries, made_from),
+        *_groups(account, open_entries),
+    ):
+        found.setdefault((one.kind, one.id), one)
+    return list(found.values())
+
+
+def remove(account: Account, leftover: Leftover) -> None:
+    """Delete one thing that the plan says is to go, and wait until it has; one that is gone is fine.
+
+    Raises CloudFailed when it does not go.
+    """
+    one = leftover.found
+    if leftover.action is not Action.DELETE:
+        raise ValueError(f"{one.id} is to be kept: {leftover.reason}")
+    match one.kind:
+        case Resource.INSTANCE:
+            if (described := instances.describe(account, one.id)) is not None:
+                if tagging.RUN not in tagging.as_dict(described.get("Tags", [])):
+                    claims.claim_instance(account, one.id, one.run_id)
+                instances.terminate(account, one.id)
+        case Resource.LAUNCH_TEMPLATE:
+            launch_templates.delete(account, one.id)
+        case Resource.VOLUME:
+            _delete_volume(account, one.id)
+        case Resource.IMAGE:
+            claims.claim_image(account, one.id, one.run_id)
+            images.deregister(account, one.id)
+        case Resource.SNAPSHOT:
+            claims.claim_snapshot(account, one.id, one.run_id)
+            if not images.delete_snapshot(account, one.id):
+                raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
+        case Resource.SECURITY_GROUP:
+            network.delete_group(account, one.id)
+
+
+def _instances(
+    account: Account, entries: Sequence[Entry], templates: Sequence[Found]
+) -> Iterable[tuple[Found, str]]:
+    """Yield instances of ours with their state, also those that have ended.
+
+    Packer tags a spot instance only once it runs, but EC2 tells its template.
+    """
+    ids = _by_id(entries, Resource.INSTANCE)
+    runs = {one.id: one.run_id for one in templates}
+    for shown in (
+        *_listed(account, "describe_instances", "Reservations", _TAGGED),
+        *_known(account, "describe_instances", "Reservations", "instance-id", ids),
+        *_known(account, "describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
+    ):
+        for one in shown["Instances"]:
+            template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
+            known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
+            found = _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
+            yield found, one["State"]["Name"]
+
+
+def _templates(account: Account) -> Iterable[Found]:
+    for one in _listed(account, "describe_launch_templates", "LaunchTemplates", _TAGGED):
+        yield _found(
+            account,
+            Resource.LAUNCH_TEMPLATE,
+            one["LaunchTemplateId"],
+            one,
+            {},
+            one.get("CreateTime"),
+            name=one["LaunchTemplateName"],
+        )
+
+
+def _volumes(account: Account) -> Iterable[Found]:
+    for one in _listed(account, "describe_volumes", "Volumes", _TAGGED):
+        yield _found(account, Resource.VOLUME, one["VolumeId"], one, {}, one.get("CreateTime"))
+
+
+def _images_and_snapshots(
+    account: Account, entries: Sequence[Entry], instances: Mapping[str, str]
+) -> Iterable[Found]:
+    """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI or its instance is.
+
+    Packer may be killed between deregistering an AMI and deleting its snapshots.
+    """
+    ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
+    every = _listed(account, "describe_images", "Images", [], Owners=["self"])
+    using: dict[str, str] = {}
+    ours: dict[str, Found] = {}
+    for image in every:
+        for snapshot in _snapshots_of(image):
+            using[snapshot] = image["ImageId"]
+        tags = tagging.as_dict(image.get("Tags", []))
+        known = ids.get(image["ImageId"]) or names.get(image.get("Name", ""))
+        if run_id := tags.get(tagging.RUN) or known:
+            ours[image["ImageId"]] = Found(
+                kind=Resource.IMAGE,
+                id=image["ImageId"],
+                region=account.region,
+                run_id=run_id,
+                name=image.get("Name", ""),
+                created=datetime.fromisoformat(image["CreationDate"]) if image.get("CreationDate") else None,
+                finished=tagging.FINISHED in tags,
+                copied=tagging.COPY_OF in tags,
+            )
+    yield from ours.values()
+    made_from = {f"Created by CreateImage({instance})*": run for instance, run in instances.items()}
+    of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
+    for one in (
+        *_listed(account, "describe_snapshots", "Snapshots", _TAGGED, OwnerIds=["self"]),
+        *_known(account, "describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
+        *_known(account, "describe_snapshots", "Snapshots", "description", made_from, OwnerIds=["self"]),
+    ):
+        if told := _MADE_FROM.match(one.get("Description", "")):
+            of_ours.setdefault(one["SnapshotId"], instances.get(told[1], ""))
+        image_id = using.get(one["SnapshotId"], "")
+        yield _found(
+            account,
+            Resource.SNAPSHOT,
+            one["SnapshotId"],
+            one,
+            of_ours,
+            one.get("StartTime"),
+            image=image_id,
+            used_by="" if image_id in ours else image_id,
+        )
+
+
+def _groups(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+    ids, names = _by_id(entries, Resource.SECURITY_GROUP), _by_name(entries, Resource.SECURITY_GROUP)
+    for one in (
+        *_listed(account, "describe_security_groups", "SecurityGroups", _TAGGED),
+        *_known(account, "describe_security_groups", "SecurityGroups", "group-id", ids),
+        *_known(account, "describe_security_groups", "SecurityGroups", "group-name", names),
+    ):
+        known = {one["GroupId"]: ids.get(one["GroupId"]) or names.get(one["GroupName"], "")}
+        # A group has no date of its own.
+        created = tagging.as_dict(one.get("Tags", [])).get(tagging.CREATED)
+        yield _found(
+            account,
+            Resource.SECURITY_GROUP,
+            one["GroupId"],
+            one,
+            known,
+            _time(created),
+            name=one["GroupName"],
+        )
+
+
+_TAGGED: list[FilterTypeDef] = [{"Name": "tag-key", "Values": [tagging.RUN]}]
+
+
+def _listed(
+    account: Account, call: str, key: str, filters: Sequence[FilterTypeDef], **more: Any
+) -> list[Any]:
+    paginator: Any = account.ec2.get_paginator(call)  # type: ignore[call-overload]
+    with translated():
+        pages = paginator.paginate(Filters=list(filters), PaginationConfig={"PageSize": _PAGE}, **more)
+        return [one for page in pages for one in page[key]]
+
+
+def _known(
+    account: Account, call: str, key: str, name: str, values: Mapping[str, str], **more: Any
+) -> list[Any]:
+    """Return those things that there are of the given ids or names."""
+    wanted = list(values)
+    chunks = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
+    return [
+        one
+        for chunk in chunks
+        for one in _listed(account, call, key, [{"Name": name, "Values": chunk}], **more)
+    ]
+
+
+def _found(
+    account: Account,
+    kind: Resource,
+    id: str,
+    shown: Mapping[str, Any],
+    runs: Mapping[str, str],
+    created: datetime | None,
+    *,
+    name: str = "",
+    image: str = "",
+    used_by: str = "",
+) -> Found:
+    tags = tagging.as_dict(shown.get("Tags", []))
+    return Found(
+        kind=kind,
+        id=id,
+        region=account.region,
+        run_id=tags.get(tagging.RUN) or runs.get(id, ""),
+        name=name or tags.get(tagging.NAME, ""),
+        created=created,
+        image=image,
+        used_by=used_by,
+        copied=tagging.COPY_OF in tags,
+    )
+
+
+def _by_id(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+    return {entry.id: entry.find.get("run", "") for entry in entries if entry.kind is kind and entry.id}
+
+
+def _by_name(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+    named = ((entry.find.get("name", ""), entry) for entry in entries if entry.kind is kind)
+    return {name: entry.find.get("run", "") for name, entry in named if name}
+
+
+def _snapshots_of(image: Mapping[str, Any]) -> list[str]:
+    disks = (mapping.get("Ebs", {}) for mapping in image.get("BlockDeviceMappings", []))
+    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def _delete_volume(account: Account, volume: str) -> None:
+    def deleted() -> bool:
+        try:
+            account.ec2.delete_volume(VolumeId=volume)
+        except ClientError as error:
+            # Its instance, which takes it along, may be ending still.
+            if code_of(error) in {"VolumeInUse", "IncorrectState"}:
+                return False
+            if code_of(error) != "InvalidVolume.NotFound":
+                raise
+        return True
+
+    with translated():
+        gone = settle(deleted, seconds=_RELEASED_SECONDS)
+    if not gone:
+        raise CloudFailed(f"the volume {volume} can't be deleted: an instance still uses it")

@@ -1,0 +1,160 @@
+"""Channels as SSM parameters `/ami-builder/IMAGE/x86_64/CHANNEL`, for launch templates (`resolve:ssm:`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.core.channels import Entry, Move
+from ami_builder.core.errors import CloudFailed, TimedOut
+from ami_builder.system import processes
+
+LABEL = "current"
+"""Stands at the version that holds, and moves along: a label on the oldest of the 100 versions that SSM keeps
+would make the next write fail."""
+
+_ARCHITECTURE = "x86_64"
+_HELD_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_DESCRIPTION = 1024
+
+
+def folder(image: str) -> str:
+    """Return what the names of an image's parameters begin with."""
+    return f"/ami-builder/{image}/{_ARCHITECTURE}/"
+
+
+def used(account: Account, image: str) -> tuple[str, ...]:
+    """Return the channels of an image that have a parameter in this region."""
+    with translated("ssm"):
+        pages = account.client("ssm").get_paginator("get_parameters_by_path").paginate(Path=folder(image))
+        return tuple(one["Name"].rpartition("/")[2] for page in pages for one in page["Parameters"])
+
+
+def entries(account: Account, image: str, channel: str) -> tuple[Entry, ...]:
+    """Return the moves of a channel as far as SSM remembers them (100 versions), the oldest first."""
+    found: list[Any] = []
+    with translated("ssm"):
+        pages = account.client("ssm").get_paginator("get_parameter_history")
+        try:
+            for page in pages.paginate(Name=folder(image) + channel):
+                found += page["Parameters"]
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+            return ()
+    return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
+
+
+def write(account: Account, image: str, entry: Entry) -> None:
+    """Make a parameter hold what an entry says, and wait until it does; it goes when that is nothing.
+
+    Raises CloudFailed when SSM does not take the AMI, or when somebody else moves the channel meanwhile.
+    """
+    name = folder(image) + entry.channel
+    if not entry.id:
+        _delete(account, name)
+        return
+    said = f"{entry.move}: {entry.reason}" if entry.reason else str(entry.move)
+    made: dict[str, Any] = {
+        "Name": name,
+        "Value": entry.id,
+        "Description": said[:_DESCRIPTION],
+        "Type": "String",
+        "DataType": "aws:ec2:image",
+    }
+    told = [{"Key": tagging.IMAGE, "Value": image}]
+    more: dict[str, Any] = {"Overwrite": False, "Tags": told}
+    if before := _current(account, name):
+        more = {"Overwrite": True}
+        # Versions that others wrote since may have left it behind.
+        _label(account, name, before[1])
+    version = 0
+    with translated("ssm"):
+        try:
+            version = account.client("ssm").put_parameter(**made, **more)["Version"]
+        except ClientError as error:
+            if code_of(error) == "ParameterMaxVersionLimitExceeded":
+                raise _blocked(name) from error
+            # Repeated after a lost answer, a call meets what it has made itself: reading it back will tell.
+            if code_of(error) != "ParameterAlreadyExists":
+                raise
+    _label(account, name, _read_back(account, name, entry.id, version))
+
+
+def _label(account: Account, name: str, version: int) -> None:
+    with translated("ssm"):
+        account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
+
+
+def _read_back(account: Account, name: str, ami: str, version: int) -> int:
+    """Wait until a parameter holds an AMI, and return the version.
+
+    SSM looks at such a value only after it has answered, and drops a bad one without a word.
+    """
+
+    def held() -> int | None:
+        value, at = _current(account, name) or ("", 0)
+        if value == ami and at >= version:
+            return at
+        if at > version or (at and not version):
+            raise CloudFailed(
+                f"{name} was moved to {value} by somebody else at the same time",
+                hint="`ami-builder history` tells who; then decide which image is to stand there",
+            )
+        return None
+
+    try:
+        return processes.wait_until(
+            held, what=f"the update of {name}", timeout=_HELD_SECONDS, interval=_POLL_SECONDS
+        )
+    except TimedOut as late:
+        raise CloudFailed(
+            f"SSM has not taken {ami} for {name}: the channel stands where it stood",
+            hint="these credentials, and SSM, must be able to describe that AMI in this region",
+        ) from late
+
+
+def _current(account: Account, name: str) -> tuple[str, int] | None:
+    with translated("ssm"):
+        try:
+            found = account.client("ssm").get_parameter(Name=name)["Parameter"]
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+            return None
+    return found["Value"], int(found["Version"])
+
+
+def _delete(account: Account, name: str) -> None:
+    with translated("ssm"):
+        try:
+            account.client("ssm").delete_parameter(Name=name)
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+
+
+def _blocked(name: str) -> CloudFailed:
+    return CloudFailed(
+        f"SSM keeps 100 versions of {name}, and somebody has put a label on the oldest",
+        hint=f"`aws ssm get-parameter-history --name {name}` shows it; take it off with"
+        " `aws ssm unlabel-parameter-version`",
+    )
+
+
+def _entry(channel: str, one: Any) -> Entry:
+    word, _, reason = one.get("Description", "").partition(": ")
+    by_us = word in list(Move)
+    return Entry(
+        channel=channel,
+        # Whoever writes a version by hand promotes.
+        move=Move(word) if by_us else Move.PROMOTED,
+        id=one["Value"],
+        at=one["LastModifiedDate"],
+        by=one["LastModifiedUser"],
+        reason=reason if by_us else one.get("Description", ""),
+    )

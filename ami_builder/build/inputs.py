@@ -1,0 +1,109 @@
+"""What goes into an image, and the digest that stands for all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from ami_builder import __version__
+from ami_builder.build import base_image, recipe
+from ami_builder.build.guest import RenderedFile, guest
+from ami_builder.core.records import Image
+from ami_builder.state.workspace import Workspace
+from ami_builder.system.resources import packer_dir
+from ami_builder.verify.concurrency import side_by_side
+
+if TYPE_CHECKING:
+    from ami_builder.aws.source_ami import BaseAmi
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything that decides about an image's content."""
+
+    image: Image
+    guest: Mapping[PurePosixPath, RenderedFile]
+    base_digest: str
+    container_digest: str
+    digest: str
+    base_ami: BaseAmi | None = None
+    """What an AMI is baked from; None where the base is a disk."""
+
+
+def gather(
+    image: Image,
+    workspace: Workspace,
+    *,
+    base_ami: Callable[[], BaseAmi] | None = None,
+    refresh: bool = False,
+) -> Inputs:
+    """Render the guest's files, resolve base and container to what they would be now, and digest it all.
+
+    With `base_ami` the base is the AMI that it returns, instead of a disk. How an image is verified is not
+    part of the digest: other checks don't make another image.
+    """
+    logs = workspace.resolve_logs()
+    found: list[BaseAmi] = []
+
+    def base() -> str:
+        if base_ami is None:
+            return _base_digest(image, workspace, logs, refresh=refresh)
+        found.append(base_ami())
+        return found[0].id
+
+    base_digest, container_digest = side_by_side(
+        [base, lambda: _container_digest(image, workspace, logs, refresh=refresh)]
+    )
+    rendered = guest(image)
+    digest = hashlib.sha256()
+    settings = _content_settings(image, ami=base_ami is not None)
+    for part in (__version__, settings, base_digest, container_digest):
+        digest.update(f"{part}\0".encode())
+    for path, file in sorted(rendered.items()):
+        digest.update(f"{path}\0{file.mode:o}\0".encode() + file.content + b"\0")
+    for source in sorted([*packer_dir().glob("*.pkr.hcl"), *packer_dir().glob("provisioners/*")]):
+        digest.update(f"{source.name}\0".encode() + source.read_bytes() + b"\0")
+    return Inputs(
+        image=image,
+        guest=rendered,
+        base_digest=base_digest,
+        container_digest=container_digest,
+        digest=digest.hexdigest(),
+        base_ami=found[0] if found else None,
+    )
+
+
+def _content_settings(image: Image, *, ami: bool) -> str:
+    """Return the settings that decide about the content: neither the proof nor where and how it is baked."""
+    base = replace(image.base, source=None)
+    if ami:
+        base = replace(base, suite="", mirror="", checksum=None)
+    neutral = replace(
+        image,
+        description="",
+        base=base,
+        container=replace(image.container, requirements=None),
+        bake=replace(image.bake, memory=0, cpus=0, timeout=0),
+    )
+    settings = (
+        TypeAdapter(Image).dump_json(neutral, exclude={"verify", "aws", "lifecycle", "nightly"}).decode()
+    )
+    return f"{settings} {image.aws.encrypt} {image.aws.kms_key}" if ami else settings
+
+
+def _base_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
+    if image.base.source is not None:
+        return base_image.digest(image.base, workspace)
+    return recipe.base_recipe(image).resolve(workspace, logs / "resolve-base.log", refresh=refresh)
+
+
+def _container_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
+    if image.container.requirements is None:
+        return hashlib.sha256(image.container.reference.encode()).hexdigest()
+    made = recipe.container_recipe(image)
+    return made.resolve(workspace, logs / "resolve-container.log", refresh=refresh)

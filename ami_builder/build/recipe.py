@@ -1,0 +1,155 @@
+"""The base disk and the container archive, made by the scripts in scripts/ and cached by what goes in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ami_builder.core.records import Image
+from ami_builder.state.workspace import Workspace, write_atomically
+from ami_builder.system import processes
+from ami_builder.system.resources import scripts_dir
+
+# A day's builds agree on one state of the archive; `--refresh` asks again, as a nightly build does.
+RESOLVED_FOR_SECONDS = 12 * 3600
+_RESOLVE_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A script, its flags, and the files whose content decides about its result."""
+
+    kind: str
+    script: Path
+    flags: tuple[str, ...]
+    sources: tuple[Path, ...]
+    paths: tuple[tuple[str, Path], ...] = ()
+    """Flags that name a file: its content decides, not where it lies."""
+    timeout: float = 1800.0
+
+    def text_digest(self) -> str:
+        """Return sha256 over the script, its flags and its files."""
+        digest = hashlib.sha256(json.dumps(self.flags).encode())
+        for source in (*self.sources, *(path for _, path in self.paths)):
+            for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+                if file.is_file():
+                    digest.update(f"\0{file.relative_to(source.parent)}\0".encode())
+                    digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def resolve(self, workspace: Workspace, log: Path, *, refresh: bool) -> str:
+        """Return the digest of the recipe and of the package versions that it would install now."""
+        text = self.text_digest()
+        record = workspace.cache / "resolved" / f"{self.kind}-{text}.json"
+        if not refresh:
+            try:
+                known = json.loads(record.read_text())
+                if 0 <= time.time() - known["at"] < RESOLVED_FOR_SECONDS:
+                    return str(known["digest"])
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+        packages: list[str] = []
+        processes.stream(
+            [self.script, "--resolve", *self._argv()],
+            log=log,
+            what=f"resolving the {self.kind}'s packages",
+            env=self._environment(workspace),
+            timeout=_RESOLVE_TIMEOUT,
+            on_line=packages.append,
+            merge=False,
+        )
+        digest = hashlib.sha256("\n".join([text, *packages]).encode()).hexdigest()
+        write_atomically(record, json.dumps({"at": time.time(), "digest": digest}))
+        return digest
+
+    def make(
+        self, workspace: Workspace, digest: str, output: str, log: Path, on_line: Callable[[str], None]
+    ) -> Path:
+        """Return the cached folder of this digest, running the script when it isn't there."""
+
+        def seen(line: str) -> None:
+            # mmdebstrap marks its lines, and the script names itself: the step has a name already.
+            if text := line.removeprefix("I: ").removeprefix(f"{self.script.name}: "):
+                on_line(text)
+
+        def build(folder: Path) -> None:
+            processes.stream(
+                [self.script, "--output", folder / output, *self._argv()],
+                log=log,
+                what=f"making the {self.kind}",
+                env=self._environment(workspace),
+                timeout=self.timeout,
+                on_line=seen,
+            )
+
+        return workspace.cached(self.kind, digest, build)
+
+    def _argv(self) -> list[str]:
+        return [*self.flags, *(str(part) for pair in self.paths for part in pair)]
+
+    @staticmethod
+    def _environment(workspace: Workspace) -> dict[str, str]:
+        return processes.environment(
+            {"AMI_BUILDER_CACHE": str(workspace.cache), "AMI_BUILDER_PYTHON": sys.executable}
+        )
+
+
+def base_recipe(image: Image) -> Recipe:
+    """Return how the Debian base disk of an image is made."""
+    base = image.base
+    return _debian_recipe(
+        "base",
+        "base-disk",
+        ["--size", str(base.disk_size), "--suite", base.suite],
+        mirror=base.mirror,
+        packages=base.packages,
+        sources=("base",),
+    )
+
+
+def container_recipe(image: Image) -> Recipe:
+    """Return how the Dask container's archive of an image is made."""
+    container = image.container
+    assert container.requirements is not None
+    return _debian_recipe(
+        "container",
+        "container-archive",
+        ["--reference", container.reference, "--suite", image.base.suite],
+        mirror=image.base.mirror,
+        packages=container.packages,
+        paths=(("--requirements", container.requirements),),
+    )
+
+
+def _debian_recipe(
+    kind: str,
+    script: str,
+    flags: Sequence[str],
+    *,
+    mirror: str,
+    packages: Sequence[str],
+    sources: Sequence[str] = (),
+    paths: tuple[tuple[str, Path], ...] = (),
+) -> Recipe:
+    scripts = scripts_dir()
+    return Recipe(
+        kind=kind,
+        script=scripts / script,
+        flags=(
+            *flags,
+            *(("--mirror", mirror) if mirror else ()),
+            *(f for package in packages for f in ("--package", package)),
+        ),
+        sources=(
+            scripts / script,
+            scripts / "lib" / "debian.sh",
+            scripts / "lib" / f"{kind}-setup.sh",
+            *(scripts / s for s in sources),
+        ),
+        paths=paths,
+    )

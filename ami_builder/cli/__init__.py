@@ -1,0 +1,23 @@
+"""The command line: flags, one pipeline call, an exit code.
+
+0 ok, 1 a defect of ours, 2 usage or configuration, 3 a tool is missing, 4 the build failed,
+5 checks failed, 6 cloud API, 7 timed out, 8 locked, 9 held: a person decides,
+10 inconclusive: the host was too busy to tell, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ami_builder import __version__
+
+
+def main() -> None:
+    """Run the command line and exit with its documented code."""
+    if sys.argv[1:] == ["--version"]:
+        # Answered before anything is imported: scripts ask for it often.
+        sys.stdout.write(f"ami-builder {__version__}\n")
+        return
+    from ami_builder.cli.app import run
+
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""The command about a running cluster, built by us or not: whether its workers' limits are right."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ami_builder import console
+from ami_builder.cli.shared import JsonFlag, app, mode, parse_seconds, plain
+from ami_builder.core.errors import ChecksFailed, TimedOut
+
+if TYPE_CHECKING:
+    from ami_builder.doctor.rules import Diagnosis
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="A Dask scheduler's, e.g. tcp://10.0.0.5:8786.")
+    ],
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="DURATION", help="At most this long for all workers together.")
+    ] = "30s",
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which workers of a running Dask cluster have a memory limit that is missing, too high or too low.
+
+    Works on any cluster, and changes nothing on it. Exits with 0 when every limit is right, with 5 when one
+    isn't or can't be read, and with 7 when all that is wrong is that somebody didn't answer.
+
+    A TLS cluster is reached with Dask's own configuration: a tls:// address and
+    DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
+    DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY.
+    """
+    from ami_builder.doctor.rules import Health
+    from ami_builder.doctor.run import examine, summary
+
+    seconds = parse_seconds("--timeout", timeout)
+    with console.open_progress(mode()) as progress:
+        diagnoses = examine(address, seconds, progress)
+    if as_json:
+        right = sum(d.health is Health.RIGHT for d in diagnoses)
+        told = {"healthy": 0 < right == len(diagnoses), "right": right, "workers": plain(diagnoses)}
+        console.result_json({"address": address, **told})
+    else:
+        _print(diagnoses, summary(diagnoses))
+    wrong = {d.health for d in diagnoses} - {Health.RIGHT}
+    if wrong == {Health.SILENT}:
+        raise typer.Exit(TimedOut.exit_code)
+    if wrong or not diagnoses:
+        raise typer.Exit(ChecksFailed.exit_code)
+
+
+def _print(diagnoses: Sequence[Diagnosis], verdict: str) -> None:
+    console.note(verdict)
+    if not diagnoses:
+        return
+    rows = [
+        (
+            d.worker.name if d.worker.name not in ("", d.worker.address) else d.worker.address,
+            d.worker.host,
+            d.health,
+            _limit(d),
+            "" if d.excess is None else _sized(d.excess),
+            "" if d.advised is None else _sized(d.advised),
+            d.reason,
+        )
+        for d in diagnoses
+    ]
+    console.table(("worker", "host", "verdict", "limit", "off by", "set it to", "because"), rows)
+    warned: dict[str, list[str]] = defaultdict(list)
+    for d in diagnoses:
+        for warning in d.warnings:
+            warned[warning].append(d.worker.name or d.worker.address)
+    for warning, names in warned.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.note(f"warning: {names[0]}{more}: {warning}")
+
+
+def _limit(diagnosis: Diagnosis) -> str:
+    reading = diagnosis.worker.reading
+    if reading is None:
+        return "?"
+    return _sized(reading.limit) if reading.limit else "none"
+
+
+def _sized(number: int) -> str:
+    """Return bytes to copy, and how much that is."""
+    sign = "-" if number < 0 else ""
+    return f"{number} ({sign}{console.size(abs(number))})"

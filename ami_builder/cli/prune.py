@@ -1,0 +1,90 @@
+"""The command that deletes finished images which nothing needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ami_builder import console
+from ami_builder.cli.shared import (
+    JsonFlag,
+    TargetFlag,
+    app,
+    load_config,
+    mode,
+    open_workspace,
+    parse_target,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from ami_builder.core.cleanup import Decision
+
+
+@app.command()
+def prune(
+    target: TargetFlag = "qemu",
+    apply: Annotated[bool, typer.Option("--apply", help="Do what the plan says.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say of every image and cache here, or every AMI, whether it is needed, and why; --apply deletes.
+
+    Of an account: each region that images are baked in or copied to, and snapshots whose AMI is gone.
+    """
+    from ami_builder.core.records import Target
+
+    where = parse_target(target)
+    decisions = _cloud(apply) if where is Target.AWS else _local(apply)
+    if as_json:
+        console.result_json({"applied": apply, "plan": plain(decisions)})
+        return
+    _print(decisions, apply, "" if where is Target.QEMU else f" --target {where}")
+
+
+def _local(apply: bool) -> Sequence[Decision]:
+    from datetime import UTC, datetime
+
+    from ami_builder.qemu.cleanup import plan_local, prune_local
+
+    images, workspace = load_config().images, open_workspace()
+    return prune_local(workspace, images) if apply else plan_local(workspace, images, datetime.now(UTC))
+
+
+def _cloud(apply: bool) -> Sequence[Decision]:
+    from ami_builder.aws.cleanup import plan_cloud, prune_cloud
+
+    with console.open_progress(mode()) as progress:
+        planned = plan_cloud(open_workspace(), load_config().images, progress)
+        if apply:
+            prune_cloud(planned, progress)
+    return [decision for _, decisions in planned for decision in decisions]
+
+
+def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
+    from ami_builder.core.cleanup import Action
+
+    to_do = {Action.DELETE: "to delete", Action.DEPRECATE: "to deprecate"}
+    done = {Action.DELETE: "deleted", Action.DEPRECATE: "deprecated"}
+    words = done if apply else to_do
+    console.table(
+        ("what", "created", "size", "plan", "because", "where"),
+        [
+            (
+                d.candidate.image,
+                f"{d.candidate.created:%Y-%m-%d %H:%M}Z" if d.candidate.created else "unknown",
+                console.size(d.candidate.size),
+                words.get(d.action, str(d.action)),
+                d.reason,
+                f"{d.candidate.id} ({d.candidate.region})" if d.candidate.region else d.candidate.id,
+            )
+            for d in decisions
+        ],
+    )
+    for action, word in words.items():
+        chosen = [d.candidate.size for d in decisions if d.action is action]
+        if chosen:
+            console.note(f"{len(chosen)} {word} ({console.size(sum(chosen))})")
+    if not apply and any(d.action is not Action.KEEP for d in decisions):
+        console.note(f"nothing was changed: `ami-builder prune{flag} --apply` does it")

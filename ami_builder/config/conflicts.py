@@ -1,0 +1,142 @@
+"""Settings that are right one by one and don't go together, and files that aren't there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ami_builder.config.schema import DEBIAN_USER, AwsTable, ContainerSource, ImageTable
+from ami_builder.config.types import DEBIAN, DEFAULT_REFERENCE
+from ami_builder.core.records import Connect
+from ami_builder.core.units import format_size
+
+
+class Conflict(NamedTuple):
+    """Settings that don't go together, or a file that isn't there; the first key is the one to change."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def find(table: ImageTable) -> Iterator[Conflict]:
+    """Yield what is wrong with the settings of one image as a whole, once each value by itself is right."""
+    base, container, verify = table.base, table.container, table.verify
+    if base.source != DEBIAN and "://" not in base.source:
+        yield from _missing("base.source", Path(base.source))
+    elif base.source != DEBIAN and not base.checksum:
+        yield Conflict(
+            ("base.checksum", "base.source"), "expected the checksum of what the URL in base.source brings"
+        )
+    if base.source == DEBIAN and base.ssh_user != DEBIAN_USER:
+        yield Conflict(
+            ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user of the Debian recipe"
+        )
+    host = _registry(container.reference)
+    if container.source is ContainerSource.ARCHIVE:
+        yield from _missing("container.requirements", container.requirements, "container.source")
+        if host or "@" in container.reference:
+            yield Conflict(
+                ("container.reference", "container.source"),
+                'expected a plain name:tag for an archive; to pull this, set container.source to "registry"',
+            )
+    elif container.reference == DEFAULT_REFERENCE:
+        yield Conflict(
+            ("container.reference", "container.source"),
+            "expected a reference to pull, since container.source is registry; the default is in none",
+        )
+    if container.insecure_registry and (
+        container.source is ContainerSource.ARCHIVE or container.insecure_registry != host
+    ):
+        yield Conflict(
+            ("container.insecure_registry", "container.reference", "container.source"),
+            f"has no effect: container.reference is not pulled from {container.insecure_registry}",
+        )
+    if verify.disk_size < base.disk_size:
+        yield Conflict(
+            ("verify.disk_size", "base.disk_size"),
+            f"expected at least base.disk_size, which is {format_size(base.disk_size)}",
+        )
+    if table.memory.reserve.bytes >= min(verify.memory):
+        yield Conflict(
+            ("memory.reserve", "verify.memory"),
+            f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
+        )
+    if 2 * table.memory.nanny_headroom > min(verify.memory):
+        yield Conflict(
+            ("memory.nanny_headroom", "verify.memory"),
+            "expected at most half of the least of verify.memory, which is"
+            f" {format_size(min(verify.memory))}: the workers need the rest",
+        )
+    for check in verify.checks:
+        yield from _missing("verify.checks", check)
+    if table.aws.kms_key and not table.aws.encrypt:
+        yield Conflict(("aws.kms_key", "aws.encrypt"), "has no effect, since aws.encrypt is false")
+    if table.aws.connect is Connect.SESSION_MANAGER and not table.aws.instance_profile:
+        yield Conflict(
+            ("aws.connect", "aws.instance_profile"),
+            "expected ssh, or an aws.instance_profile that lets the instance speak to Session Manager",
+        )
+    yield from _regions(table.aws)
+    if table.nightly.channel not in ("", *table.lifecycle.channels):
+        yield Conflict(
+            ("nightly.channel", "lifecycle.channels"),
+            f"expected one of lifecycle.channels: {', '.join(table.lifecycle.channels)}",
+        )
+
+
+def _regions(aws: AwsTable) -> Iterator[Conflict]:
+    regions = [one.region for one in aws.copy_to]
+    for region in sorted({each for each in regions if regions.count(each) > 1}):
+        yield Conflict(("aws.copy_to",), f"expected each region once, but {region} is there several times")
+    if aws.region in regions:
+        yield Conflict(
+            ("aws.copy_to", "aws.region"), f"has no effect: {aws.region} is where the AMI is baked"
+        )
+    partitions = {_partition(each) for each in (*regions, aws.region) if each}
+    if len(partitions) > 1:
+        yield Conflict(
+            ("aws.copy_to", "aws.region"), "expected regions of one partition: none is copied out of its own"
+        )
+    for one in aws.copy_to:
+        if one.kms_key.startswith("arn:") and one.kms_key.split(":")[3] != one.region:
+            yield Conflict(
+                ("aws.copy_to",), f"expected a key of {one.region}, since no copy is encrypted with another's"
+            )
+    if not aws.share_with:
+        return
+    default = "expected nobody, since snapshots under the default key can't be shared"
+    if aws.encrypt and aws.kms_key in _DEFAULT_KEYS:
+        yield Conflict(("aws.share_with", "aws.encrypt", "aws.kms_key"), f"{default}: set aws.kms_key")
+    elif own := [
+        one.region for one in aws.copy_to if one.kms_key in _DEFAULT_KEYS and (aws.encrypt or one.kms_key)
+    ]:
+        yield Conflict(
+            ("aws.share_with", "aws.copy_to", "aws.encrypt"),
+            f"{default}: write {own[0]}=KEY in aws.copy_to",
+        )
+
+
+_DEFAULT_KEYS = ("", "alias/aws/ebs")
+
+
+def _partition(region: str) -> str:
+    return next((start for start in ("cn-", "us-gov-", "us-iso") if region.startswith(start)), "")
+
+
+def _registry(reference: str) -> str | None:
+    """Return the registry in a reference: a first part with a dot or a port, as Docker tells it apart."""
+    first, slash, _ = reference.partition("/")
+    return first if slash and (first == "localhost" or "." in first or ":" in first) else None
+
+
+def _missing(key: str, path: Path, *others: str) -> Iterator[Conflict]:
+    try:
+        usable = path.is_file() and os.access(path, os.R_OK)
+        reason = "is not a file" if path.exists() else "does not exist"
+    except OSError as wrong:
+        usable, reason = False, f"can't be looked at: {wrong.strerror}"
+    if not usable:
+        reason = "can't be read" if reason == "is not a file" and path.is_file() else reason
+        yield Conflict((key, *others), f"expected a file, but {path} {reason}")

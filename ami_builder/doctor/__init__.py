@@ -1,0 +1,1 @@
+"""Diagnosis of a live Dask cluster: whether its workers' memory limits are right."""

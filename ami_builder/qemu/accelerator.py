@@ -1,0 +1,84 @@
+"""Whether machines run under KVM here, found out by running one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from ami_builder.core.errors import TimedOut, UsageError
+from ami_builder.qemu.machine import QEMU, Accelerator, GuestStuck, Machine, MachineDied
+from ami_builder.state.workspace import write_atomically
+from ami_builder.system import processes
+
+KVM_SECONDS = 60.0
+"""How long a guest may take under KVM to reach its userspace; a working one takes about ten."""
+
+_DEVICE = Path("/dev/kvm")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_USERSPACE = re.compile(rb"systemd\[1\]|Welcome to (?!GRUB)|Freeing unused kernel|Run /\S*init|\blogin: ")
+
+
+def choose_accelerator(disk: Path, *, cache: Path, directory: Path) -> tuple[Accelerator, str]:
+    """Return how to run machines here and why, in one line; boots `disk` under KVM once a boot of this host.
+
+    KVM that opens may still not run an ordinary kernel (nested in some clouds), so only a guest that came up
+    counts. AMI_BUILDER_ACCELERATOR=kvm|tcg decides without a try; `cache` is a file that keeps the answer.
+    """
+    decided = known_accelerator(cache)
+    if decided is not None:
+        return decided
+    accelerator, reason, certain = _try_kvm(disk, directory)
+    if certain:
+        record = {"host": _host(), "accelerator": accelerator, "reason": reason}
+        write_atomically(cache, json.dumps(record))
+    return accelerator, reason
+
+
+def known_accelerator(cache: Path) -> tuple[Accelerator, str] | None:
+    """Return what is known without booting anything; None when only a try can tell."""
+    if wanted := os.environ.get("AMI_BUILDER_ACCELERATOR"):
+        if wanted not in tuple(Accelerator):
+            raise UsageError(f"AMI_BUILDER_ACCELERATOR is {wanted!r}", hint="it may be kvm or tcg")
+        return Accelerator(wanted), f"{wanted.upper()}, as AMI_BUILDER_ACCELERATOR says"
+    try:
+        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return Accelerator.TCG, f"TCG (slow): {_DEVICE}: {error.strerror}"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(cache.read_text())
+        if known["host"] == _host():
+            return Accelerator(known["accelerator"]), str(known["reason"])
+    return None
+
+
+def _host() -> dict[str, str]:
+    """Return what the answer holds for: this boot of the host, and this QEMU."""
+    return {
+        "boot": _BOOT_ID.read_text().strip(),
+        "qemu": processes.output([QEMU, "--version"]).splitlines()[0],
+    }
+
+
+def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
+    machine = Machine(
+        disk=disk, directory=directory, memory=1 << 30, cpus=2, accelerator=Accelerator.KVM, user="", ports=()
+    )
+
+    def up() -> bool:
+        machine.check_alive()
+        return machine.console_shows(_USERSPACE)
+
+    try:
+        with machine:
+            processes.wait_until(up, what="a guest under KVM", timeout=KVM_SECONDS, interval=0.1)
+    except GuestStuck as panic:
+        return Accelerator.TCG, f"TCG (slow): under KVM, {panic.message}", False
+    except MachineDied as error:
+        return Accelerator.TCG, f"TCG (slow): /dev/kvm opens, but {error.message}", True
+    except TimedOut:
+        reason = f"TCG (slow): a guest under KVM said nothing on its console for {KVM_SECONDS:.0f} s"
+        return Accelerator.TCG, reason, False
+    return Accelerator.KVM, "KVM: a guest has run on it", True

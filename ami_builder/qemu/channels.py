@@ -1,0 +1,87 @@
+"""The channels of local images: one journal beside the images of a name, replaced whole at each move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock
+
+from ami_builder.core.channels import Entry
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import Target
+from ami_builder.state.workspace import StoredImage, Workspace, dump, load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journal:
+    """What happened to the channels of one name."""
+
+    entries: tuple[Entry, ...] = ()
+    revoked: Mapping[str, str] = field(default_factory=dict)
+    """Digest -> reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalChannels:
+    """The channels of one image name on this machine."""
+
+    workspace: Workspace
+    image: str
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Let no other process change the journal meanwhile."""
+        self.workspace.ensure()
+        return FileLock(self.workspace.state / "locks" / f"{self.image}.channels.lock")
+
+    def id_of(self, stored: StoredImage) -> str:
+        """Return the digest of an image; raises UsageError when it was not built here."""
+        if stored.directory is None or stored.artifact.target is not Target.QEMU:
+            raise UsageError(
+                f"{stored.artifact.location} was not built here", hint="`ami-builder list` shows what was"
+            )
+        return stored.artifact.digest
+
+    def find(self, id: str) -> StoredImage | None:
+        """Return the finished image of a digest."""
+        found = self.workspace.image(self.image, id)
+        return found if found is not None and found.artifact.target is Target.QEMU else None
+
+    def entries(self, channel: str) -> tuple[Entry, ...]:
+        """Return the moves of a channel."""
+        return tuple(entry for entry in self._read().entries if entry.channel == channel)
+
+    def used(self) -> tuple[str, ...]:
+        """Return the channels in the journal, as they came."""
+        return tuple(dict.fromkeys(entry.channel for entry in self._read().entries))
+
+    def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
+        """Return which of these digests were revoked."""
+        known = self._read().revoked
+        return {id: known[id] for id in ids if id in known}
+
+    def write(self, entry: Entry) -> None:
+        """Add a move."""
+        journal = self._read()
+        dump(replace(journal, entries=(*journal.entries, entry)), self._path)
+
+    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+        """Mark a digest and add the moves, in one step."""
+        journal = self._read()
+        revoked = {**journal.revoked, id: journal.revoked.get(id, reason)}
+        dump(Journal(entries=(*journal.entries, *entries), revoked=revoked), self._path)
+
+    @property
+    def _path(self) -> Path:
+        return self.workspace.images_dir / self.image / "channels.json"
+
+    def _read(self) -> Journal:
+        journal = load(Journal, self._path)
+        if journal is None and self._path.exists():
+            # Taking it for empty would let revoked images come back.
+            raise UsageError(
+                f"{self._path} is no journal of channels", hint="restore that file, or remove it"
+            )
+        return journal or Journal()

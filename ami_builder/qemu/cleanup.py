@@ -1,0 +1,209 @@
+"""`ami-builder prune` on this machine: which images and caches nothing needs, and their deletion."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ami_builder.build.channels import Channels
+from ami_builder.core.channels import stack
+from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
+from ami_builder.core.records import Image, Lifecycle, RunRecord, RunStatus, Target
+from ami_builder.qemu.channels import LocalChannels
+from ami_builder.state import ledger
+from ami_builder.state.journal import unfinished
+from ami_builder.state.workspace import StoredImage, Workspace, load
+
+CACHES = ("base", "container")
+_DAY = timedelta(days=1)
+_RECORDS_STAY = 365 * _DAY
+_MOST_RECORDS = 1000
+
+
+def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
+    """Decide about every finished image and every cache on this machine; nothing is changed.
+
+    `images` are those of the configuration: what belongs to no other has no policy, and stays.
+    """
+    decisions: list[Decision] = []
+    stored = [one for one in workspace.images() if one.artifact.target is Target.QEMU]
+    for name in sorted({one.artifact.image for one in stored}):
+        mine = [one for one in stored if one.artifact.image == name]
+        decisions += _plan_images(workspace, name, mine, images, now)
+    return (*decisions, *_plan_caches(workspace, images, now), *_plan_records(workspace, now))
+
+
+def prune_local(workspace: Workspace, images: Mapping[str, Image]) -> tuple[Decision, ...]:
+    """Plan and delete what may go, while nobody builds or moves a channel; returns the plan.
+
+    Raises Locked, with nothing changed, when a build is going.
+    """
+    workspace.ensure()
+    names = sorted({one.artifact.image for one in workspace.images()} | set(images))
+    with ExitStack() as locks:
+        for name in names:
+            for target in Target:  # a build for either uses the caches
+                locks.enter_context(workspace.lock(name, target))
+        for name in names:
+            locks.enter_context(LocalChannels(workspace=workspace, image=name).locked())
+            _sweep(workspace.images_dir / name)
+        decisions = plan_local(workspace, images, datetime.now(UTC))
+        for decision in decisions:
+            if decision.action is Action.DELETE:
+                _delete(Path(decision.candidate.id))
+    return decisions
+
+
+def channel_references(record: Channels) -> Iterator[Reference]:
+    """Yield what needs an image: the channel that it stands in, or that goes back to it."""
+    for channel in record.used():
+        entries = record.entries(channel)
+        ids = sorted({entry.id for entry in entries if entry.id})
+        standing = stack(entries, record.revoked(ids))
+        for id in standing[-1:]:
+            yield Reference(id=id, by=f"in channel {channel}")
+        for id in standing[-2:-1]:
+            yield Reference(id=id, by=f"what channel {channel} goes back to")
+
+
+def _plan_images(
+    workspace: Workspace,
+    name: str,
+    stored: Sequence[StoredImage],
+    images: Mapping[str, Image],
+    now: datetime,
+) -> tuple[Decision, ...]:
+    record = LocalChannels(workspace=workspace, image=name)
+    been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
+    revoked = record.revoked([one.artifact.digest for one in stored])
+    used = {reference.id: reference.by for reference in channel_references(record)}
+    bases = {image.base.source: other for other, image in images.items() if image.base.source}
+    going = [run for run in _live(workspace) if run.image == name]
+    nights = {night.digest: night.id for night in unfinished(workspace)}
+    candidates, references = [], []
+    for one in stored:
+        id = str(one.directory)
+        candidates.append(
+            Candidate(
+                id=id,
+                image=name,
+                created=one.artifact.created,
+                size=one.artifact.size,
+                channels=frozenset(channel for channel, ids in been.items() if one.artifact.digest in ids),
+                revoked=one.artifact.digest in revoked,
+                protected="" if name in images else "no policy: ami-builder.toml does not have this image",
+            )
+        )
+        if by := used.get(one.artifact.digest):
+            references.append(Reference(id=id, by=by))
+        if other := bases.get(one.artifact.location):
+            references.append(Reference(id=id, by=f"the base of image {other}"))
+        if night := nights.get(one.artifact.digest):
+            references.append(Reference(id=id, by=f"night {night} goes on with it"))
+        references += [Reference(id=id, by=f"run {run.run_id} is going") for run in going]
+    rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
+    return plan(candidates, references, rules, now)
+
+
+def policy(lifecycle: Lifecycle, *, grace: bool = False) -> Policy:
+    """Return what the settings of an image say, with the time that AMIs are deprecated for where they are."""
+    return Policy(
+        keep=lifecycle.keep,
+        young=lifecycle.keep_days * _DAY,
+        grace=lifecycle.grace_days * _DAY if grace else timedelta(0),
+        most=lifecycle.most_deletions,
+        size=0 if grace else lifecycle.size,
+    )
+
+
+KEEP_ALL = Policy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
+
+
+def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
+    """Decide about what a build can make again; each image may need its own."""
+    if not images:
+        return ()
+    settings = [image.lifecycle for image in images.values()]
+    rules = Policy(
+        keep=sum(one.keep for one in settings),
+        young=max(one.keep_days for one in settings) * _DAY,
+        grace=timedelta(0),
+        most=max(one.most_deletions for one in settings),
+        size=sum(one.size for one in settings) if all(one.size for one in settings) else 0,
+    )
+    found = [
+        Candidate(
+            id=str(folder),
+            image=f"cache {kind}",
+            created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+            size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        )
+        for kind in CACHES
+        for folder in sorted((workspace.cache / kind).glob("[!.]*/"))
+    ]
+    going = _live(workspace)
+    references = [Reference(id=one.id, by=f"run {run.run_id} is going") for one in found for run in going]
+    return plan(found, references, rules, now)
+
+
+def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
+    """Return what may go of past runs and nights: all of it is small, and what stays would fill a table."""
+    rules = Policy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
+    runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
+    nights = [
+        _record("nights", folder)
+        for folder in sorted(workspace.nights_dir.glob("*/*/"))
+        if not folder.is_symlink()
+    ]
+    made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
+    references = [
+        Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
+    ]
+    latest = {str(link.resolve()) for link in workspace.nights_dir.glob("*/latest")}
+    references += [Reference(id=one.id, by="the last night") for one in nights if one.id in latest]
+    decisions = plan([*runs, *nights], references, rules, now)
+    return tuple(one for one in decisions if one.action is not Action.KEEP)
+
+
+def _record(kind: str, folder: Path) -> Candidate:
+    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return Candidate(
+        id=str(folder),
+        image=kind,
+        created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+        size=sum(file.st_size for file in files),
+    )
+
+
+def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Iterator[str]:
+    if workspace.is_live(folder.name):
+        yield "it is going"
+    if folder.name in made:
+        yield f"how {made[folder.name]} was made"
+    if any(not entry.gone for entry in ledger.read(folder / ledger.FILE)):
+        yield "`ami-builder gc` looks for what it left"
+
+
+def _live(workspace: Workspace) -> list[RunRecord]:
+    records = (load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json"))
+    running = [record for record in records if record and record.status is RunStatus.RUNNING]
+    return [record for record in running if workspace.is_live(record.run_id)]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a run that was killed left among the images of a name: it is none."""
+    for each in folder.glob("*/"):
+        if not (each / "artifact.json").exists():
+            shutil.rmtree(each)
+
+
+def _delete(folder: Path) -> None:
+    """Remove a folder; killed on the way, it is no image any more, nor a cache entry."""
+    (folder / "artifact.json").unlink(missing_ok=True)
+    aside = folder.with_name(f".{folder.name}.half")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)

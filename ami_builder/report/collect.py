@@ -1,0 +1,215 @@
+"""`ami-builder report`: the page of a run or a night, collected from the workspace's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ami_builder import console, report
+from ami_builder.core.nightly import Ending, Night
+from ami_builder.core.records import Outcome, RunStatus, Verdict
+from ami_builder.report import Fact, Page, Tone, content
+from ami_builder.state import runs
+from ami_builder.state.compare import compare_images
+from ami_builder.state.journal import Journal, Step
+from ami_builder.state.runs import RecordedNight, RecordedRun
+from ami_builder.state.workspace import Workspace, dump, write_atomically
+
+PAGE = "report.html"
+_COMMANDS = {"build": "Build", "verify": "Verification"}
+
+_ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
+    Ending.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
+    Ending.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
+    Ending.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
+    Ending.INCONCLUSIVE: (
+        Tone.UNSURE,
+        "Inconclusive",
+        "Nothing was promoted to {}; the next nightly run verifies the image again.",
+    ),
+    Ending.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
+    Ending.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
+}
+
+
+def write_page(
+    subject: RecordedRun | RecordedNight, workspace: Workspace, output: Path | None = None
+) -> Path:
+    """Write the page of a run or a night beside its record, or to `output`, and return where it is."""
+    path = output or subject.directory / PAGE
+    known = runs.runs(workspace)
+    if isinstance(subject, RecordedRun):
+        page = _of_run(subject, known, workspace, path)
+    else:
+        page = _of_night(subject, known, workspace, path)
+    write_atomically(path, report.render(page))
+    return path
+
+
+def keep_night(night: Night, directory: Path, workspace: Workspace) -> None:
+    """Write what a night did into its folder, and its page if it did anything; never fails because of it."""
+    dump(night, directory / runs.NIGHT)
+    if night.ending is Ending.UNCHANGED:
+        # It would show the page before once more; `ami-builder report` draws it for whoever asks.
+        return
+    try:
+        write_page(RecordedNight(night=night, directory=directory), workspace)
+    except Exception as wrong:
+        # What was promoted is promoted, whether or not it can be drawn.
+        console.note(f"the page of night {night.id} was not made: {type(wrong).__name__}: {wrong}")
+
+
+def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
+    record = run.record
+    tone, word, sentence = _run_ended(run, workspace)
+    build = run if run.baked else _builder(known, record.digest, run.when)
+    page = Page(
+        title=f"{_COMMANDS.get(record.command, record.command)} of image {record.image}",
+        tone=tone,
+        word=word,
+        sentence=sentence,
+        facts=(
+            *_image_facts(record.digest, build),
+            *_time_facts(run.when, content.took(run)),
+            Fact(name="Run", text=run.id, exact=True),
+        ),
+        steps=content.bars(content.steps(run)),
+        links=content.links([run.directory], path),
+    )
+    page = _with_proof(page, run)
+    if build is None or build.baked is None:
+        return page
+    artifact = build.baked.artifact
+    earlier = runs.builds(known, artifact.image, artifact.target, build.when)
+    before = next((one for one in reversed(earlier) if one.record.digest != artifact.digest), None)
+    return _with_difference(replace(page, trends=content.trends(earlier)), before, build, workspace)
+
+
+def _run_ended(run: RecordedRun, workspace: Workspace) -> tuple[Tone, str, str]:
+    record, verdict = run.record, run.record.verdict
+    match record.status:
+        case RunStatus.PASSED if verdict is not None:
+            return Tone.GOOD, "Passed", f"The image keeps its promise: {_counted(verdict)}."
+        case RunStatus.PASSED:
+            return Tone.WARN, "Not verified", "The image was made, and nothing was proved."
+        case RunStatus.FAILED:
+            return Tone.BAD, "Failed", record.error or "It is not recorded why."
+        case RunStatus.INCONCLUSIVE:
+            return Tone.UNSURE, "Inconclusive", record.error or "The host was too busy to judge the image."
+        case RunStatus.INTERRUPTED:
+            return Tone.WARN, "Interrupted", record.error or "It was stopped."
+        case RunStatus.RUNNING if workspace.is_live(run.id):
+            return Tone.IDLE, "Running", "It has not ended yet."
+        case RunStatus.RUNNING:
+            return Tone.WARN, "Interrupted", "The process was killed."
+
+
+def _counted(verdict: Verdict) -> str:
+    machines = dict.fromkeys(result.machine for result in verdict.results)
+    ran = sum(result.outcome is not Outcome.SKIPPED for result in verdict.results)
+    skipped = len(verdict.results) - ran
+    left_out = f", {skipped} skipped" if skipped else ""
+    return f"{ran} checks passed on {' and '.join(machines)}{left_out}"
+
+
+def _of_night(one: RecordedNight, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
+    night = one.night
+    tone, word, sentence = _ENDINGS[night.ending]
+    run = _run_of(one, known)
+    # What an earlier run took is not where this night's time went.
+    mine = content.steps(run) if run is not None and run.when >= night.started else ()
+    ended = (night.ended - night.started).total_seconds() if night.ended else None
+    page = Page(
+        title=f"Night of image {night.image}",
+        tone=tone,
+        word=word,
+        sentence=f"{sentence.format(night.channel)} {night.error}".rstrip(),
+        facts=(
+            Fact(name="Channel", text=night.channel),
+            *_image_facts(night.digest, _builder(known, night.digest, one.when)),
+            *([Fact(name="Stood there before", text=night.before, exact=True)] if night.before else []),
+            *_time_facts(night.started, ended),
+            Fact(name="Night", text=night.id, exact=True),
+            *([Fact(name="Run", text=run.id, exact=True)] if run else []),
+        ),
+        night=night,
+        steps=content.bars(night.steps or mine),
+        links=content.links([one.directory, *([run.directory] if run else [])], path),
+    )
+    if run is None:
+        return page
+    page = _with_proof(page, run)
+    build = _builder(known, night.digest, one.when)
+    if build is None or build.baked is None:
+        return page
+    artifact = build.baked.artifact
+    page = replace(
+        page, trends=content.trends(runs.builds(known, artifact.image, artifact.target, build.when))
+    )
+    before = next((each for each in reversed(known) if night.before and _is(each, night.before)), None)
+    return _with_difference(page, before, build, workspace)
+
+
+def _run_of(one: RecordedNight, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
+    """Return the run that a night made, else the one that proved what it found."""
+    night = one.night
+    same = [run for run in known if night.digest and run.record.digest == night.digest]
+    about = [run for run in same if run.when <= one.when]
+    noted = (Journal(one.directory).find(Step.BUILT) or {}).get("run")
+    proved = [run for run in about if run.record.verdict is not None]
+    in_it = [run for run in about if run.when >= night.started]
+    return next(iter([*in_it[-1:], *proved[-1:], *(run for run in about if run.id == noted)]), None)
+
+
+def _builder(known: tuple[RecordedRun, ...], digest: str | None, until: datetime) -> RecordedRun | None:
+    """Return the run that made the image of a digest; the last one, if there were several."""
+    made = [run for run in known if run.baked and run.record.digest == digest and run.when <= until]
+    return made[-1] if made else None
+
+
+def _is(run: RecordedRun, id: str) -> bool:
+    return run.baked is not None and id in (run.baked.artifact.digest, run.baked.artifact.location)
+
+
+def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, ...]:
+    facts = [Fact(name="Digest", text=digest, exact=True)] if digest else []
+    if build is not None and build.baked is not None:
+        artifact = build.baked.artifact
+        place = f"{artifact.target} ({artifact.region})" if artifact.region else str(artifact.target)
+        facts.append(Fact(name="Target", text=place))
+        facts.append(Fact(name="Image", text=artifact.location, exact=True))
+        facts.append(Fact(name="Size", text=console.size(artifact.size)))
+    return tuple(facts)
+
+
+def _time_facts(began: datetime, seconds: float | None) -> tuple[Fact, ...]:
+    facts = [Fact(name="Began", text=f"{began.astimezone(UTC):%Y-%m-%d %H:%M} UTC")]
+    if seconds is not None:
+        facts.append(Fact(name="Took", text=console.duration(seconds)))
+    return tuple(facts)
+
+
+def _with_proof(page: Page, run: RecordedRun) -> Page:
+    verdict = run.record.verdict
+    if verdict is None:
+        return page
+    return replace(
+        page,
+        starts=content.starts(verdict, run.directory / "machines"),
+        failures=content.failures(verdict),
+        columns=content.columns(verdict),
+        checks=content.checks(verdict),
+    )
+
+
+def _with_difference(
+    page: Page, before: RecordedRun | None, after: RecordedRun, workspace: Workspace
+) -> Page:
+    if before is None or before.baked is None or after.baked is None:
+        return page
+    if before.baked.artifact.digest == after.baked.artifact.digest:
+        return page
+    difference = compare_images(before.baked, after.baked, workspace)
+    return replace(page, before=before.baked.artifact.digest, difference=difference)

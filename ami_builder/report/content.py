@@ -1,0 +1,230 @@
+"""What a page shows of one record: the chain of numbers, the checks, the steps, the trends, the files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ami_builder.checks.state import Dask, Incomplete, Machine
+from ami_builder.console import duration
+from ami_builder.core.diff import Quantity, multiple
+from ami_builder.core.records import (
+    FIRST_BOOT,
+    PRESSURE,
+    Measurement,
+    Outcome,
+    RunStatus,
+    StepRecord,
+    Verdict,
+)
+from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
+from ami_builder.state.runs import RecordedRun
+
+_CHAIN = "chain: "
+_INSIDE = " > "
+_EVIDENCE = {".log", ".txt", ".json", ".jsonl", ".xml", ".md"}
+_MOST_POINTS = 30
+
+
+def columns(verdict: Verdict) -> tuple[tuple[str, str], ...]:
+    """Return each start, the machines one after the other."""
+    machines = dict.fromkeys(result.machine for result in verdict.results)
+    phases = dict.fromkeys(result.phase for result in verdict.results)
+    there = {(result.machine, result.phase) for result in verdict.results}
+    return tuple((m, p) for m in machines for p in phases if (m, p) in there)
+
+
+def checks(verdict: Verdict) -> tuple[Check, ...]:
+    """Return every check with its outcome at each of `columns`."""
+    found = {(r.name, r.machine, r.phase): r.outcome for r in verdict.results}
+    return tuple(
+        Check(name=name, outcomes=tuple(found.get((name, *start)) for start in columns(verdict)))
+        for name in dict.fromkeys(result.name for result in verdict.results)
+    )
+
+
+def failures(verdict: Verdict) -> tuple[Failure, ...]:
+    """Return what failed, then what is inconclusive, each in the order in which it ran."""
+    found: dict[tuple[Outcome, str, str], list[tuple[str, str]]] = {}
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
+        for result in verdict.results:
+            if result.outcome is outcome:
+                key = (outcome, result.name, result.message)
+                found.setdefault(key, []).append((result.machine, result.phase))
+    return tuple(
+        Failure(name=name, outcome=outcome, message=message, starts=tuple(starts))
+        for (outcome, name, message), starts in found.items()
+    )
+
+
+def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
+    """Return the chain of numbers at each start, from what the machines were asked then."""
+    measured = {(one.machine, one.phase): one for one in verdict.measured}
+    found = []
+    for machine, phase in columns(verdict):
+        if phase == PRESSURE:  # nothing starts there
+            continue
+        one = measured.get((machine, phase))
+        outcomes = {
+            r.outcome
+            for r in verdict.results
+            if (r.machine, r.phase) == (machine, phase) and r.name.startswith(_CHAIN)
+        } - {Outcome.SKIPPED}
+        variable = one.available if one else None
+        found.append(
+            Start(
+                machine=machine,
+                phase=phase,
+                total=one.total if one else None,
+                available=variable,
+                times=_times(one) if one else (),
+                further=_further(_folder(evidence, machine), phase, variable),
+                holds=_holds(outcomes),
+            )
+        )
+    return tuple(found)
+
+
+def _holds(outcomes: Collection[Outcome]) -> bool | None:
+    if Outcome.FAILED in outcomes:
+        return False
+    return None if Outcome.INCONCLUSIVE in outcomes or not outcomes else True
+
+
+def _times(one: Measurement) -> tuple[str, ...]:
+    times = []
+    if one.ssh_seconds is not None:
+        times.append(f"ssh after {duration(one.ssh_seconds)}")
+    if one.dask_seconds is not None:
+        times.append(f"Dask after {duration(one.dask_seconds)}")
+    if one.cpu_seconds is not None:
+        ratio = f" ({multiple(one.boot_ratio)})" if one.boot_ratio is not None else ""
+        times.append(f"{duration(one.cpu_seconds)} of CPU time{ratio}")
+    return tuple(times)
+
+
+def _folder(evidence: Path, machine: str) -> Path:
+    """Return what the last boot of a machine left: one that panicked is booted again beside it."""
+    first = evidence / machine.replace(" ", "")
+    return max(evidence.glob(f"{first.name}-[0-9]"), default=first)
+
+
+def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ...]:
+    told = _json(folder / f"machine-{phase}.json")
+    docker = kernel = limits = None
+    dask = Dask(workers=(), error="")
+    try:
+        machine = Machine.parse(told)
+        docker = machine.container.memory if machine.container else None
+        maximum = machine.levels[0].get("max") if machine.levels else ""
+        kernel = int(maximum) if maximum.isdecimal() else 0 if maximum == "max" else None
+        dask = machine.dask
+    except Incomplete:
+        pass
+    workers = len(dask.workers)
+    headroom = _json(folder / f"checks-{phase}" / "context.json").get("headroom") or 0
+    if workers:
+        limits = sum(worker.memory_limit for worker in dask.workers) + headroom
+    name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"
+    if headroom:
+        name += " + nanny_headroom"
+    # Sharing among several workers rounds each one's part down.
+    equal = limits is not None and variable is not None and variable - workers < limits <= variable
+    return (
+        Number(name="HostConfig.Memory", value=docker, equal=docker == variable),
+        Number(name="memory.max", value=kernel, equal=kernel == variable),
+        Number(name=name, value=limits, equal=equal),
+    )
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """Read evidence; empty when there is none, or when it was cut off."""
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def steps(run: RecordedRun) -> tuple[StepRecord, ...]:
+    """Return a run's own steps: in a night, its record has those of the images before it as well."""
+    mine = f"build {run.record.image}"
+    own = tuple(step for step in run.record.steps if f"{step.name}{_INSIDE}".startswith(f"{mine}{_INSIDE}"))
+    return own or run.record.steps
+
+
+def took(run: RecordedRun) -> float | None:
+    """Return how long a run took in seconds; None when it has no steps."""
+    return max((bar.begin + bar.seconds for bar in bars(steps(run))), default=None)
+
+
+def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
+    """Return the steps as a tree."""
+    first = min((step.began for step in steps), default=0.0)
+    inside: dict[str, list[StepRecord]] = {}
+    known = {step.name for step in steps}
+    for step in steps:
+        parent = step.name.rpartition(_INSIDE)[0]
+        inside.setdefault(parent if parent in known else "", []).append(step)
+
+    def walk(parent: str, depth: int) -> Iterator[Bar]:
+        for step in inside.pop(parent, ()):
+            yield Bar(
+                name=step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name,
+                depth=depth,
+                begin=step.began - first,
+                seconds=step.seconds,
+                status=str(step.status),
+                detail=step.detail,
+            )
+            yield from walk(step.name, depth + 1)
+
+    return tuple(walk("", 0))
+
+
+def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
+    """Return what changed over the builds of an image: its size, its memory for Dask, its boots, its time."""
+    size = [Point(when=run.when, value=run.baked.artifact.size) for run in builds if run.baked]
+    time = [
+        Point(when=run.when, value=seconds)
+        for run in builds
+        if run.record.status is RunStatus.PASSED and (seconds := took(run)) is not None
+    ]
+    memory: dict[str, list[Point]] = {}
+    boots: dict[str, list[Point]] = {}
+    for run in builds:
+        for one in run.record.verdict.measured if run.record.verdict else ():
+            if one.phase != FIRST_BOOT:
+                continue
+            memory.setdefault(one.machine, []).append(Point(when=run.when, value=one.available))
+            if (ratio := one.boot_ratio) is not None:
+                boots.setdefault(one.machine, []).append(Point(when=run.when, value=ratio))
+    lines = [(f"Memory for Dask on {machine}", Quantity.AVAILABLE, memory[machine]) for machine in memory]
+    lines += [(f"CPU time to boot on {machine}", Quantity.BOOT, boots[machine]) for machine in boots]
+    lines += [("Size of the image", Quantity.SIZE, size), ("Time to build and prove it", Quantity.TIME, time)]
+    return tuple(
+        Trend(title=title, quantity=quantity, points=tuple(points[-_MOST_POINTS:]))
+        for title, quantity, points in lines
+        if len(points) > 1
+    )
+
+
+def links(directories: Sequence[Path], page: Path) -> Mapping[str, tuple[Link, ...]]:
+    """Return the logs and the evidence in a run's or a night's folder, relative to where the page stands."""
+    found: dict[str, tuple[Link, ...]] = {}
+    for directory in directories:
+        folders = [directory, directory / "logs", *sorted(directory.glob("machines/*/"))]
+        for folder in folders:
+            files = sorted(file for file in folder.glob("*") if file.suffix in _EVIDENCE and file.is_file())
+            if files:
+                name = f"{directory.name}/{folder.relative_to(directory)}".removesuffix("/.")
+                found[name] = tuple(Link(text=file.name, href=_href(file, page)) for file in files)
+    return found
+
+
+def _href(file: Path, page: Path) -> str:
+    return quote(os.fsencode(os.path.relpath(file, page.parent)))

@@ -1,0 +1,1 @@
+"""What ami-builder keeps on disk: the workspace, records, journals and ledgers."""

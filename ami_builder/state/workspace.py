@@ -1,0 +1,359 @@
+"""Where a run keeps its things: run directories, the cache, finished images, locks, atomic records.
+
+cache/<kind>/<digest>/           a base disk, a container archive: complete, or not there
+state/images/<name>/<digest>/    a finished image, or where it is: artifact, verdict, package list
+state/runs/<run id>/             record.json, logs, rendered files; work/ while the run lives
+state/experiments/<name>/<digest>/   results.jsonl, a line a run; traces/; the page
+state/nights/<name>.<target>/    one folder a night: its journal and summary; `latest` is the last one
+state/locks/                     one build at a time for an image and target, and one night
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path, user_state_path
+from pydantic import TypeAdapter
+
+from ami_builder.core.errors import Inconclusive, Interrupted, Locked, UsageError
+from ami_builder.core.records import Artifact, RunRecord, RunStatus, Target, Verdict
+
+T = TypeVar("T")
+
+IMAGE_FILE = "image.qcow2"
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file aside and rename it, so that a reader sees the old or the new one, never half of it."""
+    raw = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def dump(value: object, path: Path) -> None:
+    """Write a model value as JSON."""
+    write_atomically(path, TypeAdapter[Any](type(value)).dump_json(value, indent=2) + b"\n")
+
+
+def load(kind: type[T], path: Path) -> T | None:
+    """Read a model value from JSON; None when the file is missing or is not such a value."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredImage:
+    """A finished image, with the verdict on it if there is one."""
+
+    artifact: Artifact
+    verdict: Verdict | None
+    directory: Path | None
+    """Its folder in the workspace; None for an image that was not built here."""
+
+    @property
+    def path(self) -> Path:
+        """The disk of a local image."""
+        return Path(self.artifact.location)
+
+    @property
+    def name(self) -> str:
+        """What people call it: its file's name, or its AMI id."""
+        return self.path.name
+
+
+class Run:
+    """One run's directory and record; made by `Workspace.run`."""
+
+    def __init__(self, directory: Path, record: RunRecord) -> None:
+        self.directory = directory
+        self.record = record
+        self.logs = directory / "logs"
+        self.work = directory / "work"
+        for folder in (self.logs, self.work):
+            folder.mkdir(parents=True)
+        self.save()
+
+    def log(self, name: str) -> Path:
+        """Return the path of a log of this run."""
+        return self.logs / f"{name}.log"
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record and write it."""
+        self.record = replace(self.record, **changes)
+        self.save()
+
+    def save(self) -> None:
+        """Write the record."""
+        dump(self.record, self.directory / "record.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """The folders that outlive a run."""
+
+    cache: Path
+    state: Path
+
+    @classmethod
+    def open(cls, environ: Mapping[str, str]) -> Workspace:
+        """Return the user's workspace; `AMI_BUILDER_HOME` puts all of it into one folder."""
+        home = environ.get("AMI_BUILDER_HOME")
+        if home:
+            root = Path(home).expanduser().absolute()
+            return cls(cache=root / "cache", state=root / "state")
+        return cls(cache=user_cache_path("ami-builder"), state=user_state_path("ami-builder"))
+
+    @property
+    def images_dir(self) -> Path:
+        """Finished images."""
+        return self.state / "images"
+
+    @property
+    def runs_dir(self) -> Path:
+        """Run directories."""
+        return self.state / "runs"
+
+    @property
+    def nights_dir(self) -> Path:
+        """What each night did."""
+        return self.state / "nights"
+
+    def resolve_logs(self) -> Path:
+        """Return the folder for logs of what happens before there is a run."""
+        folder = self.cache / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def ensure(self) -> None:
+        """Make the folders; raises UsageError where that is not allowed."""
+        for folder in (self.cache, self.images_dir, self.runs_dir, self.state / "locks"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as bad:
+                raise UsageError(
+                    f"can't make {folder}: {bad.strerror}",
+                    hint="set AMI_BUILDER_HOME to a folder that you may write to",
+                ) from bad
+
+    @contextmanager
+    def run(self, command: str, image: str, digest: str | None = None, *, of: str = "") -> Iterator[Run]:
+        """Own a run directory: its record ends with how the run did, and its work/ is removed.
+
+        The id of one that is part of another run, perhaps of another machine's, begins with the id of that.
+        """
+        self.ensure()
+        now = datetime.now(UTC)
+        unique = secrets.token_hex(3)
+        run_id = f"{of}.{unique}" if of else f"{now:%Y%m%dT%H%M%SZ}-{unique}"
+        directory = self.runs_dir / run_id
+        record = RunRecord(
+            run_id=run_id,
+            command=command,
+            image=image,
+            digest=digest,
+            status=RunStatus.RUNNING,
+            started=now,
+            steps=(),
+        )
+        run = Run(directory, record)
+        alive = FileLock(directory / ".alive")
+        with alive:
+            try:
+                yield run
+            except (Interrupted, KeyboardInterrupt, SystemExit) as stopped:
+                run.update(status=RunStatus.INTERRUPTED, error=str(stopped))
+                raise
+            except Inconclusive as busy:
+                run.update(status=RunStatus.INCONCLUSIVE, error=str(busy))
+                raise
+            except BaseException as failed:
+                run.update(status=RunStatus.FAILED, error=str(failed))
+                raise
+            else:
+                run.update(status=RunStatus.PASSED)
+            finally:
+                shutil.rmtree(run.work, ignore_errors=True)
+
+    def is_live(self, run_id: str) -> bool:
+        """Tell whether a run of this machine is still going."""
+        directory = self.runs_dir / run_id
+        return directory.is_dir() and not self._is_dead(directory)
+
+    def sweep(self) -> tuple[str, ...]:
+        """Remove what runs that were killed left behind, and return their ids."""
+        swept: list[str] = []
+        for directory in sorted(self.runs_dir.glob("*/")) if self.runs_dir.is_dir() else ():
+            record = load(RunRecord, directory / "record.json")
+            if (record is not None and record.status is not RunStatus.RUNNING) or not self._is_dead(
+                directory
+            ):
+                continue
+            shutil.rmtree(directory / "work", ignore_errors=True)
+            if record is not None:
+                dump(
+                    replace(record, status=RunStatus.INTERRUPTED, error="the process was killed"),
+                    directory / "record.json",
+                )
+            swept.append(directory.name)
+        for kind in ((self.cache / k) for k in ("base", "container", "resolved")):
+            for half in kind.glob(".*.half") if kind.is_dir() else ():
+                if self._is_dead(half):
+                    shutil.rmtree(half, ignore_errors=True)
+        return tuple(swept)
+
+    @staticmethod
+    def _is_dead(directory: Path) -> bool:
+        lock = FileLock(directory / ".alive")
+        try:
+            with lock.acquire(timeout=0):
+                return True
+        except (Timeout, OSError):
+            return False
+
+    def lock(self, image: str, target: Target) -> AbstractContextManager[None]:
+        """Hold the build lock of an image and target; raises Locked with who holds it."""
+        return self._locked(
+            f"{image}.{target}",
+            f"image {image!r} is being built for {target}",
+            "wait for it to end, or build another image meanwhile",
+        )
+
+    def lock_night(self, image: str, target: Target) -> AbstractContextManager[None]:
+        """Hold the lock of the nights of an image and target; raises Locked with who holds it."""
+        return self._locked(
+            f"{image}.{target}.night",
+            f"a night of image {image!r} for {target} is going",
+            "wait for it to end: two at once would do the same",
+        )
+
+    def lock_experiment(self, image: str, digest: str) -> AbstractContextManager[None]:
+        """Hold the lock of the experiment with an image; raises Locked with who holds it."""
+        return self._locked(
+            f"{image}.{digest[:16]}.experiment",
+            f"the experiment with image {image!r} is being run",
+            "wait for it to end: results of both would be the same",
+        )
+
+    @contextmanager
+    def _locked(self, name: str, what: str, hint: str) -> Iterator[None]:
+        self.ensure()
+        path = self.state / "locks" / f"{name}.lock"
+        holder = path.with_suffix(".json")
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as busy:
+            try:
+                who = json.loads(holder.read_text())
+                text = f"process {who['pid']} (since {who['since']})"
+            except (OSError, ValueError, KeyError):
+                text = "another process"
+            raise Locked(f"{what} by {text}", hint=hint) from busy
+        try:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def cached(self, kind: str, digest: str, make: Callable[[Path], None]) -> Path:
+        """Return the complete folder cache/<kind>/<digest>, made by `make(folder)` when it isn't there.
+
+        Two runs that need the same entry make it once: the second waits.
+        """
+        final = self.cache / kind / digest
+        if final.is_dir():
+            return final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.parent / f"{digest}.lock"):
+            if final.is_dir():
+                return final
+            half = final.parent / f".{digest}.half"
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            alive = FileLock(half / ".alive")
+            try:
+                with alive:
+                    make(half)
+                (half / ".alive").unlink(missing_ok=True)
+                half.rename(final)
+            except BaseException:
+                shutil.rmtree(half, ignore_errors=True)
+                raise
+        return final
+
+    def store(self, artifact: Artifact, disk: Path, packages: Path | None) -> StoredImage:
+        """Move a baked disk among the finished images, whole or not at all; replaces one of its digest."""
+        final = self.images_dir / artifact.image / artifact.digest[:16]
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new-") as aside:
+            new = Path(aside) / "image"
+            new.mkdir()
+            disk.rename(new / IMAGE_FILE)
+            (new / IMAGE_FILE).chmod(0o444)
+            if packages is not None and packages.exists():
+                shutil.copy(packages, new / "packages.txt")
+            placed = replace(
+                artifact, location=str(final / IMAGE_FILE), size=(new / IMAGE_FILE).stat().st_size
+            )
+            dump(placed, new / "artifact.json")
+            if final.exists():
+                final.rename(Path(aside) / "former")
+            new.rename(final)
+        return StoredImage(artifact=placed, verdict=None, directory=final)
+
+    def remember(self, artifact: Artifact, packages: Path | None) -> StoredImage:
+        """Keep the record of an image that lives elsewhere; replaces one of its digest."""
+        folder = self.images_dir / artifact.image / artifact.digest[:16]
+        if packages is not None and packages.exists():
+            write_atomically(folder / "packages.txt", packages.read_bytes())
+        (folder / "verdict.json").unlink(missing_ok=True)
+        dump(artifact, folder / "artifact.json")
+        return StoredImage(artifact=artifact, verdict=None, directory=folder)
+
+    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Put a verdict beside an image; one that was not built here has no place for it."""
+        if stored.directory is not None:
+            dump(verdict, stored.directory / "verdict.json")
+        return replace(stored, verdict=verdict)
+
+    def images(self) -> tuple[StoredImage, ...]:
+        """Return all finished images, the newest last."""
+        found: list[StoredImage] = []
+        for record in self.images_dir.glob("*/*/artifact.json"):
+            artifact = load(Artifact, record)
+            if artifact is None:
+                continue
+            if artifact.target is not Target.QEMU or (record.parent / IMAGE_FILE).exists():
+                verdict = load(Verdict, record.parent / "verdict.json")
+                found.append(StoredImage(artifact=artifact, verdict=verdict, directory=record.parent))
+        return tuple(sorted(found, key=lambda s: s.artifact.created))
+
+    def image(self, name: str, digest: str) -> StoredImage | None:
+        """Return the finished image of exactly this digest."""
+        return next(
+            (s for s in self.images() if (s.artifact.image, s.artifact.digest) == (name, digest)), None
+        )

@@ -1,0 +1,1 @@
+"""What the host offers: processes, ssh, shipped files, CPU accounting."""

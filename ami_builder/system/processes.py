@@ -1,0 +1,314 @@
+"""The one place that starts processes, waits and finds programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, MissingTool, TimedOut
+
+PACKAGES: Mapping[str, str] = {
+    "packer": "packer",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+    "mmdebstrap": "mmdebstrap",
+    "mcopy": "mtools",
+    "mkfs.vfat": "dosfstools",
+    "grub-mkimage": "grub-common",
+    "xorriso": "xorriso",
+    "socat": "socat",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "setpriv": "util-linux",
+}
+"""Program -> the Debian package that brings it."""
+
+_cancelled = threading.Event()
+_children: set[subprocess.Popen[str]] = set()
+
+DISK_FULL = "the disk is full: make room, or set AMI_BUILDER_HOME to a folder on a larger disk"
+STOP_SECONDS = 20.0
+TAIL_LINES = 15
+
+# Only what a child needs to find its tools, caches and proxies; never a cloud credential or a token.
+_KEPT_ENVIRONMENT = (
+    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TERM", "LANG", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
+    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
+)  # fmt: skip
+_KEPT_PREFIXES = ("PIP_", "AMI_BUILDER_", "LC_")
+_UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
+
+
+def find(program: str) -> Path:
+    """Return the path of `program`; raises MissingTool with the package that brings it."""
+    search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    found = shutil.which(program, path=search)
+    if found is None:
+        package = PACKAGES.get(program, program)
+        raise MissingTool(
+            f"{program} is not installed",
+            hint=f"apt-get install {package}, or run scripts/ami-builder, which installs all that is missing",
+        )
+    return Path(found)
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return a small environment for a child: tools, caches and proxies, no credentials."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if (k in _KEPT_ENVIRONMENT or k.startswith(_KEPT_PREFIXES)) and not k.startswith(_UNKEPT_PREFIX)
+    }
+    kept["PATH"] = os.pathsep.join([kept.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    return kept | dict(extra or {})
+
+
+@contextmanager
+def running(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int | None = subprocess.DEVNULL,
+    stdout: int | None = subprocess.DEVNULL,
+    stderr: int | None = subprocess.STDOUT,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[str]]:
+    """Own a child process in a session of its own; on leaving, whatever the reason, it is gone.
+
+    The child gets SIGTERM when this process dies without a word (kill -9), so that nothing outlives it.
+    """
+    _refuse_when_cancelled()
+    find(str(argv[0]))
+    process = subprocess.Popen(
+        [str(find("setpriv")), "--pdeathsig", "TERM", "--", *(str(a) for a in argv)],
+        env=environment() if env is None else dict(env),
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )
+    _children.add(process)
+    try:
+        if _cancelled.is_set():
+            # `cancel` came while it was started, and has not seen it.
+            _signal_group(process, signal.SIGTERM)
+        yield process
+    finally:
+        stop(process)
+        _children.discard(process)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+
+def cancel() -> None:
+    """End what all threads are waiting for: their children stop, their waits raise Interrupted.
+
+    Cleaning up goes on working; nothing new is started until `resume`.
+    """
+    _cancelled.set()
+    for process in tuple(_children):
+        _signal_group(process, signal.SIGTERM)
+
+
+def resume() -> None:
+    """Allow new work after `cancel`, once everything has ended."""
+    _cancelled.clear()
+
+
+def _refuse_when_cancelled() -> None:
+    if _cancelled.is_set():
+        raise Interrupted("stopped")
+
+
+def stop(process: subprocess.Popen[str], *, seconds: float = STOP_SECONDS) -> None:
+    """End a child's process group: SIGTERM first, so that it cleans up, SIGKILL after `seconds`."""
+    if process.poll() is None:
+        _signal_group(process, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    # Children of the child may outlive it in the same group.
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def stream(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    what: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float,
+    on_line: Callable[[str], None] | None = None,
+    merge: bool = True,
+    error: type[AmiBuilderError] = BuildFailed,
+) -> None:
+    """Run a long command with its output in `log`, each line also given to `on_line`.
+
+    With `merge=False` stderr goes to the log alone.
+    Raises `error` with the last lines when it fails, TimedOut after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    with (
+        log.open("a", encoding="utf-8") as out,
+        running(
+            argv,
+            env=env,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge else out.fileno(),
+        ) as process,
+    ):
+        assert process.stdout is not None
+        with _alarm(process, deadline):
+            for line in process.stdout:
+                out.write(line)
+                out.flush()
+                if on_line is not None:
+                    on_line(line.rstrip())
+            status = process.wait()
+    _refuse_when_cancelled()
+    if time.monotonic() >= deadline:
+        raise TimedOut(f"{what} took longer than {timeout:.0f} s", log=log, tail=last_lines(log))
+    if status != 0:
+        tail = last_lines(log)
+        full = any("No space left on device" in line for line in tail)
+        raise error(
+            f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail
+        )
+
+
+def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:
+    """Return the last lines of a log; none when there is no log."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as file:
+            return tuple(line.rstrip() for line in deque(file, maxlen=count))
+    except FileNotFoundError:
+        return ()
+
+
+@contextmanager
+def _alarm(process: subprocess.Popen[str], deadline: float) -> Iterator[None]:
+    """Stop `process` at `deadline`, since reading its output can't time out by itself."""
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop, [process])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """What a finished command left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def capture(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    timeout: float = 60.0,
+) -> Completed:
+    """Run a command to its end and return its status and output, whatever the status.
+
+    Raises TimedOut, naming `what`, after `timeout` seconds.
+    """
+    source = subprocess.DEVNULL if stdin is None else subprocess.PIPE
+    with running(argv, env=env, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout)
+        except subprocess.TimeoutExpired as late:
+            raise TimedOut(f"{what} took longer than {timeout:.0f} s") from late
+    _refuse_when_cancelled()
+    return Completed(status=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def output(
+    argv: Sequence[str | Path],
+    *,
+    what: str | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    timeout: float = 60.0,
+    error: type[AmiBuilderError] = BuildFailed,
+) -> str:
+    """Run a short command and return its stdout; raises `error` with its stderr when it fails.
+
+    Unlike the others it works after `cancel` too, so that cleaning up may use it.
+    """
+    find(str(argv[0]))
+    name = what or Path(str(argv[0])).name
+    try:
+        done = subprocess.run(
+            [str(a) for a in argv],
+            env=environment() if env is None else dict(env),
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        raise TimedOut(f"{name} took longer than {timeout:.0f} s") from late
+    if done.returncode != 0:
+        lines = tuple(done.stderr.strip().splitlines()[-TAIL_LINES:])
+        raise error(f"{name} failed (exit status {done.returncode})", tail=lines)
+    return done.stdout
+
+
+T = TypeVar("T")
+
+
+def wait_until(
+    probe: Callable[[], T | None],
+    *,
+    what: str,
+    timeout: float,
+    interval: float = 0.5,
+    log: Path | None = None,
+) -> T:
+    """Call `probe` until it returns something that is true, and return that; the only place that sleeps.
+
+    Raises TimedOut, naming `what`, after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        if value := probe():
+            return value
+        if time.monotonic() >= deadline:
+            raise TimedOut(f"{what} did not happen within {timeout:.0f} s", log=log)
+        _cancelled.wait(interval)
+        _refuse_when_cancelled()

@@ -1,0 +1,53 @@
+"""Where the files that travel with the program are: a source checkout, or inside the installed package."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from ami_builder.core.errors import AmiBuilderError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def root() -> Path:
+    """Return the folder that holds packer/, scripts/ and ami-builder.toml.
+
+    An installed wheel carries them in ami_builder/_shipped; in a checkout they stand beside the package.
+    Raises AmiBuilderError when they are in neither place.
+    """
+    shipped, checkout = _PACKAGE / "_shipped", _PACKAGE.parent
+    if (shipped / "packer").is_dir():
+        return shipped
+    if (checkout / "pyproject.toml").is_file() and (checkout / "packer").is_dir():
+        return checkout
+    raise AmiBuilderError(
+        f"the installation in {_PACKAGE} is incomplete: its packer/ folder is missing",
+        hint="install it again with pip, or run scripts/ami-builder in a complete clone",
+    )
+
+
+def packer_dir() -> Path:
+    """Return the folder that Packer reads, with the guest's files in guest/."""
+    return root() / "packer"
+
+
+def scripts_dir() -> Path:
+    """Return the folder of the scripts that make the base disk and the container archive."""
+    return root() / "scripts"
+
+
+def requirements() -> Path:
+    """Return the pinned and hashed requirements of the shipped Dask container."""
+    return scripts_dir() / "container" / "requirements.txt"
+
+
+def default_config() -> Path:
+    """Return the ami-builder.toml that is used where the user has none."""
+    return root() / "ami-builder.toml"
+
+
+def checks_dir() -> Path:
+    """Return the folder of the pytest-testinfra files, which is part of the package itself."""
+    return _PACKAGE / "checks"

@@ -1,0 +1,325 @@
+"""The system's ssh, kept away from the user's own configuration, keys and connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from types import TracebackType
+
+from ami_builder.core.errors import BuildFailed, TimedOut
+from ami_builder.core.records import Endpoint
+from ami_builder.system import processes
+from ami_builder.system.processes import Completed
+
+HOST = "dask-vm"
+"""The machine's name in the generated ssh_config."""
+
+SSH_FAILED = 255
+"""ssh's own exit status when it could not reach the machine or log in."""
+
+REFUSED_SECONDS = 120.0
+"""How long, at least, a refused login is put down to cloud-init, which makes the user during the boot."""
+_TIMES_REFUSED = 2.0
+"""And so many times what the machine needed to refuse the first one: all is as much slower there."""
+
+# A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
+_SOCKET_BYTES = 90
+_BANNER_SECONDS = 3.0
+_DOWN_SECONDS = 60.0
+_MASTER_SECONDS = 60.0
+# sshd >= 9.8 shuts an address out for a while after failed logins in quick succession (PerSourcePenalties).
+_REFUSED_PAUSE = 6.0
+_CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
+
+
+class Unreachable(BuildFailed):
+    """ssh itself failed: there was no connection, or it ended before the command did."""
+
+
+def generate_key(directory: Path) -> Path:
+    """Make an ed25519 key pair without a passphrase and return the private key's path (mode 0600).
+
+    The public key lies beside it with `.pub`. An older pair in `directory` is replaced.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    key = directory / "id_ed25519"
+    for old in (key, key.with_suffix(".pub")):
+        old.unlink(missing_ok=True)
+    argv: list[str | Path] = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "ami-builder", "-f", key]
+    processes.output(argv, what="making an ssh key")
+    return key
+
+
+class Session:
+    """Logins to one machine over one shared connection; the context owns the connection and its socket.
+
+    `config` is an ssh_config for the host `dask-vm`, good for ssh, scp and testinfra alike: they use the
+    shared connection while it stands and one of their own otherwise.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, key: Path, directory: Path) -> None:
+        self._endpoint = endpoint
+        self._key = key.resolve()
+        self._directory = directory.resolve()
+        self.config = self._directory / "ssh_config"
+        self._owned = ExitStack()
+        self._master = ExitStack()
+        self._socket = self._directory / "master"
+        # AWS's tunnel is a program that needs the credentials; nothing else that is started here gets them.
+        credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        self._env = processes.environment(credentials) if endpoint.proxy_command else None
+
+    def __enter__(self) -> Session:
+        with ExitStack() as owned:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if len(os.fsencode(self._socket)) > _SOCKET_BYTES:
+                short = Path(tempfile.mkdtemp(prefix="ami-builder-", dir="/tmp"))
+                owned.callback(shutil.rmtree, short, ignore_errors=True)
+                self._socket = short / "master"
+            owned.callback(self.drop)
+            # What another machine showed in this folder does not bind this one.
+            (self._directory / "known_hosts").unlink(missing_ok=True)
+            self.config.write_text(self._ssh_config())
+            self._owned = owned.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._owned.close()
+
+    def wait(self, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
+        """Return as soon as a command runs over a new shared connection.
+
+        `alive` is called in between and may raise. Raises TimedOut after `timeout` seconds, and BuildFailed
+        when the machine's host key changed or it went on refusing the key.
+        """
+        self.drop()
+        began = time.monotonic()
+        first_refused: float | None = None
+        refused_since: float | None = None
+        next_try = 0.0
+
+        def logged_in() -> bool:
+            nonlocal first_refused, refused_since, next_try
+            alive()
+            if time.monotonic() < next_try or not self._greets():
+                return False
+            said = self._connect()
+            if said is None:
+                return True
+            if self._endpoint.proxy_command:
+                next_try = time.monotonic() + _REFUSED_PAUSE
+            if any(text in said for text in _CHANGED):
+                raise BuildFailed(
+                    "another machine answers: its host key has changed",
+                    hint="a host key must outlive a reboot; look for what makes it anew in the image",
+                    tail=tuple(said.splitlines()),
+                )
+            if "Permission denied" in said:
+                refused_since = refused_since or time.monotonic()
+                first_refused = first_refused or refused_since
+                next_try = time.monotonic() + _REFUSED_PAUSE
+                allowed = max(REFUSED_SECONDS, _TIMES_REFUSED * (first_refused - began))
+                if time.monotonic() - refused_since > allowed:
+                    raise BuildFailed(
+                        f"the machine refuses the key of {self._endpoint.user}",
+                        hint="cloud-init did not install it: see the console log, and the user's name",
+                        log=self._endpoint.console_log,
+                        tail=tuple(said.splitlines()),
+                    )
+            else:
+                refused_since = None
+            return False
+
+        processes.wait_until(
+            logged_in, what="a login by ssh", timeout=timeout, log=self._endpoint.console_log
+        )
+
+    def run(
+        self,
+        command: str,
+        *,
+        sudo: bool = False,
+        check: bool = True,
+        timeout: float = 120.0,
+        stdin: str | None = None,
+    ) -> Completed:
+        """Run a shell command on the machine and return its status and output.
+
+        Raises BuildFailed with its stderr when it fails and `check` holds, Unreachable when ssh itself fails
+        (status 255, whatever `check` says), TimedOut after `timeout` seconds.
+        """
+        argv = self._argv(self._as_root(command) if sudo else command)
+        what = f"`{command}` on the machine"
+        done = processes.capture(argv, what=what, env=self._env, stdin=stdin, timeout=timeout)
+        self._judge(command, done.status, done.stderr, check=check)
+        return done
+
+    def fetch(self, command: str, path: Path, *, sudo: bool = False, timeout: float = 300.0) -> None:
+        """Stream a command's output into the file `path`; raises as `run` does and then leaves no file."""
+        argv = self._argv(self._as_root(command) if sudo else command)
+        try:
+            with (
+                path.open("wb") as out,
+                tempfile.TemporaryFile() as err,
+                processes.running(argv, env=self._env, stdout=out.fileno(), stderr=err.fileno()) as process,
+            ):
+                status = _waited(process, timeout, what=f"`{command}` on the machine")
+                err.seek(0)
+                self._judge(command, status, err.read().decode(errors="replace"), check=True)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def boot_id(self) -> str:
+        """Return the kernel's id of this boot: it differs after every reboot."""
+        return self.run("cat /proc/sys/kernel/random/boot_id").stdout.strip()
+
+    def reboot(
+        self,
+        timeout: float,
+        alive: Callable[[], None] = lambda: None,
+        went_down: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        """Reboot the machine from inside and wait until a login works again; raises as `wait` does.
+
+        `went_down` is called once, with the seconds that are left, when the machine has begun to go down.
+        """
+        before = self.boot_id()
+        # The connection may end before the command does.
+        with contextlib.suppress(Unreachable):
+            self.run("systemctl reboot", sudo=True)
+        deadline = time.monotonic() + timeout
+        # Until it goes down, the old system takes logins, and each would keep it from that: the end of our
+        # connection tells that it has come so far.
+        with contextlib.suppress(TimedOut):
+            processes.wait_until(
+                lambda: not self._socket.exists(), what="going down", timeout=min(timeout, _DOWN_SECONDS)
+            )
+        self.drop()
+        went_down(max(1.0, deadline - time.monotonic()))
+
+        def rebooted() -> bool:
+            with contextlib.suppress(Unreachable):
+                self.wait(max(1.0, deadline - time.monotonic()), alive)
+                if self.boot_id() != before:
+                    return True
+            self.drop()
+            return False
+
+        processes.wait_until(rebooted, what="a reboot", timeout=timeout, log=self._endpoint.console_log)
+
+    def drop(self) -> None:
+        """End the shared connection, if there is one (before a reboot, for one)."""
+        self._master.close()
+        self._socket.unlink(missing_ok=True)
+
+    def _greets(self) -> bool:
+        """Tell whether an ssh server answers: QEMU takes connections for a guest that has not booted yet."""
+        if self._endpoint.proxy_command:
+            return True
+        address = (self._endpoint.address, self._endpoint.port)
+        try:
+            with socket.create_connection(address, timeout=_BANNER_SECONDS) as connection:
+                return connection.recv(4) == b"SSH-"
+        except OSError:
+            return False
+
+    def _connect(self) -> str | None:
+        """Start the shared connection and try it; returns None, or what ssh said when it failed."""
+        said = self._directory / "ssh.log"
+        with ExitStack() as owned:
+            with said.open("wb") as log:
+                master = owned.enter_context(
+                    processes.running(self._argv(None), env=self._env, stdout=log.fileno())
+                )
+
+            def settled() -> bool:
+                return self._socket.exists() or master.poll() is not None
+
+            try:
+                processes.wait_until(settled, what="a login by ssh", timeout=_MASTER_SECONDS, interval=0.05)
+                if master.poll() is None:
+                    self._master = owned.pop_all()
+                    self.run("true", timeout=_MASTER_SECONDS)
+                    return None
+            except (TimedOut, BuildFailed):
+                self.drop()
+        return said.read_text(errors="replace")
+
+    def _argv(self, command: str | None) -> list[str]:
+        # Without a command: the shared connection itself, as a child of ours that ends when we do.
+        if command is None:
+            return ["ssh", "-F", str(self.config), "-M", "-N", HOST]
+        return ["ssh", "-F", str(self.config), HOST, "--", command]
+
+    def _as_root(self, command: str) -> str:
+        if self._endpoint.user == "root":
+            return command
+        return f"sudo -n -- sh -c {shlex.quote(command)}"
+
+    def _judge(self, command: str, status: int, stderr: str, *, check: bool) -> None:
+        tail = tuple(stderr.strip().splitlines()[-processes.TAIL_LINES :])
+        log = self._endpoint.console_log
+        if status == SSH_FAILED:
+            raise Unreachable(f"ssh to the machine failed (`{command}`)", log=log, tail=tail)
+        if check and status != 0:
+            raise BuildFailed(f"`{command}` failed on the machine (exit status {status})", log=log, tail=tail)
+
+    def _ssh_config(self) -> str:
+        lines = {
+            "HostName": self._endpoint.address,
+            "Port": str(self._endpoint.port),
+            "User": self._endpoint.user,
+            "IdentityFile": _quoted(self._key),
+            "IdentitiesOnly": "yes",
+            "IdentityAgent": "none",
+            "BatchMode": "yes",
+            "PreferredAuthentications": "publickey",
+            # The first key seen is the machine's; a changed one later is refused.
+            "StrictHostKeyChecking": "accept-new",
+            "UserKnownHostsFile": _quoted(self._directory / "known_hosts"),
+            "GlobalKnownHostsFile": "/dev/null",
+            "HostKeyAlias": HOST,
+            "UpdateHostKeys": "no",
+            # Shares our connection, and never leaves one of its own behind.
+            "ControlMaster": "no",
+            "ControlPath": _quoted(self._socket),
+            "ConnectTimeout": "30",
+            "ServerAliveInterval": "15",
+            "ServerAliveCountMax": "8",
+            "ForwardAgent": "no",
+            "LogLevel": "ERROR",
+        }
+        if self._endpoint.address.startswith("127."):
+            # On an emulated guest the key exchange and the cipher cost seconds; nobody listens on loopback.
+            lines |= {
+                "KexAlgorithms": "^curve25519-sha256",
+                "Ciphers": "^aes128-ctr",
+                "MACs": "^umac-64-etm@openssh.com",
+            }
+        if self._endpoint.proxy_command:
+            lines["ProxyCommand"] = self._endpoint.proxy_command
+        return f"Host {HOST}\n" + "".join(f"    {name} {value}\n" for name, value in lines.items())
+
+
+def _quoted(path: Path) -> str:
+    # ssh_config expands % in paths.
+    return '"' + str(path).replace("%", "%%") + '"'
+
+
+def _waited(process: Popen[str], timeout: float, *, what: str) -> int:
+    try:
+        return process.wait(timeout)
+    except TimeoutExpired as late:
+        raise TimedOut(f"{what} took longer than {timeout:.0f} s") from late

@@ -1,0 +1,264 @@
+"""One machine's way through the phases: first boot, service restart, reboot, memory pressure."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ami_builder import qemu
+from ami_builder.build.guest import user_data
+from ami_builder.build.target import Machine
+from ami_builder.console import Step
+from ami_builder.core.errors import AmiBuilderError
+from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.state.workspace import Run
+from ami_builder.system import processes, ssh
+from ami_builder.system.resources import checks_dir
+from ami_builder.verify import runner
+from ami_builder.verify.boot_progress import SHUTTING_DOWN, WAITING, reporting
+
+_SHORT_SECONDS = 60.0
+_PROMPT_BOOT_SECONDS = 60.0
+"""From the start to a login by ssh, on EC2 and on a fast host without KVM."""
+_MOST_PATIENCE = 8.0
+# A fixed piece of work that a boot's CPU time is compared with: a shell, and processes that it starts. If it
+# changes, older records can't be compared any more.
+_IDLE = "sleep 3"
+_CONTROL = """
+i=0; while [ "$i" -lt 40000 ]; do i=$((i + 1)); done
+i=0; while [ "$i" -lt 40 ]; do /bin/true; i=$((i + 1)); done
+"""
+# A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
+_OWN_COMPOSE_FILE = """
+cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
+sed -i s/^DASK_ROLE=.*/DASK_ROLE=local/ /etc/dask/dask.env
+systemctl restart dask.service
+"""
+_READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
+
+_EVIDENCE = {
+    "journal.txt": "journalctl --no-pager --boot",
+    "dask-service.txt": "systemctl status --no-pager --full dask.service; cat /run/dask/*",
+    "docker-inspect.json": "docker ps -aq | xargs -r docker inspect",
+    "docker-logs.txt": "docker ps -aq | xargs -r -n 1 docker logs --tail 200 2>&1",
+    "cloud-init.txt": "cat /run/cloud-init/status.json /var/log/cloud-init*.log",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What one machine showed."""
+
+    results: tuple[CheckResult, ...]
+    measured: tuple[Measurement, ...]
+
+
+def prove(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
+    """Take a machine through all phases.
+
+    Raises BuildFailed, CloudFailed or TimedOut when it doesn't come up.
+    """
+    with step.step(f"machine of {machine.name}") as child:
+
+        def again() -> bool:
+            child.update("the emulated machine got stuck: booting again")
+            return True
+
+        return qemu.boot_again(lambda attempt: _Way(image, machine, run, attempt).go(child), again)
+
+
+class _Way:
+    def __init__(self, image: Image, machine: Machine, run: Run, attempt: int) -> None:
+        name = machine.name.replace(" ", "") + (f"-{attempt}" if attempt > 1 else "")
+        self.image = image
+        self.machine = machine
+        self.work = run.work / name
+        self.evidence = run.directory / "machines" / name
+        for folder in (self.work, self.evidence):
+            folder.mkdir(parents=True)
+        self.key = ssh.generate_key(self.work)
+        self.public_key = self.key.with_suffix(".pub").read_text().strip()
+        self.nonce = secrets.token_hex(16)
+        self.results: list[CheckResult] = []
+        self.measured: list[Measurement] = []
+        self.patience = 1.0
+        """How many times longer than on a fast host everything may take before waiting for it stops."""
+
+    @property
+    def timeout(self) -> float:
+        """How long a step may take, in seconds."""
+        return self.image.verify.timeout * self.patience
+
+    def go(self, step: Step) -> Proof:
+        """Go through all phases, or until one is red.
+
+        Evidence is kept when a check failed or is inconclusive, or the machine did not come up.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._keep_console)
+            text = user_data(self.image, nonce=self.nonce)
+            with step.step("start"):
+                endpoint = self.machine.start(stack, self.work, text, self.public_key)
+            # Not before: how long a cloud looks for room says nothing about the image.
+            began = time.monotonic()
+            session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
+            try:
+                with step.step("first boot", detail=WAITING) as child:
+                    alive = reporting(self.machine.check_alive, child, endpoint.console_log)
+                    session.wait(self.timeout, alive)
+                    seconds = time.monotonic() - began
+                    # The boot is the control: what took three times as long here may go on doing so.
+                    self.patience = min(_MOST_PATIENCE, max(1.0, seconds / _PROMPT_BOOT_SECONDS))
+                    self._check(session, FIRST_BOOT, child, began, ssh_seconds=seconds)
+                with step.step("service restart, with the image's own Compose file") as child:
+                    began = time.monotonic()
+                    session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=self.timeout)
+                    self._check(session, "restart", child, began)
+                # What is red already is red sooner without the longest steps; and a machine without the right
+                # limit may freeze for good under pressure, and its evidence with it.
+                if not self._failed():
+                    with step.step("reboot", detail=SHUTTING_DOWN) as child:
+                        began = time.monotonic()
+                        alive = reporting(self.machine.check_alive, child, endpoint.console_log, reboot=True)
+                        self.machine.reboot(session, self.timeout, alive)
+                        self._check(session, "reboot", child, began, ssh_seconds=time.monotonic() - began)
+                if self.image.verify.pressure and not self._failed():
+                    with step.step("memory pressure") as child:
+                        self._judge(session, PRESSURE, child)
+            except AmiBuilderError as failed:
+                self.machine.save_console()
+                if failed.log == endpoint.console_log:
+                    failed.tail = processes.last_lines(endpoint.console_log)
+                if not isinstance(failed, qemu.GuestStuck):
+                    self._keep_evidence(session, step)
+                raise
+            if self._failed() or self._ended(Outcome.INCONCLUSIVE):
+                self.machine.save_console()
+                self._keep_evidence(session, step)
+        return Proof(results=tuple(self.results), measured=tuple(self.measured))
+
+    def _check(
+        self, session: ssh.Session, phase: str, step: Step, began: float, ssh_seconds: float | None = None
+    ) -> None:
+        dask_seconds: float | None = None
+        cpu_seconds: float | None = None
+
+        def ready() -> None:
+            nonlocal dask_seconds, cpu_seconds
+            dask_seconds = time.monotonic() - began
+            if ssh_seconds is not None:
+                cpu_seconds = self.machine.cpu_seconds(session)
+
+        step.update("waiting for Dask")
+        self._judge(session, phase, step, ready)
+        short = _SHORT_SECONDS * self.patience
+        measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=short).stdout.strip()
+        if measured.isdigit():
+            self.measured.append(
+                Measurement(
+                    machine=self.machine.name,
+                    phase=phase,
+                    total=self.machine.memory,
+                    available=int(measured),
+                    ssh_seconds=ssh_seconds,
+                    dask_seconds=dask_seconds,
+                    cpu_seconds=cpu_seconds,
+                    control_seconds=self._control(session) if phase == FIRST_BOOT else None,
+                )
+            )
+
+    def _control(self, session: ssh.Session) -> float | None:
+        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest.
+
+        What it uses while nothing is asked of it is not part of that: on a slow host the work takes long, and
+        all of Dask goes on beside it. None when that can't be known.
+        """
+        (idle, idle_seconds), (work, work_seconds) = (
+            self._used(session, script) for script in (_IDLE, _CONTROL)
+        )
+        if idle is None or work is None:
+            return None
+        alone = work - idle * work_seconds / idle_seconds
+        return alone if alone > 0 else None
+
+    def _used(self, session: ssh.Session, script: str) -> tuple[float | None, float]:
+        """Run a script, and return the CPU seconds that the machine used, and the seconds that it took."""
+        began, before = time.monotonic(), self.machine.cpu_seconds(session)
+        session.run(script, timeout=self.timeout)
+        after = self.machine.cpu_seconds(session)
+        used = None if before is None or after is None else after - before
+        return used, time.monotonic() - began
+
+    def _judge(
+        self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        """Run the checks of a phase, and say on the step how they ended."""
+        settings = self.image.verify
+        results = runner.run(
+            files=[*runner.shipped(checks_dir()), *settings.checks],
+            ssh_config=session.config,
+            host=ssh.HOST,
+            phase=phase,
+            context=runner.Context(
+                nonce=self.nonce,
+                machine=self.machine.name,
+                machine_memory=self.machine.memory,
+                disk=settings.disk_size,
+                reserve=self.image.reserve,
+                headroom=self.image.nanny_headroom,
+                datasource=settings.datasource,
+                role=Role.LOCAL,
+                workers=self.image.dask.workers,
+                user=self.image.base.ssh_user,
+                public_key=self.public_key,
+                timeout=self.timeout,
+                emulator=self.machine.emulator,
+            ),
+            directory=self.evidence,
+            timeout=self.timeout,
+            alive=self.machine.check_alive,
+            on_result=lambda result: step.update(result.name),
+            on_ready=on_ready,
+            on_progress=step.update,
+        )
+        self.results += results
+        step.done(summary(results))
+
+    def _failed(self) -> bool:
+        return self._ended(Outcome.FAILED)
+
+    def _ended(self, outcome: Outcome) -> bool:
+        """Tell whether any check so far ended like that."""
+        return any(result.outcome is outcome for result in self.results)
+
+    def _keep_evidence(self, session: ssh.Session, step: Step) -> None:
+        """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
+        for name, command in _EVIDENCE.items():
+            step.update(f"fetching {name}")
+            try:
+                # What a broken machine lacks must not keep the rest from being told.
+                short = _SHORT_SECONDS * self.patience
+                session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=short)
+            except AmiBuilderError as gone:
+                (self.evidence / name).write_text(f"not available: {gone}\n")
+                if isinstance(gone, ssh.Unreachable):
+                    return
+
+    def _keep_console(self) -> None:
+        log: Path = self.work / "console.log"
+        if log.exists():
+            shutil.copy(log, self.evidence)
+
+
+def summary(results: Sequence[CheckResult]) -> str:
+    """Return in one line how the checks of a phase ended, the worst alone."""
+    for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
+        if count := sum(result.outcome is outcome for result in results):
+            return f"{count} of {len(results)} checks {outcome}"
+    notes = [result.message for result in results if result.outcome is Outcome.PASSED and result.message]
+    return "; ".join([f"{len(results)} checks passed", *notes])

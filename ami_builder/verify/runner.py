@@ -1,0 +1,262 @@
+"""Runs the checks on a booted machine: pytest in a process of its own, with guards around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from subprocess import Popen
+from threading import Event
+
+import ami_builder
+from ami_builder.checks.context import ENVIRONMENT, Context
+from ami_builder.core.errors import UsageError
+from ami_builder.core.records import CheckResult, Outcome
+from ami_builder.system import processes
+
+__all__ = ["Context", "digest", "run", "shipped"]
+
+_PLUGIN = "ami_builder.checks.plugin"
+_ALIVE_SECONDS = 2.0
+_FAILED = 1
+_STATUS = {
+    2: "it was interrupted, or a file could not be read",
+    3: "an error inside pytest",
+    4: "it was called wrongly",
+}
+
+
+def shipped(folder: Path) -> tuple[Path, ...]:
+    """Return the check files in a folder, in the order in which they run."""
+    return tuple(sorted(folder.glob("test_*.py")))
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Return the sha256 over what a verdict depends on: these files, those beside ours, pressure and host.
+
+    Raises UsageError when one can't be read.
+    """
+    folder = Path(ami_builder.__file__).parent / "checks"
+    beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
+    beside |= {folder.parent / "core" / "oom.py", folder.parent / "system" / "host.py"}
+    total = hashlib.sha256()
+    for path in sorted(beside | {file.resolve() for file in _expanded(files)}):
+        try:
+            content = path.read_bytes()
+        except OSError as wrong:
+            raise UsageError(f"the checks in {path} can't be read: {wrong.strerror}") from wrong
+        total.update(path.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return total.hexdigest()
+
+
+def run(
+    *,
+    files: Sequence[Path],
+    ssh_config: Path,
+    host: str,
+    phase: str,
+    context: Context,
+    directory: Path,
+    timeout: float,
+    alive: Callable[[], None] = lambda: None,
+    share_connection: bool = True,
+    on_result: Callable[[CheckResult], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> tuple[CheckResult, ...]:
+    """Run check files on the machine `host` of `ssh_config` and return a result for every check.
+
+    What keeps the checks from being believed (no checks, all skipped, another machine, pytest broken or
+    stopped) is a failed result whose name begins with `guard:`, never a pass. A check that the host was too
+    busy for is inconclusive, and the others go on. `directory` gets pytest's log,
+    JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
+    checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
+    called when the right machine's Dask has answered, before the first check; `on_progress` gets what a long
+    check is doing.
+    Raises UsageError when a file is missing, and what `alive`, asked again and again, says of a machine that
+    is gone: nothing is left to check then.
+    """
+    for path in files:
+        if not path.exists():
+            raise UsageError(f"there are no checks at {path}", hint="see verify.checks in ami-builder.toml")
+    directory.mkdir(parents=True, exist_ok=True)
+    clean = directory.resolve() / f"checks-{phase}"
+    clean.mkdir(exist_ok=True)
+    # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
+    (clean / "pytest.ini").write_text("[pytest]\n")
+    replace(context, phase=phase).write(clean / "context.json")
+    tally = _Tally(
+        phase=phase,
+        machine=context.machine,
+        on_result=on_result,
+        on_ready=on_ready,
+        on_progress=on_progress,
+    )
+    log = directory / f"checks-{phase}.log"
+    receiver, sender = os.pipe()
+    with (
+        os.fdopen(receiver, encoding="utf-8", errors="replace") as events,
+        os.fdopen(sender, "w") as mouth,
+        log.open("wb") as out,
+    ):
+        argv: list[str | Path] = [
+            *(sys.executable, "-m", "pytest", "-v", "--color=no", "--tb=short", "--strict-markers"),
+            *("-p", _PLUGIN, "-p", "no:cacheprovider", "-c", clean / "pytest.ini"),
+            # So that every check's name has its file in it, and every file its conftest.py.
+            *("--rootdir=/", "--confcutdir=/"),
+            *("--import-mode=importlib", f"--junitxml={directory.resolve() / f'junit-{phase}.xml'}"),
+            f"--hosts={host if '://' in host else f'ssh://{host}'}",
+            f"--ssh-config={ssh_config if share_connection else _unshared(ssh_config, clean)}",
+            f"--events={sender}",
+            f"--record={directory.resolve()}",
+            *(path.resolve() for path in files),
+        ]
+        with processes.running(
+            argv, env=_environment(clean), cwd=clean, stdout=out.fileno(), pass_fds=[sender]
+        ) as process:
+            mouth.close()  # so that the events end with pytest
+            bound = 2 * context.timeout + timeout
+            with _watched(process, bound, alive) as late:
+                for line in events:
+                    tally.add(line)
+                status = process.wait()
+    tally.close(f"stopped after {bound:.0f} s" if late.is_set() else _reason(status), log)
+    return tuple(tally.results)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tally:
+    """What pytest told so far, and whether it can be believed in the end."""
+
+    phase: str
+    machine: str
+    on_result: Callable[[CheckResult], None] | None
+    on_ready: Callable[[], None] | None
+    on_progress: Callable[[str], None] | None
+    results: list[CheckResult] = field(default_factory=list)
+    expected: int = 0
+    checks: int = 0
+    finished: bool = False
+
+    def add(self, line: str) -> None:
+        event = json.loads(line)
+        match event["event"]:
+            case "collected":
+                self.expected = event["count"]
+            case "ready":
+                if self.on_ready is not None:
+                    self.on_ready()
+            case "progress":
+                if self.on_progress is not None:
+                    self.on_progress(event["text"])
+            case "result":
+                self.checks += 1
+                self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])
+            case "guard":
+                self._result(event["name"], Outcome.FAILED, event["message"])
+            case "finished":
+                self.finished = True
+
+    def close(self, reason: str, log: Path) -> None:
+        """Add a failed guard where the results can't be believed; `reason` says why pytest ended badly."""
+        failed = any(result.outcome is Outcome.FAILED for result in self.results)
+        last = next((line for line in reversed(processes.last_lines(log)) if line.strip()), "no output")
+        if any(result.name.startswith("guard:") for result in self.results):
+            return
+        if self.finished and not self.checks and not self.expected:
+            self._guard("checks were found", f"pytest ran nothing ({last.strip(' =')})")
+        elif self.checks < self.expected or not self.finished or (reason and not failed):
+            why = f"{self.checks} of {self.expected} checks were run: {reason or 'pytest ended early'}"
+            self._guard("the checks ran to the end", f"{why} ({last.strip(' =')})")
+        elif all(result.outcome is Outcome.SKIPPED for result in self.results):
+            self._guard("not all checks were skipped", f"all {self.checks} were")
+
+    def _guard(self, name: str, message: str) -> None:
+        self._result(f"guard: {name}", Outcome.FAILED, message)
+
+    def _result(self, name: str, outcome: Outcome, message: str, seconds: float = 0.0) -> None:
+        result = CheckResult(
+            name=name,
+            phase=self.phase,
+            machine=self.machine,
+            outcome=outcome,
+            seconds=seconds,
+            message=message,
+        )
+        self.results.append(result)
+        if self.on_result is not None:
+            self.on_result(result)
+
+
+def _reason(status: int) -> str:
+    """Say why an exit status of pytest is not that of a finished run; empty for 0."""
+    if status == 0:
+        return ""
+    if status == _FAILED:
+        return "it failed, though no check did"
+    return _STATUS.get(status, f"exit status {status}")
+
+
+@contextmanager
+def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> Iterator[Event]:
+    """Stop `process` after `seconds`, which the event tells, or when `alive` raises, which is raised then."""
+    late, over, gone = Event(), Event(), list[Exception]()
+
+    def watch() -> None:
+        end = time.monotonic() + seconds
+        while not over.wait(min(_ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                late.set()
+                break
+            try:
+                alive()
+            except Exception as wrong:  # raised below: here it would end the watch alone
+                gone.append(wrong)
+                break
+        else:
+            return
+        processes.stop(process)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield late
+    finally:
+        over.set()
+        watcher.join()
+    if gone:
+        raise gone[0]
+
+
+def _environment(clean: Path) -> dict[str, str]:
+    # A source checkout need not be installed for its plugin to be found.
+    package = Path(ami_builder.__file__).resolve().parents[1]
+    own = {
+        ENVIRONMENT: str(clean / "context.json"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": str(package),
+    }
+    return processes.environment(own)
+
+
+def _unshared(ssh_config: Path, clean: Path) -> Path:
+    """Return an ssh_config that differs in having no shared connection: ssh takes what it reads first."""
+    config = clean / "ssh_config-unshared"
+    config.write_text(f'ControlMaster no\nControlPath none\nInclude "{ssh_config.resolve()}"\n')
+    return config
+
+
+def _expanded(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files, with folders replaced by the Python files in them."""
+    for path in files:
+        if path.is_dir():
+            yield from path.rglob("*.py")
+        else:
+            yield path

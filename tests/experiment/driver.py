@@ -1,0 +1,105 @@
+"""Owns the process in which a scheduler and its client run beside a machine (see drive.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ami_builder.core.errors import BuildFailed, MissingTool
+from ami_builder.system import processes
+from ami_builder.verify.executor import INSTALL
+
+_START_SECONDS = 60.0
+
+
+def require_distributed() -> None:
+    """Raise MissingTool without Dask here."""
+    if importlib.util.find_spec("distributed") is None:
+        raise MissingTool(
+            "the experiment's scheduler and client run here, and Dask (distributed) isn't installed",
+            hint=INSTALL,
+        )
+
+
+class Driver:
+    """A scheduler that listens, and a client with work for it; made by `driving`."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process = process
+        self._log = log
+        self._said: queue.Queue[Mapping[str, Any]] = queue.Queue()
+        assert process.stdout is not None
+        self._reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        self._reader.start()
+        self.port = int(self.expect("port", timeout=_START_SECONDS)["port"])
+
+    def _read(self, out: IO[str]) -> None:
+        with suppress(ValueError):  # the pipe is closed once the process has ended
+            for line in out:
+                self._said.put(json.loads(line))
+
+    def expect(
+        self,
+        key: str,
+        *,
+        timeout: float,
+        alive: Callable[[], None] = lambda: None,
+        on_other: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> Mapping[str, Any]:
+        """Return the next message that has `key`; others go to `on_other`, and `alive` may raise in between.
+
+        Raises TimedOut after `timeout` seconds, BuildFailed when the process has ended.
+        """
+
+        def look() -> Mapping[str, Any] | None:
+            alive()
+            while not self._said.empty():
+                message = self._said.get()
+                if key in message:
+                    return message
+                on_other(message)
+            if self._process.poll() is not None and not self._reader.is_alive() and self._said.empty():
+                raise BuildFailed(
+                    f"the experiment's scheduler ended (exit status {self._process.returncode})",
+                    log=self._log,
+                    tail=processes.last_lines(self._log),
+                )
+            return None
+
+        return processes.wait_until(look, what=f"{key!r} of the scheduler", timeout=timeout, log=self._log)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send one message; raises BuildFailed when nobody is there."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as gone:
+            raise BuildFailed("the experiment's scheduler has ended", log=self._log) from gone
+
+
+@contextmanager
+def driving(log: Path) -> Iterator[Driver]:
+    """Run a scheduler and its client on a free port of loopback until the block ends; raises MissingTool."""
+    require_distributed()
+    argv = [sys.executable, "-m", "tests.experiment.drive"]
+    environment = processes.environment({"PYTHONPATH": str(Path(__file__).resolve().parents[2])})
+    with (
+        log.open("w") as err,
+        processes.running(
+            argv,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=err.fileno(),
+        ) as process,
+    ):
+        yield Driver(process, log)

@@ -1,0 +1,258 @@
+"""Instances that are real: each is a QEMU machine that looks like EC2's, at a loopback address of its own.
+
+An AMI is a qcow2 file. A launch puts an overlay on it, which is the instance's root volume; CreateImage
+freezes that overlay as the AMI's file and puts a new one on top, so nothing is copied. Files that no AMI and
+no instance stands on are removed. Port 22 of an instance's address leads to its guest while a security group
+lets this machine in. Not for use where this process calls `proc.cancel`, which ends all children, these too.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moto.ec2.models.instance_types import INSTANCE_TYPES
+from moto.ec2.models.instances import Instance
+
+from ami_builder import qemu
+from ami_builder.core.records import Network
+from ami_builder.qemu import imds
+from ami_builder.system import processes
+from tests.fake_ec2.image import DEBIAN_ACCOUNT, Image
+from tests.fake_ec2.machine import Launch, Vm
+from tests.fake_ec2.state import end, set_state
+
+GIB = 1 << 30
+MOST_MIB = 2048
+"""Memory of a type that the table doesn't have, unless EC2's has less."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Disk:
+    path: Path
+    backing: Path | None
+    """The file that it stands on; None for the base disk, which is never removed."""
+
+
+class Machines:
+    """What runs the instances: give it to `Cloud.machines`; the context ends them and removes their disks.
+
+    `base` is the disk of every image that a region begins with. `memory` says how many MiB an instance type
+    has; DescribeInstanceTypes tells the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: Path,
+        directory: Path,
+        accelerator: qemu.Accelerator,
+        memory: Mapping[str, int] | None = None,
+        network: Network = Network.ISOLATED,
+        port: int | None = None,
+        cpus: int = 2,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.port = port if port is not None else (22 if os.geteuid() == 0 else 2222)
+        """Where ssh answers, at each instance's address."""
+        self._base, self._directory = base.resolve(), directory.resolve()
+        self._accelerator, self._network, self._cpus = accelerator, network, cpus
+        self._memory = dict(memory or {})
+        self._vms: dict[str, Vm] = {}
+        self._images: dict[str, Path] = {}
+        self._disks: dict[Path, _Disk] = {}
+        self._number = 0
+
+    def __enter__(self) -> Machines:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def memory_of(self, kind: str, mib: int) -> int:
+        """Return how many MiB a type has here, where EC2's has `mib`."""
+        return self._memory.get(kind, min(mib, MOST_MIB))
+
+    def clear(self) -> None:
+        """End all instances and forget all disks; the caller must not hold the cloud's lock."""
+        with self.lock:
+            vms = list(self._vms.values())
+        for vm in vms:
+            vm.ask("terminate")
+        for vm in vms:
+            vm.join()
+        with self.lock:
+            self._vms.clear()
+            self._images.clear()
+            self._collect()
+
+    def launch(self, backend: Any, instance: Instance, image: Image) -> None:
+        """Boot the instance on a new overlay of the image's disk."""
+        disk = self._images.get(image.id)
+        if disk is None and image.owner_id == DEBIAN_ACCOUNT:
+            disk = self._base
+        assert disk is not None, f"{image.id} has no disk: it was neither captured nor copied here"
+        root = next(iter(instance.block_device_mapping.values()))
+        volume = self._overlay(disk, backend.get_volume(root.volume_id).size * GIB)
+        key = backend.key_pairs.get(instance.key_name)
+        mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
+        vm = Vm(
+            Launch(
+                instance_id=instance.id,
+                address=str(instance.private_ip_address),
+                port=self.port,
+                memory=self.memory_of(instance.instance_type, mib) << 20,
+                cpus=self._cpus,
+                accelerator=self._accelerator,
+                network=self._network,
+                directory=self._directory / instance.id,
+                metadata=imds.InstanceMetadata(
+                    instance_id=instance.id,
+                    ami_id=image.id,
+                    instance_type=instance.instance_type,
+                    region=backend.region_name,
+                    zone=str(instance.availability_zone).removeprefix(backend.region_name),
+                    public_key=key.public_key.strip() if key is not None else None,
+                    key_name=instance.key_name or "",
+                    user_data=base64.b64decode(str(instance.user_data)) if instance.user_data else None,
+                ),
+            ),
+            volume=volume,
+            owner=_Owner(self, backend, instance),
+        )
+        self._vms[instance.id] = vm
+        set_state(instance, "pending", 0)
+        vm.start()
+
+    def stop(self, instance: Instance) -> None:
+        """Press the guest's power button."""
+        self._vms[instance.id].ask("stop")
+
+    def start(self, instance: Instance) -> None:
+        """Boot a stopped instance again."""
+        set_state(instance, "pending", 0)
+        self._vms[instance.id].ask("start")
+
+    def reboot(self, instance: Instance) -> None:
+        """Reset the guest."""
+        self._vms[instance.id].ask("reset")
+
+    def terminate(self, instance: Instance) -> None:
+        """Cut the instance's power and remove its disk."""
+        self._vms[instance.id].ask("terminate")
+
+    def capture(self, instance: Instance, image: Image) -> None:
+        """Freeze the instance's disk as the image's; a running guest is shut down for it and booted again."""
+
+        def freeze() -> None:
+            vm = self._vms[instance.id]
+            with self.lock:
+                frozen = vm.volume
+                self._images[image.id] = frozen
+                vm.volume = self._overlay(frozen, None)
+                image.captured = True
+
+        self._vms[instance.id].ask("capture", freeze)
+
+    def copy(self, source: Image, image: Image) -> None:
+        """Let a copy of an image have the same disk."""
+        if source.id in self._images:
+            self._images[image.id] = self._images[source.id]
+
+    def disk(self, image_id: str) -> Path:
+        """Return the disk of an image that was captured or copied here: what EC2 calls its snapshot."""
+        return self._images[image_id]
+
+    def drop(self, image_id: str) -> None:
+        """Forget the disk of a deregistered image."""
+        self._images.pop(image_id, None)
+        self._collect()
+
+    def console(self, instance_id: str) -> bytes:
+        """Return what the guest has written to its serial console."""
+        log = self._directory / instance_id / "console.log"
+        return log.read_bytes() if log.exists() else b""
+
+    def gone(self, instance_id: str) -> None:
+        """Forget an instance that was terminated."""
+        self._vms.pop(instance_id, None)
+        self._collect()
+
+    def _overlay(self, backing: Path, size: int | None) -> Path:
+        self._number += 1
+        path = self._directory / f"disk-{self._number}.qcow2"
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(backing), str(path)]
+        processes.output([*argv, *([str(size)] if size is not None else [])], what=f"creating {path}")
+        self._disks[path] = _Disk(path=path, backing=backing)
+        return path
+
+    def _collect(self) -> None:
+        """Remove the files that nothing stands on."""
+        wanted: set[Path] = set()
+        for path in [*self._images.values(), *(vm.volume for vm in self._vms.values())]:
+            at: Path | None = path
+            while at in self._disks and at not in wanted:
+                wanted.add(at)
+                at = self._disks[at].backing
+        for path in set(self._disks) - wanted:
+            path.unlink(missing_ok=True)
+            del self._disks[path]
+
+
+class _Owner:
+    """How a machine's thread writes down what becomes of its instance."""
+
+    def __init__(self, machines: Machines, backend: Any, instance: Instance) -> None:
+        self._machines, self._backend, self._instance = machines, backend, instance
+
+    def running(self) -> None:
+        """The guest boots."""
+        with self._machines.lock:
+            if self._instance.state == "pending":
+                set_state(self._instance, "running", 16)
+
+    def off(self, reason: str) -> bool:
+        """The guest is off; returns whether the instance is to go with it."""
+        with self._machines.lock:
+            code = reason.partition(":")[0]
+            end(self._instance, code=code, message=reason)
+            if self._instance.state != "terminated":
+                return False
+            # As at EC2, until its disk is gone too: whoever reads "terminated" finds nothing left.
+            set_state(self._instance, "shutting-down", 32)
+            return True
+
+    def ended(self) -> None:
+        """The instance is gone."""
+        with self._machines.lock:
+            set_state(self._instance, "terminated", 48)
+            self._machines.gone(self._instance.id)
+
+    def admits(self, port: int) -> bool:
+        """Tell whether a security group of the instance lets this machine in."""
+        with self._machines.lock:
+            groups = [*self._instance.security_groups]
+            for nic in self._instance.nics.values():
+                groups += nic.group_set
+            return any(_covers(rule, port) for group in groups for rule in group.ingress_rules)
+
+
+def _covers(rule: Any, port: int) -> bool:
+    if str(rule.ip_protocol) not in ("tcp", "6", "-1"):
+        return False
+    if str(rule.ip_protocol) != "-1" and not int(rule.from_port) <= port <= int(rule.to_port):
+        return False
+    cidr = str((rule.ip_range or {}).get("CidrIp") or "::1/128")
+    return ipaddress.ip_address("127.0.0.1") in ipaddress.ip_network(cidr, strict=False)

@@ -1,0 +1,274 @@
+"""Which resources a call touches, as IAM sees them: ARNs, tags, and the tags that the call asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moto.ec2.models import ec2_backends
+
+from tests.fake_ec2.calls import ACCOUNT, Call, Refused
+
+NEW = "*"
+"""The id of what the call is about to make."""
+
+_KINDS = {
+    "ami": ("image", "InvalidAMIID.NotFound"),
+    "i": ("instance", "InvalidInstanceID.NotFound"),
+    "snap": ("snapshot", "InvalidSnapshot.NotFound"),
+    "vol": ("volume", "InvalidVolume.NotFound"),
+    "sg": ("security-group", "InvalidGroup.NotFound"),
+    "subnet": ("subnet", "InvalidSubnetID.NotFound"),
+    "vpc": ("vpc", "InvalidVpcID.NotFound"),
+    "eni": ("network-interface", "InvalidNetworkInterfaceID.NotFound"),
+    "key": ("key-pair", "InvalidKeyPair.NotFound"),
+    "lt": ("launch-template", "InvalidLaunchTemplateId.NotFound"),
+    "sir": ("spot-instances-request", "InvalidSpotInstanceRequestID.NotFound"),
+}
+_NO_ACCOUNT = ("image", "snapshot")
+
+# Action -> what it makes, and the parameters that name what it touches.
+_EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "RunInstances": (
+        ("instance", "volume", "network-interface"),
+        ("ImageId", "SubnetId", "SecurityGroupIds", "KeyName"),
+    ),
+    "CreateLaunchTemplate": (("launch-template",), ()),
+    "DeleteLaunchTemplate": ((), ("LaunchTemplateId", "LaunchTemplateName")),
+    "CreateFleet": (("fleet", "instance", "volume", "network-interface"), ()),
+    "TerminateInstances": ((), ("InstanceIds",)),
+    "StopInstances": ((), ("InstanceIds",)),
+    "StartInstances": ((), ("InstanceIds",)),
+    "RebootInstances": ((), ("InstanceIds",)),
+    "GetConsoleOutput": ((), ("InstanceId",)),
+    "ModifyInstanceAttribute": ((), ("InstanceId",)),
+    "ModifyInstanceMetadataOptions": ((), ("InstanceId",)),
+    "CreateImage": (("image", "snapshot"), ("InstanceId",)),
+    "CopyImage": (("image", "snapshot"), ()),
+    "DeregisterImage": ((), ("ImageId",)),
+    "ModifyImageAttribute": ((), ("ImageId",)),
+    "EnableImageDeprecation": ((), ("ImageId",)),
+    "DisableImageDeprecation": ((), ("ImageId",)),
+    "EnableImageDeregistrationProtection": ((), ("ImageId",)),
+    "DisableImageDeregistrationProtection": ((), ("ImageId",)),
+    "EnableImage": ((), ("ImageId",)),
+    "DisableImage": ((), ("ImageId",)),
+    "CreateSecurityGroup": (("security-group",), ("VpcId",)),
+    "DeleteSecurityGroup": ((), ("GroupId",)),
+    "AuthorizeSecurityGroupIngress": ((), ("GroupId",)),
+    "AuthorizeSecurityGroupEgress": ((), ("GroupId",)),
+    "RevokeSecurityGroupIngress": ((), ("GroupId",)),
+    "RevokeSecurityGroupEgress": ((), ("GroupId",)),
+    "CreateKeyPair": (("key-pair",), ()),
+    "ImportKeyPair": (("key-pair",), ()),
+    "DeleteKeyPair": ((), ("KeyName", "KeyPairId")),
+    "CreateVolume": (("volume",), ()),
+    "DeleteVolume": ((), ("VolumeId",)),
+    "CreateSnapshot": (("snapshot",), ("VolumeId",)),
+    "DeleteSnapshot": ((), ("SnapshotId",)),
+    "ModifySnapshotAttribute": ((), ("SnapshotId",)),
+    "CreateTags": ((), ("Resources",)),
+    "DeleteTags": ((), ("Resources",)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """One resource that a call touches, and the permission that it needs for it."""
+
+    action: str
+    arn: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Those that it has."""
+    requested: Mapping[str, str] | None = None
+    """Those that the call asks for; None when tags are no matter of this call."""
+    create_action: str = ""
+    """For ec2:CreateTags within a call that makes the resource: that call."""
+    owner: str = ""
+    public: bool | None = None
+    unknown: str = ""
+    """The error that EC2 answers when there is no such resource; empty when there is."""
+
+
+def touched(call: Call, backend: Any) -> list[Touched]:
+    """Return what a call touches; raises LookupError for an action that this table doesn't know."""
+    if call.service == "ec2":
+        return list(_ec2(call, backend))
+    return list(_others(call))
+
+
+def _ec2(call: Call, backend: Any) -> Iterator[Touched]:
+    name = call.name
+    if call.action not in _EC2:
+        if not call.action.startswith(("Describe", "Get", "List")):
+            raise LookupError(f"{name}: say in {__name__} what it touches")
+        yield Touched(action=name, arn="*")
+        return
+    makes, names = _EC2[call.action]
+    asked = {
+        spec["ResourceType"]: {t["Key"]: t.get("Value", "") for t in spec.get("Tags", [])}
+        for spec in call.params.get("TagSpecifications", [])
+    }
+    for kind in makes:
+        tags = asked.get(kind, {})
+        arn = _arn(call.region, kind, NEW)
+        yield Touched(action=name, arn=arn, requested=tags)
+        if tags:
+            yield Touched(action="ec2:CreateTags", arn=arn, requested=tags, create_action=call.action)
+    of_tags = call.action in ("CreateTags", "DeleteTags")
+    requested = {t["Key"]: t.get("Value", "") for t in call.params.get("Tags", [])} if of_tags else None
+    for parameter in names:
+        given = call.params.get(parameter) or ()
+        for each in (given,) if isinstance(given, str) else given:
+            yield _existing(name, each, parameter, call.region, backend, requested)
+    yield from _implied(call, backend)
+
+
+def _implied(call: Call, backend: Any) -> Iterator[Touched]:
+    """Yield what a call touches without naming it."""
+    name, params = call.name, call.params
+    if call.action == "RunInstances":
+        if not params.get("SubnetId"):
+            yield Touched(action=name, arn=_arn(call.region, "subnet", "subnet-default"))
+        if not params.get("SecurityGroupIds") and not params.get("NetworkInterfaces"):
+            yield Touched(action=name, arn=_arn(call.region, "security-group", "sg-default"))
+        for interface in params.get("NetworkInterfaces", []):
+            for parameter in ("SubnetId", "Groups"):
+                given = interface.get(parameter) or ()
+                for each in (given,) if isinstance(given, str) else given:
+                    yield _existing(name, each, parameter, call.region, backend, None)
+        profile = params.get("IamInstanceProfile") or {}
+        if profile.get("Name") or profile.get("Arn"):
+            # The role of a profile has the profile's name here.
+            role = profile.get("Name") or profile["Arn"].rpartition("/")[2]
+            yield Touched(action="iam:PassRole", arn=f"arn:aws:iam::{ACCOUNT}:role/{role}")
+    if call.action == "CreateFleet":
+        yield from _launched_by_fleet(call, backend)
+    if call.action == "CopyImage":
+        origin = params["SourceRegion"]
+        yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
+    if call.action == "CreateSecurityGroup" and not params.get("VpcId"):
+        yield Touched(action=name, arn=_arn(call.region, "vpc", "vpc-default"))
+    if call.action == "DeregisterImage" and params.get("DeleteAssociatedSnapshots"):
+        image = backend.amis.get(params["ImageId"])
+        for mapping in image.block_device_mappings if image is not None else ():
+            yield _existing(
+                "ec2:DeleteSnapshot", mapping["Ebs"]["SnapshotId"], "", call.region, backend, None
+            )
+
+
+def _launched_by_fleet(call: Call, backend: Any) -> Iterator[Touched]:
+    """Yield the template, and what a fleet launches from it, which needs RunInstances too."""
+    for config in call.params["LaunchTemplateConfigs"]:
+        asked = config["LaunchTemplateSpecification"]
+        named = "LaunchTemplateId" if "LaunchTemplateId" in asked else "LaunchTemplateName"
+        template = _existing(call.name, asked[named], named, call.region, backend, None)
+        yield template
+        yield replace(template, action="ec2:RunInstances")
+        if template.unknown:
+            continue
+        data = backend.launch_templates[template.arn.rpartition("/")[2]].default_version().data
+        launch = Call(
+            service="ec2",
+            action="RunInstances",
+            region=call.region,
+            access_key=call.access_key,
+            # Tags that a template asks for are none of the call's.
+            params={key: value for key, value in data.items() if value and key != "TagSpecifications"},
+        )
+        yield from _ec2(launch, backend)
+
+
+def _existing(
+    action: str,
+    resource_id: str,
+    parameter: str,
+    region: str,
+    backend: Any,
+    requested: Mapping[str, str] | None,
+) -> Touched:
+    if parameter == "KeyName":
+        found = backend.key_pairs.get(resource_id)
+        tags = backend.tags.get(found.id, {}) if found is not None else {}
+        return Touched(action=action, arn=_arn(region, "key-pair", resource_id), tags=tags)
+    if parameter == "LaunchTemplateName":
+        resource_id = backend.launch_template_name_to_ids.get(resource_id, "lt-unknown")
+    kind, error = _KINDS.get(resource_id.partition("-")[0], ("", ""))
+    if not kind:
+        raise Refused("InvalidID", f"The ID '{resource_id}' is not valid")
+    thing = _find(kind, resource_id, backend)
+    return Touched(
+        action=action,
+        arn=_arn(region, kind, resource_id),
+        tags=dict(backend.tags.get(resource_id, {})),
+        requested=requested,
+        owner=str(getattr(thing, "owner_id", "") or ""),
+        public=getattr(thing, "is_public", None),
+        unknown="" if thing is not None else error,
+    )
+
+
+def _find(kind: str, resource_id: str, backend: Any) -> Any:
+    match kind:
+        case "image":
+            return backend.amis.get(resource_id)
+        case "instance":
+            return backend.get_instance_by_id(resource_id)
+        case "snapshot":
+            return backend.snapshots.get(resource_id)
+        case "volume":
+            return backend.volumes.get(resource_id)
+        case "security-group":
+            return backend.get_security_group_from_id(resource_id)
+        case "subnet":
+            return next((s[resource_id] for s in backend.subnets.values() if resource_id in s), None)
+        case "vpc":
+            return backend.vpcs.get(resource_id)
+        case "spot-instances-request":
+            spots = (each for each in backend.all_instances() if hasattr(each, "spot_instance_request_id"))
+            return next((each for each in spots if each.spot_instance_request_id == resource_id), None)
+        case "launch-template":
+            return backend.launch_templates.get(resource_id)
+        case "network-interface":
+            return backend.enis.get(resource_id)
+        case _:
+            return next((pair for pair in backend.key_pairs.values() if pair.id == resource_id), None)
+
+
+def _others(call: Call) -> Iterator[Touched]:
+    match call.service, call.action:
+        case "sts", "GetCallerIdentity":
+            return
+        case "ssm", (
+            "GetParameter"
+            | "GetParameters"
+            | "GetParametersByPath"
+            | "GetParameterHistory"
+            | "PutParameter"
+            | "LabelParameterVersion"
+            | "DeleteParameter"
+        ):
+            given = call.params.get("Names") or [call.params.get("Name") or call.params.get("Path")]
+            for name in given:
+                owner = "" if name.startswith("/aws/service/") else ACCOUNT
+                arn = f"arn:aws:ssm:{call.region}:{owner}:parameter/{name.lstrip('/')}"
+                yield Touched(action=call.name, arn=arn)
+                if call.params.get("Tags"):
+                    yield Touched(action="ssm:AddTagsToResource", arn=arn)
+        case "iam", "GetInstanceProfile":
+            profile = call.params["InstanceProfileName"]
+            yield Touched(action=call.name, arn=f"arn:aws:iam::{ACCOUNT}:instance-profile/{profile}")
+        case "autoscaling", "DescribeLaunchConfigurations":
+            yield Touched(action=call.name, arn="*")
+        case "ssm", ("DescribeInstanceInformation" | "DescribeParameters"):
+            yield Touched(action=call.name, arn="*")
+        case "pricing", "GetProducts":
+            yield Touched(action=call.name, arn="*")
+        case _:
+            raise LookupError(f"{call.name}: say in {__name__} what it touches")
+
+
+def _arn(region: str, kind: str, resource_id: str) -> str:
+    owner = "" if kind in _NO_ACCOUNT else ACCOUNT
+    return f"arn:aws:ec2:{region}:{owner}:{kind}/{resource_id}"

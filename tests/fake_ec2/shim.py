@@ -1,0 +1,165 @@
+"""The WSGI application: every request goes through faults, permissions and the log before moto sees it."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+from tests.fake_ec2 import parameters, prices
+from tests.fake_ec2.calls import ACCOUNT, Answer, Call, Refused, parse, refusal
+from tests.fake_ec2.ec2 import EC2
+from tests.fake_ec2.faults import Fault, Faults, Rule
+from tests.fake_ec2.policy import Guard
+from tests.fake_ec2.resources import touched
+from tests.fake_ec2.state import State
+
+CONTROL = "/_cloud/"
+
+_HTTP = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 412: "Precondition Failed"}
+
+
+class Shim:
+    """What the server runs; `lock` is held while moto works, since moto is not made for threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.state = State()
+        self.faults = Faults()
+        self.guard = Guard()
+        self.calls: list[Call] = []
+        self.on_reset: Callable[[], None] = lambda: None
+        self._moto = DomainDispatcherApplication(create_backend_app)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if environ["PATH_INFO"].startswith(CONTROL):
+            answer = self._control(environ["REQUEST_METHOD"], environ["PATH_INFO"], body)
+        else:
+            answer = self._answer(environ, body)
+        status = f"{answer.status} {_HTTP.get(answer.status, 'Error')}"
+        headers = [("Content-Type", answer.content_type), ("Content-Length", str(len(answer.body)))]
+        start_response(status, headers)
+        return [answer.body]
+
+    def _answer(self, environ: dict[str, Any], body: bytes) -> Answer:
+        try:
+            call = parse(environ, body)
+        except Refused as refused:
+            return refusal(Call(service="ec2", action="", region="", access_key=""), refused)
+        with self.lock:
+            self.calls.append(call)
+        rule = self.faults.meet(call.action, call.region, packer=call.packer)
+        fault = rule.fault if rule is not None else None
+        try:
+            _before(fault)
+            answer = self._performed(call, environ, body)
+            if fault is Fault.DUPLICATED:
+                self._performed(call, environ, body)
+        except Refused as refused:
+            answer = refusal(call, refused)
+        except ConnectionResetError:
+            call.outcome = Fault.RESET.value
+            _hang_up(environ)
+            raise
+        except Exception:
+            # Loud, and not retried: what is missing here must be noticed.
+            traceback.print_exc()
+            answer = refusal(call, Refused("NotImitated", f"this cloud failed at {call.name}", 501))
+        call.outcome = answer.code or "ok"
+        if rule is not None and fault is Fault.SLOW:
+            self.faults.hold(rule.seconds)
+        if fault is Fault.LOST_RESPONSE:
+            call.outcome = f"{call.outcome}, {fault.value}"
+            _hang_up(environ)
+            raise ConnectionResetError(fault.value)
+        return answer
+
+    def _performed(self, call: Call, environ: dict[str, Any], body: bytes) -> Answer:
+        with self.lock:
+            if call.service == "ec2":
+                ec2 = EC2.prepared(self.state, environ, body)
+                call.params = ec2.original_params()
+                self.guard.judge(call, ec2.ec2_backend)
+                if call.params.get("DryRun"):
+                    raise _tried(call, ec2.ec2_backend)
+                return ec2.performed()
+            self.guard.judge(call, None)
+            if call.service == "pricing":
+                return prices.products(call.params, self.state.options.region_prices)
+            if call.service == "ssm":
+                # Debian's parameter is there as soon as its region is used.
+                self.state.backend(ACCOUNT, call.region)
+                return parameters.performed(call, self.state, lambda: self._by_moto(environ, body))
+            return self._by_moto(environ, body)
+
+    def _by_moto(self, environ: dict[str, Any], body: bytes) -> Answer:
+        heard: dict[str, Any] = {}
+
+        def start_response(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
+            heard.update(status=int(status.split()[0]), headers=dict(headers))
+
+        fresh = {**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        raw = b"".join(self._moto(fresh, start_response))
+        kind = heard["headers"].get("Content-Type", "text/xml")
+        return Answer(status=heard["status"], body=raw, content_type=kind, code=_code(heard["status"], raw))
+
+    def _control(self, method: str, path: str, body: bytes) -> Answer:
+        told: Any = {}
+        status = 200
+        match method, path.removeprefix(CONTROL):
+            case "GET", "calls":
+                with self.lock:
+                    told = [call.told() for call in self.calls]
+            case "POST", "faults":
+                try:
+                    self.faults.add_rule(Rule.of(json.loads(body)))
+                except (ValueError, TypeError, KeyError) as error:
+                    status, told = 400, {"error": str(error)}
+            case "DELETE", "faults":
+                self.faults.clear()
+            case "POST", "reset":
+                self.on_reset()
+            case _:
+                status, told = 404, {"error": f"there is no {method} {path}"}
+        return Answer(status=status, body=json.dumps(told).encode(), content_type="application/json")
+
+
+def _tried(call: Call, backend: Any) -> Refused:
+    """Return what EC2 answers to a try (DryRun) that is allowed."""
+    for it in touched(call, backend):
+        if it.unknown:
+            return Refused(it.unknown, f"{it.arn.rpartition('/')[2]} does not exist")
+    return Refused("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
+
+
+def _before(fault: Fault | None) -> None:
+    if fault is Fault.THROTTLE:
+        raise Refused("RequestLimitExceeded", "Request limit exceeded.", 503)
+    if fault is Fault.HTTP500:
+        raise Refused("InternalError", "An internal error has occurred", 500)
+    if fault is Fault.RESET:
+        raise ConnectionResetError(fault.value)
+
+
+def _hang_up(environ: dict[str, Any]) -> None:
+    """Close the connection at once, with a reset rather than an orderly end."""
+    connection: socket.socket = environ["werkzeug.socket"]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _code(status: int, body: bytes) -> str:
+    if status < 400:
+        return ""
+    text = body.decode(errors="replace")
+    if text.lstrip().startswith("{"):
+        return str(json.loads(text).get("__type", status)).rpartition("#")[2]
+    return text.partition("<Code>")[2].partition("</Code>")[0] or str(status)

@@ -1,0 +1,228 @@
+"""What the cloud remembers beside moto's backends, and what a test can set about its behaviour."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moto.ec2.models import ec2_backends
+from moto.ec2.models.instances import Instance, InstanceState
+from moto.ec2.utils import EC2_PREFIX_TO_RESOURCE, get_prefix
+from moto.ssm.models import Parameter, ssm_backends
+
+from tests.fake_ec2.calls import Refused
+from tests.fake_ec2.image import NEWEST, Image, debian
+
+DEBIAN_PARAMETER = "/aws/service/debian/release/13/latest/amd64"
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """How the cloud behaves; a test sets what it needs, `Cloud.reset` takes it back."""
+
+    image_describes: int = 0
+    """How many describes show a new image as pending before it is available."""
+    image_seconds: float = 0.0
+    """How long a new image is pending at least."""
+    image_failure: str = ""
+    """When set, new images end as failed, with this as StateReason."""
+    copies_together: int = 0
+    """How many copies must have been begun before the first of them can become available."""
+    full_regions: set[str] = field(default_factory=set)
+    """Regions that take no further copy."""
+    hidden_describes: int = 0
+    """How many describes don't find what was just made."""
+    parameter_reads: int = 0
+    """How many reads of parameters still see what stood before in one that names an AMI."""
+    no_capacity: set[tuple[str, str]] = field(default_factory=set)
+    """(instance type, subnet id or zone or `*`) without capacity."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Instance type -> MiB, where it differs from EC2's."""
+    region_prices: dict[str, str] = field(
+        default_factory=lambda: {
+            "t3.small": "0.0208", "m5.large": "0.0960", "m6i.large": "0.0960", "m7i.large": "0.1008",
+        }
+    )  # fmt: skip
+    """Instance type -> US dollars an hour on demand, in every region."""
+
+
+class Hypervisor(Protocol):
+    """What runs the instances; all calls return at once."""
+
+    port: int
+    """Where ssh answers, at each instance's address."""
+    lock: threading.RLock
+    """The cloud's own; held whenever something of moto's is changed."""
+
+    def clear(self) -> None:
+        """End all instances and forget all disks; the caller must not hold the lock."""
+
+    def launch(self, backend: Any, instance: Instance, image: Image) -> None:
+        """Boot the instance."""
+
+    def stop(self, instance: Instance) -> None:
+        """Power the guest off by ACPI."""
+
+    def start(self, instance: Instance) -> None:
+        """Boot a stopped instance again."""
+
+    def reboot(self, instance: Instance) -> None:
+        """Reset the guest."""
+
+    def terminate(self, instance: Instance) -> None:
+        """End the instance and remove its disk."""
+
+    def capture(self, instance: Instance, image: Image) -> None:
+        """Keep the instance's disk as the image's; `image.captured` is set when that is done."""
+
+    def copy(self, source: Image, image: Image) -> None:
+        """Let a copy of an image have the same disk."""
+
+    def memory_of(self, kind: str, mib: int) -> int:
+        """Return how many MiB a type has here, where EC2's has `mib`."""
+
+    def drop(self, image_id: str) -> None:
+        """Forget the disk of a deregistered image."""
+
+    def console(self, instance_id: str) -> bytes:
+        """Return what the guest wrote to its serial console."""
+
+
+class State:
+    """Everything that `Cloud.reset` forgets."""
+
+    def __init__(self) -> None:
+        self.options = Options()
+        self.machines: Hypervisor | None = None
+        self.parameter: Callable[[], object] | None = None
+        """The write of a parameter that is to be done once `parameter_reads` have passed."""
+        self.copies: list[Image] = []
+        self.reads = 0
+        """Of parameters, that it still waits for."""
+        self._addresses: set[str] = set()
+        self._furnished: set[tuple[str, str]] = set()
+        self._hidden: dict[str, int] = {}
+        self._tokens: dict[tuple[str, ...], tuple[Any, list[str]]] = {}
+        self._pages: dict[str, tuple[str, list[str]]] = {}
+
+    def backend(self, account: str, region: str) -> Any:
+        """Return moto's backend of a region, with Debian's images in it."""
+        backend: Any = ec2_backends[account][region]
+        if (account, region) not in self._furnished:
+            self._furnished.add((account, region))
+            backend.describe_tags = _direct(backend)
+            images = debian(backend)
+            backend.amis |= {image.id: image for image in images}
+            newest = images[0].id
+            parameters: Any = ssm_backends[account][region]
+            parameters._parameters[DEBIAN_PARAMETER].append(
+                Parameter(  # type: ignore[abstract] # moto makes them so too
+                    account_id=account,
+                    name=DEBIAN_PARAMETER,
+                    value=newest,
+                    parameter_type="String",
+                    description=None,
+                    allowed_pattern=None,
+                    keyid=None,
+                    last_modified_date=backend.amis[newest].creation_date,
+                    version=1,
+                    data_type="aws:ec2:image",
+                )
+            )
+        return backend
+
+    def address(self) -> str:
+        """Return an address on loopback that no instance has had before; none may lead off this machine."""
+        while True:
+            address = f"127.77.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
+            if address not in self._addresses:
+                self._addresses.add(address)
+                return address
+
+    def made(self, *ids: str) -> None:
+        """Say that these were made just now: describes may not find them for a while."""
+        if self.options.hidden_describes > 0:
+            self._hidden |= dict.fromkeys(ids, self.options.hidden_describes)
+
+    def hidden(self, ids: Iterable[str]) -> set[str]:
+        """Return those of `ids` that this describe doesn't find yet."""
+        found = {each for each in ids if self._hidden.get(each, 0) > 0}
+        for each in found:
+            self._hidden[each] -= 1
+        return found
+
+    def once(self, scope: tuple[str, ...], params: Any, make: Callable[[], list[str]]) -> list[str]:
+        """Return the ids that `make` returns, or those that it returned for the same client token.
+
+        `scope` ends in the token; none makes anew every time. Raises Refused for other parameters.
+        """
+        if not scope[-1]:
+            return make()
+        if scope in self._tokens:
+            before, ids = self._tokens[scope]
+            if before != params:
+                raise Refused(
+                    "IdempotentParameterMismatch", "this client token was used with other parameters"
+                )
+            return ids
+        ids = make()
+        self._tokens[scope] = (params, ids)
+        return ids
+
+    def page(self, action: str, ids: list[str], size: int | None, token: str | None) -> tuple[list[str], str]:
+        """Return the ids of this page and the token of the next one, empty at the end."""
+        if token:
+            made_for, ids = self._pages.get(token, ("", []))
+            if made_for != action:
+                raise Refused("InvalidPaginationToken", "the pagination token is not valid, or has expired")
+        if size is None or len(ids) <= size:
+            return ids, ""
+        following = secrets.token_urlsafe(48)
+        self._pages[following] = (action, ids[size:])
+        return ids[:size], following
+
+
+def base_ami(backend: Any) -> str:
+    """Return the id of the newest Debian 13 image for amd64."""
+    return str(next(image.id for image in backend.amis.values() if image.name == NEWEST))
+
+
+def end(instance: Instance, *, code: str, message: str) -> None:
+    """Write down that a guest has powered itself off: stopped or terminated, as it was launched to."""
+    if instance.state in ("stopped", "shutting-down", "terminated"):
+        return
+    if instance.instance_initiated_shutdown_behavior == "terminate" and instance.state != "stopping":
+        instance.terminate()
+    else:
+        instance.stop()
+    instance.state_reason.code, instance.state_reason.message = code, message
+
+
+def set_state(instance: Instance, name: str, code: int) -> None:
+    """Put an instance into a state."""
+    instance._state = InstanceState(name, code)
+
+
+def _direct(backend: Any) -> Callable[..., list[dict[str, str]]]:
+    """Return moto's look-up of tags, without its walk through all tags for one resource's."""
+    whole = backend.describe_tags
+
+    def kind(resource_id: str) -> str:
+        return str(EC2_PREFIX_TO_RESOURCE.get(get_prefix(resource_id), ""))
+
+    def describe_tags(filters: dict[str, list[str]] | None = None) -> list[dict[str, str]]:
+        ids = (filters or {}).get("resource-id", ["*"])
+        if filters is None or len(filters) > 1 or any("*" in each or "?" in each for each in ids):
+            found: list[dict[str, str]] = whole(filters)
+            return found
+        wanted = {each: backend.tags[each] for each in ids if each in backend.tags}
+        return [
+            {"resource_id": each, "key": key, "value": value, "resource_type": kind(each)}
+            for each, tags in wanted.items()
+            for key, value in tags.items()
+        ]
+
+    return describe_tags
