@@ -1,8 +1,8 @@
-"""The command line: flags, one pipeline call, an exit code.
+"""The command line: parse flags, make one call, return an exit code.
 
-0 ok, 1 a defect of ours, 2 usage or configuration, 3 a tool is missing, 4 the build failed,
-5 checks failed, 6 cloud API, 7 timed out, 8 locked, 9 held: a person decides,
-10 inconclusive: the host was too busy to tell, 130 interrupted.
+0 ok, 1 internal error, 2 usage or configuration, 3 a tool is missing, 4 the build failed,
+5 checks failed, 6 cloud API, 7 timed out, 8 locked, 9 on hold until a person decides,
+10 inconclusive because the host was too busy, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ami_builder import __version__
 def main() -> None:
     """Run the command line and exit with its documented code."""
     if sys.argv[1:] == ["--version"]:
-        # Answered before anything is imported: scripts ask for it often.
+        # Scripts ask for it often, so answer before any import.
         sys.stdout.write(f"ami-builder {__version__}\n")
         return
     from ami_builder.cli.app import run

@@ -1,4 +1,4 @@
-"""The commands and their flags; each makes one pipeline call and prints its result."""
+"""Assemble the commands, run one, and turn any error into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ import typer
 
 from ami_builder import console
 
-# They register their commands.
+# Importing them registers their commands.
 from ami_builder.cli import (  # noqa: F401
-    account,
+    aws,
     channels,
+    cleanup,
     doctor,
-    finished,
     images,
     inspect,
     nightly,
-    prune,
-    regions,
     report,
 )
-from ami_builder.cli.shared import app, config_app, shared
+from ami_builder.cli.options import app, config_app, shared
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 from ami_builder.system import processes
 
 __all__ = ["app", "config_app", "run"]
 
 _PANELS = {
-    "Bake and prove": ("build", "verify", "run", "check", "render"),
-    "Look": ("list", "show", "diff", "report", "doctor"),
-    "Channels and nights": ("nightly", "promote", "rollback", "revoke", "history", "prune"),
-    "AWS": ("copy", "share", "gc", "iam-policy"),
+    "Build and verify": ("build", "verify", "run", "check", "render"),
+    "Inspect": ("list", "show", "diff", "report", "doctor"),
+    "Channels and nightly runs": ("nightly", "promote", "rollback", "revoke", "history"),
+    "Clean up": ("prune", "gc"),
+    "AWS": ("copy", "share", "iam-policy"),
 }
-"""How the help groups the commands, and their order."""
+"""The groups of commands in the help, in this order."""
 
 
 def _arrange() -> None:
-    place = {name: (panel, number) for panel, names in _PANELS.items() for number, name in enumerate(names)}
+    position = {
+        name: (panel, number) for panel, names in _PANELS.items() for number, name in enumerate(names)
+    }
     panels = list(_PANELS)
     for command in app.registered_commands:
         assert command.callback is not None
         command.name = command.name or command.callback.__name__
-        command.rich_help_panel = place[command.name][0]
-    app.registered_commands.sort(key=lambda c: (panels.index(place[str(c.name)][0]), place[str(c.name)][1]))
+        command.rich_help_panel = position[command.name][0]
+    app.registered_commands.sort(
+        key=lambda c: (panels.index(position[str(c.name)][0]), position[str(c.name)][1])
+    )
 
 
 _arrange()
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    # A second signal must not cut the cleaning up short.
+    # A second signal must not cut cleanup short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted(f"stopped by {signal.Signals(number).name}; everything that was started has been ended")
+    raise Interrupted(
+        f"stopped by {signal.Signals(number).name}; everything that was started has been stopped"
+    )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; an error is shown with what to do next."""
+    """Run one command and return its exit code. Print an error together with what to do next."""
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     shared.debug = "--debug" in arguments
@@ -76,26 +81,26 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     except typer.TyperException as wrong:
-        # Without a message there was no command, and the help has been shown instead.
+        # No message means no command was given, and the help has been printed instead.
         if not wrong.format_message():
             return UsageError.exit_code
-        hint = "`ami-builder --help` shows the commands and their flags"
+        hint = "run `ami-builder --help` to see the commands and their flags"
         return _fail(UsageError(wrong.format_message(), hint=hint))
     except BrokenPipeError:
-        # Whoever read our output has seen enough, as in `ami-builder list | head -1`.
+        # The reader of our output has closed the pipe, as in `ami-builder list | head -1`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as broken:
         if broken.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            return _defect(broken)
+            return _internal_error(broken)
         where = f" ({broken.filename})" if broken.filename else ""
         return _fail(
             BuildFailed(
-                f"no space left on the disk{where}; nothing half-made was kept", hint=processes.DISK_FULL
+                f"no space left on the disk{where}; no incomplete file was kept", hint=processes.DISK_FULL
             )
         )
-    except Exception as defect:  # the last line of defence: a defect of ours
-        return _defect(defect)
+    except Exception as unexpected:
+        return _internal_error(unexpected)
 
 
 def _fail(failed: AmiBuilderError | Interrupted) -> int:
@@ -105,8 +110,8 @@ def _fail(failed: AmiBuilderError | Interrupted) -> int:
     return failed.exit_code
 
 
-def _defect(defect: Exception) -> int:
-    hint = "this is a defect of ami-builder; run the command again with --debug and report what it prints"
-    failed = AmiBuilderError(f"{type(defect).__name__}: {defect}", hint=hint)
-    failed.__cause__ = defect
+def _internal_error(unexpected: Exception) -> int:
+    hint = "this is an internal error; run the command again with --debug and report its output"
+    failed = AmiBuilderError(f"{type(unexpected).__name__}: {unexpected}", hint=hint)
+    failed.__cause__ = unexpected
     return _fail(failed)

@@ -1,4 +1,4 @@
-"""The commands that say which image is the current one of a channel."""
+"""The commands that set, or list, which image is current in a channel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     AMI,
     JsonFlag,
     TargetFlag,
@@ -36,17 +36,22 @@ if TYPE_CHECKING:
 ImageWord = Annotated[
     str,
     typer.Argument(
-        metavar="IMAGE", help="A name (its newest image), a digest's first digits, a path, or an AMI's id."
+        metavar="IMAGE", help="Image name (its newest image), first digits of a digest, path, or AMI id."
     ),
 ]
-ChannelArgument = Annotated[str, typer.Argument(metavar="CHANNEL", help="One of lifecycle.channels.")]
-NamedFlag = Annotated[
-    str | None, typer.Option("--image", metavar="IMAGE", help="Whose channel, of several images.")
+ChannelArgument = Annotated[
+    str, typer.Argument(metavar="CHANNEL", help="Name of a channel in lifecycle.channels.")
 ]
-ReasonFlag = Annotated[str, typer.Option("--reason", help="What `history` will tell.")]
+NamedFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--image", metavar="IMAGE", help="Image whose channel is meant, if there are several images."
+    ),
+]
+ReasonFlag = Annotated[str, typer.Option("--reason", help="The reason that `history` prints.")]
 RegionFlag = Annotated[
     list[str] | None,
-    typer.Option("--region", metavar="REGION", help="Of AMIs: in this region alone; repeatable."),
+    typer.Option("--region", metavar="REGION", help="With --target aws: only in this region; repeatable."),
 ]
 
 
@@ -61,7 +66,7 @@ def promote(
 ) -> None:
     """Make a verified image the current one of a channel.
 
-    An AMI in every region that it is kept in (aws.region, aws.copy_to), each with its copy there.
+    An AMI is promoted in aws.region and in every region of aws.copy_to, each with its own copy.
     """
     from ami_builder.build import channels
 
@@ -90,9 +95,9 @@ def rollback(
     reason: ReasonFlag = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Make the image that stood in a channel before the current one again.
+    """Make the previous image of a channel current again.
 
-    Of AMIs in every region in which the same image stands as in the first.
+    AMIs are rolled back in every region whose current image is that of the first region.
     """
     from ami_builder.build import channels
 
@@ -115,11 +120,13 @@ def rollback(
 @app.command()
 def revoke(
     image: ImageWord,
-    reason: Annotated[str, typer.Option("--reason", help="Why, for whoever meets it again.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why; printed when someone tries to use the image.")
+    ],
     target: TargetFlag = "qemu",
     as_json: JsonFlag = False,
 ) -> None:
-    """Take an image out of every channel, and keep it from coming back; an AMI with its copies everywhere."""
+    """Remove an image from every channel, with all its copies, and block it from being promoted again."""
     from ami_builder.build import channels
 
     chosen, stored = _subject(image, target)
@@ -146,9 +153,9 @@ def history(
     region: RegionFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell which image stood in a channel when, who moved it there, and why; the newest last.
+    """List the moves of a channel: when, which image, who and why, newest last.
 
-    Of AMIs in each region; AWS remembers the last 100 moves.
+    AMIs have one history per region; AWS keeps the last 100 moves.
     """
     from ami_builder.build import channels
 
@@ -171,7 +178,7 @@ def history(
 
 
 def _print_history(told: Sequence[tuple[str, str, Sequence[Entry]]], *, as_json: bool) -> None:
-    """Print of each region, or of this machine alone, what stands there and how that came."""
+    """Print the current image and the moves of a channel, per region or for this host."""
     from ami_builder.nightly.summary import short
 
     if as_json:
@@ -198,7 +205,7 @@ def _print_history(told: Sequence[tuple[str, str, Sequence[Entry]]], *, as_json:
 
 
 def _subject(word: str, target: str) -> tuple[Image, StoredImage]:
-    """Return the image that is meant; an AMI's id needs no --target."""
+    """Return the image that a word names. An AMI id needs no --target."""
     from ami_builder.build.channels import choose
 
     where = Target.AWS if AMI.fullmatch(word) else parse_target(target)
@@ -220,7 +227,7 @@ def _refuse_regions(regions: Sequence[str] | None) -> None:
     from ami_builder.core.errors import UsageError
 
     if regions:
-        raise UsageError(f"--region {regions[0]}: only AMIs have regions", hint="add --target aws")
+        raise UsageError(f"--region {regions[0]}: a local image has no region", hint="add --target aws")
 
 
 def _everywhere(
@@ -230,7 +237,7 @@ def _everywhere(
     *,
     as_json: bool,
 ) -> None:
-    """Move a channel in every region, and print region and AMI, one a line; without aws.copy_to the id."""
+    """Move a channel in every region and print one line per region: region and AMI, or only the AMI."""
     from ami_builder.aws import place as cloud_place
     from ami_builder.aws import regions
 
@@ -263,11 +270,11 @@ def _plain(moved: Moved) -> dict[str, Any]:
 
 
 def _tell(moved: Moved, where: str = "") -> None:
-    """Say what stands in a channel now that nobody named."""
+    """Print which image became current because another one was revoked."""
     from ami_builder.core.channels import Move
     from ami_builder.nightly.summary import short
 
     for entry in moved.entries:
         if entry.move is Move.REVOKED:
-            now = short(entry.id) or "nothing stands there any more"
+            now = short(entry.id) or "no image is current"
             console.note(f"{where}channel {entry.channel}: {now}")

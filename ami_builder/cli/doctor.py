@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import JsonFlag, app, mode, parse_seconds, plain
+from ami_builder.cli.options import JsonFlag, app, mode, parse_seconds, plain
 from ami_builder.core.errors import ChecksFailed, TimedOut
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The commands that make, prove and boot images."""
+"""The commands that build, verify and run images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     AMI,
     DaskFlag,
     ImageArgument,
@@ -42,10 +42,10 @@ _DISK_NAMES = (".qcow2", ".raw", ".img")
 def build(
     image: ImageArgument = None,
     target: TargetFlag = "qemu",
-    verify: Annotated[bool, typer.Option(help="Boot the baked image and check it.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Bake again though nothing changed.")] = False,
+    verify: Annotated[bool, typer.Option(help="Boot the baked image and run the checks.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Bake again even if nothing changed.")] = False,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="Ask the package archive again for its newest versions.")
+        bool, typer.Option("--refresh", help="Look up the newest package versions again.")
     ] = False,
     public: Annotated[
         bool, typer.Option("--public", help="With --target aws: publish the AMI to everyone.")
@@ -53,9 +53,9 @@ def build(
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Bake an image, boot it, verify it, and print its path, or its AMI's id.
+    """Bake an image, boot it, verify it, and print its path or AMI id.
 
-    An image whose inputs have not changed since it was verified is answered at once.
+    Nothing is built if no input has changed since the image was verified.
     """
     from ami_builder.build.build import Options
     from ami_builder.build.build import build as build_image
@@ -68,7 +68,7 @@ def build(
     chosen = load_config().select(image)
     site = open_site(chosen, where, public=public, dask_scheduler=dask_scheduler)
     if dask_scheduler is not None and verify:
-        # What is wrong with the cluster is to be told before anything is baked.
+        # Report a broken cluster before baking, not after.
         with open_executor(dask_scheduler, 1):
             pass
     with console.open_progress(mode()) as progress:
@@ -86,28 +86,32 @@ def build(
 def verify(
     image: Annotated[
         str | None,
-        typer.Argument(metavar="[IMAGE|PATH|AMI]", help="A built image's name, a disk's path, or an AMI."),
+        typer.Argument(
+            metavar="[IMAGE|PATH|AMI]", help="Name of a finished image, path of a disk image, or AMI id."
+        ),
     ] = None,
     target: TargetFlag = "qemu",
     memory: Annotated[
         list[str] | None,
-        typer.Option("--memory", metavar="SIZE", help="Memory of the test machine, e.g. 2GiB; repeatable."),
+        typer.Option("--memory", metavar="SIZE", help="Memory of the VM, e.g. 2GiB; repeatable."),
     ] = None,
     instance_type: Annotated[
         list[str] | None,
-        typer.Option("--instance-type", metavar="TYPE", help="Type of the test instance; repeatable."),
+        typer.Option("--instance-type", metavar="TYPE", help="Instance type to verify on; repeatable."),
     ] = None,
     region: Annotated[
         list[str] | None,
-        typer.Option("--region", metavar="REGION", help="Of AWS: prove the AMI there; repeatable."),
+        typer.Option(
+            "--region", metavar="REGION", help="With --target aws: verify the AMI in this region; repeatable."
+        ),
     ] = None,
     datasource: Annotated[
-        str | None, typer.Option("--datasource", help="ec2 or nocloud: how the machine gets its user data.")
+        str | None, typer.Option("--datasource", help="How the VM gets its user data: ec2 or nocloud.")
     ] = None,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Boot a finished image on machines of its own and run the checks."""
+    """Boot a finished image on fresh machines and run the checks."""
     from ami_builder.core.records import Target
 
     if memory:
@@ -144,7 +148,7 @@ def _verify_amis(
     *,
     as_json: bool,
 ) -> None:
-    """Prove an AMI where it is, or its copies in `regions`, which are found by its digest."""
+    """Verify an AMI in its own region, or its copies in `regions`, which are found by digest."""
     from ami_builder.aws.matrix import verify_matrix
     from ami_builder.aws.target import subjects_in
 
@@ -165,20 +169,24 @@ def _verify_amis(
 @app.command("run")
 def run_image(
     image: Annotated[
-        str | None, typer.Argument(metavar="[IMAGE|PATH]", help="A built image's name, or a disk's path.")
+        str | None,
+        typer.Argument(metavar="[IMAGE|PATH]", help="Name of a finished image, or path of a disk image."),
     ] = None,
-    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="e.g. 4GiB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Memory of the VM, e.g. 4GiB.")
+    ] = None,
     user_data: Annotated[
-        Path | None, typer.Option("--user-data", help="A user-data file, as a control plane sends.")
+        Path | None,
+        typer.Option("--user-data", help="User-data file to boot with, as a control plane would send it."),
     ] = None,
 ) -> None:
-    """Boot an image here as EC2 would, on a throw-away overlay, until Ctrl-C."""
+    """Boot an image in a local VM, as EC2 would, until Ctrl-C. Its disk changes are discarded."""
     from ami_builder.qemu.run import Launched, launch
 
     if memory:
         shared.overrides["verify.memory"] = memory
     if user_data is not None and not user_data.is_file():
-        raise UsageError(f"--user-data {user_data}: there is no such file")
+        raise UsageError(f"--user-data {user_data}: no such file")
     chosen, stored, _ = find_finished(image, load_config(), "qemu")
     is_up = False
 
@@ -189,9 +197,9 @@ def run_image(
             [
                 f"ssh        {launched.ssh}",
                 f"tunnel     {launched.tunnel}",
-                "           then the dashboard is http://127.0.0.1:8787/status, the scheduler tcp://127.0.0.1:8786",
+                "           then open the dashboard at http://127.0.0.1:8787/status; the scheduler is tcp://127.0.0.1:8786",
                 f"console    {launched.console_log}",
-                "Ctrl-C stops the machine; nothing that it wrote is kept.",
+                "Press Ctrl-C to stop the VM. Nothing it wrote is kept.",
             ]
         )
 
@@ -209,11 +217,11 @@ def run_image(
     except Interrupted:
         if not is_up:
             raise
-        console.note("the machine is stopped")
+        console.note("the VM is stopped")
 
 
 def find_finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
-    """Tell which image is meant: an AMI, a disk's path, or the newest finished one of a name."""
+    """Find the image that a word names: an AMI, a disk image, or the newest finished image of a name."""
     from ami_builder.core.records import Target
 
     if name is not None and AMI.fullmatch(name):
@@ -251,7 +259,9 @@ def _disk(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
 
     path = Path(name).absolute()
     if not path.is_file():
-        raise UsageError(f"{name}: there is no such disk image", hint="`ami-builder list` shows them")
+        raise UsageError(
+            f"{name}: no such disk image", hint="run `ami-builder list` to see the finished images"
+        )
     stored = next((s for s in open_workspace().images() if s.path == path), None)
     chosen = config.select(stored.artifact.image if stored is not None else None)
     return chosen, stored or foreign(path, chosen), open_site(chosen, Target.QEMU)

@@ -1,4 +1,4 @@
-"""The commands that only look: what would be rendered, what would stop a build, what is configured."""
+"""The commands that change nothing: list, show, diff, render, check and config."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     ImageArgument,
     JsonFlag,
     TargetFlag,
     app,
     config_app,
+    image_object,
     load_config,
     open_workspace,
     parse_target,
     plain,
 )
 from ami_builder.core.errors import UsageError
+from ami_builder.core.records import Outcome, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ami_builder.core.diff import Difference, Measured
     from ami_builder.state.workspace import StoredImage
 
@@ -30,10 +34,10 @@ if TYPE_CHECKING:
 def render(
     image: ImageArgument = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the files into this new folder.")
+        Path | None, typer.Option("--output", "-o", help="Write the files to this new folder.")
     ] = None,
 ) -> None:
-    """Show the guest's files as they will stand in the image, or write them into a folder."""
+    """Print the guest's files as the image will contain them, or write them to a folder."""
     from ami_builder.build.guest import guest
 
     files = guest(load_config().select(image))
@@ -42,7 +46,7 @@ def render(
             console.result([f"# {path} {file.mode:04o}", file.content.decode().rstrip("\n"), ""])
         return
     if output.exists():
-        raise UsageError(f"--output {output}: exists already", hint="name a folder that does not exist yet")
+        raise UsageError(f"--output {output}: already exists", hint="name a folder that does not exist yet")
     for path, file in files.items():
         target = output / str(path).lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +57,7 @@ def render(
 
 @app.command()
 def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: JsonFlag = False) -> None:
-    """Tell what would stop a build: configuration, tools, accelerator or account, memory, disk space."""
+    """Check what a build needs: configuration, tools, accelerator or account, memory, disk space."""
     from ami_builder.build.preflight import check as look
     from ami_builder.core.records import State
 
@@ -71,19 +75,120 @@ def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: Jso
         raise typer.Exit(stopping[0].exit_code)
 
 
+@app.command("list")
+def list_images(as_json: JsonFlag = False) -> None:
+    """List the finished images that this host knows of, newest last."""
+    images = open_workspace().images()
+    channels = _channels(images)
+    if as_json:
+        console.result_json(
+            {
+                "images": [
+                    {**image_object(one), "channels": channels.get(one.artifact.digest, ())} for one in images
+                ]
+            }
+        )
+        return
+    console.table(
+        ("image", "target", "digest", "created", "size", "verdict", "channels", "where"),
+        [
+            (
+                s.artifact.image,
+                s.artifact.target,
+                s.artifact.digest[:16],
+                f"{s.artifact.created:%Y-%m-%d %H:%M}Z",
+                console.size(s.artifact.size),
+                _verdict_word(s),
+                ", ".join(channels.get(s.artifact.digest, ())),
+                f"{s.artifact.location} ({s.artifact.region})" if s.artifact.region else s.artifact.location,
+            )
+            for s in images
+        ],
+    )
+
+
+@app.command()
+def show(
+    image: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE", help="Image name (its newest image), first digits of a digest, path, or AMI id."
+        ),
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show one finished image: location, origin, verdict and channels."""
+    from ami_builder.build.channels import choose
+
+    workspace, config = open_workspace(), load_config()
+    stored = choose(workspace.images(), image, config.names)
+    artifact, verdict = stored.artifact, stored.verdict
+    stands = _channels([stored]).get(artifact.digest, ())
+    run = workspace.runs_dir / artifact.run_id
+    if as_json:
+        console.result_json({**image_object(stored), "channels": stands, "run": run})
+        return
+    rows = [
+        ("image", artifact.image),
+        ("target", artifact.target),
+        ("where", artifact.location),
+        *([("region", artifact.region)] if artifact.region else []),
+        ("digest", artifact.digest),
+        ("created", f"{artifact.created:%Y-%m-%d %H:%M}Z"),
+        ("size", console.size(artifact.size)),
+        # The channels of AMIs are in their accounts: see `history`.
+        *([("channels", ", ".join(stands) or "none")] if artifact.target is Target.QEMU else []),
+        ("verdict", _verdict_word(stored)),
+    ]
+    if verdict is not None:
+        rows += [
+            (f"{one.machine} {one.phase}", f"AVAILABLE_MEMORY_FOR_DASK={one.available}")
+            for one in verdict.measured
+        ]
+        rows += [
+            (f"{outcome} on {one.machine} {one.phase}", f"{one.name}: {one.message}")
+            for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE)
+            for one in verdict.results
+            if one.outcome is outcome
+        ]
+    rows.append(("run", str(run) if run.is_dir() else f"{artifact.run_id} (its record was deleted)"))
+    console.table(("what", "value"), rows)
+
+
+def _verdict_word(stored: StoredImage) -> str:
+    if stored.verdict is None:
+        return "not verified"
+    outcome = stored.verdict.outcome
+    return "FAILED" if outcome is Outcome.FAILED else str(outcome)
+
+
+def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
+    """Return the local channels in which images are current, by digest."""
+    from ami_builder.build.channels import standing
+    from ami_builder.qemu.channels import LocalChannels
+
+    workspace = open_workspace()
+    found: dict[str, tuple[str, ...]] = {}
+    for name in {one.artifact.image for one in images}:
+        found |= standing(LocalChannels(workspace=workspace, image=name))
+    return found
+
+
 @app.command()
 def diff(
     before: Annotated[
-        str, typer.Argument(metavar="A", help="A name, a digest's first digits, a path, an AMI.")
+        str, typer.Argument(metavar="A", help="Image name, first digits of a digest, path, or AMI id.")
     ],
-    after: Annotated[str, typer.Argument(metavar="B", help="Likewise; what B has more counts as plus.")],
+    after: Annotated[
+        str, typer.Argument(metavar="B", help="The image to compare with A. More in B counts as plus.")
+    ],
     gate: Annotated[
         bool,
-        typer.Option("--gate", help="Fail with exit code 9 when this would hold a night's promotion of B."),
+        typer.Option("--gate", help="Exit with code 9 if a nightly run would put B on hold."),
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show how two images differ: size, available memory at boot, times, packages and container."""
+    """Compare two images: size, available memory at boot, times, packages and container."""
     from ami_builder.build.channels import choose
     from ami_builder.core.gate import judge, not_compared, require_close
     from ami_builder.state.compare import compare_images
@@ -137,7 +242,7 @@ def _amount(measured: Measured, value: float | None) -> str:
 
 @config_app.command("show")
 def config_show(image: ImageArgument = None, as_json: JsonFlag = False) -> None:
-    """Show every setting with its value and where it came from."""
+    """Print every setting with its value and its origin."""
     config = load_config()
     settings = config.origins(config.select(image).name)
     if as_json:

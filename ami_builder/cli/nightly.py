@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     DaskFlag,
     JsonFlag,
     TargetFlag,
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 def nightly(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE", help="Images of ami-builder.toml; all when none is named."),
+        typer.Argument(metavar="IMAGE", help="Names of images in ami-builder.toml.  [default: all]"),
     ] = None,
     target: TargetFlag = "qemu",
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Build, verify, compare, copy, share, promote and prune what changed since last night.
+    """Build, verify, compare, copy, share, promote and prune what changed since the last nightly run.
 
-    Killed anywhere and started again, it goes on where it was. The webhook
-    of AMI_BUILDER_WEBHOOK (Slack-compatible) hears how it ended.
+    A run that was killed continues where it stopped. The result is posted
+    to the Slack-compatible webhook of AMI_BUILDER_WEBHOOK.
 
     Exit codes: 0 promoted or unchanged, 4 the build failed, 5 checks failed,
-    6 the cloud or a region failed, 7 timed out, 8 another night is going,
-    9 held: a person decides, 10 inconclusive: the host was too busy to tell.
+    6 the cloud or a region failed, 7 timed out, 8 another nightly run is active,
+    9 on hold until a person decides, 10 inconclusive because the host was too busy.
     """
     try:
         ended = _nights(images or (), target, prune, dask_scheduler)
     except Exception as aborted:
-        # A night that tells of itself how it ended does not come here.
+        # A nightly run that ended by itself has already sent its result.
         from ami_builder.nightly.summary import aborted_text
 
         _notify(aborted_text(images or (), target, aborted))
@@ -72,7 +72,7 @@ def nightly(
 
 
 def worst(codes: Sequence[int]) -> int:
-    """Return the exit code of several runs: that of a failure, else of a busy host, else of a held image."""
+    """Return the worst exit code of several runs: a failure, else a busy host, else an image on hold."""
     from ami_builder.core.errors import Held, Inconclusive
 
     milder = {Inconclusive.exit_code: 1, Held.exit_code: 2}
@@ -107,7 +107,7 @@ def _notify(text: str) -> str:
 
     unsent = webhook.notify_if_set(os.environ, text)
     if unsent:
-        console.note(f"nobody was told: {unsent}")
+        console.note(f"the webhook was not notified: {unsent}")
     return unsent
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import app, open_workspace
+from ami_builder.cli.options import app, open_workspace
 from ami_builder.core.errors import UsageError
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ami_builder import console
 from ami_builder.cli.images import find_finished
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     JsonFlag,
     app,
     load_config,

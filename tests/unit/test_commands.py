@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["verify", "--memory", "2GB"], "2GiB"),
         (["verify"], "has not been built yet"),
         (["run", "--user-data", "nowhere.yaml"], "nowhere.yaml"),
-        (["render", "--output", "/"], "exists already"),
+        (["render", "--output", "/"], "already exists"),
     ],
 )
 def test_wrong_usage_says_what_is_right(
@@ -54,7 +54,7 @@ def test_wrong_usage_says_what_is_right(
 def test_help_and_no_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "Bake and prove" in shown
+    assert "Build and verify" in shown
     assert shown.index("build") < shown.index("verify") < shown.index("nightly") < shown.index("gc")
     assert cli.run([]) == 2
 
@@ -161,7 +161,7 @@ def test_check_names_what_is_missing(
     ("error", "status", "said"),
     [
         (OSError(28, "No space left on device", "/x/y"), 4, "AMI_BUILDER_HOME"),
-        (OSError(5, "Input/output error"), 1, "defect"),
+        (OSError(5, "Input/output error"), 1, "internal error"),
         (ZeroDivisionError("division"), 1, "--debug"),
         (Interrupted("stopped by SIGINT"), 130, "stopped by SIGINT"),
     ],

@@ -109,7 +109,7 @@ def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> 
     assert first[3:5] == ["to delete", "30 days old, and nothing needs it"]
     assert second[3] == "keep"
     assert "1 to delete (1 KiB)" in shown.err
-    assert "nothing was changed: `ami-builder prune --apply` does it" in shown.err
+    assert "run `ami-builder prune --apply`" in shown.err
     assert left(workspace) == "ab"
     assert cli.run(["prune", "--apply"]) == 0
     assert "deleted" in capsys.readouterr().out

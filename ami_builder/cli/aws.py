@@ -1,13 +1,24 @@
-"""The commands that bring an AMI to other regions, and let others launch it."""
+"""The commands for AWS: copy and share AMIs, print the IAM policy."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import JsonFlag, ami_of, app, failures, mode, open_workspace, plain
+from ami_builder.cli.options import (
+    JsonFlag,
+    ami_of,
+    app,
+    failures,
+    load_config,
+    mode,
+    open_workspace,
+    parse_choice,
+    plain,
+)
 from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
     from ami_builder.state.workspace import StoredImage
 
 AmiArgument = Annotated[
-    str | None, typer.Argument(metavar="[IMAGE|AMI]", help="A name (its newest AMI), or an AMI's id.")
+    str | None, typer.Argument(metavar="[IMAGE|AMI]", help="Image name (its newest AMI), or AMI id.")
 ]
 
 
@@ -32,14 +43,14 @@ def copy(
         typer.Option(
             "--region",
             metavar="REGION[=KEY]",
-            help="Where to, and the KMS key there, instead of aws.copy_to; repeatable.",
+            help="Copy to this region, with this KMS key, instead of aws.copy_to; repeatable.",
         ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a finished AMI to other regions, side by side; prints region and AMI id, one a line.
+    """Copy a finished AMI to other regions in parallel. Prints one line per region: region and AMI id.
 
-    A copy that is there already is answered, one that a killed run began is finished.
+    An existing copy is reused. A copy that a killed run began is completed.
     """
     from dataclasses import replace
 
@@ -49,7 +60,7 @@ def copy(
     if region:
         chosen = replace(chosen, aws=replace(chosen.aws, copy_to=_destinations(region, chosen.aws)))
     if not chosen.aws.copy_to:
-        raise UsageError("no region to copy to", hint="name them in aws.copy_to, or with --region")
+        raise UsageError("no region to copy to", hint="set aws.copy_to, or use --region")
     _, *others = places(chosen, open_workspace())
 
     def bring(place: CloudPlace, step: Step) -> StoredImage:
@@ -67,11 +78,11 @@ def copy(
 
 @app.command()
 def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
-    """Let those of aws.share_with launch an AMI and its copies; prints region and AMI id, one a line.
+    """Let the accounts in aws.share_with launch an AMI and its copies. Prints one line per region.
 
-    It only ever adds. Whom aws.share_with names no more is told, and stays
-    until somebody takes it back in AWS: clusters may be running from it.
-    The key of an encrypted AMI must let them use it besides.
+    It only adds permissions. An account that is no longer in aws.share_with is
+    reported and keeps its permission, because clusters may run from the AMI;
+    remove it in AWS. Accounts also need permission for the key of an encrypted AMI.
     """
     from ami_builder.aws.place import at_each, places, require_all
 
@@ -81,10 +92,10 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
         if (found := place.find(stored)) is None:
             raise CloudFailed(
                 f"{place.name}: there is no copy of {stored.artifact.location}",
-                hint="`ami-builder copy` makes one",
+                hint="run `ami-builder copy` first",
             )
         shared = place.grant(found)
-        step.done(f"added {', '.join(shared.added)}" if shared.added else "nobody was lacking")
+        step.done(f"added {', '.join(shared.added)}" if shared.added else "already shared")
         return found.artifact.location, shared
 
     with console.open_progress(mode()) as progress:
@@ -97,12 +108,14 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
         console.result([f"{region}\t{ami}" for region, ami, _ in done])
     for region, ami, shared in done:
         if shared.extra:
-            console.note(f"{region}: {', '.join(shared.extra)} may launch {ami} too, not by aws.share_with")
+            console.note(
+                f"{region}: {', '.join(shared.extra)} may also launch {ami} but is not in aws.share_with"
+            )
     require_all(outcomes)
 
 
 def _destinations(words: Sequence[str], aws: Aws) -> tuple[Destination, ...]:
-    """Return what --region names; a region of aws.copy_to has the key that stands there, unless told."""
+    """Return the destinations that --region names. A region without a key takes its key from aws.copy_to."""
     from ami_builder.config.types import parse_destination
 
     known = {one.region: one for one in aws.copy_to}
@@ -114,3 +127,30 @@ def _destinations(words: Sequence[str], aws: Aws) -> tuple[Destination, ...]:
             raise UsageError(f"--region {word}: {wrong}") from wrong
         found.append(asked if asked.kms_key else known.get(asked.region, asked))
     return tuple(found)
+
+
+@app.command("iam-policy")
+def iam_policy(
+    section: Annotated[
+        str,
+        typer.Argument(
+            metavar="[all|check|build|verify|copy|promote|prune|lifecycle]", help="What the policy allows."
+        ),
+    ] = "all",
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="IMAGE", help="Image whose region, key and instance profile the policy names."
+        ),
+    ] = None,
+) -> None:
+    """Print the least-privilege IAM policy for work in an AWS account."""
+    from ami_builder.aws.policy import LONGEST, Section, document
+
+    policy = document(parse_choice("iam-policy", section, Section), load_config().select(image).aws)
+    console.result(json.dumps(policy, indent=2))
+    if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
+        console.note(
+            f"{size} characters, but a managed policy holds at most {LONGEST}: "
+            "print each part by its name, and attach them one by one"
+        )

@@ -1,4 +1,4 @@
-"""What all commands share: the application, its common flags, and how these become pipeline objects."""
+"""The application object and the flags that several commands share, parsed into the values they stand for."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ami-builder",
-    help="Bake VM images for Dask whose memory limit is right, and prove it on a booted machine.",
+    help="Bake VM images for Dask with the right memory limit, and verify them on a booted machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Show and explain the configuration.", no_args_is_help=True)
-app.add_typer(config_app, name="config", rich_help_panel="Look")
+config_app = typer.Typer(help="Print the configuration and its schema.", no_args_is_help=True)
+app.add_typer(config_app, name="config", rich_help_panel="Inspect")
 
 
 E = TypeVar("E", bound=StrEnum)
 
 AMI = re.compile(r"ami-[0-9a-f]{8,17}")
-"""What an AMI's id looks like."""
+"""The pattern of an AMI id."""
 
 
 class _Shared:
-    """The flags that stand before a command."""
+    """The flags that come before a command."""
 
     config: Path | None = None
     overrides: dict[str, str]
@@ -65,12 +65,14 @@ def _flags(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. memory.reserve=5%."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override one setting, e.g. memory.reserve=5%; repeatable."
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     shared.config = config
@@ -84,16 +86,17 @@ def _flags(
 
 
 ImageArgument = Annotated[
-    str | None, typer.Argument(metavar="[IMAGE]", help="An image of ami-builder.toml.", show_default=False)
+    str | None,
+    typer.Argument(metavar="[IMAGE]", help="Name of an image in ami-builder.toml.", show_default=False),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TargetFlag = Annotated[
-    str, typer.Option("--target", metavar="qemu|aws", help="Where: a disk on this machine, or an AMI.")
+    str, typer.Option("--target", metavar="qemu|aws", help="Use a local disk image (qemu) or an AMI (aws).")
 ]
 
 
 def load_config() -> Config:
-    """Read the configuration with the flags' overrides."""
+    """Read the configuration and apply the overrides given as flags."""
     from ami_builder.config.loading import load
 
     return load(shared.config, environ=os.environ, overrides=shared.overrides)
@@ -107,7 +110,7 @@ def open_workspace() -> Workspace:
 
 
 def parse_choice(flag: str, word: str, kind: type[E], hint: str | None = None) -> E:
-    """Return what a flag's word stands for; raises UsageError with the nearest right spelling."""
+    """Return the enum member that a flag names. Raises UsageError with the nearest valid word."""
     from ami_builder.core.errors import UsageError
     from ami_builder.core.units import did_you_mean
 
@@ -119,7 +122,7 @@ def parse_choice(flag: str, word: str, kind: type[E], hint: str | None = None) -
 
 
 def parse_seconds(flag: str, text: str) -> float:
-    """Return the seconds of a flag's duration; raises UsageError."""
+    """Return a flag's duration in seconds. Raises UsageError."""
     from ami_builder.core.errors import UsageError
     from ami_builder.core.units import parse_duration
 
@@ -130,7 +133,7 @@ def parse_seconds(flag: str, text: str) -> float:
 
 
 def parse_target(text: str) -> Target:
-    """Return the target of a flag; raises UsageError with the nearest right spelling."""
+    """Return the target that --target names. Raises UsageError with the nearest valid word."""
     from ami_builder.core.records import Target
 
     hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
@@ -142,7 +145,7 @@ DaskFlag = Annotated[
     typer.Option(
         "--dask-scheduler",
         metavar="ADDRESS",
-        help="With --target aws: prove on the workers of this Dask cluster, e.g. tcp://10.0.0.7:8786.",
+        help="With --target aws: run the verification on this Dask cluster's workers, e.g. tcp://10.0.0.7:8786.",
     ),
 ]
 
@@ -150,7 +153,7 @@ DaskFlag = Annotated[
 def open_site(
     image: Image, target: Target, *, public: bool = False, dask_scheduler: str | None = None
 ) -> Site:
-    """Return where an image is baked and booted; only AWS's imports boto3."""
+    """Open the target that bakes and boots an image. Only AWS imports boto3."""
     from ami_builder.core.records import Target
 
     if target is Target.AWS:
@@ -164,18 +167,18 @@ def open_site(
 
 
 def refuse_dask(dask_scheduler: str | None) -> None:
-    """Raise UsageError when the machines of a local image are to be spread."""
+    """Raise UsageError when --dask-scheduler is used with a local image."""
     from ami_builder.core.errors import UsageError
 
     if dask_scheduler is not None:
         raise UsageError(
-            f"--dask-scheduler {dask_scheduler}: a disk on this machine can't travel to a worker",
-            hint="add --target aws, or leave the flag out: machines run side by side here",
+            f"--dask-scheduler {dask_scheduler}: a local disk image can't be sent to a Dask worker",
+            hint="add --target aws, or leave out the flag: local VMs already run in parallel",
         )
 
 
 def ami_of(word: str | None) -> tuple[Image, StoredImage]:
-    """Return an AMI as the account knows it now; one that another machine has built is named by its id.
+    """Return an AMI as the account has it now. An AMI built on another host is named by its id.
 
     None means the newest of the default image. Raises UsageError, CloudFailed.
     """
@@ -194,23 +197,23 @@ def ami_of(word: str | None) -> tuple[Image, StoredImage]:
 
 
 def mode() -> console.Mode:
-    """Return how progress is shown."""
+    """Return how to display progress."""
     return console.choose_mode(quiet=shared.quiet)
 
 
 def plain(value: object) -> Any:
-    """Return a value of the model as JSON holds it."""
+    """Return a value as plain JSON types."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Any).dump_python(value, mode="json")
 
 
 def image_object(stored: StoredImage) -> dict[str, Any]:
-    """Return an image and its verdict as `--json` shows them."""
+    """Return an image and its verdict as `--json` prints them."""
     return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}
 
 
 def failures(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, str]]:
-    """Return the regions that failed, and why, as --json tells."""
+    """Return the regions that failed, with the reason, as `--json` prints them."""
     failed = [(one.place, one.error) for one in outcomes if one.error is not None]
     return [{"region": place, "error": error.message} for place, error in failed]

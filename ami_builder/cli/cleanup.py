@@ -1,4 +1,4 @@
-"""The command that deletes finished images which nothing needs."""
+"""The commands that clean up: images that nothing needs, and orphaned resources of killed runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.shared import (
+from ami_builder.cli.options import (
     JsonFlag,
     TargetFlag,
     app,
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 @app.command()
 def prune(
     target: TargetFlag = "qemu",
-    apply: Annotated[bool, typer.Option("--apply", help="Do what the plan says.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Carry out the plan.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say of every image and cache here, or every AMI, whether it is needed, and why; --apply deletes.
+    """Plan which images, caches or AMIs to delete, with a reason for each. --apply deletes them.
 
-    Of an account: each region that images are baked in or copied to, and snapshots whose AMI is gone.
+    With --target aws the plan covers every region of aws.region and aws.copy_to,
+    and snapshots whose AMI no longer exists.
     """
     from ami_builder.core.records import Target
 
@@ -87,4 +88,53 @@ def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
         if chosen:
             console.note(f"{len(chosen)} {word} ({console.size(sum(chosen))})")
     if not apply and any(d.action is not Action.KEEP for d in decisions):
-        console.note(f"nothing was changed: `ami-builder prune{flag} --apply` does it")
+        console.note(f"nothing was changed; run `ami-builder prune{flag} --apply` to carry out the plan")
+
+
+@app.command()
+def gc(
+    apply: Annotated[bool, typer.Option("--apply", help="Carry out the plan.")] = False,
+    more: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region", help="Another region to search, besides those in ami-builder.toml; repeatable."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find resources that killed runs left in the AWS account, by ledger and tag. --apply deletes them."""
+    from ami_builder.aws.gc import every_region, find_leftovers, remove_leftovers
+    from ami_builder.core.orphans import Action
+
+    regions = every_region(load_config().images.values(), more or ())
+    workspace = open_workspace()
+    with console.open_progress(mode()) as progress:
+        leftovers = find_leftovers(regions, workspace, progress)
+        if apply:
+            remove_leftovers(leftovers, regions, workspace, progress)
+    doomed = [one for one in leftovers if one.action is Action.DELETE]
+    if as_json:
+        console.result_json({"applied": apply, "plan": plain(leftovers)})
+        return
+    if not leftovers:
+        console.note(
+            f"no resource of ami-builder in {', '.join(region.account.region for region in regions)}"
+        )
+        return
+    done = "deleted" if apply else "to delete"
+    console.table(
+        ("region", "what", "id", "name", "plan", "because"),
+        [
+            (
+                one.found.region,
+                one.found.kind,
+                one.found.id,
+                one.found.name,
+                done if one.action is Action.DELETE else "keep",
+                one.reason,
+            )
+            for one in leftovers
+        ],
+    )
+    if doomed and not apply:
+        console.note(f"{len(doomed)} to delete; nothing was changed; run `ami-builder gc --apply` to delete")
