@@ -290,7 +290,7 @@ def test_the_commands(
     assert answer["artifact"]["location"] == first.artifact.location
     assert answer["artifact"]["digest"] == DIGEST
     assert cli.run(["revoke", first.artifact.location, "--reason", "x"]) == 0
-    assert "nothing stands there any more" in capsys.readouterr().err
+    assert "no image is current" in capsys.readouterr().err
     assert cli.run(["history", "stable", "--target", "aws"]) == 0
     assert cli.run(["promote", "ami-0123456789abcdef0", "stable"]) == 2
     assert "there is no AMI" in capsys.readouterr().err
