@@ -15,7 +15,7 @@ from ami_builder.aws.session import Account
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.console import Step
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.concurrency import open_executor
 from ami_builder.verify.journey import Proof
@@ -30,7 +30,7 @@ class CloudSite:
     public: bool = False
     dask_scheduler: str | None = None
     """Whose workers prove images; None for threads here."""
-    target: Target = field(default=Target.AWS, init=False)
+    target: TargetKind = field(default=TargetKind.AWS, init=False)
     emulated: None = field(default=None, init=False)
 
     @classmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 from ami_builder import qemu
 from ami_builder.build import packer
 from ami_builder.core.errors import AmiBuilderError, MissingTool
-from ami_builder.core.records import Finding, Image, Listen, Role, State, Target
+from ami_builder.core.records import Finding, Image, Listen, Role, State, TargetKind
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 
@@ -21,13 +21,13 @@ _BUILD_TOOLS = ("qemu-system-x86_64", "qemu-img", "socat", "ssh", "ssh-keygen", 
 _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")
 
 
-def check(image: Image, workspace: Workspace, target: Target) -> Iterator[Finding]:
+def check(image: Image, workspace: Workspace, target: TargetKind) -> Iterator[Finding]:
     """Look at what the settings leave open, and at all that a build needs.
 
     That is tools, the accelerator or the account, memory, disk space.
     """
     yield from _open(image)
-    if target is Target.AWS:
+    if target is TargetKind.AWS:
         yield from _cloud(image, workspace)
         return
     yield _of("packer", lambda: ".".join(str(n) for n in packer.version()))

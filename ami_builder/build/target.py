@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step
-from ami_builder.core.records import Endpoint, Image, Target, Verdict
+from ami_builder.core.records import Endpoint, Image, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Site(Protocol):
     """Where images are baked, kept and booted."""
 
     @property
-    def target(self) -> Target:
+    def target(self) -> TargetKind:
         """Its name."""
 
     @property

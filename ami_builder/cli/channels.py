@@ -21,7 +21,7 @@ from ami_builder.cli.options import (
     parse_target,
     plain,
 )
-from ami_builder.core.records import Target
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from ami_builder.aws.place import CloudPlace
@@ -71,7 +71,7 @@ def promote(
     from ami_builder.build import channels
 
     chosen, stored = _subject(image, target)
-    if stored.artifact.target is Target.AWS:
+    if stored.artifact.target is TargetKind.AWS:
         from ami_builder.aws import regions
 
         _everywhere(
@@ -102,7 +102,7 @@ def rollback(
     from ami_builder.build import channels
 
     chosen = load_config().select(image)
-    if parse_target(target) is Target.AWS:
+    if parse_target(target) is TargetKind.AWS:
         from ami_builder.aws import regions
 
         _everywhere(
@@ -130,7 +130,7 @@ def revoke(
     from ami_builder.build import channels
 
     chosen, stored = _subject(image, target)
-    if stored.artifact.target is Target.AWS:
+    if stored.artifact.target is TargetKind.AWS:
         from ami_builder.aws import regions
 
         _everywhere(
@@ -160,7 +160,7 @@ def history(
     from ami_builder.build import channels
 
     chosen = load_config().select(image)
-    if parse_target(target) is Target.AWS:
+    if parse_target(target) is TargetKind.AWS:
         from ami_builder.aws import place as cloud_place
         from ami_builder.aws import regions
 
@@ -208,8 +208,8 @@ def _subject(word: str, target: str) -> tuple[Image, StoredImage]:
     """Return the image that a word names. An AMI id needs no --target."""
     from ami_builder.build.channels import choose
 
-    where = Target.AWS if AMI.fullmatch(word) else parse_target(target)
-    if where is Target.AWS:
+    where = TargetKind.AWS if AMI.fullmatch(word) else parse_target(target)
+    if where is TargetKind.AWS:
         return ami_of(word)
     config = load_config()
     known = [one for one in open_workspace().images() if one.artifact.target is where]

@@ -34,14 +34,14 @@ def prune(
     With --target aws the plan covers every region of aws.region and aws.copy_to,
     and snapshots whose AMI no longer exists.
     """
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
     where = parse_target(target)
-    decisions = _cloud(apply) if where is Target.AWS else _local(apply)
+    decisions = _cloud(apply) if where is TargetKind.AWS else _local(apply)
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    _print(decisions, apply, "" if where is Target.QEMU else f" --target {where}")
+    _print(decisions, apply, "" if where is TargetKind.QEMU else f" --target {where}")
 
 
 def _local(apply: bool) -> Sequence[Decision]:

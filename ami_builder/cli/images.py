@@ -59,11 +59,11 @@ def build(
     """
     from ami_builder.build.build import Options
     from ami_builder.build.build import build as build_image
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
     from ami_builder.verify.concurrency import open_executor
 
     where = parse_target(target)
-    if public and where is not Target.AWS:
+    if public and where is not TargetKind.AWS:
         raise UsageError("--public: only an AMI can be published", hint="add --target aws")
     chosen = load_config().select(image)
     site = open_site(chosen, where, public=public, dask_scheduler=dask_scheduler)
@@ -112,7 +112,7 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Boot a finished image on fresh machines and run the checks."""
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
     if memory:
         shared.overrides["verify.memory"] = ",".join(memory)
@@ -123,7 +123,7 @@ def verify(
     if region:
         shared.overrides["aws.region"] = region[0]
     chosen, stored, site = find_finished(image, load_config(), target)
-    if site.target is Target.AWS:
+    if site.target is TargetKind.AWS:
         _verify_amis(chosen, stored, region or [], dask_scheduler, as_json=as_json)
         return
     refuse_dask(dask_scheduler)
@@ -222,7 +222,7 @@ def run_image(
 
 def find_finished(name: str | None, config: Config, target: str) -> tuple[Image, StoredImage, Site]:
     """Find the image that a word names: an AMI, a disk image, or the newest finished image of a name."""
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
     if name is not None and AMI.fullmatch(name):
         return _ami(name, config)
@@ -236,7 +236,7 @@ def find_finished(name: str | None, config: Config, target: str) -> tuple[Image,
         if s.artifact.image == chosen.name and s.artifact.target is wanted
     ]
     if not built:
-        flag = " --target aws" if wanted is Target.AWS else ""
+        flag = " --target aws" if wanted is TargetKind.AWS else ""
         raise UsageError(
             f"image {chosen.name!r} has not been built yet",
             hint=f"run `ami-builder build {chosen.name}{flag}` first",
@@ -254,7 +254,7 @@ def _ami(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
 
 
 def _disk(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
     from ami_builder.qemu.target import foreign
 
     path = Path(name).absolute()
@@ -264,7 +264,7 @@ def _disk(name: str, config: Config) -> tuple[Image, StoredImage, Site]:
         )
     stored = next((s for s in open_workspace().images() if s.path == path), None)
     chosen = config.select(stored.artifact.image if stored is not None else None)
-    return chosen, stored or foreign(path, chosen), open_site(chosen, Target.QEMU)
+    return chosen, stored or foreign(path, chosen), open_site(chosen, TargetKind.QEMU)
 
 
 def _print_image(stored: StoredImage, *, as_json: bool, unchanged: bool) -> None:

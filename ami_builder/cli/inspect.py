@@ -21,7 +21,7 @@ from ami_builder.cli.options import (
     plain,
 )
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Outcome, Target
+from ami_builder.core.records import Outcome, TargetKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ def show(
         ("created", f"{artifact.created:%Y-%m-%d %H:%M}Z"),
         ("size", console.size(artifact.size)),
         # The channels of AMIs are in their accounts: see `history`.
-        *([("channels", ", ".join(stands) or "none")] if artifact.target is Target.QEMU else []),
+        *([("channels", ", ".join(stands) or "none")] if artifact.target is TargetKind.QEMU else []),
         ("verdict", _verdict_word(stored)),
     ]
     if verdict is not None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ami_builder.console import Progress
     from ami_builder.core.cleanup import Decision
     from ami_builder.core.nightly import Night
-    from ami_builder.core.records import Image, Target
+    from ami_builder.core.records import Image, TargetKind
     from ami_builder.nightly.run import Ended
 
 
@@ -111,10 +111,10 @@ def _notify(text: str) -> str:
     return unsent
 
 
-def _places(image: Image, target: Target) -> Sequence[Place]:
-    from ami_builder.core.records import Target
+def _places(image: Image, target: TargetKind) -> Sequence[Place]:
+    from ami_builder.core.records import TargetKind
 
-    if target is Target.AWS:
+    if target is TargetKind.AWS:
         from ami_builder.aws.place import places
 
         return places(image, open_workspace())
@@ -123,10 +123,10 @@ def _places(image: Image, target: Target) -> Sequence[Place]:
     return (LocalPlace(workspace=open_workspace(), image=image.name),)
 
 
-def _prune(config: Config, target: Target, progress: Progress) -> Sequence[Decision]:
-    from ami_builder.core.records import Target
+def _prune(config: Config, target: TargetKind, progress: Progress) -> Sequence[Decision]:
+    from ami_builder.core.records import TargetKind
 
-    if target is Target.AWS:
+    if target is TargetKind.AWS:
         from ami_builder.aws.cleanup import plan_cloud, prune_cloud
         from ami_builder.aws.gc import every_region, find_leftovers, remove_leftovers
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ami_builder.aws.place import Outcome
     from ami_builder.build.target import Site
     from ami_builder.config.loading import Config
-    from ami_builder.core.records import Image, Target
+    from ami_builder.core.records import Image, TargetKind
     from ami_builder.state.workspace import StoredImage, Workspace
 
 app = typer.Typer(
@@ -132,12 +132,12 @@ def parse_seconds(flag: str, text: str) -> float:
         raise UsageError(f"{flag} {text}: {wrong}") from wrong
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str) -> TargetKind:
     """Return the target that --target names. Raises UsageError with the nearest valid word."""
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
     hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
-    return parse_choice("--target", text, Target, hint)
+    return parse_choice("--target", text, TargetKind, hint)
 
 
 DaskFlag = Annotated[
@@ -151,12 +151,12 @@ DaskFlag = Annotated[
 
 
 def open_site(
-    image: Image, target: Target, *, public: bool = False, dask_scheduler: str | None = None
+    image: Image, target: TargetKind, *, public: bool = False, dask_scheduler: str | None = None
 ) -> Site:
     """Open the target that bakes and boots an image. Only AWS imports boto3."""
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
-    if target is Target.AWS:
+    if target is TargetKind.AWS:
         from ami_builder.aws.target import CloudSite
 
         return CloudSite.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
@@ -184,11 +184,11 @@ def ami_of(word: str | None) -> tuple[Image, StoredImage]:
     """
     from ami_builder.aws.target import CloudSite
     from ami_builder.build.channels import choose
-    from ami_builder.core.records import Target
+    from ami_builder.core.records import TargetKind
 
     config, workspace = load_config(), open_workspace()
     word = word or config.select().name
-    known = [one for one in workspace.images() if one.artifact.target is Target.AWS]
+    known = [one for one in workspace.images() if one.artifact.target is TargetKind.AWS]
     listed = not AMI.fullmatch(word) or any(one.artifact.location == word for one in known)
     found = choose(known, word, config.names).artifact if listed else None
     chosen = config.select(found.image if found is not None else None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from ami_builder.core.records import StepRecord, Target
+from ami_builder.core.records import StepRecord, TargetKind
 
 
 class Ending(StrEnum):
@@ -43,7 +43,7 @@ class Night:
 
     id: str
     image: str
-    target: Target
+    target: TargetKind
     channel: str
     started: datetime
     ended: datetime | None

@@ -15,7 +15,7 @@ PRESSURE = "pressure"
 """The phase in which a machine that is up runs out of memory, and only the checks of that run."""
 
 
-class Target(StrEnum):
+class TargetKind(StrEnum):
     """Where an image is baked and booted."""
 
     QEMU = "qemu"
@@ -254,7 +254,7 @@ class Artifact:
     """A finished image and where it came from."""
 
     image: str
-    target: Target
+    target: TargetKind
     location: str
     """A path, or an AMI id."""
     digest: str

@@ -25,7 +25,7 @@ from ami_builder.core import gate
 from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, Held, Inconclusive, Locked
 from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import Image, Target
+from ami_builder.core.records import Image, TargetKind
 from ami_builder.nightly import summary
 from ami_builder.report.collect import keep_night
 from ami_builder.state.compare import compare_images
@@ -74,7 +74,7 @@ def nightly(
         for one in subjects:
             locks.enter_context(workspace.lock_night(one.image.name, one.site.target))
         # Machines of this computer would only make each other late; an account has room for all.
-        at_once = len(subjects) if all(one.site.target is Target.AWS for one in subjects) else 1
+        at_once = len(subjects) if all(one.site.target is TargetKind.AWS for one in subjects) else 1
         calls = [_Going(one, workspace, progress).go for one in subjects]
         going = side_by_side(calls, workers=at_once or 1)
         retired, wrong = _prune(prune, progress)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from ami_builder.console import duration
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import Target
+from ami_builder.core.records import TargetKind
 
 _LONGEST_LIST = 10
 _LONGEST_LINE = 300
@@ -105,7 +105,7 @@ def _first_line(night: Night) -> str:
 
 def _new(night: Night) -> str:
     """Return the image of this night as `ami-builder` takes it: an AMI's id, or the digits of a digest."""
-    return night.location if night.target is Target.AWS else short(night.digest)
+    return night.location if night.target is TargetKind.AWS else short(night.digest)
 
 
 def _todo(night: Night) -> str:

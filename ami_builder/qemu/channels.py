@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from ami_builder.core.channels import Entry
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Target
+from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load
 
 
@@ -38,7 +38,7 @@ class LocalChannels:
 
     def id_of(self, stored: StoredImage) -> str:
         """Return the digest of an image; raises UsageError when it was not built here."""
-        if stored.directory is None or stored.artifact.target is not Target.QEMU:
+        if stored.directory is None or stored.artifact.target is not TargetKind.QEMU:
             raise UsageError(
                 f"{stored.artifact.location} was not built here", hint="`ami-builder list` shows what was"
             )
@@ -47,7 +47,7 @@ class LocalChannels:
     def find(self, id: str) -> StoredImage | None:
         """Return the finished image of a digest."""
         found = self.workspace.image(self.image, id)
-        return found if found is not None and found.artifact.target is Target.QEMU else None
+        return found if found is not None and found.artifact.target is TargetKind.QEMU else None
 
     def entries(self, channel: str) -> tuple[Entry, ...]:
         """Return the moves of a channel."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from ami_builder.build.channels import Channels
 from ami_builder.core.channels import stack
 from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
-from ami_builder.core.records import Image, Lifecycle, RunRecord, RunStatus, Target
+from ami_builder.core.records import Image, Lifecycle, RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
@@ -29,7 +29,7 @@ def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime)
     `images` are those of the configuration: what belongs to no other has no policy, and stays.
     """
     decisions: list[Decision] = []
-    stored = [one for one in workspace.images() if one.artifact.target is Target.QEMU]
+    stored = [one for one in workspace.images() if one.artifact.target is TargetKind.QEMU]
     for name in sorted({one.artifact.image for one in stored}):
         mine = [one for one in stored if one.artifact.image == name]
         decisions += _plan_images(workspace, name, mine, images, now)
@@ -45,7 +45,7 @@ def prune_local(workspace: Workspace, images: Mapping[str, Image]) -> tuple[Deci
     names = sorted({one.artifact.image for one in workspace.images()} | set(images))
     with ExitStack() as locks:
         for name in names:
-            for target in Target:  # a build for either uses the caches
+            for target in TargetKind:  # a build for either uses the caches
                 locks.enter_context(workspace.lock(name, target))
         for name in names:
             locks.enter_context(LocalChannels(workspace=workspace, image=name).locked())

@@ -15,7 +15,7 @@ from ami_builder import qemu
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.console import Step, size
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import Artifact, Datasource, Endpoint, Image, Target, Verdict
+from ami_builder.core.records import Artifact, Datasource, Endpoint, Image, TargetKind, Verdict
 from ami_builder.qemu import imds, seed
 from ami_builder.qemu.bake import bake
 from ami_builder.state.workspace import Run, StoredImage, Workspace
@@ -116,7 +116,7 @@ class LocalSite:
     """This machine."""
 
     workspace: Workspace
-    target: Target = field(default=Target.QEMU, init=False)
+    target: TargetKind = field(default=TargetKind.QEMU, init=False)
 
     @property
     def emulated(self) -> bool | None:
@@ -184,7 +184,7 @@ def foreign(disk: Path, image: Image) -> StoredImage:
     info = disk.stat()
     artifact = Artifact(
         image=image.name,
-        target=Target.QEMU,
+        target=TargetKind.QEMU,
         location=str(disk),
         digest=digest,
         created=datetime.fromtimestamp(info.st_mtime, UTC),

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ami_builder.core.records import Target
+from ami_builder.core.records import TargetKind
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Workspace
 
@@ -78,7 +78,7 @@ class Journal:
             self._done[step, place] = line
 
 
-def open_night(workspace: Workspace, image: str, target: Target, digest: str) -> Journal:
+def open_night(workspace: Workspace, image: str, target: TargetKind, digest: str) -> Journal:
     """Return the journal of the last night if it was cut off and was about the same, else that of a new one.
 
     `digest` empty: what tonight is about is not known, so it may be the same. Hold `Workspace.lock_night`

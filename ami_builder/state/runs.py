@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ami_builder.core.errors import UsageError
 from ami_builder.core.nightly import Night
-from ami_builder.core.records import RunRecord, Target
+from ami_builder.core.records import RunRecord, TargetKind
 from ami_builder.core.units import did_you_mean
 from ami_builder.state.workspace import StoredImage, Workspace, load
 
@@ -112,7 +112,7 @@ def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNight:
 
 
 def builds(
-    known: tuple[RecordedRun, ...], image: str, target: Target, until: datetime
+    known: tuple[RecordedRun, ...], image: str, target: TargetKind, until: datetime
 ) -> tuple[RecordedRun, ...]:
     """Return the runs that made an image of this name for this target up to then."""
     return tuple(

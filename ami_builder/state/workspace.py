@@ -27,7 +27,7 @@ from platformdirs import user_cache_path, user_state_path
 from pydantic import TypeAdapter
 
 from ami_builder.core.errors import Inconclusive, Interrupted, Locked, UsageError
-from ami_builder.core.records import Artifact, RunRecord, RunStatus, Target, Verdict
+from ami_builder.core.records import Artifact, RunRecord, RunStatus, TargetKind, Verdict
 
 T = TypeVar("T")
 
@@ -232,7 +232,7 @@ class Workspace:
         except (Timeout, OSError):
             return False
 
-    def lock(self, image: str, target: Target) -> AbstractContextManager[None]:
+    def lock(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
         """Hold the build lock of an image and target; raises Locked with who holds it."""
         return self._locked(
             f"{image}.{target}",
@@ -240,7 +240,7 @@ class Workspace:
             "wait for it to end, or build another image meanwhile",
         )
 
-    def lock_night(self, image: str, target: Target) -> AbstractContextManager[None]:
+    def lock_night(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
         """Hold the lock of the nights of an image and target; raises Locked with who holds it."""
         return self._locked(
             f"{image}.{target}.night",
@@ -347,7 +347,7 @@ class Workspace:
             artifact = load(Artifact, record)
             if artifact is None:
                 continue
-            if artifact.target is not Target.QEMU or (record.parent / IMAGE_FILE).exists():
+            if artifact.target is not TargetKind.QEMU or (record.parent / IMAGE_FILE).exists():
                 verdict = load(Verdict, record.parent / "verdict.json")
                 found.append(StoredImage(artifact=artifact, verdict=verdict, directory=record.parent))
         return tuple(sorted(found, key=lambda s: s.artifact.created))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ami_builder.console import size
-from ami_builder.core.records import Image, RunRecord, RunStatus, StepRecord, Target
+from ami_builder.core.records import Image, RunRecord, RunStatus, StepRecord, TargetKind
 
 LAST = 3
 """How many earlier runs count: the last ones, since a host and what is built on it change."""
@@ -64,7 +64,7 @@ class Estimate:
 def of_build(
     known: Sequence[RunRecord],
     image: Image,
-    target: Target,
+    target: TargetKind,
     *,
     ready: Collection[str],
     baked: bool,
@@ -100,7 +100,7 @@ def of_build(
 
 
 def of_verification(
-    known: Sequence[RunRecord], image: Image, target: Target, *, emulated: bool | None
+    known: Sequence[RunRecord], image: Image, target: TargetKind, *, emulated: bool | None
 ) -> Estimate | None:
     """Return how long a verification takes; None when none on the same machines is known."""
     fitting = _fitting(known, image, target, emulated)
@@ -143,7 +143,7 @@ def _median(known: Sequence[RunRecord], of: Callable[[RunRecord], float | None])
 
 
 def _fitting(
-    known: Sequence[RunRecord], image: Image, target: Target, emulated: bool | None
+    known: Sequence[RunRecord], image: Image, target: TargetKind, emulated: bool | None
 ) -> list[RunRecord]:
     """Return the runs that did the same to its end, on the same kind of VM where that is known."""
     return [

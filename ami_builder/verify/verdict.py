@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from ami_builder.build.target import Site
 from ami_builder.console import Step
 from ami_builder.core.errors import ChecksFailed, Inconclusive
-from ami_builder.core.records import Image, Outcome, Target, Verdict, Verify
+from ami_builder.core.records import Image, Outcome, TargetKind, Verdict, Verify
 from ami_builder.state.workspace import Run, StoredImage
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
@@ -19,12 +19,12 @@ from ami_builder.verify.journey import Proof
 
 # Of the settings, what says nothing about a target's machines.
 _ELSEWHERE = {
-    Target.QEMU: {"instance_types"},
-    Target.AWS: {"memory", "cpus", "datasource", "network"},
+    TargetKind.QEMU: {"instance_types"},
+    TargetKind.AWS: {"memory", "cpus", "datasource", "network"},
 }
 
 
-def checks_digest(image: Image, target: Target) -> str:
+def checks_digest(image: Image, target: TargetKind) -> str:
     """Return what a verdict is bound to besides the image: the checks and the machines they ran on."""
     settings = TypeAdapter(Verify).dump_json(image.verify, exclude={"checks", "timeout", *_ELSEWHERE[target]})
     files = runner.digest([*runner.shipped(checks_dir()), *image.verify.checks])

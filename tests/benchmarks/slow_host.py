@@ -31,7 +31,7 @@ from typing import Any
 from ami_builder import qemu
 from ami_builder.config import loading
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import PRESSURE, Target
+from ami_builder.core.records import PRESSURE, TargetKind
 from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
@@ -354,7 +354,7 @@ def newest_image() -> Path:
     found = [
         stored.path
         for stored in Workspace.open({"AMI_BUILDER_HOME": str(HOME)}).images()
-        if stored.artifact.image == name and stored.artifact.target is Target.QEMU
+        if stored.artifact.image == name and stored.artifact.target is TargetKind.QEMU
     ]
     if not found:
         sys.exit(

@@ -32,7 +32,7 @@ from ami_builder.cli import app as cli
 from ami_builder.cli import nightly as command
 from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, Target, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, TargetKind, Verdict
 from ami_builder.state.journal import Journal
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.journey import Proof
@@ -76,7 +76,7 @@ class FakeSite:
 
     folder: Path
     workspace: Workspace
-    target: Target = field(default=Target.QEMU, init=False)
+    target: TargetKind = field(default=TargetKind.QEMU, init=False)
     emulated: None = field(default=None, init=False)
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
@@ -144,7 +144,7 @@ class FakeSite:
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `ami-builder nightly` in this process meet the world in `folder`."""
 
-    def site(image: Image, target: Target, **_: object) -> FakeSite:
+    def site(image: Image, target: TargetKind, **_: object) -> FakeSite:
         return FakeSite(folder=folder, workspace=Workspace.open(os.environ))
 
     monkeypatch.setattr(command, "open_site", site)

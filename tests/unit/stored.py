@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from ami_builder.core.records import Artifact, CheckResult, Outcome, Target, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import StoredImage, Workspace
 
 
@@ -14,7 +14,7 @@ def stored(
     *,
     passed: bool | None = True,
     outcome: Outcome | None = None,
-    target: Target = Target.QEMU,
+    target: TargetKind = TargetKind.QEMU,
     name: str = "dask",
     created: datetime = datetime(2026, 1, 2, tzinfo=UTC),
     size: int = 1024,

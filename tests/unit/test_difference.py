@@ -19,7 +19,7 @@ from ami_builder.core.records import (
     Outcome,
     RunStatus,
     StepRecord,
-    Target,
+    TargetKind,
     Verdict,
 )
 from ami_builder.state.workspace import StoredImage, Workspace
@@ -95,7 +95,7 @@ def stored(
             (run.work / "packages.txt").write_text(packages)
         artifact = Artifact(
             image="dask",
-            target=Target.QEMU,
+            target=TargetKind.QEMU,
             location="",
             digest=letter * 64,
             created=datetime(2026, 1, 2, tzinfo=UTC) + timedelta(hours=ord(letter)),

@@ -17,7 +17,7 @@ from ami_builder.build import verify as standalone
 from ami_builder.build.build import Options
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Progress, Step
-from ami_builder.core.records import Artifact, Image, RunRecord, RunStatus, StepRecord, Target
+from ami_builder.core.records import Artifact, Image, RunRecord, RunStatus, StepRecord, TargetKind
 from ami_builder.qemu.target import LocalSite
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace
@@ -72,7 +72,7 @@ def record(
     number: int = 0,
     top: str = "build dask",
     status: RunStatus = RunStatus.PASSED,
-    target: Target = Target.QEMU,
+    target: TargetKind = TargetKind.QEMU,
     **changed: float | str,
 ) -> RunRecord:
     """Return the record of an earlier run, with some steps changed."""
@@ -119,7 +119,7 @@ def of_build(
     baked: bool = False,
     verify: bool = True,
     emulated: bool | None = True,
-    target: Target = Target.QEMU,
+    target: TargetKind = TargetKind.QEMU,
     of: Image | None = None,
 ) -> tuple[float, int] | None:
     """Return the seconds of a build, and how many runs they come from."""
@@ -157,7 +157,7 @@ def test_a_step_that_had_nothing_to_do_says_nothing_about_one_that_has() -> None
     [
         record(status=RunStatus.FAILED),
         record(status=RunStatus.INTERRUPTED),
-        record(target=Target.AWS),
+        record(target=TargetKind.AWS),
         replace(record(), image="another"),
         replace(record(), artifact=None),
         record(choose_the_accelerator="KVM: a guest has run on it"),
@@ -174,7 +174,7 @@ def test_a_run_that_did_something_else_says_nothing(other: RunRecord) -> None:
 
 def test_without_earlier_runs_nothing_is_known() -> None:
     assert of_build() is None
-    assert estimate.of_verification([], dask(), Target.QEMU, emulated=True) is None
+    assert estimate.of_verification([], dask(), TargetKind.QEMU, emulated=True) is None
 
 
 def test_an_ami_is_estimated_by_amis() -> None:
@@ -187,8 +187,8 @@ def test_an_ami_is_estimated_by_amis() -> None:
         "verify > machine of m6i.large > memory pressure": 40,
     }
     of = dask(instance_types=("m6i.large",))
-    known = [record(), record(steps, target=Target.AWS)]
-    found = of_build(*known, of=of, target=Target.AWS, emulated=None, ready=["container"])
+    known = [record(), record(steps, target=TargetKind.AWS)]
+    found = of_build(*known, of=of, target=TargetKind.AWS, emulated=None, ready=["container"])
     assert found == (200 + 90 + 150, 1)
 
 
@@ -198,9 +198,9 @@ def test_a_verification_is_estimated_by_builds_and_verifications() -> None:
     }
     alone["choose the accelerator"] = TCG
     known = [record(), record(alone, top="verify image.qcow2", number=1)]
-    found = estimate.of_verification(known, dask(), Target.QEMU, emulated=True)
+    found = estimate.of_verification(known, dask(), TargetKind.QEMU, emulated=True)
     assert found == Estimate(seconds=(100 + 400) / 2, runs=2, emulated=True)
-    assert estimate.of_verification(known, dask(memory=(GIB,)), Target.QEMU, emulated=True) is None
+    assert estimate.of_verification(known, dask(memory=(GIB,)), TargetKind.QEMU, emulated=True) is None
 
 
 def test_the_boot_of_the_bake_gives_the_rest() -> None:

@@ -41,7 +41,7 @@ from ami_builder.core.records import (
     Outcome,
     RunRecord,
     RunStatus,
-    Target,
+    TargetKind,
     Verdict,
 )
 from ami_builder.state.workspace import StoredImage, Workspace, load
@@ -58,7 +58,7 @@ Proving = Callable[[Cell], CellProof]
 def cell(kind: str, region: str = EAST) -> Cell:
     artifact = Artifact(
         image="default",
-        target=Target.AWS,
+        target=TargetKind.AWS,
         location="ami-0123456789abcdef0",
         digest="d" * 64,
         created=datetime(2026, 1, 2, tzinfo=UTC),
@@ -250,7 +250,7 @@ def test_an_executor_of_threads_can_be_had_again_after_a_failure() -> None:
 class Place:
     """A site that keeps verdicts."""
 
-    target: Target = Target.AWS
+    target: TargetKind = TargetKind.AWS
     judged: list[Verdict] = field(default_factory=list)
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:

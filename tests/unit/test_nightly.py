@@ -18,7 +18,7 @@ from ami_builder.build import channels
 from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
 from ami_builder.core.nightly import Night
-from ami_builder.core.records import RunRecord, Target
+from ami_builder.core.records import RunRecord, TargetKind
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state.journal import Journal, Step, open_night, unfinished
 from ami_builder.state.runs import NIGHT
@@ -238,7 +238,7 @@ def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
 def test_of_two_nights_at_once_the_second_says_who_is_at_it(
     folder: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with workspace.lock_night("dask", Target.QEMU):
+    with workspace.lock_night("dask", TargetKind.QEMU):
         assert cli.run(["nightly"]) == 8
         assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
     assert not bakes(folder)
@@ -263,9 +263,9 @@ def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
     now = datetime.now(UTC)
     with time_machine.travel(now, tick=True):
         workspace.ensure()
-        cut_off = open_night(workspace, "dask", Target.QEMU, "d" * 64)
+        cut_off = open_night(workspace, "dask", TargetKind.QEMU, "d" * 64)
     with time_machine.travel(now - timedelta(days=400), tick=True):
-        assert open_night(workspace, "dask", Target.QEMU, "d" * 64).id == cut_off.id
+        assert open_night(workspace, "dask", TargetKind.QEMU, "d" * 64).id == cut_off.id
         cut_off.note(Step.ENDED)
         assert night(capsys)["ending"] == "promoted"
     with time_machine.travel(now - timedelta(days=800), tick=True):
@@ -305,7 +305,7 @@ def test_a_night_that_can_not_begin_is_told_too(
     (folder / "ami-builder.toml").write_text("[images.dask.nightly]\nchanel = 'testing'\n")
     assert cli.run(["nightly"]) == 2
     (folder / "ami-builder.toml").write_text(CONFIG)
-    with workspace.lock_night("dask", Target.QEMU):
+    with workspace.lock_night("dask", TargetKind.QEMU):
         assert cli.run(["nightly", "dask"]) == 8
 
     def broken(*_: object, **__: object) -> None:

@@ -19,7 +19,7 @@ from ami_builder.cli import app as cli
 from ami_builder.core.channels import Entry
 from ami_builder.core.cleanup import Action, Candidate, Policy, plan
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Artifact, CheckResult, Outcome, Resource, Target, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Outcome, Resource, TargetKind, Verdict
 from ami_builder.qemu import cleanup
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state import ledger
@@ -165,9 +165,9 @@ def test_while_there_is_room_nothing_goes(
     assert plan["b"][1] == "all images together are no larger than allowed"
 
 
-@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("target", TargetKind)
 def test_no_pruning_while_a_build_is_going(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str], target: Target
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], target: TargetKind
 ) -> None:
     aged(workspace, "a", 90)
     aged(workspace, "b", 80)
@@ -250,7 +250,7 @@ class Record:
 
     def find(self, id: str) -> StoredImage | None:
         artifact = Artifact(
-            image="dask", target=Target.QEMU, location=id, digest=id, created=NOW, run_id="r", size=0
+            image="dask", target=TargetKind.QEMU, location=id, digest=id, created=NOW, run_id="r", size=0
         )
         return StoredImage(artifact=artifact, verdict=proof(id), directory=None)
 

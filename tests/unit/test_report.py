@@ -29,7 +29,7 @@ from ami_builder.core.records import (
     RunRecord,
     RunStatus,
     StepRecord,
-    Target,
+    TargetKind,
     Verdict,
 )
 from ami_builder.report import Number, Tone, content
@@ -148,7 +148,7 @@ def build(
         ),
         artifact=Artifact(
             image=image,
-            target=Target.QEMU,
+            target=TargetKind.QEMU,
             location=f"/images/{digest[:16]}/image.qcow2",
             digest=digest,
             created=when,
@@ -177,7 +177,7 @@ def night(run: runs.RecordedRun, ending: Ending = Ending.PROMOTED, **more: objec
     told = Night(
         id="20261123T230000Z-abcdef",
         image=run.record.image,
-        target=Target.QEMU,
+        target=TargetKind.QEMU,
         channel="testing",
         started=run.when - timedelta(seconds=5),
         ended=run.when + timedelta(seconds=200),

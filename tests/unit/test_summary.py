@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import RunStatus, StepRecord, Target
+from ami_builder.core.records import RunStatus, StepRecord, TargetKind
 from ami_builder.nightly import summary
 
 BEGAN = datetime(2026, 11, 24, 3, 31, 7, tzinfo=UTC)
@@ -19,7 +19,7 @@ OTHER = "60057ffa" * 8
 LOCAL = Night(
     id="20261124-033107-3f9a2c",
     image="dask",
-    target=Target.QEMU,
+    target=TargetKind.QEMU,
     channel="testing",
     started=BEGAN,
     ended=BEGAN + timedelta(minutes=9, seconds=20),
@@ -53,7 +53,7 @@ BUSY = replace(
 )
 PARTLY = replace(
     LOCAL,
-    target=Target.AWS,
+    target=TargetKind.AWS,
     location="ami-1",
     before="ami-0",
     ending=Ending.PARTLY,

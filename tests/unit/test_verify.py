@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ami_builder.core.errors import ChecksFailed, Inconclusive
-from ami_builder.core.records import CheckResult, Outcome, Target, Verdict
+from ami_builder.core.records import CheckResult, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.verify.verdict import is_verified, keep_verdict, require_passed
 from tests.unit.guest import image
@@ -63,7 +63,7 @@ class Site:
     """A site that keeps verdicts in the workspace."""
 
     workspace: Workspace
-    target: Target = Target.QEMU
+    target: TargetKind = TargetKind.QEMU
     judged: list[Verdict] = field(default_factory=list)
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:

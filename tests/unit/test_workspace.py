@@ -18,7 +18,7 @@ from ami_builder.core.records import (
     Outcome,
     RunRecord,
     RunStatus,
-    Target,
+    TargetKind,
     Verdict,
 )
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load, write_atomically
@@ -34,7 +34,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def _artifact(digest: str = "a" * 64) -> Artifact:
     return Artifact(
         image="dask",
-        target=Target.QEMU,
+        target=TargetKind.QEMU,
         location="",
         digest=digest,
         created=datetime(2026, 1, 2, tzinfo=UTC),
@@ -219,12 +219,12 @@ def test_the_cache_makes_an_entry_once_and_whole(workspace: Workspace) -> None:
 
 def test_a_second_build_is_told_who_holds_the_lock(workspace: Workspace) -> None:
     with (
-        workspace.lock("dask", Target.QEMU),
+        workspace.lock("dask", TargetKind.QEMU),
         pytest.raises(Locked, match=r"process \d+ \(since"),
-        workspace.lock("dask", Target.QEMU),
+        workspace.lock("dask", TargetKind.QEMU),
     ):
         pass
-    with workspace.lock("dask", Target.QEMU):
+    with workspace.lock("dask", TargetKind.QEMU):
         pass
 
 
