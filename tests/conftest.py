@@ -1,8 +1,9 @@
-"""Which tests run, and at the end what was left out.
+"""Select the tests of a tier, and list at the end what was left out; a workspace for tests of all folders.
 
-Three tiers: `fast` needs no VM, no EC2 on loopback and no Packer; `journey` (scripts/test) adds that EC2 and
-one journey of a real VM; `all` (scripts/test --all) is all that CI has time for. Bare pytest runs `fast`, or
-`all` of a folder or file that is named to it.
+There are three tiers. `fast` needs no VM and no emulated EC2: tests/unit is pure, and tests/process starts
+programs of this machine. `journey` (scripts/test) adds the emulated EC2 and one build and verification on a
+real VM. `all` (scripts/test --all) adds the rest. Bare pytest runs `fast`; a folder or file on the command
+line runs whole.
 """
 
 from __future__ import annotations
@@ -13,19 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+from ami_builder.state.workspace import Workspace
 
 HERE = Path(__file__).parent
+FOLDERS = {"vm": "vm", "cloud": "cloud", "fake_ec2": "cloud"}
+"""The marker of all tests in a folder."""
 TIERS = {"fast": ("vm", "long", "cloud"), "journey": ("vm", "long"), "all": ()}
 """Which markers a tier leaves out; the first that applies counts."""
 WHOLE = "AMI_BUILDER_TEST_WHOLE"
-"""With this in the environment, no tier leaves out what is marked `whole`."""
+"""Environment variable: with it, no tier leaves out tests marked `whole`."""
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 REASONS = {
     "vm": "boot a VM",
     "long": "take half a minute and more each",
-    "cloud": "need an EC2 on loopback, and Packer",
+    "cloud": "need the emulated EC2, and Packer",
 }
-"""How the end of a run calls what is left out by its marker."""
+"""What the end of a run says of the tests left out by a marker."""
+
+# The time that an example may take depends on how busy the host is.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """An empty workspace, which commands in this process use too, with the committed configuration."""
+    monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(HERE.parent / "ami-builder.toml"))
+    made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    made.ensure()
+    return made
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,9 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by their folder, and leave out those of other tiers."""
     for item in items:
-        folder = item.path.relative_to(HERE).parts[0]
-        if folder in ("vm", "cloud"):
-            item.add_marker(folder)
+        if marker := FOLDERS.get(item.path.relative_to(HERE).parts[0]):
+            item.add_marker(marker)
     tier = config.getoption("tier") or ("all" if _named(config) else "fast")
     without = (*(() if WHOLE in os.environ else ("whole",)), *TIERS[tier])
     kept, left = [], []
@@ -58,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _named(config: pytest.Config) -> bool:
-    """Tell whether the command line names tests by path or marker."""
+    """Return whether the command line names tests by path or marker."""
     if config.option.markexpr:
         return True
     # Without an argument: the folder with all of the tests in it.
@@ -68,7 +87,7 @@ def _named(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With xdist, let the process that prints know."""
+    """With xdist, report the counts to the process that prints."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     left = session.config.stash[LEFT_OUT]
     if output is not None:
@@ -77,7 +96,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take it from one of xdist's processes: all have left out the same. One that died tells nothing."""
+    """Take the counts of one of xdist's processes: they are the same in all. One that died has none."""
     node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 

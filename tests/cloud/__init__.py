@@ -1,6 +1,1 @@
-"""An EC2 on loopback, and the tests that use it."""
-
-import os
-
-# moto reads it on import: its own catalogue of images would only be in the way, and takes seconds to load.
-os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
+"""ami-builder on the emulated EC2 (tests/fake_ec2): boto3 and Packer are real, AWS is not."""

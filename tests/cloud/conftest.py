@@ -1,35 +1,19 @@
-"""The loopback EC2, started once and emptied before every test."""
+"""The emulated EC2, and the calls that a build makes on it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.cloud.faulting import Place, good_run
 from tests.cloud.flow import in_haste, without_ssh
+from tests.fake_ec2.conftest import cloud, running_cloud
 from tests.fake_ec2.server import Cloud
 
-
-@pytest.fixture(scope="session")
-def running_cloud() -> Iterator[Cloud]:
-    """The server of all tests here."""
-    with Cloud() as cloud:
-        yield cloud
-
-
-@pytest.fixture
-def cloud(running_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    """An empty account, which the environment points boto3 at."""
-    running_cloud.reset()
-    for name, value in running_cloud.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-    yield running_cloud
-    running_cloud.machines = None
+__all__ = ["cloud", "running_cloud"]
 
 
 @pytest.fixture(scope="session")

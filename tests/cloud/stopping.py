@@ -30,7 +30,7 @@ from tests.cloud.faulting import (
 from tests.cloud.flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
-from tests.unit.nights import die_after
+from tests.process.nights import die_after
 
 POWER_LOSS = "power loss"
 """SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""

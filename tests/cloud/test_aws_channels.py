@@ -23,9 +23,9 @@ from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import Image, Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.cloud.aws import DIGEST, make_ami, tags
-from tests.cloud.using import refused
+from tests.fake_ec2.requests import refused
 from tests.fake_ec2.server import Cloud
-from tests.unit.guest import image as guest_image
+from tests.sample_image import image as guest_image
 
 KNOWN = ("testing", "stable")
 NAME = "/ami-builder/dask/x86_64/stable"

@@ -24,7 +24,7 @@ from ami_builder.state.ledger import Ledger, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from tests.fake_ec2.policy import Enforced
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
-from tests.unit.guest import image as guest_image
+from tests.sample_image import image as guest_image
 
 KEY = "AKIALEASTPRIVILEGE00"
 BASE = "136693071363/debian-13-amd64-*"

@@ -12,8 +12,8 @@ from ami_builder.aws import cost, preflight
 from ami_builder.aws.session import Account
 from ami_builder.core.records import Connect, Finding, Image, State
 from tests.fake_ec2.server import REGION, Cloud
-from tests.unit.fakes import fake
-from tests.unit.guest import image as guest_image
+from tests.fake_programs import fake
+from tests.sample_image import image as guest_image
 
 BASE = "136693071363/debian-13-amd64-*"
 

@@ -22,8 +22,8 @@ from ami_builder.cli import app as cli
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.records import Outcome
 from tests.cloud.aws import make_ami, tags
-from tests.cloud.using import refused
 from tests.fake_ec2.image import Image
+from tests.fake_ec2.requests import refused
 from tests.fake_ec2.server import REGION, Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"

@@ -35,7 +35,7 @@ from ami_builder.system.processes import wait_until
 from tests.cloud.aws import DIGEST, RUN, make_ami, tags
 from tests.cloud.faulting import BOUND
 from tests.cloud.stopping import start
-from tests.cloud.using import image, refused
+from tests.fake_ec2.requests import image, refused
 from tests.fake_ec2.server import REGION, Cloud
 
 NAME = tagging.ami_name("dask", DIGEST, RUN)

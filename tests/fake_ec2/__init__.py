@@ -1,1 +1,10 @@
-"""EC2 on loopback: moto behind a shim that adds what moto lacks. Its behavior follows AWS documentation."""
+"""EC2 on loopback: moto, and a layer in front of it that adds what moto lacks.
+
+Each behaviour that is added cites AWS's documentation or botocore's data. The tests beside the modules hold
+the emulator to it; tests/cloud runs ami-builder against it.
+"""
+
+import os
+
+# moto reads this on import: its own catalogue of images is not used here, and takes seconds to load.
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"

@@ -21,7 +21,7 @@ from ami_builder.core.records import Artifact, Outcome
 from ami_builder.qemu import channels as local_channels
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state.workspace import StoredImage, Workspace
-from tests.unit.stored import stored
+from tests.stored_images import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -18,7 +18,7 @@ from ami_builder.core.records import Outcome
 from ami_builder.qemu import run
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
-from tests.unit.stored import stored
+from tests.stored_images import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 

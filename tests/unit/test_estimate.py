@@ -24,8 +24,8 @@ from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.system import ssh
 from ami_builder.verify import estimate, journey, runner
 from ami_builder.verify.estimate import Estimate
-from tests.unit.fakes import fake
-from tests.unit.guest import GIB, image
+from tests.fake_programs import fake
+from tests.sample_image import GIB, image
 from tests.unit.test_prove import Guest
 
 TCG = "TCG (slow): /dev/kvm: No such file or directory"

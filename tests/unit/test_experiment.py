@@ -19,8 +19,8 @@ from ami_builder.state.workspace import Workspace
 from tests.experiment import runs
 from tests.experiment.cases import METHOD, Case, Policy, Work
 from tests.experiment.results import Result, Trace
+from tests.stored_images import stored
 from tests.unit.experiments import result
-from tests.unit.stored import stored
 from tests.unit.test_report import Parsed
 
 ROOT = Path(__file__).resolve().parents[2]

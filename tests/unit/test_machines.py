@@ -18,7 +18,7 @@ from ami_builder.qemu.target import LocalMachine
 from ami_builder.state.ledger import Ledger
 from ami_builder.system import host, ssh
 from ami_builder.system.processes import Completed
-from tests.unit.guest import GIB, image
+from tests.sample_image import GIB, image
 
 TCG, KVM = qemu.Accelerator.TCG, qemu.Accelerator.KVM
 

@@ -49,7 +49,7 @@ from ami_builder.system import ssh
 from ami_builder.verify import executor as cluster
 from ami_builder.verify.concurrency import open_executor, threads
 from ami_builder.verify.journey import Proof
-from tests.unit.guest import image
+from tests.sample_image import image
 
 EAST, WEST = "us-east-1", "eu-west-1"
 Proving = Callable[[Cell], CellProof]

@@ -20,7 +20,7 @@ from ami_builder.system import ssh
 from ami_builder.system.ssh import Session as RealSession
 from ami_builder.verify import journey, runner
 from ami_builder.verify.journey import Proof
-from tests.unit.guest import GIB, image
+from tests.sample_image import GIB, image
 
 LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS, CONTROL = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0, 3.0
 """How long each takes here, in seconds."""

@@ -25,7 +25,7 @@ from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state import ledger
 from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import StoredImage, Workspace
-from tests.unit.stored import stored
+from tests.stored_images import stored
 
 KNOWN = ("testing", "stable")
 NOW = datetime.now(UTC)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ami_builder.build.recipe import Recipe
 from ami_builder.state.workspace import Workspace
-from tests.unit.fakes import fake
+from tests.fake_programs import fake
 
 
 def test_progress_is_what_the_script_does_without_who_says_it(tmp_path: Path) -> None:

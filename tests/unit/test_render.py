@@ -13,7 +13,7 @@ from ami_builder.config.schema import ImageTable
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import ContainerNetwork, Reserve, Role
 from ami_builder.system import resources
-from tests.unit.guest import image
+from tests.sample_image import image
 
 CONTRACT = {
     "/usr/local/sbin/start-dask": 0o755,

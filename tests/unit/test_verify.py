@@ -11,8 +11,8 @@ from ami_builder.core.errors import ChecksFailed, Inconclusive
 from ami_builder.core.records import CheckResult, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.verify.verdict import is_verified, keep_verdict, require_passed
-from tests.unit.guest import image
-from tests.unit.stored import stored
+from tests.sample_image import image
+from tests.stored_images import stored
 
 EVIDENCE = Path("/runs/1/machines")
 AGAIN = "ami-builder verify dask"

@@ -22,7 +22,7 @@ from ami_builder.core.records import Endpoint
 from ami_builder.system import processes, ssh
 from ami_builder.system.processes import Completed
 from ami_builder.system.ssh import Session, Unreachable
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 ROOT = Path(__file__).resolve().parents[2]
 

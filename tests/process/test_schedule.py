@@ -15,7 +15,7 @@ import yaml
 
 from ami_builder.core import errors
 from ami_builder.nightly import webhook
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "scripts" / "systemd"

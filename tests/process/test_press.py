@@ -17,8 +17,8 @@ from ami_builder.checks import press, watch
 from ami_builder.core.oom import Wait
 from ami_builder.system import host
 from ami_builder.system.processes import wait_until
+from tests.fake_programs import fake
 from tests.real_dask import dask, said, scheduler
-from tests.unit.fakes import fake
 
 MIB = 1 << 20
 LIMIT = 320 * MIB

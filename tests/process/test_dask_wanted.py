@@ -12,8 +12,8 @@ import pytest
 
 from ami_builder.build import guest
 from ami_builder.system import resources
-from tests.unit.fakes import calls, fake
-from tests.unit.guest import image
+from tests.fake_programs import calls, fake
+from tests.sample_image import image
 
 SBIN = resources.packer_dir() / "guest/usr/local/sbin"
 SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from ami_builder.build import guest
 from ami_builder.core.records import Image
 from ami_builder.system.processes import wait_until
-from tests.unit.fakes import calls, fake
-from tests.unit.guest import image
+from tests.fake_programs import calls, fake
+from tests.sample_image import image
 
 ROLES = ("local", "worker", "scheduler")
 

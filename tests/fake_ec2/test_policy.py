@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.cloud.using import RUN, launch, refused, tagged
+from tests.fake_ec2.requests import RUN, launch, refused, tagged
 from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALIMITEDLIMITED00"

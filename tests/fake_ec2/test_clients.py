@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cloud.using import launch, tagged
+from tests.fake_ec2.requests import launch, tagged
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
 
 TEMPLATE = """

@@ -15,11 +15,11 @@ import pytest
 
 from ami_builder.qemu import Accelerator
 from ami_builder.system import processes
-from tests.cloud.using import image, instance, launch
 from tests.fake_ec2.machine import Vm
 from tests.fake_ec2.machines import Machines
+from tests.fake_ec2.requests import image, instance, launch
 from tests.fake_ec2.server import Cloud
-from tests.unit.test_qemu import FAKE, qcow2
+from tests.process.test_qemu import FAKE, qcow2
 
 
 @pytest.fixture

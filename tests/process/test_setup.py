@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ami_builder.system import processes
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 ROOT = Path(__file__).parents[2]
 PLAIN_TOOLS = (

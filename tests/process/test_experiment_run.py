@@ -21,7 +21,7 @@ from ami_builder.system import processes
 from tests.experiment import run, tasks
 from tests.experiment.driver import Driver, driving
 from tests.experiment.tasks import Task
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 SOURCE = Path(tasks.__file__).with_name("work.py")
 

@@ -13,7 +13,7 @@ from ami_builder.build import packer
 from ami_builder.build.guest import RenderedFile
 from ami_builder.core.errors import BuildFailed, MissingTool
 from ami_builder.system import processes
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 GUEST = {PurePosixPath("/usr/local/sbin/x"): RenderedFile(content=b"#!/bin/sh\n", mode=0o755)}
 

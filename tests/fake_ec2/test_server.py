@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
 
-from tests.cloud.using import RUN, image, instance, launch, refused, tagged
 from tests.fake_ec2.calls import ACCOUNT
 from tests.fake_ec2.image import DEBIAN_ACCOUNT
+from tests.fake_ec2.requests import RUN, image, instance, launch, refused, tagged
 from tests.fake_ec2.server import Cloud
 from tests.fake_ec2.state import DEBIAN_PARAMETER
 

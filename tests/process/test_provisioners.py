@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ami_builder.system import resources
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 # dd too: a mistake here must not fill this machine's disk.
 PROGRAMS = ("systemctl", "journalctl", "fstrim", "sync", "findmnt", "debugfs", "mount", "chattr", "dd")

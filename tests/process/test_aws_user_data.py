@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ami_builder.aws.user_data import MAX_BYTES, builder_user_data, lifetime_user_data, with_lifetime
 from ami_builder.core.errors import UsageError
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 KEY = "ssh-ed25519 AAAAC3Nz ami-builder"
 

@@ -22,7 +22,7 @@ from ami_builder.core.errors import UsageError
 from ami_builder.core.records import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
-from tests.unit import fakes as programs
+from tests import fake_programs as programs
 
 CONTEXT = runner.Context(
     nonce="5ecret",

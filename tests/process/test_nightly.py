@@ -23,7 +23,7 @@ from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state.journal import Journal, Step, open_night, unfinished
 from ami_builder.state.runs import NIGHT
 from ami_builder.state.workspace import Workspace, load
-from tests.unit.nights import WORLD, World, begin, ended, install
+from tests.process.nights import WORLD, World, begin, ended, install
 
 CONFIG = """
 [images.dask.lifecycle]

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from ami_builder.system import resources
-from tests.unit.fakes import calls, fake
+from tests.fake_programs import calls, fake
 
 DOCKER = """
 case $1 in

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from ami_builder.build import guest as render
 from ami_builder.core.records import ContainerNetwork, Image, Reserve
 from ami_builder.system.processes import wait_until
-from tests.unit.fakes import calls, fake
-from tests.unit.guest import image
+from tests.fake_programs import calls, fake
+from tests.sample_image import image
 
 MEMINFO = Path(__file__).with_name("meminfo")
 PAGE = os.sysconf("SC_PAGESIZE")
