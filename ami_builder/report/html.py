@@ -16,7 +16,6 @@ from ami_builder.console import amount, clean, duration, size
 from ami_builder.core.diff import Measured
 from ami_builder.core.records import Outcome
 from ami_builder.report.page import Check, Page, Trend
-from tests.experiment.comparison import Comparison
 
 _TEMPLATE = "page.html.j2"
 _PHASES = {
@@ -30,19 +29,16 @@ _PHASES = {
 def render(page: Page) -> str:
     """Return the page; the same value gives the same text."""
     plots = [(trend, _plot(trend)) for trend in page.trends if len(trend.points) > 1]
-    text = (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(page=page, plots=plots, comparison_plots=_comparison_plots(page.comparison))
-    )
+    text = environment().get_template(_TEMPLATE).render(page=page, plots=plots)
     # A lone surrogate, from a file name that is no UTF-8, can't be written.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment(*folders: Path) -> jinja2.Environment:
+    """Return an environment for the templates here and in further folders."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
         trim_blocks=True,
@@ -104,19 +100,6 @@ def _plot(trend: Trend) -> Mapping[str, object]:
     values = [point.value for point in trend.points]
     first, last = trend.points[0], trend.points[-1]
     return {"svg": Markup(draw(trend)), "text": _told(trend, first.when, last.when, values)}  # noqa: S704 - ours
-
-
-def _comparison_plots(comparison: Comparison | None) -> Mapping[str, object]:
-    if comparison is None:
-        return {}
-    from tests.experiment import plots as plots
-
-    def plot(svg: str, text: str) -> Mapping[str, object]:
-        return {"svg": Markup(svg), "text": text}  # noqa: S704 - ours
-
-    panels = [(one, plot(plots.bars(one), plots.told_bars(one))) for one in comparison.panels]
-    curves = [(one, plot(plots.curve(one), plots.told_curve(one))) for one in comparison.curves]
-    return {"panels": panels, "curves": curves}
 
 
 def _told(trend: Trend, first: datetime, last: datetime, values: list[float]) -> str:

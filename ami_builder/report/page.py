@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from ami_builder.core.diff import Difference, Quantity
 from ami_builder.core.nightly import Night
 from ami_builder.core.records import Outcome
-
-if TYPE_CHECKING:
-    from tests.experiment.comparison import Comparison
 
 
 class Tone(StrEnum):
@@ -144,8 +140,6 @@ class Page:
     before: str = ""
     """The digest of the image that `difference` compares with."""
     difference: Difference | None = None
-    comparison: Comparison | None = None
-    """Of an experiment."""
     links: Mapping[str, tuple[Link, ...]]
     """Folder -> its files."""
 

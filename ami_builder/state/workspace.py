@@ -3,7 +3,6 @@
 cache/<kind>/<digest>/           a base disk, a container archive: complete, or not there
 state/images/<name>/<digest>/    a finished image, or where it is: artifact, verdict, package list
 state/runs/<run id>/             record.json, logs, rendered files; work/ while the run lives
-state/experiments/<name>/<digest>/   results.jsonl, a line a run; traces/; the page
 state/nights/<name>.<target>/    one folder a night: its journal and summary; `latest` is the last one
 state/locks/                     one build at a time for an image and target, and one night
 """
@@ -246,14 +245,6 @@ class Workspace:
             f"{image}.{target}.night",
             f"a night of image {image!r} for {target} is going",
             "wait for it to end: two at once would do the same",
-        )
-
-    def lock_experiment(self, image: str, digest: str) -> AbstractContextManager[None]:
-        """Hold the lock of the experiment with an image; raises Locked with who holds it."""
-        return self._locked(
-            f"{image}.{digest[:16]}.experiment",
-            f"the experiment with image {image!r} is being run",
-            "wait for it to end: results of both would be the same",
         )
 
     @contextmanager

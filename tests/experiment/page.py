@@ -1,18 +1,21 @@
-"""The page of an experiment, and its rows as a table on stdout has them."""
+"""The page of an experiment, and its rows as a table on stdout."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ami_builder import report
+from markupsafe import Markup
+
 from ami_builder.console import duration, size
 from ami_builder.core.units import format_size
-from ami_builder.report import Comparison, Criterion, Curve, Fact, Page, Panel, Table, Tone
+from ami_builder.report import Tone, html
 from ami_builder.state.workspace import Workspace, write_atomically
+from tests.experiment import plots
 from tests.experiment.cases import Case, Policy, Work
+from tests.experiment.comparison import Comparison, Criterion, Curve, Panel, Table
 from tests.experiment.criteria import PUBLISHED, Answer, Judged, Row, grouped, judge, rows, said
 from tests.experiment.findings import notes, shares
 from tests.experiment.results import Result
@@ -65,42 +68,47 @@ def write_page(image: str, digest: str, workspace: Workspace, output: Path | Non
     if not results:
         return None
     path = output or folder / PAGE
-    write_atomically(path, report.render(_page(image, digest, folder, results)))
+    write_atomically(path, _page(image, digest, folder, results))
     return path
 
 
-def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) -> Page:
+def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) -> str:
     judged = judge(results)
     tone, word, sentence = _verdict(judged)
     found = rows(results)
     fewest = min(row.runs for row in found)
     accelerators = ", ".join(sorted({result.accelerator.upper() for result in results}))
-    return Page(
-        title=f"Experiment with image {image}",
-        tone=tone,
-        word=word,
-        sentence=sentence,
-        facts=(
-            Fact(name="Digest", text=digest, exact=True),
-            Fact(name="Runs", text=_counted(len(results), fewest)),
-            Fact(name="Machines", text=f"{_machines(results)}; under {accelerators}, without swap"),
-            Fact(name="Made", text=f"{min(r.when for r in results)} to {max(r.when for r in results)}"),
+    comparison = Comparison(
+        criteria=tuple(
+            Criterion(text=one.text, tone=_TONES[one.answer], word=one.answer, found=one.found, runs=one.runs)
+            for one in judged
         ),
-        comparison=Comparison(
-            criteria=tuple(
-                Criterion(
-                    text=one.text, tone=_TONES[one.answer], word=one.answer, found=one.found, runs=one.runs
-                )
-                for one in judged
-            ),
-            panels=_panels(found),
-            curves=_curves(folder, found),
-            tables=(_shares(results), _all(found)),
-            notes=notes(results),
-            commands=_commands(image, results),
-        ),
-        links={},
+        panels=_panels(found),
+        curves=_curves(folder, found),
+        tables=(_shares(results), _all(found)),
+        notes=notes(results),
+        commands=_commands(image, results),
     )
+    facts = (
+        ("Digest", digest),
+        ("Runs", _counted(len(results), fewest)),
+        ("Machines", f"{_machines(results)}; under {accelerators}, without swap"),
+        ("Made", f"{min(r.when for r in results)} to {max(r.when for r in results)}"),
+    )
+    template = html.environment(Path(__file__).parent).get_template("experiment.html.j2")
+    return template.render(
+        title=f"Experiment with image {image}", tone=tone, word=word, sentence=sentence, facts=facts,
+        comparison=comparison, plots=_plots(comparison),
+    )  # fmt: skip
+
+
+def _plots(comparison: Comparison) -> Mapping[str, object]:
+    def plot(svg: str, text: str) -> Mapping[str, object]:
+        return {"svg": Markup(svg), "text": text}
+
+    panels = [(one, plot(plots.bars(one), plots.told_bars(one))) for one in comparison.panels]
+    curves = [(one, plot(plots.curve(one), plots.told_curve(one))) for one in comparison.curves]
+    return {"panels": panels, "curves": curves}
 
 
 def _verdict(judged: Sequence[Judged]) -> tuple[Tone, str, str]:
@@ -221,7 +229,7 @@ def _commands(image: str, results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _command(image: str, cases: Sequence[Case]) -> str:
-    words = ["ami-builder", "--set", f"verify.cpus={cases[0].cpus}", "experiment", image]
+    words = ["python", "-m", "tests.experiment", image, "--cpus", str(cases[0].cpus)]
     for memory in sorted({case.memory for case in cases}):
         words += ["--memory", format_size(memory)]
     for policy in Policy:

@@ -1,19 +1,21 @@
-"""`ami-builder experiment`: the runs that are still to be made, side by side, and what all of them say."""
+"""The runs that are still to be made, side by side, and what all of them say."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from ami_builder import qemu
 from ami_builder.console import Progress
-from ami_builder.core.errors import AmiBuilderError
+from ami_builder.core.errors import AmiBuilderError, Locked
 from ami_builder.core.records import Image
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
@@ -24,7 +26,7 @@ from tests.experiment.results import Result, Trace
 from tests.experiment.run import Place, make
 
 EXPERIMENT = "experiment"
-"""The command's name in the records of runs."""
+"""The command in the records of runs."""
 _RESULTS = "results.jsonl"
 _RESULT = TypeAdapter(Result)
 
@@ -85,8 +87,7 @@ def experiment(
     Raises MissingTool, Locked, BuildFailed when no run could be made.
     """
     folder = folder_of(image.name, stored.artifact.digest, workspace)
-    with workspace.lock_experiment(image.name, stored.artifact.digest):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
         missing = left(wanted.cases, (result.case for result in read_results(folder)))
         failed: list[tuple[Case, AmiBuilderError]] = []
         if missing:
@@ -100,6 +101,16 @@ def experiment(
     return Outcome(
         results=found, left=left(wanted.cases, (result.case for result in found)), failed=tuple(failed)
     )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as busy:
+        raise Locked(f"another process runs the experiment in {folder}", hint="wait until it ends") from busy
 
 
 def _make_all(

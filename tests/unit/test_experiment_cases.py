@@ -154,7 +154,7 @@ def test_the_control_ends_about_as_many_workers_and_takes_no_memory() -> None:
 
 def test_a_worker_of_the_control_ends_once(tmp_path: Path) -> None:
     seen = str(tmp_path / "seen")
-    program = f"from ami_builder.experiment import work; work.SEEN = {seen!r}; work.end('x', 4096, 0.01)"
+    program = f"from tests.experiment import work; work.SEEN = {seen!r}; work.end('x', 4096, 0.01)"
     ended = [subprocess.run([sys.executable, "-c", program], check=False).returncode for _ in range(2)]
     assert ended == [-signal.SIGKILL, 0]
 

@@ -58,11 +58,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def ami_builder(
-    *arguments: str | Path, timeout: float = 3000, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    timeout: float = 3000,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    module: str = "ami_builder",
 ) -> Answer:
     """Run the command line as a user does, and return what it did; its stderr is passed on."""
     done = subprocess.run(
-        [sys.executable, "-m", "ami_builder", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         env=environment(**(env or {})),
         cwd=cwd,
         stdin=subprocess.DEVNULL,

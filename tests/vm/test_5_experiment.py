@@ -14,14 +14,16 @@ GIB = 1 << 30
 
 def runs(built: Mapping[str, Any], policy: str, repeat: int) -> Sequence[Mapping[str, Any]]:
     """Make some runs, two side by side, and see that asking again makes no other."""
-    arguments: tuple[str, ...] = ("experiment", built["artifact"]["location"], "--memory", "1GiB")
+    arguments: tuple[str, ...] = (built["artifact"]["location"], "--memory", "1GiB")
     arguments += ("--work", "leak-fast", "--policy", policy, "--repeat", str(repeat), "--jobs", "2")
     # A leak takes a few times as long as Dask does to start, which the build has measured here.
     (start,) = (m["dask_seconds"] for m in built["verdict"]["measured"] if m["phase"] == "restart")
-    answer = ami_builder(*arguments, "--timeout", f"{max(45, 4 * start):.0f}s", "--json")
+    answer = ami_builder(
+        *arguments, "--timeout", f"{max(45, 4 * start):.0f}s", "--json", module="tests.experiment"
+    )
     assert answer.status == 0, answer.stderr
     assert answer.json["left"] == [], answer.json["failed"]
-    again = ami_builder(*arguments, "--json")
+    again = ami_builder(*arguments, "--json", module="tests.experiment")
     assert again.json["results"] == answer.json["results"]
     found = [one for one in answer.json["results"] if one["case"]["policy"] == policy]
     assert len(found) == repeat
