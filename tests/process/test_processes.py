@@ -104,8 +104,8 @@ def test_a_stubborn_process_is_killed() -> None:
 
 def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
     program = (
-        "from ami_builder import proc\n"
-        "with proc.running(['sleep', '100']) as child:\n"
+        "from ami_builder.system import processes\n"
+        "with processes.running(['sleep', '100']) as child:\n"
         "    print(child.pid, flush=True)\n"
         "    child.wait()\n"
     )

@@ -39,7 +39,7 @@ CONTEXT = runner.Context(
     timeout=30,
 )
 
-PRESSED = json.loads((Path(__file__).parent / "test_checks_pressed.json").read_text())
+PRESSED = json.loads((Path(__file__).parents[1] / "recorded" / "memory_pressure.json").read_text())
 """What a machine that is well answered under memory pressure."""
 
 # The command is the last argument; each script is told by its first comment.
@@ -85,7 +85,7 @@ class Fake:
         self.progress: list[str] = []
         self.ready_after: list[int] = []
         """How many results there were each time that Dask was said to answer."""
-        recorded = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+        recorded = json.loads((Path(__file__).parents[1] / "recorded" / "healthy.json").read_text())
         recorded |= {"nonce": CONTEXT.nonce, "stderr": ""}
         (folder / "ssh_config").write_text("Host dask-vm\n")
         self.settled(recorded)

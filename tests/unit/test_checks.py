@@ -26,7 +26,7 @@ Text = dict[str, str]
 Change = Callable[[Text], object]
 
 MIB = 1 << 20
-RECORDED = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "healthy.json").read_text())
 """What a healthy VM of 2 GiB answered on its first boot.
 
 `identity` has what distributed 2026.8 answered on another one, with this one's memory limit.

@@ -23,13 +23,13 @@ from ami_builder.checks.watch import Watched
 from ami_builder.core import oom
 from tests.unit.test_checks import CONTEXT, MIB, Change, Text, put, sub
 
-HERE = Path(__file__).parent
+RECORDED = Path(__file__).parents[1] / "recorded"
 # Both were recorded when a worker that leaked was tried twice, and only the time of each answer was kept,
 # with a pause of 1 s after it. Here only the first leak is left, with its kill, and a login took the time
 # between two answers without that pause. The first login, before Dask had work, is the one at rest.
-GOOD = json.loads((HERE / "test_checks_pressed.json").read_text())
+GOOD = json.loads((RECORDED / "memory_pressure.json").read_text())
 """What a VM of 2 GiB answered, limited as ours are."""
-UNLIMITED = json.loads((HERE / "test_checks_unlimited.json").read_text())
+UNLIMITED = json.loads((RECORDED / "memory_pressure_without_limit.json").read_text())
 """A VM with the two lines about memory taken out of its Compose file, given little to spill."""
 
 DASK = json.loads(GOOD["dask"])

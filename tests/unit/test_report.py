@@ -41,7 +41,7 @@ from ami_builder.system import processes
 from tests.unit.test_checks import identity
 
 ROOT = Path(__file__).resolve().parents[2]
-MACHINE = json.loads((Path(__file__).parent / "test_checks_machine.json").read_text())
+MACHINE = json.loads((Path(__file__).parents[1] / "recorded" / "healthy.json").read_text())
 VALUE = int(MACHINE["memory.env"].split("=")[1])
 GIB = 1 << 30
 DAY = datetime(2026, 11, 20, 22, 0, tzinfo=UTC)
