@@ -169,7 +169,7 @@ def test_a_run_ends_with_its_status(workspace: Workspace) -> None:
 def test_a_killed_run_is_swept_and_a_living_one_is_not(workspace: Workspace) -> None:
     program = (
         "import os, sys\n"
-        "from ami_builder.workspace import Workspace\n"
+        "from ami_builder.state.workspace import Workspace\n"
         "w = Workspace.open({'AMI_BUILDER_HOME': sys.argv[1]})\n"
         "with w.run('build', 'dask') as run:\n"
         "    (run.work / 'overlay.qcow2').write_text('x')\n"
