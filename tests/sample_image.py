@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ami_builder.config.schema import ImageTable
-from ami_builder.core.records import ContainerNetwork, Image, Reserve, Role
+from ami_builder.config.schema import Image, ImageTable
+from ami_builder.core.options import ContainerNetwork, Role
+from ami_builder.core.units import Reserve
 
 GIB = 1 << 30
 

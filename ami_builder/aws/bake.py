@@ -17,7 +17,8 @@ from ami_builder.build import packer
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
-from ami_builder.core.records import Connect, Resource
+from ami_builder.core.options import Connect
+from ami_builder.core.orphans import Resource
 from ami_builder.qemu.bake import container_archive
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Entry, Ledger

@@ -10,9 +10,9 @@ from filelock import FileLock
 
 from ami_builder.aws import images, parameters, tags
 from ami_builder.aws.target import CloudSite
-from ami_builder.core.channels import Entry
+from ami_builder.config.schema import Image
+from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Image
 from ami_builder.state.workspace import StoredImage
 
 
@@ -50,7 +50,7 @@ class CloudChannels:
             return None
         return self.site.ami(self.image, id)
 
-    def entries(self, channel: str) -> tuple[Entry, ...]:
+    def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the history of the parameter."""
         return parameters.entries(self.site.account, self.image.name, channel)
 
@@ -64,11 +64,11 @@ class CloudChannels:
         gone = {id: "it was deregistered" for id in ids if id not in there}
         return gone | {id: ami.revoked for id, ami in there.items() if ami.revoked is not None}
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: ChannelEntry) -> None:
         """Write the parameter, and see that it holds."""
         parameters.write(self.site.account, self.image.name, entry)
 
-    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Tag the AMI, then write each parameter; a parameter that is to hold nothing is deleted."""
         images.revoke(self.site.account, id, reason)
         for entry in entries:

@@ -12,10 +12,10 @@ from ami_builder.aws import images as amis
 from ami_builder.aws import references, sharing, snapshots, tags
 from ami_builder.aws.place import CloudPlace, places
 from ami_builder.aws.session import Account
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
-from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
+from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.records import Image
 from ami_builder.qemu.cleanup import KEEP_ALL, channel_references, policy
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import Workspace
@@ -128,7 +128,7 @@ def _orphans(
 def _unshared(
     candidates: Sequence[Candidate],
     needed: Sequence[Reference],
-    rules: Policy,
+    rules: RetentionPolicy,
     shared_with: Callable[[str], str],
 ) -> tuple[Decision, ...]:
     """Plan, asking only of those that would go whom they are shared with, until none of these is shared."""

@@ -9,9 +9,9 @@ from typing import Any
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, translated
+from ami_builder.config.types import Destination
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.core.orphans import COPYING
-from ami_builder.core.records import Destination
 
 _FAILED = frozenset({"failed", "error", "invalid"})
 _ATTEMPTS = 3

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 
 from ami_builder.aws import orphans
 from ami_builder.aws.session import Account
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
+from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.orphans import Action, Leftover, RunState, plan
-from ami_builder.core.records import Image
+from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Entry, Ledger, read
 from ami_builder.state.workspace import Workspace
@@ -25,14 +26,12 @@ class Region:
     lifetime: float
 
 
-def find_leftovers(
-    regions: Sequence[Region], workspace: Workspace, progress: Progress
-) -> tuple[Leftover, ...]:
+def find_leftovers(regions: Sequence[Region], workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
     """Plan what is to happen to everything of ours; nothing is changed. Raises CloudFailed."""
     workspace.ensure()
     entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
     runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
-    leftovers: list[Leftover] = []
+    leftovers: list[Orphan] = []
     for region in regions:
         with progress.step(f"look in {region.account.region}") as step:
             found = orphans.find(region.account, _of(entries, region))
@@ -45,7 +44,7 @@ def find_leftovers(
 
 
 def remove_leftovers(
-    leftovers: Sequence[Leftover], regions: Sequence[Region], workspace: Workspace, progress: Progress
+    leftovers: Sequence[Orphan], regions: Sequence[Region], workspace: Workspace, progress: Progress
 ) -> None:
     """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
 

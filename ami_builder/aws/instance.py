@@ -20,7 +20,9 @@ from ami_builder.aws.session_manager import proxy_command
 from ami_builder.aws.user_data import with_lifetime
 from ami_builder.aws.waiting import look_for
 from ami_builder.core.errors import BuildFailed, CloudFailed, UsageError
-from ami_builder.core.records import Connect, Endpoint, Resource
+from ami_builder.core.options import Connect
+from ami_builder.core.orphans import Resource
+from ami_builder.core.records import Endpoint
 from ami_builder.state.ledger import Entry, Ledger
 from ami_builder.system import processes
 

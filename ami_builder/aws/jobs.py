@@ -12,9 +12,11 @@ from pathlib import Path
 from ami_builder.aws import network, tags
 from ami_builder.aws.instance import Instance, Launch
 from ami_builder.aws.session import Account
+from ami_builder.config.schema import Image
 from ami_builder.console import Mode, Step, open_progress
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import Artifact, Connect, Endpoint, Image, StepRecord
+from ami_builder.core.options import Connect
+from ami_builder.core.records import Artifact, Endpoint, StepRecord
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import Run, StoredImage, Workspace, write_atomically

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ami_builder.aws.jobs import Cell, CellProof, cells, prove_cell
 from ami_builder.build.target import Site
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import CheckResult, Image, Measurement, Outcome, Verdict
+from ami_builder.core.records import CheckResult, Measurement, Outcome, Verdict
 from ami_builder.state import runs
 from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
 from ami_builder.verify import estimate

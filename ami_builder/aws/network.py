@@ -15,7 +15,7 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, code_of, is_definite, translated
 from ami_builder.aws.waiting import look_for, settle
 from ami_builder.core.errors import CloudFailed, UsageError
-from ami_builder.core.records import Resource
+from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import Entry, Ledger
 
 if TYPE_CHECKING:

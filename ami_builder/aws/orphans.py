@@ -13,9 +13,9 @@ from ami_builder.aws import claims, images, instances, launch_templates, network
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, code_of, translated
 from ami_builder.aws.waiting import settle
+from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.orphans import Action, Found, Leftover
-from ami_builder.core.records import Resource
+from ami_builder.core.orphans import FoundResource, Orphan, Resource
 from ami_builder.state.ledger import Entry
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ _PAGE = 200
 _MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
 
 
-def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
+def find(account: Account, entries: Sequence[Entry] = ()) -> list[FoundResource]:
     """Return what in this region carries our run tag, or stands in `entries` that are not gone.
 
     Raises CloudFailed when any of it can't be listed, since a plan needs to know all.
     """
     open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
-    found: dict[tuple[Resource, str], Found] = {}
+    found: dict[tuple[Resource, str], FoundResource] = {}
     templates = list(_templates(account))
     instances = list(_instances(account, open_entries, templates))
     made_from = _by_id(open_entries, Resource.INSTANCE) | {one.id: one.run_id for one, _ in instances}
@@ -51,7 +51,7 @@ def find(account: Account, entries: Sequence[Entry] = ()) -> list[Found]:
     return list(found.values())
 
 
-def remove(account: Account, leftover: Leftover) -> None:
+def remove(account: Account, leftover: Orphan) -> None:
     """Delete one thing that the plan says is to go, and wait until it has; one that is gone is fine.
 
     Raises CloudFailed when it does not go.
@@ -81,8 +81,8 @@ def remove(account: Account, leftover: Leftover) -> None:
 
 
 def _instances(
-    account: Account, entries: Sequence[Entry], templates: Sequence[Found]
-) -> Iterable[tuple[Found, str]]:
+    account: Account, entries: Sequence[Entry], templates: Sequence[FoundResource]
+) -> Iterable[tuple[FoundResource, str]]:
     """Yield instances of ours with their state, also those that have ended.
 
     Packer tags a spot instance only once it runs, but EC2 tells its template.
@@ -101,7 +101,7 @@ def _instances(
             yield found, one["State"]["Name"]
 
 
-def _templates(account: Account) -> Iterable[Found]:
+def _templates(account: Account) -> Iterable[FoundResource]:
     for one in _listed(account, "describe_launch_templates", "LaunchTemplates", _TAGGED):
         yield _found(
             account,
@@ -114,14 +114,14 @@ def _templates(account: Account) -> Iterable[Found]:
         )
 
 
-def _volumes(account: Account) -> Iterable[Found]:
+def _volumes(account: Account) -> Iterable[FoundResource]:
     for one in _listed(account, "describe_volumes", "Volumes", _TAGGED):
         yield _found(account, Resource.VOLUME, one["VolumeId"], one, {}, one.get("CreateTime"))
 
 
 def _images_and_snapshots(
     account: Account, entries: Sequence[Entry], instances: Mapping[str, str]
-) -> Iterable[Found]:
+) -> Iterable[FoundResource]:
     """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI or its instance is.
 
     Packer may be killed between deregistering an AMI and deleting its snapshots.
@@ -129,14 +129,14 @@ def _images_and_snapshots(
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
     every = _listed(account, "describe_images", "Images", [], Owners=["self"])
     using: dict[str, str] = {}
-    ours: dict[str, Found] = {}
+    ours: dict[str, FoundResource] = {}
     for image in every:
         for snapshot in _snapshots_of(image):
             using[snapshot] = image["ImageId"]
         tags = tagging.as_dict(image.get("Tags", []))
         known = ids.get(image["ImageId"]) or names.get(image.get("Name", ""))
         if run_id := tags.get(tagging.RUN) or known:
-            ours[image["ImageId"]] = Found(
+            ours[image["ImageId"]] = FoundResource(
                 kind=Resource.IMAGE,
                 id=image["ImageId"],
                 region=account.region,
@@ -169,7 +169,7 @@ def _images_and_snapshots(
         )
 
 
-def _groups(account: Account, entries: Sequence[Entry]) -> Iterable[Found]:
+def _groups(account: Account, entries: Sequence[Entry]) -> Iterable[FoundResource]:
     ids, names = _by_id(entries, Resource.SECURITY_GROUP), _by_name(entries, Resource.SECURITY_GROUP)
     for one in (
         *_listed(account, "describe_security_groups", "SecurityGroups", _TAGGED),
@@ -226,9 +226,9 @@ def _found(
     name: str = "",
     image: str = "",
     used_by: str = "",
-) -> Found:
+) -> FoundResource:
     tags = tagging.as_dict(shown.get("Tags", []))
-    return Found(
+    return FoundResource(
         kind=kind,
         id=id,
         region=account.region,

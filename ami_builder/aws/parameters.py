@@ -8,7 +8,7 @@ from botocore.exceptions import ClientError
 
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, code_of, translated
-from ami_builder.core.channels import Entry, Move
+from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.system import processes
 
@@ -34,7 +34,7 @@ def used(account: Account, image: str) -> tuple[str, ...]:
         return tuple(one["Name"].rpartition("/")[2] for page in pages for one in page["Parameters"])
 
 
-def entries(account: Account, image: str, channel: str) -> tuple[Entry, ...]:
+def entries(account: Account, image: str, channel: str) -> tuple[ChannelEntry, ...]:
     """Return the moves of a channel as far as SSM remembers them (100 versions), the oldest first."""
     found: list[Any] = []
     with translated("ssm"):
@@ -49,7 +49,7 @@ def entries(account: Account, image: str, channel: str) -> tuple[Entry, ...]:
     return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
 
 
-def write(account: Account, image: str, entry: Entry) -> None:
+def write(account: Account, image: str, entry: ChannelEntry) -> None:
     """Make a parameter hold what an entry says, and wait until it does; it goes when that is nothing.
 
     Raises CloudFailed when SSM does not take the AMI, or when somebody else moves the channel meanwhile.
@@ -146,10 +146,10 @@ def _blocked(name: str) -> CloudFailed:
     )
 
 
-def _entry(channel: str, one: Any) -> Entry:
+def _entry(channel: str, one: Any) -> ChannelEntry:
     word, _, reason = one.get("Description", "").partition(": ")
     by_us = word in list(Move)
-    return Entry(
+    return ChannelEntry(
         channel=channel,
         # Whoever writes a version by hand promotes.
         move=Move(word) if by_us else Move.PROMOTED,

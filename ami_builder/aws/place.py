@@ -14,9 +14,10 @@ from ami_builder.aws import copies, images, instances, sharing, tags
 from ami_builder.aws.channels import CloudChannels
 from ami_builder.aws.session import Account, code_of
 from ami_builder.aws.target import CloudSite
+from ami_builder.config.schema import Image
+from ami_builder.config.types import Destination
 from ami_builder.console import Progress, Step
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, TimedOut, UsageError
-from ami_builder.core.records import Destination, Image
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.verify.concurrency import side_by_side
 

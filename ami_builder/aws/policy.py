@@ -7,7 +7,8 @@ from enum import StrEnum
 from typing import Any
 
 from ami_builder.aws import tags as tagging
-from ami_builder.core.records import Aws, Connect
+from ami_builder.config.schema import AwsSettings
+from ami_builder.core.options import Connect
 
 _RUN = tagging.RUN
 _ASKED: Mapping[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
@@ -46,7 +47,7 @@ class Section(StrEnum):
     ALL = "all"
 
 
-def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
+def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str, Any]:
     """Return the policy for one part of the work, or for all.
 
     `aws` narrows it to its region, and for AMIs and channels to those of its copies too; and adds what its
@@ -71,7 +72,7 @@ def document(section: Section | str, aws: Aws | None = None) -> dict[str, Any]:
 
 
 class _Statements:
-    def __init__(self, aws: Aws | None) -> None:
+    def __init__(self, aws: AwsSettings | None) -> None:
         self._aws = aws
         self._region = aws.region if aws is not None and aws.region else "*"
         copies = [one.region for one in aws.copy_to] if aws is not None else []

@@ -12,8 +12,10 @@ from ami_builder.aws import cost, network, source_ami
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, code_of, translated
 from ami_builder.aws.tags import Purpose
+from ami_builder.config.schema import AwsSettings, Image
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, UsageError
-from ami_builder.core.records import Aws, Connect, Finding, Image, State
+from ami_builder.core.options import Connect
+from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
 
 _GIB = 1 << 30
@@ -95,7 +97,7 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
             yield _fine(name, ", ".join(kinds))
 
 
-def _network(account: Account, aws: Aws) -> Iterator[Finding]:
+def _network(account: Account, aws: AwsSettings) -> Iterator[Finding]:
     try:
         vpcs = {network.vpc_of(account, subnet) for subnet in aws.subnets or ("",)}
         if len(vpcs) > 1:
@@ -111,7 +113,7 @@ def _network(account: Account, aws: Aws) -> Iterator[Finding]:
         yield _stops("network", bad)
 
 
-def _tools(aws: Aws) -> Iterator[Finding]:
+def _tools(aws: AwsSettings) -> Iterator[Finding]:
     for tool, name in _TOOLS.items() if aws.connect is Connect.SESSION_MANAGER else ():
         try:
             yield _fine(tool, str(processes.find(tool)))
@@ -125,7 +127,7 @@ def _tools(aws: Aws) -> Iterator[Finding]:
             )
 
 
-def _instance_profile(account: Account, aws: Aws) -> Finding:
+def _instance_profile(account: Account, aws: AwsSettings) -> Finding:
     name = aws.instance_profile.rpartition("/")[2]
     try:
         with translated("iam"):

@@ -9,7 +9,7 @@ from ami_builder.aws.place import CloudPlace, Outcome, at_each
 from ami_builder.build import channels
 from ami_builder.build.channels import Moved
 from ami_builder.console import Progress, Step
-from ami_builder.core.channels import Entry
+from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.state.workspace import StoredImage
 
@@ -95,10 +95,10 @@ def revoke(places: Sequence[CloudPlace], stored: StoredImage, reason: str, progr
 
 def history(
     places: Sequence[CloudPlace], channel: str, progress: Progress
-) -> list[Outcome[tuple[str, tuple[Entry, ...]]]]:
+) -> list[Outcome[tuple[str, tuple[ChannelEntry, ...]]]]:
     """Return of each region what stands in a channel, empty for nothing, and all its moves."""
 
-    def act(place: CloudPlace, step: Step) -> tuple[str, tuple[Entry, ...]]:
+    def act(place: CloudPlace, step: Step) -> tuple[str, tuple[ChannelEntry, ...]]:
         record, known = place.channels, place.image.lifecycle.channels
         return channels.current(record, channel), channels.history(record, channel, known)
 

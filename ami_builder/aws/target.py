@@ -13,9 +13,10 @@ from ami_builder.aws.jobs import cells
 from ami_builder.aws.matrix import Subject, prove_matrix, proved
 from ami_builder.aws.session import Account
 from ami_builder.build.inputs import Inputs, gather
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, TargetKind, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.concurrency import open_executor
 from ami_builder.verify.journey import Proof

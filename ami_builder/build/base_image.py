@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ami_builder.config.schema import BaseSettings
 from ami_builder.core.errors import BuildFailed, UsageError
-from ami_builder.core.records import Base
 from ami_builder.state.workspace import Workspace, write_atomically
 
 _CHUNK = 1 << 20
@@ -23,7 +23,7 @@ def is_url(source: str) -> bool:
     return urlsplit(source).scheme in {"http", "https"}
 
 
-def digest(base: Base, workspace: Workspace) -> str:
+def digest(base: BaseSettings, workspace: Workspace) -> str:
     """Return what identifies the disk's content: its checksum, or the sha256 of a file without one."""
     assert base.source is not None
     if base.checksum is not None:
@@ -31,7 +31,7 @@ def digest(base: Base, workspace: Workspace) -> str:
     return _file_digest(Path(base.source), "sha256", workspace)
 
 
-def fetch(base: Base, workspace: Workspace, on_progress: Callable[[str], None]) -> Path:
+def fetch(base: BaseSettings, workspace: Workspace, on_progress: Callable[[str], None]) -> Path:
     """Return the path of the disk; a URL is downloaded once and kept by its checksum.
 
     Raises BuildFailed when the download fails or the checksum does not fit; then nothing is kept.

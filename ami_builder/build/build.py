@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ami_builder.build.inputs import Inputs
 from ami_builder.build.target import Site
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
-from ami_builder.core.records import Image
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify import estimate

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
-from ami_builder.core.channels import Entry, Move, stack, taken_back
-from ami_builder.core.errors import UsageError
-from ami_builder.core.units import did_you_mean
+from ami_builder.core.channels import ChannelEntry, Move, stack, taken_back
+from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.state.workspace import StoredImage
 
 
@@ -29,7 +28,7 @@ class Channels(Protocol):
     def find(self, id: str) -> StoredImage | None:
         """Return the image of an id, if it is still there."""
 
-    def entries(self, channel: str) -> tuple[Entry, ...]:
+    def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel, the oldest first."""
 
     def used(self) -> tuple[str, ...]:
@@ -38,10 +37,10 @@ class Channels(Protocol):
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these images were revoked, and why."""
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: ChannelEntry) -> None:
         """Add a move, wholly or not at all."""
 
-    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Mark an image as revoked first of all, then add the moves that this makes."""
 
 
@@ -50,7 +49,7 @@ class Moved:
     """What came of a command: the moves that were made, none when everything stood as asked already."""
 
     stored: StoredImage
-    entries: tuple[Entry, ...]
+    entries: tuple[ChannelEntry, ...]
 
 
 def promote(
@@ -117,7 +116,7 @@ def revoke(channels: Channels, stored: StoredImage, reason: str) -> Moved:
     return Moved(stored=stored, entries=tuple(entries))
 
 
-def history(channels: Channels, channel: str, known: Sequence[str]) -> tuple[Entry, ...]:
+def history(channels: Channels, channel: str, known: Sequence[str]) -> tuple[ChannelEntry, ...]:
     """Return who stood in a channel when, and why, the oldest first; raises UsageError."""
     _require_known(channel, [*known, *channels.used()])
     return channels.entries(channel)
@@ -182,9 +181,9 @@ def _stack(channels: Channels, channel: str) -> tuple[str, ...]:
     return stack(entries, channels.revoked(sorted({entry.id for entry in entries if entry.id})))
 
 
-def _entry(channel: str, move: Move, id: str, reason: str) -> Entry:
+def _entry(channel: str, move: Move, id: str, reason: str) -> ChannelEntry:
     at = datetime.now(UTC).replace(microsecond=0)
-    return Entry(channel=channel, move=move, id=id, at=at, by=_who(), reason=reason)
+    return ChannelEntry(channel=channel, move=move, id=id, at=at, by=_who(), reason=reason)
 
 
 def _who() -> str:

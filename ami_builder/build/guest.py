@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import jinja2
 
+from ami_builder.config.schema import Image
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Image
 from ami_builder.system import resources
 
 SUFFIX = ".j2"

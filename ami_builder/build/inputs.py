@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from ami_builder import __version__
 from ami_builder.build import base_image, recipe
 from ami_builder.build.guest import RenderedFile, guest
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image
 from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import packer_dir
 from ami_builder.verify.concurrency import side_by_side

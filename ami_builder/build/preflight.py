@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ami_builder import qemu
 from ami_builder.build import packer
+from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, MissingTool
-from ami_builder.core.records import Finding, Image, Listen, Role, State, TargetKind
+from ami_builder.core.options import Listen, Role
+from ami_builder.core.records import Finding, State, TargetKind
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 

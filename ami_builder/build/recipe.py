@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image
 from ami_builder.state.workspace import Workspace, write_atomically
 from ami_builder.system import processes
 from ami_builder.system.resources import scripts_dir

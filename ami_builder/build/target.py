@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.build.inputs import Inputs
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
-from ami_builder.core.records import Endpoint, Image, TargetKind, Verdict
+from ami_builder.core.records import Endpoint, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage
 
 if TYPE_CHECKING:

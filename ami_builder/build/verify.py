@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ami_builder.build.target import Site
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
-from ami_builder.core.records import Image, Verdict
+from ami_builder.core.records import Verdict
 from ami_builder.state import runs
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.verify import estimate

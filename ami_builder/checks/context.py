@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ami_builder.core.records import FIRST_BOOT, Datasource, Reserve, Role
+from ami_builder.core.options import Datasource, Role
+from ami_builder.core.records import FIRST_BOOT
+from ami_builder.core.units import Reserve
 
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
 """Names the JSON file."""

@@ -26,7 +26,8 @@ from ami_builder.checks.pressed import Pressed
 from ami_builder.checks.reports import NOTE, message_of, name_of
 from ami_builder.checks.state import ANSWERS, Client, Container, Dask, Incomplete, Machine, Sections, sections
 from ami_builder.checks.watch import ANSWER, NEW_CONNECTION, Watch
-from ami_builder.core.records import FIRST_BOOT, PRESSURE, Role
+from ami_builder.core.options import Role
+from ami_builder.core.records import FIRST_BOOT, PRESSURE
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""

@@ -6,7 +6,7 @@ import pytest
 
 from ami_builder.checks.context import Context
 from ami_builder.checks.state import VARIABLE, Client, Container, Dask, Machine, told
-from ami_builder.core.records import Role
+from ami_builder.core.options import Role
 
 
 def test_variable_was_measured(machine: Machine) -> None:

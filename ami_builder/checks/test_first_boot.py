@@ -10,7 +10,7 @@ import pytest
 
 from ami_builder.checks.context import Context
 from ami_builder.checks.state import Machine, told
-from ami_builder.core.records import Datasource
+from ami_builder.core.options import Datasource
 
 pytestmark = pytest.mark.first_boot
 

@@ -8,7 +8,7 @@ import pytest
 
 from ami_builder.checks.context import Context
 from ami_builder.checks.state import CLOCK_SECONDS, VARIABLE, Client, Dask, Machine
-from ami_builder.core.records import Role
+from ami_builder.core.options import Role
 
 AFTER = ("docker.service", "multi-user.target", "dask-memory.service")
 

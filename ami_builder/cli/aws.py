@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from ami_builder.aws.place import CloudPlace
     from ami_builder.aws.sharing import Shared
+    from ami_builder.config.schema import AwsSettings
+    from ami_builder.config.types import Destination
     from ami_builder.console import Step
-    from ami_builder.core.records import Aws, Destination
     from ami_builder.state.workspace import StoredImage
 
 AmiArgument = Annotated[
@@ -114,7 +115,7 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
     require_all(outcomes)
 
 
-def _destinations(words: Sequence[str], aws: Aws) -> tuple[Destination, ...]:
+def _destinations(words: Sequence[str], aws: AwsSettings) -> tuple[Destination, ...]:
     """Return the destinations that --region names. A region without a key takes its key from aws.copy_to."""
     from ami_builder.config.types import parse_destination
 

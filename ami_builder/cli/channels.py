@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from ami_builder.aws.place import CloudPlace
     from ami_builder.aws.regions import Moves
     from ami_builder.build.channels import Moved
+    from ami_builder.config.schema import Image
     from ami_builder.console import Progress
-    from ami_builder.core.channels import Entry
-    from ami_builder.core.records import Image
+    from ami_builder.core.channels import ChannelEntry
     from ami_builder.qemu.channels import LocalChannels
     from ami_builder.state.workspace import StoredImage
 
@@ -177,7 +177,7 @@ def history(
     _print_history([("", channels.current(record, channel), entries)], as_json=as_json)
 
 
-def _print_history(told: Sequence[tuple[str, str, Sequence[Entry]]], *, as_json: bool) -> None:
+def _print_history(told: Sequence[tuple[str, str, Sequence[ChannelEntry]]], *, as_json: bool) -> None:
     """Print the current image and the moves of a channel, per region or for this host."""
     from ami_builder.nightly.summary import short
 

@@ -104,7 +104,7 @@ def gc(
 ) -> None:
     """Find resources that killed runs left in the AWS account, by ledger and tag. --apply deletes them."""
     from ami_builder.aws.gc import every_region, find_leftovers, remove_leftovers
-    from ami_builder.core.orphans import Action
+    from ami_builder.core.cleanup import Action
 
     regions = every_region(load_config().images.values(), more or ())
     workspace = open_workspace()

@@ -32,7 +32,7 @@ from ami_builder.core.errors import Interrupted, UsageError
 if TYPE_CHECKING:
     from ami_builder.build.target import Site
     from ami_builder.config.loading import Config
-    from ami_builder.core.records import Image
+    from ami_builder.config.schema import Image
     from ami_builder.state.workspace import StoredImage
 
 _DISK_NAMES = (".qcow2", ".raw", ".img")

@@ -26,7 +26,7 @@ from ami_builder.core.records import Outcome, TargetKind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ami_builder.core.diff import Difference, Measured
+    from ami_builder.core.diff import Difference, QuantityChange
     from ami_builder.state.workspace import StoredImage
 
 
@@ -190,7 +190,7 @@ def diff(
 ) -> None:
     """Compare two images: size, available memory at boot, times, packages and container."""
     from ami_builder.build.channels import choose
-    from ami_builder.core.gate import judge, not_compared, require_close
+    from ami_builder.nightly.gate import judge, not_compared, require_close
     from ami_builder.state.compare import compare_images
 
     workspace, config = open_workspace(), load_config()
@@ -236,7 +236,7 @@ def _print_difference(one: StoredImage, other: StoredImage, found: Difference) -
         console.note(f"packages that differ: {len(found.packages)}")
 
 
-def _amount(measured: Measured, value: float | None) -> str:
+def _amount(measured: QuantityChange, value: float | None) -> str:
     return "-" if value is None else console.amount(measured.quantity, value)
 
 

@@ -26,10 +26,10 @@ from ami_builder.cli.options import (
 if TYPE_CHECKING:
     from ami_builder.build.place import Place
     from ami_builder.config.loading import Config
+    from ami_builder.config.schema import Image
     from ami_builder.console import Progress
     from ami_builder.core.cleanup import Decision
-    from ami_builder.core.nightly import Night
-    from ami_builder.core.records import Image, TargetKind
+    from ami_builder.core.records import NightlyRun, TargetKind
     from ami_builder.nightly.run import Ended
 
 
@@ -73,9 +73,9 @@ def nightly(
 
 def worst(codes: Sequence[int]) -> int:
     """Return the worst exit code of several runs: a failure, else a busy host, else an image on hold."""
-    from ami_builder.core.errors import Held, Inconclusive
+    from ami_builder.core.errors import Inconclusive, OnHold
 
-    milder = {Inconclusive.exit_code: 1, Held.exit_code: 2}
+    milder = {Inconclusive.exit_code: 1, OnHold.exit_code: 2}
     return min(codes, key=lambda code: milder.get(code, 0))
 
 
@@ -144,7 +144,7 @@ def _prune(config: Config, target: TargetKind, progress: Progress) -> Sequence[D
     return decisions
 
 
-def _print(nights: Sequence[Night], *, as_json: bool) -> None:
+def _print(nights: Sequence[NightlyRun], *, as_json: bool) -> None:
     from ami_builder.nightly.summary import headline, short
 
     if as_json:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ami_builder.aws.place import Outcome
     from ami_builder.build.target import Site
     from ami_builder.config.loading import Config
-    from ami_builder.core.records import Image, TargetKind
+    from ami_builder.config.schema import Image
+    from ami_builder.core.records import TargetKind
     from ami_builder.state.workspace import StoredImage, Workspace
 
 app = typer.Typer(
@@ -111,8 +112,7 @@ def open_workspace() -> Workspace:
 
 def parse_choice(flag: str, word: str, kind: type[E], hint: str | None = None) -> E:
     """Return the enum member that a flag names. Raises UsageError with the nearest valid word."""
-    from ami_builder.core.errors import UsageError
-    from ami_builder.core.units import did_you_mean
+    from ami_builder.core.errors import UsageError, did_you_mean
 
     try:
         return kind(word)

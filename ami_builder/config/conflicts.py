@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ami_builder.config.schema import DEBIAN_USER, AwsTable, ContainerSource, ImageTable
+from ami_builder.config.schema import DEBIAN_USER, AwsTable, ImageTable
 from ami_builder.config.types import DEBIAN, DEFAULT_REFERENCE
-from ami_builder.core.records import Connect
+from ami_builder.core.options import Connect, ContainerSource
 from ami_builder.core.units import format_size
 
 

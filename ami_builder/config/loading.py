@@ -16,11 +16,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ami_builder.config import conflicts
-from ami_builder.config.schema import FIELDS, FileTable, ImageTable, from_text, json_schema, schema_text
+from ami_builder.config.schema import (
+    FIELDS,
+    FileTable,
+    Image,
+    ImageTable,
+    from_text,
+    json_schema,
+    schema_text,
+)
 from ami_builder.config.toml_lines import KeyPath, dotted, key_lines, line_of
-from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Image
-from ami_builder.core.units import did_you_mean
+from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.system import resources
 
 __all__ = ["Config", "Setting", "find", "json_schema", "load", "overrides_from", "schema_text"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from enum import StrEnum
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -23,6 +24,7 @@ from ami_builder.config.types import (
     Cidr,
     ContainerName,
     CopyTo,
+    Destination,
     Disk,
     Duration,
     File,
@@ -54,18 +56,182 @@ from ami_builder.config.types import (
     distinct,
     some,
 )
-from ami_builder.core import records
-from ami_builder.core.units import GIB
+from ami_builder.core.options import (
+    Connect,
+    ContainerNetwork,
+    ContainerSource,
+    Datasource,
+    Listen,
+    Network,
+    Role,
+)
+from ami_builder.core.units import GIB, Reserve
 from ami_builder.system import resources
 
 DEBIAN_USER = "admin"
 
 
-class ContainerSource(StrEnum):
-    """Where the Dask container comes from."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSettings:
+    """The disk that baking starts from: our own Debian recipe, or a cloud image by path or URL."""
 
-    ARCHIVE = "archive"
-    REGISTRY = "registry"
+    source: str | None
+    """Path or http(s) URL of a qcow2 or raw cloud image; None for the Debian recipe."""
+    checksum: str | None
+    """`sha256:…` or `sha512:…` of `source`; required with a URL."""
+    ssh_user: str
+    suite: str
+    mirror: str
+    """APT mirror of the recipe; empty for Debian's own."""
+    packages: tuple[str, ...]
+    disk_size: int
+    security_updates: bool
+    """Whether a machine installs security updates at boot, before its memory is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerSettings:
+    """The image of the one Dask container: built here as an archive, or pulled from a registry."""
+
+    reference: str
+    """Name that Compose uses, such as `ami-builder/dask:2026.8.0`."""
+    requirements: Path | None
+    """Pinned and hashed requirements to build the archive from; None to pull `reference`."""
+    packages: tuple[str, ...]
+    """Further Debian packages inside the container."""
+    network: ContainerNetwork
+    bridge_subnet: str
+    """IPv4 network that Docker takes its bridges' addresses from, where it makes any."""
+    instance_metadata: bool
+    """Whether containers may read the instance's metadata, so its user data and its role's credentials."""
+    unlimited: tuple[str, ...]
+    """Names of containers without the default memory limit: the system's own, such as agents."""
+    insecure_registry: str | None
+    """`host:port` of a registry that is spoken to without TLS while baking (tests, closed networks)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaskSettings:
+    """How Dask starts on a machine of this image."""
+
+    role: Role
+    listen: Listen
+    """Where the scheduler of role `local` listens."""
+    workers: int
+    threads: int | None
+    """Threads a worker; None leaves it to Dask (CPUs / workers)."""
+    spill_percent: int
+    """How much of the spill disk's free space all workers together may fill."""
+    after: tuple[str, ...]
+    """Units that must be up before the memory is measured (agents)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeSettings:
+    """The machine that Packer bakes on."""
+
+    memory: int
+    cpus: int
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifySettings:
+    """The machines that the finished image is proved on."""
+
+    memory: tuple[int, ...]
+    cpus: int
+    disk_size: int
+    datasource: Datasource
+    network: Network
+    checks: tuple[Path, ...]
+    """The user's own pytest-testinfra files, run beside ours."""
+    timeout: float
+    pressure: bool
+    """Whether the machines are put under memory pressure in the end."""
+    instance_types: tuple[str, ...]
+    """The EC2 instances that an AMI is proved on: one of each type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwsSettings:
+    """Where and how an AMI is baked, and reached."""
+
+    region: str
+    """Empty: as the AWS chain says (environment, profile)."""
+    source: str
+    """`owner/name pattern` (the newest wins), `ssm:/parameter`, or an AMI id."""
+    instance_types: tuple[str, ...]
+    """For baking, tried in turn when EC2 has no capacity."""
+    subnets: tuple[str, ...]
+    """Tried in turn; none: those of the default VPC."""
+    connect: Connect
+    instance_profile: str
+    """Name or ARN; empty for none."""
+    ssh_port: int
+    source_cidrs: tuple[str, ...]
+    """Who may reach builder and test instances by ssh; none: this machine's public address."""
+    encrypt: bool
+    kms_key: str
+    """Id, ARN or alias of the key that `encrypt` uses; empty for the account's default key."""
+    spot: bool
+    lifetime: float
+    """After these seconds an instance ends itself, whatever happened to us."""
+    copy_to: tuple[Destination, ...]
+    share_with: tuple[str, ...]
+    """Account ids, and ARNs of organizations and organizational units."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleSettings:
+    """What becomes of finished images."""
+
+    channels: tuple[str, ...]
+    """Where an image can be promoted to."""
+    keep: int
+    """How many of the newest stay, of those that stood in each channel, and that stood in none."""
+    keep_days: int
+    """What is younger stays."""
+    size: int
+    """Nothing local is deleted while all of its name together is no larger; 0: that does not matter."""
+    most_deletions: int
+    """Of one run."""
+    grace_days: int
+    """How long an AMI is deprecated before it is deregistered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NightlySettings:
+    """Where a night's image goes, and how far it may drift from the one that stands there."""
+
+    channel: str
+    memory_drift_percent: int
+    """How much less memory may be available at boot."""
+    time_drift_percent: int
+    """How much more CPU time the first boot may take, in multiples of a fixed piece of work."""
+    size_drift_percent: int
+    """How much larger the image may be."""
+    hold_packages: tuple[str, ...]
+    """Patterns (`linux-image-*`) of packages whose change a person decides about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """What to build: everything that decides about an image's content and its proof."""
+
+    name: str
+    description: str
+    base: BaseSettings
+    container: ContainerSettings
+    reserve: Reserve
+    nanny_headroom: int
+    """How much less than the container's limit the workers' own limits add up to, in bytes."""
+    dask: DaskSettings
+    bake: BakeSettings
+    verify: VerifySettings
+    aws: AwsSettings
+    lifecycle: LifecycleSettings
+    nightly: NightlySettings
 
 
 class Table(BaseModel):
@@ -110,9 +276,7 @@ class ContainerTable(Table):
         (), json_schema_extra={"uniqueItems": True}
     )
     """Further Debian packages in the archive."""
-    network: Annotated[records.ContainerNetwork, choice(records.ContainerNetwork)] = (
-        records.ContainerNetwork.HOST
-    )
+    network: Annotated[ContainerNetwork, choice(ContainerNetwork)] = ContainerNetwork.HOST
     """`host`: containers use the machine's network. `bridge`: Docker makes bridge and firewall rules too."""
     bridge_subnet: Bridges = "198.18.0.0/16"
     """With `bridge`: the IPv4 network that Docker's bridges take their addresses from."""
@@ -130,7 +294,7 @@ class MemoryTable(Table):
     """What Dask may use of the machine's memory."""
 
     # By the experiment: README, "What the limit changes".
-    reserve: Reserved = records.Reserve(percent=2.0)
+    reserve: Reserved = Reserve(percent=2.0)
     """What stays with the system out of what is available when Dask starts: a size or a percentage."""
     nanny_headroom: Space = 0
     """How much less than the container's limit the workers' own limits add up to.
@@ -142,12 +306,12 @@ class MemoryTable(Table):
 class DaskTable(Table):
     """How Dask starts on a machine of this image."""
 
-    role: Annotated[records.Role, choice(records.Role)] = records.Role.LOCAL
+    role: Annotated[Role, choice(Role)] = Role.LOCAL
     """`local`: a whole cluster in one container. `worker`: joins a scheduler. `scheduler`: is one.
 
     `none`: dask.service starts nothing, because user data brings its own Dask.
     """
-    listen: Annotated[records.Listen, choice(records.Listen)] = records.Listen.MACHINE
+    listen: Annotated[Listen, choice(Listen)] = Listen.MACHINE
     """Where role `local` listens: for this machine alone, or (`0.0.0.0`) for all that reach it."""
     workers: Annotated[int, count(1, 1024)] = 1
     """Worker processes in the container, which share its memory limit."""
@@ -183,9 +347,9 @@ class VerifyTable(Table):
     """The CPUs of each machine."""
     disk_size: Disk = 10 * GIB
     """The disk of each machine; larger than the image's, it proves that the root file system grows."""
-    datasource: Annotated[records.Datasource, choice(records.Datasource)] = records.Datasource.EC2
+    datasource: Annotated[Datasource, choice(Datasource)] = Datasource.EC2
     """How cloud-init gets key and user data: as on EC2, or from a NoCloud disk."""
-    network: Annotated[records.Network, choice(records.Network)] = records.Network.ISOLATED
+    network: Annotated[Network, choice(Network)] = Network.ISOLATED
     """`isolated`: the machine reaches nothing outside. `nat`: it reaches what this machine reaches."""
     checks: Annotated[tuple[File, ...], AfterValidator(distinct)] = Field(
         (), json_schema_extra={"uniqueItems": True}
@@ -216,7 +380,7 @@ class AwsTable(Table):
         (), json_schema_extra={"uniqueItems": True}
     )
     """Where instances run, tried in turn; empty: in the default VPC."""
-    connect: Annotated[records.Connect, choice(records.Connect)] = records.Connect.SSH
+    connect: Annotated[Connect, choice(Connect)] = Connect.SSH
     """`ssh`, or `session-manager`, which opens no port and needs `instance_profile`."""
     instance_profile: InstanceProfile = ""
     """Instance profile (name or ARN); Session Manager needs one with AmazonSSMManagedInstanceCore."""
@@ -309,7 +473,7 @@ class ImageTable(Table):
         values = self.model_dump(mode="json")
         return {key: values[t][n] if t else values[n] for key in FIELDS for t, _, n in [key.rpartition(".")]}
 
-    def image(self, name: str) -> records.Image:
+    def image(self, name: str) -> Image:
         """Return the image that these settings describe; `conflicts.find` must have found nothing."""
         own, pulled = self.base.source == DEBIAN, self.container.source is ContainerSource.REGISTRY
         base = _values(self.base) | {
@@ -323,19 +487,19 @@ class ImageTable(Table):
             "insecure_registry": self.container.insecure_registry or None,
         }
         del container["source"]
-        return records.Image(
+        return Image(
             name=name,
             description=self.description,
-            base=records.Base(**base),
-            container=records.Container(**container),
+            base=BaseSettings(**base),
+            container=ContainerSettings(**container),
             reserve=self.memory.reserve,
             nanny_headroom=self.memory.nanny_headroom,
-            dask=records.Dask(**_values(self.dask)),
-            bake=records.Bake(**_values(self.bake)),
-            verify=records.Verify(**_values(self.verify)),
-            aws=records.Aws(**_values(self.aws)),
-            lifecycle=records.Lifecycle(**_values(self.lifecycle)),
-            nightly=records.Nightly(
+            dask=DaskSettings(**_values(self.dask)),
+            bake=BakeSettings(**_values(self.bake)),
+            verify=VerifySettings(**_values(self.verify)),
+            aws=AwsSettings(**_values(self.aws)),
+            lifecycle=LifecycleSettings(**_values(self.lifecycle)),
+            nightly=NightlySettings(
                 **_values(self.nightly) | {"channel": self.nightly.channel or self.lifecycle.channels[0]}
             ),
         )

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import core_schema
 
-from ami_builder.core import records
+from ami_builder.core.errors import did_you_mean
 from ami_builder.core.units import (
     DURATION_PATTERN,
     GIB,
@@ -22,7 +22,7 @@ from ami_builder.core.units import (
     PERCENT_PATTERN,
     SIZE_PATTERN,
     TIB,
-    did_you_mean,
+    Reserve,
     format_duration,
     format_reserve,
     format_size,
@@ -30,6 +30,16 @@ from ami_builder.core.units import (
     parse_reserve,
     parse_size,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A region that an AMI is copied to."""
+
+    region: str
+    kms_key: str = ""
+    """Id, ARN or alias of that region's key for the copy; empty: as aws.encrypt says."""
+
 
 DEBIAN = "debian"
 DEFAULT_REFERENCE = "ami-builder/dask:2026.8.0"
@@ -208,15 +218,15 @@ def _bridges(value: object, folder: Path) -> str:
     return str(network)
 
 
-def parse_destination(value: object) -> records.Destination:
+def parse_destination(value: object) -> Destination:
     """Return the region, and the key, of `eu-west-1` or `eu-west-1=alias/ours`; raises ValueError."""
     region, equals, key = value.partition("=") if isinstance(value, str) else ("", "", "")
     if not re.fullmatch(_REGION, region) or not re.fullmatch(_KMS_KEYS, key) or bool(equals) != bool(key):
         raise ValueError("expected a region, or region=KEY with the id, alias/… or ARN of a KMS key there")
-    return records.Destination(region=region, kms_key=key)
+    return Destination(region=region, kms_key=key)
 
 
-def _show_destination(value: records.Destination) -> str:
+def _show_destination(value: Destination) -> str:
     return f"{value.region}={value.kms_key}" if value.kms_key else value.region
 
 
@@ -312,7 +322,7 @@ Source = Annotated[
 Mirror = Annotated[str, Form(parse=_mirror, show=str, schema={"type": "string"})]
 File = Annotated[Path, Form(parse=_path, show=str, schema={"type": "string", "minLength": 1})]
 Reserved = Annotated[
-    records.Reserve,
+    Reserve,
     Form(
         parse=lambda value, folder: parse_reserve(value),
         show=format_reserve,
@@ -365,7 +375,7 @@ InstanceProfile = Annotated[
 ]
 KmsKey = Annotated[str, text(_KMS_KEYS, "the id, alias/… or ARN of a KMS key, or nothing")]
 CopyTo = Annotated[
-    records.Destination,
+    Destination,
     Form(
         parse=lambda value, folder: parse_destination(value),
         show=_show_destination,

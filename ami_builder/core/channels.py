@@ -18,7 +18,7 @@ class Move(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ChannelEntry:
     """One move: what stands in a channel from then on."""
 
     channel: str
@@ -31,7 +31,7 @@ class Entry:
     reason: str = ""
 
 
-def stack(entries: Iterable[Entry], revoked: Iterable[str] = ()) -> tuple[str, ...]:
+def stack(entries: Iterable[ChannelEntry], revoked: Iterable[str] = ()) -> tuple[str, ...]:
     """Return the ids that a channel goes back through, the one that stands in it last.
 
     `entries` are of one channel, the oldest first. A promotion puts an image on top; going back takes away
@@ -43,7 +43,7 @@ def stack(entries: Iterable[Entry], revoked: Iterable[str] = ()) -> tuple[str, .
     return tuple(id for id, before in zip(left, ["", *left], strict=False) if id != before)
 
 
-def taken_back(entries: Iterable[Entry]) -> Mapping[str, Entry]:
+def taken_back(entries: Iterable[ChannelEntry]) -> Mapping[str, ChannelEntry]:
     """Return the ids that were taken out of a channel, and by which move; a later promotion puts one back.
 
     `entries` are of one channel, the oldest first.
@@ -51,9 +51,9 @@ def taken_back(entries: Iterable[Entry]) -> Mapping[str, Entry]:
     return _walk(entries)[1]
 
 
-def _walk(entries: Iterable[Entry]) -> tuple[list[str], dict[str, Entry]]:
+def _walk(entries: Iterable[ChannelEntry]) -> tuple[list[str], dict[str, ChannelEntry]]:
     standing: list[str] = []
-    taken: dict[str, Entry] = {}
+    taken: dict[str, ChannelEntry] = {}
     for entry in entries:
         if entry.id and (entry.move is Move.PROMOTED or entry.id not in standing):
             standing.append(entry.id)

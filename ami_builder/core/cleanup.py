@@ -18,7 +18,7 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class RetentionPolicy:
     """What an image must have behind it before it may go."""
 
     keep: int
@@ -78,7 +78,7 @@ class Decision:
 
 
 def plan(
-    images: Sequence[Candidate], references: Iterable[Reference], policy: Policy, now: datetime
+    images: Sequence[Candidate], references: Iterable[Reference], policy: RetentionPolicy, now: datetime
 ) -> tuple[Decision, ...]:
     """Decide about every image, the oldest first; in doubt it stays.
 
@@ -135,7 +135,7 @@ def _newest(ordered: Sequence[Candidate], keep: int) -> dict[str, str]:
 _NO_CHANNEL = frozenset({""})
 
 
-def _needed(one: Candidate, by: str, newest: str, policy: Policy, now: datetime) -> str:
+def _needed(one: Candidate, by: str, newest: str, policy: RetentionPolicy, now: datetime) -> str:
     """Return why an image stays, or nothing."""
     if not one.ours:
         return "not ours"
@@ -154,7 +154,7 @@ def _needed(one: Candidate, by: str, newest: str, policy: Policy, now: datetime)
     return newest
 
 
-def _retired(one: Candidate, policy: Policy, now: datetime) -> tuple[Action, str]:
+def _retired(one: Candidate, policy: RetentionPolicy, now: datetime) -> tuple[Action, str]:
     assert one.created is not None, "what has no age is kept"
     why = "revoked" if one.revoked else f"{_days(now - one.created)} old, and nothing needs it"
     if not policy.grace:

@@ -64,7 +64,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
+class PackageChange:
     """A package whose version differs; None where it is missing."""
 
     name: str
@@ -73,7 +73,7 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class QuantityChange:
     """One quantity on both sides; None where it was not measured."""
 
     quantity: Quantity
@@ -94,9 +94,9 @@ class Measured:
 class Difference:
     """What moved between two images, and every quantity of either."""
 
-    packages: tuple[Moved, ...] | None
+    packages: tuple[PackageChange, ...] | None
     """None when either has no list."""
-    measured: tuple[Measured, ...]
+    measured: tuple[QuantityChange, ...]
 
 
 def compare(before: Side, after: Side) -> Difference:
@@ -104,11 +104,11 @@ def compare(before: Side, after: Side) -> Difference:
     packages = None
     if before.packages is not None and after.packages is not None:
         packages = tuple(
-            Moved(name=name, before=before.packages.get(name), after=after.packages.get(name))
+            PackageChange(name=name, before=before.packages.get(name), after=after.packages.get(name))
             for name in sorted({*before.packages, *after.packages})
             if before.packages.get(name) != after.packages.get(name)
         )
-    measured = [Measured(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
+    measured = [QuantityChange(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
     measured += _quantities(Quantity.AVAILABLE, before.available, after.available)
     measured += _quantities(Quantity.BOOT, before.boot, after.boot)
     measured += _quantities(Quantity.SSH, before.ssh, after.ssh)
@@ -134,8 +134,8 @@ def multiple(value: float) -> str:
 
 def _quantities(
     quantity: Quantity, before: Mapping[str, float], after: Mapping[str, float]
-) -> list[Measured]:
+) -> list[QuantityChange]:
     return [
-        Measured(quantity=quantity, name=name, before=before.get(name), after=after.get(name))
+        QuantityChange(quantity=quantity, name=name, before=before.get(name), after=after.get(name))
         for name in dict.fromkeys([*before, *after])
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,7 +69,7 @@ class Locked(AmiBuilderError):
     exit_code = 8
 
 
-class Held(AmiBuilderError):
+class OnHold(AmiBuilderError):
     """What was built drifted too far from what is promoted; a person decides."""
 
     exit_code = 9
@@ -94,3 +95,22 @@ class Interrupted(BaseException):
         self.hint: str | None = None
         self.log: Path | None = None
         self.tail: tuple[str, ...] = ()
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """Return the option that was most likely meant by `word`, or None when nothing is near."""
+    from difflib import get_close_matches
+
+    plain = {_plain(option): option for option in options}
+    found = get_close_matches(_plain(word), plain, n=1)
+    return plain[found[0]] if found else None
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return `; did you mean …?` with the nearest option, or nothing."""
+    option = nearest(word, options)
+    return f"; did you mean {option}?" if option else ""
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_")

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from ami_builder.core.records import Resource
+from ami_builder.core.cleanup import Action
+
+
+class Resource(StrEnum):
+    """What of ours can stand in an account."""
+
+    INSTANCE = "instance"
+    LAUNCH_TEMPLATE = "launch-template"
+    VOLUME = "volume"
+    IMAGE = "image"
+    SNAPSHOT = "snapshot"
+    SECURITY_GROUP = "security-group"
+
 
 MARGIN = timedelta(hours=1)
 """Beyond an instance's lifetime: how long the machine of another may still need what it made."""
@@ -33,15 +45,8 @@ class RunState(StrEnum):
     ENDED = "ended"
 
 
-class Action(StrEnum):
-    """What is to happen to a thing."""
-
-    DELETE = "delete"
-    KEEP = "keep"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundResource:
     """One thing in an account that carries our tag, or stands in a ledger of ours."""
 
     kind: Resource
@@ -62,17 +67,17 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leftover:
+class Orphan:
     """One thing, and what is to happen to it."""
 
-    found: Found
+    found: FoundResource
     action: Action
     reason: str
 
 
 def plan(
-    found: Sequence[Found], runs: Mapping[str, RunState], now: datetime, lifetime: float
-) -> tuple[Leftover, ...]:
+    found: Sequence[FoundResource], runs: Mapping[str, RunState], now: datetime, lifetime: float
+) -> tuple[Orphan, ...]:
     """Decide about everything that was found, in the order in which it can be deleted.
 
     `runs` are those that this machine knows; what belongs to none of them was made by another machine, which
@@ -86,16 +91,18 @@ def plan(
         for action, reason in [_decide(one, runs, now, lifetime)]
         if action is Action.KEEP
     }
-    leftovers = []
+    orphans = []
     for one in sorted(found, key=lambda one: (ORDER.index(one.kind), one.created is not None, one.id)):
         action, reason = _decide(one, runs, now, lifetime)
         if action is Action.DELETE and one.kind is Resource.SNAPSHOT and one.image in kept_images:
             action, reason = Action.KEEP, f"belongs to {one.image}: {kept_images[one.image]}"
-        leftovers.append(Leftover(found=one, action=action, reason=reason))
-    return tuple(leftovers)
+        orphans.append(Orphan(found=one, action=action, reason=reason))
+    return tuple(orphans)
 
 
-def _decide(one: Found, runs: Mapping[str, RunState], now: datetime, lifetime: float) -> tuple[Action, str]:
+def _decide(
+    one: FoundResource, runs: Mapping[str, RunState], now: datetime, lifetime: float
+) -> tuple[Action, str]:
     if one.finished:
         return Action.KEEP, "a finished image"
     if one.used_by:

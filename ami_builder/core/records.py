@@ -22,233 +22,6 @@ class TargetKind(StrEnum):
     AWS = "aws"
 
 
-class Role(StrEnum):
-    """What the one Dask container of a machine does."""
-
-    LOCAL = "local"
-    WORKER = "worker"
-    SCHEDULER = "scheduler"
-    NONE = "none"
-    """dask.service starts nothing: user data brings its own Dask."""
-
-
-class Listen(StrEnum):
-    """Where the scheduler of a whole cluster in one container listens."""
-
-    MACHINE = "127.0.0.1"
-    NETWORK = "0.0.0.0"  # noqa: S104 - by the user's own choice
-
-
-class Datasource(StrEnum):
-    """How a test machine's cloud-init gets its key and user data."""
-
-    EC2 = "ec2"
-    NOCLOUD = "nocloud"
-
-
-class Network(StrEnum):
-    """What a test machine can reach besides this process."""
-
-    ISOLATED = "isolated"
-    NAT = "nat"
-
-
-class ContainerNetwork(StrEnum):
-    """What Docker prepares at boot for the network of containers."""
-
-    HOST = "host"
-    """Nothing: containers use the machine's own network."""
-    BRIDGE = "bridge"
-    """Its own bridge and firewall rules, which most of its time to start goes into."""
-
-
-class Connect(StrEnum):
-    """How ssh reaches an instance."""
-
-    SSH = "ssh"
-    SESSION_MANAGER = "session-manager"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserve:
-    """Memory that stays with the system: an amount in bytes, or a percentage of what is available."""
-
-    bytes: int = 0
-    percent: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
-    """The disk that baking starts from: our own Debian recipe, or a cloud image by path or URL."""
-
-    source: str | None
-    """Path or http(s) URL of a qcow2 or raw cloud image; None for the Debian recipe."""
-    checksum: str | None
-    """`sha256:…` or `sha512:…` of `source`; required with a URL."""
-    ssh_user: str
-    suite: str
-    mirror: str
-    """APT mirror of the recipe; empty for Debian's own."""
-    packages: tuple[str, ...]
-    disk_size: int
-    security_updates: bool
-    """Whether a machine installs security updates at boot, before its memory is measured."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Container:
-    """The image of the one Dask container: built here as an archive, or pulled from a registry."""
-
-    reference: str
-    """Name that Compose uses, such as `ami-builder/dask:2026.8.0`."""
-    requirements: Path | None
-    """Pinned and hashed requirements to build the archive from; None to pull `reference`."""
-    packages: tuple[str, ...]
-    """Further Debian packages inside the container."""
-    network: ContainerNetwork
-    bridge_subnet: str
-    """IPv4 network that Docker takes its bridges' addresses from, where it makes any."""
-    instance_metadata: bool
-    """Whether containers may read the instance's metadata, so its user data and its role's credentials."""
-    unlimited: tuple[str, ...]
-    """Names of containers without the default memory limit: the system's own, such as agents."""
-    insecure_registry: str | None
-    """`host:port` of a registry that is spoken to without TLS while baking (tests, closed networks)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dask:
-    """How Dask starts on a machine of this image."""
-
-    role: Role
-    listen: Listen
-    """Where the scheduler of role `local` listens."""
-    workers: int
-    threads: int | None
-    """Threads a worker; None leaves it to Dask (CPUs / workers)."""
-    spill_percent: int
-    """How much of the spill disk's free space all workers together may fill."""
-    after: tuple[str, ...]
-    """Units that must be up before the memory is measured (agents)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bake:
-    """The machine that Packer bakes on."""
-
-    memory: int
-    cpus: int
-    timeout: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verify:
-    """The machines that the finished image is proved on."""
-
-    memory: tuple[int, ...]
-    cpus: int
-    disk_size: int
-    datasource: Datasource
-    network: Network
-    checks: tuple[Path, ...]
-    """The user's own pytest-testinfra files, run beside ours."""
-    timeout: float
-    pressure: bool
-    """Whether the machines are put under memory pressure in the end."""
-    instance_types: tuple[str, ...]
-    """The EC2 instances that an AMI is proved on: one of each type."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
-    """A region that an AMI is copied to."""
-
-    region: str
-    kms_key: str = ""
-    """Id, ARN or alias of that region's key for the copy; empty: as aws.encrypt says."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Aws:
-    """Where and how an AMI is baked, and reached."""
-
-    region: str
-    """Empty: as the AWS chain says (environment, profile)."""
-    source: str
-    """`owner/name pattern` (the newest wins), `ssm:/parameter`, or an AMI id."""
-    instance_types: tuple[str, ...]
-    """For baking, tried in turn when EC2 has no capacity."""
-    subnets: tuple[str, ...]
-    """Tried in turn; none: those of the default VPC."""
-    connect: Connect
-    instance_profile: str
-    """Name or ARN; empty for none."""
-    ssh_port: int
-    source_cidrs: tuple[str, ...]
-    """Who may reach builder and test instances by ssh; none: this machine's public address."""
-    encrypt: bool
-    kms_key: str
-    """Id, ARN or alias of the key that `encrypt` uses; empty for the account's default key."""
-    spot: bool
-    lifetime: float
-    """After these seconds an instance ends itself, whatever happened to us."""
-    copy_to: tuple[Destination, ...]
-    share_with: tuple[str, ...]
-    """Account ids, and ARNs of organizations and organizational units."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lifecycle:
-    """What becomes of finished images."""
-
-    channels: tuple[str, ...]
-    """Where an image can be promoted to."""
-    keep: int
-    """How many of the newest stay, of those that stood in each channel, and that stood in none."""
-    keep_days: int
-    """What is younger stays."""
-    size: int
-    """Nothing local is deleted while all of its name together is no larger; 0: that does not matter."""
-    most_deletions: int
-    """Of one run."""
-    grace_days: int
-    """How long an AMI is deprecated before it is deregistered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nightly:
-    """Where a night's image goes, and how far it may drift from the one that stands there."""
-
-    channel: str
-    memory_drift_percent: int
-    """How much less memory may be available at boot."""
-    time_drift_percent: int
-    """How much more CPU time the first boot may take, in multiples of a fixed piece of work."""
-    size_drift_percent: int
-    """How much larger the image may be."""
-    hold_packages: tuple[str, ...]
-    """Patterns (`linux-image-*`) of packages whose change a person decides about."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
-    """What to build: everything that decides about an image's content and its proof."""
-
-    name: str
-    description: str
-    base: Base
-    container: Container
-    reserve: Reserve
-    nanny_headroom: int
-    """How much less than the container's limit the workers' own limits add up to, in bytes."""
-    dask: Dask
-    bake: Bake
-    verify: Verify
-    aws: Aws
-    lifecycle: Lifecycle
-    nightly: Nightly
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A finished image and where it came from."""
@@ -278,17 +51,6 @@ class Endpoint:
     """Port inside the machine -> port at `address` that reaches it."""
     proxy_command: str = ""
     """What ssh connects through instead of the network, as its ProxyCommand; empty for none."""
-
-
-class Resource(StrEnum):
-    """What of ours can stand in an account."""
-
-    INSTANCE = "instance"
-    LAUNCH_TEMPLATE = "launch-template"
-    VOLUME = "volume"
-    IMAGE = "image"
-    SNAPSHOT = "snapshot"
-    SECURITY_GROUP = "security-group"
 
 
 class Outcome(StrEnum):
@@ -433,3 +195,63 @@ class Finding:
     found: str
     hint: str = ""
     exit_code: int = 0
+
+
+class NightlyStatus(StrEnum):
+    """How a night ended, in all or in one place."""
+
+    UNCHANGED = "unchanged"
+    """What stands in the channel was made of the same inputs: nothing was built."""
+    PROMOTED = "promoted"
+    HELD = "held"
+    """Verified, but it drifted from the image in the channel: a person decides."""
+    INCONCLUSIVE = "inconclusive"
+    """The host was too busy to judge the image: the channel stays, and the next run verifies it again."""
+    FAILED = "failed"
+    PARTLY = "partly"
+    """Promoted in some places, failed in others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionResult:
+    """What became of the image in one place."""
+
+    place: str
+    """`this machine`, or the region."""
+    id: str
+    """The image's id there: a digest, or an AMI's id; empty when it never got there."""
+    ending: NightlyStatus
+    text: str
+    """What happened, or why not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NightlyRun:
+    """One night of one image on one target."""
+
+    id: str
+    image: str
+    target: TargetKind
+    channel: str
+    started: datetime
+    ended: datetime | None
+    """None while it is going, or when it was killed."""
+    ending: NightlyStatus
+    digest: str
+    """Of everything that went in; empty when the inputs could not be resolved."""
+    before: str
+    """The id of what stood in the channel; empty when nothing did."""
+    location: str
+    """The new image: a path, or an AMI's id; empty when there is none."""
+    places: tuple[RegionResult, ...] = ()
+    drifts: tuple[str, ...] = ()
+    """What held the promotion, one line each."""
+    moved: tuple[str, ...] = ()
+    """The packages whose versions changed, one line each."""
+    not_compared: tuple[str, ...] = ()
+    """What the gate could not look at, one line each."""
+    retired: tuple[str, ...] = ()
+    """What was deprecated or deleted, one line each."""
+    error: str = ""
+    exit_code: int = 0
+    steps: tuple[StepRecord, ...] = ()

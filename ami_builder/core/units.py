@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
-
-from ami_builder.core.records import Reserve
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -27,6 +25,14 @@ _NUMBER_AND_WORD = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,17})?) ?([A-Za-z%]*)")
 _SIZE = "a size such as 2GiB or 512MiB, or a whole number of bytes"
 _RESERVE = "a size such as 256MiB, or a percentage of what is available such as 5%"
 _DURATION = "a duration such as 10min, 300s or 1h, or a number of seconds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Memory that stays with the system: an amount in bytes, or a percentage of what is available."""
+
+    bytes: int = 0
+    percent: float = 0.0
 
 
 def parse_size(value: object) -> int:
@@ -96,23 +102,6 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.17f}".rstrip("0") + "s"
     unit = next(unit for unit, one in _DURATIONS.items() if seconds % one == 0)
     return f"{int(seconds) // _DURATIONS[unit]}{unit}"
-
-
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option that was most likely meant by `word`, or None when nothing is near."""
-    plain = {_plain(option): option for option in options}
-    found = get_close_matches(_plain(word), plain, n=1)
-    return plain[found[0]] if found else None
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Return `; did you mean …?` with the nearest option, or nothing."""
-    option = nearest(word, options)
-    return f"; did you mean {option}?" if option else ""
-
-
-def _plain(word: str) -> str:
-    return word.lower().replace("-", "_")
 
 
 def _split(value: object) -> tuple[str, str]:

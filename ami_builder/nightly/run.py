@@ -19,14 +19,13 @@ from ami_builder.build.build import Options, build_from, resolve
 from ami_builder.build.inputs import Inputs
 from ami_builder.build.place import Place
 from ami_builder.build.target import Site
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
 from ami_builder.console import Step as ShownStep
-from ami_builder.core import gate
 from ami_builder.core.cleanup import Action, Decision
-from ami_builder.core.errors import AmiBuilderError, CloudFailed, Held, Inconclusive, Locked
-from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import Image, TargetKind
-from ami_builder.nightly import summary
+from ami_builder.core.errors import AmiBuilderError, CloudFailed, Inconclusive, Locked, OnHold
+from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult, TargetKind
+from ami_builder.nightly import gate, summary
 from ami_builder.report.collect import keep_night
 from ami_builder.state.compare import compare_images
 from ami_builder.state.journal import Journal, Step, open_night
@@ -48,7 +47,7 @@ class Subject:
 class Ended:
     """A night, and the error that it ended with, if it did."""
 
-    night: Night
+    night: NightlyRun
     error: AmiBuilderError | None
 
 
@@ -95,13 +94,13 @@ def _prune(prune: Prune | None, progress: Progress) -> tuple[Sequence[Decision],
 
 
 def _finish(
-    night: Night,
+    night: NightlyRun,
     journal: Journal,
     workspace: Workspace,
     retired: Sequence[Decision],
     wrong: AmiBuilderError | None,
     notify: Callable[[str], str],
-) -> Night:
+) -> NightlyRun:
     """Report on a night, once, and end its journal."""
     mine = [
         f"{one.action}d {one.candidate.id}: {one.reason}"
@@ -123,7 +122,7 @@ def _finish(
     if journal.find(Step.REPORTED) is None:
         # Noted before: a message that is lost with the machine is better than one that comes twice.
         journal.note(Step.REPORTED)
-        unsent = notify(summary.text(night)) if night.ending is not Ending.UNCHANGED else ""
+        unsent = notify(summary.text(night)) if night.ending is not NightlyStatus.UNCHANGED else ""
     journal.note(
         Step.ENDED, ending=str(night.ending), exit_code=night.exit_code, error=night.error, unsent=unsent
     )
@@ -137,14 +136,14 @@ class _Going:
         self.image, self.site, self.places = subject.image, subject.site, subject.places
         self.workspace, self.progress = workspace, progress
         self.channel = self.image.nightly.channel
-        self.night = Night(
+        self.night = NightlyRun(
             id="",
             image=self.image.name,
             target=self.site.target,
             channel=self.channel,
             started=datetime.now(UTC),
             ended=None,
-            ending=Ending.FAILED,
+            ending=NightlyStatus.FAILED,
             digest="",
             before="",
             location="",
@@ -157,7 +156,7 @@ class _Going:
             steps=(),
         )
 
-    def go(self) -> tuple[Night, Journal, AmiBuilderError | None]:
+    def go(self) -> tuple[NightlyRun, Journal, AmiBuilderError | None]:
         """Tell how it ended, and where that is to be noted; raises Interrupted alone."""
         journal: Journal | None = None
         error: AmiBuilderError | None = None
@@ -168,7 +167,7 @@ class _Going:
             self._go(inputs, journal)
         except AmiBuilderError as failed:
             error = failed
-            ending = Ending.INCONCLUSIVE if isinstance(failed, Inconclusive) else Ending.FAILED
+            ending = NightlyStatus.INCONCLUSIVE if isinstance(failed, Inconclusive) else NightlyStatus.FAILED
             self._tell(ending=ending, error=failed.message, exit_code=failed.exit_code)
         journal = journal or open_night(self.workspace, self.image.name, self.site.target, "")
         self._tell(id=journal.id, started=journal.started)
@@ -178,13 +177,13 @@ class _Going:
         self._tell(before=channels.current(self.places[0].channels, self.channel))
         if journal.find(Step.BUILT) is None and (standing := self._standing(inputs)):
             self._tell(
-                ending=Ending.UNCHANGED,
+                ending=NightlyStatus.UNCHANGED,
                 location=standing[0].artifact.location,
                 places=tuple(
-                    PlaceEnding(
+                    RegionResult(
                         place=place.name,
                         id=place.channels.id_of(stored),
-                        ending=Ending.UNCHANGED,
+                        ending=NightlyStatus.UNCHANGED,
                         text="stands there already",
                     )
                     for place, stored in zip(self.places, standing, strict=True)
@@ -199,7 +198,7 @@ class _Going:
             drifts = self._compared(stored, journal)
             step.done("; ".join(drifts) or "no drift")
         if drifts:
-            self._tell(ending=Ending.HELD, exit_code=Held.exit_code)
+            self._tell(ending=NightlyStatus.HELD, exit_code=OnHold.exit_code)
             return
         endings = self._release(stored, journal)
         self._tell(places=tuple(endings), **_sum(endings))
@@ -257,16 +256,16 @@ class _Going:
             "not_compared": list(gate.not_compared(difference)),
         }
 
-    def _release(self, stored: StoredImage, journal: Journal) -> list[PlaceEnding]:
+    def _release(self, stored: StoredImage, journal: Journal) -> list[RegionResult]:
         """Bring the image to every place, and promote it wherever that went well."""
         calls = [partial(self._brought, place, stored, journal) for place in self.places]
         brought = side_by_side(calls)
         return [
-            found if isinstance(found, PlaceEnding) else self._promote(place, found, journal)
+            found if isinstance(found, RegionResult) else self._promote(place, found, journal)
             for place, found in zip(self.places, brought, strict=True)
         ]
 
-    def _brought(self, place: Place, stored: StoredImage, journal: Journal) -> StoredImage | PlaceEnding:
+    def _brought(self, place: Place, stored: StoredImage, journal: Journal) -> StoredImage | RegionResult:
         def bring(step: ShownStep) -> StoredImage:
             there = place.bring(stored, step)
             place.share(there, step)
@@ -281,23 +280,23 @@ class _Going:
         journal.note(Step.BROUGHT, place.name, location=there.artifact.location)
         return there
 
-    def _promote(self, place: Place, stored: StoredImage, journal: Journal) -> PlaceEnding:
-        ending = partial(PlaceEnding, place=place.name, id=stored.name)
+    def _promote(self, place: Place, stored: StoredImage, journal: Journal) -> RegionResult:
+        ending = partial(RegionResult, place=place.name, id=stored.name)
         try:
             record = place.channels
             id = record.id_of(stored)
             ending = partial(ending, id=id)
             if (told := journal.find(Step.PROMOTED, place.name)) is not None:
-                return ending(ending=Ending(told["ending"]), text=str(told["text"]))
+                return ending(ending=NightlyStatus(told["ending"]), text=str(told["text"]))
             if why := channels.taken_out(record, self.channel, id):
-                return ending(ending=Ending.HELD, text=f"{why}; promote it by hand if that is meant")
+                return ending(ending=NightlyStatus.HELD, text=f"{why}; promote it by hand if that is meant")
             with self.progress.step(f"promote in {place.name}") as step:
                 known, why = self.image.lifecycle.channels, f"night {journal.id}"
                 moved = channels.promote(record, stored, self.channel, known, why)
                 # Killed before it was noted, this night finds there what it did itself.
                 ours = moved.entries or [e for e in record.entries(self.channel)[-1:] if e.reason == why]
                 done = ending(
-                    ending=Ending.PROMOTED if ours else Ending.UNCHANGED,
+                    ending=NightlyStatus.PROMOTED if ours else NightlyStatus.UNCHANGED,
                     text=f"stands in {self.channel} now" if ours else "stands there already",
                 )
                 step.done(done.text)
@@ -307,18 +306,18 @@ class _Going:
         return done
 
 
-def _failed(place: Place, id: str, failed: AmiBuilderError) -> PlaceEnding:
-    return PlaceEnding(place=place.name, id=id, ending=Ending.FAILED, text=failed.message)
+def _failed(place: Place, id: str, failed: AmiBuilderError) -> RegionResult:
+    return RegionResult(place=place.name, id=id, ending=NightlyStatus.FAILED, text=failed.message)
 
 
-def _sum(endings: Sequence[PlaceEnding]) -> Mapping[str, object]:
+def _sum(endings: Sequence[RegionResult]) -> Mapping[str, object]:
     """Return how a night ended by how it ended in each place."""
     kinds = {one.ending for one in endings}
-    lacking = ", ".join(f"{one.place}: {one.text}" for one in endings if one.ending is Ending.FAILED)
-    if Ending.FAILED in kinds:
-        whole = kinds == {Ending.FAILED}
-        ending = Ending.FAILED if whole else Ending.PARTLY
+    lacking = ", ".join(f"{one.place}: {one.text}" for one in endings if one.ending is NightlyStatus.FAILED)
+    if NightlyStatus.FAILED in kinds:
+        whole = kinds == {NightlyStatus.FAILED}
+        ending = NightlyStatus.FAILED if whole else NightlyStatus.PARTLY
         return {"ending": ending, "error": lacking, "exit_code": CloudFailed.exit_code}
-    if Ending.HELD in kinds:
-        return {"ending": Ending.HELD, "exit_code": Held.exit_code}
-    return {"ending": Ending.PROMOTED if Ending.PROMOTED in kinds else Ending.UNCHANGED}
+    if NightlyStatus.HELD in kinds:
+        return {"ending": NightlyStatus.HELD, "exit_code": OnHold.exit_code}
+    return {"ending": NightlyStatus.PROMOTED if NightlyStatus.PROMOTED in kinds else NightlyStatus.UNCHANGED}

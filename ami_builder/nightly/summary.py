@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ami_builder.console import duration
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import TargetKind
+from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult, TargetKind
 
 _LONGEST_LIST = 10
 _LONGEST_LINE = 300
@@ -16,12 +15,12 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN_DIGITS = 16
 
 
-def headline(night: Night) -> str:
+def headline(night: NightlyRun) -> str:
     """Return how a night ended, in one line that tells it all."""
     return " ".join(f"{night.image} ({night.target}): {_outcome(night)}".split())
 
 
-def text(night: Night) -> str:
+def text(night: NightlyRun) -> str:
     """Return the message for a chat, as Slack reads it: how it ended, then what a person needs to act."""
     lines = [f"*{_escaped(headline(night))}*"]
     for heading, told in _particulars(night):
@@ -44,7 +43,7 @@ def aborted_text(images: Sequence[str], target: str, error: Exception) -> str:
     return f"*{_escaped(line)}*\nexit code {code}"
 
 
-def markdown(night: Night) -> str:
+def markdown(night: NightlyRun) -> str:
     """Return the page of a night, summary.md: how it ended first, what to do next, then everything."""
     facts = {
         "night": night.id,
@@ -76,42 +75,42 @@ def short(id: str) -> str:
     return id[:_SHOWN_DIGITS] if _DIGEST.fullmatch(id) else id
 
 
-def _outcome(night: Night) -> str:
+def _outcome(night: NightlyRun) -> str:
     stays = f"{night.channel} stays at {short(night.before)}" if night.before else ""
     empty = f"nothing stands in {night.channel}"
     match night.ending:
-        case Ending.UNCHANGED:
+        case NightlyStatus.UNCHANGED:
             return f"unchanged, nothing was built for {night.channel}"
-        case Ending.PROMOTED:
+        case NightlyStatus.PROMOTED:
             was = f", before it {short(night.before)}" if night.before else ", the first one there"
             return f"promoted to {night.channel}: {_new(night)}{was}"
-        case Ending.HELD:
+        case NightlyStatus.HELD:
             return f"HELD for a person to decide, {_new(night)} is not promoted; {stays or empty}"
-        case Ending.INCONCLUSIVE:
+        case NightlyStatus.INCONCLUSIVE:
             return f"INCONCLUSIVE, {_first_line(night)}; {stays or empty}"
-        case Ending.PARTLY:
-            failed = [one.place for one in night.places if one.ending is Ending.FAILED]
+        case NightlyStatus.PARTLY:
+            failed = [one.place for one in night.places if one.ending is NightlyStatus.FAILED]
             well = len(night.places) - len(failed)
             where = f"in {well} of {len(night.places)} places"
             return f"PARTLY promoted to {night.channel}, {where}; FAILED in {', '.join(failed)}"
-        case Ending.FAILED:
+        case NightlyStatus.FAILED:
             return f"FAILED, {_first_line(night)}{'; ' + stays if stays else ''}"
 
 
-def _first_line(night: Night) -> str:
+def _first_line(night: NightlyRun) -> str:
     first = night.error.strip().split("\n")[0] or "for a reason that was not told"
     return first[:_LONGEST_LINE]
 
 
-def _new(night: Night) -> str:
+def _new(night: NightlyRun) -> str:
     """Return the image of this night as `ami-builder` takes it: an AMI's id, or the digits of a digest."""
     return night.location if night.target is TargetKind.AWS else short(night.digest)
 
 
-def _todo(night: Night) -> str:
-    if night.ending is Ending.INCONCLUSIVE:
+def _todo(night: NightlyRun) -> str:
+    if night.ending is NightlyStatus.INCONCLUSIVE:
         return "The image is kept, and the next nightly run verifies it again."
-    if night.ending is not Ending.HELD:
+    if night.ending is not NightlyStatus.HELD:
         return ""
     diff = (
         f"`ami-builder diff {short(night.before)} {_new(night)}` shows what changed; " if night.before else ""
@@ -119,9 +118,11 @@ def _todo(night: Night) -> str:
     return f'{diff}`ami-builder promote {_new(night)} {night.channel} --reason "…"` lets it through.'
 
 
-def _particulars(night: Night) -> Iterable[tuple[str, tuple[str, ...]]]:
+def _particulars(night: NightlyRun) -> Iterable[tuple[str, tuple[str, ...]]]:
     """Return what belongs into a message: nothing of what went as always."""
-    amiss = tuple(_place(one) for one in night.places if one.ending in {Ending.FAILED, Ending.HELD})
+    amiss = tuple(
+        _place(one) for one in night.places if one.ending in {NightlyStatus.FAILED, NightlyStatus.HELD}
+    )
     told = {
         "Held back by": night.drifts,
         "Not as it should be": amiss,
@@ -131,11 +132,11 @@ def _particulars(night: Night) -> Iterable[tuple[str, tuple[str, ...]]]:
     return [(heading, lines) for heading, lines in told.items() if lines]
 
 
-def _place(one: PlaceEnding) -> str:
+def _place(one: RegionResult) -> str:
     return f"{one.place}: {one.ending}, {one.text}"
 
 
-def _took(night: Night) -> str:
+def _took(night: NightlyRun) -> str:
     if night.ended is None:
         return "not ended"
     # A clock may have been set back meanwhile.

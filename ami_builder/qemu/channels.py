@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ami_builder.core.channels import Entry
+from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load
@@ -19,7 +19,7 @@ from ami_builder.state.workspace import StoredImage, Workspace, dump, load
 class Journal:
     """What happened to the channels of one name."""
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[ChannelEntry, ...] = ()
     revoked: Mapping[str, str] = field(default_factory=dict)
     """Digest -> reason."""
 
@@ -49,7 +49,7 @@ class LocalChannels:
         found = self.workspace.image(self.image, id)
         return found if found is not None and found.artifact.target is TargetKind.QEMU else None
 
-    def entries(self, channel: str) -> tuple[Entry, ...]:
+    def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel."""
         return tuple(entry for entry in self._read().entries if entry.channel == channel)
 
@@ -62,12 +62,12 @@ class LocalChannels:
         known = self._read().revoked
         return {id: known[id] for id in ids if id in known}
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: ChannelEntry) -> None:
         """Add a move."""
         journal = self._read()
         dump(replace(journal, entries=(*journal.entries, entry)), self._path)
 
-    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Mark a digest and add the moves, in one step."""
         journal = self._read()
         revoked = {**journal.revoked, id: journal.revoked.get(id, reason)}

@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ami_builder.build.channels import Channels
+from ami_builder.config.schema import Image, LifecycleSettings
 from ami_builder.core.channels import stack
-from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
-from ami_builder.core.records import Image, Lifecycle, RunRecord, RunStatus, TargetKind
+from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
+from ami_builder.core.records import RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
@@ -108,9 +109,9 @@ def _plan_images(
     return plan(candidates, references, rules, now)
 
 
-def policy(lifecycle: Lifecycle, *, grace: bool = False) -> Policy:
+def policy(lifecycle: LifecycleSettings, *, grace: bool = False) -> RetentionPolicy:
     """Return what the settings of an image say, with the time that AMIs are deprecated for where they are."""
-    return Policy(
+    return RetentionPolicy(
         keep=lifecycle.keep,
         young=lifecycle.keep_days * _DAY,
         grace=lifecycle.grace_days * _DAY if grace else timedelta(0),
@@ -119,7 +120,7 @@ def policy(lifecycle: Lifecycle, *, grace: bool = False) -> Policy:
     )
 
 
-KEEP_ALL = Policy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
+KEEP_ALL = RetentionPolicy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
 
 
 def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
@@ -127,7 +128,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
     if not images:
         return ()
     settings = [image.lifecycle for image in images.values()]
-    rules = Policy(
+    rules = RetentionPolicy(
         keep=sum(one.keep for one in settings),
         young=max(one.keep_days for one in settings) * _DAY,
         grace=timedelta(0),
@@ -151,7 +152,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
 
 def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     """Return what may go of past runs and nights: all of it is small, and what stays would fill a table."""
-    rules = Policy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
+    rules = RetentionPolicy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
     runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
     nights = [
         _record("nights", folder)

@@ -16,7 +16,8 @@ from subprocess import Popen, TimeoutExpired
 from types import TracebackType
 
 from ami_builder.core.errors import BuildFailed, MissingTool
-from ami_builder.core.records import Endpoint, Network
+from ami_builder.core.options import Network
+from ami_builder.core.records import Endpoint
 from ami_builder.qemu.disks import create_overlay
 from ami_builder.qemu.monitor import FAILURES, Monitor
 from ami_builder.system import processes

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ami_builder import qemu
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
-from ami_builder.core.records import Datasource, Image, Network
+from ami_builder.core.options import Datasource, Network
 from ami_builder.qemu.target import LocalMachine
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import ssh

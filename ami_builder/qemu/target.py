@@ -13,9 +13,11 @@ from pathlib import Path
 
 from ami_builder import qemu
 from ami_builder.build.inputs import Inputs, gather
+from ami_builder.config.schema import Image
 from ami_builder.console import Step, size
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import Artifact, Datasource, Endpoint, Image, TargetKind, Verdict
+from ami_builder.core.options import Datasource
+from ami_builder.core.records import Artifact, Endpoint, TargetKind, Verdict
 from ami_builder.qemu import imds, seed
 from ami_builder.qemu.bake import bake
 from ami_builder.state.workspace import Run, StoredImage, Workspace

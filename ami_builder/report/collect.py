@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ami_builder import console, report
-from ami_builder.core.nightly import Ending, Night
-from ami_builder.core.records import Outcome, RunStatus, Verdict
+from ami_builder.core.records import NightlyRun, NightlyStatus, Outcome, RunStatus, Verdict
 from ami_builder.report import Fact, Page, Tone, content
 from ami_builder.state import runs
 from ami_builder.state.compare import compare_images
@@ -20,17 +19,17 @@ from ami_builder.state.workspace import Workspace, dump, write_atomically
 PAGE = "report.html"
 _COMMANDS = {"build": "Build", "verify": "Verification"}
 
-_ENDINGS: Mapping[Ending, tuple[Tone, str, str]] = {
-    Ending.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
-    Ending.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
-    Ending.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
-    Ending.INCONCLUSIVE: (
+_ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
+    NightlyStatus.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
+    NightlyStatus.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
+    NightlyStatus.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
+    NightlyStatus.INCONCLUSIVE: (
         Tone.UNSURE,
         "Inconclusive",
         "Nothing was promoted to {}; the next nightly run verifies the image again.",
     ),
-    Ending.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
-    Ending.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
+    NightlyStatus.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
+    NightlyStatus.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
 }
 
 
@@ -48,10 +47,10 @@ def write_page(
     return path
 
 
-def keep_night(night: Night, directory: Path, workspace: Workspace) -> None:
+def keep_night(night: NightlyRun, directory: Path, workspace: Workspace) -> None:
     """Write what a night did into its folder, and its page if it did anything; never fails because of it."""
     dump(night, directory / runs.NIGHT)
-    if night.ending is Ending.UNCHANGED:
+    if night.ending is NightlyStatus.UNCHANGED:
         # It would show the page before once more; `ami-builder report` draws it for whoever asks.
         return
     try:

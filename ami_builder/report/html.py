@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from ami_builder.console import amount, clean, duration, size
-from ami_builder.core.diff import Measured
+from ami_builder.core.diff import QuantityChange
 from ami_builder.core.records import Outcome
 from ami_builder.report.page import Check, Page, Trend
 
@@ -71,7 +71,7 @@ def _paragraph(text: str) -> Markup:
     return Markup("\n").join(line for each in text.strip().splitlines() if (line := clean(each)))
 
 
-def _amount(measured: Measured, value: float | None) -> str:
+def _amount(measured: QuantityChange, value: float | None) -> str:
     return "–" if value is None else amount(measured.quantity, value)
 
 

@@ -8,8 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from ami_builder.core.diff import Difference, Quantity
-from ami_builder.core.nightly import Night
-from ami_builder.core.records import Outcome
+from ami_builder.core.records import NightlyRun, Outcome
 
 
 class Tone(StrEnum):
@@ -128,7 +127,7 @@ class Page:
     """The verdict."""
     sentence: str
     facts: tuple[Fact, ...]
-    night: Night | None = None
+    night: NightlyRun | None = None
     """For the parts that only a night has."""
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()

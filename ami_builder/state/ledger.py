@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ami_builder.core.records import Resource
+from ami_builder.core.orphans import Resource
 from ami_builder.state import jsonl
 
 FILE = "ledger.jsonl"

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ami_builder.core.errors import UsageError
-from ami_builder.core.nightly import Night
-from ami_builder.core.records import RunRecord, TargetKind
-from ami_builder.core.units import did_you_mean
+from ami_builder.core.errors import UsageError, did_you_mean
+from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, load
 
 RECORD = "record.json"
@@ -46,7 +44,7 @@ class RecordedRun:
 class RecordedNight:
     """What a night did, and its folder."""
 
-    night: Night
+    night: NightlyRun
     directory: Path
 
     @property
@@ -81,7 +79,7 @@ def nights(workspace: Workspace) -> tuple[RecordedNight, ...]:
         RecordedNight(night=night, directory=path.parent)
         for path in workspace.nights_dir.glob(f"*/*/{NIGHT}")
         # `latest` names one of the others.
-        if not path.parent.is_symlink() and (night := load(Night, path)) is not None
+        if not path.parent.is_symlink() and (night := load(NightlyRun, path)) is not None
     ]
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 

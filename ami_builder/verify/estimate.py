@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ami_builder.config.schema import Image
 from ami_builder.console import size
-from ami_builder.core.records import Image, RunRecord, RunStatus, StepRecord, TargetKind
+from ami_builder.core.records import RunRecord, RunStatus, StepRecord, TargetKind
 
 LAST = 3
 """How many earlier runs count: the last ones, since a host and what is built on it change."""

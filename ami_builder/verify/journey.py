@@ -13,9 +13,11 @@ from pathlib import Path
 from ami_builder import qemu
 from ami_builder.build.guest import user_data
 from ami_builder.build.target import Machine
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Image, Measurement, Outcome, Role
+from ami_builder.core.options import Role
+from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Measurement, Outcome
 from ami_builder.state.workspace import Run
 from ami_builder.system import processes, ssh
 from ami_builder.system.resources import checks_dir

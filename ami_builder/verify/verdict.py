@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ami_builder.build.target import Site
+from ami_builder.config.schema import Image, VerifySettings
 from ami_builder.console import Step
 from ami_builder.core.errors import ChecksFailed, Inconclusive
-from ami_builder.core.records import Image, Outcome, TargetKind, Verdict, Verify
+from ami_builder.core.records import Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
@@ -26,7 +27,9 @@ _ELSEWHERE = {
 
 def checks_digest(image: Image, target: TargetKind) -> str:
     """Return what a verdict is bound to besides the image: the checks and the machines they ran on."""
-    settings = TypeAdapter(Verify).dump_json(image.verify, exclude={"checks", "timeout", *_ELSEWHERE[target]})
+    settings = TypeAdapter(VerifySettings).dump_json(
+        image.verify, exclude={"checks", "timeout", *_ELSEWHERE[target]}
+    )
     files = runner.digest([*runner.shipped(checks_dir()), *image.verify.checks])
     return hashlib.sha256(files.encode() + settings).hexdigest()
 

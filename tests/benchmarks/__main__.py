@@ -26,7 +26,7 @@ from ami_builder import console, qemu
 from ami_builder.build import packer
 from ami_builder.build.inputs import gather
 from ami_builder.config import loading
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image
 from ami_builder.qemu import bake
 from ami_builder.state.workspace import Workspace
 from tests.benchmarks import against, slow_host

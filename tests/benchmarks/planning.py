@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 
-from ami_builder.core.cleanup import Action, Candidate, Policy, Reference, plan
+from ami_builder.core.cleanup import Action, Candidate, Reference, RetentionPolicy, plan
 
 _NOW = datetime(2026, 6, 1, tzinfo=UTC)
-_POLICY = Policy(keep=5, young=timedelta(days=30), grace=timedelta(days=7), most=1000)
+_POLICY = RetentionPolicy(keep=5, young=timedelta(days=30), grace=timedelta(days=7), most=1000)
 
 
 def planning_seconds(images: int, references: int) -> float:

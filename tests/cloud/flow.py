@@ -21,8 +21,9 @@ from ami_builder.build import packer
 from ami_builder.build.guest import RenderedFile
 from ami_builder.build.target import Machine
 from ami_builder.cli import app as cli
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
-from ami_builder.core.records import CheckResult, Image, Measurement, Outcome
+from ami_builder.core.records import CheckResult, Measurement, Outcome
 from ami_builder.state.workspace import Run
 from ami_builder.system import processes
 from ami_builder.verify.journey import Proof

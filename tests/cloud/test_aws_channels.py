@@ -18,9 +18,10 @@ from ami_builder.aws.tags import Purpose
 from ami_builder.aws.target import CloudSite
 from ami_builder.build.channels import promote, revoke, rollback, standing
 from ami_builder.cli import app as cli
+from ami_builder.config.schema import Image
 from ami_builder.core.channels import Move
 from ami_builder.core.errors import CloudFailed, UsageError
-from ami_builder.core.records import Image, Outcome
+from ami_builder.core.records import Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.cloud.aws import DIGEST, make_ami, tags
 from tests.fake_ec2.requests import refused

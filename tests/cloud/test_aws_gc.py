@@ -13,9 +13,9 @@ from ami_builder.aws import instance as instance_module
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
+from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.orphans import Action, Found, Leftover, RunState, plan
-from ami_builder.core.records import Resource
+from ami_builder.core.orphans import FoundResource, Orphan, Resource, RunState, plan
 from ami_builder.state.ledger import Entry, Ledger, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from tests.fake_ec2.server import REGION, Cloud
@@ -36,7 +36,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def collect(
     account: Account, entries: tuple[Entry, ...] = (), runs: dict[str, RunState] | None = None
-) -> tuple[Leftover, ...]:
+) -> tuple[Orphan, ...]:
     """Do what `gc --apply` does; return its plan."""
     known = {RUN: RunState.ENDED} if runs is None else runs
     leftovers = plan(orphans.find(account, entries), known, datetime.now(UTC), 7200.0)
@@ -262,9 +262,9 @@ def test_collecting_through_faults(
 
 
 def test_what_is_kept_is_never_removed(account: Account) -> None:
-    one = Found(kind=Resource.IMAGE, id="ami-1", region=REGION, run_id=RUN)
+    one = FoundResource(kind=Resource.IMAGE, id="ami-1", region=REGION, run_id=RUN)
     with pytest.raises(ValueError, match="ami-1 is to be kept: because"):
-        orphans.remove(account, Leftover(found=one, action=Action.KEEP, reason="because"))
+        orphans.remove(account, Orphan(found=one, action=Action.KEEP, reason="because"))
 
 
 def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,9 +275,9 @@ def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: p
     )
     assert made["Instances"]
     (volume,) = cloud.left()["volume"]
-    one = Found(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
+    one = FoundResource(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
     with pytest.raises(CloudFailed, match=f"the volume {volume} can't be deleted"):
-        orphans.remove(account, Leftover(found=one, action=Action.DELETE, reason="because"))
+        orphans.remove(account, Orphan(found=one, action=Action.DELETE, reason="because"))
 
 
 def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) -> None:

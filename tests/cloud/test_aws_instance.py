@@ -16,7 +16,7 @@ from ami_builder.aws import instances, network, waiting
 from ami_builder.aws.instance import Instance, Launch
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
-from ami_builder.core.records import Connect
+from ami_builder.core.options import Connect
 from ami_builder.state.ledger import Entry, Ledger, read
 from tests.cloud.aws import KEY, RUN, group, instance, launch
 from tests.fake_ec2.server import REGION, Cloud

@@ -17,9 +17,12 @@ from ami_builder.aws.policy import LONGEST, Section, document
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.cli import app as cli
+from ami_builder.config.schema import Image
+from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.orphans import Action, RunState, plan
-from ami_builder.core.records import Connect, Image, Outcome, Resource, State
+from ami_builder.core.options import Connect
+from ami_builder.core.orphans import Resource, RunState, plan
+from ami_builder.core.records import Outcome, State
 from ami_builder.state.ledger import Ledger, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from tests.fake_ec2.policy import Enforced

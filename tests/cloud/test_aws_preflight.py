@@ -10,7 +10,9 @@ import pytest
 
 from ami_builder.aws import cost, preflight
 from ami_builder.aws.session import Account
-from ami_builder.core.records import Connect, Finding, Image, State
+from ami_builder.config.schema import Image
+from ami_builder.core.options import Connect
+from ami_builder.core.records import Finding, State
 from tests.fake_ec2.server import REGION, Cloud
 from tests.fake_programs import fake
 from tests.sample_image import image as guest_image

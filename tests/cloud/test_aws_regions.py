@@ -27,9 +27,10 @@ from ami_builder.build.channels import promote
 from ami_builder.build.place import Place
 from ami_builder.cli import app as cli
 from ami_builder.config import loading
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
 from ami_builder.core.errors import CloudFailed, UsageError
-from ami_builder.core.records import Image, Outcome
+from ami_builder.core.records import Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.system.processes import wait_until
 from tests.cloud.aws import DIGEST, RUN, make_ami, tags

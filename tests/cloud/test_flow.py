@@ -14,8 +14,9 @@ from ami_builder.aws import jobs
 from ami_builder.aws.target import CloudSite
 from ami_builder.build.target import Machine
 from ami_builder.config import loading
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
-from ami_builder.core.records import Image, Measurement
+from ami_builder.core.records import Measurement
 from ami_builder.state.workspace import Run, Workspace
 from ami_builder.verify.journey import Proof
 from tests.cloud.flow import SETTINGS, ami_builder, without_ssh

@@ -12,9 +12,9 @@ import pytest
 
 from ami_builder.aws import jobs
 from ami_builder.build.target import Machine
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.records import Image
 from ami_builder.state.workspace import Run
 from tests.cloud.faulting import BUILD, Place, only_the_ami
 from tests.cloud.flow import captured

@@ -18,8 +18,9 @@ from pydantic import TypeAdapter
 
 from ami_builder import console
 from ami_builder.config import loading
+from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.records import Image, Target
+from ami_builder.core.records import Target
 from ami_builder.core.units import parse_duration, parse_size
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.experiment import page, runs

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ami_builder import qemu
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
-from ami_builder.core.records import Datasource, Image, Network
+from ami_builder.core.options import Datasource, Network
 from ami_builder.qemu.target import LocalMachine
 from ami_builder.state.workspace import Run
 from ami_builder.system import host, processes, ssh

@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from ami_builder import qemu
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress
 from ami_builder.core.errors import AmiBuilderError, Locked
-from ami_builder.core.records import Image
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
 from ami_builder.verify.concurrency import side_by_side

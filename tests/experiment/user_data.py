@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image
 from ami_builder.core.units import GIB, MIB
 from tests.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, Policy
 from tests.experiment.tasks import MODULE

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import Endpoint, Network
+from ami_builder.core.options import Network
+from ami_builder.core.records import Endpoint
 from ami_builder.qemu import imds
 from ami_builder.system import processes
 

@@ -23,7 +23,7 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.models.instances import Instance
 
 from ami_builder import qemu
-from ami_builder.core.records import Network
+from ami_builder.core.options import Network
 from ami_builder.qemu import imds
 from ami_builder.system import processes
 from tests.fake_ec2.image import DEBIAN_ACCOUNT, Image

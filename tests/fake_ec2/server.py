@@ -212,7 +212,7 @@ def main() -> None:
 
 def _machines(asked: argparse.Namespace) -> Machines:
     from ami_builder import qemu
-    from ami_builder.core.records import Network
+    from ami_builder.core.options import Network
     from tests.fake_ec2.machines import Machines
 
     directory = Path(tempfile.mkdtemp(prefix="cloud-"))

@@ -30,9 +30,10 @@ import time_machine
 from ami_builder.build.inputs import Inputs
 from ami_builder.cli import app as cli
 from ami_builder.cli import nightly as command
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.records import Artifact, CheckResult, Image, Measurement, Outcome, TargetKind, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
 from ami_builder.state.journal import Journal
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.journey import Proof

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ami_builder.build import guest
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
 from tests.sample_image import image

@@ -17,8 +17,7 @@ import time_machine
 from ami_builder.build import channels
 from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
-from ami_builder.core.nightly import Night
-from ami_builder.core.records import RunRecord, TargetKind
+from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state.journal import Journal, Step, open_night, unfinished
 from ami_builder.state.runs import NIGHT
@@ -391,7 +390,7 @@ def test_seven_nights(
         assert ended(begin(folder, at=one.at, dies_after=one.dies_after)) == one.status, one
         if not one.ending:
             continue
-        last = load(Night, workspace.nights_dir / "dask.qemu" / "latest" / NIGHT)
+        last = load(NightlyRun, workspace.nights_dir / "dask.qemu" / "latest" / NIGHT)
         assert last is not None
         assert (last.ending, last.exit_code) == (one.ending, one.status)
         digests |= {one.world.inputs: last.digest} if last.digest else {}

@@ -21,7 +21,7 @@ import pytest
 
 from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut, UsageError
-from ami_builder.core.records import Network
+from ami_builder.core.options import Network
 from ami_builder.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
 from ami_builder.system import processes
 

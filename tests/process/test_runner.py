@@ -19,7 +19,9 @@ from ami_builder import qemu
 from ami_builder.checks.state import ANSWERS, Sections, sections
 from ami_builder.checks.watch import AT_REST, Watched
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import CheckResult, Datasource, Outcome, Reserve, Role, Verdict
+from ami_builder.core.options import Datasource, Role
+from ami_builder.core.records import CheckResult, Outcome, Verdict
+from ami_builder.core.units import Reserve
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from tests import fake_programs as programs

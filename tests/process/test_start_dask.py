@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ami_builder.build import guest as render
-from ami_builder.core.records import ContainerNetwork, Image, Reserve
+from ami_builder.config.schema import Image
+from ami_builder.core.options import ContainerNetwork
+from ami_builder.core.units import Reserve
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
 from tests.sample_image import image

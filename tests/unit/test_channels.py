@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ami_builder.build import channels
 from ami_builder.build.channels import Moved, choose, promote, revoke, rollback, standing
 from ami_builder.cli import app as cli
-from ami_builder.core.channels import Entry, Move, stack
+from ami_builder.core.channels import ChannelEntry, Move, stack
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import Artifact, Outcome
 from ami_builder.qemu import channels as local_channels
@@ -248,7 +248,7 @@ def test_wrong_words_say_what_is_right(
 
 entries = st.lists(
     st.builds(
-        Entry,
+        ChannelEntry,
         channel=st.just("stable"),
         move=st.sampled_from(Move),
         id=st.sampled_from(["", "a", "b", "c"]),
@@ -259,7 +259,7 @@ entries = st.lists(
 
 
 @given(entries, st.sets(st.sampled_from("abc")))
-def test_whatever_the_record(moves: list[Entry], revoked: set[str]) -> None:
+def test_whatever_the_record(moves: list[ChannelEntry], revoked: set[str]) -> None:
     found = stack(moves, revoked)
     assert not revoked & set(found)
     assert "" not in found

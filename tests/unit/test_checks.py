@@ -18,7 +18,8 @@ import pytest
 from ami_builder.checks import plugin, reports
 from ami_builder.checks.context import Context
 from ami_builder.checks.state import Client, Dask, Incomplete, Machine, Worker, numbers, seconds, sections
-from ami_builder.core.records import Datasource, Reserve, Role
+from ami_builder.core.options import Datasource, Role
+from ami_builder.core.units import Reserve
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 

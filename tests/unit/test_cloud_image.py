@@ -12,8 +12,8 @@ from threading import Thread
 import pytest
 
 from ami_builder.build import base_image
+from ami_builder.config.schema import BaseSettings
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.records import Base
 from ami_builder.state.workspace import Workspace
 
 CONTENT = b"a disk image" * 1000
@@ -53,8 +53,8 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
 
 
-def _base(source: str, checksum: str | None) -> Base:
-    return Base(
+def _base(source: str, checksum: str | None) -> BaseSettings:
+    return BaseSettings(
         source=source,
         checksum=checksum,
         ssh_user="debian",

@@ -19,28 +19,22 @@ from hypothesis import strategies as st
 
 from ami_builder.config import loading
 from ami_builder.config.loading import Config, Setting
-from ami_builder.config.schema import FIELDS
-from ami_builder.config.types import DEFAULT_REFERENCE
-from ami_builder.core.errors import UsageError
-from ami_builder.core.records import (
-    Aws,
-    Bake,
-    Base,
-    Connect,
-    Container,
-    ContainerNetwork,
-    Dask,
-    Datasource,
-    Destination,
+from ami_builder.config.schema import (
+    FIELDS,
+    AwsSettings,
+    BakeSettings,
+    BaseSettings,
+    ContainerSettings,
+    DaskSettings,
     Image,
-    Lifecycle,
-    Listen,
-    Network,
-    Nightly,
-    Reserve,
-    Role,
-    Verify,
+    LifecycleSettings,
+    NightlySettings,
+    VerifySettings,
 )
+from ami_builder.config.types import DEFAULT_REFERENCE, Destination
+from ami_builder.core.errors import UsageError
+from ami_builder.core.options import Connect, ContainerNetwork, Datasource, Listen, Network, Role
+from ami_builder.core.units import Reserve
 from ami_builder.system import resources
 
 GIB = 2**30
@@ -48,7 +42,7 @@ SHA256 = "sha256:" + "ab" * 32
 DEFAULT = Image(
     name="dask",
     description="",
-    base=Base(
+    base=BaseSettings(
         source=None,
         checksum=None,
         ssh_user="admin",
@@ -58,7 +52,7 @@ DEFAULT = Image(
         disk_size=8 * GIB,
         security_updates=False,
     ),
-    container=Container(
+    container=ContainerSettings(
         reference="ami-builder/dask:2026.8.0",
         requirements=resources.requirements(),
         packages=(),
@@ -70,9 +64,11 @@ DEFAULT = Image(
     ),
     reserve=Reserve(percent=2),
     nanny_headroom=0,
-    dask=Dask(role=Role.LOCAL, listen=Listen.MACHINE, workers=1, threads=None, spill_percent=80, after=()),
-    bake=Bake(memory=2 * GIB, cpus=2, timeout=1800.0),
-    verify=Verify(
+    dask=DaskSettings(
+        role=Role.LOCAL, listen=Listen.MACHINE, workers=1, threads=None, spill_percent=80, after=()
+    ),
+    bake=BakeSettings(memory=2 * GIB, cpus=2, timeout=1800.0),
+    verify=VerifySettings(
         memory=(2 * GIB,),
         cpus=2,
         disk_size=10 * GIB,
@@ -83,7 +79,7 @@ DEFAULT = Image(
         pressure=True,
         instance_types=("m6i.large",),
     ),
-    aws=Aws(
+    aws=AwsSettings(
         region="",
         source="136693071363/debian-13-amd64-*",
         instance_types=("m6i.large", "m5.large", "m7i.large"),
@@ -99,10 +95,10 @@ DEFAULT = Image(
         copy_to=(),
         share_with=(),
     ),
-    lifecycle=Lifecycle(
+    lifecycle=LifecycleSettings(
         channels=("testing", "stable"), keep=3, keep_days=14, size=0, most_deletions=10, grace_days=7
     ),
-    nightly=Nightly(
+    nightly=NightlySettings(
         channel="testing",
         memory_drift_percent=3,
         time_drift_percent=50,
@@ -249,7 +245,7 @@ def test_all_kinds_of_values(here: Path) -> None:
     worker, own = read.select(), read.select("own")
     assert (worker.name, worker.description, worker.base.disk_size) == ("worker", "ours", 4 * GIB)
     assert worker.reserve == Reserve(percent=5)
-    assert worker.dask == Dask(
+    assert worker.dask == DaskSettings(
         role=Role.WORKER,
         listen=Listen.MACHINE,
         workers=2,
@@ -262,7 +258,7 @@ def test_all_kinds_of_values(here: Path) -> None:
     assert (worker.verify.timeout, worker.verify.network) == (3600, Network.NAT)
     assert own.base.source == "https://example.org/debian.qcow2"
     assert (own.base.checksum, own.base.ssh_user) == (SHA256, "debian")
-    assert own.container == Container(
+    assert own.container == ContainerSettings(
         reference="10.0.2.2:5000/dask/dask:2026.8.0",
         requirements=None,
         packages=(),
@@ -296,7 +292,7 @@ share_with = ["123456789012", "arn:aws:organizations::123456789012:ou/o-01234567
         .select()
         .aws
     )
-    assert aws == Aws(
+    assert aws == AwsSettings(
         region="eu-central-1",
         source="ssm:/aws/service/debian/release/13/latest/amd64",
         instance_types=("t3.small", "m7i-flex.large"),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.cli import app as cli
-from ami_builder.core.diff import Measured, Moved, Quantity, Side, compare, read_packages
+from ami_builder.core.diff import PackageChange, Quantity, QuantityChange, Side, compare, read_packages
 from ami_builder.core.records import (
     Artifact,
     CheckResult,
@@ -33,9 +33,9 @@ def test_packages_that_moved() -> None:
     after = Side(packages={"apt": "2", "bash": "5", "new": "3"}, size=110)
     found = compare(before, after)
     assert found.packages == (
-        Moved(name="apt", before="1", after="2"),
-        Moved(name="new", before=None, after="3"),
-        Moved(name="old", before="2", after=None),
+        PackageChange(name="apt", before="1", after="2"),
+        PackageChange(name="new", before=None, after="3"),
+        PackageChange(name="old", before="2", after=None),
     )
     (size,) = found.measured
     assert size.change == pytest.approx(0.1)
@@ -47,7 +47,9 @@ def test_what_is_not_known_is_not_made_up() -> None:
     found = compare(known, unknown)
     assert found.packages is None
     assert [one.change for one in found.measured] == [None, None, None]
-    assert found.measured[1] == Measured(quantity=Quantity.AVAILABLE, name="2 GiB", before=GIB, after=None)
+    assert found.measured[1] == QuantityChange(
+        quantity=Quantity.AVAILABLE, name="2 GiB", before=GIB, after=None
+    )
 
 
 def test_a_list_of_packages_is_read() -> None:

@@ -16,8 +16,9 @@ from ami_builder.build import build, packer
 from ami_builder.build import verify as standalone
 from ami_builder.build.build import Options
 from ami_builder.build.inputs import Inputs
+from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
-from ami_builder.core.records import Artifact, Image, RunRecord, RunStatus, StepRecord, TargetKind
+from ami_builder.core.records import Artifact, RunRecord, RunStatus, StepRecord, TargetKind
 from ami_builder.qemu.target import LocalSite
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace

@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.config import loading
-from ami_builder.core.records import Reserve
-from ami_builder.core.units import GIB, MIB
+from ami_builder.core.units import GIB, MIB, Reserve
 from ami_builder.qemu.imds import MAX_USER_DATA
 from tests.experiment import tasks
 from tests.experiment.cases import (

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.cli import app as cli
+from ami_builder.config.schema import NightlySettings
 from ami_builder.core.diff import Quantity, Side, compare
-from ami_builder.core.errors import Held
-from ami_builder.core.gate import judge, moved, not_compared, require_close
-from ami_builder.core.records import Nightly
+from ami_builder.core.errors import OnHold
+from ami_builder.nightly.gate import judge, moved, not_compared, require_close
 from ami_builder.state.workspace import Workspace
 from tests.unit.test_difference import stored, workspace  # noqa: F401 - a fixture
 
 GIB = 1 << 30
 MIB = 1 << 20
-BOUNDS = Nightly(
+BOUNDS = NightlySettings(
     channel="testing",
     memory_drift_percent=3,
     time_drift_percent=50,
@@ -37,7 +37,7 @@ BASE = Side(
 )
 
 
-def _texts(after: Side, before: Side = BASE, bounds: Nightly = BOUNDS) -> list[str]:
+def _texts(after: Side, before: Side = BASE, bounds: NightlySettings = BOUNDS) -> list[str]:
     return [drift.text for drift in judge(compare(before, after), bounds)]
 
 
@@ -169,14 +169,14 @@ def test_what_moved_is_named_with_the_likeliest_first() -> None:
 def test_a_hold_says_which_package_moved() -> None:
     require_close(compare(BASE, BASE), BOUNDS)
     packages = {"apt": "2", "linux-image-6.12": "6.12.2"}
-    with pytest.raises(Held) as caught:
+    with pytest.raises(OnHold) as caught:
         require_close(compare(BASE, replace(BASE, size=2 * GIB, packages=packages)), BOUNDS)
     assert [line[:16] for line in caught.value.tail] == [
         "the image's size",
         "linux-image-6.12",
         "apt moved from 1",
     ]
-    with pytest.raises(Held) as caught:
+    with pytest.raises(OnHold) as caught:
         require_close(compare(BASE, replace(BASE, packages=packages)), BOUNDS)
     assert len(caught.value.tail) == 1, "of a hold for its package alone, the others say nothing"
     assert caught.value.exit_code == 9
@@ -200,7 +200,7 @@ sides = st.builds(
 )
 percents = st.integers(0, 1000)
 bounds = st.builds(
-    Nightly,
+    NightlySettings,
     channel=st.just("testing"),
     memory_drift_percent=percents,
     time_drift_percent=percents,
@@ -210,13 +210,15 @@ bounds = st.builds(
 
 
 @given(sides, bounds)
-def test_the_same_never_drifts(side: Side, bound: Nightly) -> None:
+def test_the_same_never_drifts(side: Side, bound: NightlySettings) -> None:
     assert judge(compare(side, side), bound) == ()
 
 
 @given(sides, sides, bounds, bounds)
-def test_a_wider_bound_never_holds_more(before: Side, after: Side, one: Nightly, other: Nightly) -> None:
-    wider = Nightly(
+def test_a_wider_bound_never_holds_more(
+    before: Side, after: Side, one: NightlySettings, other: NightlySettings
+) -> None:
+    wider = NightlySettings(
         channel="",
         memory_drift_percent=max(one.memory_drift_percent, other.memory_drift_percent),
         time_drift_percent=max(one.time_drift_percent, other.time_drift_percent),
@@ -229,7 +231,7 @@ def test_a_wider_bound_never_holds_more(before: Side, after: Side, one: Nightly,
 
 
 @given(sides, sides, bounds)
-def test_an_improvement_never_holds(before: Side, after: Side, bound: Nightly) -> None:
+def test_an_improvement_never_holds(before: Side, after: Side, bound: NightlySettings) -> None:
     better = Side(
         packages=before.packages,
         size=min(before.size, after.size),
@@ -244,7 +246,9 @@ def test_an_improvement_never_holds(before: Side, after: Side, bound: Nightly) -
 
 
 @given(sides, sides, bounds)
-def test_every_quantity_of_before_is_judged_or_said(before: Side, after: Side, bound: Nightly) -> None:
+def test_every_quantity_of_before_is_judged_or_said(
+    before: Side, after: Side, bound: NightlySettings
+) -> None:
     difference = compare(before, after)
     held = judge(difference, bound)
     for drift in held:

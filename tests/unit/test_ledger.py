@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.core.records import Resource
+from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import Entry, Ledger, read
 
 

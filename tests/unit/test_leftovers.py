@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.core.orphans import MARGIN, ORDER, Action, Found, Leftover, RunState, plan
-from ami_builder.core.records import Resource
+from ami_builder.core.cleanup import Action
+from ami_builder.core.orphans import MARGIN, ORDER, FoundResource, Orphan, Resource, RunState, plan
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 LIFETIME = 7200.0
 RUNS = {"live": RunState.LIVE, "ended": RunState.ENDED}
 
 
-def found(kind: Resource = Resource.INSTANCE, run_id: str = "ended", **more: object) -> Found:
+def found(kind: Resource = Resource.INSTANCE, run_id: str = "ended", **more: object) -> FoundResource:
     told = {"id": f"{kind}-1", "region": "eu-central-1", "created": NOW, **more}
-    return Found(kind=kind, run_id=run_id, **told)  # type: ignore[arg-type]
+    return FoundResource(kind=kind, run_id=run_id, **told)  # type: ignore[arg-type]
 
 
-def decided(one: Found, *others: Found) -> Leftover:
+def decided(one: FoundResource, *others: FoundResource) -> Orphan:
     return next(left for left in plan([one, *others], RUNS, NOW, LIFETIME) if left.found == one)
 
 
@@ -61,7 +61,7 @@ def test_what_others_use_stays() -> None:
 
 
 things = st.builds(
-    Found,
+    FoundResource,
     kind=st.sampled_from(Resource),
     id=st.integers(1, 6).map(lambda n: f"thing-{n}"),
     region=st.just("eu-central-1"),
@@ -74,7 +74,7 @@ things = st.builds(
 
 
 @given(st.lists(things, unique_by=lambda one: (one.kind, one.id)))
-def test_whatever_is_found(several: list[Found]) -> None:
+def test_whatever_is_found(several: list[FoundResource]) -> None:
     leftovers = plan(several, RUNS, NOW, LIFETIME)
     assert sorted(map(repr, several)) == sorted(repr(left.found) for left in leftovers)
     assert [ORDER.index(left.found.kind) for left in leftovers] == sorted(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from ami_builder.config.schema import Image
 from ami_builder.console import Mode, open_progress
 from ami_builder.core.errors import TimedOut
-from ami_builder.core.records import CheckResult, Endpoint, Image, Measurement, Outcome
+from ami_builder.core.records import CheckResult, Endpoint, Measurement, Outcome
 from ami_builder.qemu import GuestStuck
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import ssh

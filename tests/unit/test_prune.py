@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from ami_builder.build.channels import current, promote, revoke, rollback
 from ami_builder.cli import app as cli
-from ami_builder.core.channels import Entry
-from ami_builder.core.cleanup import Action, Candidate, Policy, plan
+from ami_builder.core.channels import ChannelEntry
+from ami_builder.core.cleanup import Action, Candidate, RetentionPolicy, plan
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Artifact, CheckResult, Outcome, Resource, TargetKind, Verdict
+from ami_builder.core.orphans import Resource
+from ami_builder.core.records import Artifact, CheckResult, Outcome, TargetKind, Verdict
 from ami_builder.qemu import cleanup
 from ami_builder.qemu.channels import LocalChannels
 from ami_builder.state import ledger
@@ -239,7 +240,7 @@ class Record:
     """Channels in memory, whose images are letters."""
 
     def __init__(self) -> None:
-        self.moves: list[Entry] = []
+        self.moves: list[ChannelEntry] = []
         self.reasons: dict[str, str] = {}
 
     def locked(self) -> AbstractContextManager[object]:
@@ -254,7 +255,7 @@ class Record:
         )
         return StoredImage(artifact=artifact, verdict=proof(id), directory=None)
 
-    def entries(self, channel: str) -> tuple[Entry, ...]:
+    def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         return tuple(entry for entry in self.moves if entry.channel == channel)
 
     def used(self) -> tuple[str, ...]:
@@ -263,10 +264,10 @@ class Record:
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         return {id: self.reasons[id] for id in ids if id in self.reasons}
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: ChannelEntry) -> None:
         self.moves.append(entry)
 
-    def revoke(self, id: str, reason: str, entries: Sequence[Entry]) -> None:
+    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         self.reasons.setdefault(id, reason)
         self.moves += entries
 
@@ -301,7 +302,7 @@ def test_whatever_people_did_what_stands_and_what_it_goes_back_to_stays(
                     rollback(record, channel, KNOWN)
                 case _:
                     revoke(record, image, "leaks")
-    harsh = Policy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
+    harsh = RetentionPolicy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
     old = [Candidate(id=letter, image="dask", created=NOW - timedelta(days=900)) for letter in "abcde"]
     decisions = plan(old, list(cleanup.channel_references(record)), harsh, NOW)
     gone = {one.candidate.id for one in decisions if one.action is Action.DELETE}

@@ -11,7 +11,8 @@ import yaml
 from ami_builder.build import guest
 from ami_builder.config.schema import ImageTable
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import ContainerNetwork, Reserve, Role
+from ami_builder.core.options import ContainerNetwork, Role
+from ami_builder.core.units import Reserve
 from ami_builder.system import resources
 from tests.sample_image import image
 

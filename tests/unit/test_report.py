@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from ami_builder import report
 from ami_builder.cli import app as cli
 from ami_builder.core.diff import Quantity
-from ami_builder.core.nightly import Ending, Night, PlaceEnding
 from ami_builder.core.records import (
     Artifact,
     CheckResult,
     Measurement,
+    NightlyRun,
+    NightlyStatus,
     Outcome,
+    RegionResult,
     RunRecord,
     RunStatus,
     StepRecord,
@@ -173,8 +175,10 @@ def with_workers(run: runs.RecordedRun, *limits: int) -> None:
     file.write_text(json.dumps(MACHINE | {"identity": identity(limits)}))
 
 
-def night(run: runs.RecordedRun, ending: Ending = Ending.PROMOTED, **more: object) -> Night:
-    told = Night(
+def night(
+    run: runs.RecordedRun, ending: NightlyStatus = NightlyStatus.PROMOTED, **more: object
+) -> NightlyRun:
+    told = NightlyRun(
         id="20261123T230000Z-abcdef",
         image=run.record.image,
         target=TargetKind.QEMU,
@@ -380,11 +384,11 @@ def test_a_run_that_goes_on_is_no_failure(workspace: Workspace) -> None:
         assert "Running" in page_of(found, workspace).text
 
 
-@pytest.mark.parametrize("ending", Ending)
-def test_how_a_night_ended(workspace: Workspace, ending: Ending, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", NightlyStatus)
+def test_how_a_night_ended(workspace: Workspace, ending: NightlyStatus, tmp_path: Path) -> None:
     build(workspace, 0)
     run = build(workspace, 1, packages="apt=2\n")
-    place = PlaceEnding(place="eu-west-1", id="ami-1", ending=ending, text="the reason")
+    place = RegionResult(place="eu-west-1", id="ami-1", ending=ending, text="the reason")
     told = night(
         run,
         ending,
@@ -393,12 +397,12 @@ def test_how_a_night_ended(workspace: Workspace, ending: Ending, tmp_path: Path)
         moved=("apt 1 -> 2",),
         retired=("deleted ami-0: old",),
         before="00" * 32,
-        error="it broke" if ending is Ending.FAILED else "",
+        error="it broke" if ending is NightlyStatus.FAILED else "",
     )
     directory = workspace.nights_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
-    assert load(Night, directory / "night.json") == told
-    if ending is Ending.UNCHANGED:
+    assert load(NightlyRun, directory / "night.json") == told
+    if ending is NightlyStatus.UNCHANGED:
         # Whoever wants a page of nothing new asks for it.
         assert not (directory / "report.html").exists()
         write_page(RecordedNight(night=told, directory=directory), workspace)
@@ -419,7 +423,9 @@ def test_how_a_night_ended(workspace: Workspace, ending: Ending, tmp_path: Path)
 
 def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
     run = build(workspace, 0)
-    told = night(run, Ending.FAILED, digest="", error="the package archive does not answer", location="")
+    told = night(
+        run, NightlyStatus.FAILED, digest="", error="the package archive does not answer", location=""
+    )
     directory = workspace.nights_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     text = Parsed((directory / "report.html").read_text()).text
@@ -443,7 +449,7 @@ def test_a_page_that_can_not_be_drawn_fails_no_night(
     monkeypatch.setattr(report, "render", broken)
     told = night(build(workspace, 0))
     keep_night(told, workspace.nights_dir / "dask.qemu" / told.id, workspace)
-    assert load(Night, workspace.nights_dir / "dask.qemu" / told.id / "night.json") == told
+    assert load(NightlyRun, workspace.nights_dir / "dask.qemu" / told.id / "night.json") == told
     assert "RuntimeError: no fonts" in capsys.readouterr().err
 
 
@@ -470,7 +476,7 @@ def everything(workspace: Workspace, text: str) -> str:
     record = replace(record, artifact=replace(record.artifact, location=text, region=text))
     dump(record, run.directory / "record.json")
     (run.directory / "logs" / f"{text.replace('/', '')}.log").touch()
-    place = PlaceEnding(place=text, id=text, ending=Ending.FAILED, text=text)
+    place = RegionResult(place=text, id=text, ending=NightlyStatus.FAILED, text=text)
     lines = (text,)
     told = night(run, places=(place,), drifts=lines, moved=lines, retired=lines, error=text, channel=text)
     told = replace(told, before="00" * 32, location=text)

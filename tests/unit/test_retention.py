@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.core.cleanup import Action, Candidate, Decision, Policy, Reference, plan
+from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
-POLICY = Policy(keep=0, young=30 * DAY, grace=timedelta(0), most=100)
+POLICY = RetentionPolicy(keep=0, young=30 * DAY, grace=timedelta(0), most=100)
 
 
 def old(id: str = "ami-1", days: float = 100, **more: object) -> Candidate:
     return Candidate(id=id, image="dask", created=NOW - days * DAY, **more)  # type: ignore[arg-type]
 
 
-def decided(*images: Candidate, policy: Policy = POLICY, by: str = "") -> Decision:
+def decided(*images: Candidate, policy: RetentionPolicy = POLICY, by: str = "") -> Decision:
     """Return what is decided about the first."""
     references = [Reference(id=images[0].id, by=by)] if by else []
     return next(d for d in plan(images, references, policy, NOW) if d.candidate == images[0])
@@ -144,7 +144,7 @@ worlds = st.lists(
 )
 uses = st.lists(st.builds(Reference, id=ids, by=st.just("used")))
 policies = st.builds(
-    Policy,
+    RetentionPolicy,
     keep=st.integers(0, 4),
     young=st.integers(0, 60).map(lambda n: n * DAY),
     grace=st.integers(0, 20).map(lambda n: n * DAY),
@@ -153,13 +153,15 @@ policies = st.builds(
 )
 
 
-def gone(images: list[Candidate], references: list[Reference], policy: Policy) -> set[str]:
+def gone(images: list[Candidate], references: list[Reference], policy: RetentionPolicy) -> set[str]:
     decisions = plan(images, references, policy, NOW)
     return {d.candidate.id for d in decisions if d.action is Action.DELETE}
 
 
 @given(worlds, uses, policies)
-def test_whatever_the_world(images: list[Candidate], references: list[Reference], policy: Policy) -> None:
+def test_whatever_the_world(
+    images: list[Candidate], references: list[Reference], policy: RetentionPolicy
+) -> None:
     decisions = plan(images, references, policy, NOW)
     assert sorted(map(repr, images)) == sorted(repr(d.candidate) for d in decisions)
     assert all(d.reason for d in decisions)
@@ -186,7 +188,7 @@ def test_whatever_the_world(images: list[Candidate], references: list[Reference]
 
 @given(worlds, uses, uses, policies)
 def test_more_care_never_deletes_more(
-    images: list[Candidate], references: list[Reference], further: list[Reference], policy: Policy
+    images: list[Candidate], references: list[Reference], further: list[Reference], policy: RetentionPolicy
 ) -> None:
     loose = replace(policy, most=len(images), size=0)
     before = gone(images, references, loose)
@@ -203,7 +205,7 @@ def test_more_care_never_deletes_more(
 
 @given(worlds, uses, policies, st.randoms())
 def test_the_order_of_the_world_does_not_matter(
-    images: list[Candidate], references: list[Reference], policy: Policy, random: object
+    images: list[Candidate], references: list[Reference], policy: RetentionPolicy, random: object
 ) -> None:
     shuffled = list(images)
     random.shuffle(shuffled)  # type: ignore[attr-defined]

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ami_builder.core.records import Reserve
+from ami_builder.core.errors import nearest
 from ami_builder.core.units import (
     DURATION_PATTERN,
     PERCENT_PATTERN,
     SIZE_PATTERN,
+    Reserve,
     format_duration,
     format_reserve,
     format_size,
-    nearest,
     parse_duration,
     parse_reserve,
     parse_size,

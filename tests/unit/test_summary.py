@@ -9,26 +9,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.core.nightly import Ending, Night, PlaceEnding
-from ami_builder.core.records import RunStatus, StepRecord, TargetKind
+from ami_builder.core.records import (
+    NightlyRun,
+    NightlyStatus,
+    RegionResult,
+    RunStatus,
+    StepRecord,
+    TargetKind,
+)
 from ami_builder.nightly import summary
 
 BEGAN = datetime(2026, 11, 24, 3, 31, 7, tzinfo=UTC)
 DIGEST = "3f9a2c1d" * 8
 OTHER = "60057ffa" * 8
-LOCAL = Night(
+LOCAL = NightlyRun(
     id="20261124-033107-3f9a2c",
     image="dask",
     target=TargetKind.QEMU,
     channel="testing",
     started=BEGAN,
     ended=BEGAN + timedelta(minutes=9, seconds=20),
-    ending=Ending.PROMOTED,
+    ending=NightlyStatus.PROMOTED,
     digest=DIGEST,
     before=OTHER,
     location=f"/var/lib/ami-builder/state/images/dask/{DIGEST[:16]}/image.qcow2",
     places=(
-        PlaceEnding(place="this machine", id=DIGEST, ending=Ending.PROMOTED, text="stands in testing now"),
+        RegionResult(
+            place="this machine", id=DIGEST, ending=NightlyStatus.PROMOTED, text="stands in testing now"
+        ),
     ),
     moved=("docker.io 26.1.5+dfsg1-9+b9 -> 26.1.5+dfsg1-9+b10",),
     retired=(f"deleted {OTHER}: older than 14 days",),
@@ -36,18 +44,24 @@ LOCAL = Night(
 )
 HELD = replace(
     LOCAL,
-    ending=Ending.HELD,
+    ending=NightlyStatus.HELD,
     places=(),
     retired=(),
     exit_code=9,
     drifts=("available memory at boot (2 GiB): 4.1% less",),
 )
 FAILED = replace(
-    LOCAL, ending=Ending.FAILED, places=(), moved=(), retired=(), error="provisioner 20 failed", exit_code=4
+    LOCAL,
+    ending=NightlyStatus.FAILED,
+    places=(),
+    moved=(),
+    retired=(),
+    error="provisioner 20 failed",
+    exit_code=4,
 )
 BUSY = replace(
     FAILED,
-    ending=Ending.INCONCLUSIVE,
+    ending=NightlyStatus.INCONCLUSIVE,
     error="the host was too busy to judge this image: 1 of 168 checks is inconclusive",
     exit_code=10,
 )
@@ -56,15 +70,17 @@ PARTLY = replace(
     target=TargetKind.AWS,
     location="ami-1",
     before="ami-0",
-    ending=Ending.PARTLY,
+    ending=NightlyStatus.PARTLY,
     error="eu-west-1: quota",
     exit_code=6,
     places=(
-        PlaceEnding(place="us-east-1", id="ami-1", ending=Ending.PROMOTED, text="stands in testing now"),
-        PlaceEnding(place="eu-west-1", id="", ending=Ending.FAILED, text="quota"),
+        RegionResult(
+            place="us-east-1", id="ami-1", ending=NightlyStatus.PROMOTED, text="stands in testing now"
+        ),
+        RegionResult(place="eu-west-1", id="", ending=NightlyStatus.FAILED, text="quota"),
     ),
 )
-UNCHANGED = replace(LOCAL, ending=Ending.UNCHANGED, moved=(), retired=(), steps=())
+UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(), steps=())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +117,7 @@ UNCHANGED = replace(LOCAL, ending=Ending.UNCHANGED, moved=(), retired=(), steps=
         (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 places; FAILED in eu-west-1"),
     ],
 )
-def test_the_first_line_tells_it_all(night: Night, line: str) -> None:
+def test_the_first_line_tells_it_all(night: NightlyRun, line: str) -> None:
     assert summary.headline(night) == line
     assert summary.text(night).split("\n")[0] == f"*{line}*"
     assert summary.markdown(night).split("\n")[0] == f"# {line}"
@@ -130,7 +146,7 @@ def test_the_message_of_an_inconclusive_run_says_what_comes_next_and_nothing_of_
 
 
 def test_a_held_ami_is_named_by_its_id() -> None:
-    night = replace(PARTLY, ending=Ending.HELD, places=(), exit_code=9)
+    night = replace(PARTLY, ending=NightlyStatus.HELD, places=(), exit_code=9)
     assert "`ami-builder promote ami-1 testing" in summary.text(night)
     assert "`ami-builder diff ami-0 ami-1`" in summary.text(night)
 
@@ -207,7 +223,7 @@ NIGHTS = st.builds(
 
 
 @given(NIGHTS)
-def test_whatever_went_wrong_stays_text(night: Night) -> None:
+def test_whatever_went_wrong_stays_text(night: NightlyRun) -> None:
     """No mention (<!channel>), no tag, no row that a line's end or a bar breaks."""
     page, said = summary.markdown(night), summary.text(night)
     assert "<" not in page

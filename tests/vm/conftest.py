@@ -23,7 +23,9 @@ import pytest
 from ami_builder import qemu
 from ami_builder.build import guest
 from ami_builder.config import loading
-from ami_builder.core.records import CheckResult, Image, Network, Outcome, Role
+from ami_builder.config.schema import Image
+from ami_builder.core.options import Network, Role
+from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.qemu import imds
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes, ssh

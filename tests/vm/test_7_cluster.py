@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ami_builder import qemu
-from ami_builder.core.records import Image, Network
+from ami_builder.config.schema import Image
+from ami_builder.core.options import Network
 from ami_builder.system import processes
 from tests.experiment.user_data import UNLIMITED
 from tests.real_dask import scheduler

@@ -16,7 +16,8 @@ import yaml
 from distributed import Client
 
 from ami_builder import qemu
-from ami_builder.core.records import Image, Network
+from ami_builder.config.schema import Image
+from ami_builder.core.options import Network
 from ami_builder.system.processes import wait_until
 from tests.real_dask import scheduler
 from tests.vm.conftest import HOME, ROOT, Booted, Instance, accelerator, running

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from ami_builder.build import guest as render
-from ami_builder.config.schema import ImageTable
-from ami_builder.core.records import Image
+from ami_builder.config.schema import Image, ImageTable
 from tests.vm.conftest import Booted, Saved, guest_of
 
 SLEEPS = ["sh", "-c", "sleep 3600 # dask worker"]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ami_builder.core.diff import Difference, Measured, Moved, Quantity, Unit, multiple
-from ami_builder.core.errors import Held
-from ami_builder.core.records import Nightly
+from ami_builder.config.schema import NightlySettings
+from ami_builder.core.diff import Difference, PackageChange, Quantity, QuantityChange, Unit, multiple
+from ami_builder.core.errors import OnHold
 from ami_builder.core.units import GIB
 
 MOST_PACKAGES = 12
@@ -42,7 +42,7 @@ class Drift:
     """One line with both values, the change and the bound."""
 
 
-def judge(difference: Difference, bounds: Nightly) -> tuple[Drift, ...]:
+def judge(difference: Difference, bounds: NightlySettings) -> tuple[Drift, ...]:
     """Return what holds the promotion: harm past its bound, a machine that is missing, a package to hold."""
     drifts = [drift for one in difference.measured if (drift := _drift(one, bounds)) is not None]
     for package in difference.packages or ():
@@ -68,16 +68,16 @@ def not_compared(difference: Difference) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _boots(difference: Difference) -> Iterator[Measured]:
+def _boots(difference: Difference) -> Iterator[QuantityChange]:
     """Yield the boot of each machine that both images ran on, with or without its CPU time."""
     found = {one.name: one for one in difference.measured if one.quantity is Quantity.BOOT}
     for one in difference.measured:
         if one.quantity is Quantity.AVAILABLE and one.before is not None and one.after is not None:
-            unknown = Measured(quantity=Quantity.BOOT, name=one.name, before=None, after=None)
+            unknown = QuantityChange(quantity=Quantity.BOOT, name=one.name, before=None, after=None)
             yield found.get(one.name, unknown)
 
 
-def moved(difference: Difference, bounds: Nightly, most: int = MOST_PACKAGES) -> tuple[str, ...]:
+def moved(difference: Difference, bounds: NightlySettings, most: int = MOST_PACKAGES) -> tuple[str, ...]:
     """Return the packages and containers that differ, one line each, what most likely matters first."""
     packages = sorted(difference.packages or (), key=lambda package: _rank(package, bounds))
     lines = [_moved(package) for package in packages[:most]]
@@ -86,7 +86,7 @@ def moved(difference: Difference, bounds: Nightly, most: int = MOST_PACKAGES) ->
     return tuple(lines)
 
 
-def require_close(difference: Difference, bounds: Nightly) -> None:
+def require_close(difference: Difference, bounds: NightlySettings) -> None:
     """Raise Held when anything holds the promotion, with each reason and what moved."""
     drifts = judge(difference, bounds)
     if not drifts:
@@ -96,14 +96,14 @@ def require_close(difference: Difference, bounds: Nightly) -> None:
     lines = [drift.text for drift in drifts]
     if any(drift.quantity is not None for drift in drifts):
         lines += moved(Difference(packages=rest, measured=()), bounds)
-    raise Held(
+    raise OnHold(
         "this image drifted too far from the promoted one: a person decides",
         tail=tuple(lines),
         hint="`ami-builder promote` promotes it all the same; the bounds are nightly.* in ami-builder.toml",
     )
 
 
-def _drift(one: Measured, bounds: Nightly) -> Drift | None:
+def _drift(one: QuantityChange, bounds: NightlySettings) -> Drift | None:
     """Return the harm that one quantity has come to, when that is past its bound."""
     if _is_missing(one):
         text = f"{one.name} was measured before ({_shown(one, one.before)} available at boot), and is not now"
@@ -126,14 +126,14 @@ def _drift(one: Measured, bounds: Nightly) -> Drift | None:
     return Drift(quantity=one.quantity, name=one.name, text=text)
 
 
-def _values(one: Measured) -> tuple[float, float] | None:
+def _values(one: QuantityChange) -> tuple[float, float] | None:
     """Return both values where a change can be told."""
     if one.before is None or one.after is None or one.before <= 0:
         return None
     return one.before, one.after
 
 
-def _bound(quantity: Quantity, bounds: Nightly) -> int:
+def _bound(quantity: Quantity, bounds: NightlySettings) -> int:
     match quantity:
         case Quantity.AVAILABLE:
             return bounds.memory_drift_percent
@@ -143,18 +143,18 @@ def _bound(quantity: Quantity, bounds: Nightly) -> int:
             return bounds.time_drift_percent
 
 
-def _is_missing(one: Measured) -> bool:
+def _is_missing(one: QuantityChange) -> bool:
     """Tell whether a machine was measured before and is not any more."""
     return one.quantity is Quantity.AVAILABLE and one.before is not None and one.after is None
 
 
-def _what(one: Measured) -> str:
+def _what(one: QuantityChange) -> str:
     if one.quantity is Quantity.SIZE:
         return "the image's size"
     return f"{one.quantity} on {one.name}"
 
 
-def _shown(one: Measured, value: float | None) -> str:
+def _shown(one: QuantityChange, value: float | None) -> str:
     if value is None:
         return "not measured"
     match one.quantity.unit:
@@ -166,11 +166,11 @@ def _shown(one: Measured, value: float | None) -> str:
             return f"{value:.1f} s"
 
 
-def _pattern(name: str, bounds: Nightly) -> str | None:
+def _pattern(name: str, bounds: NightlySettings) -> str | None:
     return next((pattern for pattern in bounds.hold_packages if fnmatchcase(name, pattern)), None)
 
 
-def _moved(package: Moved) -> str:
+def _moved(package: PackageChange) -> str:
     if package.before is None:
         return f"{package.name} {package.after} is new"
     if package.after is None:
@@ -178,7 +178,7 @@ def _moved(package: Moved) -> str:
     return f"{package.name} moved from {package.before} to {package.after}"
 
 
-def _rank(package: Moved, bounds: Nightly) -> tuple[bool, int, str]:
+def _rank(package: PackageChange, bounds: NightlySettings) -> tuple[bool, int, str]:
     return (_pattern(package.name, bounds) is None, next(_places(package.name)), package.name)
 
 
