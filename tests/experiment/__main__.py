@@ -20,7 +20,7 @@ from ami_builder import console
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.records import Target
+from ami_builder.core.records import TargetKind
 from ami_builder.core.units import parse_duration, parse_size
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.experiment import page, runs
@@ -102,7 +102,7 @@ def _experiment(flags: argparse.Namespace) -> int:
 
 def _find(word: str | None, config: loading.Config, workspace: Workspace) -> tuple[Image, StoredImage]:
     """Return the newest finished local image of a name, or the one at a path."""
-    local = [one for one in workspace.images() if one.artifact.target is Target.QEMU]
+    local = [one for one in workspace.images() if one.artifact.target is TargetKind.QEMU]
     if word is not None and os.sep in word:
         found = [one for one in local if one.path == Path(word).absolute()]
         image = config.select(found[0].artifact.image if found else None)
