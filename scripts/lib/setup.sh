@@ -200,7 +200,7 @@ no_package() {
         done
         command -v apt-get >/dev/null ||
             echo "Everything but Packer comes with Debian and Ubuntu: a virtual machine with one of them will do."
-        echo "Then run this again. The README's section \"Install\" tells more."
+        echo "Then run this again. See the section \"Install\" of README.md."
     )
 }
 

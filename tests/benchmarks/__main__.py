@@ -1,4 +1,4 @@
-"""The figures of the README's performance section: `python -m tests.benchmarks [NAME ...]`.
+"""The figures of docs/explanation/performance.md: `python -m tests.benchmarks [NAME ...]`.
 
 Each benchmark runs what a user would do otherwise in the same run, in turns, and reports the ratio. Without
 names all run, which takes about half an hour without KVM. The result is a Markdown table on stdout.

@@ -1,8 +1,8 @@
-"""The whole matrix, calls × faults and signals, and the table that README shows of it.
+"""The whole matrix, calls × faults and signals, and the table of it in docs/explanation/reliability.md.
 
     python -m tests.cloud.matrix [TEXT ...]
 
-runs all of it, on every processor, and writes the table between the markers in README.md, if nothing leaks.
+runs all of it, on every processor, and writes the table between the markers of that page, if nothing leaks.
 With TEXTs it only tries the cells that have one of them in their name, such as "CreateImage 1, SIGINT".
 """
 
@@ -29,7 +29,7 @@ from tests.cloud.flow import in_haste, without_ssh
 from tests.cloud.stopping import SIGNALS, try_signal
 from tests.fake_ec2.server import Cloud
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "reliability.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 COLUMNS = (*FAULTS, *SIGNALS)
 
@@ -91,9 +91,9 @@ def table(wanted: Sequence[Row], cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def shown(readme: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the columns that a README shows, and its rows by name with the verdicts of all of that name."""
-    lines = [line for line in readme.split(BEGIN)[1].split(END)[0].splitlines() if line.startswith("| ")]
+def shown(page: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the columns that a page shows, and its rows by name with the verdicts of all of that name."""
+    lines = [line for line in page.split(BEGIN)[1].split(END)[0].splitlines() if line.startswith("| ")]
     parts = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
     found: dict[str, list[str]] = {}
     for step, call, *verdicts in parts[1:]:
@@ -102,12 +102,12 @@ def shown(readme: str) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def write(wanted: Sequence[Row], cells: Sequence[Cell]) -> None:
-    """Put the table into README.md, and of how many cells it is."""
-    told = f"{len(cells)} cells, all in one run on {date.today():%-d %B %Y}, none of which leaked anything:"
+    """Write the table, and the number of its jobs, into the page."""
+    told = f"{len(cells)} jobs, all in one run on {date.today():%-d %B %Y}, none of which leaked anything:"
     told += f"\n\n{table(wanted, cells)}"
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{told}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{told}\n{END}{after}", encoding="utf-8")
 
 
 class _Bench:
@@ -168,10 +168,10 @@ def main(only: Sequence[str]) -> None:
             done.append(came)
             print(f"{place}, {column}: {came.verdict} ({came.status})", came.said, flush=True)
     if leaks:
-        raise SystemExit(f"{leaks} of {leaks + len(done)} cells leak; README.md stays as it is")
+        raise SystemExit(f"{leaks} of {leaks + len(done)} cells leak; the page stays as it is")
     if not only:
         write(rows(places), done)
-    print(f"{len(done)} cells, no leak" + ("" if only else f"; {README} has the table"))
+    print(f"{len(done)} cells, no leak" + ("" if only else f"; {PAGE} has the table"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_a_fault_at_any_call_leaves_nothing(
 
 
 def test_the_table_is_of_the_calls_that_a_build_makes(places: Sequence[Place]) -> None:
-    columns, shown = matrix.shown(matrix.README.read_text(encoding="utf-8"))
+    columns, shown = matrix.shown(matrix.PAGE.read_text(encoding="utf-8"))
     assert columns == list(matrix.COLUMNS)
     # Not their order: Packer and we call at the same time.
     expected = Counter(row.name for row in rows(places))

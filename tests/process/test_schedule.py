@@ -180,15 +180,16 @@ def test_the_workflow_asks_for_no_more_than_it_needs() -> None:
     assert "aws-access-key-id" not in WORKFLOW.read_text()
 
 
-def test_the_workflow_pins_each_action_to_a_commit() -> None:
-    used = re.findall(r"uses: (.*)", WORKFLOW.read_text())
-    assert len(used) == 5
-    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}   # v\d+\.\d+\.\d+", one) for one in used), used
+def test_workflows_pin_each_action_to_a_commit() -> None:
+    for workflow in WORKFLOW.parent.glob("*.yml"):
+        used = re.findall(r"uses: (.*)", workflow.read_text())
+        assert used, workflow
+        assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}   # v\d+\.\d+\.\d+", one) for one in used), used
 
 
 def test_the_night_ends_before_its_credentials_and_its_job() -> None:
     """With the time to clean up, and to keep what the next night goes on from."""
-    within = re.search(r"--kill-after=(\d+)m (\d+)m", _step("Night")["run"])
+    within = re.search(r"--kill-after=(\d+)m (\d+)m", _step("Nightly run")["run"])
     assert within is not None
     longest = int(within[1]) + int(within[2])
     assert longest < _workflow()["jobs"]["nightly"]["timeout-minutes"]
@@ -249,7 +250,7 @@ def runner(tmp_path: Path) -> Runner:
         (0, 0, ""),
         (4, 4, ""),
         (6, 6, ""),
-        (9, 0, "::warning title=ami-builder::held: a person decides, see the summary\n"),
+        (9, 0, "::warning title=ami-builder::on hold: a person must decide, see the summary\n"),
         (
             10,
             10,
@@ -258,7 +259,7 @@ def runner(tmp_path: Path) -> Runner:
         (
             124,
             124,
-            "::error title=ami-builder::stopped after 210 minutes; the next night goes on where it was\n",
+            "::error title=ami-builder::stopped after 210 minutes; the next run continues\n",
         ),
     ],
 )
@@ -266,7 +267,7 @@ def test_the_job_ends_as_the_night_did_and_a_held_one_shows(
     runner: Runner, code: int, ends: int, said: str
 ) -> None:
     runner.ends(code)
-    done = runner.run("Night")
+    done = runner.run("Nightly run")
     assert (done.returncode, done.stdout) == (ends, said), done.stderr
     assert runner.output.read_text() == f"code={code}\n"
     assert calls(runner.folder / "scripts", "ami-builder") == ["nightly --target aws"]
@@ -274,7 +275,7 @@ def test_the_job_ends_as_the_night_did_and_a_held_one_shows(
 
 def test_images_are_words_and_never_commands(runner: Runner) -> None:
     runner.ends(0)
-    runner.run("Night", images='dask "$(touch hacked)" ; touch hacked')
+    runner.run("Nightly run", images='dask "$(touch hacked)" ; touch hacked')
     assert calls(runner.folder / "scripts", "ami-builder") == [
         'nightly --target aws dask "$(touch hacked)" ; touch hacked'
     ]
@@ -301,7 +302,7 @@ def test_the_report_is_that_of_this_night(runner: Runner) -> None:
     runner.ends(
         6, f"{_night(state, 'dask.aws', 'tonight')}; mkdir -p {log}/logs; echo {{}} >{log}/record.json"
     )
-    assert runner.run("Night").returncode == 6
+    assert runner.run("Nightly run").returncode == 6
     assert runner.run("Collect the report").returncode == 0
     assert runner.summary.read_text() == "# tonight\n"
     report = runner.folder / "report"

@@ -1,4 +1,4 @@
-"""Runs of an experiment: invented ones, and those that the README tells of."""
+"""Runs of an experiment: invented ones, and those of docs/explanation/experiment.md."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ SAME = (
 
 
 def recorded() -> tuple[Result, ...]:
-    """Return the runs that the README tells of, as `ami-builder experiment` has kept them."""
+    """Return the runs of docs/explanation/experiment.md, as they were recorded."""
     kept = jsonl.read(Path(__file__).with_name("test_experiment_recorded.jsonl"))
     return tuple(map(TypeAdapter(Result).validate_python, kept))
 
 
 def told(results: Sequence[Result]) -> Iterator[str]:
-    """Yield the lines of the README's tables about them: the main work, all, the criteria, and the shares."""
+    """Yield the lines of that page's tables: the main work, all runs, the criteria, and the shares."""
     main = (Policy.NONE, Policy.AVAILABLE, DEFAULT)
     for row in rows(results):
         if row.work is Work.SPIKES and row.policy in main:

@@ -170,24 +170,22 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     assert page.read_text(encoding="utf-8") == text
 
 
-SECTION = (
-    (ROOT / "README.md").read_text(encoding="utf-8").split("## What the limit changes")[1].split("\n## ")[0]
-)
-COMMANDS = re.findall(r"^python -m tests.experiment .*", SECTION.replace("\\\n", ""), re.M)
+PAGE = (ROOT / "docs" / "explanation" / "experiment.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python -m tests.experiment .*", PAGE.replace("\\\n", ""), re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_readme_are_understood(
+def test_the_commands_of_the_page_are_understood(
     machines: Machines, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert cli.main([*shlex.split(command)[3:], "--no-run"]) == 2
     assert "no run of this image has been made yet" in capsys.readouterr().err
 
 
-def test_the_readme_names_every_policy_and_work() -> None:
+def test_the_page_names_every_policy_and_work() -> None:
     assert len(COMMANDS) == 4
     for word in (*Policy, *Work):
-        assert f"`{word}`" in SECTION
+        assert f"`{word}`" in PAGE
 
 
 def test_a_table_for_a_pipe_has_the_criteria_and_the_page(

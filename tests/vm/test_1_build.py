@@ -1,4 +1,4 @@
-"""`ami-builder build` from nothing, then the same again; the image is what the README promises."""
+"""`ami-builder build` from nothing, then the same again; the image is what the docs promise."""
 
 from __future__ import annotations
 

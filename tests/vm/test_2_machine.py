@@ -207,7 +207,7 @@ exit "$(cat /etc/ami-builder/status)"
 
 
 def test_the_units_of_nightly_under_a_real_systemd(machine: Booted) -> None:
-    """The README's set-up, with a program that only tells how it was called."""
+    """The set-up of docs/how-to/nightly.md, with a program that only reports how it was called."""
     units = ROOT / "scripts" / "systemd"
     files = {f"/etc/systemd/system/{unit.name}": unit.read_text() for unit in sorted(units.iterdir())}
     files |= {

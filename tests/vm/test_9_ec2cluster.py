@@ -68,7 +68,7 @@ class Row:
 SCHEDULER, WORKER = "EC2Cluster's scheduler", "EC2Cluster's worker"
 PLAIN, WITH, WITHOUT = "`docker run`", "Compose with `mem_limit`", "Compose without `mem_limit`"
 FIRST, AGAIN = "first", "after a reboot"
-DOC = ROOT / "docs" / "limits.md"
+DOC = ROOT / "docs" / "explanation" / "limits.md"
 
 
 @pytest.mark.whole
@@ -115,7 +115,9 @@ def test_each_way_to_start_a_container_has_the_limit(
         assert found.variable == found.memory_max, found
         assert found.docker in (0, found.variable), found
         assert found.worker in (None, found.variable), found
-    assert names(text) == names(DOC.read_text()), f"docs/limits.md has other rows; this run's: {text}"
+    assert names(text) == names(DOC.read_text()), (
+        f"docs/explanation/limits.md has other rows; this run's: {text}"
+    )
 
 
 @contextmanager
