@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ami_builder.config.schema import Image, ImageTable
+from ami_builder.config.schema import Image, ImageSettings, MemorySettings
 from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.units import Reserve
 
@@ -24,13 +24,12 @@ def image(
     network: ContainerNetwork = ContainerNetwork.HOST,
 ) -> Image:
     """Return an image with the given settings of the guest, and the defaults elsewhere."""
-    default = ImageTable().image("default")
+    default = ImageSettings().image("default")
     return replace(
         default,
         container=replace(
             default.container, reference=reference, requirements=Path("requirements.txt"), network=network
         ),
         dask=replace(default.dask, role=role, workers=workers, threads=threads, after=after),
-        reserve=reserve or Reserve(),
-        nanny_headroom=headroom,
+        memory=MemorySettings(reserve=reserve or Reserve(), nanny_headroom=headroom),
     )

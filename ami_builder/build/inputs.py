@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from ami_builder import __version__
 from ami_builder.build import base_image, recipe
 from ami_builder.build.guest import RenderedFile, guest
 from ami_builder.config.schema import Image
@@ -20,6 +19,11 @@ from ami_builder.verify.concurrency import side_by_side
 
 if TYPE_CHECKING:
     from ami_builder.aws.source_ami import BaseAmi
+
+RECIPE_VERSION = 1
+"""Part of the digest. Raise it when a change of this program's code alters what an image contains and nothing
+else that the digest covers changes with it (settings, base, container, the guest's files, packer/): a release
+by itself does not bake every image again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ def gather(
     rendered = guest(image)
     digest = hashlib.sha256()
     settings = _content_settings(image, ami=base_ami is not None)
-    for part in (__version__, settings, base_digest, container_digest):
+    for part in (RECIPE_VERSION, settings, base_digest, container_digest):
         digest.update(f"{part}\0".encode())
     for path, file in sorted(rendered.items()):
         digest.update(f"{path}\0{file.mode:o}\0".encode() + file.content + b"\0")
@@ -79,20 +83,11 @@ def gather(
 
 
 def _content_settings(image: Image, *, ami: bool) -> str:
-    """Return the settings that decide about the content: neither the proof nor where and how it is baked."""
-    base = replace(image.base, source=None)
-    if ami:
-        base = replace(base, suite="", mirror="", checksum=None)
-    neutral = replace(
-        image,
-        description="",
-        base=base,
-        container=replace(image.container, requirements=None),
-        bake=replace(image.bake, memory=0, cpus=0, timeout=0),
-    )
-    settings = (
-        TypeAdapter(Image).dump_json(neutral, exclude={"verify", "aws", "lifecycle", "nightly"}).decode()
-    )
+    """Return the settings that decide about the content, not those of baking and verification."""
+    base = {"source", "suite", "mirror", "checksum"} if ami else {"source"}
+    without = dict.fromkeys(("description", "bake", "verify", "aws", "lifecycle", "nightly"), True)
+    exclude = without | {"base": base, "container": {"requirements"}}
+    settings = TypeAdapter(Image).dump_json(image, exclude=exclude).decode()
     return f"{settings} {image.aws.encrypt} {image.aws.kms_key}" if ami else settings
 
 

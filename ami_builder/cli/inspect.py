@@ -251,9 +251,17 @@ def config_show(image: ImageArgument = None, as_json: JsonFlag = False) -> None:
         console.table(("setting", "value", "from"), [(s.key, s.text, s.origin) for s in settings])
 
 
+@config_app.command("example")
+def config_example() -> None:
+    """Print a complete ami-builder.toml in which every setting has its default."""
+    from ami_builder.config.reference import example_file
+
+    console.result(example_file().rstrip("\n"))
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of ami-builder.toml, for editors."""
-    from ami_builder.config.loading import schema_text
+    from ami_builder.config.reference import schema_text
 
     console.result(schema_text().rstrip("\n"))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ami_builder.config.schema import DEBIAN_USER, AwsTable, ImageTable
-from ami_builder.config.types import DEBIAN, DEFAULT_REFERENCE
+from ami_builder.config.schema import DEBIAN_USER, AwsSettings, ImageSettings
+from ami_builder.config.types import DEFAULT_REFERENCE
 from ami_builder.core.options import Connect, ContainerSource
 from ami_builder.core.units import format_size
 
@@ -20,22 +20,23 @@ class Conflict(NamedTuple):
     message: str
 
 
-def find(table: ImageTable) -> Iterator[Conflict]:
+def find(settings: ImageSettings) -> Iterator[Conflict]:
     """Yield what is wrong with the settings of one image as a whole, once each value by itself is right."""
-    base, container, verify = table.base, table.container, table.verify
-    if base.source != DEBIAN and "://" not in base.source:
+    base, container, verify = settings.base, settings.container, settings.verify
+    if base.source is not None and "://" not in base.source:
         yield from _missing("base.source", Path(base.source))
-    elif base.source != DEBIAN and not base.checksum:
+    elif base.source is not None and base.checksum is None:
         yield Conflict(
             ("base.checksum", "base.source"), "expected the checksum of what the URL in base.source brings"
         )
-    if base.source == DEBIAN and base.ssh_user != DEBIAN_USER:
+    if base.source is None and base.ssh_user != DEBIAN_USER:
         yield Conflict(
             ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user of the Debian recipe"
         )
     host = _registry(container.reference)
     if container.source is ContainerSource.ARCHIVE:
-        yield from _missing("container.requirements", container.requirements, "container.source")
+        if container.requirements is not None:
+            yield from _missing("container.requirements", container.requirements, "container.source")
         if host or "@" in container.reference:
             yield Conflict(
                 ("container.reference", "container.source"),
@@ -58,12 +59,12 @@ def find(table: ImageTable) -> Iterator[Conflict]:
             ("verify.disk_size", "base.disk_size"),
             f"expected at least base.disk_size, which is {format_size(base.disk_size)}",
         )
-    if table.memory.reserve.bytes >= min(verify.memory):
+    if settings.memory.reserve.bytes >= min(verify.memory):
         yield Conflict(
             ("memory.reserve", "verify.memory"),
             f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
         )
-    if 2 * table.memory.nanny_headroom > min(verify.memory):
+    if 2 * settings.memory.nanny_headroom > min(verify.memory):
         yield Conflict(
             ("memory.nanny_headroom", "verify.memory"),
             "expected at most half of the least of verify.memory, which is"
@@ -71,22 +72,22 @@ def find(table: ImageTable) -> Iterator[Conflict]:
         )
     for check in verify.checks:
         yield from _missing("verify.checks", check)
-    if table.aws.kms_key and not table.aws.encrypt:
+    if settings.aws.kms_key and not settings.aws.encrypt:
         yield Conflict(("aws.kms_key", "aws.encrypt"), "has no effect, since aws.encrypt is false")
-    if table.aws.connect is Connect.SESSION_MANAGER and not table.aws.instance_profile:
+    if settings.aws.connect is Connect.SESSION_MANAGER and not settings.aws.instance_profile:
         yield Conflict(
             ("aws.connect", "aws.instance_profile"),
             "expected ssh, or an aws.instance_profile that lets the instance speak to Session Manager",
         )
-    yield from _regions(table.aws)
-    if table.nightly.channel not in ("", *table.lifecycle.channels):
+    yield from _regions(settings.aws)
+    if settings.nightly.channel not in ("", *settings.lifecycle.channels):
         yield Conflict(
             ("nightly.channel", "lifecycle.channels"),
-            f"expected one of lifecycle.channels: {', '.join(table.lifecycle.channels)}",
+            f"expected one of lifecycle.channels: {', '.join(settings.lifecycle.channels)}",
         )
 
 
-def _regions(aws: AwsTable) -> Iterator[Conflict]:
+def _regions(aws: AwsSettings) -> Iterator[Conflict]:
     regions = [one.region for one in aws.copy_to]
     for region in sorted({each for each in regions if regions.count(each) > 1}):
         yield Conflict(("aws.copy_to",), f"expected each region once, but {region} is there several times")

@@ -1,97 +1,93 @@
-"""ami-builder.toml, the environment and the flags -> model.Image, with every mistake named at once."""
+"""ami-builder.toml, the environment and the flags -> Image, with every mistake reported at once.
+
+pydantic-settings does not read the environment here: it takes lists as JSON, does not report which variable
+is wrong or misspelt, and importing it takes longer than importing pydantic.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from ami_builder.config import conflicts
-from ami_builder.config.schema import (
-    FIELDS,
-    FileTable,
-    Image,
-    ImageTable,
-    from_text,
-    json_schema,
-    schema_text,
-)
-from ami_builder.config.toml_lines import KeyPath, dotted, key_lines, line_of
+from ami_builder.config.schema import SETTINGS, ConfigFile, Image, ImageSettings
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.system import resources
-
-__all__ = ["Config", "Setting", "find", "json_schema", "load", "overrides_from", "schema_text"]
 
 FILE_NAME = "ami-builder.toml"
 ENVIRONMENT_FILE = "AMI_BUILDER_CONFIG"
 ENVIRONMENT_PREFIX = "AMI_BUILDER_"
 FLAG = "--set"
-_TOP, _TABLES = tuple(FileTable.model_fields), tuple(ImageTable.model_fields)
+KeyPath: TypeAlias = tuple[str | int, ...]
+_TOP = tuple(field.name for field in fields(ConfigFile))
+_TABLES = tuple(field.name for field in fields(ImageSettings))
 _VARIABLES: Mapping[str, str] = {
-    ENVIRONMENT_PREFIX + key.upper().replace(".", "__"): key for key in FIELDS if "." in key
+    ENVIRONMENT_PREFIX + key.upper().replace(".", "__"): key for key in SETTINGS if "." in key
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One setting of an image, as `config show` lists it."""
+class SettingValue:
+    """The value of one setting of an image, as `config show` lists it."""
 
     key: str
     """Such as `memory.reserve`."""
     value: object
-    """As one writes it in TOML: text, a whole number or a list of either."""
+    """As TOML has it."""
     origin: str
     """`default`, `ami-builder.toml:12`, `AMI_BUILDER_MEMORY__RESERVE` or `--set`."""
 
     @property
     def text(self) -> str:
-        """The value as it stands in TOML."""
+        """The value as it is written in TOML."""
         return json.dumps(self.value, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The images that were asked for, all of whose settings are right."""
+    """The images that were requested, with valid settings."""
 
     path: Path
     names: tuple[str, ...]
-    """Of every image in the file, whether or not it was asked for."""
+    """Of every image in the file, requested or not."""
     default_image: str | None
     images: Mapping[str, Image]
-    settings: Mapping[str, tuple[Setting, ...]]
+    settings: Mapping[str, tuple[SettingValue, ...]]
 
     def select(self, name: str | None = None) -> Image:
-        """Return the named image, or the one that is meant when none is; raises UsageError with the names."""
+        """Return the named image, or without a name the default one; raises UsageError with the names."""
         return self.images[_choose(self.names, self.default_image, name, self.path)]
 
-    def origins(self, name: str) -> tuple[Setting, ...]:
+    def origins(self, name: str) -> tuple[SettingValue, ...]:
         """Return every setting of an image, and where its value came from; raises UsageError."""
         return self.settings[_choose(self.names, self.default_image, name, self.path)]
 
 
 class _Origin(NamedTuple):
     place: str
+    """Such as `ami-builder.toml:12`."""
     key: str
+    """The key as written there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Settings of one level of precedence, and where each of them was written."""
-
-    table: ImageTable
-    where: Callable[..., _Origin]
+class _Given(NamedTuple):
+    value: object
+    origin: _Origin
 
 
-Model = TypeVar("Model", bound=BaseModel)
+_Layer: TypeAlias = Mapping[str, _Given]
+"""The settings of one level of precedence, by key."""
+Model = TypeVar("Model", ConfigFile, ImageSettings)
 
 
 def find(path: Path | None, environ: Mapping[str, str]) -> Path:
@@ -105,7 +101,7 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path:
         try:
             if (folder / FILE_NAME).exists():
                 return folder / FILE_NAME
-        except OSError:  # a folder above that we may not look into
+        except OSError:  # a folder that we cannot look into
             continue
     return resources.default_config()
 
@@ -117,53 +113,56 @@ def load(
     environ: Mapping[str, str],
     overrides: Mapping[str, str] | None = None,
 ) -> Config:
-    """Read the configuration; raises UsageError that names every mistake with its place.
+    """Read the configuration; raises UsageError that reports every mistake with its place.
 
-    With `image` only that one is made and its files are looked for; without, all of them. Environment and
-    `overrides` (`memory.reserve` -> `5%`) apply to each that is made.
+    With `image`, only that image is made and only its files are checked; without, all of them. Environment
+    and `overrides` (`memory.reserve` -> `5%`) apply to each image that is made.
     """
     file = find(path, environ)
     raw, lines = _read(
         file, f"{ENVIRONMENT_FILE} names it; " if not path and environ.get(ENVIRONMENT_FILE) else ""
     )
-    shown = _shown(file)
-    wrong = _Mistakes()
+    short = _short(file)
+    mistakes = _Mistakes()
 
     def in_file(*path: str | int) -> _Origin:
-        return _Origin(f"{shown}:{line_of(lines, path)}", dotted(path))
+        return _Origin(f"{short}:{_line_of(lines, path)}", dotted(path))
 
     names = raw.get("images", {})
     if names == {}:
-        wrong.add(in_file(), "there is no image: add a table [images.NAME], which may be empty")
-    table = wrong.validated(FileTable, raw, file.absolute().parent, in_file)
-    # What is no table of images has been noted as that.
-    if isinstance(names, Mapping) and table.default_image and table.default_image not in names:
-        near = did_you_mean(table.default_image, names)
-        wrong.add(in_file("default_image"), f"expected the name of an image{near}", table.default_image)
+        mistakes.add(in_file(), "there is no image: add a table [images.NAME], which may be empty")
+    content = mistakes.validated(_file_type(), raw, file.absolute().parent, in_file)
+    # If `images` is not a table, that has been reported.
+    if isinstance(names, Mapping) and content.default_image and content.default_image not in names:
+        near = did_you_mean(content.default_image, names)
+        mistakes.add(in_file("default_image"), f"expected the name of an image{near}", content.default_image)
 
-    defaults = _Layer(table.defaults, partial(in_file, "defaults"))
-    upper = [
-        _text_layer(wrong, _from_environment(wrong, environ)),
-        _text_layer(wrong, _from_flags(wrong, overrides or {})),
-    ]
-    merged, settings = {}, {}
-    for name, own in table.images.items():
+    defaults = _layer(content.defaults, raw.get("defaults", {}), partial(in_file, "defaults"))
+    variables = _text_layer(mistakes, _from_environment(mistakes, environ))
+    flags = _text_layer(mistakes, _from_flags(mistakes, overrides or {}))
+    images, values = {}, {}
+    for name, own in content.images.items():
         if image not in (None, name):
             continue
-        layers = [defaults, _Layer(own, partial(in_file, "images", name)), *upper]
-        merged[name] = reduce(ImageTable.overlaid, (layer.table for layer in layers), ImageTable())
-        wrong.check(merged[name], layers, in_file("images", name))
-        settings[name] = tuple(
-            Setting(key=key, value=value, origin=_origin(layers, key, _Origin("default", key)).place)
-            for key, value in merged[name].shown().items()
+        layer = _layer(own, raw["images"][name], partial(in_file, "images", name))
+        given = {**defaults, **layer, **variables, **flags}
+        images[name] = ImageSettings().overlaid({key: one.value for key, one in given.items()})
+        mistakes.check(images[name], given, in_file("images", name))
+        values[name] = tuple(
+            SettingValue(
+                key=key,
+                value=setting.dump(images[name].get(key)),
+                origin=given[key].origin.place if key in given else "default",
+            )
+            for key, setting in SETTINGS.items()
         )
-    wrong.stop()
+    mistakes.stop()
     config = Config(
         path=file,
-        names=tuple(table.images),
-        default_image=table.default_image or None,
-        images=MappingProxyType({name: one.image(name) for name, one in merged.items()}),
-        settings=MappingProxyType(settings),
+        names=tuple(content.images),
+        default_image=content.default_image or None,
+        images=MappingProxyType({name: settings.image(name) for name, settings in images.items()}),
+        settings=MappingProxyType(values),
     )
     if image is not None:
         config.select(image)
@@ -183,31 +182,89 @@ def overrides_from(items: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
+def dotted(path: KeyPath) -> str:
+    """Return a path as TOML writes it, with the number of a list's item from 0."""
+    text = ""
+    for part in path:
+        bare = isinstance(part, str) and re.fullmatch(r"[A-Za-z0-9_-]+", part)
+        text += f"[{part}]" if isinstance(part, int) else f".{part if bare else json.dumps(part)}"
+    return text.removeprefix(".")
+
+
+def key_lines(text: str) -> dict[KeyPath, int]:
+    """Return the line, from 1, of every table and key in valid TOML; a key's line is where it begins.
+
+    tomllib does not report lines, so each statement is parsed by itself: its lines, until they are valid.
+    """
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    statement, first = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        try:
+            found = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        paths = list(_paths(found))
+        if statement.lstrip().startswith("["):
+            table = max(paths, key=len)
+        else:
+            paths = [(*table, *path) for path in paths]
+        for path in paths:
+            lines.setdefault(path, first)
+        statement, first = "", number + 1
+    return lines
+
+
+def _paths(value: object) -> Iterator[KeyPath]:
+    if isinstance(value, list) and value == [{}]:  # of [[a table]]
+        value = {}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (key,)
+            yield from ((key, *path) for path in _paths(inner))
+
+
+def _line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
+    """Return the line of `path`, or of the innermost table around it that the file has; 1 without any."""
+    return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
+
+
 def _read(file: Path, why: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
-    shown = _shown(file)
-    hint = f"{why}a complete and commented file is {_shown(resources.default_config())}"
+    short = _short(file)
+    hint = f"{why}a complete and commented file is {_short(resources.default_config())}"
     try:
         text = file.read_bytes().decode("utf-8-sig")
         return tomllib.loads(text), key_lines(text)
     except OSError as wrong:
-        raise UsageError(f"{shown} can't be read: {wrong.strerror}", hint=hint) from wrong
+        raise UsageError(f"{short} can't be read: {wrong.strerror}", hint=hint) from wrong
     except UnicodeDecodeError as wrong:
         line = wrong.object[: wrong.start].count(b"\n") + 1
-        raise UsageError(f"{shown}:{line}: not UTF-8 text: {wrong.reason}", hint=hint) from wrong
+        raise UsageError(f"{short}:{line}: not UTF-8 text: {wrong.reason}", hint=hint) from wrong
     except RecursionError as wrong:
-        raise UsageError(f"{shown}: not valid TOML: nested too deeply", hint=hint) from wrong
+        raise UsageError(f"{short}: not valid TOML: nested too deeply", hint=hint) from wrong
     except ValueError as wrong:
         found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(wrong), re.DOTALL)
         place, what = (f":{found[2]}:{found[3]}", found[1]) if found else ("", str(wrong))
-        raise UsageError(f"{shown}{place}: not valid TOML: {what}", hint=hint) from wrong
+        raise UsageError(f"{short}{place}: not valid TOML: {what}", hint=hint) from wrong
+
+
+@cache
+def _file_type() -> TypeAdapter[ConfigFile]:
+    return TypeAdapter(ConfigFile)
+
+
+@cache
+def _settings_type() -> TypeAdapter[ImageSettings]:
+    return TypeAdapter(ImageSettings)
 
 
 class _Mistakes:
-    """Everything that is wrong, so that one error names it all."""
+    """Every mistake, so that one error reports them all."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._keys: set[str] = set()  # whatever depends on these is not complained about
+        self._keys: set[str] = set()  # what depends on these is not reported
 
     def add(self, origin: _Origin, message: str, *value: object) -> None:
         """Note a mistake, with the value if there is one to show."""
@@ -215,40 +272,40 @@ class _Mistakes:
         self._lines.append(": ".join(part for part in (origin.place, setting, message) if part))
 
     def validated(
-        self, model: type[Model], raw: dict[str, Any], folder: Path, where: Callable[..., _Origin]
+        self, adapter: TypeAdapter[Model], raw: dict[str, Any], folder: Path, where: Callable[..., _Origin]
     ) -> Model:
-        """Return what is right in `raw`; what is wrong is noted, and taken out of it."""
+        """Return what is valid in `raw`; what is not is noted and removed from it."""
         while True:
             try:
-                return model.model_validate(raw, context=folder)
+                return adapter.validate_python(raw, context=folder)
             except ValidationError as wrong:
                 for details in wrong.errors(include_url=False):
-                    unknown = details["type"] == "extra_forbidden"
-                    # A table's own name is wrong where pydantic says so of its "[key]".
+                    unknown = details["type"] == "unexpected_keyword_argument"
+                    # pydantic reports a table's invalid name under "[key]".
                     named = details["loc"][-1] == "[key]" and not unknown
                     path = details["loc"][:-1] if named else details["loc"]
                     message = _message(path, details)
                     self.add(where(*path), message, *([] if unknown else [details["input"]]))
                     self._keys.add(dotted(_inside(path)[:2]))
-                    _take_out(raw, path)
+                    _remove(raw, path)
 
-    def check(self, merged: ImageTable, layers: Sequence[_Layer], image: _Origin) -> None:
+    def check(self, settings: ImageSettings, given: _Layer, image: _Origin) -> None:
         """Note what is wrong with the settings of an image together."""
-        for keys, message in conflicts.find(merged):
+        for keys, message in conflicts.find(settings):
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
-                # A default is nobody's mistake: point at what it does not go with.
-                places = (_origin(layers, key, image).place for key in keys)
-                place = next((place for place in places if place != image.place), image.place)
-                key = _origin(layers, keys[0], _Origin("", f"{image.key}.{keys[0]}")).key
-                self.add(_Origin(place, key), message, merged.shown()[keys[0]])
+                # A default is not a mistake: report the place of a setting that it does not go with.
+                place = next((given[key].origin.place for key in keys if key in given), image.place)
+                default = _Origin(place, f"{image.key}.{keys[0]}")
+                key = given[keys[0]].origin.key if keys[0] in given else default.key
+                self.add(_Origin(place, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
 
     def stop(self) -> None:
-        """Raise UsageError when anything was noted."""
+        """Raise UsageError if anything was noted."""
         if lines := list(dict.fromkeys(self._lines)):
             count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
             raise UsageError(
                 "\n  ".join([f"the configuration has {count}:", *lines]),
-                hint=f"every setting is explained in {_shown(resources.default_config())}",
+                hint=f"every setting is explained in {_short(resources.default_config())}",
             )
 
 
@@ -256,9 +313,16 @@ def _message(path: KeyPath, details: ErrorDetails) -> str:
     match details["type"]:
         case "value_error":
             return str(details["ctx"]["error"])
-        case "extra_forbidden":
+        case "enum":
+            options = re.findall(r"'([^']*)'", details["ctx"]["expected"])
+            word = details["input"]
+            near = did_you_mean(word, options) if isinstance(word, str) else ""
+            return f"expected one of {', '.join(options)}{near}"
+        case "bool_type":
+            return "expected true or false"
+        case "unexpected_keyword_argument":
             return "unknown key" + _suggestion(path)
-        case "model_type" | "dict_type":
+        case "dataclass_type" | "dict_type":
             return "expected a table"
         case "tuple_type":
             return 'expected a list such as ["…", "…"]'
@@ -272,50 +336,55 @@ def _suggestion(path: KeyPath) -> str:
     if inside == path:  # at the top of the file
         return f"; did you mean defaults.{word}?" if word in _TABLES else did_you_mean(word, _TOP)
     table = f"{inside[0]}." if len(inside) > 1 else ""
-    siblings = [key.removeprefix(table) for key in FIELDS if key.startswith(table)] if table else _TABLES
-    elsewhere = [key for key in FIELDS if key.rpartition(".")[2] == word]
+    siblings = [key.removeprefix(table) for key in SETTINGS if key.startswith(table)] if table else _TABLES
+    elsewhere = [key for key in SETTINGS if key.rpartition(".")[2] == word]
     return did_you_mean(word, siblings) or (f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else "")
 
 
-def _from_environment(wrong: _Mistakes, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return key -> (variable, text); a variable that can only be a misspelt setting is a mistake."""
+def _from_environment(mistakes: _Mistakes, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return key -> (variable, text); a variable that looks like a misspelt setting is a mistake."""
     single = {variable.replace("__", "_"): variable for variable in _VARIABLES}
     found = {}
     for variable, text in environ.items():
         if key := _VARIABLES.get(variable):
             found[key] = (variable, text)
         elif variable in single:
-            wrong.add(_Origin(variable, ""), f"unknown setting; did you mean {single[variable]}?")
+            mistakes.add(_Origin(variable, ""), f"unknown setting; did you mean {single[variable]}?")
         elif variable.startswith(ENVIRONMENT_PREFIX) and "__" in variable:
-            wrong.add(_Origin(variable, ""), f"unknown setting{did_you_mean(variable, _VARIABLES)}")
+            mistakes.add(_Origin(variable, ""), f"unknown setting{did_you_mean(variable, _VARIABLES)}")
     return found
 
 
-def _from_flags(wrong: _Mistakes, overrides: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _from_flags(mistakes: _Mistakes, overrides: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     found = {}
     for key, text in overrides.items():
-        if key in FIELDS:
+        if key in SETTINGS:
             found[key] = (FLAG, text)
         else:
-            wrong.add(_Origin(FLAG, key), f"unknown setting{did_you_mean(key, FIELDS)}")
+            mistakes.add(_Origin(FLAG, key), f"unknown setting{did_you_mean(key, SETTINGS)}")
     return found
 
 
-def _text_layer(wrong: _Mistakes, found: Mapping[str, tuple[str, str]]) -> _Layer:
+def _layer(settings: ImageSettings, raw: Mapping[str, Any], where: Callable[..., _Origin]) -> _Layer:
+    """Return the settings that `raw` has, with their values from `settings`."""
+    return {
+        key: _Given(settings.get(key), where(*key.split(".")))
+        for key, setting in SETTINGS.items()
+        if setting.name in (raw.get(setting.table, {}) if setting.table else raw)
+    }
+
+
+def _text_layer(mistakes: _Mistakes, found: Mapping[str, tuple[str, str]]) -> _Layer:
     raw: dict[str, Any] = {}
     for key, (_, text) in found.items():
-        table, _, name = key.rpartition(".")
-        (raw.setdefault(table, {}) if table else raw)[name] = from_text(key, text)
+        setting = SETTINGS[key]
+        table = raw.setdefault(setting.table, {}) if setting.table else raw
+        table[setting.name] = setting.from_text(text)
 
     def where(*path: str | int) -> _Origin:
         return _Origin(found[dotted(path[:2])][0], dotted(path))
 
-    return _Layer(wrong.validated(ImageTable, raw, Path.cwd(), where), where)
-
-
-def _origin(layers: Sequence[_Layer], key: str, default: _Origin) -> _Origin:
-    """Return where the value of `key` comes from."""
-    return next((one.where(*key.split(".")) for one in reversed(layers) if one.table.sets(key)), default)
+    return _layer(mistakes.validated(_settings_type(), raw, Path.cwd(), where), raw, where)
 
 
 def _inside(path: KeyPath) -> KeyPath:
@@ -323,8 +392,8 @@ def _inside(path: KeyPath) -> KeyPath:
     return path[{"images": 2, "defaults": 1}.get(str(path[0]), 0) :] or path
 
 
-def _take_out(raw: Any, path: KeyPath) -> None:
-    """Remove the innermost key of `path`, and with it a list that one item is wrong in."""
+def _remove(raw: Any, path: KeyPath) -> None:
+    """Remove the innermost key of `path`; if one item of a list is wrong, the whole list."""
     depth = 1
     while depth < len(path) and isinstance(inner := raw.get(path[depth - 1]), dict):
         raw, depth = inner, depth + 1
@@ -339,15 +408,15 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:56]} …"
 
 
-def _shown(path: Path) -> str:
-    """Return a path as short as it can be said from here."""
+def _short(path: Path) -> str:
+    """Return a path relative to the current folder, if it is in it."""
     here, there = Path.cwd(), path.absolute()
     return str(there.relative_to(here) if there.is_relative_to(here) else there)
 
 
 def _choose(names: Sequence[str], default: str | None, name: str | None, file: Path) -> str:
     chosen = name or default or (names[0] if len(names) == 1 else None)
-    known = f"the images in {_shown(file)} are: {', '.join(names)}"
+    known = f"the images in {_short(file)} are: {', '.join(names)}"
     if chosen is None:
         raise UsageError("no image was named, and there are several", hint=f"{known}; default_image sets one")
     if chosen not in names:

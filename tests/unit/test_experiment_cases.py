@@ -52,7 +52,7 @@ PLANS = st.fixed_dictionaries(
 
 
 def test_the_default_policy_is_the_image_s_default() -> None:
-    assert IMAGE.reserve == Reserve(percent=RESERVE_PERCENT[DEFAULT])
+    assert IMAGE.memory.reserve == Reserve(percent=RESERVE_PERCENT[DEFAULT])
 
 
 @given(PLANS, st.randoms(use_true_random=False))

@@ -15,7 +15,7 @@ from ami_builder.core.diff import Quantity, Side, compare
 from ami_builder.core.errors import OnHold
 from ami_builder.nightly.gate import judge, moved, not_compared, require_close
 from ami_builder.state.workspace import Workspace
-from tests.unit.test_difference import stored, workspace  # noqa: F401 - a fixture
+from tests.unit.test_diff import stored, workspace  # noqa: F401 - a fixture
 
 GIB = 1 << 30
 MIB = 1 << 20

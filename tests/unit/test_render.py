@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ami_builder.build import guest
-from ami_builder.config.schema import ImageTable
+from ami_builder.config.schema import ImageSettings
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.units import Reserve
@@ -79,10 +79,11 @@ def test_the_settings_reach_the_files() -> None:
 
 def test_what_nobody_asked_for_is_no_file() -> None:
     settings = {
-        "container": {"unlimited": ["agent-*", "logs"]},
-        "base": {"security_updates": True, "packages": ["htop"]},
+        "container.unlimited": ("agent-*", "logs"),
+        "base.security_updates": True,
+        "base.packages": ("htop",),
     }
-    asked = ImageTable.model_validate(settings).image("asked")
+    asked = ImageSettings().overlaid(settings).image("asked")
     files = guest.guest(asked)
     assert {str(path) for path in set(files) - set(guest.guest(image()))} == {
         "/etc/systemd/system/docker-.scope.d/30-unlimited.conf",
@@ -92,7 +93,7 @@ def test_what_nobody_asked_for_is_no_file() -> None:
     }
     assert "    agent-* | logs) ;;\n" in _text(files, "/usr/local/sbin/dask-unlimited")
     assert asked.base.packages == ("htop", "unattended-upgrades")
-    opened = ImageTable.model_validate({"container": {"instance_metadata": True}}).image("opened")
+    opened = ImageSettings().overlaid({"container.instance_metadata": True}).image("opened")
     closed = set(guest.guest(image())) - set(guest.guest(opened))
     assert {path.name for path in closed} == {"20-metadata.conf"}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ami_builder.build import guest as render
-from ami_builder.config.schema import Image, ImageTable
+from ami_builder.config.schema import Image, ImageSettings
 from tests.vm.conftest import Booted, Saved, guest_of
 
 SLEEPS = ["sh", "-c", "sleep 3600 # dask worker"]
@@ -103,8 +103,8 @@ def test_a_container_that_runs_keeps_its_limit(guest: Booted, image: Image) -> N
 
 
 def test_a_container_can_be_exempt_by_its_name(guest: Booted, image: Image) -> None:
-    settings = {"container": {"unlimited": ["agent-*"]}}
-    files = render.guest(ImageTable.model_validate(settings).image("agents"))
+    settings = ImageSettings().overlaid({"container.unlimited": ("agent-*",)})
+    files = render.guest(settings.image("agents"))
     for path in set(files) - set(render.guest(image)):
         guest.session.run(f"cat >{path}", sudo=True, stdin=files[path].content.decode())
         guest.root(f"chmod {files[path].mode:o} {path}")
