@@ -35,6 +35,6 @@ def stored(
         return made
     outcome = outcome or (Outcome.PASSED if passed else Outcome.FAILED)
     result = CheckResult(
-        name="chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
+        name="memory limit chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
     )
     return workspace.judge(made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=()))

@@ -21,11 +21,20 @@ import pytest
 import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
+from ami_builder.checks.check_names import NOTE, message_of, name_of
 from ami_builder.checks.context import ENVIRONMENT, Context
-from ami_builder.checks.pressed import Pressed
-from ami_builder.checks.reports import NOTE, message_of, name_of
-from ami_builder.checks.state import ANSWERS, Client, Container, Dask, Incomplete, Machine, Sections, sections
-from ami_builder.checks.watch import ANSWER, NEW_CONNECTION, Watch
+from ami_builder.checks.login_times import ANSWER, NEW_CONNECTION, LoginMonitor
+from ami_builder.checks.machine_state import (
+    ANSWERS,
+    ContainerState,
+    Incomplete,
+    MachineState,
+    SchedulerAnswer,
+    Sections,
+    WorkersAnswer,
+    sections,
+)
+from ami_builder.checks.pressure_result import PressureResult
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE
 
@@ -60,18 +69,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "first_boot: run in the phase `boot` only")
     config.addinivalue_line("markers", "pressure: run in the phase `pressure` only, alone there")
-    config.pluginmanager.register(_Run(config), "ami-builder-run")
+    config.pluginmanager.register(_CheckSession(config), "ami-builder-run")
 
 
-class _Run:
+class _CheckSession:
     """One phase on one machine: its guards, and the two conversations that every fixture draws on."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.pool = ThreadPoolExecutor(max_workers=2)
-        self.machine: Future[Machine] | None = None
-        self.client: Future[Client] | None = None
-        self.pressed: Future[Pressed] | None = None
+        self.machine: Future[MachineState] | None = None
+        self.client: Future[WorkersAnswer] | None = None
+        self.pressure: Future[PressureResult] | None = None
         self.failed = 0
         self.inconclusive = 0
         self.blocked = ""
@@ -133,7 +142,7 @@ class _Run:
         self.host = self.connect()
         name = "guard: the machine is the one that was booted"
         try:
-            settled, stderr, status = self.ask("settle.sh", *self._settling())
+            settled, stderr, status = self.ask("wait_for_dask.sh", *self._settling())
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
         found = sections(settled)
@@ -147,9 +156,9 @@ class _Run:
             self.tell(event="ready")
         name, pid = _container(found)
         if self.context.phase == PRESSURE:
-            self.pressed = self.pool.submit(self._press, name, pid)
+            self.pressure = self.pool.submit(self._run_pressure, name, pid)
             return
-        self.machine = self.pool.submit(self._gather, settled, pid)
+        self.machine = self.pool.submit(self._read_state, settled, pid)
         if self.context.phase == FIRST_BOOT:
             self.client = self.pool.submit(self._ask_workers, pid)
 
@@ -157,53 +166,53 @@ class _Run:
         least = 0 if self.context.role is Role.SCHEDULER else max(1, self.context.workers)
         return self.context.nonce, f"{self.context.timeout:.0f}", str(least)
 
-    def _gather(self, settled: str, pid: str) -> Machine:
-        gathered, stderr, status = self.ask("gather.sh", self.context.user, self.context.phase, pid)
+    def _read_state(self, settled: str, pid: str) -> MachineState:
+        gathered, stderr, status = self.ask("machine_state.sh", self.context.user, self.context.phase, pid)
         text = {**sections(settled), **sections(gathered)}
         self.record("machine", {**text, "stderr": stderr})
         try:
-            return Machine.parse(text)
+            return MachineState.parse(text)
         except Incomplete as wrong:
             raise Incomplete(f"{wrong} (status {status}; {stderr.strip()[-200:]})") from wrong
 
-    def _ask_workers(self, pid: str) -> Client:
+    def _ask_workers(self, pid: str) -> WorkersAnswer:
         if not pid:
-            return Client(workers=(), error="no Dask container is running")
+            return WorkersAnswer(workers=(), error="no Dask container is running")
         seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
-        program = _text("probe.py")
+        program = _text("ask_workers.py")
         arguments = (self.context.role.value, str(self.context.workers), f"{seconds:.0f}")
-        stdout, stderr, status = self.ask("probe.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
+        stdout, stderr, status = self.ask("in_container.sh", pid, f"{2 * seconds:.0f}", program, *arguments)
         self.record("client", {"stdout": stdout, "stderr": stderr, "status": status})
-        return Client.parse(stdout, stderr, status)
+        return WorkersAnswer.parse(stdout, stderr, status)
 
-    def _press(self, container: str, pid: str) -> Pressed:
-        pressed = self._press_once("pressed", container, pid)
-        why = pressed.beside_another()
+    def _run_pressure(self, container: str, pid: str) -> PressureResult:
+        pressure = self._run_pressure_once("pressed", container, pid)
+        why = pressure.double_kill()
         if not why:
-            return pressed
+            return pressure
         # Once: an image on which it comes again has earned its red.
-        settled = sections(self.ask("settle.sh", *self._settling())[0])
-        return replace(self._press_once("pressed-again", *_container(settled)), before_this=why)
+        settled = sections(self.ask("wait_for_dask.sh", *self._settling())[0])
+        return replace(self._run_pressure_once("pressed-again", *_container(settled)), first_attempt=why)
 
-    def _press_once(self, record: str, container: str, pid: str) -> Pressed:
+    def _run_pressure_once(self, record: str, container: str, pid: str) -> PressureResult:
         if not pid:
             raise Incomplete("no Dask container is running")
         seconds = max(self.context.timeout, _LEAST_CLIENT_SECONDS)
-        texts = (_text("probe.sh"), _text("press.py"))
+        texts = (_text("in_container.sh"), _text("memory_pressure.py"))
         numbers = (f"{seconds:.0f}", str(self.context.workers), str(_WORK))
         arguments = (container, pid, *numbers, *texts)
         host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
         ssh = ["ssh", *NEW_CONNECTION, "-F", ssh_config, host.removeprefix("ssh://"), "--"]
-        watch = Watch(ssh, self.context.emulator, lambda text: self.tell(event="progress", text=text))
+        watch = LoginMonitor(ssh, self.context.emulator, lambda text: self.tell(event="progress", text=text))
         self.tell(event="progress", text="logins at rest")
         watch.at_rest()
-        self.run(_ALONE, _text("press.sh"), "sh", *arguments)
+        self.run(_ALONE, _text("memory_pressure.sh"), "sh", *arguments)
         watch.until_end(1.5 * seconds)
         watched = watch.watched
         answer, errors, _ = self.run(f"cat {ANSWER}; cat {ANSWER}.err >&2")
         text = sections(answer)
         self.record(record, {**text, "stderr": errors, "watched": asdict(watched)})
-        return Pressed.parse(text, watched)
+        return PressureResult.parse(text, watched)
 
     def record(self, name: str, answer: Mapping[str, object]) -> None:
         folder = self.config.getoption("record")
@@ -211,7 +220,7 @@ class _Run:
             path = Path(folder) / f"{name}-{self.context.phase}.json"
             path.write_text(json.dumps(answer, indent=1), encoding="utf-8")
 
-    def joined(self, told: Future[Told] | None) -> Told:
+    def answer_of(self, told: Future[Told] | None) -> Told:
         """Return what the machine told; the session ends as failed when it told nothing that can be read."""
         if told is None:
             pytest.fail(f"in the phase {self.context.phase} the machine is not asked for that")
@@ -230,7 +239,7 @@ class _Run:
         if empty and not config.option.collectonly and not self.unreadable:
             self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
         phase = self.read_context().phase
-        others = [item for item in items if not _belongs(item, phase)]
+        others = [item for item in items if not _in_phase(item, phase)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
         items.sort(key=lambda item: "client" in getattr(item, "fixturenames", ()))
@@ -288,7 +297,7 @@ def _container(settled: Sections) -> tuple[str, str]:
     return name, pid
 
 
-def _belongs(item: pytest.Item, phase: str) -> bool:
+def _in_phase(item: pytest.Item, phase: str) -> bool:
     if item.get_closest_marker("pressure"):
         return phase == PRESSURE
     return phase != PRESSURE and (phase == FIRST_BOOT or not item.get_closest_marker("first_boot"))
@@ -302,34 +311,34 @@ def _within(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def _run(config: pytest.Config) -> _Run:
+def _run(config: pytest.Config) -> _CheckSession:
     run = config.pluginmanager.get_plugin("ami-builder-run")
-    assert isinstance(run, _Run)
+    assert isinstance(run, _CheckSession)
     return run
 
 
-def container_of(machine: Machine) -> Container:
+def container_of(machine: MachineState) -> ContainerState:
     """Return the running Dask container; a check that needs one is blocked without."""
     if machine.container is None:
         pytest.skip(f"{BLOCKED}no Dask container is running")
     return machine.container
 
 
-def variable_of(machine: Machine) -> int:
+def variable_of(machine: MachineState) -> int:
     """Return the measured bytes; a check that needs them is blocked without."""
     if machine.variable is None:
         pytest.skip(f"{BLOCKED}AVAILABLE_MEMORY_FOR_DASK was not measured")
     return machine.variable
 
 
-def dask_of(machine: Machine) -> Dask:
+def dask_of(machine: MachineState) -> SchedulerAnswer:
     """Return what the scheduler answered; a check that needs it is blocked without."""
     if machine.dask.error:
         pytest.skip(f"{BLOCKED}Dask's scheduler gave no answer")
     return machine.dask
 
 
-def answered(client: Client) -> Client:
+def answered(client: WorkersAnswer) -> WorkersAnswer:
     """Return what the workers answered; a check that needs it is blocked without."""
     if client.error:
         pytest.skip(f"{BLOCKED}Dask's client got no answer")
@@ -349,17 +358,17 @@ def context(request: pytest.FixtureRequest) -> Context:
 
 
 @pytest.fixture(scope="session")
-def machine(request: pytest.FixtureRequest) -> Machine:
+def machine(request: pytest.FixtureRequest) -> MachineState:
     """What the machine told about this start."""
     run = _run(request.config)
-    return run.joined(run.machine)
+    return run.answer_of(run.machine)
 
 
 @pytest.fixture(scope="session")
-def pressed(request: pytest.FixtureRequest) -> Pressed:
+def pressure(request: pytest.FixtureRequest) -> PressureResult:
     """What the machine showed under memory pressure; in the phase `pressure` only."""
     run = _run(request.config)
-    return run.joined(run.pressed)
+    return run.answer_of(run.pressure)
 
 
 @pytest.fixture
@@ -369,31 +378,31 @@ def note(record_property: Callable[[str, object], None]) -> Callable[[str], None
 
 
 @pytest.fixture(scope="session")
-def container(machine: Machine) -> Container:
+def container(machine: MachineState) -> ContainerState:
     """The running Dask container."""
     return container_of(machine)
 
 
 @pytest.fixture(scope="session")
-def variable(machine: Machine) -> int:
+def variable(machine: MachineState) -> int:
     """AVAILABLE_MEMORY_FOR_DASK as measured, in bytes."""
     return variable_of(machine)
 
 
 @pytest.fixture(scope="session")
-def client(request: pytest.FixtureRequest) -> Client:
+def client(request: pytest.FixtureRequest) -> WorkersAnswer:
     """What the workers answered Dask's own client, or why they did not; on the first boot only."""
     run = _run(request.config)
-    return run.joined(run.client)
+    return run.answer_of(run.client)
 
 
 @pytest.fixture(scope="session")
-def dask(machine: Machine) -> Dask:
+def dask(machine: MachineState) -> SchedulerAnswer:
     """The workers and their limits, as the scheduler's HTTP server lists them."""
     return dask_of(machine)
 
 
 @pytest.fixture(scope="session")
-def workers(client: Client) -> Client:
+def workers(client: WorkersAnswer) -> WorkersAnswer:
     """How the workers manage their memory, as they answered Dask's client; on the first boot only."""
     return answered(client)

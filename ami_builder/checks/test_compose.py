@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ami_builder.checks.state import VARIABLE, Machine
+from ami_builder.checks.machine_state import VARIABLE, MachineState
 
 pytestmark = pytest.mark.first_boot
 
@@ -31,7 +31,7 @@ def _limit(service: dict[str, object]) -> int:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_compose_file_has_the_line(machine: Machine, file: str) -> None:
+def test_compose_file_has_mem_limit(machine: MachineState, file: str) -> None:
     """Without the line the variable exists, everything starts, and nothing is limited."""
     text = machine.text["compose" if file == "in place" else "compose.image"]
     assert LINE.search(text), f"no line mem_limit: ${{{VARIABLE}:-0}} in the Compose file {file}" + (
@@ -40,7 +40,7 @@ def test_compose_file_has_the_line(machine: Machine, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_variable_means_no_limit(machine: Machine, file: str) -> None:
+def test_no_variable_means_no_limit(machine: MachineState, file: str) -> None:
     """A Compose file with the line must still start where nobody measured."""
     found = limits(machine.text[f"{FILES[file]}.unset"])
     assert set(found.values()) == {0}, f"without {VARIABLE} the limits are {found}, not 0"

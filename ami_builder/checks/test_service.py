@@ -7,32 +7,38 @@ import re
 import pytest
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import CLOCK_SECONDS, VARIABLE, Client, Dask, Machine
+from ami_builder.checks.machine_state import (
+    CLOCK_SECONDS,
+    VARIABLE,
+    MachineState,
+    SchedulerAnswer,
+    WorkersAnswer,
+)
 from ami_builder.core.options import Role
 
 AFTER = ("docker.service", "multi-user.target", "dask-memory.service")
 
 
-def test_service_is_active(machine: Machine) -> None:
+def test_service_is_active(machine: MachineState) -> None:
     """Dask runs because dask.service measured and started it, not because something else did."""
     state, sub, result = (machine.service.get(key) for key in ("ActiveState", "SubState", "Result"))
     last = machine.text["last words"].strip() or machine.text["settled"].strip()
     assert state == "active", f"dask.service is {state} ({sub}, result {result}): {last}"
 
 
-def test_service_is_enabled(machine: Machine) -> None:
+def test_service_is_enabled(machine: MachineState) -> None:
     """A service that was started by hand is not there after the next boot."""
     state = machine.service.get("UnitFileState") or "not installed"
     assert state == "enabled", f"dask.service is {state}, not enabled"
 
 
-def test_service_starts_after_the_system(machine: Machine) -> None:
+def test_service_starts_after_the_system(machine: MachineState) -> None:
     """What starts after the measurement uses memory that Dask was promised."""
     missing = [unit for unit in AFTER if unit not in machine.service.get("After", "").split()]
     assert not missing, f"dask.service is not ordered after {', '.join(missing)}"
 
 
-def test_measured_after_the_commands_of_user_data(machine: Machine) -> None:
+def test_measured_after_the_commands_of_user_data(machine: MachineState) -> None:
     """They may start agents. dask.service is not ordered after them: `systemctl restart dask` may be one."""
     final = dict(line.split("=", 1) for line in machine.lines("cloud-final") if "=" in line)
     ended = machine.booted + int(final.get("ExecMainExitTimestampMonotonic") or 0) / 1e6
@@ -42,13 +48,13 @@ def test_measured_after_the_commands_of_user_data(machine: Machine) -> None:
     assert early <= CLOCK_SECONDS, f"measured {early:.1f} s before cloud-final.service had ended"
 
 
-def test_service_started_once(machine: Machine) -> None:
+def test_service_started_once(machine: MachineState) -> None:
     """A start that took several attempts hides a fault that will not always go away."""
     restarts = machine.service.get("NRestarts")
     assert restarts == "0", f"dask.service was restarted {restarts} times"
 
 
-def test_journal_tells_the_value(machine: Machine, variable: int) -> None:
+def test_journal_has_the_value(machine: MachineState, variable: int) -> None:
     """Who looks for a reason later finds one line with what this start measured."""
     lines = [
         line for line in machine.lines("journal") if re.search(rf"{VARIABLE}\D{{1,3}}{variable}\b", line)
@@ -58,49 +64,49 @@ def test_journal_tells_the_value(machine: Machine, variable: int) -> None:
     )
 
 
-def test_dask_is_healthy(machine: Machine) -> None:
+def test_dask_is_healthy(machine: MachineState) -> None:
     """Asked from outside the container, as dask-health does."""
     first = (machine.lines("health") or ("nothing",))[0]
     assert re.match(r"HTTP/\S+ 200 ", first + " "), f"http://127.0.0.1:8787/health answers {first!r}"
 
 
-def test_service_has_the_variable(machine: Machine, variable: int) -> None:
+def test_service_has_the_variable(machine: MachineState, variable: int) -> None:
     """Compose takes it from here; units do not inherit from login shells, nor sudo from its caller."""
     found = machine.text["service.environment"].strip() or "nothing"
     assert found == f"{VARIABLE}={variable}", f"dask.service has {found} in its environment, not {variable}"
 
 
 @pytest.mark.parametrize("shell", ["sudo -i", "bash -l", "sh -l"])
-def test_login_shell_has_the_variable(machine: Machine, variable: int, shell: str) -> None:
+def test_login_shell_has_the_variable(machine: MachineState, variable: int, shell: str) -> None:
     """Who runs Compose by hand gets the same limit as the service."""
     found = machine.text[f"shell {shell}"].strip() or "nothing"
     assert found == str(variable), f"`{shell}` has {VARIABLE} {found}, measured was {variable}"
 
 
-def test_variable_is_not_stored(machine: Machine) -> None:
+def test_variable_is_not_stored(machine: MachineState) -> None:
     """In /etc or an .env file the builder's value is baked into the image, and wins on every machine."""
     lines = machine.lines("stored")
     assert not lines, f"{len(lines)} files hold a value: {'; '.join(line[:120] for line in lines[:3])}"
 
 
-def test_no_unit_failed(machine: Machine) -> None:
+def test_no_unit_failed(machine: MachineState) -> None:
     """A failed unit of the image is a fault of the image."""
     units = [line.split()[0] for line in machine.lines("failed")]
     assert not units, f"failed units: {', '.join(units)}"
 
 
-def test_the_scheduler_lists_its_workers(machine: Machine) -> None:
+def test_the_scheduler_lists_its_workers(machine: MachineState) -> None:
     """Their limits are read there."""
     assert not machine.dask.error, machine.dask.error
 
 
 @pytest.mark.first_boot
-def test_dask_answers_its_client(client: Client) -> None:
+def test_dask_answers_its_client(client: WorkersAnswer) -> None:
     """How the workers manage their memory is asked through Dask's own client."""
     assert not client.error, f"no answer: {client.error}"
 
 
-def test_all_workers_are_there(context: Context, dask: Dask) -> None:
+def test_all_workers_are_there(context: Context, dask: SchedulerAnswer) -> None:
     """A worker that never comes up would leave its share of the limit unused."""
     if context.role is Role.SCHEDULER:
         pytest.skip("a scheduler has no workers")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ami_builder.checks.state import Dask, Incomplete, Machine
+from ami_builder.checks.machine_state import Incomplete, MachineState, SchedulerAnswer
 from ami_builder.console import duration
 from ami_builder.core.diff import Quantity, multiple
 from ami_builder.core.records import (
@@ -24,7 +24,7 @@ from ami_builder.core.records import (
 from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
 from ami_builder.state.runs import RecordedRun
 
-_CHAIN = "chain: "
+_CHAIN = ("memory limit chain: ", "chain: ")  # the second: recorded by older versions
 _INSIDE = " > "
 _EVIDENCE = {".log", ".txt", ".json", ".jsonl", ".xml", ".md"}
 _MOST_POINTS = 30
@@ -116,9 +116,9 @@ def _folder(evidence: Path, machine: str) -> Path:
 def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ...]:
     told = _json(folder / f"machine-{phase}.json")
     docker = kernel = limits = None
-    dask = Dask(workers=(), error="")
+    dask = SchedulerAnswer(workers=(), error="")
     try:
-        machine = Machine.parse(told)
+        machine = MachineState.parse(told)
         docker = machine.container.memory if machine.container else None
         maximum = machine.levels[0].get("max") if machine.levels else ""
         kernel = int(maximum) if maximum.isdecimal() else 0 if maximum == "max" else None

@@ -169,7 +169,7 @@ RED = run(
     subject=Subject.UNLIMITED,
     outcome=Outcome.FAILED,
     status=5,
-    not_passed=("chain: container has a limit (boot): memory limit 0: none", "b (boot): c"),
+    not_passed=("memory limit chain: container has a limit (boot): memory limit 0: none", "b (boot): c"),
     wall=200.0,
     longest=None,
     at_rest=None,
@@ -195,7 +195,9 @@ def test_the_table_counts_right_verdicts() -> None:
         "| all | 2 of 3 (1 inconclusive) | 1 of 1 | | | | | |",
     ]
     assert "| **inconclusive** |" in lines[9]
-    assert lines[10].endswith("| chain: container has a limit (boot): memory limit 0: none; 1 more |")
+    assert lines[10].endswith(
+        "| memory limit chain: container has a limit (boot): memory limit 0: none; 1 more |"
+    )
     assert lines[11].endswith("| memory pressure needed a second try |")
     assert len({line.count("|") for line in lines[6:]}) == 1
 
@@ -268,7 +270,7 @@ def test_a_quota_holds_for_every_emulator_of_a_verification(tmp_path: Path) -> N
         "run_id": "r",
         "verdict": {
             "results": [
-                result("chain: a", "boot", "failed", "no limit"),
+                result("memory limit chain: a", "boot", "failed", "no limit"),
                 result("b", "pressure", "passed", "longest wait for a login 12 s, 5 s at rest"),
             ]
         },
@@ -278,7 +280,7 @@ def test_a_quota_holds_for_every_emulator_of_a_verification(tmp_path: Path) -> N
     done = verifier(tmp_path, command, way).verify(job, tmp_path / "image.qcow2")
     assert done.outcome is Outcome.FAILED
     assert done.as_it_should
-    assert done.not_passed == ("chain: a (boot): no limit",)
+    assert done.not_passed == ("memory limit chain: a (boot): no limit",)
     assert (done.longest, done.at_rest) == (12, 5)
     assert done.run_id == "r"
     assert done.emulators == 2

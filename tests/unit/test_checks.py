@@ -15,9 +15,18 @@ from types import ModuleType
 
 import pytest
 
-from ami_builder.checks import plugin, reports
+from ami_builder.checks import check_names, plugin
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import Client, Dask, Incomplete, Machine, Worker, numbers, seconds, sections
+from ami_builder.checks.machine_state import (
+    Incomplete,
+    ListedWorker,
+    MachineState,
+    SchedulerAnswer,
+    WorkersAnswer,
+    numbers,
+    seconds,
+    sections,
+)
 from ami_builder.core.options import Datasource, Role
 from ami_builder.core.units import Reserve
 from ami_builder.system.resources import checks_dir
@@ -95,7 +104,9 @@ NOTHING = Told(identity="", client="")
 
 
 def modules() -> list[ModuleType]:
-    files = [p for p in runner.shipped(checks_dir()) if p.stem != "test_pressure"]  # test_checks_pressure.py
+    files = [
+        p for p in runner.shipped(checks_dir()) if p.stem != "test_memory_pressure"
+    ]  # test_checks_pressure.py
     return [importlib.import_module(f"ami_builder.checks.{p.stem}") for p in files]
 
 
@@ -108,7 +119,7 @@ def each_check() -> Iterator[tuple[str, Callable[[], object], dict[str, object]]
             for argument, value in [(m.args[0], v) for m in marks for v in m.args[1]] or [("", "")]:
                 suffix = f"[{value}]" if argument else ""
                 yield (
-                    reports.readable(f"{module.__name__.rpartition('.')[2]}.py::{name}{suffix}"),
+                    check_names.readable(f"{module.__name__.rpartition('.')[2]}.py::{name}{suffix}"),
                     check,
                     {argument: value},
                 )
@@ -116,7 +127,10 @@ def each_check() -> Iterator[tuple[str, Callable[[], object], dict[str, object]]
 
 def judge(text: Text, answer: Told, context: Context = CONTEXT) -> dict[str, str]:
     """Run every check as pytest would, and return those that did not pass with their message."""
-    machine, client = Machine.parse(text | {"identity": answer.identity}), Client.parse(answer.client, "", 0)
+    machine, client = (
+        MachineState.parse(text | {"identity": answer.identity}),
+        WorkersAnswer.parse(answer.client, "", 0),
+    )
     makers: dict[str, Callable[[], object]] = {
         "machine": lambda: machine,
         "context": lambda: context,
@@ -223,28 +237,28 @@ SCOPE = r"/system\.slice/docker-[0-9a-f]+\.scope"
 # name of the machine -> (what is changed, Dask's answers, the checks that must be red)
 ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     # chain
-    "nothing measured": ([put("memory.env", "")], dask(VALUE), {"chain: variable was measured"}),
+    "nothing measured": ([put("memory.env", "")], dask(VALUE), {"memory limit chain: variable was measured"}),
     "seed snippet's text": (
         [put("memory.env", "AVAILABLE_MEMORY_FOR_DASK=MemAvailable:    1704780 kB\n")],
         dask(VALUE),
-        {"chain: variable was measured"},
+        {"memory limit chain: variable was measured"},
     ),
     "kB text": (
         [put("memory.env", "AVAILABLE_MEMORY_FOR_DASK=1704780 kB\n")],
         dask(VALUE),
-        {"chain: variable was measured"},
+        {"memory limit chain: variable was measured"},
     ),
     "two lines": (
         [add("memory.env", f"AVAILABLE_MEMORY_FOR_DASK={VALUE}")],
         dask(VALUE),
-        {"chain: variable was measured"},
+        {"memory limit chain: variable was measured"},
     ),
     "MemTotal": (
         [all_values(numbers(RECORDED["meminfo"])["MemTotal"])],
         dask(numbers(RECORDED["meminfo"])["MemTotal"]),
         {
-            "chain: variable is less than the machine has",
-            "available: variable is not more than was available",
+            "memory limit chain: variable is less than the machine has",
+            "measurement: variable is not more than was available",
         },
     ),
     "not whole pages": (
@@ -255,9 +269,9 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         ],
         dask(VALUE - 1),
         {
-            "chain: variable is whole pages",
-            "chain: kernel enforces the variable",
-            "chain: container sees the variable",
+            "memory limit chain: variable is whole pages",
+            "memory limit chain: kernel enforces the variable",
+            "memory limit chain: container sees the variable",
         },
     ),
     "silent zero": (
@@ -269,10 +283,10 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         ],
         dask(VALUE * 2),
         {
-            "chain: container has a limit",
-            "chain: kernel enforces the variable",
-            "chain: container sees the variable",
-            "chain: workers share the variable",
+            "memory limit chain: container has a limit",
+            "memory limit chain: kernel enforces the variable",
+            "memory limit chain: container sees the variable",
+            "memory limit chain: workers share the variable",
         },
     ),
     "another number in docker": (
@@ -281,163 +295,183 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
             inspected("HostConfig", "MemorySwap", value=VALUE + 4096),
         ],
         dask(VALUE),
-        {"chain: docker has the variable"},
+        {"memory limit chain: docker has the variable"},
     ),
     "kernel enforces less": (
         [level(SCOPE, "max", str(VALUE - 4096))],
         dask(VALUE),
-        {"chain: kernel enforces the variable"},
+        {"memory limit chain: kernel enforces the variable"},
     ),
-    "container sees no limit": ([put("inside", "")], dask(VALUE), {"chain: container sees the variable"}),
+    "container sees no limit": (
+        [put("inside", "")],
+        dask(VALUE),
+        {"memory limit chain: container sees the variable"},
+    ),
     "two workers of the whole": (
         [],
         dask(VALUE, VALUE),
-        {"chain: workers share the variable", "service: all workers are there"},
+        {"memory limit chain: workers share the variable", "service: all workers are there"},
     ),
-    "a worker with half": ([], dask(VALUE // 2), {"chain: workers share the variable"}),
-    "no worker": ([], dask(), {"chain: workers share the variable", "service: all workers are there"}),
+    "a worker with half": ([], dask(VALUE // 2), {"memory limit chain: workers share the variable"}),
+    "no worker": (
+        [],
+        dask(),
+        {"memory limit chain: workers share the variable", "service: all workers are there"},
+    ),
     "a worker has another limit than the scheduler lists": (
         [],
         replace(dask(VALUE), client=client([VALUE // 2])),
-        {"chain: workers confirm what the scheduler lists"},
+        {"memory limit chain: workers confirm what the scheduler lists"},
     ),
     "a worker has no limit, whatever the scheduler lists": (
         [],
         replace(dask(VALUE), client=client([None])),
-        {"chain: workers confirm what the scheduler lists"},
+        {"memory limit chain: workers confirm what the scheduler lists"},
     ),
     "the scheduler lists a worker that nobody is": (
         [],
         replace(dask(VALUE), client=client([])),
-        {"chain: workers confirm what the scheduler lists"},
+        {"memory limit chain: workers confirm what the scheduler lists"},
     ),
     "a worker that the scheduler does not list": (
         [],
         replace(dask(VALUE), client=client([VALUE, VALUE])),
-        {"chain: workers confirm what the scheduler lists"},
+        {"memory limit chain: workers confirm what the scheduler lists"},
     ),
     # available
     "measured in an earlier start": (
         [measured(-300)],
         dask(VALUE),
-        {"available: measured at this start", "service: measured after the commands of user data"},
+        {"measurement: measured at this start", "service: measured after the commands of user data"},
     ),
     "measured after the container": (
         [measured(60)],
         dask(VALUE),
-        {"available: container was made after the measurement"},
+        {"measurement: container was made after the measurement"},
     ),
     "measured while Dask ran": (
         [all_values((VALUE - 100 * MIB) // 4096 * 4096)],
         dask((VALUE - 100 * MIB) // 4096 * 4096),
-        {"available: variable is not less than was available"},
+        {"measurement: variable is not less than was available"},
     ),
     "measured before Docker": (
         [all_values((VALUE + 157 * MIB) // 4096 * 4096)],
         dask((VALUE + 157 * MIB) // 4096 * 4096),
-        {"available: variable is not more than was available"},
+        {"measurement: variable is not more than was available"},
     ),
     "another machine size": (
         [sub("meminfo", r"^MemTotal:.*$", "MemTotal: 3900000 kB")],
         dask(VALUE),
-        {"available: machine has the memory it was booted with"},
+        {"measurement: machine has the memory it was booted with"},
     ),
     # limit
-    "two containers": ([second_container], dask(VALUE), {"limit: one container runs"}),
-    "memory.high": ([level(SCOPE, "high", str(VALUE // 2))], dask(VALUE), {"limit: no soft limit"}),
-    "memory.low": ([level(SCOPE, "low", str(VALUE // 2))], dask(VALUE), {"limit: no memory low"}),
-    "memory.min": ([level(SCOPE, "min", "4096")], dask(VALUE), {"limit: no memory min"}),
+    "two containers": ([second_container], dask(VALUE), {"container: one container runs"}),
+    "memory.high": ([level(SCOPE, "high", str(VALUE // 2))], dask(VALUE), {"container: no soft limit"}),
+    "memory.low": ([level(SCOPE, "low", str(VALUE // 2))], dask(VALUE), {"container: no memory low"}),
+    "memory.min": ([level(SCOPE, "min", "4096")], dask(VALUE), {"container: no memory min"}),
     "swap by docker": (
         [inspected("HostConfig", "MemorySwap", value=2 * VALUE)],
         dask(VALUE),
-        {"limit: no swap by docker"},
+        {"container: no swap by docker"},
     ),
-    "swap by the kernel": ([level(SCOPE, "swap.max", "max")], dask(VALUE), {"limit: no swap by the kernel"}),
+    "swap by the kernel": (
+        [level(SCOPE, "swap.max", "max")],
+        dask(VALUE),
+        {"container: no swap by the kernel"},
+    ),
     "host's namespace by docker": (
         [inspected("HostConfig", "CgroupnsMode", value="host")],
         dask(VALUE),
-        {"limit: cgroup namespace is private"},
+        {"container: cgroup namespace is private"},
     ),
     "host's namespace by the kernel": (
         [lambda text: put("namespaces", "\n".join([text["namespaces"].split()[0]] * 2))(text)],
         dask(VALUE),
-        {"limit: cgroup namespace is private"},
+        {"container: cgroup namespace is private"},
     ),
     "privileged": (
         [inspected("HostConfig", "Privileged", value=True)],
         dask(VALUE),
-        {"limit: not privileged"},
+        {"container: not privileged"},
     ),
     "a slice's memory.max": (
         [level(r"/system\.slice", "max", str(VALUE - 4096))],
         dask(VALUE),
-        {"limit: no lower limit above"},
+        {"container: no parent has a lower limit"},
     ),
     "a slice's memory.high": (
         [level(r"/system\.slice", "high", str(VALUE - 4096))],
         dask(VALUE),
-        {"limit: no lower limit above"},
+        {"container: no parent has a lower limit"},
     ),
     "no OOM killer": (
         [inspected("HostConfig", "OomKillDisable", value=True)],
         dask(VALUE),
-        {"limit: oom killer is on"},
+        {"container: oom killer is on"},
     ),
     "RLIMIT_RSS": (
         [add("limits", "Max resident set          1000000   1000000   bytes")],
         dask(VALUE),
-        {"limit: no resource limits"},
+        {"container: no resource limits"},
     ),
     "soft RLIMIT_AS": (
         [add("limits", "Max address space          1000000   unlimited   bytes")],
         dask(VALUE),
-        {"limit: no resource limits"},
+        {"container: no resource limits"},
     ),
     "restart always": (
         [inspected("HostConfig", "RestartPolicy", "Name", value="always")],
         dask(VALUE),
-        {"limit: restart policy brings nothing back"},
+        {"container: restart policy starts nothing at boot"},
     ),
     "OOM killed": (
         [inspected("State", "OOMKilled", value=True)],
         dask(VALUE),
-        {"limit: container was not killed"},
+        {"container: not killed"},
     ),
     "restarted by docker": (
         [inspected("RestartCount", value=2)],
         dask(VALUE),
-        {"limit: container was not killed"},
+        {"container: not killed"},
     ),
     "health check inside": (
         [inspected("Config", "Healthcheck", value={"Test": ["CMD", "python", "-c", "import distributed"]})],
         dask(VALUE),
-        {"limit: no health check inside"},
+        {"container: no health check inside"},
     ),
     "logs without bound": (
         [inspected("HostConfig", "LogConfig", value={"Type": "json-file", "Config": {}})],
         dask(VALUE),
-        {"limit: logs are bounded"},
+        {"container: logs are bounded"},
     ),
     "spill on tmpfs": (
         [sub("mounts", r"^(.* /spill .* - )\S+ \S+", r"\1tmpfs tmpfs")],
         dask(VALUE),
-        {"limit: spill is on disk"},
+        {"container: spill is on disk"},
     ),
-    "spill in /dev/shm": ([], dask(VALUE, directory="/dev/shm/x"), {"limit: spill is on disk"}),
-    "spill in the layer": ([], dask(VALUE, directory="/tmp/x"), {"limit: spill is outside the container"}),
+    "spill in /dev/shm": ([], dask(VALUE, directory="/dev/shm/x"), {"container: spill is on disk"}),
+    "spill in the layer": (
+        [],
+        dask(VALUE, directory="/tmp/x"),
+        {"container: spill is outside the container"},
+    ),
     "no memory management": (
         [],
         dask(None),
-        {"chain: workers share the variable", "limit: workers manage memory"},
+        {"memory limit chain: workers share the variable", "container: workers manage memory"},
     ),
-    "no spilling": ([], dask(VALUE, spill=False), {"limit: workers spill before they end"}),
-    "no nanny": ([], dask(VALUE, nanny=None), {"limit: workers spill before they end"}),
+    "no spilling": ([], dask(VALUE, spill=False), {"container: workers spill before they are restarted"}),
+    "no nanny": ([], dask(VALUE, nanny=None), {"container: workers spill before they are restarted"}),
     "nanny that never ends": (
         [],
         dask(VALUE, nanny={"terminate": False}),
-        {"limit: workers spill before they end"},
+        {"container: workers spill before they are restarted"},
     ),
-    "pause before spill": ([], dask(VALUE, pause=0.65), {"limit: workers spill before they end"}),
+    "pause before spill": (
+        [],
+        dask(VALUE, pause=0.65),
+        {"container: workers spill before they are restarted"},
+    ),
     # service
     "service failed": (
         [sub("service", "^ActiveState=.*", "ActiveState=failed")],
@@ -459,11 +493,11 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE),
         {"service: service started once"},
     ),
-    "journal silent": ([put("journal", "")], dask(VALUE), {"service: journal tells the value"}),
+    "journal silent": ([put("journal", "")], dask(VALUE), {"service: journal has the value"}),
     "journal repeats": (
         [lambda text: add("journal", text["journal"].strip())(text)],
         dask(VALUE),
-        {"service: journal tells the value"},
+        {"service: journal has the value"},
     ),
     "unhealthy": ([put("health", "HTTP/1.1 500 no\n")], dask(VALUE), {"service: dask is healthy"}),
     "nothing on 8787": (
@@ -522,17 +556,17 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "compose without the line": (
         [sub("compose", r"^\s*mem_limit:.*\n", "")],
         dask(VALUE),
-        {"compose: compose file has the line (in place)"},
+        {"compose: compose file has mem limit (in place)"},
     ),
     "compose without the fallback": (
         [sub("compose", ":-0}", "}")],
         dask(VALUE),
-        {"compose: compose file has the line (in place)"},
+        {"compose: compose file has mem limit (in place)"},
     ),
     "image's compose not kept": (
         [put("compose.image", "")],
         dask(VALUE),
-        {"compose: compose file has the line (the image's own)"},
+        {"compose: compose file has mem limit (the image's own)"},
     ),
     "compose refused without it": (
         [put("compose.unset", "services.cluster.mem_limit: invalid size: ''\n")],
@@ -558,12 +592,12 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "builder's key": (
         [add("authorized", "/home/admin/.ssh/authorized_keys:ssh-ed25519 AAAAother packer")],
         dask(VALUE),
-        {"first boot: only our key opens it"},
+        {"first boot: only our key is authorized"},
     ),
     "root logs in": (
         [add("authorized", f"/root/.ssh/authorized_keys:{PUBLIC_KEY}")],
         dask(VALUE),
-        {"first boot: root does not log in"},
+        {"first boot: root cannot log in"},
     ),
     "old host key": (
         [put("hostkeys.old", "/etc/ssh/ssh_host_ed25519_key\n")],
@@ -573,20 +607,24 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "no machine id": (
         [put("machine-id", "uninitialized\n")],
         dask(VALUE),
-        {"first boot: machine id is new", "first boot: journal begins here"},
+        {"first boot: machine id is new", "first boot: journal starts at this boot"},
     ),
     "old machine id": (
         [put("machine-id.old", "/etc/machine-id\n")],
         dask(VALUE),
         {"first boot: machine id is new"},
     ),
-    "builder's boot": ([add("boots", "0" * 32)], dask(VALUE), {"first boot: journal begins here"}),
-    "builder's journal": ([add("journals", "0" * 32)], dask(VALUE), {"first boot: journal begins here"}),
+    "builder's boot": ([add("boots", "0" * 32)], dask(VALUE), {"first boot: journal starts at this boot"}),
+    "builder's journal": (
+        [add("journals", "0" * 32)],
+        dask(VALUE),
+        {"first boot: journal starts at this boot"},
+    ),
     "builder's logs": ([put("logs", "/var/log/dpkg.log\n")], dask(VALUE), {"first boot: no old logs"}),
     "builder's script": (
         [put("temporary", "/var/tmp/script_1.sh\n")],
         dask(VALUE),
-        {"first boot: no leftovers"},
+        {"first boot: no files of the build"},
     ),
     "apt lists": ([put("apt", "/var/lib/apt/lists/x\n")], dask(VALUE), {"first boot: no package lists"}),
     "history": ([put("histories", "/root/.bash_history\n")], dask(VALUE), {"first boot: no histories"}),
@@ -599,12 +637,12 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "builder's instance": (
         [add("instances", "iid-builder")],
         dask(VALUE),
-        {"first boot: cloud init saw one instance"},
+        {"first boot: cloud init ran for one instance"},
     ),
     "another datasource": (
         [put("cloud-id", "nocloud\n")],
         dask(VALUE),
-        {"first boot: cloud init took the datasource"},
+        {"first boot: cloud init used the datasource"},
     ),
     "cloud-init not finished": (
         [put("cloud-result", "")],
@@ -624,17 +662,23 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "no default for containers": (
         [put("scope", ""), sub("plain", r"\A\d+$", "max", 1)],
         dask(VALUE),
-        {"chain: systemd has the variable", "chain: any container has the variable"},
+        {
+            "memory limit chain: systemd has the variable",
+            "memory limit chain: any container has the variable",
+        },
     ),
     "a default of an earlier start": (
         [put("scope", "[Scope]\nMemoryMax=1073741824\nMemorySwapMax=0\n")],
         dask(VALUE),
-        {"chain: systemd has the variable"},
+        {"memory limit chain: systemd has the variable"},
     ),
     "no container starts": (
         [put("plain", "")],
         dask(VALUE),
-        {"chain: any container has the variable", "first boot: containers do not reach the metadata"},
+        {
+            "memory limit chain: any container has the variable",
+            "first boot: containers cannot reach the metadata",
+        },
     ),
     "user data's commands still run": (
         [sub("cloud-final", "ActiveState=active", "ActiveState=activating")],
@@ -649,27 +693,27 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     "dask for everybody": (
         [sub("listening", r"127\.0\.0\.1:8786", "0.0.0.0:8786")],
         dask(VALUE),
-        {"first boot: dask listens for this machine alone"},
+        {"first boot: dask listens on loopback only"},
     ),
     "a worker for everybody": (
         [sub("listening", r"127\.0\.0\.1:40001", "*:40001")],
         dask(VALUE),
-        {"first boot: dask listens for this machine alone"},
+        {"first boot: dask listens on loopback only"},
     ),
     "a worker's HTTP server for everybody": (
         [sub("listening", r"127\.0\.0\.1:40003", "0.0.0.0:40003")],
         dask(VALUE),
-        {"first boot: dask listens for this machine alone"},
+        {"first boot: dask listens on loopback only"},
     ),
     "metadata in reach": (
         [put("plain", f"{VALUE}\nreached\n")],
         dask(VALUE),
-        {"first boot: containers do not reach the metadata"},
+        {"first boot: containers cannot reach the metadata"},
     ),
     "passwords": (
         [sub("sshd", "^passwordauthentication no", "passwordauthentication yes")],
         dask(VALUE),
-        {"first boot: ssh takes keys alone"},
+        {"first boot: ssh accepts keys only"},
     ),
 }
 
@@ -677,7 +721,7 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
 @pytest.mark.parametrize(("section", "content"), [("metadata", ""), ("metadata.host", "")])
 def test_metadata_that_is_open_or_not_there_is_no_fault(section: str, content: str) -> None:
     text = dict(RECORDED) | {section: content, "plain": f"{VALUE}\nreached\n"}
-    assert "first boot: containers do not reach the metadata" not in red(text, dask(VALUE))
+    assert "first boot: containers cannot reach the metadata" not in red(text, dask(VALUE))
 
 
 def add_old_container(text: Text) -> None:
@@ -718,7 +762,7 @@ def test_every_check_says_why_it_matters() -> None:
 def test_messages_have_the_numbers_side_by_side() -> None:
     text = dict(RECORDED)
     inspected("HostConfig", "Memory", value=123456)(text)
-    message = judge(text, dask(VALUE))["chain: docker has the variable"]
+    message = judge(text, dask(VALUE))["memory limit chain: docker has the variable"]
     assert "123456 bytes" in message
     assert f"{VALUE} bytes" in message
 
@@ -732,23 +776,23 @@ def test_without_a_container_one_check_is_red_and_the_rest_blocked() -> None:
         "memory.stat": "",
     }
     text |= {"inside": "", "namespaces": "", "limits": ""}
-    meminfo("MemAvailable", Machine.parse(RECORDED).taken)(text)
+    meminfo("MemAvailable", MachineState.parse(RECORDED).unreclaimable)(text)
     assert red(text, NOTHING) == {
-        "limit: one container runs",
+        "container: one container runs",
         "service: the scheduler lists its workers",
         "service: dask answers its client",
     }
     assert {
-        "chain: docker has the variable",
-        "chain: workers share the variable",
-        "limit: no soft limit",
-        "limit: workers spill before they end",
+        "memory limit chain: docker has the variable",
+        "memory limit chain: workers share the variable",
+        "container: no soft limit",
+        "container: workers spill before they are restarted",
     } <= blocked(text, NOTHING)
 
 
 def test_docker_that_does_not_answer_is_no_container() -> None:
     text = dict(RECORDED) | {"containers": "Cannot connect to the Docker daemon\n"}
-    assert "limit: one container runs" in red(text, dask(VALUE))
+    assert "container: one container runs" in red(text, dask(VALUE))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
@@ -756,7 +800,7 @@ def test_workers_may_lose_less_than_a_byte_each(count: int) -> None:
     context = replace(CONTEXT, workers=count)
     assert red(dict(RECORDED), dask(*[VALUE // count] * count), context) == set()
     assert red(dict(RECORDED), dask(*[VALUE // count - 1] * count), context) == {
-        "chain: workers share the variable"
+        "memory limit chain: workers share the variable"
     }
 
 
@@ -766,14 +810,14 @@ def test_headroom_is_off_the_workers_alone(count: int) -> None:
     share = (VALUE - 32 * MIB) // count
     assert red(dict(RECORDED), dask(*[share] * count), context) == set()
     whole = judge(dict(RECORDED), dask(*[VALUE // count] * count), context)
-    assert whole.keys() == {"chain: workers share the variable"}
-    assert f"less a headroom of {32 * MIB} bytes" in whole["chain: workers share the variable"]
+    assert whole.keys() == {"memory limit chain: workers share the variable"}
+    assert f"less a headroom of {32 * MIB} bytes" in whole["memory limit chain: workers share the variable"]
 
 
 def test_a_scheduler_has_no_workers_to_ask() -> None:
     context = replace(CONTEXT, role=Role.SCHEDULER, workers=0)
     found = judge(dict(RECORDED), dask(), context)
-    assert found["chain: workers share the variable"] == (
+    assert found["memory limit chain: workers share the variable"] == (
         "skipped: a scheduler has no workers: the chain ends at memory.max"
     )
     assert red(dict(RECORDED), dask(), context) == set()
@@ -794,9 +838,9 @@ def test_reserve_is_taken_off(reserve: Reserve, off: int | None) -> None:
     all_values(value)(text)
     assert red(text, dask(value), replace(CONTEXT, reserve=reserve)) == set()
     if less:
-        assert red(text, dask(value)) == {"available: variable is not less than was available"}
+        assert red(text, dask(value)) == {"measurement: variable is not less than was available"}
         assert red(dict(RECORDED), dask(VALUE), replace(CONTEXT, reserve=reserve)) == {
-            "available: variable is not more than was available"
+            "measurement: variable is not more than was available"
         }
 
 
@@ -809,7 +853,7 @@ def test_swap_needs_no_file_on_a_kernel_without_swap() -> None:
 @pytest.mark.parametrize("missing", ["end", "booted", "meminfo", "memory.stat", "containers", "service"])
 def test_half_an_answer_is_none(missing: str) -> None:
     with pytest.raises(Incomplete):
-        Machine.parse({name: text for name, text in RECORDED.items() if name != missing})
+        MachineState.parse({name: text for name, text in RECORDED.items() if name != missing})
 
 
 def test_sections_are_read_as_the_scripts_print_them() -> None:
@@ -823,14 +867,14 @@ def test_docker_times_have_nine_decimals() -> None:
 
 def test_the_scheduler_lists_each_worker_with_its_limit() -> None:
     """As distributed 2026.8 answers."""
-    (worker,) = Machine.parse(RECORDED).dask.workers
-    assert worker == Worker(
+    (worker,) = MachineState.parse(RECORDED).dask.workers
+    assert worker == ListedWorker(
         address="tcp://127.0.0.1:41923",
         memory_limit=VALUE,
         directory="/spill/dask-scratch-space/worker-o4i8o5wd",
     )
     assert judge(RECORDED, Told(identity=RECORDED["identity"], client=client([VALUE]))).keys() == {
-        "chain: workers confirm what the scheduler lists"
+        "memory limit chain: workers confirm what the scheduler lists"
     }, "the client's worker has another address here"
 
 
@@ -847,14 +891,14 @@ def test_the_scheduler_lists_each_worker_with_its_limit() -> None:
     ],
 )
 def test_a_list_that_cannot_be_read_is_none(answer: str, status: str) -> None:
-    assert Dask.parse(answer) == Dask(
+    assert SchedulerAnswer.parse(answer) == SchedulerAnswer(
         workers=(), error=f"http://127.0.0.1:8787/json/identity.json answers {status}"
     )
 
 
 def test_a_machine_that_was_not_asked_for_the_list_has_none() -> None:
     text = {name: content for name, content in RECORDED.items() if name != "identity"}
-    assert Machine.parse(text).dask.error
+    assert MachineState.parse(text).dask.error
 
 
 @pytest.mark.parametrize(
@@ -870,11 +914,11 @@ def test_a_machine_that_was_not_asked_for_the_list_has_none() -> None:
     ],
 )
 def test_client_without_an_answer_says_why(stdout: str, stderr: str, error: str) -> None:
-    assert Client.parse(stdout, stderr, 7).error == error
+    assert WorkersAnswer.parse(stdout, stderr, 7).error == error
 
 
 def test_client_may_be_chatty() -> None:
-    assert Client.parse("a warning\n" + client([5]), "", 0).workers[0].memory_limit == 5
+    assert WorkersAnswer.parse("a warning\n" + client([5]), "", 0).workers[0].memory_limit == 5
 
 
 @pytest.mark.parametrize(
@@ -886,4 +930,4 @@ def test_client_may_be_chatty() -> None:
     ],
 )
 def test_names_are_for_people(nodeid: str, name: str) -> None:
-    assert reports.readable(nodeid) == name
+    assert check_names.readable(nodeid) == name

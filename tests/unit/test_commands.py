@@ -93,12 +93,12 @@ def test_show_tells_of_one_image(workspace: Workspace, capsys: pytest.CaptureFix
     assert f"where\t{good.path}" in shown
     assert "verdict\tpassed" in shown
     assert cli.run(["show", str(bad.path)]) == 0
-    assert "failed on 2 GiB boot\tchain: x" in capsys.readouterr().out
+    assert "failed on 2 GiB boot\tmemory limit chain: x" in capsys.readouterr().out
     stored(workspace, "d", outcome=Outcome.INCONCLUSIVE)
     assert cli.run(["show", "dddd"]) == 0
     shown = capsys.readouterr().out
     assert "verdict\tinconclusive" in shown
-    assert "inconclusive on 2 GiB boot\tchain: x" in shown
+    assert "inconclusive on 2 GiB boot\tmemory limit chain: x" in shown
     assert "fail" not in shown.lower()
     assert cli.run(["list"]) == 0
     assert "\tinconclusive\t" in capsys.readouterr().out

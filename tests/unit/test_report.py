@@ -105,7 +105,10 @@ def build(
     *,
     image: str = "dask",
     status: RunStatus = RunStatus.PASSED,
-    results: tuple[CheckResult, ...] = (result("chain: docker has the variable"), result("limit: no swap")),
+    results: tuple[CheckResult, ...] = (
+        result("memory limit chain: docker has the variable"),
+        result("container: no swap"),
+    ),
     packages: str = "apt=1\nsystemd=257\n",
     error: str | None = None,
     detail: str = "",
@@ -217,7 +220,7 @@ def test_the_verdict_comes_first_then_the_chain(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(("memory", "shown_as"), [(0, "✗ no limit"), (VALUE - 4096, "✗ 1\u202f7")])
 def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: int, shown_as: str) -> None:
-    wrong = result("chain: docker has the variable", Outcome.FAILED, "first line\n  second line")
+    wrong = result("memory limit chain: docker has the variable", Outcome.FAILED, "first line\n  second line")
     run = build(workspace, 0, status=RunStatus.FAILED, results=(wrong,), error="1 of 1 checks failed")
     containers = json.loads(MACHINE["containers"])
     containers[0]["HostConfig"]["Memory"] = memory
@@ -274,7 +277,10 @@ def test_a_scheduler_that_listed_nobody_has_no_number(workspace: Workspace, answ
 
 def test_memory_pressure_is_no_start(workspace: Workspace) -> None:
     """It has its column of checks, and no chain of numbers."""
-    results = (result("chain: docker has the variable"), result("pressure: a", phase="pressure"))
+    results = (
+        result("memory limit chain: docker has the variable"),
+        result("memory pressure: a", phase="pressure"),
+    )
     run = build(workspace, 0, results=results)
     assert [start.phase for start in content.starts(verdict_of(run), run.directory / "machines")] == ["boot"]
     assert content.columns(verdict_of(run)) == (("2 GiB", "boot"), ("2 GiB", "pressure"))
@@ -317,7 +323,7 @@ def test_a_machine_that_was_booted_again_is_shown_as_it_was_then(workspace: Work
 
 
 def test_a_failure_is_told_once_for_all_starts(workspace: Workspace) -> None:
-    again = tuple(result("limit: no swap", Outcome.FAILED, "swap", phase) for phase in ("boot", "reboot"))
+    again = tuple(result("container: no swap", Outcome.FAILED, "swap", phase) for phase in ("boot", "reboot"))
     page = page_of(build(workspace, 0, results=again, status=RunStatus.FAILED), workspace)
     assert len([one for one in page.find("article") if one["class"] == "failure bad"]) == 1
     assert "2 GiB first boot, 2 GiB reboot" in page.text
@@ -341,13 +347,13 @@ def test_how_a_run_ended(workspace: Workspace, status: RunStatus, verdict: bool,
 
 
 def test_what_is_inconclusive_has_its_own_mark_and_colour(workspace: Workspace) -> None:
-    busy = result("pressure: ssh answers", Outcome.INCONCLUSIVE, "a login at rest takes 40 s")
-    chain = result("chain: docker has the variable", Outcome.INCONCLUSIVE)
+    busy = result("memory pressure: ssh answers", Outcome.INCONCLUSIVE, "a login at rest takes 40 s")
+    chain = result("memory limit chain: docker has the variable", Outcome.INCONCLUSIVE)
     run = build(
         workspace,
         0,
         status=RunStatus.INCONCLUSIVE,
-        results=(busy, chain, result("limit: no swap")),
+        results=(busy, chain, result("container: no swap")),
         error="the host was too busy to judge this image",
     )
     page = page_of(run, workspace)

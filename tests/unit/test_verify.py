@@ -21,7 +21,7 @@ AGAIN = "ami-builder verify dask"
 def verdict(*outcomes: Outcome, checks_digest: str = "c") -> Verdict:
     results = tuple(
         CheckResult(
-            name=f"pressure: check {number}",
+            name=f"memory pressure: check {number}",
             phase="pressure",
             machine="2 GiB",
             outcome=outcome,
@@ -45,7 +45,7 @@ def test_a_busy_host_is_named_with_each_check_and_what_to_do() -> None:
     busy = caught.value
     assert busy.exit_code == 10
     assert "too busy to judge this image: 1 of 2 checks is inconclusive" in busy.message
-    assert busy.tail == ("pressure: check 1 (pressure, 2 GiB): reason 1",)
+    assert busy.tail == ("memory pressure: check 1 (pressure, 2 GiB): reason 1",)
     assert (busy.log, f"`{AGAIN}`" in str(busy.hint)) == (EVIDENCE, True)
     with pytest.raises(Inconclusive, match="2 of 2 checks are inconclusive"):
         require_passed(verdict(Outcome.INCONCLUSIVE, Outcome.INCONCLUSIVE), EVIDENCE, AGAIN)

@@ -59,13 +59,13 @@ BREAKS = (
         name="the published snippet, whose sed strips nothing",
         file=START_DASK,
         script=_value(r"$(grep -i memavailable /proc/meminfo | sed 's/[a-zA-Z]+:\\s+//')"),
-        red=frozenset({"chain: variable was measured", "limit: one container runs"}),
+        red=frozenset({"memory limit chain: variable was measured", "container: one container runs"}),
     ),
     Break(
         name="the value as kB text",
         file=START_DASK,
         script=_value("$(kb MemAvailable) kB"),
-        red=frozenset({"chain: variable was measured"}),
+        red=frozenset({"memory limit chain: variable was measured"}),
     ),
     Break(
         name="measured after Dask has started",
@@ -79,7 +79,7 @@ until curl -s http://127.0.0.1:8787/json/counts.json | grep -q '"workers": 1'; d
 SED
 sed -i -f /run/break.sed {START_DASK}
 """,
-        red=frozenset({"available: variable is not less than was available"}),
+        red=frozenset({"measurement: variable is not less than was available"}),
         # The first Dask answers while nothing has been measured yet; Compose then makes another one.
         settled=(
             "until docker ps -q | xargs -r docker inspect -f '{{.HostConfig.Memory}}' | grep [1-9];"
@@ -90,19 +90,21 @@ sed -i -f /run/break.sed {START_DASK}
         name="more than is available: 95 % of all memory",
         file=START_DASK,
         script=_value("$(($(kb MemTotal) * 1024 / 100 * 95 / 4096 * 4096))"),
-        red=frozenset({"available: variable is not more than was available"}),
+        red=frozenset({"measurement: variable is not more than was available"}),
     ),
     Break(
         name="memory that can't be measured",
         file=MEASURE_MEMORY,
         script=f"sed -i 's|^meminfo=.*|meminfo=/nowhere|' {MEASURE_MEMORY}",
-        red=frozenset({"chain: variable was measured"}),
+        red=frozenset({"memory limit chain: variable was measured"}),
     ),
     Break(
         name="a Compose file without the line, and no default",
         file=COMPOSE_FILE,
         script=f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}; {UNLIMITED}",
-        red=frozenset({"chain: container has a limit", "chain: kernel enforces the variable"}),
+        red=frozenset(
+            {"memory limit chain: container has a limit", "memory limit chain: kernel enforces the variable"}
+        ),
         doctor="too high",
     ),
     Break(
@@ -118,12 +120,12 @@ sed -i '/memswap_limit:/d
 """,
         red=frozenset(
             {
-                "chain: workers share the variable",
-                "limit: no memory low",
-                "limit: no swap by docker",
-                "limit: no health check inside",
-                "limit: restart policy brings nothing back",
-                "limit: spill is on disk",
+                "memory limit chain: workers share the variable",
+                "container: no memory low",
+                "container: no swap by docker",
+                "container: no health check inside",
+                "container: restart policy starts nothing at boot",
+                "container: spill is on disk",
             }
         ),
         doctor="needlessly low",
@@ -132,7 +134,7 @@ sed -i '/memswap_limit:/d
         name="a unit that never starts",
         file=UNIT,
         script=f"sed -i 's|^ExecStart=.*|ExecStart=/bin/false|' {UNIT} && systemctl daemon-reload",
-        red=frozenset({"service: service is active", "limit: one container runs"}),
+        red=frozenset({"service: service is active", "container: one container runs"}),
     ),
 )
 
@@ -153,7 +155,7 @@ def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path
     raw.unlink()
     answer = ami_builder("verify", disk)
     assert answer.status == 5, answer.stderr
-    for name in ("service: service is active", "limit: one container runs"):
+    for name in ("service: service is active", "container: one container runs"):
         assert name in answer.stderr
     folder = next(Path(w) for w in answer.stderr.split() if w.rstrip(".").endswith("/machines"))
     # A machine that got stuck under emulation was booted again, beside the first one's records.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ami_builder.checks.watch import ANSWER, NEW_CONNECTION
+from ami_builder.checks.login_times import ANSWER, NEW_CONNECTION
 from ami_builder.system import processes, ssh
 from tests.experiment.user_data import UNLIMITED
 from tests.vm.conftest import DASK_SECONDS, Booted, red

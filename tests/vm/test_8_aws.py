@@ -64,8 +64,11 @@ def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machine
     assert artifact["location"].startswith("ami-")
     assert {r["outcome"] for r in verdict["results"]} <= {"passed", "skipped"}
     assert ("pressure" in {r["phase"] for r in verdict["results"]}) == (WHOLE in os.environ)
-    chain = {r["name"] for r in verdict["results"] if r["name"].startswith("chain: ")}
-    assert {"chain: docker has the variable", "chain: workers share the variable"} <= chain
+    chain = {r["name"] for r in verdict["results"] if r["name"].startswith("memory limit chain: ")}
+    assert {
+        "memory limit chain: docker has the variable",
+        "memory limit chain: workers share the variable",
+    } <= chain
     assert [(m["machine"], m["phase"]) for m in verdict["measured"]] == [
         (TYPE, "boot"),
         (TYPE, "restart"),

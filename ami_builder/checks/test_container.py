@@ -4,57 +4,63 @@ from __future__ import annotations
 
 import pytest
 
-from ami_builder.checks.state import PROJECT, Client, Container, Dask, Machine
+from ami_builder.checks.machine_state import (
+    PROJECT,
+    ContainerState,
+    MachineState,
+    SchedulerAnswer,
+    WorkersAnswer,
+)
 
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 UNBOUNDED = {"json-file"}
 
 
-def own(machine: Machine, file: str) -> str:
+def own(machine: MachineState, file: str) -> str:
     """Return a memory.* file of the container's own cgroup; empty when it has none."""
     return machine.levels[0].get(file) if machine.levels else ""
 
 
-def test_one_container_runs(machine: Machine) -> None:
+def test_one_container_runs(machine: MachineState) -> None:
     """Two containers with the whole limit each are limited to twice what there is; none is no Dask."""
     names = [c.name for c in machine.containers if c.project == PROJECT and c.running]
     why = machine.text["settled"].strip()
     assert len(names) == 1, f"{len(names)} containers of project {PROJECT} run: {names or 'none'} ({why})"
 
 
-def test_no_soft_limit(machine: Machine, container: Container) -> None:
+def test_no_soft_limit(machine: MachineState, container: ContainerState) -> None:
     """Above memory.high the kernel slows a container down to a crawl, and Dask takes it for the limit."""
     assert own(machine, "high") == "max", (
         f"memory.high of {container.name} is {own(machine, 'high')}, not max"
     )
 
 
-def test_no_memory_low(machine: Machine, container: Container) -> None:
+def test_no_memory_low(machine: MachineState, container: ContainerState) -> None:
     """memory.low (Docker's memory reservation) is taken for the limit by Dask."""
     low = own(machine, "low")
     assert low == "0", f"memory.low of {container.name} is {low}, not 0 (reservation {container.reservation})"
 
 
-def test_no_memory_min(machine: Machine, container: Container) -> None:
+def test_no_memory_min(machine: MachineState, container: ContainerState) -> None:
     """Memory kept for the container is memory that the system can't reclaim when it has to."""
     assert own(machine, "min") == "0", f"memory.min of {container.name} is {own(machine, 'min')}, not 0"
 
 
-def test_no_swap_by_docker(container: Container) -> None:
+def test_no_swap_by_docker(container: ContainerState) -> None:
     """mem_limit alone lets a container swap as much again: workers then crawl where they should spill."""
     assert container.memory_swap == container.memory, (
         f"docker inspect has MemorySwap {container.memory_swap}, Memory {container.memory}: set memswap_limit"
     )
 
 
-def test_no_swap_by_the_kernel(machine: Machine, container: Container) -> None:
+def test_no_swap_by_the_kernel(machine: MachineState, container: ContainerState) -> None:
     """memory.swap.max is what counts; a kernel without swap has no such file."""
     assert own(machine, "swap.max") in ("0", ""), (
         f"memory.swap.max of {container.name} is {own(machine, 'swap.max')}, not 0"
     )
 
 
-def test_cgroup_namespace_is_private(machine: Machine, container: Container) -> None:
+def test_cgroup_namespace_is_private(machine: MachineState, container: ContainerState) -> None:
     """In the host's namespace Dask reads the host's files, which have no limit in them."""
     names = machine.lines("namespaces")
     private = container.cgroup_namespace == "private" and len(set(names)) == 2
@@ -63,12 +69,12 @@ def test_cgroup_namespace_is_private(machine: Machine, container: Container) -> 
     )
 
 
-def test_not_privileged(container: Container) -> None:
+def test_not_privileged(container: ContainerState) -> None:
     """A privileged container can write its own limit."""
     assert not container.privileged, f"{container.name} is privileged"
 
 
-def test_no_lower_limit_above(machine: Machine, container: Container) -> None:
+def test_no_parent_has_a_lower_limit(machine: MachineState, container: ContainerState) -> None:
     """A slice with a lower limit wins, and Dask does not look up the hierarchy: it would spill too late."""
     limit = int(own(machine, "max")) if own(machine, "max").isdigit() else float("inf")
     lower = [
@@ -80,12 +86,12 @@ def test_no_lower_limit_above(machine: Machine, container: Container) -> None:
     assert not lower, f"{', '.join(lower)}, below {limit} of {container.name}"
 
 
-def test_oom_killer_is_on(container: Container) -> None:
+def test_oom_killer_is_on(container: ContainerState) -> None:
     """Without it a container at its limit hangs for good."""
     assert not container.oom_kill_disable, f"{container.name} has OomKillDisable"
 
 
-def test_no_resource_limits(machine: Machine, container: Container) -> None:
+def test_no_resource_limits(machine: MachineState, container: ContainerState) -> None:
     """RLIMIT_RSS changes what Dask takes for its limit, RLIMIT_AS makes allocations fail before it spills."""
     lines = machine.lines("limits")
     limited = sorted({" ".join(line.split()) for line in lines if line.split().count("unlimited") != 2})
@@ -93,14 +99,14 @@ def test_no_resource_limits(machine: Machine, container: Container) -> None:
     assert not limited, f"in {container.name}: {'; '.join(limited)}"
 
 
-def test_restart_policy_brings_nothing_back(container: Container) -> None:
+def test_restart_policy_starts_nothing_at_boot(container: ContainerState) -> None:
     """always and unless-stopped start the container at boot, unmeasured, with its stored limit."""
     assert container.restart_policy in ("no", "on-failure"), (
         f"{container.name} has restart policy {container.restart_policy!r}; use no, or on-failure"
     )
 
 
-def test_container_was_not_killed(container: Container) -> None:
+def test_not_killed(container: ContainerState) -> None:
     """An idle Dask that reaches its limit, or starts over, has a limit too small to work with."""
     unharmed = not container.oom_killed and container.restart_count == 0
     assert unharmed, (
@@ -108,13 +114,13 @@ def test_container_was_not_killed(container: Container) -> None:
     )
 
 
-def test_no_health_check_inside(container: Container) -> None:
+def test_no_health_check_inside(container: ContainerState) -> None:
     """A health check by exec runs in the cgroup: near the limit it is what kills."""
     tests = container.health_check
     assert not tests or tests[0] == "NONE", f"{container.name} has the health check {' '.join(tests)}"
 
 
-def test_logs_are_bounded(container: Container) -> None:
+def test_logs_are_bounded(container: ContainerState) -> None:
     """json-file grows without bound, and a full disk ends spilling."""
     bounded = container.log_driver not in UNBOUNDED or container.log_options.get("max-size", "-1") != "-1"
     assert bounded, (
@@ -123,7 +129,7 @@ def test_logs_are_bounded(container: Container) -> None:
     )
 
 
-def test_spill_is_on_disk(machine: Machine, dask: Dask) -> None:
+def test_spill_is_on_disk(machine: MachineState, dask: SchedulerAnswer) -> None:
     """What is spilled to tmpfs is charged to the container: it never gets any room, and ends in restarts."""
     mounts = {worker.directory: machine.mount_of(worker.directory) for worker in dask.workers}
     bad = [
@@ -134,21 +140,21 @@ def test_spill_is_on_disk(machine: Machine, dask: Dask) -> None:
     assert not bad, f"workers spill to {', '.join(bad)}"
 
 
-def test_spill_is_outside_the_container(machine: Machine, dask: Dask) -> None:
+def test_spill_is_outside_the_container(machine: MachineState, dask: SchedulerAnswer) -> None:
     """In the container's own layer it goes through overlayfs, and out of what bounds and purges it."""
     mounts = {worker.directory: machine.mount_of(worker.directory) for worker in dask.workers}
     bad = [f"{path} on {m.point} ({m.type})" for path, m in mounts.items() if m and str(m.point) == "/"]
     assert not bad, f"workers spill into the container's own layer: {', '.join(bad)}"
 
 
-def test_workers_manage_memory(dask: Dask) -> None:
+def test_workers_manage_memory(dask: SchedulerAnswer) -> None:
     """A limit of 0 switches Dask's memory management off: nothing is spilled, nobody is paused."""
     off = [worker.address for worker in dask.workers if not worker.memory_limit]
     assert not off, f"workers without a memory limit: {', '.join(off)}"
 
 
 @pytest.mark.first_boot
-def test_workers_spill_before_they_end(workers: Client) -> None:
+def test_workers_spill_before_they_are_restarted(workers: WorkersAnswer) -> None:
     """A threshold that is off, or out of order, lets the kernel step in where Dask should have."""
     for worker in workers.workers:
         fractions = [worker.target, worker.spill, worker.pause, worker.terminate]

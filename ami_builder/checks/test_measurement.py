@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from ami_builder.checks.context import Context
-from ami_builder.checks.state import CLOCK_SECONDS, VARIABLE, Container, Machine, told
+from ami_builder.checks.machine_state import CLOCK_SECONDS, VARIABLE, ContainerState, MachineState, exact_size
 
 MIB = 1 << 20
 
 
-def available_now(machine: Machine, context: Context) -> int:
+def available_now(machine: MachineState, context: Context) -> int:
     """Return what a measurement would give now if the Dask container were gone, less the reserve; bytes."""
-    available = machine.meminfo["MemAvailable"] + machine.taken
+    available = machine.meminfo["MemAvailable"] + machine.unreclaimable
     return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes
 
 
-def noise(machine: Machine) -> int:
+def noise(machine: MachineState) -> int:
     """Return how far two readings of one idle machine differ, in bytes: 0.1 % of MemTotal.
 
     MemAvailable leaves out the free pages that processors keep for themselves, by default about as many as
@@ -24,7 +24,7 @@ def noise(machine: Machine) -> int:
     return machine.meminfo["MemTotal"] // 1000
 
 
-def test_measured_at_this_start(machine: Machine, variable: int) -> None:
+def test_measured_at_this_start(machine: MachineState, variable: int) -> None:
     """A value from an earlier start or from the builder is stale: the machine may have been resized since."""
     assert machine.measured is not None
     early = machine.service_started - machine.measured
@@ -34,7 +34,7 @@ def test_measured_at_this_start(machine: Machine, variable: int) -> None:
 
 
 def test_container_was_made_after_the_measurement(
-    machine: Machine, container: Container, variable: int
+    machine: MachineState, container: ContainerState, variable: int
 ) -> None:
     """A container that is older keeps an older limit, and what it uses is missing from the measurement."""
     assert machine.measured is not None
@@ -44,7 +44,9 @@ def test_container_was_made_after_the_measurement(
     )
 
 
-def test_variable_is_not_less_than_was_available(machine: Machine, context: Context, variable: int) -> None:
+def test_variable_is_not_less_than_was_available(
+    machine: MachineState, context: Context, variable: int
+) -> None:
     """Measured while Dask runs, the value lacks what Dask itself uses, for nothing.
 
     What is available now, with all counted back in that only the container's end would give back, should be
@@ -57,12 +59,14 @@ def test_variable_is_not_less_than_was_available(machine: Machine, context: Cont
     now = available_now(machine, context)
     bound = 48 * MIB + noise(machine)
     assert now - variable <= bound, (
-        f"{VARIABLE} is {told(variable)}, but without Dask {told(now)} would be available: "
-        f"{told(now - variable)} less, where {told(bound)} is the most"
+        f"{VARIABLE} is {exact_size(variable)}, but without Dask {exact_size(now)} would be available: "
+        f"{exact_size(now - variable)} less, where {exact_size(bound)} is the most"
     )
 
 
-def test_variable_is_not_more_than_was_available(machine: Machine, context: Context, variable: int) -> None:
+def test_variable_is_not_more_than_was_available(
+    machine: MachineState, context: Context, variable: int
+) -> None:
     """A limit above what the system leaves is reached too late: the kernel steps in before Dask does.
 
     Since the measurement came containerd-shim (15 MB), Compose (40 MB), Docker's own growth (20 MB), our
@@ -72,15 +76,15 @@ def test_variable_is_not_more_than_was_available(machine: Machine, context: Cont
     now = available_now(machine, context)
     bound = 128 * MIB + noise(machine)
     assert variable - now <= bound, (
-        f"{VARIABLE} is {told(variable)}, but without Dask only {told(now)} would be available: "
-        f"{told(variable - now)} more, where {told(bound)} is the most"
+        f"{VARIABLE} is {exact_size(variable)}, but without Dask only {exact_size(now)} would be available: "
+        f"{exact_size(variable - now)} more, where {exact_size(bound)} is the most"
     )
 
 
-def test_machine_has_the_memory_it_was_booted_with(machine: Machine, context: Context) -> None:
+def test_machine_has_the_memory_it_was_booted_with(machine: MachineState, context: Context) -> None:
     """A proof for 2 GiB on another machine proves nothing; firmware and kernel keep a part of it."""
     total = machine.meminfo["MemTotal"]
     least = int(context.machine_memory * 0.9) - 96 * MIB
     assert least <= total <= context.machine_memory, (
-        f"MemTotal is {told(total)}, the machine was booted with {told(context.machine_memory)}"
+        f"MemTotal is {exact_size(total)}, the machine was booted with {exact_size(context.machine_memory)}"
     )

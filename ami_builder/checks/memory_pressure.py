@@ -1,7 +1,7 @@
 """Runs inside the Dask container (Python 3.9 and later): brings the workers to their limits, step by step.
 
 What drives the steps is left behind in the scheduler: a client of its own would take some 100 MB for as long
-as it waits, on a machine whose available memory was given to Dask. press.sh follows the steps by files.
+as it waits, on a machine whose available memory was given to Dask. memory_pressure.sh follows the steps by files.
 
 Arguments: the number of workers, how many times their limit they have to work on, the machine's uptime in
 seconds at which all steps have to be gone, the files' common path.
@@ -132,7 +132,7 @@ def beside(doing: Coroutine[Any, Any, None]) -> Iterator[None]:
 
 
 def report(path: str, text: str) -> None:
-    """Say what is going on, where press.sh looks for it."""
+    """Say what is going on, where memory_pressure.sh looks for it."""
     new = Path(f"{path}.progress.new")
     new.write_text(f"{text}\n")
     new.rename(f"{path}.progress")

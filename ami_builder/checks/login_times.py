@@ -12,9 +12,9 @@ from ami_builder.core.oom import Wait
 from ami_builder.system import host, processes
 
 ANSWER = "/run/ami-builder-pressure"
-"""Where press.sh writes what happened; its last line is `end`."""
+"""Where memory_pressure.sh writes what happened; its last line is `end`."""
 PROGRESS = f"{ANSWER}.progress"
-"""Where press.sh writes what is going on, in one line."""
+"""Where memory_pressure.sh writes what is going on, in one line."""
 
 NEW_CONNECTION = ("-o", "ControlPath=none", "-o", "ConnectTimeout=600")
 """What makes ssh log in: one more command over a connection that is there needs no sshd, and shows less."""
@@ -37,7 +37,7 @@ echo "$line"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
+class LoginAttempt:
     """One attempt to log in; seconds."""
 
     began: float
@@ -50,13 +50,13 @@ class Login:
 
 
 @dataclass(slots=True, kw_only=True)
-class Watched:
+class LoginTimes:
     """Every login, first at rest, then under pressure; the last one may have failed."""
 
-    rest: list[Login] = field(default_factory=list)
-    logins: list[Login] = field(default_factory=list)
+    rest: list[LoginAttempt] = field(default_factory=list)
+    logins: list[LoginAttempt] = field(default_factory=list)
     ended: bool = False
-    """Whether press.sh came to its end."""
+    """Whether memory_pressure.sh came to its end."""
     busy: float = 0.0
     """The part of the time under pressure in which some process of the host waited for a processor."""
 
@@ -69,16 +69,16 @@ class Watched:
         return _waits(self.rest)
 
     @classmethod
-    def read(cls, recorded: Mapping[str, object]) -> Watched:
+    def read(cls, recorded: Mapping[str, object]) -> LoginTimes:
         """Read what `dataclasses.asdict` made of it."""
         rest, logins = (
-            [Login(**each) for each in recorded[name]]  # type: ignore[attr-defined]
+            [LoginAttempt(**each) for each in recorded[name]]  # type: ignore[attr-defined]
             for name in ("rest", "logins")
         )
         return cls(rest=rest, logins=logins, ended=bool(recorded["ended"]), busy=float(str(recorded["busy"])))
 
 
-def _waits(logins: Sequence[Login]) -> list[Wait]:
+def _waits(logins: Sequence[LoginAttempt]) -> list[Wait]:
     waits: list[Wait] = []
     began, denied = None, 0.0
     for number, login in enumerate(logins):
@@ -90,14 +90,14 @@ def _waits(logins: Sequence[Login]) -> list[Wait]:
     return waits
 
 
-class Watch:
+class LoginMonitor:
     """Logs in with a command line of ssh; `emulator` is the process that runs the machine here, or 0."""
 
     def __init__(self, ssh: Sequence[str], emulator: int, on_progress: Callable[[str], None]) -> None:
         self._ssh, self._emulator, self._on_progress = ssh, emulator, on_progress
         self._patience = _LOGIN_SECONDS
         self._steal: tuple[int, int] | None = None
-        self.watched = Watched()
+        self.watched = LoginTimes()
 
     def at_rest(self) -> None:
         """Time some logins: the control that those under pressure are held against."""
@@ -114,7 +114,7 @@ class Watch:
         self._patience = max(_LOGIN_SECONDS, _TIMES_AT_REST * longest)
 
     def until_end(self, seconds: float) -> None:
-        """Log in again and again, until press.sh has ended or time is up."""
+        """Log in again and again, until memory_pressure.sh has ended or time is up."""
         began, before = time.monotonic(), host.load(self._emulator)
 
         def ended() -> bool:
@@ -126,7 +126,7 @@ class Watch:
         after = host.load(self._emulator)
         self.watched.busy = (after.pressure - before.pressure) / max(1.0, time.monotonic() - began)
 
-    def _log_in(self) -> Login:
+    def _log_in(self) -> LoginAttempt:
         began, before = time.monotonic(), host.load(self._emulator)
         failed, share = "", 0.0
         try:
@@ -141,7 +141,7 @@ class Watch:
             failed = f"the answer can't be read: {done.stdout.strip()!r}"
         seconds = time.monotonic() - began
         denied = host.denied(before, host.load(self._emulator)) + share * seconds
-        return Login(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)
+        return LoginAttempt(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)
 
     def _read(self, answer: str) -> float:
         """Take in what a login told; returns the part of the time since the last one that was stolen."""

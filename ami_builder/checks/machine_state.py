@@ -13,7 +13,7 @@ from typing import Any
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 PROJECT = "dask"
 ANSWERS = "Dask answers"
-"""How settle.sh says that its wait ended well."""
+"""How wait_for_dask.sh says that its wait ended well."""
 
 CLOCK_SECONDS = 2.0
 """The boot's time is reported in whole seconds, and the clock may be set a little while the machine runs."""
@@ -27,7 +27,7 @@ class Incomplete(ValueError):
     """What came back from the machine is not what the scripts print."""
 
 
-def told(size: int) -> str:
+def exact_size(size: int) -> str:
     """Write a size as people compare it."""
     return f"{size} bytes ({size / (1 << 20):.1f} MiB)"
 
@@ -48,7 +48,7 @@ def numbers(text: str) -> dict[str, int]:
     return found
 
 
-def taken(stat: Mapping[str, int]) -> int:
+def unreclaimable(stat: Mapping[str, int]) -> int:
     """Return what a cgroup holds that can't be dropped: all but page cache and reclaimable slab.
 
     Kernel, Documentation/admin-guide/cgroup-v2.rst, memory.stat: `file` has shmem in it, which can't be
@@ -65,7 +65,7 @@ def seconds(timestamp: str) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Container:
+class ContainerState:
     """The container as `docker inspect` tells it."""
 
     id: str
@@ -88,7 +88,7 @@ class Container:
     health_check: tuple[str, ...]
 
     @classmethod
-    def parse(cls, inspected: Mapping[str, Any]) -> Container:
+    def parse(cls, inspected: Mapping[str, Any]) -> ContainerState:
         """Read one element of `docker inspect`."""
         host, state, config = inspected["HostConfig"], inspected["State"], inspected["Config"]
         return cls(
@@ -113,7 +113,7 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class CgroupLevel:
     """One cgroup, from the container's own (first) up to the one below the root."""
 
     path: str
@@ -135,7 +135,7 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class MachineState:
     """One start of the machine; `text` keeps the sections that only one check reads."""
 
     text: Sections
@@ -148,18 +148,18 @@ class Machine:
     """When it was written, seconds since 1970."""
     service: Mapping[str, str]
     service_started: float
-    containers: tuple[Container, ...]
+    containers: tuple[ContainerState, ...]
     main_container: str
     """Id of the container whose cgroup, mounts and limits were read; empty without one."""
-    levels: tuple[Level, ...]
+    levels: tuple[CgroupLevel, ...]
     mounts: tuple[Mount, ...]
     meminfo: Mapping[str, int]
     memory_stat: Mapping[str, int]
-    dask: Dask
+    dask: SchedulerAnswer
 
     @classmethod
-    def parse(cls, text: Sections) -> Machine:
-        """Read the sections of settle.sh and gather.sh; raises Incomplete when one is missing."""
+    def parse(cls, text: Sections) -> MachineState:
+        """Read the sections of wait_for_dask.sh and machine_state.sh; raises Incomplete when one is missing."""
         if "end" not in text or "memory.stat" not in text:
             raise Incomplete("the machine's answer stops half-way")
         try:
@@ -181,7 +181,7 @@ class Machine:
                 mounts=tuple(_mount(line) for line in text["mounts"].splitlines() if " - " in line),
                 meminfo=numbers(text["meminfo"]),
                 memory_stat=numbers(text["memory.stat"]),
-                dask=Dask.parse(text.get("identity", "")),
+                dask=SchedulerAnswer.parse(text.get("identity", "")),
             )
         except (KeyError, ValueError, TypeError) as wrong:
             raise Incomplete(f"the machine's answer can't be read: {wrong!r}") from wrong
@@ -191,15 +191,15 @@ class Machine:
         return tuple(line for line in self.text.get(section, "").splitlines() if line.strip())
 
     @property
-    def container(self) -> Container | None:
+    def container(self) -> ContainerState | None:
         """The Dask container that runs, if one does."""
         running = [c for c in self.containers if c.project == PROJECT and c.running]
         return next((c for c in running if c.id == self.main_container), running[0] if running else None)
 
     @property
-    def taken(self) -> int:
+    def unreclaimable(self) -> int:
         """What only the end of the Dask container would give back."""
-        return taken(self.memory_stat)
+        return unreclaimable(self.memory_stat)
 
     def mount_of(self, directory: str) -> Mount | None:
         """Return the mount that a path in the container is on."""
@@ -209,7 +209,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
+class ListedWorker:
     """One worker, as the scheduler's HTTP server describes it."""
 
     address: str
@@ -219,21 +219,21 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dask:
+class SchedulerAnswer:
     """What the scheduler's HTTP server answered at /json/identity.json."""
 
-    workers: tuple[Worker, ...]
+    workers: tuple[ListedWorker, ...]
     error: str
     """Why there is no answer; empty when there is one."""
 
     @classmethod
-    def parse(cls, answer: str) -> Dask:
+    def parse(cls, answer: str) -> SchedulerAnswer:
         """Read an HTTP response; what went wrong instead is in `error`."""
         head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
         status = (head.splitlines() or ["nothing"])[0].strip()
         try:
             workers = tuple(
-                Worker(
+                ListedWorker(
                     address=address,
                     memory_limit=int(worker["memory_limit"] or 0),
                     directory=str(worker["local_directory"]),
@@ -246,7 +246,7 @@ class Dask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Managed:
+class WorkerThresholds:
     """How one worker manages its memory; fractions are False where a threshold is off."""
 
     address: str
@@ -259,20 +259,20 @@ class Managed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
+class WorkersAnswer:
     """What the workers answered Dask's own client."""
 
-    workers: tuple[Managed, ...]
+    workers: tuple[WorkerThresholds, ...]
     error: str
     """Why there is no answer; empty when there is one."""
 
     @classmethod
-    def parse(cls, stdout: str, stderr: str, status: int) -> Client:
+    def parse(cls, stdout: str, stderr: str, status: int) -> WorkersAnswer:
         """Read the probe's one line of JSON; what went wrong instead is in `error`."""
         try:
             answer = json.loads(stdout.strip().splitlines()[-1])["workers"]
             workers = tuple(
-                Managed(
+                WorkerThresholds(
                     address=w["address"],
                     memory_limit=w["memory_limit"],
                     target=w["target"],
@@ -290,14 +290,14 @@ class Client:
         return cls(workers=workers, error="")
 
 
-def _containers(text: str) -> tuple[Container, ...]:
+def _containers(text: str) -> tuple[ContainerState, ...]:
     try:
-        return tuple(Container.parse(inspected) for inspected in json.loads(text))
+        return tuple(ContainerState.parse(inspected) for inspected in json.loads(text))
     except ValueError:
         return ()  # Docker does not answer: that no container runs is a check of its own
 
 
-def _levels(text: str) -> tuple[Level, ...]:
+def _levels(text: str) -> tuple[CgroupLevel, ...]:
     levels: dict[str, dict[str, str]] = {}
     files: dict[str, str] = {}
     for line in text.splitlines():
@@ -306,7 +306,7 @@ def _levels(text: str) -> tuple[Level, ...]:
         elif ":" in line:
             name, _, value = line.removeprefix("memory.").partition(":")
             files[name] = value
-    return tuple(Level(path=path, files=found) for path, found in levels.items())
+    return tuple(CgroupLevel(path=path, files=found) for path, found in levels.items())
 
 
 def _mount(line: str) -> Mount:

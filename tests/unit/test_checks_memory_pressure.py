@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from ami_builder.checks import plugin, reports
+from ami_builder.checks import check_names, plugin
 from ami_builder.checks.context import Context
-from ami_builder.checks.pressed import Pressed, Slayer
-from ami_builder.checks.state import Incomplete
-from ami_builder.checks.watch import Watched
+from ami_builder.checks.login_times import LoginTimes
+from ami_builder.checks.machine_state import Incomplete
+from ami_builder.checks.pressure_result import EndedBy, PressureResult
 from ami_builder.core import oom
 from tests.unit.test_checks import CONTEXT, MIB, Change, Text, put, sub
 
@@ -43,18 +43,18 @@ def _markers(pytestconfig: pytest.Config) -> None:
 
 
 def module() -> ModuleType:
-    return importlib.import_module("ami_builder.checks.test_pressure")
+    return importlib.import_module("ami_builder.checks.test_memory_pressure")
 
 
 def each_check() -> Iterator[tuple[str, Callable[..., object]]]:
     for name, check in vars(module()).items():
         if name.startswith("test_"):
-            yield reports.readable(f"test_pressure.py::{name}"), check
+            yield check_names.readable(f"test_memory_pressure.py::{name}"), check
 
 
-def parse(recorded: dict[str, Any]) -> Pressed:
+def parse(recorded: dict[str, Any]) -> PressureResult:
     text = {name: value for name, value in recorded.items() if name != "watched"}
-    return Pressed.parse(text, Watched.read(recorded["watched"]))
+    return PressureResult.parse(text, LoginTimes.read(recorded["watched"]))
 
 
 def judge(
@@ -62,7 +62,7 @@ def judge(
 ) -> dict[str, str]:
     """Run every check as pytest would, and return those that did not pass with their message."""
     makers: dict[str, Callable[[], object]] = {
-        "pressed": partial(parse, recorded),
+        "pressure": partial(parse, recorded),
         "context": lambda: context,
         "note": lambda: (notes if notes is not None else []).append,
     }
@@ -87,7 +87,7 @@ def inconclusive(recorded: dict[str, Any]) -> set[str]:
 
 
 def dask(*path: str | int, value: object) -> Change:
-    """Change one value of what press.py wrote."""
+    """Change one value of what memory_pressure.py wrote."""
 
     def change(text: Text) -> None:
         answer = json.loads(text["dask"])
@@ -168,18 +168,18 @@ def leak_again(text: Text) -> None:
     dask("leaks", value=[*DASK["leaks"], {"time": float(at) + 0.001, "pid": 4711}])(text)
 
 
-SSH = "pressure: ssh answers all the time"
-WORK = "pressure: work larger than the limit finishes by spilling"
+SSH = "memory pressure: ssh stays responsive"
+WORK = "memory pressure: work larger than the limit finishes by spilling"
 
 # name of the machine -> (what is changed, the checks that must be red)
 ILL: dict[str, tuple[list[Change], set[str]]] = {
     "Dask hangs": (
         [stopped("leaking", "leaked", "served", "back")],
-        {"pressure: all steps were gone"},
+        {"memory pressure: all steps completed"},
     ),
     "the client gets no answer": (
         [put("dask", ""), put("client", "OSError: Timed out trying to connect\n")],
-        {"pressure: all steps were gone"},
+        {"memory pressure: all steps completed"},
     ),
     "results come back wrong": (
         [dask("spill", "read", value=-1)],
@@ -200,47 +200,53 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
             put("kernel", ""),
         ],
         {
-            "pressure: a leak ends as a killed worker",
-            "pressure: the leaking worker is restarted",
-            "pressure: another process dies alone",
+            "memory pressure: a leak ends as a killed worker",
+            "memory pressure: the leaking worker is restarted",
+            "memory pressure: another process is killed alone",
         },
     ),
     "tried again": (
         [lambda text: leak_again(text)],
-        {"pressure: a leak ends as a killed worker"},
+        {"memory pressure: a leak ends as a killed worker"},
     ),
     "the leak hangs, and ends otherwise": (
         [dask("leaked", value="CancelledError")],
-        {"pressure: a leak ends as a killed worker"},
+        {"memory pressure: a leak ends as a killed worker"},
     ),
     "nobody tells who killed": (
         [sub("kernel", r"^.*task=python.*$\n", "")],
-        {"pressure: the leaking worker is restarted"},
+        {"memory pressure: the leaking worker is restarted"},
     ),
     "the machine had no memory left": (
         [globally(1)],
-        {"pressure: the leaking worker is restarted", "pressure: the kernel kills nobody else"},
+        {
+            "memory pressure: the leaking worker is restarted",
+            "memory pressure: no kill outside the container",
+        },
     ),
     "there is no limit": (
         [put("memory.max", "max\n"), globally()],
         {
-            "pressure: the leaking worker is restarted",
-            "pressure: another process dies alone",
-            "pressure: the kernel kills nobody else",
+            "memory pressure: the leaking worker is restarted",
+            "memory pressure: another process is killed alone",
+            "memory pressure: no kill outside the container",
         },
     ),
     "killed outside the container": (
         [sub("kernel", r"task_memcg=[^,]*", "task_memcg=/system.slice/docker.service", count=1)],
-        {"pressure: the leaking worker is restarted", "pressure: the kernel kills nobody else"},
+        {
+            "memory pressure: the leaking worker is restarted",
+            "memory pressure: no kill outside the container",
+        },
     ),
-    "the nanny sleeps": ([beside], {"pressure: the leaking worker is restarted"}),
+    "the nanny sleeps": ([beside], {"memory pressure: the leaking worker is restarted"}),
     "the other process survives": (
         [sub("grower", r"status \d+", "status 0"), sub("kernel", r"^.*task=dd.*$\n", "")],
-        {"pressure: another process dies alone"},
+        {"memory pressure: another process is killed alone"},
     ),
     "the other process takes one with it": (
         [lambda text: put("kernel", text["kernel"] + text["kernel"].replace(f"pid={pid()}", "pid=1"))(text)],
-        {"pressure: another process dies alone"},
+        {"memory pressure: another process is killed alone"},
     ),
     "docker was restarted": (
         [
@@ -250,28 +256,28 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
                 r"\g<1>1\2",
             )
         ],
-        {"pressure: no service is touched"},
+        {"memory pressure: services keep running"},
     ),
     "the journal is another one": (
         [sub("services.after", r"(Id=systemd-journald(?:.|\n)*?InvocationID=)\w+", r"\g<1>f00")],
-        {"pressure: no service is touched"},
+        {"memory pressure: services keep running"},
     ),
     "ssh failed": (
         [sub("services.after", r"Result=success(\nNRestarts=0\nId=ssh\.service)", r"Result=oom-kill\1")],
-        {"pressure: no service is touched"},
+        {"memory pressure: services keep running"},
     ),
     "the container is a new one": (
         [sub("container.after", r"true \S+", "true 2026-11-25T17:00:00Z")],
-        {"pressure: the container goes on"},
+        {"memory pressure: the container keeps running"},
     ),
     "the worker came back with another limit": (
         [dask("back", 0, "limit", value=123 * MIB)],
-        {"pressure: the workers are back"},
+        {"memory pressure: the workers are back"},
     ),
-    "the worker does not work": ([dask("served", value=None)], {"pressure: the workers are back"}),
+    "the worker does not work": ([dask("served", value=None)], {"memory pressure: the workers are back"}),
     "a worker stayed away": (
         [dask("back", value=[])],
-        {"pressure: the workers are back"},
+        {"memory pressure: the workers are back"},
     ),
     "frozen": ([logins([0.7] * 4, [0.8, 29.0, 0.8])], {SSH}),
     "frozen, on a slow host": ([logins([3.0] * 4, [3.0, 15.1])], {SSH}),
@@ -303,12 +309,12 @@ def test_a_machine_like_ours_is_green_and_says_how_it_went() -> None:
 def test_a_machine_without_a_limit_is_red() -> None:
     found = judge(UNLIMITED)
     assert set(found) - {WORK} == {
-        "pressure: the leaking worker is restarted",
-        "pressure: another process dies alone",
-        "pressure: the kernel kills nobody else",
+        "memory pressure: the leaking worker is restarted",
+        "memory pressure: another process is killed alone",
+        "memory pressure: no kill outside the container",
         SSH,
     }
-    assert parse(UNLIMITED).deaths() == (Slayer.MACHINE,)
+    assert parse(UNLIMITED).worker_ends() == (EndedBy.MACHINE,)
     longest = max(login["seconds"] for login in UNLIMITED["watched"]["logins"])
     assert longest > 10
     assert found[SSH].startswith(f"longest wait for a login {longest:.1f} s, ")
@@ -333,12 +339,14 @@ def test_what_was_not_come_to_is_blocked() -> None:
     recorded = dict(GOOD)
     stopped("spilling", "leaked", "served", "back")(recorded)
     found = judge(recorded)
-    assert found["pressure: the workers are back"] == f"skipped: {plugin.BLOCKED}spilling: it went wrong"
+    assert (
+        found["memory pressure: the workers are back"] == f"skipped: {plugin.BLOCKED}spilling: it went wrong"
+    )
     assert set(found) == {
-        "pressure: all steps were gone",
-        "pressure: a leak ends as a killed worker",
-        "pressure: the leaking worker is restarted",
-        "pressure: the workers are back",
+        "memory pressure: all steps completed",
+        "memory pressure: a leak ends as a killed worker",
+        "memory pressure: the leaking worker is restarted",
+        "memory pressure: the workers are back",
     }
 
 
@@ -370,12 +378,12 @@ def test_whoever_comes_first_ended_the_worker() -> None:
     dask("nanny", value=[])(recorded)
     kernel = parse(GOOD).kills[0]
     assert first["time"] < kernel.seconds
-    assert parse(recorded).deaths() == (Slayer.CONTAINER,)
+    assert parse(recorded).worker_ends() == (EndedBy.CONTAINER,)
     dask("nanny", value=[event])(recorded)
-    assert parse(recorded).deaths() == (Slayer.NANNY,)
+    assert parse(recorded).worker_ends() == (EndedBy.NANNY,)
     for later in (event | {"pid": 1}, event | {"time": first["time"] + 3600}):
         dask("nanny", value=[later])(recorded)
-        assert parse(recorded).deaths() == (Slayer.CONTAINER,)
+        assert parse(recorded).worker_ends() == (EndedBy.CONTAINER,)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +455,7 @@ def test_a_second_kill_is_beside_another_by_the_measure_of_the_host(
     at, text = first.split(" ", 1)
     recorded["kernel"] = f"{first}\n{float(at) + apart:.6f} {text.replace('task=python', 'task=dask')}\n"
     logins([rest] * 4, [rest])(recorded)
-    assert bool(parse(recorded).beside_another()) is beside
+    assert bool(parse(recorded).double_kill()) is beside
 
 
 def test_a_service_that_dbus_started_may_end() -> None:
@@ -457,7 +465,7 @@ def test_a_service_that_dbus_started_may_end() -> None:
         recorded[f"services.{name}"] = idle.format(*state) + recorded[f"services.{name}"].lstrip()
     assert red(recorded) == set()
     recorded["services.before"] = recorded["services.before"].replace("Type=dbus", "Type=simple", 1)
-    assert red(recorded) == {"pressure: no service is touched"}
+    assert red(recorded) == {"memory pressure: services keep running"}
 
 
 @pytest.mark.parametrize(

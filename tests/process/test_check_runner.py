@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pytest
 
 from ami_builder import qemu
-from ami_builder.checks.state import ANSWERS, Sections, sections
-from ami_builder.checks.watch import AT_REST, Watched
+from ami_builder.checks.login_times import AT_REST, LoginTimes
+from ami_builder.checks.machine_state import ANSWERS, Sections, sections
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Datasource, Role
 from ami_builder.core.records import CheckResult, Outcome, Verdict
@@ -94,7 +94,7 @@ class Fake:
         self.answer("gathered", {name: text for name, text in recorded.items() if name != "nonce"})
         (folder / "probed").write_text('{"workers": []}\n')
         (folder / "progress").write_text("spilling 1.1 of 2.0 GiB\n")
-        self.pressed()
+        self.pressure()
 
     def settled(self, recorded: dict[str, str]) -> None:
         self.answer(
@@ -102,7 +102,7 @@ class Fake:
             {n: recorded[n] for n in recorded if n in SETTLED},
         )
 
-    def pressed(self, name: str = "pressed", **changed: str) -> None:
+    def pressure(self, name: str = "pressed", **changed: str) -> None:
         """Answer under memory pressure as a machine that is well, but for what is changed."""
         self.answer(name, {n: text for n, text in (PRESSED | changed).items() if n != "watched"})
 
@@ -200,7 +200,7 @@ ACTIVE = "ActiveState=active\nNRestarts=0\nJob=\nExecMainPID=812\n"
 
 
 class Settling:
-    """settle.sh with fake programs, of which `timeout` stands for bash's question as well."""
+    """wait_for_dask.sh with fake programs, of which `timeout` stands for bash's question as well."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -231,7 +231,7 @@ class Settling:
             (self.folder / (f"{name}.{number}" if number else name)).write_bytes(text.encode())
 
     def run(self, least: int = 1, seconds: int = 60, nonce: str = "") -> Sections:
-        script = Path(runner.__file__).parents[1] / "checks" / "settle.sh"
+        script = Path(runner.__file__).parents[1] / "checks" / "wait_for_dask.sh"
         done = subprocess.run(
             ["sh", script, nonce, str(seconds), str(least)],
             env={"PATH": f"{self.folder}:{os.environ['PATH']}"},
@@ -353,17 +353,20 @@ def test_results_come_as_they_are_made(fake: Fake) -> None:
 def test_our_own_checks_run(fake: Fake) -> None:
     results = fake.run(*runner.shipped(checks_dir()))
     names = [r.name for r in results]
-    assert "chain: docker has the variable" in names
+    assert "memory limit chain: docker has the variable" in names
     assert "first boot: host keys are new" in names
     # What needs Dask's client, which takes longest, comes last.
     assert set(names[-3:]) == {
-        "chain: workers confirm what the scheduler lists",
-        "limit: workers spill before they end",
+        "memory limit chain: workers confirm what the scheduler lists",
+        "container: workers spill before they are restarted",
         "service: dask answers its client",
     }
     assert verdict(results).outcome is Outcome.FAILED, "the client was told of no workers"
     told = {r.name for r in results if r.outcome is Outcome.FAILED}
-    assert {"chain: workers share the variable", "service: the scheduler lists its workers"}.isdisjoint(told)
+    assert {
+        "memory limit chain: workers share the variable",
+        "service: the scheduler lists its workers",
+    }.isdisjoint(told)
 
 
 def test_the_client_is_asked_on_the_first_boot_alone(fake: Fake) -> None:
@@ -379,14 +382,14 @@ def test_the_client_is_asked_on_the_first_boot_alone(fake: Fake) -> None:
         later = {r.name for r in fake.run(*runner.shipped(checks_dir()), phase=phase)}
         assert {path.name for path in fake.evidence.glob(f"*-{phase}.json")} == {f"machine-{phase}.json"}
         assert names - later >= {
-            "chain: workers confirm what the scheduler lists",
-            "limit: workers spill before they end",
+            "memory limit chain: workers confirm what the scheduler lists",
+            "container: workers spill before they are restarted",
             "service: dask answers its client",
         }
         assert later >= {
-            "chain: workers share the variable",
-            "limit: workers manage memory",
-            "limit: spill is on disk",
+            "memory limit chain: workers share the variable",
+            "container: workers manage memory",
+            "container: spill is on disk",
             "service: all workers are there",
             "service: the scheduler lists its workers",
         }
@@ -454,7 +457,7 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     logins = (fake.folder / "logins").read_text().splitlines()
     assert all("-o ControlPath=none" in line for line in logins), "a shared connection needs no sshd"
     told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
-    watched = Watched.read(told["watched"])
+    watched = LoginTimes.read(told["watched"])
     assert (len(watched.rest), len(watched.logins)) == (AT_REST, 1)
     assert len(logins) == AT_REST + 1
     assert watched.ended
@@ -477,21 +480,23 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
     at, rest = worker.split(" ", 1)
     scheduler = f"{float(at) + 0.09:.6f} {rest.replace('task=python', 'task=dask')}"
     raced = {"kernel": f"{worker}\n{scheduler}\n", "dask": "", "client": "", "container.after": "another"}
-    fake.pressed(**raced)
+    fake.pressure(**raced)
     # Whoever looks at the machine a second time finds it as it should be.
-    fake.pressed("pressed.next")
+    fake.pressure("pressed.next")
     results = {r.name: r for r in fake.run(*runner.shipped(checks_dir()), phase="pressure")}
     assert verdict(tuple(results.values())).passed, results
     assert fake.progress.count("logins at rest") == 2
     why = "the kernel killed dask 0.09 s after python, in the container"
-    assert results["pressure: all steps were gone"].message == f"at the second try; at the first, {why}"
+    assert (
+        results["memory pressure: all steps completed"].message == f"at the second try; at the first, {why}"
+    )
     assert {path.name for path in fake.evidence.glob("pressed*")} == {
         "pressed-pressure.json",
         "pressed-again-pressure.json",
     }
-    fake.pressed(**raced)
+    fake.pressure(**raced)
     again = {r.name: r for r in fake.run(*runner.shipped(checks_dir()), phase="pressure")}
-    steps = again["pressure: all steps were gone"]
+    steps = again["memory pressure: all steps completed"]
     assert steps.outcome is Outcome.FAILED
     assert steps.message == f"Dask under memory pressure: it did not tell how it went; {why}; {why}"
 

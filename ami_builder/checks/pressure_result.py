@@ -1,4 +1,4 @@
-"""What a machine under memory pressure showed, parsed from press.sh, press.py and the logins meanwhile."""
+"""What a machine under memory pressure showed, parsed from memory_pressure.sh, memory_pressure.py and the logins meanwhile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-from ami_builder.checks.state import Incomplete, Sections, numbers, taken
-from ami_builder.checks.watch import Watched
+from ami_builder.checks.login_times import LoginTimes
+from ami_builder.checks.machine_state import Incomplete, Sections, numbers, unreclaimable
 from ami_builder.core import oom
 from ami_builder.core.oom import Constraint, Kill
 
@@ -24,7 +24,7 @@ Where a login at rest takes longer than this, that is the bound: all is as much 
 _PASSING = ("user@", "user-runtime-dir@", "ssh@", "sshd@")
 
 
-class Slayer(StrEnum):
+class EndedBy(StrEnum):
     """Who ended a worker."""
 
     NANNY = "the nanny"
@@ -34,7 +34,7 @@ class Slayer(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
+class ServiceState:
     """A systemd service at one moment."""
 
     type: str
@@ -43,7 +43,7 @@ class Service:
     restarts: str
     invocation: str
 
-    def same(self, later: Service | None) -> bool:
+    def same(self, later: ServiceState | None) -> bool:
         """Tell whether nobody touched it; what D-Bus starts may end by itself."""
         if later is None or later.result != "success":
             return False
@@ -66,7 +66,7 @@ class Grower:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pressed:
+class PressureResult:
     """What happened from the first step to the last; sizes are bytes, times seconds."""
 
     memcg: str
@@ -80,22 +80,22 @@ class Pressed:
     idle: int
     """What the workers hold then."""
     dask: Mapping[str, Any]
-    """What press.py wrote; without what belongs to steps that it did not come to."""
+    """What memory_pressure.py wrote; without what belongs to steps that it did not come to."""
     said: str
     """What the client said that began it all; nothing when all went well."""
     grower: Grower
     kills: tuple[Kill, ...]
-    before: Mapping[str, Service]
-    after: Mapping[str, Service]
+    before: Mapping[str, ServiceState]
+    after: Mapping[str, ServiceState]
     container: tuple[str, str]
     """Id, whether it runs, start and restarts of the container, before and after."""
-    watched: Watched
-    before_this: str = ""
+    watched: LoginTimes
+    first_attempt: str = ""
     """Why it was all done a second time; empty at the first."""
 
     @classmethod
-    def parse(cls, text: Sections, watched: Watched) -> Pressed:
-        """Read the sections of press.sh; raises Incomplete when one is missing or can't be read."""
+    def parse(cls, text: Sections, watched: LoginTimes) -> PressureResult:
+        """Read the sections of memory_pressure.sh; raises Incomplete when one is missing or can't be read."""
         if "end" not in text:
             last = list(text)[-1] if text else "nothing"
             raise Incomplete(f"the machine did not come to an end under pressure; it last told: {last}")
@@ -109,7 +109,7 @@ class Pressed:
                 memcg=text["memcg"].strip(),
                 limit=None if limit == "max" else int(limit),
                 total=numbers(text["meminfo"])["MemTotal"],
-                beside=taken(numbers(text["memory.stat"])) - workers,
+                beside=unreclaimable(numbers(text["memory.stat"])) - workers,
                 scheduler=own.get(dask.get("scheduler", 0), 0),
                 idle=workers,
                 dask=dask,
@@ -135,30 +135,30 @@ class Pressed:
         last = (self.said.splitlines() or ["it did not tell how it went"])[-1]
         return str(self.dask["error"]) if self.dask else last
 
-    def deaths(self) -> tuple[Slayer, ...]:
+    def worker_ends(self) -> tuple[EndedBy, ...]:
         """Return who ended each of the workers that leaked, whoever of them came first."""
         leaks = self.dask.get("leaks", [])
         ends = [*(leak["time"] for leak in leaks[1:]), self.grower.began]
-        return tuple(self._death(leak, end) for leak, end in zip(leaks, ends, strict=False))
+        return tuple(self._end_of(leak, end) for leak, end in zip(leaks, ends, strict=False))
 
-    def _death(self, leak: Mapping[str, Any], end: float) -> Slayer:
-        by: list[tuple[float, Slayer]] = [
-            (event["time"], Slayer.NANNY) for event in self.dask["nanny"] if event["pid"] == leak["pid"]
+    def _end_of(self, leak: Mapping[str, Any], end: float) -> EndedBy:
+        by: list[tuple[float, EndedBy]] = [
+            (event["time"], EndedBy.NANNY) for event in self.dask["nanny"] if event["pid"] == leak["pid"]
         ]
         by += [
-            (kill.seconds, Slayer.CONTAINER if kill.inside(self.memcg) else Slayer.MACHINE)
+            (kill.seconds, EndedBy.CONTAINER if kill.inside(self.memcg) else EndedBy.MACHINE)
             for kill in self.kills
             if leak["time"] <= kill.seconds < end
         ]
-        return min(by)[1] if by else Slayer.NOBODY
+        return min(by)[1] if by else EndedBy.NOBODY
 
-    def elsewhere(self) -> tuple[Kill, ...]:
+    def kills_outside(self) -> tuple[Kill, ...]:
         """Return the kills that were not inside the container alone."""
         return tuple(
             kill for kill in self.kills if kill.constraint is Constraint.GLOBAL or not kill.inside(self.memcg)
         )
 
-    def beside_another(self) -> str:
+    def double_kill(self) -> str:
         """Tell whom the kernel killed in the container right after another one there; empty for nobody.
 
         Linux may choose a second victim while the first one's memory is on its way back, whoever then asks
@@ -174,7 +174,7 @@ class Pressed:
                 return f"the kernel killed {second.task} {seconds:.2f} s after {first.task}, in the container"
         return ""
 
-    def touched(self) -> tuple[str, ...]:
+    def changed_services(self) -> tuple[str, ...]:
         """Return the services that were up before, and are not, or not any more the same."""
         return tuple(
             name
@@ -189,12 +189,12 @@ def _processes(text: str) -> dict[int, int]:
     return {process["NSpid"]: process.get("RssAnon", 0) for process in each}
 
 
-def _services(text: str) -> dict[str, Service]:
-    found: dict[str, Service] = {}
+def _services(text: str) -> dict[str, ServiceState]:
+    found: dict[str, ServiceState] = {}
     for part in text.strip().split("\n\n"):
         of = dict(line.split("=", 1) for line in part.splitlines() if "=" in line)
         if of and not of["Id"].startswith(_PASSING):
-            found[of["Id"]] = Service(
+            found[of["Id"]] = ServiceState(
                 type=of.get("Type", ""),
                 active=of["ActiveState"],
                 result=of.get("Result", ""),

@@ -1,6 +1,6 @@
 # Put the Dask container under memory pressure and tell what happened to it, and to the machine around it.
 # Arguments: the container's id and main pid, seconds, the number of workers, how many times their limit they have
-# to work on, the texts of probe.sh and press.py.
+# to work on, the texts of in_container.sh and memory_pressure.py.
 # POSIX sh, run by root, with no one attached: a machine that can't keep its limit may lose every login.
 set -u
 export LC_ALL=C

@@ -1,4 +1,4 @@
-"""press.py with a real Dask, whose worker has a limit but no cgroup; and the logins meanwhile."""
+"""memory_pressure.py with a real Dask, whose worker has a limit but no cgroup; and the logins meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.checks import press, watch
+from ami_builder.checks import login_times, memory_pressure
 from ami_builder.core.oom import Wait
 from ami_builder.system import host
 from ami_builder.system.processes import wait_until
@@ -29,8 +29,8 @@ WORK = 1.3
 
 
 def press_until(path: Path, address: str, seconds: float, work: float = WORK) -> None:
-    program = Path(press.__file__).read_text().replace(press.SCHEDULER, address)
-    argv = [sys.executable, "-c", program, "1", str(work), str(press.uptime() + seconds), str(path)]
+    program = Path(memory_pressure.__file__).read_text().replace(memory_pressure.SCHEDULER, address)
+    argv = [sys.executable, "-c", program, "1", str(work), str(memory_pressure.uptime() + seconds), str(path)]
     subprocess.run(argv, check=True, timeout=600)
 
 
@@ -70,7 +70,7 @@ def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
     assert leak["pid"] == told["workers"][0]["pid"] != told["back"][0]["pid"]
     assert all(0.95 * LIMIT < event["rss"] < 1.1 * LIMIT for event in told["nanny"])
     # What goes on is reported, each step in its turn.
-    size = spill["size"] / press.GIB
+    size = spill["size"] / memory_pressure.GIB
     steps = [
         rf"(spilling|reading back) \d\.\d of {size:.1f} GiB",
         r"leaking: a worker holds \d+ % of its limit",
@@ -81,10 +81,10 @@ def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_end_is_named(tmp_path: Path) -> None:
-    began = press.uptime()
+    began = memory_pressure.uptime()
     with scheduler(tmp_path) as address:
         # A few times what a program that imports Dask takes to get this far.
-        press_until(tmp_path / "steps", address, max(10.0, 4 * (press.uptime() - began)))
+        press_until(tmp_path / "steps", address, max(10.0, 4 * (memory_pressure.uptime() - began)))
         done = tmp_path / "steps.json"
         assert wait_until(done.exists, what="the end", timeout=600)
     assert re.fullmatch(r"asking had not ended after \d+ s in all", json.loads(done.read_text())["error"])
@@ -125,16 +125,16 @@ class Machine:
         self.ssh = [str(fake(folder, "ssh", program)), "dask-vm", "--"]
         self.progress: list[str] = []
 
-    def watch(self, emulator: int = 0) -> watch.Watch:
-        return watch.Watch(self.ssh, emulator, self.progress.append)
+    def monitor(self, emulator: int = 0) -> login_times.LoginMonitor:
+        return login_times.LoginMonitor(self.ssh, emulator, self.progress.append)
 
 
 @pytest.fixture(autouse=True)
 def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(watch, "_PAUSE_AT_REST_SECONDS", 0.01)
-    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 3.0)
-    monkeypatch.setattr(watch, "_TIMES_AT_REST", 2.0)
+    monkeypatch.setattr(login_times, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(login_times, "_PAUSE_AT_REST_SECONDS", 0.01)
+    monkeypatch.setattr(login_times, "_LOGIN_SECONDS", 3.0)
+    monkeypatch.setattr(login_times, "_TIMES_AT_REST", 2.0)
 
 
 def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
         3) sleep 60 ;;
         5) end=end ;;
     esac"""
-    watching = Machine(tmp_path, script).watch()
+    watching = Machine(tmp_path, script).monitor()
     watching.until_end(300)
     seen = watching.watched
     assert seen.ended
@@ -160,7 +160,7 @@ def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
 
 
 def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
-    watching = Machine(tmp_path, "exit 255").watch()
+    watching = Machine(tmp_path, "exit 255").monitor()
     watching.until_end(0.3)
     seen = watching.watched
     assert not seen.ended
@@ -174,20 +174,20 @@ def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a host where one takes 3 s at rest, one under pressure may take 6."""
-    monkeypatch.setattr(watch, "_LOGIN_SECONDS", 4.0)
+    monkeypatch.setattr(login_times, "_LOGIN_SECONDS", 4.0)
     machine = Machine(tmp_path, "case $n in 2) sleep 3 ;; 5) sleep 4.5; end=end ;; esac")
-    watching = machine.watch()
+    watching = machine.monitor()
     watching.at_rest()
-    assert len(watching.watched.rest) == watch.AT_REST == 3
+    assert len(watching.watched.rest) == login_times.AT_REST == 3
     watching.until_end(300)
     assert [login.failed for login in watching.watched.rest + watching.watched.logins] == [""] * 5
     assert watching.watched.ended
 
 
 def test_no_login_at_rest_is_waited_for_for_ever(tmp_path: Path) -> None:
-    watching = Machine(tmp_path, "sleep 60").watch()
+    watching = Machine(tmp_path, "sleep 60").monitor()
     watching.at_rest()
-    assert 1 <= len(watching.watched.rest) <= watch.AT_REST
+    assert 1 <= len(watching.watched.rest) <= login_times.AT_REST
     assert all(login.failed for login in watching.watched.rest)
 
 
@@ -195,13 +195,13 @@ def test_what_goes_on_is_passed_on(tmp_path: Path) -> None:
     machine = Machine(
         tmp_path, "case $n in 1) ;; 4) end=end; line=done ;; *) line='spilling 1.1 of 2.0 GiB' ;; esac"
     )
-    machine.watch().until_end(300)
+    machine.monitor().until_end(300)
     assert machine.progress == ["spilling 1.1 of 2.0 GiB", "spilling 1.1 of 2.0 GiB", "done"]
 
 
 @pytest.mark.parametrize("answer", ["", "what is this", "1", "0 x"])
 def test_an_answer_that_cannot_be_read_is_none(tmp_path: Path, answer: str) -> None:
-    watching = Machine(tmp_path, f"case $n in 2) echo {answer}; exit ;; 3) end=end ;; esac").watch()
+    watching = Machine(tmp_path, f"case $n in 2) echo {answer}; exit ;; 3) end=end ;; esac").monitor()
     watching.until_end(300)
     first, odd, last = watching.watched.logins
     assert (first.failed, last.failed) == ("", "")
@@ -230,7 +230,7 @@ def test_what_the_host_denied_the_vm_is_part_of_each_login(
         return next(loads)
 
     monkeypatch.setattr(host, "load", load)
-    watching = Machine(tmp_path, "sleep 0.1; [ $n = 1 ] || end=end").watch(emulator=4711)
+    watching = Machine(tmp_path, "sleep 0.1; [ $n = 1 ] || end=end").monitor(emulator=4711)
     watching.until_end(300)
     first, last = watching.watched.logins
     assert first.denied == pytest.approx(0.03)
@@ -247,7 +247,7 @@ def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
     machine = Machine(tmp_path)
     script = "sleep 0.2; case $n in 1) echo 100 1000 ;; 2) echo 150 1100 ;; *) echo 150 1100 end ;; esac"
     fake(tmp_path, "ssh", f"{COUNT}\n{script}")
-    watching = machine.watch()
+    watching = machine.monitor()
     watching.until_end(300)
     first, second, third = watching.watched.logins
     assert first.denied == 0, "nobody knows since when"
@@ -256,9 +256,9 @@ def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
 
 
 def test_the_question_is_answered_by_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dash, as on Debian; the files are written by press.sh."""
+    """dash, as on Debian; the files are written by memory_pressure.sh."""
     answer = tmp_path / "answer"
-    question = watch._ASK.replace(watch.ANSWER, str(answer))
+    question = login_times._ASK.replace(login_times.ANSWER, str(answer))
 
     def ask() -> list[str]:
         done = subprocess.run(["dash", "-c", question], capture_output=True, text=True, check=True)
@@ -279,8 +279,8 @@ def test_the_question_is_answered_by_a_shell(tmp_path: Path, monkeypatch: pytest
     assert "end" not in ask()[0].split()
 
 
-def login(began: float, seconds: float, denied: float = 0.0, failed: str = "") -> watch.Login:
-    return watch.Login(began=began, seconds=seconds, denied=denied, failed=failed)
+def login(began: float, seconds: float, denied: float = 0.0, failed: str = "") -> login_times.LoginAttempt:
+    return login_times.LoginAttempt(began=began, seconds=seconds, denied=denied, failed=failed)
 
 
 @pytest.mark.parametrize(
@@ -295,16 +295,16 @@ def login(began: float, seconds: float, denied: float = 0.0, failed: str = "") -
     ],
 )
 def test_attempts_that_failed_are_part_of_a_wait(
-    logins: list[watch.Login], waits: list[tuple[float, float]]
+    logins: list[login_times.LoginAttempt], waits: list[tuple[float, float]]
 ) -> None:
     expected = [Wait(seconds=seconds, denied=denied) for seconds, denied in waits]
-    assert watch.Watched(logins=logins).waits() == expected
-    assert watch.Watched(rest=logins).waits_at_rest() == expected
-    assert watch.Watched().waits() == []
+    assert login_times.LoginTimes(logins=logins).waits() == expected
+    assert login_times.LoginTimes(rest=logins).waits_at_rest() == expected
+    assert login_times.LoginTimes().waits() == []
 
 
 def test_a_watch_crosses_unharmed() -> None:
-    seen = watch.Watched(
+    seen = login_times.LoginTimes(
         rest=[login(1, 2, 0.5)], logins=[login(5, 6, 0, "no"), login(12, 1)], ended=True, busy=0.25
     )
-    assert watch.Watched.read(json.loads(json.dumps(asdict(seen)))) == seen
+    assert login_times.LoginTimes.read(json.loads(json.dumps(asdict(seen)))) == seen
