@@ -19,7 +19,7 @@ LOCAL = "tcp://127.0.0.1:8786"
 
 
 def ask_worker(dask_worker: Any) -> dict[str, Any]:
-    """Tell what this worker manages its memory by, and which kernel it runs on."""
+    """Return this worker's memory limit and thresholds, and the boot id of its machine."""
     memory = dask_worker.memory_manager
     return {
         "boot": Path(BOOT_ID).read_text(),
@@ -31,7 +31,7 @@ def ask_worker(dask_worker: Any) -> dict[str, Any]:
 
 
 def ask_nanny(dask_worker: Any) -> dict[str, Any]:
-    """Tell when this nanny restarts its worker."""
+    """Return the part of the limit at which this nanny restarts its worker."""
     return {"terminate": dask_worker.memory_manager.memory_terminate_fraction}
 
 
@@ -46,10 +46,10 @@ def main(role: str, expected: int, seconds: float) -> dict[str, Any]:
     with Client(address, timeout=seconds, set_as_default=False) as client:
         if role == "scheduler":
             return {"workers": []}
-        # Fewer than expected is for the checks to judge.
+        # The checks judge whether there are fewer than expected.
         with suppress(TimeoutError, asyncio.TimeoutError):
             client.wait_for_workers(max(1, expected), timeout=max(1.0, end - time.monotonic()))
-        # A cluster may have workers on other machines: only those on this kernel count.
+        # A cluster may have workers on other machines: only those of this boot count.
         boot = Path(BOOT_ID).read_text()
         workers = {a: w for a, w in client.run(ask_worker).items() if w["boot"] == boot}
         nannies = client.run(ask_nanny, nanny=True, workers=list(workers), on_error="ignore")

@@ -1,4 +1,4 @@
-"""How a check is called and what it said, from pytest's reports."""
+"""The name and message of a check, from pytest's reports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 NOTE = "note"
-"""The property of a passed check that says something about it."""
+"""The property of a passed check that holds its text."""
 
 
 def readable(nodeid: str) -> str:
-    """Return a check's name for people: `test_limit.py::test_swap_is_off` is `limit: swap is off`."""
+    """Return a check's name for people: `test_container.py::test_not_killed` is `container: not killed`."""
     path, _, function = nodeid.partition("::")
     stem = Path(path).stem.removeprefix("test_").replace("_", " ")
     name, _, parameters = function.rstrip("]").partition("[")
@@ -23,12 +23,12 @@ def readable(nodeid: str) -> str:
 
 def name_of(report: pytest.TestReport) -> str:
     """Return the name of the check that a report is about."""
-    # A file that lies outside pytest's root has no path in its node id.
+    # The node id of a file outside pytest's root has no path.
     return readable(f"{report.location[0]}::{report.nodeid.partition('::')[2]}")
 
 
 def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return the first line that says what is wrong, or why it was skipped; what a passed check noted."""
+    """Return the first line of a failure, the reason of a skip, or the text of a passed check."""
     if isinstance(report, pytest.TestReport) and report.passed and not hasattr(report, "wasxfail"):
         return "; ".join(str(value) for key, value in report.user_properties if key == NOTE)
     longrepr: Any = report.longrepr

@@ -1,4 +1,4 @@
-"""What the checks are told about the machine that they look at; it crosses to pytest as a JSON file."""
+"""What the checks need to know about the machine; pytest gets it as a JSON file."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from ami_builder.core.records import FIRST_BOOT
 from ami_builder.core.units import Reserve
 
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
-"""Names the JSON file."""
+"""The environment variable that names the JSON file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What the machine was booted with, so what it is held against; sizes are bytes."""
+    """What the machine was booted with; the checks compare it with what they find. Sizes are bytes."""
 
     nonce: str
-    """What this machine alone has in /var/lib/ami-builder/nonce."""
+    """The content of /var/lib/ami-builder/nonce on this machine alone."""
     machine: str
-    """What people call it: its memory (`2 GiB`), or its instance type."""
+    """Its name in results: its memory (`2 GiB`), or its instance type."""
     machine_memory: int
     disk: int
     reserve: Reserve
     headroom: int
-    """How much less than the container's limit the workers' own limits must add up to."""
+    """By how much the sum of the workers' limits is below the container's limit."""
     datasource: Datasource
     role: Role
     workers: int
-    """Workers that the Dask container starts; 0 when that is not known."""
+    """Workers that the Dask container starts; 0 if the number is not known."""
     user: str
-    """Who logs in by ssh and by hand."""
+    """The login user."""
     public_key: str
-    """The one key that may be in an authorized_keys."""
+    """The only key that may be in an authorized_keys file."""
     timeout: float
-    """Seconds that Dask and its workers get to come up, and to go through the phase `pressure`."""
+    """How many seconds Dask and its workers get to start, and to complete the phase `pressure`."""
     emulator: int = 0
-    """The process on this host that runs the machine; 0 when none does."""
+    """The pid of the process on this host that runs the VM; 0 if there is none."""
     phase: str = FIRST_BOOT
     """`boot`, `restart`, `reboot` or `pressure`."""
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, readable by its owner alone."""
+        """Write the context as JSON; only its owner can read the file."""
         path.touch(mode=0o600)
         path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Context:
-        """Read it back; raises OSError, ValueError, KeyError or TypeError when it is not a context."""
+        """Read a context; raises OSError, ValueError, KeyError or TypeError if the file is not one."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields["reserve"] = Reserve(**fields["reserve"])
         fields["datasource"] = Datasource(fields["datasource"])

@@ -1,4 +1,8 @@
-"""Logs in to a machine again and again, at rest and under pressure, and keeps how long each login took."""
+"""How long logins to a machine take, at rest and under memory pressure.
+
+This module uses `system`, where the other checks use `core` alone: it starts ssh itself, because a login has
+to be timed together with the CPU time that the host gives the VM.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,21 @@ from ami_builder.core.oom import Wait
 from ami_builder.system import host, processes
 
 ANSWER = "/run/ami-builder-pressure"
-"""Where memory_pressure.sh writes what happened; its last line is `end`."""
+"""Where memory_pressure.sh writes its results; the last line is `end`."""
 PROGRESS = f"{ANSWER}.progress"
-"""Where memory_pressure.sh writes what is going on, in one line."""
+"""Where memory_pressure.sh writes its progress, in one line."""
 
 NEW_CONNECTION = ("-o", "ControlPath=none", "-o", "ConnectTimeout=600")
-"""What makes ssh log in: one more command over a connection that is there needs no sshd, and shows less."""
+"""Makes ssh log in: a command over the shared connection would not need sshd to start a session."""
 EVERY_SECONDS = 3.0
-"""From the end of a login to the next; each takes an emulated machine some 0.7 s of a processor."""
+"""From the end of a login to the next; each uses about 0.7 s of CPU time of an emulated VM."""
 AT_REST = 3
 """How many logins are timed before the pressure."""
 _PAUSE_AT_REST_SECONDS = 0.5
 _LOGIN_SECONDS = 60.0
 _TIMES_AT_REST = 20.0
 
-# Without another process: each costs an emulated machine a tenth of a second.
+# Uses only the shell's own commands: each other process takes an emulated VM a tenth of a second.
 _ASK = f"""
 end=$(tail -c 4 {ANSWER} 2>/dev/null)
 read -r _ user nice system idle iowait irq softirq steal _ </proc/stat
@@ -38,30 +42,30 @@ echo "$line"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoginAttempt:
-    """One attempt to log in; seconds."""
+    """One attempt to log in; times are seconds."""
 
     began: float
-    """By the clock here."""
+    """By the host's monotonic clock."""
     seconds: float
     denied: float = 0.0
-    """For how much of that the host kept the machine from running."""
+    """CPU steal: for how much of that time the host did not run the machine."""
     failed: str = ""
-    """What ssh said when it failed, or that there was no answer."""
+    """Why it failed; empty for a successful login."""
 
 
 @dataclass(slots=True, kw_only=True)
 class LoginTimes:
-    """Every login, first at rest, then under pressure; the last one may have failed."""
+    """Every login, first at rest, then under memory pressure; the last one may have failed."""
 
     rest: list[LoginAttempt] = field(default_factory=list)
     logins: list[LoginAttempt] = field(default_factory=list)
     ended: bool = False
-    """Whether memory_pressure.sh came to its end."""
+    """Whether memory_pressure.sh has ended."""
     busy: float = 0.0
-    """The part of the time under pressure in which some process of the host waited for a processor."""
+    """The part of the time under pressure in which some process of the host waited for a CPU, 0 to 1."""
 
     def waits(self) -> list[Wait]:
-        """Return how long each login under pressure was waited for: attempts that failed are part of it."""
+        """Return how long each login under pressure took, with the failed attempts before it."""
         return _waits(self.logins)
 
     def waits_at_rest(self) -> list[Wait]:
@@ -70,7 +74,7 @@ class LoginTimes:
 
     @classmethod
     def read(cls, recorded: Mapping[str, object]) -> LoginTimes:
-        """Read what `dataclasses.asdict` made of it."""
+        """Read what `dataclasses.asdict` wrote."""
         rest, logins = (
             [LoginAttempt(**each) for each in recorded[name]]  # type: ignore[attr-defined]
             for name in ("rest", "logins")
@@ -91,7 +95,7 @@ def _waits(logins: Sequence[LoginAttempt]) -> list[Wait]:
 
 
 class LoginMonitor:
-    """Logs in with a command line of ssh; `emulator` is the process that runs the machine here, or 0."""
+    """Logs in repeatedly by ssh; `emulator` is the pid of the process that runs the VM here, or 0."""
 
     def __init__(self, ssh: Sequence[str], emulator: int, on_progress: Callable[[str], None]) -> None:
         self._ssh, self._emulator, self._on_progress = ssh, emulator, on_progress
@@ -100,7 +104,7 @@ class LoginMonitor:
         self.watched = LoginTimes()
 
     def at_rest(self) -> None:
-        """Time some logins: the control that those under pressure are held against."""
+        """Time some logins at rest, which those under pressure are compared with."""
         rest = self.watched.rest
 
         def enough() -> bool:
@@ -114,7 +118,7 @@ class LoginMonitor:
         self._patience = max(_LOGIN_SECONDS, _TIMES_AT_REST * longest)
 
     def until_end(self, seconds: float) -> None:
-        """Log in again and again, until memory_pressure.sh has ended or time is up."""
+        """Log in repeatedly until memory_pressure.sh has ended or the time is over."""
         began, before = time.monotonic(), host.load(self._emulator)
 
         def ended() -> bool:
@@ -144,7 +148,7 @@ class LoginMonitor:
         return LoginAttempt(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)
 
     def _read(self, answer: str) -> float:
-        """Take in what a login told; returns the part of the time since the last one that was stolen."""
+        """Read the output of a login; return the part of the time since the last one that was CPU steal."""
         first, _, rest = answer.partition("\n")
         steal, total, *end = first.split()
         self.watched.ended = end == ["end"]

@@ -1,4 +1,4 @@
-"""What one start of one machine told, parsed from the scripts beside this file; sizes are bytes."""
+"""The state of a machine after Dask has started, parsed from wait_for_dask.sh and machine_state.sh."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 PROJECT = "dask"
 ANSWERS = "Dask answers"
-"""How wait_for_dask.sh says that its wait ended well."""
+"""What wait_for_dask.sh reports when Dask answered."""
 
 CLOCK_SECONDS = 2.0
-"""The boot's time is reported in whole seconds, and the clock may be set a little while the machine runs."""
+"""The boot time is reported in whole seconds, and the clock may be corrected while the machine runs."""
 
 _LINE = re.compile(rf"{VARIABLE}=([0-9]{{1,18}})\n?")
 
@@ -24,16 +24,16 @@ Sections = Mapping[str, str]
 
 
 class Incomplete(ValueError):
-    """What came back from the machine is not what the scripts print."""
+    """The machine's answer is not what the scripts print."""
 
 
 def exact_size(size: int) -> str:
-    """Write a size as people compare it."""
+    """Return a size in bytes and MiB."""
     return f"{size} bytes ({size / (1 << 20):.1f} MiB)"
 
 
 def sections(text: str) -> Sections:
-    """Split a script's output at its section marks: name -> text without the blank line around it."""
+    """Split a script's output at its section marks; return name -> text."""
     parts = (part.partition("\n") for part in text.split("\n\036")[1:])
     return {name: body for name, _, body in parts}
 
@@ -49,7 +49,7 @@ def numbers(text: str) -> dict[str, int]:
 
 
 def unreclaimable(stat: Mapping[str, int]) -> int:
-    """Return what a cgroup holds that can't be dropped: all but page cache and reclaimable slab.
+    """Return how many bytes of a cgroup cannot be reclaimed: all but page cache and reclaimable slab.
 
     Kernel, Documentation/admin-guide/cgroup-v2.rst, memory.stat: `file` has shmem in it, which can't be
     dropped; `kernel` has all slab in it, of which slab_reclaimable can.
@@ -66,7 +66,7 @@ def seconds(timestamp: str) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerState:
-    """The container as `docker inspect` tells it."""
+    """A container, as `docker inspect` describes it; sizes are bytes."""
 
     id: str
     name: str
@@ -118,7 +118,7 @@ class CgroupLevel:
 
     path: str
     files: Mapping[str, str]
-    """`max`, `high`, `low`, `min`, `swap.max` -> content of memory.*, without those that are not there."""
+    """`max`, `high`, `low`, `min`, `swap.max` -> content of memory.*; missing files are left out."""
 
     def get(self, file: str) -> str:
         """Return a file's content; empty when there is no such file."""
@@ -136,14 +136,14 @@ class Mount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineState:
-    """One start of the machine; `text` keeps the sections that only one check reads."""
+    """The state after one start; sizes are bytes. `text` keeps the sections that only one check reads."""
 
     text: Sections
     booted: float
     """Seconds since 1970 in the machine's own clock, as it is set now."""
     page: int
     variable: int | None
-    """The measured value; None when there is none, or something else than integer bytes."""
+    """The measured value; None if it is missing or not integer bytes."""
     measured: float | None
     """When it was written, seconds since 1970."""
     service: Mapping[str, str]
@@ -159,7 +159,7 @@ class MachineState:
 
     @classmethod
     def parse(cls, text: Sections) -> MachineState:
-        """Read the sections of wait_for_dask.sh and machine_state.sh; raises Incomplete when one is missing."""
+        """Read the sections of both scripts; raises Incomplete when one is missing."""
         if "end" not in text or "memory.stat" not in text:
             raise Incomplete("the machine's answer stops half-way")
         try:
@@ -187,18 +187,18 @@ class MachineState:
             raise Incomplete(f"the machine's answer can't be read: {wrong!r}") from wrong
 
     def lines(self, section: str) -> tuple[str, ...]:
-        """Return the lines of a section that are not empty; none when it was not asked for."""
+        """Return the lines of a section that are not empty; none if the section was not read."""
         return tuple(line for line in self.text.get(section, "").splitlines() if line.strip())
 
     @property
     def container(self) -> ContainerState | None:
-        """The Dask container that runs, if one does."""
+        """The running Dask container, if there is one."""
         running = [c for c in self.containers if c.project == PROJECT and c.running]
         return next((c for c in running if c.id == self.main_container), running[0] if running else None)
 
     @property
     def unreclaimable(self) -> int:
-        """What only the end of the Dask container would give back."""
+        """How many bytes the end of the Dask container would free."""
         return unreclaimable(self.memory_stat)
 
     def mount_of(self, directory: str) -> Mount | None:
@@ -220,7 +220,7 @@ class ListedWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerAnswer:
-    """What the scheduler's HTTP server answered at /json/identity.json."""
+    """The answer of the scheduler's HTTP server at /json/identity.json."""
 
     workers: tuple[ListedWorker, ...]
     error: str
@@ -228,7 +228,7 @@ class SchedulerAnswer:
 
     @classmethod
     def parse(cls, answer: str) -> SchedulerAnswer:
-        """Read an HTTP response; what went wrong instead is in `error`."""
+        """Read an HTTP response; `error` has the reason if that fails."""
         head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
         status = (head.splitlines() or ["nothing"])[0].strip()
         try:
@@ -247,7 +247,7 @@ class SchedulerAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerThresholds:
-    """How one worker manages its memory; fractions are False where a threshold is off."""
+    """The memory thresholds of one worker; False for a threshold that is off."""
 
     address: str
     memory_limit: int | None
@@ -260,7 +260,7 @@ class WorkerThresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkersAnswer:
-    """What the workers answered Dask's own client."""
+    """The workers' answer to Dask's own client."""
 
     workers: tuple[WorkerThresholds, ...]
     error: str
@@ -268,7 +268,7 @@ class WorkersAnswer:
 
     @classmethod
     def parse(cls, stdout: str, stderr: str, status: int) -> WorkersAnswer:
-        """Read the probe's one line of JSON; what went wrong instead is in `error`."""
+        """Read the line of JSON that ask_workers.py prints; `error` has the reason if that fails."""
         try:
             answer = json.loads(stdout.strip().splitlines()[-1])["workers"]
             workers = tuple(
@@ -294,7 +294,7 @@ def _containers(text: str) -> tuple[ContainerState, ...]:
     try:
         return tuple(ContainerState.parse(inspected) for inspected in json.loads(text))
     except ValueError:
-        return ()  # Docker does not answer: that no container runs is a check of its own
+        return ()  # Docker does not answer: another check finds that no container runs
 
 
 def _levels(text: str) -> tuple[CgroupLevel, ...]:

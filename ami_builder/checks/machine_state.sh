@@ -1,4 +1,4 @@
-# Tell everything that the checks judge, in one go. POSIX sh, run by root; nothing here changes the machine.
+# Print everything that the checks need, in one call. POSIX sh, run by root; nothing here changes the machine.
 # Arguments: the login user, the phase, the main pid of the Dask container (empty without one).
 set -u
 export LC_ALL=C
@@ -9,24 +9,24 @@ section() { printf '\n\036%s\n' "$1"; }
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# The slow ones run beside the rest.
+# The slow commands run in the background.
 all=$(docker ps -aq --no-trunc 2>/dev/null)
 # shellcheck disable=SC2086  # one word an id
 if [ -n "$all" ]; then docker inspect $all; else echo '[]'; fi >"$scratch/containers" 2>&1 &
-# What Compose makes of file $1 where nobody measured.
+# Print file $1 as Compose reads it without a measured value.
 config() {
     file=$1
     role=$(sed -n "s/^DASK_ROLE=[\"']*\([a-z]*\).*/\1/p" /etc/dask/dask.env 2>/dev/null)
     export COMPOSE_PROJECT_NAME=dask COMPOSE_PROFILES="${role:-local}" COMPOSE_ENV_FILES=/etc/dask/dask.env
-    # The plugin is a program by itself, and starting it directly saves half the time.
+    # The plugin is a program of its own; starting it directly takes half the time.
     set -- docker compose
     for plugin in /usr/local/lib /usr/local/libexec /usr/lib /usr/libexec; do
         [ ! -x "$plugin/docker/cli-plugins/docker-compose" ] || set -- "$plugin/docker/cli-plugins/docker-compose"
     done
     "$@" --project-directory /etc/dask -f "$file" config --format json
 }
-# What a container gets that asks for nothing: on the machine's network, as Dask is. At last it asks the instance's
-# metadata, which must not answer it.
+# Print the limit of a container without options, on the host's network as Dask's is; then try to reach the
+# instance's metadata, which must fail.
 plain() {
     image=$(docker inspect -f '{{.Image}}' "$(docker ps -q --filter label=com.docker.compose.project=dask | head -n 1)") || return
     timeout 120 docker run --rm --network host --entrypoint sh "$image" -c \
@@ -45,7 +45,7 @@ if [ "$phase" = boot ]; then
 fi
 
 section booted
-# One reading: between two of date and uptime a busy machine may take seconds.
+# One reading: a busy machine may take seconds between a date and an uptime.
 sed -n 's/^btime //p' /proc/stat
 section pagesize
 getconf PAGESIZE
@@ -60,7 +60,7 @@ printf '%s\n' "$service"
 property() { printf '%s\n' "$service" | sed -n "s/^$1=//p"; }
 main=$(property MainPID)
 section service.environment
-# Of what start-dask has started: a shell's own is what it began with.
+# The environment of start-dask's children: /proc shows a shell's own as it was at its start.
 for child in $(cat "/proc/${main:-0}/task/${main:-0}/children" 2>/dev/null); do
     tr '\0' '\n' <"/proc/$child/environ" | grep '^AVAILABLE_MEMORY_FOR_DASK='
 done

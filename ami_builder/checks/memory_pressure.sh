@@ -1,11 +1,11 @@
-# Put the Dask container under memory pressure and tell what happened to it, and to the machine around it.
-# Arguments: the container's id and main pid, seconds, the number of workers, how many times their limit they have
-# to work on, the texts of in_container.sh and memory_pressure.py.
-# POSIX sh, run by root, with no one attached: a machine that can't keep its limit may lose every login.
+# Put the Dask container under memory pressure and report what happened to it, and to the machine.
+# Arguments: the container's id and main pid, seconds, the number of workers, the data to store as a
+# multiple of their limit, the texts of in_container.sh and memory_pressure.py.
+# POSIX sh, run by root, detached from any login: a machine that can't keep its limit may end every login.
 set -u
 export LC_ALL=C
 id=$1 pid=$2 seconds=$3 workers=$4 work=$5 probe=$6 program=$7
-# Whoever is killed, not the one who tells.
+# The kernel must never choose this script, which reports.
 echo -1000 >/proc/self/oom_score_adj
 
 section() { printf '\n\036%s\n' "$1"; }
@@ -16,7 +16,7 @@ uptime_seconds() {
 }
 end=$(($(uptime_seconds) + seconds))
 progress() { printf '%s\n' "$1" >/run/ami-builder-pressure.progress; }
-# Wait for one of some files, or the end of the container or of the time; pass on what the steps report.
+# Wait for one of some files, or the end of the container or of the time; pass on the progress of the steps.
 wait_for() {
     while [ -e "/proc/$pid/root" ] && [ "$(uptime_seconds)" -lt "$end" ]; do
         for file; do [ ! -e "$file" ] || return 0; done
@@ -51,11 +51,11 @@ section container.before
 container
 
 section client
-# Dask has to give up before this does.
+# Dask's steps must time out before this script does.
 sh -c "$probe" sh "$pid" "$seconds" "$program" "$workers" "$work" "$((end - seconds / 4))" "$inside" 2>&1
 wait_for "$outside.leaked" "$outside.json"
 
-# The whole limit, beside what is in use already; without one, nearly all that the machine has.
+# The whole limit, in addition to what is in use; without a limit, nearly all memory of the machine.
 size=$(cat "$folder/memory.max")
 [ "$size" != max ] || size=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) * 1000))
 progress "another process takes the whole limit"
@@ -78,7 +78,7 @@ rm -f "$outside".*
 section memory.stat
 cat "$folder/memory.stat"
 section processes
-# Now that all are up and idle, process by process: id in the container, memory of its own, name.
+# All are up and idle now. For each process: id in the container, its own memory, name.
 while read -r process; do
     sed -n 's/^NSpid:.*\t/NSpid: /p; s/^RssAnon:[ \t]*/RssAnon: /p; s/^Name:[ \t]*/Name: /p' "/proc/$process/status"
 done <"$folder/cgroup.procs"

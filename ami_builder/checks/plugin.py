@@ -1,8 +1,8 @@
-"""The pytest plugin that the checks run under, ours and the user's: guards, fixtures, order, live results.
+"""The pytest plugin of the checks, ours and the user's: guards, fixtures, order of checks, live results.
 
-By hand: PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AMI_BUILDER_CHECKS_CONTEXT=FILE, the JSON of a `Context`, and
-`pytest -p ami_builder.checks.plugin --hosts=ssh://NAME --ssh-config=FILE`. It takes the place of testinfra's
-plugin: its `host` can't be the machine that pytest runs on, and the booted one proves who it is first.
+To run checks by hand, set PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 and AMI_BUILDER_CHECKS_CONTEXT=FILE (the JSON of a
+`Context`), and run `pytest -p ami_builder.checks.plugin --hosts=ssh://NAME --ssh-config=FILE`. The plugin
+replaces testinfra's: `host` is never the machine that pytest runs on, and is identified before any check.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE
 
 BLOCKED = "blocked: "
-"""A skipped check whose reason begins with this could not be judged because of a failure elsewhere."""
+"""A skipped check whose reason begins with this has no result because another check failed."""
 
 INCONCLUSIVE = "inconclusive: "
-"""A skipped check whose reason begins with this is inconclusive: the host was too busy to tell."""
+"""A skipped check whose reason begins with this is inconclusive: the host was too busy to judge."""
 
 GUARD_STATUS = 64
 """pytest's exit status when a guard refuses."""
 
 _HERE = Path(__file__).resolve().parent
-# Importing distributed takes ten seconds on an emulated machine, so the client gets at least a minute.
+# Importing distributed takes ten seconds on an emulated VM, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
-# How many times their limit the workers have to spill under memory pressure.
+# How much the workers store under memory pressure, in multiples of their limit.
 _WORK = 1.3
-# A script that outlives the login that began it.
-_ALONE = f'umask 022; exec setsid -f /bin/sh -c "$@" </dev/null >{ANSWER} 2>{ANSWER}.err'
+# Runs a script that outlives the login that started it.
+_DETACHED = f'umask 022; exec setsid -f /bin/sh -c "$@" </dev/null >{ANSWER} 2>{ANSWER}.err'
 
-Told = TypeVar("Told")
+Answer = TypeVar("Answer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _CheckSession:
-    """One phase on one machine: its guards, and the two conversations that every fixture draws on."""
+    """One phase on one machine: the guards, and the answers of the machine that the fixtures return."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -85,31 +85,29 @@ class _CheckSession:
         self.inconclusive = 0
         self.blocked = ""
         self.unreadable = False
-        self.telling = Lock()
+        self.sending = Lock()
         events = config.getoption("events")
         self.events = None if events is None else os.fdopen(events, "w", encoding="utf-8")
 
     def refuse(self, name: str, message: str) -> NoReturn:
-        """End the session as failed: what it would say about a machine is worth nothing."""
-        self.tell(event="guard", name=name, message=message)
+        """End the session as failed, because its results could not be trusted."""
+        self.send(event="guard", name=name, message=message)
         pytest.exit(f"{name}: {message}", returncode=GUARD_STATUS)
 
-    def tell(self, **event: object) -> None:
+    def send(self, **event: object) -> None:
         if self.events is not None:
-            with self.telling:  # progress comes from the threads that ask the machine
+            with self.sending:  # threads that ask the machine send progress
                 self.events.write(json.dumps(event) + "\n")
                 self.events.flush()
 
     def read_context(self) -> Context:
         path = os.environ.get(ENVIRONMENT, "")
         if not path:
-            self.refuse(
-                "guard: context", f"{ENVIRONMENT} does not name the file that tells about the machine"
-            )
+            self.refuse("guard: context", f"{ENVIRONMENT} does not name the file that describes the machine")
         try:
             return Context.read(Path(path))
         except (OSError, ValueError, KeyError, TypeError) as wrong:
-            self.refuse("guard: context", f"{path} is not a context: {wrong}")
+            self.refuse("guard: context", f"{path} is not a context of the checks: {wrong}")
 
     def connect(self) -> testinfra.host.Host:
         spec, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
@@ -117,8 +115,8 @@ class _CheckSession:
         if not spec or not ssh_config:
             self.refuse(name, "--hosts=ssh://NAME and --ssh-config=FILE are needed")
         if not spec.startswith("ssh://"):
-            self.refuse(name, f"--hosts={spec} is not ssh://NAME: the checks would look at another machine")
-        # The shared connection is the caller's: testinfra must not leave one of its own behind.
+            self.refuse(name, f"--hosts={spec} is not ssh://NAME: the checks would run on another machine")
+        # The caller owns the shared connection: testinfra must not keep one of its own open.
         return testinfra.get_host(spec, ssh_config=ssh_config, controlpersist=0)
 
     def ask(self, script: str, *arguments: str) -> tuple[str, str, int]:
@@ -137,38 +135,38 @@ class _CheckSession:
         )
 
     def identify(self) -> None:
-        """Let the machine prove who it is, wait for its Dask, and start the two conversations."""
+        """Identify the machine, wait for its Dask, and start to read its state."""
         self.context = self.read_context()
         self.host = self.connect()
         name = "guard: the machine is the one that was booted"
         try:
-            settled, stderr, status = self.ask("wait_for_dask.sh", *self._settling())
+            waited, stderr, status = self.ask("wait_for_dask.sh", *self._wait_arguments())
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
-        found = sections(settled)
+        found = sections(waited)
         if "nonce" not in found:
             last = (stderr.strip().splitlines() or ["no output"])[-1]
-            self.refuse(name, f"the machine can't be asked (status {status}): {last}")
+            self.refuse(name, f"the first script failed on the machine (status {status}): {last}")
         if not self.context.nonce or found["nonce"].strip() != self.context.nonce:
-            told = found["nonce"].strip() or "nothing: no user data was applied"
-            self.refuse(name, f"it should answer {self.context.nonce or 'something'}, and answers {told}")
+            answer = found["nonce"].strip() or "nothing: no user data was applied"
+            self.refuse(name, f"its nonce should be {self.context.nonce or 'something'}, but is {answer}")
         if found.get("settled", "").strip() == ANSWERS:
-            self.tell(event="ready")
+            self.send(event="ready")
         name, pid = _container(found)
         if self.context.phase == PRESSURE:
             self.pressure = self.pool.submit(self._run_pressure, name, pid)
             return
-        self.machine = self.pool.submit(self._read_state, settled, pid)
+        self.machine = self.pool.submit(self._read_state, waited, pid)
         if self.context.phase == FIRST_BOOT:
             self.client = self.pool.submit(self._ask_workers, pid)
 
-    def _settling(self) -> tuple[str, str, str]:
+    def _wait_arguments(self) -> tuple[str, str, str]:
         least = 0 if self.context.role is Role.SCHEDULER else max(1, self.context.workers)
         return self.context.nonce, f"{self.context.timeout:.0f}", str(least)
 
-    def _read_state(self, settled: str, pid: str) -> MachineState:
+    def _read_state(self, waited: str, pid: str) -> MachineState:
         gathered, stderr, status = self.ask("machine_state.sh", self.context.user, self.context.phase, pid)
-        text = {**sections(settled), **sections(gathered)}
+        text = {**sections(waited), **sections(gathered)}
         self.record("machine", {**text, "stderr": stderr})
         try:
             return MachineState.parse(text)
@@ -190,9 +188,9 @@ class _CheckSession:
         why = pressure.double_kill()
         if not why:
             return pressure
-        # Once: an image on which it comes again has earned its red.
-        settled = sections(self.ask("wait_for_dask.sh", *self._settling())[0])
-        return replace(self._run_pressure_once("pressed-again", *_container(settled)), first_attempt=why)
+        # Only once: if it happens again, the image has failed.
+        waited = sections(self.ask("wait_for_dask.sh", *self._wait_arguments())[0])
+        return replace(self._run_pressure_once("pressed-again", *_container(waited)), first_attempt=why)
 
     def _run_pressure_once(self, record: str, container: str, pid: str) -> PressureResult:
         if not pid:
@@ -203,10 +201,10 @@ class _CheckSession:
         arguments = (container, pid, *numbers, *texts)
         host, ssh_config = self.config.getoption("hosts"), self.config.getoption("ssh_config")
         ssh = ["ssh", *NEW_CONNECTION, "-F", ssh_config, host.removeprefix("ssh://"), "--"]
-        watch = LoginMonitor(ssh, self.context.emulator, lambda text: self.tell(event="progress", text=text))
-        self.tell(event="progress", text="logins at rest")
+        watch = LoginMonitor(ssh, self.context.emulator, lambda text: self.send(event="progress", text=text))
+        self.send(event="progress", text="logins at rest")
         watch.at_rest()
-        self.run(_ALONE, _text("memory_pressure.sh"), "sh", *arguments)
+        self.run(_DETACHED, _text("memory_pressure.sh"), "sh", *arguments)
         watch.until_end(1.5 * seconds)
         watched = watch.watched
         answer, errors, _ = self.run(f"cat {ANSWER}; cat {ANSWER}.err >&2")
@@ -220,20 +218,20 @@ class _CheckSession:
             path = Path(folder) / f"{name}-{self.context.phase}.json"
             path.write_text(json.dumps(answer, indent=1), encoding="utf-8")
 
-    def answer_of(self, told: Future[Told] | None) -> Told:
-        """Return what the machine told; the session ends as failed when it told nothing that can be read."""
-        if told is None:
-            pytest.fail(f"in the phase {self.context.phase} the machine is not asked for that")
+    def answer_of(self, future: Future[Answer] | None) -> Answer:
+        """Return an answer of the machine; end the session as failed when the answer cannot be read."""
+        if future is None:
+            pytest.fail(f"in the phase {self.context.phase} this is not read from the machine")
         try:
-            return told.result()
+            return future.result()
         except (Incomplete, RuntimeError, OSError) as wrong:
             self.refuse("guard: the machine answers", str(wrong))
 
-    # pytest's hooks, in the order in which they are called.
+    # pytest's hooks, in the order of their calls.
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Refuse files without checks, leave out what belongs to other phases, put Dask's checks last."""
+        """Refuse files without checks, leave out checks of other phases, and run those of the client last."""
         wanted = {Path(argument.split("::")[0]).resolve() for argument in config.args}
         empty = [path for path in sorted(wanted) if not any(_within(item.path, path) for item in items)]
         if empty and not config.option.collectonly and not self.unreadable:
@@ -247,7 +245,7 @@ class _CheckSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         if not session.config.option.collectonly and not session.testsfailed:
-            self.tell(event="collected", count=len(session.items))
+            self.send(event="collected", count=len(session.items))
             self.identify()
 
     @pytest.hookimpl(trylast=True)
@@ -259,7 +257,7 @@ class _CheckSession:
         else:
             return
         if hasattr(report, "wasxfail"):
-            # A check that is expected to fail proves nothing, whether or not it does.
+            # A check that is expected to fail shows nothing, whether or not it fails.
             outcome = "failed"
         message = message_of(report)
         if outcome == "skipped" and message.startswith(INCONCLUSIVE):
@@ -268,7 +266,7 @@ class _CheckSession:
         self.inconclusive += outcome == "inconclusive"
         if outcome == "skipped" and message.startswith(BLOCKED):
             self.blocked = self.blocked or f"{name_of(report)}: {message}"
-        self.tell(
+        self.send(
             event="result",
             name=name_of(report),
             outcome=outcome,
@@ -279,21 +277,21 @@ class _CheckSession:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.unreadable = True
-            self.tell(event="guard", name="guard: the files can be read", message=message_of(report))
+            self.send(event="guard", name="guard: the files can be read", message=message_of(report))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        # What is inconclusive may block others; no verdict passes with it.
+        # An inconclusive check may block others; no verdict passes with one.
         if self.blocked and not self.failed and not self.inconclusive:
-            self.tell(event="guard", name="guard: nothing is blocked without a failure", message=self.blocked)
+            self.send(event="guard", name="guard: nothing is blocked without a failure", message=self.blocked)
             session.exitstatus = GUARD_STATUS
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self.tell(event="finished")
+        self.send(event="finished")
 
 
-def _container(settled: Sections) -> tuple[str, str]:
+def _container(waited: Sections) -> tuple[str, str]:
     """Return id and main pid of the Dask container; empty without one."""
-    name, pid, *_ = [*settled.get("container", "").split("\n"), "", ""]
+    name, pid, *_ = [*waited.get("container", "").split("\n"), "", ""]
     return name, pid
 
 
@@ -318,28 +316,28 @@ def _run(config: pytest.Config) -> _CheckSession:
 
 
 def container_of(machine: MachineState) -> ContainerState:
-    """Return the running Dask container; a check that needs one is blocked without."""
+    """Return the running Dask container; without one, the check is blocked."""
     if machine.container is None:
         pytest.skip(f"{BLOCKED}no Dask container is running")
     return machine.container
 
 
 def variable_of(machine: MachineState) -> int:
-    """Return the measured bytes; a check that needs them is blocked without."""
+    """Return the measured bytes; without them, the check is blocked."""
     if machine.variable is None:
         pytest.skip(f"{BLOCKED}AVAILABLE_MEMORY_FOR_DASK was not measured")
     return machine.variable
 
 
 def dask_of(machine: MachineState) -> SchedulerAnswer:
-    """Return what the scheduler answered; a check that needs it is blocked without."""
+    """Return the scheduler's answer; without one, the check is blocked."""
     if machine.dask.error:
         pytest.skip(f"{BLOCKED}Dask's scheduler gave no answer")
     return machine.dask
 
 
 def answered(client: WorkersAnswer) -> WorkersAnswer:
-    """Return what the workers answered; a check that needs it is blocked without."""
+    """Return the workers' answer; without one, the check is blocked."""
     if client.error:
         pytest.skip(f"{BLOCKED}Dask's client got no answer")
     return client
@@ -359,21 +357,21 @@ def context(request: pytest.FixtureRequest) -> Context:
 
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> MachineState:
-    """What the machine told about this start."""
+    """The state of the machine after this start."""
     run = _run(request.config)
     return run.answer_of(run.machine)
 
 
 @pytest.fixture(scope="session")
 def pressure(request: pytest.FixtureRequest) -> PressureResult:
-    """What the machine showed under memory pressure; in the phase `pressure` only."""
+    """What happened under memory pressure; in the phase `pressure` only."""
     run = _run(request.config)
     return run.answer_of(run.pressure)
 
 
 @pytest.fixture
 def note(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Say something about a check that passed."""
+    """A function that adds a text to a check that passed."""
     return partial(record_property, NOTE)
 
 
@@ -391,7 +389,7 @@ def variable(machine: MachineState) -> int:
 
 @pytest.fixture(scope="session")
 def client(request: pytest.FixtureRequest) -> WorkersAnswer:
-    """What the workers answered Dask's own client, or why they did not; on the first boot only."""
+    """The workers' answer to Dask's own client, or why there is none; on the first boot only."""
     run = _run(request.config)
     return run.answer_of(run.client)
 
@@ -404,5 +402,5 @@ def dask(machine: MachineState) -> SchedulerAnswer:
 
 @pytest.fixture(scope="session")
 def workers(client: WorkersAnswer) -> WorkersAnswer:
-    """How the workers manage their memory, as they answered Dask's client; on the first boot only."""
+    """The workers' memory thresholds, read through Dask's client; on the first boot only."""
     return answered(client)

@@ -1,4 +1,4 @@
-"""What a machine under memory pressure showed, parsed from memory_pressure.sh, memory_pressure.py and the logins meanwhile."""
+"""What a machine under memory pressure reported: memory_pressure.sh, memory_pressure.py and the logins."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ami_builder.core import oom
 from ami_builder.core.oom import Constraint, Kill
 
 BESIDE_SECONDS = 1.0
-"""A kill so soon after another is not for what was taken since: no worker is up again by then.
+"""A kill this soon after another has the same cause: no worker has restarted by then.
 
-Where a login at rest takes longer than this, that is the bound: all is as much slower there.
+On a machine where a login at rest takes longer than this, the bound is the time of that login.
 """
 
-# They come and go with logins and D-Bus calls, and not for want of memory.
+# Logins and D-Bus calls start and end these, whatever memory there is.
 _PASSING = ("user@", "user-runtime-dir@", "ssh@", "sshd@")
 
 
 class EndedBy(StrEnum):
-    """Who ended a worker."""
+    """What ended a worker."""
 
     NANNY = "the nanny"
     CONTAINER = "the kernel, at the container's limit"
     MACHINE = "the kernel, because the whole machine had no memory left"
-    NOBODY = "nobody that told of it"
+    UNKNOWN = "an unknown cause"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class ServiceState:
     invocation: str
 
     def same(self, later: ServiceState | None) -> bool:
-        """Tell whether nobody touched it; what D-Bus starts may end by itself."""
+        """Return whether the service still runs unchanged; one that D-Bus started may end by itself."""
         if later is None or later.result != "success":
             return False
         idle = self.type == "dbus" and later.active == "inactive"
@@ -57,7 +57,7 @@ class ServiceState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grower:
-    """The process that took the container's whole limit outside Dask's eyes; times are seconds since 1970."""
+    """The process that took the container's whole limit without Dask; times are seconds since 1970."""
 
     pid: int
     status: int
@@ -67,22 +67,22 @@ class Grower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PressureResult:
-    """What happened from the first step to the last; sizes are bytes, times seconds."""
+    """What happened from the first step to the last; sizes are bytes, times are seconds."""
 
     memcg: str
     limit: int | None
     """The container's; None without one."""
     total: int
     beside: int
-    """What all in the container but its workers holds when they are back and idle."""
+    """Memory of everything in the container but its workers, when they are back and idle."""
     scheduler: int
-    """What the scheduler holds of that."""
+    """The scheduler's part of that."""
     idle: int
-    """What the workers hold then."""
+    """Memory of the workers then."""
     dask: Mapping[str, Any]
-    """What memory_pressure.py wrote; without what belongs to steps that it did not come to."""
-    said: str
-    """What the client said that began it all; nothing when all went well."""
+    """What memory_pressure.py wrote; results of steps that it did not reach are missing."""
+    client_output: str
+    """What the client printed that started the steps; empty if all went well."""
     grower: Grower
     kills: tuple[Kill, ...]
     before: Mapping[str, ServiceState]
@@ -91,14 +91,14 @@ class PressureResult:
     """Id, whether it runs, start and restarts of the container, before and after."""
     watched: LoginTimes
     first_attempt: str = ""
-    """Why it was all done a second time; empty at the first."""
+    """Why this is the second attempt; empty for the first."""
 
     @classmethod
     def parse(cls, text: Sections, watched: LoginTimes) -> PressureResult:
         """Read the sections of memory_pressure.sh; raises Incomplete when one is missing or can't be read."""
         if "end" not in text:
             last = list(text)[-1] if text else "nothing"
-            raise Incomplete(f"the machine did not come to an end under pressure; it last told: {last}")
+            raise Incomplete(f"the script under memory pressure did not end; its last section is: {last}")
         try:
             dask = json.loads(text["dask"]) if text["dask"].strip() else {}
             own = _processes(text["processes"])
@@ -113,7 +113,7 @@ class PressureResult:
                 scheduler=own.get(dask.get("scheduler", 0), 0),
                 idle=workers,
                 dask=dask,
-                said=text["client"].strip(),
+                client_output=text["client"].strip(),
                 grower=Grower(
                     pid=int(grower["pid"]),
                     status=int(grower["status"]),
@@ -127,16 +127,18 @@ class PressureResult:
                 watched=watched,
             )
         except (KeyError, ValueError, TypeError, IndexError) as wrong:
-            raise Incomplete(f"the machine's answer under pressure can't be read: {wrong!r}") from wrong
+            raise Incomplete(
+                f"the machine's answer under memory pressure can't be read: {wrong!r}"
+            ) from wrong
 
     @property
     def error(self) -> str:
-        """Why the steps did not all come to their end; empty when they did."""
-        last = (self.said.splitlines() or ["it did not tell how it went"])[-1]
+        """Why the steps did not complete; empty if they did."""
+        last = (self.client_output.splitlines() or ["it reported no result"])[-1]
         return str(self.dask["error"]) if self.dask else last
 
     def worker_ends(self) -> tuple[EndedBy, ...]:
-        """Return who ended each of the workers that leaked, whoever of them came first."""
+        """Return for each worker that leaked what ended it first."""
         leaks = self.dask.get("leaks", [])
         ends = [*(leak["time"] for leak in leaks[1:]), self.grower.began]
         return tuple(self._end_of(leak, end) for leak, end in zip(leaks, ends, strict=False))
@@ -150,20 +152,19 @@ class PressureResult:
             for kill in self.kills
             if leak["time"] <= kill.seconds < end
         ]
-        return min(by)[1] if by else EndedBy.NOBODY
+        return min(by)[1] if by else EndedBy.UNKNOWN
 
     def kills_outside(self) -> tuple[Kill, ...]:
-        """Return the kills that were not inside the container alone."""
+        """Return the OOM kills that were system-wide, or of a process outside the container."""
         return tuple(
             kill for kill in self.kills if kill.constraint is Constraint.GLOBAL or not kill.inside(self.memcg)
         )
 
     def double_kill(self) -> str:
-        """Tell whom the kernel killed in the container right after another one there; empty for nobody.
+        """Return a text on a process that the kernel killed right after another in the container, or nothing.
 
-        Linux may choose a second victim while the first one's memory is on its way back, whoever then asks
-        for some: seen 16 to 170 ms later on emulated machines, in three of some twenty runs. That is not the
-        image's fault.
+        Linux may choose a second victim while the memory of the first is being freed: 16 to 170 ms later
+        on emulated VMs, in three of about twenty runs. The image does not cause this.
         """
         inside = [kill for kill in self.kills if kill.inside(self.memcg)]
         at_rest = sorted(wait.seconds for wait in self.watched.waits_at_rest())
@@ -175,7 +176,7 @@ class PressureResult:
         return ""
 
     def changed_services(self) -> tuple[str, ...]:
-        """Return the services that were up before, and are not, or not any more the same."""
+        """Return the services that ran before and have failed, ended or restarted since."""
         return tuple(
             name
             for name, service in self.before.items()

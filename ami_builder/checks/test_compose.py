@@ -1,4 +1,4 @@
-"""The fallback: an old image, or a measurement that failed, must not keep a Compose file from starting."""
+"""The Compose file starts without a limit on an older image, or after a failed measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def limits(text: str) -> dict[str, int]:
     """Return each service's limit as `docker compose config` printed it; fails with Compose's own error."""
     # Compose warns before it prints: the JSON begins at the first line that is a brace.
     start = re.search(r"^\{", text, re.MULTILINE)
-    assert start, f"docker compose config refuses it: {(text.strip().splitlines() or ['no output'])[-1]}"
+    assert start, f"docker compose config fails: {(text.strip().splitlines() or ['no output'])[-1]}"
     services = json.loads(text[start.start() :])["services"]
     return {name: _limit(service) for name, service in services.items()}
 
@@ -32,15 +32,15 @@ def _limit(service: dict[str, object]) -> int:
 
 @pytest.mark.parametrize("file", FILES)
 def test_compose_file_has_mem_limit(machine: MachineState, file: str) -> None:
-    """Without the line the variable exists, everything starts, and nothing is limited."""
+    """Without this line the variable exists and Dask starts, but has no limit."""
     text = machine.text["compose" if file == "in place" else "compose.image"]
-    assert LINE.search(text), f"no line mem_limit: ${{{VARIABLE}:-0}} in the Compose file {file}" + (
+    assert LINE.search(text), f"the Compose file {file} has no line mem_limit: ${{{VARIABLE}:-0}}" + (
         "" if text.strip() else ": it is empty or missing"
     )
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_no_variable_means_no_limit(machine: MachineState, file: str) -> None:
-    """A Compose file with the line must still start where nobody measured."""
+    """A Compose file with this line must also start where nothing was measured."""
     found = limits(machine.text[f"{FILES[file]}.unset"])
-    assert set(found.values()) == {0}, f"without {VARIABLE} the limits are {found}, not 0"
+    assert set(found.values()) == {0}, f"without {VARIABLE} the limits are {found}, expected 0"

@@ -1,4 +1,4 @@
-"""The promise: one chain of equal numbers, from the variable to Dask's workers."""
+"""The chain of equal numbers: the variable, Docker, the kernel and Dask's workers have the same limit."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from ami_builder.core.options import Role
 
 
 def test_variable_was_measured(machine: MachineState) -> None:
-    """Without exactly one line of integer bytes, `:-0` applies: Dask starts and nothing is limited."""
+    """Without one line of integer bytes, Compose's `:-0` applies: Dask starts without a limit."""
     content = machine.text["memory.env"].strip() or "nothing"
     assert machine.variable is not None, (
-        f"/run/dask/memory.env should be {VARIABLE}=<bytes>, and holds {content!r}"
+        f"/run/dask/memory.env should be {VARIABLE}=<bytes>, but is {content!r}"
     )
 
 
 def test_variable_is_less_than_the_machine_has(machine: MachineState, variable: int) -> None:
-    """A limit of all memory, or of none, leaves the system to the kernel's out-of-memory killer."""
+    """With a limit of all memory, or with none, the kernel's OOM killer acts before Dask does."""
     total = machine.meminfo["MemTotal"]
     assert 0 < variable < total, f"{VARIABLE} is {exact_size(variable)}, MemTotal {exact_size(total)}"
 
 
 def test_variable_is_whole_pages(machine: MachineState, variable: int) -> None:
-    """The kernel rounds a limit down to a page and Docker does not: only whole pages stay equal."""
+    """The kernel rounds a limit down to a page, Docker does not: they agree on whole pages only."""
     over = variable % machine.page
-    assert over == 0, f"{VARIABLE} is {variable} bytes, {over} more than whole pages of {machine.page}"
+    assert over == 0, (
+        f"{VARIABLE} is {variable} bytes, {over} more than a multiple of the page size {machine.page}"
+    )
 
 
 def test_container_has_a_limit(machine: MachineState, container: ContainerState) -> None:
-    """No limit is the silent failure that this project exists to catch."""
+    """A container without a limit looks healthy until memory runs out."""
     maximum = machine.levels[0].get("max") if machine.levels else "missing"
     assert maximum.isdigit(), (
         f"container {container.name} runs without a memory limit: memory.max is {maximum}"
@@ -45,14 +47,14 @@ def test_container_has_a_limit(machine: MachineState, container: ContainerState)
 
 
 def test_docker_has_the_variable(container: ContainerState, variable: int) -> None:
-    """Compose must hand the variable on as it is; 0 leaves the limit to the scope's default."""
+    """Compose must pass the variable on unchanged; with 0, the default of systemd's scope applies."""
     assert container.memory in (0, variable), (
-        f"docker inspect has Memory {exact_size(container.memory)}, {VARIABLE} is {exact_size(variable)}"
+        f"HostConfig.Memory is {exact_size(container.memory)}, {VARIABLE} is {exact_size(variable)}"
     )
 
 
 def test_systemd_has_the_variable(machine: MachineState, variable: int) -> None:
-    """Whatever starts a container, systemd limits its scope, unless it asks for a limit of its own."""
+    """systemd limits every container that does not ask for a limit itself, whoever starts it."""
     assert f"MemoryMax={variable}" in machine.lines("scope"), (
         f"docker-.scope.d/10-dask.conf has {machine.lines('scope') or 'nothing'}, {VARIABLE} is {variable}"
     )
@@ -60,15 +62,15 @@ def test_systemd_has_the_variable(machine: MachineState, variable: int) -> None:
 
 @pytest.mark.first_boot
 def test_any_container_has_the_variable(machine: MachineState, variable: int) -> None:
-    """`docker run IMAGE` as anybody types it, without a word about memory."""
+    """A plain `docker run IMAGE`, without a memory option, gets the limit too."""
     found = (machine.lines("plain") or ("nothing",))[0]
-    assert found == str(variable), f"a plain `docker run` has memory.max {found}, {VARIABLE} is {variable}"
+    assert found == str(variable), f"a plain `docker run` gets memory.max {found}, {VARIABLE} is {variable}"
 
 
 def test_kernel_enforces_the_variable(
     machine: MachineState, container: ContainerState, variable: int
 ) -> None:
-    """memory.max of the cgroup that the container's processes are in is what really limits them."""
+    """The kernel enforces memory.max of the cgroup that the container's processes are in."""
     maximum = machine.levels[0].get("max") if machine.levels else "missing"
     assert maximum == str(variable), (
         f"memory.max of container {container.name} is {maximum}, {VARIABLE} is {variable}"
@@ -76,7 +78,7 @@ def test_kernel_enforces_the_variable(
 
 
 def test_container_sees_the_variable(machine: MachineState, container: ContainerState, variable: int) -> None:
-    """Dask reads /sys/fs/cgroup/memory.max inside; in the host's cgroup namespace there is none."""
+    """Dask reads /sys/fs/cgroup/memory.max inside; it is missing in the host's cgroup namespace."""
     inside = machine.text["inside"].strip() or "missing"
     assert inside == str(variable), (
         f"/sys/fs/cgroup/memory.max inside container {container.name} is {inside}, {VARIABLE} is {variable}"
@@ -84,20 +86,21 @@ def test_container_sees_the_variable(machine: MachineState, container: Container
 
 
 def test_workers_share_the_variable(context: Context, dask: SchedulerAnswer, variable: int) -> None:
-    """The workers' limits must add up to the container's, less the headroom and what rounding takes."""
+    """The workers' limits add up to the container's, less the headroom and a byte of rounding each."""
     if context.role is Role.SCHEDULER:
         pytest.skip("a scheduler has no workers: the chain ends at memory.max")
     limits = [worker.memory_limit for worker in dask.workers]
     share = variable - context.headroom
     less = f", less a headroom of {exact_size(context.headroom)}" if context.headroom else ""
     assert share - max(1, len(limits)) < sum(limits) <= share, (
-        f"{len(limits)} workers have {limits} = {exact_size(sum(limits))}, {VARIABLE} is {exact_size(variable)}{less}"
+        f"the limits of {len(limits)} workers, {limits}, add up to {exact_size(sum(limits))};"
+        f" {VARIABLE} is {exact_size(variable)}{less}"
     )
 
 
 @pytest.mark.first_boot
 def test_workers_confirm_what_the_scheduler_lists(dask: SchedulerAnswer, workers: WorkersAnswer) -> None:
-    """On later starts only the scheduler is asked: the workers themselves must have the same limits."""
+    """Later starts ask only the scheduler, so its list must agree with the workers themselves."""
     listed = {worker.address: worker.memory_limit for worker in dask.workers}
     found = {worker.address: worker.memory_limit or 0 for worker in workers.workers}
-    assert found == listed, f"the scheduler lists the limits {listed}, the workers answer {found}"
+    assert found == listed, f"the scheduler lists the limits {listed}, the workers report {found}"

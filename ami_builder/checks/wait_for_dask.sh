@@ -1,5 +1,5 @@
-# Wait until this machine has come up and Dask answers, or can't any more; then take the figures that move.
-# Arguments: the nonce, the seconds to wait, how many workers have to be there at least. POSIX sh, run by root.
+# Wait until the machine has booted and Dask answers, or has failed; then read the values that change with time.
+# Arguments: the nonce, the seconds to wait, the least number of workers. POSIX sh, run by root.
 set -u
 export LC_ALL=C
 
@@ -8,13 +8,13 @@ uptime_seconds() {
     read -r up _ </proc/uptime
     echo "${up%.*}"
 }
-# Asked from outside the container: an exec would run inside the cgroup that is looked at.
+# Ask from outside the container: an exec would run inside the cgroup that is checked.
 get() {
     # shellcheck disable=SC2016  # expanded by bash
     timeout 60 bash -c \
         'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET $0 HTTP/1.0\r\n\r\n" >&3 && cat <&3' "$1" 2>/dev/null
 }
-# Workers that the scheduler says it has, in Dask's own route /json/identity.json.
+# Count the workers that the scheduler lists in Dask's route /json/identity.json.
 workers() { printf '%s' "$identity" | grep -o '"type": "Worker"' | wc -l; }
 started() {
     case $(systemctl is-system-running 2>/dev/null) in
@@ -26,8 +26,7 @@ started() {
 end=$(($(uptime_seconds) + $2))
 late() { [ "$(uptime_seconds)" -ge "$end" ]; }
 
-# Blocks instead of asking again and again: on an emulated machine that took more than half of a processor from
-# the boot that is waited for.
+# One call that blocks: repeated calls took more than half of a CPU from the boot of an emulated VM.
 timeout "$2" systemctl is-system-running --wait >/dev/null 2>&1
 section nonce
 cat /var/lib/ami-builder/nonce 2>/dev/null
@@ -49,14 +48,14 @@ while [ -z "$reason" ]; do
     ActiveState='' NRestarts=0 Job='' ExecMainPID=0
     eval "$(systemctl show dask.service -p ActiveState -p NRestarts -p Job -p ExecMainPID | sed 's/=\(.*\)/="\1"/')"
     if late; then
-        reason="Dask did not answer with $least workers within $2 s, it has $registered; dask.service is $ActiveState"
+        reason="Dask did not have $least workers within $2 s, it has $registered; dask.service is $ActiveState"
     elif [ "$ActiveState" = failed ]; then
         reason="dask.service has failed"
     elif [ "${NRestarts:-0}" -ge 3 ]; then
         reason="dask.service was restarted $NRestarts times"
     elif [ "$ActiveState" = inactive ] && [ -z "$Job" ] && started; then
         reason="dask.service was never started"
-        [ "${ExecMainPID:-0}" = 0 ] || reason="dask.service has ended, as if that had been asked for"
+        [ "${ExecMainPID:-0}" = 0 ] || reason="dask.service has ended without an error"
     else
         sleep 1
     fi
@@ -66,14 +65,14 @@ printf '%s\n' "$reason"
 section identity
 printf '%s\n' "$identity"
 
-# One container of the project is the rule; with several, the checks say so and look at the newest.
+# There should be one container of the project; if there are several, the checks report it and use the newest.
 id=$(docker ps -q --no-trunc --filter label=com.docker.compose.project=dask 2>/dev/null | head -n 1)
 pid=
 [ -z "$id" ] || pid=$(docker inspect -f '{{.State.Pid}}' "$id")
 section container
 printf '%s\n%s\n' "$id" "$pid"
 
-# Side by side, and before anything else of ours runs: what is available, and what Dask would give back.
+# At one moment, before other programs of the checks run: the available memory, and what Dask would free.
 section meminfo
 cat /proc/meminfo
 section memory.stat

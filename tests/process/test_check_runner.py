@@ -44,7 +44,7 @@ CONTEXT = runner.Context(
 PRESSED = json.loads((Path(__file__).parents[1] / "recorded" / "memory_pressure.json").read_text())
 """What a machine that is well answered under memory pressure."""
 
-# The command is the last argument; each script is told by its first comment.
+# The command is the last argument; the first comment identifies each script.
 SSH = """\
 #!/bin/sh
 echo "$@" | head -n 1 >>'{folder}/argv'
@@ -63,12 +63,12 @@ case $last in
         [ ! -e '{folder}/pressed.next' ] || mv '{folder}/pressed.next' '{folder}/pressed'
         exit
         ;;
-    *'Wait until this machine'*)
+    *'Wait until the machine has booted'*)
         echo "$last" | tail -n 1 >>'{folder}/settling'
         exec cat '{folder}/settled'
         ;;
-    *'Tell everything'*) exec cat '{folder}/gathered' ;;
-    *'Ask Dask through'*) : >'{folder}/asked'; exec cat '{folder}/probed' ;;
+    *'Print everything that the checks'*) exec cat '{folder}/gathered' ;;
+    *'Run a Python program in the container'*) : >'{folder}/asked'; exec cat '{folder}/probed' ;;
     *) exec sh -c "$last" ;;
 esac
 """
@@ -262,7 +262,7 @@ def settling(tmp_path: Path) -> Settling:
         (
             "",
             "ActiveState=inactive\nExecMainPID=812\n",
-            "dask.service has ended, as if that had been asked for",
+            "dask.service has ended without an error",
         ),
         ("", "ActiveState=activating\nNRestarts=3\n", "dask.service was restarted 3 times"),
         (listing(), "ActiveState=failed\n", "dask.service has failed"),
@@ -305,7 +305,7 @@ def test_settle_says_how_many_workers_there_were_when_it_gives_up(
     settling.answers(answer)
     found = settling.run(least=2, seconds=0)
     assert found["settled"].strip() == (
-        f"Dask did not answer with 2 workers within 0 s, it has {has}; dask.service is active"
+        f"Dask did not have 2 workers within 0 s, it has {has}; dask.service is active"
     )
     assert found["identity"].rstrip("\n") == answer
 
@@ -403,7 +403,7 @@ def test_a_check_that_asks_the_workers_after_the_first_boot_says_why_it_cannot(
     own = fake.file("def test_a(workers):\n    pass\n")
     (result,) = fake.run(own, phase=phase)
     assert result.outcome is Outcome.FAILED
-    assert f"in the phase {phase} the machine is not asked for that" in result.message
+    assert f"in the phase {phase} this is not read" in result.message
 
 
 @pytest.mark.parametrize(
@@ -441,8 +441,8 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
         import pytest
 
         @pytest.mark.pressure
-        def test_restarts(pressed, note):
-            note(f"{len(pressed.kills)} kills")
+        def test_restarts(pressure, note):
+            note(f"{len(pressure.kills)} kills")
 
         def test_always():
             pass
@@ -450,7 +450,7 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     )
     results = fake.run(*runner.shipped(checks_dir()), own, phase="pressure")
     assert verdict(results).passed, results
-    assert {r.name.split(":")[0] for r in results} == {"pressure", "own"}
+    assert {r.name.split(":")[0] for r in results} == {"memory pressure", "own"}
     kills = PRESSED["kernel"].count("oom-kill:")
     assert {r.name: r.message for r in results}["own: restarts"] == f"{kills} kills"
     assert [r.name for r in fake.run(own, phase="restart")] == ["own: always"]
@@ -498,15 +498,18 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
     again = {r.name: r for r in fake.run(*runner.shipped(checks_dir()), phase="pressure")}
     steps = again["memory pressure: all steps completed"]
     assert steps.outcome is Outcome.FAILED
-    assert steps.message == f"Dask under memory pressure: it did not tell how it went; {why}; {why}"
+    assert (
+        steps.message
+        == f"the steps under memory pressure did not complete: it reported no result; {why}; {why}"
+    )
 
 
 def test_a_machine_that_never_ends_under_pressure_is_not_judged(fake: Fake) -> None:
     fake.answer("pressed", {"memcg": "/a", "client": ""})
-    own = fake.file("import pytest\n\n@pytest.mark.pressure\ndef test_a(pressed):\n    pass\n")
+    own = fake.file("import pytest\n\n@pytest.mark.pressure\ndef test_a(pressure):\n    pass\n")
     told = guard(fake.run(own, phase="pressure"))
     assert told.startswith(
-        "the machine answers: the machine did not come to an end under pressure; it last told: client"
+        "the machine answers: the script under memory pressure did not end; its last section is: client"
     )
 
 
@@ -519,7 +522,7 @@ def test_what_a_phase_does_not_ask_for_is_not_there(fake: Fake) -> None:
         def test_a(machine):
             pass
 
-        def test_b(pressed):
+        def test_b(pressure):
             pass
         """
     )
@@ -550,7 +553,7 @@ def test_only_ssh_will_do(fake: Fake, host: str) -> None:
 @pytest.mark.parametrize("nonce", ["another", ""])
 def test_another_machine_is_refused(fake: Fake, nonce: str) -> None:
     fake.settled({"nonce": nonce})
-    assert "the machine is the one that was booted: it should answer 5ecret" in guard(
+    assert "the machine is the one that was booted: its nonce should be 5ecret" in guard(
         fake.run(fake.file(GOOD))
     )
 
@@ -568,7 +571,9 @@ def test_unreachable_machine_is_named(fake: Fake) -> None:
 
 def test_a_login_without_sudo_is_named(fake: Fake) -> None:
     (fake.folder / "ssh").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n")
-    assert "can't be asked (status 1): sudo: a password is required" in guard(fake.run(fake.file(GOOD)))
+    assert "failed on the machine (status 1): sudo: a password is required" in guard(
+        fake.run(fake.file(GOOD))
+    )
 
 
 def test_half_an_answer_is_refused(fake: Fake) -> None:

@@ -73,7 +73,7 @@ def test_it_spills_is_killed_once_and_comes_back(tmp_path: Path) -> None:
     size = spill["size"] / memory_pressure.GIB
     steps = [
         rf"(spilling|reading back) \d\.\d of {size:.1f} GiB",
-        r"leaking: a worker holds \d+ % of its limit",
+        r"leaking: a worker uses \d+ % of its limit",
     ]
     assert [text for text in reported if not any(re.fullmatch(step, text) for step in steps)] == []
     names = list(dict.fromkeys(text.split(" ")[0] for text in reported))
@@ -87,7 +87,7 @@ def test_a_step_that_does_not_end_is_named(tmp_path: Path) -> None:
         press_until(tmp_path / "steps", address, max(10.0, 4 * (memory_pressure.uptime() - began)))
         done = tmp_path / "steps.json"
         assert wait_until(done.exists, what="the end", timeout=600)
-    assert re.fullmatch(r"asking had not ended after \d+ s in all", json.loads(done.read_text())["error"])
+    assert re.fullmatch(r"asking: not finished after \d+ s in all", json.loads(done.read_text())["error"])
 
 
 def test_a_worker_that_goes_while_it_spills_ends_that_step(tmp_path: Path) -> None:

@@ -299,9 +299,9 @@ def test_a_machine_like_ours_is_green_and_says_how_it_went() -> None:
     notes: list[str] = []
     assert judge(GOOD, notes) == {}
     spilled, restarted, answered = notes
-    assert re.fullmatch(r"[\d.]+ GiB of work \([12]\.\d x the limit\) in \d+ s", spilled)
+    assert re.fullmatch(r"[\d.]+ GiB of data \([12]\.\d x the limit\) in \d+ s", spilled)
     assert re.match(r"restarted by (the nanny|the kernel, at the container's limit) \(1 times\)", restarted)
-    assert re.search(r"in time on machines from [\d.]+ GiB on \([\d.]+ GiB without a scheduler", restarted)
+    assert re.search(r"on machines from [\d.]+ GiB on \([\d.]+ GiB without a scheduler", restarted)
     times = r"[\d.]+ s, [\d.]+ s at rest: [\d.]+ x, allowed 5 x or 10 s"
     assert re.fullmatch(rf"\d+ logins; longest wait for a login {times}.*", answered)
 
@@ -354,7 +354,7 @@ def test_a_small_disk_is_said_not_hidden() -> None:
     recorded = dict(GOOD)
     dask("spill", "size", value=1024 * MIB)(recorded)
     name = WORK
-    assert judge(recorded)[name].endswith("the disk has no room for more (verify.disk_size)")
+    assert judge(recorded)[name].endswith("(verify.disk_size)")
 
 
 def test_the_nannys_headroom_is_named_where_it_is_needed() -> None:
@@ -362,12 +362,12 @@ def test_the_nannys_headroom_is_named_where_it_is_needed() -> None:
     recorded, notes = dict(GOOD), list[str]()
     put("memory.stat", f"anon {200 * MIB + parse(GOOD).idle}\n")(recorded)
     assert judge(recorded, notes) == {}
-    assert "beside the workers 200 MiB are in use" in notes[1]
+    assert "the container uses 200 MiB" in notes[1]
     limit = parse(GOOD).limit
     assert limit is not None
     needed = -(-oom.least_headroom(limit, beside=200 * MIB) // MIB)
     assert needed > 100
-    assert f"here with a headroom of {needed} MiB" in notes[1]
+    assert f"nanny_headroom of {needed} MiB" in notes[1]
     assert re.search(r"on machines from [34]\.\d GiB on", notes[1])
 
 
@@ -425,8 +425,8 @@ def test_a_host_that_is_too_busy_to_tell_is_inconclusive(
     assert red(recorded) == set()
     why = judge(recorded)[SSH].removeprefix(f"skipped: {plugin.INCONCLUSIVE}")
     assert why.startswith("longest wait for a login ")
-    assert "The host was too busy to tell: of " in why
-    assert why.endswith("some process waited for a processor 83% of the time")
+    assert "The host was too busy" in why
+    assert why.endswith("83% of the time")
 
 
 @pytest.mark.parametrize("which", ["rest", "logins"])
