@@ -1,6 +1,6 @@
 """Write the pages of the reference that come from the code: `python docs/generate.py`.
 
-Commands come from the command line's help, settings from the configuration's JSON schema, exit codes from the
+Commands come from the command line's help, settings from their declarations, exit codes from the
 exceptions, and checks from the test files. tests/unit/test_readme.py compares the pages with what this script
 would write.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ami_builder.cli.app import app  # noqa: E402
-from ami_builder.config import schema  # noqa: E402
+from ami_builder.config import reference  # noqa: E402
 from ami_builder.core import errors  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -109,8 +108,6 @@ def _parameters(command: Any) -> Iterator[str]:
 
 
 def _settings() -> Iterator[str]:
-    found = schema.json_schema()
-    definitions = found["$defs"]
     yield "# Configuration\n"
     yield "All settings of `ami-builder.toml`. Every setting has a default, so an empty `[images.NAME]` is"
     yield "a complete image. A later source overrides an earlier one:\n"
@@ -119,62 +116,27 @@ def _settings() -> Iterator[str]:
     yield "3. `[images.NAME]`: one image"
     yield "4. the environment: `AMI_BUILDER_MEMORY__RESERVE=5%`"
     yield "5. the command line: `--set memory.reserve=5%`\n"
-    yield "`ami-builder config show` prints each value with its source, `ami-builder config schema` a JSON"
-    yield "schema for editors. A list replaces a list; outside the file its values are separated by commas."
-    yield "Paths start at the folder of the file, or, outside the file, at the current one. No setting is a"
-    yield "secret.\n"
+    yield "`ami-builder config show` prints each value with its source, `ami-builder config example` a"
+    yield "complete file, `ami-builder config schema` a JSON schema for editors.\n"
+    yield "A list replaces a list; outside the file its values are separated by commas. Paths start at the"
+    yield "folder of the file, or, outside the file, at the current one. No setting is a secret."
+    yield "`default_image`, at the top of the file, names the image that commands use when none is named."
+    yield "It is needed only with several images.\n"
     yield "| kind of value | examples |\n|---|---|"
     yield '| size | `"512MiB"`, `"2GiB"`, or a number of bytes |'
     yield '| duration | `"300s"`, `"10min"`, `"1h"`, or a number of seconds |\n'
-    top = found["properties"]["default_image"]
-    yield "## Top level\n"
-    yield from _table({"default_image": top | {"default": ""}}, definitions)
-    image = definitions["ImageTable"]["properties"]
-    plain = {name: each for name, each in image.items() if "$ref" not in each}
-    yield "## [images.NAME]\n"
-    yield from _table(plain, definitions)
-    for name, each in image.items():
-        if "$ref" in each:
-            table = definitions[each["$ref"].rpartition("/")[2]]
-            yield f"## [images.NAME.{name}]\n"
-            yield _prose(table["description"]) + "\n"
-            yield from _table(table["properties"], definitions, f"{name}.")
-
-
-def _table(properties: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    yield "| setting | default | type | meaning |\n|---|---|---|---|"
-    for name, each in properties.items():
-        value = each.get("default")
-        default = f"`{json.dumps(value, ensure_ascii=False)}`" if value is not None else ""
-        meaning = _cell(each.get("description", ""))
-        examples = each.get("examples") or each.get("items", {}).get("examples") or []
-        shown = [f"`{json.dumps(one, ensure_ascii=False)}`" for one in examples if one != value]
-        if shown:
-            meaning += f" Example: {', '.join(shown[:2])}."
-        yield f"| `{prefix}{name}` | {default} | {_cell(_kind(each))} | {meaning} |"
+    table = None
+    for each in reference.entries():
+        if each.table != table:
+            table = each.table
+            yield f"\n## [images.NAME{f'.{table}' if table else ''}]\n"
+            if table:
+                yield _prose(reference.table_description(table)) + "\n"
+            yield "| setting | default | type | meaning |\n|---|---|---|---|"
+        name = f"{table}.{each.key}" if table else each.key
+        meaning = f"{_cell(each.description)} Example: `{each.example}`."
+        yield f"| `{name}` | `{each.default}` | {_cell(each.type)} | {meaning} |"
     yield ""
-
-
-def _kind(each: Mapping[str, Any]) -> str:
-    """Return the type of a setting as a user writes it."""
-    if "enum" in each:
-        return "one of " + ", ".join(f"`{one}`" for one in each["enum"])
-    patterns = " ".join(str(one.get("pattern", "")) for one in (each, *each.get("anyOf", ())))
-    if "min" in patterns and "anyOf" in each:
-        return "duration"
-    if "iB" in patterns or "[KMGT]" in patterns or "KMGT" in patterns.upper():
-        return "size or percentage" if "%" in patterns else "size"
-    kinds = {"string": "text", "integer": "integer", "boolean": "`true` or `false`", "number": "number"}
-    if each.get("type") == "array":
-        return f"list of {_kind(each['items']).removeprefix('one of ')}"
-    if "anyOf" in each:
-        return " or ".join(dict.fromkeys(_kind(one) for one in each["anyOf"]))
-    if "const" in each:
-        return f"`{each['const']}`"
-    kind = kinds.get(str(each.get("type")), "text")
-    if kind == "integer" and "minimum" in each and "maximum" in each:
-        kind += f", {each['minimum']} to {each['maximum']}"
-    return kind
 
 
 def _exit_codes() -> Iterator[str]:

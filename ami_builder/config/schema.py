@@ -357,7 +357,7 @@ class Setting:
         """What to write, such as `a duration`."""
         if isinstance(self.type, ValueType):
             return f"a list of: {self.type.expected}" if self.is_list else self.type.expected
-        return "true or false" if self.type is bool else " or ".join(str(one) for one in self._options)
+        return "true or false" if self.type is bool else ", ".join(f"`{one}`" for one in self._options)
 
     @property
     def example(self) -> object:

@@ -151,18 +151,22 @@ def count(least: int, most: int, *, example: int = 4, word: str = "") -> ValueTy
 def size(least: int, most: int, example: str) -> ValueType:
     """Return the type of a size between two bounds, in bytes but whole MiB, as QEMU and Packer take it."""
 
-    expected = f"whole MiB from {format_size(least)} to {format_size(most)}"
+    bounds = f"from {format_size(least)} to {format_size(most)}"
 
     def parse(value: object, folder: Path) -> int:
         found = parse_size(value)
         if not least <= found <= most or found % MIB:
-            raise ValueError(f"expected {expected}")
+            raise ValueError(f"expected whole MiB {bounds}")
         return found
 
     written = {"type": "string", "pattern": SIZE_PATTERN}
     number = {"type": "integer", "minimum": least, "maximum": most, "multipleOf": MIB}
     return ValueType(
-        expected=expected, parse=parse, dump=format_size, schema={"anyOf": [written, number]}, example=example
+        expected=f"a size {bounds}",
+        parse=parse,
+        dump=format_size,
+        schema={"anyOf": [written, number]},
+        example=example,
     )
 
 

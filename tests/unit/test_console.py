@@ -713,7 +713,7 @@ def test_nothing_is_drawn_with_where_nothing_is_drawn() -> None:
     code = """
 import sys
 from ami_builder import console
-from ami_builder.errors import UsageError
+from ami_builder.core.errors import UsageError
 with console.open_progress(console.Mode.PLAIN) as progress, progress.step("x"):
     pass
 console.error(UsageError("x"))
