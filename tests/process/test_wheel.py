@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from this checkout and installed by pip, without what it depends on."""
+    """The wheel, built from this checkout and installed, without what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
     for argv in (
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--find-links", str(folder),
-         "--target", str(folder / "site"), "ami-builder"],
+        [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-deps", "--no-index", "--find-links", str(folder),
+         "--python", sys.executable, "--target", str(folder / "site"), "ami-builder"],
     ):  # fmt: skip
         subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
     return folder / "site"
