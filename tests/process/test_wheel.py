@@ -18,12 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from this checkout and installed, without what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
-    for argv in (
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-deps", "--no-index", "--find-links", str(folder),
-         "--python", sys.executable, "--target", str(folder / "site"), "ami-builder"],
-    ):  # fmt: skip
-        subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    build = ["-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    install = ["-m", "uv", "pip", "install", "-q", "--no-deps", "--no-index", "--python", sys.executable]
+    install += ["--find-links", str(folder), "--target", str(folder / "site"), "ami-builder"]
+    for arguments in (build, install):
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
     return folder / "site"
 
 
