@@ -1,34 +1,54 @@
-"""`ami-builder report`: the page of a run or a night, collected from the workspace's records."""
+"""`ami-builder report`: collect the page of a run or a nightly run from the records in the workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ami_builder import console, report
+from ami_builder import console
 from ami_builder.core.records import NightlyRun, NightlyStatus, Outcome, RunStatus, Verdict
-from ami_builder.report import Fact, Page, Tone, content
+from ami_builder.report import html, sections
+from ami_builder.report.page import Fact, Page, Tone
 from ami_builder.state import runs
 from ami_builder.state.compare import compare_images
 from ami_builder.state.journal import Journal, Step
 from ami_builder.state.runs import RecordedNight, RecordedRun
 from ami_builder.state.workspace import Workspace, dump, write_atomically
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
 PAGE = "report.html"
 _COMMANDS = {"build": "Build", "verify": "Verification"}
 
 _ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
-    NightlyStatus.UNCHANGED: (Tone.IDLE, "Unchanged", "{} has what these inputs make: nothing was built."),
-    NightlyStatus.PROMOTED: (Tone.GOOD, "Promoted", "The image keeps its promise, and stands in {} now."),
-    NightlyStatus.HELD: (Tone.WARN, "Held", "The image was not promoted to {}: a person decides."),
+    NightlyStatus.UNCHANGED: (
+        Tone.IDLE,
+        "Unchanged",
+        "The inputs are those of the current image of {}, so nothing was built.",
+    ),
+    NightlyStatus.PROMOTED: (
+        Tone.GOOD,
+        "Promoted",
+        "The image passed all checks and is now the current image of {}.",
+    ),
+    NightlyStatus.HELD: (
+        Tone.WARN,
+        "On hold",
+        "The image was not promoted to {}: it differs too much. A person has to decide.",
+    ),
     NightlyStatus.INCONCLUSIVE: (
         Tone.UNSURE,
         "Inconclusive",
-        "Nothing was promoted to {}; the next nightly run verifies the image again.",
+        "Nothing was promoted to {}. The next nightly run verifies the image again.",
     ),
-    NightlyStatus.PARTLY: (Tone.BAD, "Promoted in part", "The image stands in {} now, but not everywhere."),
+    NightlyStatus.PARTLY: (
+        Tone.BAD,
+        "Promoted in part",
+        "The image is now the current one of {}, but not in every region.",
+    ),
     NightlyStatus.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
 }
 
@@ -36,28 +56,30 @@ _ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
 def write_page(
     subject: RecordedRun | RecordedNight, workspace: Workspace, output: Path | None = None
 ) -> Path:
-    """Write the page of a run or a night beside its record, or to `output`, and return where it is."""
+    """Write the page of a run or a nightly run beside its record, or to `output`, and return its path."""
     path = output or subject.directory / PAGE
     known = runs.runs(workspace)
     if isinstance(subject, RecordedRun):
         page = _of_run(subject, known, workspace, path)
     else:
         page = _of_night(subject, known, workspace, path)
-    write_atomically(path, report.render(page))
+    write_atomically(path, html.render(page))
     return path
 
 
 def keep_night(night: NightlyRun, directory: Path, workspace: Workspace) -> None:
-    """Write what a night did into its folder, and its page if it did anything; never fails because of it."""
+    """Write the record of a nightly run, and its page if anything happened. A failing page raises nothing."""
     dump(night, directory / runs.NIGHT)
     if night.ending is NightlyStatus.UNCHANGED:
-        # It would show the page before once more; `ami-builder report` draws it for whoever asks.
+        # Its page would repeat the previous one. `ami-builder report` can still make it.
         return
     try:
         write_page(RecordedNight(night=night, directory=directory), workspace)
     except Exception as wrong:
-        # What was promoted is promoted, whether or not it can be drawn.
-        console.note(f"the page of night {night.id} was not made: {type(wrong).__name__}: {wrong}")
+        # The promotion has already happened: a page that can't be made must not fail the nightly run.
+        console.note(
+            f"the report of nightly run {night.id} could not be written: {type(wrong).__name__}: {wrong}"
+        )
 
 
 def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
@@ -71,36 +93,36 @@ def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspa
         sentence=sentence,
         facts=(
             *_image_facts(record.digest, build),
-            *_time_facts(run.when, content.took(run)),
+            *_time_facts(run.when, sections.took(run)),
             Fact(name="Run", text=run.id, exact=True),
         ),
-        steps=content.bars(content.steps(run)),
-        links=content.links([run.directory], path),
+        steps=sections.bars(sections.steps(run)),
+        links=sections.links([run.directory], path),
     )
-    page = _with_proof(page, run)
+    page = _with_verdict(page, run)
     if build is None or build.baked is None:
         return page
     artifact = build.baked.artifact
     earlier = runs.builds(known, artifact.image, artifact.target, build.when)
     before = next((one for one in reversed(earlier) if one.record.digest != artifact.digest), None)
-    return _with_difference(replace(page, trends=content.trends(earlier)), before, build, workspace)
+    return _with_difference(replace(page, trends=sections.trends(earlier)), before, build, workspace)
 
 
 def _run_ended(run: RecordedRun, workspace: Workspace) -> tuple[Tone, str, str]:
     record, verdict = run.record, run.record.verdict
     match record.status:
         case RunStatus.PASSED if verdict is not None:
-            return Tone.GOOD, "Passed", f"The image keeps its promise: {_counted(verdict)}."
+            return Tone.GOOD, "Passed", f"All four numbers are equal: {_counted(verdict)}."
         case RunStatus.PASSED:
-            return Tone.WARN, "Not verified", "The image was made, and nothing was proved."
+            return Tone.WARN, "Not verified", "The image was built but not verified."
         case RunStatus.FAILED:
-            return Tone.BAD, "Failed", record.error or "It is not recorded why."
+            return Tone.BAD, "Failed", record.error or "The record gives no reason."
         case RunStatus.INCONCLUSIVE:
             return Tone.UNSURE, "Inconclusive", record.error or "The host was too busy to judge the image."
         case RunStatus.INTERRUPTED:
-            return Tone.WARN, "Interrupted", record.error or "It was stopped."
+            return Tone.WARN, "Interrupted", record.error or "The run was stopped."
         case RunStatus.RUNNING if workspace.is_live(run.id):
-            return Tone.IDLE, "Running", "It has not ended yet."
+            return Tone.IDLE, "Running", "The run has not finished yet."
         case RunStatus.RUNNING:
             return Tone.WARN, "Interrupted", "The process was killed."
 
@@ -117,42 +139,42 @@ def _of_night(one: RecordedNight, known: tuple[RecordedRun, ...], workspace: Wor
     night = one.night
     tone, word, sentence = _ENDINGS[night.ending]
     run = _run_of(one, known)
-    # What an earlier run took is not where this night's time went.
-    mine = content.steps(run) if run is not None and run.when >= night.started else ()
+    # An earlier run is not part of the time of this nightly run.
+    mine = sections.steps(run) if run is not None and run.when >= night.started else ()
     ended = (night.ended - night.started).total_seconds() if night.ended else None
     page = Page(
-        title=f"Night of image {night.image}",
+        title=f"Nightly run of image {night.image}",
         tone=tone,
         word=word,
         sentence=f"{sentence.format(night.channel)} {night.error}".rstrip(),
         facts=(
             Fact(name="Channel", text=night.channel),
             *_image_facts(night.digest, _builder(known, night.digest, one.when)),
-            *([Fact(name="Stood there before", text=night.before, exact=True)] if night.before else []),
+            *([Fact(name="Current before", text=night.before, exact=True)] if night.before else []),
             *_time_facts(night.started, ended),
-            Fact(name="Night", text=night.id, exact=True),
+            Fact(name="Nightly run", text=night.id, exact=True),
             *([Fact(name="Run", text=run.id, exact=True)] if run else []),
         ),
         night=night,
-        steps=content.bars(night.steps or mine),
-        links=content.links([one.directory, *([run.directory] if run else [])], path),
+        steps=sections.bars(night.steps or mine),
+        links=sections.links([one.directory, *([run.directory] if run else [])], path),
     )
     if run is None:
         return page
-    page = _with_proof(page, run)
+    page = _with_verdict(page, run)
     build = _builder(known, night.digest, one.when)
     if build is None or build.baked is None:
         return page
     artifact = build.baked.artifact
     page = replace(
-        page, trends=content.trends(runs.builds(known, artifact.image, artifact.target, build.when))
+        page, trends=sections.trends(runs.builds(known, artifact.image, artifact.target, build.when))
     )
     before = next((each for each in reversed(known) if night.before and _is(each, night.before)), None)
     return _with_difference(page, before, build, workspace)
 
 
 def _run_of(one: RecordedNight, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
-    """Return the run that a night made, else the one that proved what it found."""
+    """Return the run that a nightly run made, else the run that verified the image it found."""
     night = one.night
     same = [run for run in known if night.digest and run.record.digest == night.digest]
     about = [run for run in same if run.when <= one.when]
@@ -163,13 +185,13 @@ def _run_of(one: RecordedNight, known: tuple[RecordedRun, ...]) -> RecordedRun |
 
 
 def _builder(known: tuple[RecordedRun, ...], digest: str | None, until: datetime) -> RecordedRun | None:
-    """Return the run that made the image of a digest; the last one, if there were several."""
+    """Return the last run that built the image with a digest."""
     made = [run for run in known if run.baked and run.record.digest == digest and run.when <= until]
     return made[-1] if made else None
 
 
-def _is(run: RecordedRun, id: str) -> bool:
-    return run.baked is not None and id in (run.baked.artifact.digest, run.baked.artifact.location)
+def _is(run: RecordedRun, name: str) -> bool:
+    return run.baked is not None and name in (run.baked.artifact.digest, run.baked.artifact.location)
 
 
 def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, ...]:
@@ -184,22 +206,22 @@ def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, .
 
 
 def _time_facts(began: datetime, seconds: float | None) -> tuple[Fact, ...]:
-    facts = [Fact(name="Began", text=f"{began.astimezone(UTC):%Y-%m-%d %H:%M} UTC")]
+    facts = [Fact(name="Started", text=f"{began.astimezone(UTC):%Y-%m-%d %H:%M} UTC")]
     if seconds is not None:
         facts.append(Fact(name="Took", text=console.duration(seconds)))
     return tuple(facts)
 
 
-def _with_proof(page: Page, run: RecordedRun) -> Page:
+def _with_verdict(page: Page, run: RecordedRun) -> Page:
     verdict = run.record.verdict
     if verdict is None:
         return page
     return replace(
         page,
-        starts=content.starts(verdict, run.directory / "machines"),
-        failures=content.failures(verdict),
-        columns=content.columns(verdict),
-        checks=content.checks(verdict),
+        starts=sections.starts(verdict, run.directory / "machines"),
+        failures=sections.failures(verdict),
+        columns=sections.columns(verdict),
+        checks=sections.checks(verdict),
     )
 
 

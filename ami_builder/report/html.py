@@ -1,21 +1,25 @@
-"""A page as HTML: one file that loads nothing, runs nothing, and takes no text of a record for markup."""
+"""Render a page as one HTML file that loads nothing and runs no script. All text of a record is escaped."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from datetime import datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
 
 from ami_builder.console import amount, clean, duration, size
-from ami_builder.core.diff import QuantityChange
 from ami_builder.core.records import Outcome
-from ami_builder.report.page import Check, Page, Trend
+from ami_builder.report.plot import plot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ami_builder.core.diff import QuantityChange
+    from ami_builder.report.page import Check, Page, Trend
 
 _TEMPLATE = "page.html.j2"
 _PHASES = {
@@ -27,17 +31,16 @@ _PHASES = {
 
 
 def render(page: Page) -> str:
-    """Return the page; the same value gives the same text."""
-    plots = [(trend, _plot(trend)) for trend in page.trends if len(trend.points) > 1]
-    text = environment().get_template(_TEMPLATE).render(page=page, plots=plots)
-    # A lone surrogate, from a file name that is no UTF-8, can't be written.
+    """Return the page as HTML. The same page gives the same bytes."""
+    text = environment().get_template(_TEMPLATE).render(page=page)
+    # A file name that is not UTF-8 contains lone surrogates, which can't be encoded.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @cache
 def environment(*folders: Path) -> jinja2.Environment:
     """Return an environment for the templates here and in further folders."""
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
@@ -45,7 +48,7 @@ def environment(*folders: Path) -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {
+    made.filters |= {
         "duration": duration,
         "size": size,
         "number": lambda value: Markup("\N{NARROW NO-BREAK SPACE}").join(f"{value:,}".split(",")),
@@ -58,12 +61,14 @@ def environment(*folders: Path) -> jinja2.Environment:
         "groups": _groups,
         "counts": _counts,
         "machines": _machines,
+        "plot": plot,
+        "description": _description,
     }
-    return environment
+    return made
 
 
 def _finalize(value: object) -> object:
-    """Take what a terminal or a browser could obey out of every text of a record."""
+    """Remove control characters from the text of a record."""
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -76,7 +81,7 @@ def _amount(measured: QuantityChange, value: float | None) -> str:
 
 
 def _groups(checks: Iterable[Check]) -> Mapping[str, list[tuple[str, Check]]]:
-    """Return the checks by what stands before the colon of their names."""
+    """Return the checks by the part of their names before the colon."""
     found: dict[str, list[tuple[str, Check]]] = {}
     for check in checks:
         group, _, name = check.name.partition(": ")
@@ -90,23 +95,17 @@ def _counts(checks: Iterable[Check]) -> str:
 
 
 def _machines(columns: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
-    """Return how many columns each machine has."""
+    """Return the number of columns of each machine."""
     return [(machine, len(list(each))) for machine, each in groupby(columns, key=lambda each: each[0])]
 
 
-def _plot(trend: Trend) -> Mapping[str, object]:
-    from ami_builder.report.plots import draw
-
+def _description(trend: Trend) -> str:
+    """Describe the plot of a trend, for readers who can't see it."""
     values = [point.value for point in trend.points]
-    first, last = trend.points[0], trend.points[-1]
-    return {"svg": Markup(draw(trend)), "text": _told(trend, first.when, last.when, values)}  # noqa: S704 - ours
-
-
-def _told(trend: Trend, first: datetime, last: datetime, values: list[float]) -> str:
-    """Say what the plot shows, for who can't see it."""
     short = [amount(trend.quantity, value) for value in values]
     lowest, highest = short[values.index(min(values))], short[values.index(max(values))]
+    first, last = trend.points[0].when, trend.points[-1].when
     return (
-        f"{short[-1]} now, {short[-2]} the build before; between {lowest} and {highest} "
-        f"over {len(values)} builds from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
+        f"{short[-1]} now, {short[-2]} in the previous build; between {lowest} and {highest} "
+        f"in {len(values)} builds from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
     )

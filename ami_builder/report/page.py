@@ -1,36 +1,39 @@
-"""What a page tells, as one value: names as they were recorded, sizes in bytes, durations in seconds."""
+"""The content of a page, as one value. Names are as recorded, sizes in bytes, durations in seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from ami_builder.core.diff import Difference, Quantity
-from ami_builder.core.records import NightlyRun, Outcome
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from ami_builder.core.diff import Difference, Quantity
+    from ami_builder.core.records import NightlyRun, Outcome
 
 
 class Tone(StrEnum):
-    """How a verdict is meant; its word says it too."""
+    """The colour of a verdict."""
 
     GOOD = "good"
     WARN = "warn"
-    """Nothing is wrong, and a person decides what happens next."""
+    """Nothing failed, but a person has to decide."""
     UNSURE = "unsure"
-    """The host was too busy to tell."""
+    """Inconclusive: the host was too busy."""
     BAD = "bad"
     IDLE = "idle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """One line about the subject."""
+    """One line about the run or the nightly run."""
 
     name: str
     text: str
     exact: bool = False
-    """Whether it is to be copied: a digest, a path."""
+    """Whether people copy it, like a digest or a path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +46,14 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Number:
-    """One further number of the chain."""
+class ChainNumber:
+    """One of the numbers that must equal AVAILABLE_MEMORY_FOR_DASK."""
 
     name: str
     value: int | None
-    """0 is no limit; None when there is no evidence of it."""
+    """0 means no limit, None that it was not recorded."""
     equal: bool
-    """Whether it is the variable's, as far as it was rounded for several workers."""
+    """Whether it equals the variable. Sharing among several workers may round it down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +64,17 @@ class Start:
     phase: str
     total: int | None
     available: int | None
-    """AVAILABLE_MEMORY_FOR_DASK; None where the machine had none."""
+    """AVAILABLE_MEMORY_FOR_DASK; None if the machine had none."""
     times: tuple[str, ...]
-    """What it took, in wall time and in CPU time; empty where that was not measured."""
-    further: tuple[Number, ...]
+    """Wall time and CPU time until ssh and Dask answered; empty if not measured."""
+    further: tuple[ChainNumber, ...]
     holds: bool | None
-    """What the checks of the chain found; None when none of them ran, or could be judged."""
+    """Whether the checks of the chain passed; None if none ran or all were inconclusive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A check that failed or is inconclusive, with the starts at which it was so in the same words."""
+    """A failed or inconclusive check, with all starts that have the same message."""
 
     name: str
     outcome: Outcome
@@ -82,15 +85,15 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """How one check ended at every start, in the order of `Page.columns`; None where it did not run."""
+    """The outcomes of one check in the order of `Page.columns`; None where it did not run."""
 
     name: str
     outcomes: tuple[Outcome | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """One step: how deep it is nested, when it began after the first one, and how long it took."""
+class StepBar:
+    """One step: its nesting depth, its start relative to the first step, and its duration."""
 
     name: str
     depth: int
@@ -102,7 +105,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What one build came to."""
+    """The value of one build."""
 
     when: datetime
     value: float
@@ -110,7 +113,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trend:
-    """One quantity over the builds of an image, the oldest first, this one last."""
+    """One quantity over at least two builds of an image, the oldest first."""
 
     title: str
     quantity: Quantity
@@ -119,7 +122,7 @@ class Trend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """All that a page shows; what is empty has no section."""
+    """All content of a page. Empty fields have no section."""
 
     title: str
     tone: Tone
@@ -128,13 +131,13 @@ class Page:
     sentence: str
     facts: tuple[Fact, ...]
     night: NightlyRun | None = None
-    """For the parts that only a night has."""
+    """Only for the page of a nightly run."""
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     """The machine and the phase of each column of `checks`."""
     checks: tuple[Check, ...] = ()
-    steps: tuple[Bar, ...] = ()
+    steps: tuple[StepBar, ...] = ()
     trends: tuple[Trend, ...] = ()
     before: str = ""
     """The digest of the image that `difference` compares with."""
@@ -144,5 +147,5 @@ class Page:
 
     @property
     def length(self) -> float:
-        """How long all steps took together; never 0, to be divided by."""
+        """The time from the first step's start to the last one's end; never 0."""
         return max((step.begin + step.seconds for step in self.steps), default=0.0) or 1.0

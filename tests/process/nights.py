@@ -183,9 +183,7 @@ def begin(
     """Begin a night whose output goes to FOLDER/out; if told, at another time than now, or without a page."""
     context = multiprocessing.get_context("forkserver")
     # So that each night need not import all of this again.
-    context.set_forkserver_preload(
-        [__name__, "ami_builder.nightly.run", "ami_builder.qemu.cleanup", "ami_builder.report.plots"]
-    )
+    context.set_forkserver_preload([__name__, "ami_builder.nightly.run", "ami_builder.qemu.cleanup"])
     process = context.Process(target=_night, args=(folder, dies_after, unnoted, at, drawn))
     process.start()
     return process

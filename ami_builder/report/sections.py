@@ -1,12 +1,10 @@
-"""What a page shows of one record: the chain of numbers, the checks, the steps, the trends, the files."""
+"""The sections of a page from one record: chain of numbers, checks, steps, trends, files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ami_builder.checks.machine_state import Incomplete, MachineState, SchedulerAnswer
@@ -21,8 +19,13 @@ from ami_builder.core.records import (
     StepRecord,
     Verdict,
 )
-from ami_builder.report import Bar, Check, Failure, Link, Number, Point, Start, Trend
-from ami_builder.state.runs import RecordedRun
+from ami_builder.report.page import ChainNumber, Check, Failure, Link, Point, Start, StepBar, Trend
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ami_builder.state.runs import RecordedRun
 
 _CHAIN = ("memory limit chain: ", "chain: ")  # the second: recorded by older versions
 _INSIDE = " > "
@@ -31,7 +34,7 @@ _MOST_POINTS = 30
 
 
 def columns(verdict: Verdict) -> tuple[tuple[str, str], ...]:
-    """Return each start, the machines one after the other."""
+    """Return each start as machine and phase, grouped by machine."""
     machines = dict.fromkeys(result.machine for result in verdict.results)
     phases = dict.fromkeys(result.phase for result in verdict.results)
     there = {(result.machine, result.phase) for result in verdict.results}
@@ -39,7 +42,7 @@ def columns(verdict: Verdict) -> tuple[tuple[str, str], ...]:
 
 
 def checks(verdict: Verdict) -> tuple[Check, ...]:
-    """Return every check with its outcome at each of `columns`."""
+    """Return every check with its outcome at each start in `columns`."""
     found = {(r.name, r.machine, r.phase): r.outcome for r in verdict.results}
     return tuple(
         Check(name=name, outcomes=tuple(found.get((name, *start)) for start in columns(verdict)))
@@ -48,7 +51,7 @@ def checks(verdict: Verdict) -> tuple[Check, ...]:
 
 
 def failures(verdict: Verdict) -> tuple[Failure, ...]:
-    """Return what failed, then what is inconclusive, each in the order in which it ran."""
+    """Return the failed checks, then the inconclusive ones, each in the order in which they ran."""
     found: dict[tuple[Outcome, str, str], list[tuple[str, str]]] = {}
     for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
         for result in verdict.results:
@@ -62,11 +65,11 @@ def failures(verdict: Verdict) -> tuple[Failure, ...]:
 
 
 def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
-    """Return the chain of numbers at each start, from what the machines were asked then."""
+    """Return the chain of numbers at each start, from the evidence that was collected then."""
     measured = {(one.machine, one.phase): one for one in verdict.measured}
     found = []
     for machine, phase in columns(verdict):
-        if phase == PRESSURE:  # nothing starts there
+        if phase == PRESSURE:  # Dask does not start in this phase
             continue
         one = measured.get((machine, phase))
         outcomes = {
@@ -108,17 +111,17 @@ def _times(one: Measurement) -> tuple[str, ...]:
 
 
 def _folder(evidence: Path, machine: str) -> Path:
-    """Return what the last boot of a machine left: one that panicked is booted again beside it."""
+    """Return the evidence of a machine's last boot. A VM that panicked is booted again in another folder."""
     first = evidence / machine.replace(" ", "")
     return max(evidence.glob(f"{first.name}-[0-9]"), default=first)
 
 
-def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ...]:
-    told = _json(folder / f"machine-{phase}.json")
+def _further(folder: Path, phase: str, variable: int | None) -> tuple[ChainNumber, ...]:
+    evidence = _json(folder / f"machine-{phase}.json")
     docker = kernel = limits = None
     dask = SchedulerAnswer(workers=(), error="")
     try:
-        machine = MachineState.parse(told)
+        machine = MachineState.parse(evidence)
         docker = machine.container.memory if machine.container else None
         maximum = machine.levels[0].get("max") if machine.levels else ""
         kernel = int(maximum) if maximum.isdecimal() else 0 if maximum == "max" else None
@@ -132,37 +135,37 @@ def _further(folder: Path, phase: str, variable: int | None) -> tuple[Number, ..
     name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"
     if headroom:
         name += " + nanny_headroom"
-    # Sharing among several workers rounds each one's part down.
+    # Dask rounds each worker's share down.
     equal = limits is not None and variable is not None and variable - workers < limits <= variable
     return (
-        Number(name="HostConfig.Memory", value=docker, equal=docker == variable),
-        Number(name="memory.max", value=kernel, equal=kernel == variable),
-        Number(name=name, value=limits, equal=equal),
+        ChainNumber(name="HostConfig.Memory", value=docker, equal=docker == variable),
+        ChainNumber(name="memory.max", value=kernel, equal=kernel == variable),
+        ChainNumber(name=name, value=limits, equal=equal),
     )
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """Read evidence; empty when there is none, or when it was cut off."""
+    """Return the evidence in a file; empty if it is missing or truncated."""
     try:
-        told = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def steps(run: RecordedRun) -> tuple[StepRecord, ...]:
-    """Return a run's own steps: in a night, its record has those of the images before it as well."""
+    """Return the steps of a run's own image. A nightly run's record also has those of other images."""
     mine = f"build {run.record.image}"
     own = tuple(step for step in run.record.steps if f"{step.name}{_INSIDE}".startswith(f"{mine}{_INSIDE}"))
     return own or run.record.steps
 
 
 def took(run: RecordedRun) -> float | None:
-    """Return how long a run took in seconds; None when it has no steps."""
+    """Return how long a run took, in seconds; None if it has no steps."""
     return max((bar.begin + bar.seconds for bar in bars(steps(run))), default=None)
 
 
-def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
+def bars(steps: Sequence[StepRecord]) -> tuple[StepBar, ...]:
     """Return the steps as a tree."""
     first = min((step.began for step in steps), default=0.0)
     inside: dict[str, list[StepRecord]] = {}
@@ -171,9 +174,9 @@ def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
         parent = step.name.rpartition(_INSIDE)[0]
         inside.setdefault(parent if parent in known else "", []).append(step)
 
-    def walk(parent: str, depth: int) -> Iterator[Bar]:
+    def walk(parent: str, depth: int) -> Iterator[StepBar]:
         for step in inside.pop(parent, ()):
-            yield Bar(
+            yield StepBar(
                 name=step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name,
                 depth=depth,
                 begin=step.began - first,
@@ -187,7 +190,7 @@ def bars(steps: Sequence[StepRecord]) -> tuple[Bar, ...]:
 
 
 def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
-    """Return what changed over the builds of an image: its size, its memory for Dask, its boots, its time."""
+    """Return size, memory for Dask, boot time and build time over the builds of an image."""
     size = [Point(when=run.when, value=run.baked.artifact.size) for run in builds if run.baked]
     time = [
         Point(when=run.when, value=seconds)
@@ -203,18 +206,18 @@ def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
             memory.setdefault(one.machine, []).append(Point(when=run.when, value=one.available))
             if (ratio := one.boot_ratio) is not None:
                 boots.setdefault(one.machine, []).append(Point(when=run.when, value=ratio))
-    lines = [(f"Memory for Dask on {machine}", Quantity.AVAILABLE, memory[machine]) for machine in memory]
-    lines += [(f"CPU time to boot on {machine}", Quantity.BOOT, boots[machine]) for machine in boots]
-    lines += [("Size of the image", Quantity.SIZE, size), ("Time to build and prove it", Quantity.TIME, time)]
+    named = [(f"Memory for Dask on {machine}", Quantity.AVAILABLE, memory[machine]) for machine in memory]
+    named += [(f"CPU time to boot on {machine}", Quantity.BOOT, boots[machine]) for machine in boots]
+    named += [("Size of the image", Quantity.SIZE, size), ("Time to build and verify", Quantity.TIME, time)]
     return tuple(
         Trend(title=title, quantity=quantity, points=tuple(points[-_MOST_POINTS:]))
-        for title, quantity, points in lines
+        for title, quantity, points in named
         if len(points) > 1
     )
 
 
 def links(directories: Sequence[Path], page: Path) -> Mapping[str, tuple[Link, ...]]:
-    """Return the logs and the evidence in a run's or a night's folder, relative to where the page stands."""
+    """Return the logs and the evidence in these folders, with links relative to the page."""
     found: dict[str, tuple[Link, ...]] = {}
     for directory in directories:
         folders = [directory, directory / "logs", *sorted(directory.glob("machines/*/"))]

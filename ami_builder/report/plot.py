@@ -1,0 +1,77 @@
+"""Coordinates for the plot of a trend. The template draws them as SVG."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ami_builder.core.diff import Quantity, Unit
+from ami_builder.core.units import GIB, MIB
+
+if TYPE_CHECKING:
+    from ami_builder.report.page import Trend
+
+WIDTH, HEIGHT = 320, 138
+"""Of the viewBox. All coordinates are in its units."""
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 312.0, 8.0, 114.0
+"""The edges of the area for the curve. The labels are outside of it."""
+_MARGIN = 6.0
+_INTERVALS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gridline:
+    """A horizontal line with its label."""
+
+    y: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """The curve of a trend, one point for each build at equal distances, above its gridlines."""
+
+    points: tuple[tuple[float, float], ...]
+    gridlines: tuple[Gridline, ...]
+
+
+def plot(trend: Trend) -> Plot:
+    """Return the plot of a trend. Its scale starts at zero, so that a change of one percent looks small."""
+    values = [point.value for point in trend.points]
+    highest = max(values)
+    unit, name = _unit(trend.quantity, highest)
+    top = highest * 1.1 if highest > unit / 1e6 else unit
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * value / top, 1)
+
+    step = (RIGHT - LEFT - 2 * _MARGIN) / max(1, len(values) - 1)
+    return Plot(
+        points=tuple((round(LEFT + _MARGIN + n * step, 1), y(value)) for n, value in enumerate(values)),
+        gridlines=tuple(
+            Gridline(y=y(tick * unit), label=f"{tick:g} {name}" if tick else "0")
+            for tick in ticks(top / unit)
+        ),
+    )
+
+
+def ticks(highest: float, most: int = _INTERVALS) -> tuple[float, ...]:
+    """Return round numbers from 0 up to `highest`, with at most `most` equal intervals between them.
+
+    Raises ValueError unless `highest` is above 0.
+    """
+    if highest <= 0:
+        raise ValueError(f"a scale can't end at {highest}")
+    power = 10.0 ** math.floor(math.log10(highest / most))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if highest / (power * factor) < most + 1)
+    return tuple(float(f"{step * n:.12g}") for n in range(int(highest / step) + 1))
+
+
+def _unit(quantity: Quantity, highest: float) -> tuple[float, str]:
+    """Return the unit for the labels, and its name, so that they are short."""
+    if quantity.unit is Unit.CONTROLS:
+        return 1, "x"
+    if quantity.unit is Unit.SECONDS:
+        return (60, "min") if highest >= 120 else (1, "s")
+    return (GIB, "GiB") if highest >= 4 * GIB else (MIB, "MiB")
