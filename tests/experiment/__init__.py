@@ -1,4 +1,4 @@
-"""What the experiment asks, and what its answers mean: pure, but for two files that travel to the machine.
+"""The experiment: does a memory limit help? Run it with `python -m tests.experiment`.
 
-`ami-builder experiment` gives Dask the same work under several memory limits, each time on a fresh machine.
+The findings are in docs/explanation/experiment.md, the recorded runs in the folder `recorded`.
 """

@@ -24,8 +24,8 @@ from ami_builder.core.records import TargetKind
 from ami_builder.core.units import parse_duration, parse_size
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.experiment import page, runs
-from tests.experiment.cases import Policy, Work, plan
-from tests.experiment.criteria import judge, rows
+from tests.experiment.cases import LimitPolicy, Work, plan
+from tests.experiment.criteria import judge, groups
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--policy",
         action="append",
-        type=Policy,
-        choices=list(Policy),
+        type=LimitPolicy,
+        choices=list(LimitPolicy),
         help="repeatable; default: none, available",
     )
     add("--work", action="append", type=Work, choices=list(Work), help="repeatable; default: spikes")
@@ -78,7 +78,7 @@ def _experiment(flags: argparse.Namespace) -> int:
     cases = plan(
         memory=flags.memory or image.verify.memory,
         cpus=cpus,
-        policies=flags.policy or (Policy.NONE, Policy.AVAILABLE),
+        policies=flags.policy or (LimitPolicy.NONE, LimitPolicy.AVAILABLE),
         work=flags.work or (Work.SPIKES,),
         repeat=flags.repeat,
         seed=flags.seed,
@@ -117,7 +117,7 @@ def _find(word: str | None, config: loading.Config, workspace: Workspace) -> tup
 
 
 def _print(outcome: runs.Outcome, path: str, *, as_json: bool) -> None:
-    judged, found = judge(outcome.results), rows(outcome.results)
+    judged, found = judge(outcome.results), groups(outcome.results)
     if as_json:
         plain = TypeAdapter(Any).dump_python
         console.result_json(

@@ -1,4 +1,4 @@
-"""What is compared: policies, work, machines; and which runs of them are still to be made."""
+"""The cases: a policy and a work on a VM. Also: their order, and the limit that each policy sets."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from itertools import product
 from ami_builder.core.units import GIB, MIB
 
 METHOD = 1
-"""Goes up with every change of the work or of what is measured: results of another method don't compare."""
+"""Increase it with every change of the work or the measurements: results of other methods are ignored."""
 PAGE = 4096
 NANNY_HEADROOM = 64 * MIB
-"""What `memory.nanny_headroom` is under the policy `NANNY`."""
+"""`memory.nanny_headroom` under the policy `NANNY`."""
 
 Kind = tuple[int, int]
-"""A machine's memory in bytes, and its CPUs."""
+"""A VM's memory in bytes, and its number of CPUs."""
 
 
-class Policy(StrEnum):
-    """What becomes Dask's memory limit."""
+class LimitPolicy(StrEnum):
+    """How Dask's memory limit is chosen."""
 
     NONE = "none"
-    """Nothing: Dask finds the whole machine."""
+    """No limit: Dask uses the memory of the whole VM."""
     AVAILABLE = "available"
-    """AVAILABLE_MEMORY_FOR_DASK, as the image measures it, with a `memory.reserve` of 0."""
+    """AVAILABLE_MEMORY_FOR_DASK with a `memory.reserve` of 0."""
     HEADROOM_2 = "headroom-2"
     """The same, less 2 %."""
     NANNY = "nanny"
-    """As before, and Dask is told `NANNY_HEADROOM` less than its cgroup has."""
+    """The same, and Dask's own limit is `NANNY_HEADROOM` below that of its cgroup."""
     HEADROOM = "headroom"
     """As `AVAILABLE`, less 5 %."""
     FRACTION = "fraction"
@@ -39,97 +39,97 @@ class Policy(StrEnum):
     GKE = "gke"
     """What GKE's formula leaves of MemTotal."""
     DASK_ONLY = "dask-only"
-    """The same as `AVAILABLE` is told to Dask, and no cgroup has a limit."""
+    """Dask's own limit is that of `AVAILABLE`, and no cgroup has a limit."""
 
     @property
     def text(self) -> str:
-        """What it is, for a person."""
+        """A description."""
         return _POLICIES[self]
 
 
 class Work(StrEnum):
-    """What Dask is given to do."""
+    """What the Dask worker computes."""
 
     ARRAY = "array"
-    """2.5 times the memory in blocks of random bytes, all kept and then reduced."""
+    """Blocks of random bytes, 2.5 times as large as the memory, kept and then reduced."""
     LEAK_SLOW = "leak-slow"
-    """One task that takes more and more memory, from below what is available to the whole machine."""
+    """One task that grows from below the available memory to the memory of the whole VM."""
     LEAK_FAST = "leak-fast"
-    """The same, as fast as memory can be filled."""
+    """The same, as fast as possible."""
     SPIKES = "spikes"
-    """200 tasks; 5 % of them reach into that zone at their first attempt, and all others are ordinary."""
+    """200 tasks. At the first attempt, 5 % of them use between 95 % of the available memory and MemTotal."""
     MATRIX = "matrix"
-    """A product of matrices of blocks, of which more are needed than memory holds."""
+    """A product of matrices whose blocks don't fit into memory together."""
     AGENT = "agent"
-    """The spikes, beside a logging agent that grows by 4 % of the machine after memory was measured."""
+    """The spikes, beside an agent that grows by 4 % of the VM after memory was measured."""
     RESTARTS = "restarts"
-    """The control for the spikes: those that would take more than there is end their worker and take none."""
+    """The control for the spikes: tasks that would use too much kill their worker instead, and use none."""
 
     @property
     def text(self) -> str:
-        """What it is, for a person."""
+        """A description."""
         return _WORK[self]
 
 
 _POLICIES = {
-    Policy.NONE: "no limit",
-    Policy.AVAILABLE: "all that is available",
-    Policy.HEADROOM_2: "available less 2 %",
-    Policy.NANNY: f"available less 2 %; Dask told {NANNY_HEADROOM // MIB} MiB less",
-    Policy.HEADROOM: "available less 5 %",
-    Policy.FRACTION: "95 % of MemTotal",
-    Policy.GKE: "GKE's formula",
-    Policy.DASK_ONLY: "all that is available, told to Dask alone",
+    LimitPolicy.NONE: "no limit",
+    LimitPolicy.AVAILABLE: "all that is available",
+    LimitPolicy.HEADROOM_2: "available less 2 %",
+    LimitPolicy.NANNY: f"available less 2 %; Dask's own limit {NANNY_HEADROOM // MIB} MiB lower",
+    LimitPolicy.HEADROOM: "available less 5 %",
+    LimitPolicy.FRACTION: "95 % of MemTotal",
+    LimitPolicy.GKE: "GKE's formula",
+    LimitPolicy.DASK_ONLY: "all that is available, as Dask's own limit only",
 }
 RESERVE_PERCENT = {
-    Policy.AVAILABLE: 0,
-    Policy.HEADROOM_2: 2,
-    Policy.NANNY: 2,
-    Policy.HEADROOM: 5,
-    Policy.DASK_ONLY: 0,
+    LimitPolicy.AVAILABLE: 0,
+    LimitPolicy.HEADROOM_2: 2,
+    LimitPolicy.NANNY: 2,
+    LimitPolicy.HEADROOM: 5,
+    LimitPolicy.DASK_ONLY: 0,
 }
-"""What `memory.reserve` is under these policies, whatever the image's own is."""
-DEFAULT = Policy.HEADROOM_2
+"""`memory.reserve` under these policies, in percent. It replaces the image's own."""
+DEFAULT = LimitPolicy.HEADROOM_2
 """The policy with the default of `memory.reserve`."""
 _WORK = {
     Work.ARRAY: "W1: random blocks of 2.5 × memory, kept and reduced",
-    Work.LEAK_SLOW: "W2: a leak up to the whole machine, slow",
-    Work.LEAK_FAST: "W2: a leak up to the whole machine, fast",
+    Work.LEAK_SLOW: "W2: a leak up to the whole VM, slow",
+    Work.LEAK_FAST: "W2: a leak up to the whole VM, fast",
     Work.SPIKES: "W3: 200 tasks, of which 5 % spike at first",
     Work.MATRIX: "W4: a product of matrices that spills",
     Work.AGENT: "W5: the same as W3, beside an agent that grows",
-    Work.RESTARTS: "W3's control: workers end, and no memory is taken",
+    Work.RESTARTS: "W3's control: workers are killed, but use no memory",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run: a policy and a work on a machine, once."""
+    """One run of a policy and a work on a VM."""
 
     memory: int
     cpus: int
-    policy: Policy
+    policy: LimitPolicy
     work: Work
     repeat: int
     """1 for the first run of this kind."""
     seed: int
-    """Of the whole experiment; decides the order, and through `draw` what is random in the work."""
+    """Of the whole experiment. It decides the order of the runs and, through `draw`, what is random in the work."""
 
     @property
     def name(self) -> str:
-        """Short, unique, and fit for a file's name."""
+        """A short unique name, usable as a file name."""
         return (
             f"{self.memory // MIB}MiB-{self.cpus}cpu-{self.policy}-{self.work}-seed{self.seed}-{self.repeat}"
         )
 
     @property
     def kind(self) -> Kind:
-        """The machine: what is compared runs on the same."""
+        """The kind of VM. Only runs on the same kind are compared."""
         return self.memory, self.cpus
 
     @property
     def draw(self) -> int:
-        """What seeds the work: the same under each policy, and another for each repeat."""
+        """The seed of the work: the same under each policy, different for each repeat."""
         return _number(self.seed, self.memory, self.cpus, self.work, self.repeat)
 
 
@@ -137,15 +137,14 @@ def plan(
     *,
     memory: Sequence[int],
     cpus: int,
-    policies: Sequence[Policy],
+    policies: Sequence[LimitPolicy],
     work: Sequence[Work],
     repeat: int,
     seed: int,
 ) -> tuple[Case, ...]:
-    """Return all runs, in the order that the seed shuffles them into.
+    """Return all cases in an order that depends on the seed.
 
-    Every first run comes before every second one, so that an experiment that is cut short has something of
-    all.
+    All first runs come before all second runs, so that an experiment that is cut short has every kind.
     """
     wanted: list[Case] = []
     for number in range(1, repeat + 1):
@@ -153,29 +152,29 @@ def plan(
             Case(memory=m, cpus=cpus, policy=p, work=w, repeat=number, seed=seed)
             for m, p, w in product(dict.fromkeys(memory), dict.fromkeys(policies), dict.fromkeys(work))
         ]
-        # By each case's own number: what else is asked for doesn't move it against the others.
+        # Sorted by a hash of the name: adding cases doesn't change the order of the others.
         wanted += sorted(cases, key=lambda case: _number(case.seed, case.name))
     return tuple(wanted)
 
 
 def left(cases: Sequence[Case], made: Iterable[Case]) -> tuple[Case, ...]:
-    """Return the runs that are still to be made, in their order."""
+    """Return the cases that have not been run, in their order."""
     known = set(made)
     return tuple(case for case in cases if case not in known)
 
 
 def generator(case: Case) -> random.Random:
-    """Return what the work draws from."""
+    """Return the random generator for the work."""
     return random.Random(case.draw)
 
 
 def fraction_limit(total: int) -> int:
-    """Return 95 % of MemTotal, to a page."""
+    """Return 95 % of MemTotal, in whole pages."""
     return total * 95 // 100 // PAGE * PAGE
 
 
 def gke_limit(total: int) -> int:
-    """Return what GKE's formula leaves of MemTotal, to a page.
+    """Return what GKE's formula leaves of MemTotal, in whole pages.
 
     cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes: 255 MiB below 1 GiB, else 25 % of the
     first 4 GiB, 20 % of the next 4, 10 % of the next 8, 6 % of the next 112, 2 % above; and 100 MiB more
@@ -191,18 +190,18 @@ def gke_limit(total: int) -> int:
     return max(PAGE, (total - reserved - 100 * MIB) // PAGE * PAGE)
 
 
-def expected_limit(policy: Policy, *, total: int, measured: int) -> int:
-    """Return the limit that Dask has to have; `measured` is AVAILABLE_MEMORY_FOR_DASK on that machine."""
+def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int:
+    """Return the limit that Dask must have. `measured` is AVAILABLE_MEMORY_FOR_DASK on the VM."""
     match policy:
-        case Policy.NONE:
+        case LimitPolicy.NONE:
             return total
-        case Policy.AVAILABLE | Policy.HEADROOM_2 | Policy.HEADROOM | Policy.DASK_ONLY:
+        case LimitPolicy.AVAILABLE | LimitPolicy.HEADROOM_2 | LimitPolicy.HEADROOM | LimitPolicy.DASK_ONLY:
             return measured
-        case Policy.NANNY:
+        case LimitPolicy.NANNY:
             return measured - NANNY_HEADROOM
-        case Policy.FRACTION:
+        case LimitPolicy.FRACTION:
             return fraction_limit(total)
-        case Policy.GKE:
+        case LimitPolicy.GKE:
             return gke_limit(total)
 
 

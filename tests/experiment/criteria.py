@@ -1,7 +1,7 @@
-"""What counts as success, written down before the runs; and what the runs came to, in numbers.
+"""The criteria for success, and the runs judged by them.
 
-Changing a number here after having seen results is what these lines are to prevent: see the history. What is
-asked of the default reserve came after 57 and 98 runs, with the bounds that were there for a reserve of 0.
+The bounds were set before the first run and must not be changed after seeing results; the git history shows
+it. The criteria for the default reserve were added after 57 and 98 runs, with the same bounds.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from statistics import median
 from typing import TypeVar
 
 from ami_builder.core.units import GIB, MIB
-from tests.experiment.cases import DEFAULT, RESERVE_PERCENT, Kind, Policy, Work
-from tests.experiment.results import FROZEN_SECONDS, Result
+from tests.experiment.cases import DEFAULT, RESERVE_PERCENT, Kind, LimitPolicy, Work
+from tests.experiment.results import STALL_SECONDS, Result
 
-SILENT_SECONDS = 5.0
-LESS_FROZEN = 10.0
+MOST_SECONDS = 5.0
+FEWER_STALLS = 10.0
 SLOWER = 1.15
 USED_PERCENT = 95
 NOISE = 0.05
-"""A limit that is by more above what the system gave tells of something else than memory."""
+"""If a limit exceeds what the system gave by more than this, that number was not limited by memory."""
 PUBLISHED = 5
-"""Of so many runs of each kind a number that is published should be the median."""
+"""A published number should be the median of at least this many runs."""
 
 _NAMES = {
-    Policy.AVAILABLE: f"reserve {RESERVE_PERCENT[Policy.AVAILABLE]}",
+    LimitPolicy.AVAILABLE: f"reserve {RESERVE_PERCENT[LimitPolicy.AVAILABLE]}",
     DEFAULT: f"the default reserve of {RESERVE_PERCENT[DEFAULT]} %",
 }
 
@@ -34,28 +34,28 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Answer(StrEnum):
-    """How a criterion came out."""
+class Grade(StrEnum):
+    """The result of a criterion."""
 
     PASSED = "passed"
     FAILED = "not"
     NOT_SHOWN = "not shown"
-    """There are no runs that would show it, or nothing to be better than."""
+    """There are no such runs, or there was nothing to improve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One criterion, what was found, and in how many runs."""
+    """A criterion with its grade, the numbers found, and the number of runs."""
 
     text: str
-    answer: Answer
+    grade: Grade
     found: str
     runs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A number over the runs of one kind."""
+    """The spread of a number over several runs."""
 
     least: float
     median: float
@@ -63,7 +63,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Return it; raises ValueError without values."""
+        """Return the spread of values; raises ValueError if there are none."""
         ordered = sorted(values)
         if not ordered:
             raise ValueError("no values")
@@ -71,73 +71,73 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """All runs of one policy and work on one kind of machine."""
+class Group:
+    """All runs of one policy and work on one kind of VM."""
 
     kind: Kind
     work: Work
-    policy: Policy
+    policy: LimitPolicy
     results: tuple[Result, ...]
 
     @property
     def runs(self) -> int:
-        """How many there are."""
+        """The number of runs."""
         return len(self.results)
 
     def spread(self, value: Callable[[Result], float]) -> Spread:
-        """Return a number over them."""
+        """Return the spread of a number over the runs."""
         return Spread.of(value(result) for result in self.results)
 
     def median(self, value: Callable[[Result], float]) -> float:
-        """Return a number's median over them."""
+        """Return the median of a number over the runs."""
         return self.spread(value).median
 
 
-def said(kind: Kind) -> str:
-    """Return a machine as a person says it."""
+def format_kind(kind: Kind) -> str:
+    """Return a kind of VM as text."""
     memory, cpus = kind
     return f"{memory / GIB:g} GiB, {cpus} CPU{'s' if cpus > 1 else ''}"
 
 
-def rows(results: Iterable[Result]) -> tuple[Row, ...]:
-    """Group runs, by machine, work and policy in the order of their definition."""
+def groups(results: Iterable[Result]) -> tuple[Group, ...]:
+    """Group runs by VM, work and policy, in the order in which these are defined."""
     found = grouped(results, lambda result: (result.case.kind, result.case.work, result.case.policy))
-    works, policies = list(Work), list(Policy)
+    works, policies = list(Work), list(LimitPolicy)
     ordered = sorted(found, key=lambda key: (key[0], works.index(key[1]), policies.index(key[2])))
-    return tuple(Row(kind=key[0], work=key[1], policy=key[2], results=tuple(found[key])) for key in ordered)
+    return tuple(Group(kind=key[0], work=key[1], policy=key[2], results=tuple(found[key])) for key in ordered)
 
 
 def grouped(values: Iterable[V], key: Callable[[V], K]) -> Mapping[K, list[V]]:
-    """Return values by a key."""
+    """Return values grouped by a key."""
     found: dict[K, list[V]] = {}
     for value in values:
         found.setdefault(key(value), []).append(value)
     return found
 
 
-def asked(results: Iterable[Result]) -> list[Result]:
-    """Leave the control out: what its machines suffer comes of no memory that Dask has taken."""
+def without_control(results: Iterable[Result]) -> list[Result]:
+    """Return the runs except the control, which uses no memory."""
     return [result for result in results if result.case.work is not Work.RESTARTS]
 
 
 def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
-    """Return every criterion with its answer."""
-    results = asked(results)
-    reserves = [Policy.AVAILABLE, *([DEFAULT] if _of(DEFAULT, results) else [])]
+    """Return every criterion with its grade."""
+    results = without_control(results)
+    reserves = [LimitPolicy.AVAILABLE, *([DEFAULT] if _of(DEFAULT, results) else [])]
     return (
         *(one for policy in reserves for one in _outside(policy, results)),
-        _fails_without(_of(Policy.NONE, results)),
+        _fails_without(_of(LimitPolicy.NONE, results)),
         *(
             ask(kind, policy, results)
-            for ask in (_of_spikes, _frozen, _array, _used)
+            for ask in (_spikes, _stalls, _array, _used)
             for policy in reserves
-            # What was not run with a reserve of 0 is said to be missing, on every machine.
-            for kind in _kinds(results if policy is Policy.AVAILABLE else _of(policy, results))
+            # With a reserve of 0, kinds that were not run are listed as not shown.
+            for kind in _kinds(results if policy is LimitPolicy.AVAILABLE else _of(policy, results))
         ),
     )
 
 
-def _of(policy: Policy, results: Sequence[Result]) -> list[Result]:
+def _of(policy: LimitPolicy, results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.case.policy is policy]
 
 
@@ -145,125 +145,125 @@ def _kinds(results: Sequence[Result]) -> list[Kind]:
     return sorted({result.case.kind for result in results})
 
 
-def _outside(policy: Policy, results: Sequence[Result]) -> tuple[Judged, ...]:
+def _outside(policy: LimitPolicy, results: Sequence[Result]) -> tuple[Judged, ...]:
     runs, name = _of(policy, results), _NAMES[policy]
     return (
-        _none_of(runs, f"{name}: the kernel never kills for want of the machine's memory",
-                 lambda r: r.global_kills, "such kills"),
-        _silence(runs, f"{name}: neither the machine nor ssh is silent for more than {SILENT_SECONDS:g} s"),
-        _none_of(runs, f"{name}: no login by ssh fails", lambda r: r.ssh_failed, "failed logins"),
-        _none_of(runs, f"{name}: no other service is killed", lambda r: len(r.harmed), "killed processes"),
+        _none_of(runs, f"{name}: no system-wide OOM kill",
+                 lambda r: r.system_oom_kills, "system-wide OOM kills"),
+        _responsive(runs, f"{name}: no stall and no wait for ssh of more than {MOST_SECONDS:g} s"),
+        _none_of(runs, f"{name}: no ssh login fails", lambda r: r.ssh_failed, "failed logins"),
+        _none_of(runs, f"{name}: no process outside the container is killed", lambda r: len(r.killed_outside), "killed processes"),
     )  # fmt: skip
 
 
 def _none_of(runs: Sequence[Result], text: str, count: Callable[[Result], int], what: str) -> Judged:
     if not runs:
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found="no run", runs=0)
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found="no run", runs=0)
     bad = sum(count(result) for result in runs)
     where = sum(count(result) > 0 for result in runs)
     found = f"{what}: {bad}" + (f", in {where} of {len(runs)} runs" if bad else "")
-    return Judged(text=text, answer=Answer.FAILED if bad else Answer.PASSED, found=found, runs=len(runs))
+    return Judged(text=text, grade=Grade.FAILED if bad else Grade.PASSED, found=found, runs=len(runs))
 
 
-def _silence(runs: Sequence[Result], text: str) -> Judged:
+def _responsive(runs: Sequence[Result], text: str) -> Judged:
     if not runs:
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found="no run", runs=0)
-    inside, outside = max(r.frozen_longest for r in runs), max(r.ssh_longest for r in runs)
-    late = sum(max(r.frozen_longest, r.ssh_longest) > SILENT_SECONDS for r in runs)
-    found = f"at most {inside:.1f} s inside, {outside:.1f} s until ssh answered" + (
-        f"; over {SILENT_SECONDS:g} s in {late} of {len(runs)} runs" if late else ""
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found="no run", runs=0)
+    inside, outside = max(r.longest_stall for r in runs), max(r.ssh_longest for r in runs)
+    late = sum(max(r.longest_stall, r.ssh_longest) > MOST_SECONDS for r in runs)
+    found = f"longest stall {inside:.1f} s, longest wait for ssh {outside:.1f} s" + (
+        f"; over {MOST_SECONDS:g} s in {late} of {len(runs)} runs" if late else ""
     )
-    return Judged(text=text, answer=Answer.FAILED if late else Answer.PASSED, found=found, runs=len(runs))
+    return Judged(text=text, grade=Grade.FAILED if late else Grade.PASSED, found=found, runs=len(runs))
 
 
 def _fails_without(runs: Sequence[Result]) -> Judged:
-    text = "without a limit the same work breaks one of these"
+    text = "without a limit, the same work fails one of these"
     if not runs:
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found="no run", runs=0)
-    broken = [r for r in runs if not unhurt(r)]
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found="no run", runs=0)
+    broken = [r for r in runs if not is_unaffected(r)]
     found = (
-        f"{len(broken)} of {len(runs)} runs: {sum(r.global_kills for r in runs)} kills for want of the "
-        f"machine's memory, silent for {max(r.frozen_longest for r in runs):.1f} s at most, "
-        f"{sum(r.ssh_failed for r in runs)} logins failed"
+        f"{len(broken)} of {len(runs)} runs: {sum(r.system_oom_kills for r in runs)} system-wide OOM kills, "
+        f"longest stall {max(r.longest_stall for r in runs):.1f} s, "
+        f"{sum(r.ssh_failed for r in runs)} failed logins"
     )
-    return Judged(text=text, answer=Answer.PASSED if broken else Answer.FAILED, found=found, runs=len(runs))
+    return Judged(text=text, grade=Grade.PASSED if broken else Grade.FAILED, found=found, runs=len(runs))
 
 
-def unhurt(result: Result) -> bool:
-    """Tell whether nothing outside the container was hurt in a run."""
-    silent = max(result.frozen_longest, result.ssh_longest)
-    return not (result.global_kills or result.harmed or result.ssh_failed) and silent <= SILENT_SECONDS
+def is_unaffected(result: Result) -> bool:
+    """Return whether nothing outside the container was affected in a run."""
+    longest = max(result.longest_stall, result.ssh_longest)
+    return not (result.system_oom_kills or result.killed_outside or result.ssh_failed) and longest <= MOST_SECONDS
 
 
 def _compared(
-    text: str, kind: Kind, policy: Policy, work: Work, results: Sequence[Result],
-    compare: Callable[[Row, Row], tuple[Answer, str]],
+    text: str, kind: Kind, policy: LimitPolicy, work: Work, results: Sequence[Result],
+    compare: Callable[[Group, Group], tuple[Grade, str]],
 ) -> Judged:  # fmt: skip
-    text = f"{said(kind)}, {_NAMES[policy]}: {text}"
-    found = {row.policy: row for row in rows(results) if (row.kind, row.work) == (kind, work)}
-    if not {Policy.NONE, policy} <= found.keys():
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found="not run under both", runs=0)
-    free, limited = found[Policy.NONE], found[policy]
-    answer, told = compare(free, limited)
-    return Judged(text=text, answer=answer, found=told, runs=min(free.runs, limited.runs))
+    text = f"{format_kind(kind)}, {_NAMES[policy]}: {text}"
+    found = {group.policy: group for group in groups(results) if (group.kind, group.work) == (kind, work)}
+    if not {LimitPolicy.NONE, policy} <= found.keys():
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found="not run both ways", runs=0)
+    free, limited = found[LimitPolicy.NONE], found[policy]
+    grade, numbers = compare(free, limited)
+    return Judged(text=text, grade=grade, found=numbers, runs=min(free.runs, limited.runs))
 
 
-def _of_spikes(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
-    def compare(free: Row, limited: Row) -> tuple[Answer, str]:
+def _spikes(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged:
+    def compare(free: Group, limited: Group) -> tuple[Grade, str]:
         before, now = free.median(lambda r: r.done), limited.median(lambda r: r.done)
-        answer = Answer.PASSED if now >= before else Answer.FAILED
-        return answer, f"{now:g} tasks with it, {before:g} without"
+        grade = Grade.PASSED if now >= before else Grade.FAILED
+        return grade, f"{now:g} tasks with it, {before:g} without"
 
-    text = "W3 completes at least as much as without a limit"
+    text = "W3 completes at least as many tasks as without a limit"
     return _compared(text, kind, policy, Work.SPIKES, results, compare)
 
 
-def _frozen(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
-    def compare(free: Row, limited: Row) -> tuple[Answer, str]:
-        before, now = free.median(lambda r: r.frozen), limited.median(lambda r: r.frozen)
+def _stalls(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged:
+    def compare(free: Group, limited: Group) -> tuple[Grade, str]:
+        before, now = free.median(lambda r: r.stalled), limited.median(lambda r: r.stalled)
         found = f"{now:.1f} s with it, {before:.1f} s without"
-        if before < FROZEN_SECONDS:
-            return Answer.NOT_SHOWN, f"{found}: there was nothing to be better than"
-        return Answer.PASSED if now * LESS_FROZEN <= before else Answer.FAILED, found
+        if before < STALL_SECONDS:
+            return Grade.NOT_SHOWN, f"{found}: nothing to improve"
+        return Grade.PASSED if now * FEWER_STALLS <= before else Grade.FAILED, found
 
-    text = f"W3 stands still at least {LESS_FROZEN:g} times less than without a limit"
+    text = f"W3 stalls for at most 1/{FEWER_STALLS:g} of the time without a limit"
     return _compared(text, kind, policy, Work.SPIKES, results, compare)
 
 
-def _array(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
-    def compare(free: Row, limited: Row) -> tuple[Answer, str]:
+def _array(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged:
+    def compare(free: Group, limited: Group) -> tuple[Grade, str]:
         before, now = free.median(lambda r: r.seconds), limited.median(lambda r: r.seconds)
         whole = all(not (r.failed or r.unfinished) for r in limited.results)
-        found = f"{now:.0f} s with it, {before:.0f} s without" + ("" if whole else "; not all of it was done")
-        return Answer.PASSED if whole and now <= SLOWER * before else Answer.FAILED, found
+        found = f"{now:.0f} s with it, {before:.0f} s without" + ("" if whole else "; not all tasks were done")
+        return Grade.PASSED if whole and now <= SLOWER * before else Grade.FAILED, found
 
-    text = f"W1 takes at most {SLOWER:g} × as long as without"
+    text = f"W1 takes at most {SLOWER:g} × as long as without a limit"
     return _compared(text, kind, policy, Work.ARRAY, results, compare)
 
 
 def given(kind: Kind, results: Sequence[Result]) -> float | None:
-    """Return what the system can really give Dask: what a leak without a cgroup held before it suffered."""
+    """Return how much the system can give Dask: what leaks without a cgroup limit held before a stall."""
     leaks = [
-        r.unharmed
+        r.held_before_stall
         for r in results
         if r.case.kind == kind
         and r.case.work in (Work.LEAK_SLOW, Work.LEAK_FAST)
-        and r.case.policy in (Policy.NONE, Policy.DASK_ONLY)
+        and r.case.policy in (LimitPolicy.NONE, LimitPolicy.DASK_ONLY)
     ]
     return median(leaks) if leaks else None
 
 
-def _used(kind: Kind, policy: Policy, results: Sequence[Result]) -> Judged:
-    where = f"{said(kind)}, {_NAMES[policy]}"
-    text = f"{where}: Dask may use at least {USED_PERCENT} % of what the system can really give"
+def _used(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged:
+    where = f"{format_kind(kind)}, {_NAMES[policy]}"
+    text = f"{where}: Dask may use at least {USED_PERCENT} % of what the system can give"
     most = given(kind, results)
     limits = [r.limit for r in results if (r.case.kind, r.case.policy) == (kind, policy)]
     if most is None or not limits:
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found="no leak without a limit", runs=0)
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found="no leak without a limit", runs=0)
     share, mine, all_of_it = median(limits) / most, median(limits) / MIB, most / MIB
-    found = f"{share:.1%}: {mine:.0f} MiB; the system gave {all_of_it:.0f} MiB before it suffered"
+    found = f"{share:.1%}: {mine:.0f} of {all_of_it:.0f} MiB"
     if share > 1 + NOISE:
-        # Either the limit is too high, which other criteria would tell, or it was not memory that it wanted.
-        return Judged(text=text, answer=Answer.NOT_SHOWN, found=f"{found}, which is less", runs=len(limits))
-    answer = Answer.PASSED if share * 100 >= USED_PERCENT else Answer.FAILED
-    return Judged(text=text, answer=answer, found=found, runs=len(limits))
+        # Either the limit is too high, which other criteria detect, or memory did not cause the stall.
+        return Judged(text=text, grade=Grade.NOT_SHOWN, found=f"{found}, which memory did not limit", runs=len(limits))
+    grade = Grade.PASSED if share * 100 >= USED_PERCENT else Grade.FAILED
+    return Judged(text=text, grade=grade, found=found, runs=len(limits))

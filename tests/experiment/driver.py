@@ -1,4 +1,4 @@
-"""Owns the process in which a scheduler and its client run beside a machine (see drive.py)."""
+"""Owns the process of scheduler.py, in which a scheduler and its client run outside the VM."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _START_SECONDS = 60.0
 
 
 def require_distributed() -> None:
-    """Raise MissingTool without Dask here."""
+    """Raise MissingTool if Dask is not installed."""
     if importlib.util.find_spec("distributed") is None:
         raise MissingTool(
-            "the experiment's scheduler and client run here, and Dask (distributed) isn't installed",
+            "Dask (distributed) isn't installed, and the experiment's scheduler runs on this host",
             hint=INSTALL,
         )
 
 
 class Driver:
-    """A scheduler that listens, and a client with work for it; made by `driving`."""
+    """A scheduler and a client that gives it tasks; made by `driving`."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process = process
         self._log = log
-        self._said: queue.Queue[Mapping[str, Any]] = queue.Queue()
+        self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
         assert process.stdout is not None
         self._reader = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
         self._reader.start()
@@ -44,7 +44,7 @@ class Driver:
     def _read(self, out: IO[str]) -> None:
         with suppress(ValueError):  # the pipe is closed once the process has ended
             for line in out:
-                self._said.put(json.loads(line))
+                self._messages.put(json.loads(line))
 
     def expect(
         self,
@@ -54,19 +54,19 @@ class Driver:
         alive: Callable[[], None] = lambda: None,
         on_other: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> Mapping[str, Any]:
-        """Return the next message that has `key`; others go to `on_other`, and `alive` may raise in between.
+        """Return the next message that has `key`. Pass others to `on_other`, and call `alive` in between.
 
-        Raises TimedOut after `timeout` seconds, BuildFailed when the process has ended.
+        Raises TimedOut after `timeout` seconds, and BuildFailed if the process has ended.
         """
 
         def look() -> Mapping[str, Any] | None:
             alive()
-            while not self._said.empty():
-                message = self._said.get()
+            while not self._messages.empty():
+                message = self._messages.get()
                 if key in message:
                     return message
                 on_other(message)
-            if self._process.poll() is not None and not self._reader.is_alive() and self._said.empty():
+            if self._process.poll() is not None and not self._reader.is_alive() and self._messages.empty():
                 raise BuildFailed(
                     f"the experiment's scheduler ended (exit status {self._process.returncode})",
                     log=self._log,
@@ -76,21 +76,21 @@ class Driver:
 
         return processes.wait_until(look, what=f"{key!r} of the scheduler", timeout=timeout, log=self._log)
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send one message; raises BuildFailed when nobody is there."""
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message; raises BuildFailed if the process has ended."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError as gone:
-            raise BuildFailed("the experiment's scheduler has ended", log=self._log) from gone
+        except BrokenPipeError as ended:
+            raise BuildFailed("the experiment's scheduler has ended", log=self._log) from ended
 
 
 @contextmanager
 def driving(log: Path) -> Iterator[Driver]:
-    """Run a scheduler and its client on a free port of loopback until the block ends; raises MissingTool."""
+    """Run a scheduler on a free port of 127.0.0.1, and its client, until the block ends. Raises MissingTool."""
     require_distributed()
-    argv = [sys.executable, "-m", "tests.experiment.drive"]
+    argv = [sys.executable, "-m", "tests.experiment.scheduler"]
     environment = processes.environment({"PYTHONPATH": str(Path(__file__).resolve().parents[2])})
     with (
         log.open("w") as err,

@@ -1,4 +1,4 @@
-"""What runs say beside the criteria: what made no difference, what the limit costs, what a policy leaves."""
+"""Findings beside the criteria: where the limit makes no difference, what it costs, what Dask may use."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 
-from tests.experiment.cases import Kind, Policy
-from tests.experiment.criteria import Row, asked, given, rows, said, unhurt
+from tests.experiment.cases import Kind, LimitPolicy
+from tests.experiment.criteria import Group, format_kind, given, groups, is_unaffected, without_control
 from tests.experiment.results import Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """How much of a machine Dask may use under a policy, and what became of the rest."""
+    """How much of a VM's memory Dask may use under a policy, and in how many runs something else suffered."""
 
     kind: Kind
-    policy: Policy
+    policy: LimitPolicy
     limit: float
     """Bytes, the median."""
     of_total: float
     """As part of MemTotal."""
     of_given: float | None
-    """As part of what a leak got before the machine first stood still; None when that was not measured."""
-    hurt: int
-    """Runs in which something outside the container was hurt."""
+    """As part of what a leak held before the first stall; None if that was not measured."""
+    affected: int
+    """Runs in which something outside the container was affected."""
     runs: int
 
 
 def shares(results: Sequence[Result]) -> tuple[Share, ...]:
-    """Return it for every machine and policy."""
+    """Return the share for every kind of VM and policy."""
     found = []
-    key = lambda row: (row.kind, list(Policy).index(row.policy))  # noqa: E731 - for sorted and groupby
-    for _, group in groupby(sorted(rows(asked(results)), key=key), key=key):
-        runs = [result for row in group for result in row.results]
+    key = lambda group: (group.kind, list(LimitPolicy).index(group.policy))  # noqa: E731 - for sorted and groupby
+    for _, same in groupby(sorted(groups(without_control(results)), key=key), key=key):
+        runs = [result for group in same for result in group.results]
         case, most = runs[0].case, given(runs[0].case.kind, results)
         limit = median(result.limit for result in runs)
         found.append(
@@ -44,7 +44,7 @@ def shares(results: Sequence[Result]) -> tuple[Share, ...]:
                 limit=limit,
                 of_total=limit / runs[0].total,
                 of_given=limit / most if most else None,
-                hurt=sum(not unhurt(result) for result in runs),
+                affected=sum(not is_unaffected(result) for result in runs),
                 runs=len(runs),
             )
         )
@@ -52,31 +52,31 @@ def shares(results: Sequence[Result]) -> tuple[Share, ...]:
 
 
 def notes(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return what speaks against the limit, or not for it, as sentences."""
-    return tuple(_notes(rows(results)))
+    """Return sentences on where the limit made no difference, and on what it costs."""
+    return tuple(_notes(groups(results)))
 
 
-def _notes(found: Sequence[Row]) -> Iterator[str]:
-    free = {(row.kind, row.work): row for row in found if row.policy is Policy.NONE}
-    for row in found:
-        without = free.get((row.kind, row.work))
-        if row.policy is not Policy.AVAILABLE or without is None:
+def _notes(found: Sequence[Group]) -> Iterator[str]:
+    free = {(group.kind, group.work): group for group in found if group.policy is LimitPolicy.NONE}
+    for group in found:
+        without = free.get((group.kind, group.work))
+        if group.policy is not LimitPolicy.AVAILABLE or without is None:
             continue
-        where = f"{said(row.kind)}, {row.work.text}"
-        if all(unhurt(result) for result in without.results):
-            yield f"{where}: no difference to the machine; nothing was hurt without a limit either."
-        before, now = without.median(_lost), row.median(_lost)
+        where = f"{format_kind(group.kind)}, {group.work.text}"
+        if all(is_unaffected(result) for result in without.results):
+            yield f"{where}: no difference: nothing outside the container was affected without a limit either."
+        before, now = without.median(_lost), group.median(_lost)
         if now > before:
-            yield f"{where}: with the limit {now:g} tasks fail or don't end, without it {before:g}."
-        before, now = without.median(_restarts), row.median(_restarts)
+            yield f"{where}: {now:g} tasks fail or don't end with the limit, {before:g} without."
+        before, now = without.median(_restarts), group.median(_restarts)
         if now > before:
-            yield f"{where}: with the limit the worker is restarted {now:g} times, without it {before:g}."
-        without_ended, ended = _seconds_to_its_end(without), _seconds_to_its_end(row)
+            yield f"{where}: {now:g} restarts of the worker with the limit, {before:g} without."
+        without_ended, ended = _seconds_to_its_end(without), _seconds_to_its_end(group)
         if without_ended and ended and median(ended) > median(without_ended):
             before, now = median(without_ended), median(ended)
-            yield f"{where}: with the limit it comes to its end in {now:.0f} s, without it in {before:.0f} s."
-        if hurt := sum(not unhurt(result) for result in row.results):
-            yield f"{where}: with the limit something was hurt all the same, in {hurt} of {row.runs} runs."
+            yield f"{where}: the work takes {now:.0f} s with the limit, {before:.0f} s without."
+        if affected := sum(not is_unaffected(result) for result in group.results):
+            yield f"{where}: something outside the container was affected despite the limit, in {affected} of {group.runs} runs."
 
 
 def _lost(result: Result) -> float:
@@ -87,5 +87,5 @@ def _restarts(result: Result) -> float:
     return result.by_nanny + result.by_kernel
 
 
-def _seconds_to_its_end(row: Row) -> list[float]:
-    return [result.seconds for result in row.results if not result.unfinished]
+def _seconds_to_its_end(group: Group) -> list[float]:
+    return [result.seconds for result in group.results if not result.unfinished]

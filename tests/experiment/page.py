@@ -1,4 +1,4 @@
-"""The page of an experiment, and its rows as a table on stdout."""
+"""The page of an experiment, and its groups as a table on stdout."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ami_builder.core.units import format_size
 from ami_builder.report import Tone, html
 from ami_builder.state.workspace import Workspace, write_atomically
 from tests.experiment import plots
-from tests.experiment.cases import Case, Policy, Work
+from tests.experiment.cases import Case, LimitPolicy, Work
 from tests.experiment.comparison import Comparison, Criterion, Curve, Panel, Table
-from tests.experiment.criteria import PUBLISHED, Answer, Judged, Row, grouped, judge, rows, said
+from tests.experiment.criteria import PUBLISHED, Grade, Judged, Group, grouped, judge, groups, said
 from tests.experiment.findings import notes, shares
 from tests.experiment.results import Result
-from tests.experiment.runs import folder_of, read_results, read_trace
+from tests.experiment.series import folder_of, read_results, read_trace
 
 PAGE = "report.html"
 _MAIN = Work.SPIKES
 # The later, the better what happened is seen in the curve of its memory.
 _LEGIBLE = (Work.RESTARTS, Work.MATRIX, Work.ARRAY, Work.AGENT, Work.SPIKES, Work.LEAK_SLOW, Work.LEAK_FAST)
-_TONES = {Answer.PASSED: Tone.GOOD, Answer.FAILED: Tone.BAD, Answer.NOT_SHOWN: Tone.IDLE}
+_TONES = {Grade.PASSED: Tone.GOOD, Grade.FAILED: Tone.BAD, Grade.NOT_SHOWN: Tone.IDLE}
 
 _Value = Callable[[Result], float]
 _NUMBERS: tuple[tuple[str, _Value, Callable[[float], str]], ...] = (
@@ -35,27 +35,27 @@ _NUMBERS: tuple[tuple[str, _Value, Callable[[float], str]], ...] = (
     ("took", lambda r: r.seconds, duration),
     ("by nanny", lambda r: r.by_nanny, "{:g}".format),
     ("by kernel", lambda r: r.by_kernel, "{:g}".format),
-    ("global kills", lambda r: r.global_kills, "{:g}".format),
-    ("container kills", lambda r: r.container_kills, "{:g}".format),
-    ("frozen", lambda r: r.frozen, duration),
-    ("longest", lambda r: r.frozen_longest, duration),
-    ("host busy", lambda r: r.starved, duration),
+    ("global kills", lambda r: r.system_oom_kills, "{:g}".format),
+    ("container kills", lambda r: r.cgroup_oom_kills, "{:g}".format),
+    ("stalled", lambda r: r.stalled, duration),
+    ("longest", lambda r: r.longest_stall, duration),
+    ("host busy", lambda r: r.cpu_steal, duration),
     ("ssh failed", lambda r: r.ssh_failed, "{:g}".format),
     ("ssh longest", lambda r: r.ssh_longest, duration),
-    ("stalled", lambda r: r.stalled_full, duration),
+    ("stalled", lambda r: r.psi_full, duration),
     ("spilled", lambda r: r.spilled, lambda value: size(int(value))),
     ("peak", lambda r: r.peak, lambda value: size(int(value))),
 )
 COLUMNS = tuple(name for name, _, _ in _NUMBERS)
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Group) -> tuple[str, ...]:
     """Return a row's texts: what it is about, how many runs, and each number's median with its spread."""
     about = (said(row.kind), str(row.work), str(row.policy), str(row.runs))
     return (*about, *(_cell(row, value, text) for _, value, text in _NUMBERS))
 
 
-def _cell(row: Row, value: _Value, text: Callable[[float], str]) -> str:
+def _cell(row: Group, value: _Value, text: Callable[[float], str]) -> str:
     spread = row.spread(value)
     least, middle, most = text(spread.least), text(spread.median), text(spread.most)
     return middle if least == most else f"{middle} ({least} – {most})"
@@ -75,7 +75,7 @@ def write_page(image: str, digest: str, workspace: Workspace, output: Path | Non
 def _page(image: str, digest: str, folder: Path, results: tuple[Result, ...]) -> str:
     judged = judge(results)
     tone, word, sentence = _verdict(judged)
-    found = rows(results)
+    found = groups(results)
     fewest = min(row.runs for row in found)
     accelerators = ", ".join(sorted({result.accelerator.upper() for result in results}))
     comparison = Comparison(
@@ -112,14 +112,14 @@ def _plots(comparison: Comparison) -> Mapping[str, object]:
 
 
 def _verdict(judged: Sequence[Judged]) -> tuple[Tone, str, str]:
-    counts = {answer: sum(one.answer is answer for one in judged) for answer in Answer}
-    told = f"Of {len(judged)} criteria {counts[Answer.PASSED]} are reached"
-    for answer, word in ((Answer.FAILED, "not"), (Answer.NOT_SHOWN, "not shown")):
+    counts = {answer: sum(one.answer is answer for one in judged) for answer in Grade}
+    told = f"Of {len(judged)} criteria {counts[Grade.PASSED]} are reached"
+    for answer, word in ((Grade.FAILED, "not"), (Grade.NOT_SHOWN, "not shown")):
         verb = "is" if counts[answer] == 1 else "are"
         told += f", {counts[answer]} {verb} {word}" if counts[answer] else ""
-    if counts[Answer.FAILED]:
+    if counts[Grade.FAILED]:
         return Tone.BAD, "Not all reached", f"{told}."
-    if counts[Answer.NOT_SHOWN]:
+    if counts[Grade.NOT_SHOWN]:
         return Tone.WARN, "Not all shown", f"{told}."
     return Tone.GOOD, "Reached", f"{told}."
 
@@ -137,7 +137,7 @@ def _machines(results: Sequence[Result]) -> str:
     return "; ".join(said(kind) for kind in sorted({result.case.kind for result in results}))
 
 
-def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
+def _panels(found: Sequence[Group]) -> tuple[Panel, ...]:
     """Return what became of the main work under each policy; of any other one where that was not run."""
     work = _MAIN if any(row.work is _MAIN for row in found) else found[0].work
     panels = []
@@ -145,10 +145,10 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
         group = [row for row in found if (row.kind, row.work) == (kind, work)]
         for title, unit, value in (
             ("tasks done", "", lambda r: r.done),
-            ("stood still", "s", lambda r: r.frozen),
+            ("stood still", "s", lambda r: r.stalled),
             ("took", "s", lambda r: r.seconds),
             ("longest wait for ssh", "s", lambda r: r.ssh_longest),
-            ("kills for want of the machine’s memory", "", lambda r: r.global_kills),
+            ("kills for want of the machine’s memory", "", lambda r: r.system_oom_kills),
         ):
             bars = tuple((str(row.policy), tuple(map(value, row.results))) for row in group)
             if any(number for _, numbers in bars for number in numbers):
@@ -156,7 +156,7 @@ def _panels(found: Sequence[Row]) -> tuple[Panel, ...]:
     return tuple(panels)
 
 
-def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
+def _curves(folder: Path, found: Sequence[Group]) -> tuple[Curve, ...]:
     """Return a run of each policy on each machine: of the work that was run under most policies."""
     policies = Counter((row.kind, row.work) for row in found)
     curves = []
@@ -165,7 +165,7 @@ def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
         if row.work is not max(same, key=lambda work: (policies[row.kind, work], _LEGIBLE.index(work))):
             continue
         # The one in the middle, by how long the machine stood still.
-        result = sorted(row.results, key=lambda each: each.frozen)[row.runs // 2]
+        result = sorted(row.results, key=lambda each: each.stalled)[row.runs // 2]
         trace = read_trace(folder, result.case)
         if trace is None or not trace.times:
             continue
@@ -175,7 +175,7 @@ def _curves(folder: Path, found: Sequence[Row]) -> tuple[Curve, ...]:
                 times=trace.times,
                 held=trace.held,
                 seconds=result.seconds,
-                limit=None if row.policy is Policy.NONE else result.limit,
+                limit=None if row.policy is LimitPolicy.NONE else result.limit,
                 available=result.available,
                 total=result.total,
                 paused=tuple(time for time, kind in trace.marks if kind == "paused"),
@@ -194,7 +194,7 @@ def _shares(results: Sequence[Result]) -> Table:
         ),
         columns=("machine", "policy", "limit", "of MemTotal", "of what it gave", "hurt"),
         named=2,
-        rows=tuple(
+        groups=tuple(
             (
                 said(one.kind),
                 one.policy.text,
@@ -208,7 +208,7 @@ def _shares(results: Sequence[Result]) -> Table:
     )
 
 
-def _all(found: Sequence[Row]) -> Table:
+def _all(found: Sequence[Group]) -> Table:
     return Table(
         title="All numbers",
         text=(
@@ -218,7 +218,7 @@ def _all(found: Sequence[Row]) -> Table:
         ),
         columns=("machine", "work", "policy", "runs", *COLUMNS),
         named=3,
-        rows=tuple(cells(row) for row in found),
+        groups=tuple(cells(row) for row in found),
     )
 
 
@@ -232,7 +232,7 @@ def _command(image: str, cases: Sequence[Case]) -> str:
     words = ["python", "-m", "tests.experiment", image, "--cpus", str(cases[0].cpus)]
     for memory in sorted({case.memory for case in cases}):
         words += ["--memory", format_size(memory)]
-    for policy in Policy:
+    for policy in LimitPolicy:
         words += ["--policy", policy] if any(case.policy is policy for case in cases) else []
     for work in Work:
         words += ["--work", work] if any(case.work is work for case in cases) else []

@@ -1,20 +1,22 @@
-"""What a run measured, as it stands in the results: read from what the machine and the observers wrote."""
+"""The results of a run, computed from what the VM and the observers recorded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from ami_builder.core.oom import Constraint, Kill
 from tests.experiment.cases import Case
-from tests.experiment.silence import silence
 
-FROZEN_SECONDS = 1.0
-"""A machine that gives no sign of life for so long stands still; ten are due in that time."""
-SSH_FROZEN_SECONDS = 5.0
-"""A login that takes longer is counted as silence: an emulated machine needs a second or two for one."""
+STALL_SECONDS = 1.0
+"""A gap of more than this between two ticks is a stall of the VM: ten ticks are due in that time."""
+SSH_LATE_SECONDS = 5.0
+"""A login that takes longer is late. An emulated VM needs a second or two for one."""
 _POINTS = 400
 _TICK = re.compile(r"^tick (\d+\.\d+) (\d+) (\d+) (\d+) (\d+) \.\r?$", re.MULTILINE)
 # Linux, mm/oom_kill.c, __oom_kill_process.
@@ -23,7 +25,7 @@ _CONSOLE_KILL = re.compile(r"(Out of memory|Memory cgroup out of memory): Killed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """The machine at one time: bytes, and seconds of stalls since it booted."""
+    """The VM at one time: bytes, and seconds of memory stalls since it booted."""
 
     uptime: float
     held: int
@@ -34,7 +36,7 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
+class LoginTry:
     """One try to log in by ssh, in seconds since the work began."""
 
     began: float
@@ -44,7 +46,7 @@ class Login:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One run: bytes and seconds."""
+    """One run. Sizes are bytes, times seconds."""
 
     method: int
     case: Case
@@ -56,61 +58,87 @@ class Result:
     available: int
     """MemAvailable just before Dask started."""
     limit: int
-    """The worker's limit, as Dask goes by it."""
+    """The memory limit that the Dask worker uses."""
     done: int
     failed: int
     unfinished: int
     """When the time was up."""
     came_back: bool
-    """Whether the machine let us in afterwards; else restarts and kills are what its console showed."""
+    """Whether ssh worked after the run. Otherwise restarts and kills are counted on the console."""
     seconds: float
     by_nanny: int
     """Restarts of the worker by its nanny."""
     by_kernel: int
     """Processes of the container that the kernel killed."""
-    global_kills: int
-    """Of anything, because the machine's memory was at its end."""
-    container_kills: int
-    """Because the container's was."""
-    harmed: tuple[str, ...]
+    system_oom_kills: int
+    """System-wide OOM kills, of any process."""
+    cgroup_oom_kills: int
+    killed_outside: tuple[str, ...]
     """Processes outside the container that the kernel killed."""
-    frozen_longest: float
-    """The longest time without a sign of life inside the machine."""
-    frozen: float
-    """All such times over `FROZEN_SECONDS` together."""
+    longest_stall: float
+    """The longest time between two ticks."""
+    stalled: float
+    """The sum of all times between ticks that exceed `STALL_SECONDS`."""
     ssh_tries: int
     ssh_failed: int
     ssh_longest: float
-    """The longest wait for a login, tries that failed included."""
-    ssh_frozen: float
-    """All such waits over `SSH_FROZEN_SECONDS` together."""
-    stalled_some: float
-    """How long some task waited for memory (PSI)."""
-    stalled_full: float
-    """How long all did."""
+    """The longest wait for a login, failed tries included."""
+    ssh_late: float
+    """The sum of all waits that exceed `SSH_LATE_SECONDS`."""
+    psi_some: float
+    """How long at least one task waited for memory (PSI)."""
+    psi_full: float
+    """How long all tasks did."""
     spilled: int
-    """At most, as seen once a heartbeat."""
+    """The maximum, sampled at each heartbeat of the worker."""
     peak: int
-    """Anonymous memory of the container at most."""
-    unharmed: int
-    """The same, until the machine first stood still."""
-    starved: float
-    """How long the machine waited for a processor of the host: that is silence too, and not the policy's."""
+    """The most anonymous memory that the container held."""
+    held_before_stall: int
+    """The same, until the first stall."""
+    cpu_steal: float
+    """How long the VM waited for a processor of the host. That causes stalls too, whatever the policy."""
+
+
+_RESULT = TypeAdapter(Result)
+_FORMER_KEYS = {
+    "global_kills": "system_oom_kills",
+    "container_kills": "cgroup_oom_kills",
+    "harmed": "killed_outside",
+    "frozen_longest": "longest_stall",
+    "frozen": "stalled",
+    "ssh_frozen": "ssh_late",
+    "stalled_some": "psi_some",
+    "stalled_full": "psi_full",
+    "unharmed": "held_before_stall",
+    "starved": "cpu_steal",
+}
+"""Keys in results of 2026, which are still readable."""
+
+
+def parse(line: Mapping[str, Any]) -> Result:
+    """Return a recorded result; raises pydantic's ValidationError."""
+    return _RESULT.validate_python({_FORMER_KEYS.get(key, key): value for key, value in line.items()})
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """Return a result as plain JSON types."""
+    found: dict[str, Any] = _RESULT.dump_python(result, mode="json")
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Memory over time in one run; times are seconds since the work began."""
+    """Memory over time in one run. Times are seconds since the work began."""
 
     times: tuple[float, ...]
     held: tuple[int, ...]
     available: tuple[int, ...]
     marks: tuple[tuple[float, str], ...]
-    """`paused`, `resumed`, `lost` and `back`: the worker, as the scheduler saw it."""
+    """`paused`, `resumed`, `lost` and `back`: the state of the worker, as the scheduler sees it."""
 
 
 def ticks(text: str) -> tuple[Tick, ...]:
-    """Read what ticker.py wrote to a console; a line that the kernel wrote into is passed over."""
+    """Return the lines that ticker.py wrote to a console. Lines that the kernel interrupted are ignored."""
     return tuple(
         Tick(
             uptime=float(uptime),
@@ -124,38 +152,41 @@ def ticks(text: str) -> tuple[Tick, ...]:
 
 
 def console_kills(text: str) -> tuple[int, int]:
-    """Return how many were killed for want of the machine's memory, and of a cgroup's, by its console."""
+    """Return the numbers of system-wide and of cgroup OOM kills on a console."""
     found = _CONSOLE_KILL.findall(text)
     return found.count("Out of memory"), found.count("Memory cgroup out of memory")
 
 
 def watched(found: Sequence[Tick], began: float, seconds: float) -> tuple[Tick, ...]:
-    """Return the ticks of the work alone; raises ValueError when there is none."""
+    """Return the ticks during the work; raises ValueError if there are none."""
     inside = tuple(tick for tick in found if began <= tick.uptime <= began + seconds)
     if not inside:
-        raise ValueError("the machine gave no sign of life while it worked")
+        raise ValueError("the VM wrote no tick during the work")
     return inside
 
 
-def stood_still(inside: Sequence[Tick], began: float, seconds: float) -> tuple[float, float]:
-    """Return the longest silence and the sum of those over `FROZEN_SECONDS`."""
-    ends = max(began + seconds, inside[-1].uptime)
-    told = silence([began, *(tick.uptime for tick in inside), ends], FROZEN_SECONDS)
-    return told.longest, told.total
+def stalls(inside: Sequence[Tick], began: float, seconds: float) -> tuple[float, float]:
+    """Return the longest gap between ticks, and the sum of the gaps over `STALL_SECONDS`.
+
+    The gaps to the begin and the end of the work count too.
+    """
+    end = max(began + seconds, inside[-1].uptime)
+    gaps = [after - before for before, after in pairwise([began, *(t.uptime for t in inside), end])]
+    return max(gaps), _sum_over(STALL_SECONDS, gaps)
 
 
-def unharmed(inside: Sequence[Tick]) -> int:
-    """Return how much the container held at most until the machine first stood still."""
+def held_before_stall(inside: Sequence[Tick]) -> int:
+    """Return the most memory that the container held before the first stall."""
     most = inside[0].held
     for before, after in pairwise(inside):
-        if after.uptime - before.uptime > FROZEN_SECONDS:
+        if after.uptime - before.uptime > STALL_SECONDS:
             break
         most = max(most, after.held)
     return most
 
 
-def waits(logins: Sequence[Login]) -> tuple[float, float]:
-    """Return the longest wait for a login, and the sum of those over `SSH_FROZEN_SECONDS`.
+def waits(logins: Sequence[LoginTry]) -> tuple[float, float]:
+    """Return the longest wait for a login, and the sum of those over `SSH_LATE_SECONDS`.
 
     A wait begins with a try and ends with the next one that is answered, or with the last one.
     """
@@ -168,22 +199,26 @@ def waits(logins: Sequence[Login]) -> tuple[float, float]:
             since = None
     if since is not None:
         found.append(logins[-1].ended - since)
-    return max(found, default=0.0), sum(wait for wait in found if wait > SSH_FROZEN_SECONDS)
+    return max(found, default=0.0), _sum_over(SSH_LATE_SECONDS, found)
+
+
+def _sum_over(bound: float, values: Iterable[float]) -> float:
+    return sum(value for value in values if value > bound)
 
 
 def counted(kills: Sequence[Kill]) -> tuple[int, int, int, tuple[str, ...]]:
-    """Return kills in the container, for want of the machine's memory, of a cgroup's, and who else died."""
+    """Return the kills in the container, system-wide, by a cgroup, and the processes killed elsewhere."""
     inside = [kill for kill in kills if "docker-" in kill.task_memcg]
-    everywhere = sum(kill.constraint is Constraint.GLOBAL for kill in kills)
-    harmed = tuple(kill.task for kill in kills if kill not in inside)
-    return len(inside), everywhere, len(kills) - everywhere, harmed
+    system = sum(kill.constraint is Constraint.GLOBAL for kill in kills)
+    outside = tuple(kill.task for kill in kills if kill not in inside)
+    return len(inside), system, len(kills) - system, outside
 
 
 def trace(inside: Sequence[Tick], began: float, marks: Sequence[tuple[float, str]]) -> Trace:
-    """Return a run's memory over time, thinned out, with the peaks kept."""
+    """Return a run's memory over time in about 400 points, which include the peaks."""
     width = max(1, len(inside) // _POINTS)
-    groups = [inside[at : at + width] for at in range(0, len(inside), width)]
-    thin = [max(group, key=lambda tick: tick.held) for group in groups]
+    parts = [inside[at : at + width] for at in range(0, len(inside), width)]
+    thin = [max(part, key=lambda tick: tick.held) for part in parts]
     return Trace(
         times=tuple(round(tick.uptime - began, 2) for tick in thin),
         held=tuple(tick.held for tick in thin),

@@ -1,4 +1,4 @@
-"""One run of the experiment: a machine of its own, the work, and what everybody saw of it."""
+"""One run of the experiment: boot a VM, give Dask the work, and collect the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ami_builder.system import host, processes, ssh
 from tests.experiment import results, tasks
 from tests.experiment.cases import METHOD, Case, expected_limit
 from tests.experiment.driver import Driver, driving
-from tests.experiment.results import Login, Result, Trace
+from tests.experiment.results import LoginTry, Result, Trace
 from tests.experiment.user_data import FOLDER, user_data
 
 _LOGIN_SECONDS = 15.0
@@ -41,8 +41,8 @@ _NANNY = "journalctl -u dask.service -b -o cat --no-pager | grep -c 'memory budg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where runs are made."""
+class Setup:
+    """What all runs have in common."""
 
     image: Image
     disk: Path
@@ -51,25 +51,25 @@ class Place:
     """For the work of one run, in seconds."""
 
 
-def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]:
-    """Boot a machine for the case, give Dask the work, and return what was seen.
+def make(case: Case, setup: Setup, run: Run, step: Step) -> tuple[Result, Trace]:
+    """Boot a VM for the case, give Dask the work, and return the results.
 
-    The logs of a machine that shows nothing are kept with the run. Raises BuildFailed or TimedOut when it
-    does not come up, or the policy did not arrive.
+    The logs of a failed run are kept. Raises BuildFailed or TimedOut when the VM does not boot, or when Dask
+    does not have the limit of the policy.
     """
-    made: list[_Run] = []
+    made: list[_OneRun] = []
 
     def boot(attempt: int) -> tuple[Result, Trace]:
         folder = run.work / f"{case.name}-{attempt}"
         folder.mkdir(parents=True)
-        made.append(_Run(case, place, folder, step))
+        made.append(_OneRun(case, setup, folder, step))
         return made[-1].go()
 
     def again() -> bool:
-        # One that gets stuck while it works is not put down to the emulator, and not run until it fits.
+        # A VM that gets stuck during the work is a result, not a fault of the emulator.
         if made[-1].working:
             return False
-        step.update("the emulated machine got stuck: booting again")
+        step.update("the emulated VM got stuck: booting again")
         return True
 
     try:
@@ -80,7 +80,7 @@ def make(case: Case, place: Place, run: Run, step: Step) -> tuple[Result, Trace]
 
 
 def _keep_logs(folder: Path, to: Path, failed: AmiBuilderError) -> None:
-    """Take what a person needs out of the folder that goes with the run."""
+    """Copy the logs out of the folder that is deleted after the run."""
     to.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*.log"):
         shutil.copy(log, to)
@@ -88,14 +88,14 @@ def _keep_logs(folder: Path, to: Path, failed: AmiBuilderError) -> None:
             failed.log = to / log.name
 
 
-class _Run:
-    def __init__(self, case: Case, place: Place, directory: Path, step: Step) -> None:
-        self.case, self.place, self.directory, self.step = case, place, directory, step
+class _OneRun:
+    def __init__(self, case: Case, setup: Setup, directory: Path, step: Step) -> None:
+        self.case, self.setup, self.directory, self.step = case, setup, directory, step
         self.working = False
-        verify = replace(place.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
-        self.image = replace(place.image, verify=verify)
+        verify = replace(setup.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
+        self.image = replace(setup.image, verify=verify)
         self.machine = LocalMachine(
-            image=self.image, disk=place.disk, accelerator=place.accelerator, memory=case.memory
+            image=self.image, disk=setup.disk, accelerator=setup.accelerator, memory=case.memory
         )
 
     def go(self) -> tuple[Result, Trace]:
@@ -105,94 +105,94 @@ class _Run:
             session = self._boot(stack, driver)
             self.step.update("waiting for Dask")
             worker = driver.expect("limit", timeout=self.image.verify.timeout, alive=self.machine.check_alive)
-            told = self._look(session)
-            machine = tasks.Machine(total=told["total"] * 1024, available=told["measured"] + told["reserve"])
+            values = self._memory(session)
+            memory = tasks.Memory(total=values["total"] * 1024, available=values["measured"] + values["reserve"])
             limit = int(worker["limit"])
-            expected = expected_limit(self.case.policy, total=machine.total, measured=told["measured"])
+            expected = expected_limit(self.case.policy, total=memory.total, measured=values["measured"])
             if limit != expected:
                 raise BuildFailed(
-                    f"the policy {self.case.policy} did not arrive: Dask's limit is {limit}, not {expected}",
-                    hint="does the image have a container without a limit of its own?",
+                    f"Dask's limit under policy {self.case.policy} is {limit}, expected {expected}",
+                    hint="check that the container of the image has no limit of its own",
                 )
-            self._start_agent(session, machine)
+            self._start_agent(session, memory)
             with _logins(session) as seen:
-                # What the login for it took is not part of the work.
+                # After the login: its time is not part of the work.
                 began = self._uptime(session)
                 waited = self.machine.waited()
-                ended = self._work(driver, machine)
-                starved = host.starved(waited, self.machine.waited())
-            return self._told(session, when, machine, limit, began, ended, seen, starved)
+                ended = self._work(driver, memory)
+                cpu_steal = host.starved(waited, self.machine.waited())
+            return self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
         key = ssh.generate_key(self.directory)
-        told = user_data(self.image, self.case.policy, f"tcp://{qemu.THIS_MACHINE}:{driver.port}")
+        data = user_data(self.image, self.case.policy, f"tcp://{qemu.THIS_MACHINE}:{driver.port}")
         public_key = key.with_suffix(".pub").read_text().strip()
-        endpoint = self.machine.boot(stack, self.directory, told, public_key)
+        endpoint = self.machine.boot(stack, self.directory, data, public_key)
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))
         session.wait(self.image.verify.timeout, self.machine.check_alive)
         return session
 
-    def _look(self, session: ssh.Session) -> Mapping[str, int]:
+    def _memory(self, session: ssh.Session) -> Mapping[str, int]:
         words = session.run(_LOOK, sudo=True).stdout.split()
         found = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
         if missing := {"total", "measured", "reserve"} - found.keys():
-            raise BuildFailed(f"the machine does not tell {', '.join(sorted(missing))}")
+            raise BuildFailed(f"the VM reports no {', '.join(sorted(missing))}")
         return found
 
     def _uptime(self, session: ssh.Session) -> float:
         return float(session.run("cat /proc/uptime").stdout.split()[0])
 
-    def _start_agent(self, session: ssh.Session, machine: tasks.Machine) -> None:
-        if agent := tasks.agent(self.case.work, machine):
+    def _start_agent(self, session: ssh.Session, memory: tasks.Memory) -> None:
+        if agent := tasks.agent(self.case.work, memory):
             program = f"python3 {FOLDER}/{tasks.MODULE}.py {' '.join(map(str, agent))}"
             session.run(f"systemd-run --quiet --unit=ami-builder-agent {program}", sudo=True)
 
-    def _work(self, driver: Driver, machine: tasks.Machine) -> Mapping[str, Any]:
+    def _work(self, driver: Driver, memory: tasks.Memory) -> Mapping[str, Any]:
         self.working = True
         work = Path(tasks.__file__).with_name("work.py")
-        driver.tell(
+        driver.send(
             {
                 "module": tasks.MODULE,
                 "path": str(work),
-                "tasks": [asdict(task) for task in tasks.tasks(self.case, machine)],
-                "timeout": self.place.timeout,
+                "tasks": [asdict(task) for task in tasks.tasks(self.case, memory)],
+                "timeout": self.setup.timeout,
             }
         )
         self.step.update("working")
         ended = driver.expect(
             "ended",
-            timeout=self.place.timeout + 120,
+            timeout=self.setup.timeout + 120,
             alive=self.machine.check_alive,
-            on_other=lambda said: self.step.update(
-                f"{said['done']} of {said['of']} tasks done, {said['failed']} failed"
+            on_other=lambda message: self.step.update(
+                f"{message['done']} of {message['of']} tasks done, {message['failed']} failed"
             ),
         )
         found: Mapping[str, Any] = ended["ended"]
         return found
 
-    def _told(
-        self, session: ssh.Session, when: str, machine: tasks.Machine, limit: int, began: float,
-        ended: Mapping[str, Any], seen: list[Login], starved: float,
+    def _collect(
+        self, session: ssh.Session, when: str, memory: tasks.Memory, limit: int, began: float,
+        ended: Mapping[str, Any], seen: list[LoginTry], cpu_steal: float,
     ) -> tuple[Result, Trace]:  # fmt: skip
-        self.step.update("reading what the machine has seen")
+        self.step.update("reading the logs of the VM")
         counts = self._counts(session)
         console = (self.directory / "console.log").read_text(errors="replace")
         inside = results.watched(results.ticks(console), began, ended["seconds"])
         came_back = counts is not None
         if counts is None:
-            everywhere, in_containers = results.console_kills(console)
-            counts = (0, everywhere + in_containers, everywhere, in_containers, ())
-        by_nanny, by_kernel, everywhere, in_containers, harmed = counts
-        frozen_longest, frozen = results.stood_still(inside, began, ended["seconds"])
-        ssh_longest, ssh_frozen = results.waits(seen)
+            system, by_cgroup = results.console_kills(console)
+            counts = (0, system + by_cgroup, system, by_cgroup, ())
+        by_nanny, by_kernel, system, by_cgroup, killed_outside = counts
+        longest_stall, stalled = results.stalls(inside, began, ended["seconds"])
+        ssh_longest, ssh_late = results.waits(seen)
         result = Result(
             method=METHOD,
             case=self.case,
             when=when,
-            accelerator=self.place.accelerator,
-            total=machine.total,
-            available=machine.available,
+            accelerator=self.setup.accelerator,
+            total=memory.total,
+            available=memory.available,
             limit=limit,
             done=ended["done"],
             failed=ended["failed"],
@@ -201,26 +201,26 @@ class _Run:
             seconds=ended["seconds"],
             by_nanny=by_nanny,
             by_kernel=by_kernel,
-            global_kills=everywhere,
-            container_kills=in_containers,
-            harmed=harmed,
-            frozen_longest=round(frozen_longest, 2),
-            frozen=round(frozen, 2),
+            system_oom_kills=system,
+            cgroup_oom_kills=by_cgroup,
+            killed_outside=killed_outside,
+            longest_stall=round(longest_stall, 2),
+            stalled=round(stalled, 2),
             ssh_tries=len(seen),
             ssh_failed=sum(not login.answered for login in seen),
             ssh_longest=round(ssh_longest, 2),
-            ssh_frozen=round(ssh_frozen, 2),
-            stalled_some=round(inside[-1].some - inside[0].some, 2),
-            stalled_full=round(inside[-1].full - inside[0].full, 2),
+            ssh_late=round(ssh_late, 2),
+            psi_some=round(inside[-1].some - inside[0].some, 2),
+            psi_full=round(inside[-1].full - inside[0].full, 2),
             spilled=ended["spilled"],
             peak=max(tick.held for tick in inside),
-            unharmed=results.unharmed(inside),
-            starved=round(starved, 2),
+            held_before_stall=results.held_before_stall(inside),
+            cpu_steal=round(cpu_steal, 2),
         )
         return result, results.trace(inside, began, ended["marks"])
 
     def _counts(self, session: ssh.Session) -> tuple[int, int, int, int, tuple[str, ...]] | None:
-        """Return restarts by the nanny and whom the kernel killed; None when the machine never comes back."""
+        """Return the restarts by the nanny and the kills by the kernel; None if the VM stays unresponsive."""
 
         def read() -> tuple[str, str] | None:
             self.machine.check_alive()
@@ -239,9 +239,9 @@ class _Run:
 
 
 @contextmanager
-def _logins(session: ssh.Session) -> Iterator[list[Login]]:
-    """Log in anew again and again, as a person would, until the block ends."""
-    seen: list[Login] = []
+def _logins(session: ssh.Session) -> Iterator[list[LoginTry]]:
+    """Log in again and again over new connections until the block ends."""
+    seen: list[LoginTry] = []
     over = threading.Event()
     argv: list[str | Path] = [
         "ssh", "-F", session.config, "-o", "ControlPath=none",
@@ -256,7 +256,7 @@ def _logins(session: ssh.Session) -> Iterator[list[Login]]:
         except AmiBuilderError:
             answered = False
         if not over.is_set() or answered:
-            seen.append(Login(began=began - start, ended=time.monotonic() - start, answered=answered))
+            seen.append(LoginTry(began=began - start, ended=time.monotonic() - start, answered=answered))
 
     def watch() -> None:
         while not over.is_set():

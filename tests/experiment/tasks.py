@@ -1,4 +1,4 @@
-"""The tasks of each work, with what they are given: how large they are follows from the machine."""
+"""The tasks of each work. Their sizes depend on the memory of the VM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ami_builder.core.units import MIB
 from tests.experiment.cases import Case, Work, generator
 
 MODULE = "ami_builder_work"
-"""What work.py is called inside the container, where nothing else of ours is."""
+"""The module name of work.py inside the container."""
 
 SPIKES, TASKS = 10, 200
 ARRAY_TIMES = 2.5
@@ -27,80 +27,80 @@ class Task:
     after: tuple[str, ...] = ()
     """Tasks whose results are further arguments, before the others."""
     kept: bool = True
-    """Whether the client wants its result: only such tasks are counted."""
+    """Whether the client keeps its future. Only such tasks are counted."""
     taken: bool = False
-    """Whether the client takes the result once it is there, instead of leaving it in memory or spilled."""
+    """Whether the client releases the future as soon as it has finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a machine has for Dask, in bytes."""
+class Memory:
+    """The memory of a VM, in bytes."""
 
     total: int
     """MemTotal."""
     available: int
-    """MemAvailable just before Dask started, to a page."""
+    """MemAvailable just before Dask started, in whole pages."""
 
 
-def agent(work: Work, machine: Machine) -> tuple[int, int, float] | None:
-    """Return how large a process beside Dask grows, in which steps, with which pauses; None without one."""
+def agent(work: Work, memory: Memory) -> tuple[int, int, float] | None:
+    """Return the final size, the step and the pause of the process that grows beside Dask, or None."""
     if work is not Work.AGENT:
         return None
-    return machine.total * AGENT_PERCENT // 100, MIB, 0.25
+    return memory.total * AGENT_PERCENT // 100, MIB, 0.25
 
 
-def tasks(case: Case, machine: Machine) -> tuple[Task, ...]:
-    """Return the work of a run; what a task needs stands before it."""
-    block = max(4 * MIB, min(128 * MIB, machine.total // 64 // MIB * MIB))
+def tasks(case: Case, memory: Memory) -> tuple[Task, ...]:
+    """Return the tasks of a run. Each task comes after the tasks that it depends on."""
+    block = max(4 * MIB, min(128 * MIB, memory.total // 64 // MIB * MIB))
     match case.work:
         case Work.ARRAY:
-            return _array(machine, block)
+            return _array(memory, block)
         case Work.LEAK_SLOW:
-            return (_leak(machine, block // 2, 0.25),)
+            return (_leak(memory, block // 2, 0.25),)
         case Work.LEAK_FAST:
-            return (_leak(machine, block * 2, 0.02),)
+            return (_leak(memory, block * 2, 0.02),)
         case Work.SPIKES | Work.AGENT | Work.RESTARTS:
-            return _spikes(case, machine, block)
+            return _spikes(case, memory, block)
         case Work.MATRIX:
-            return _matrix(machine)
+            return _matrix(memory)
 
 
-def _array(machine: Machine, block: int) -> tuple[Task, ...]:
-    count = round(ARRAY_TIMES * machine.total / block)
+def _array(memory: Memory, block: int) -> tuple[Task, ...]:
+    count = round(ARRAY_TIMES * memory.total / block)
     blocks = [Task(key=f"block-{n}", function="block", arguments=(block,)) for n in range(count)]
     digests = [Task(key=f"digest-{n}", function="digest", after=(f"block-{n}",)) for n in range(count)]
     whole = Task(key="whole", function="combine", after=tuple(each.key for each in digests))
     return (*blocks, *digests, whole)
 
 
-def _leak(machine: Machine, step: int, pause: float) -> Task:
-    start = machine.available * 85 // 100
-    return Task(key="leak", function="leak", arguments=(start, machine.total, step, pause), taken=True)
+def _leak(memory: Memory, step: int, pause: float) -> Task:
+    start = memory.available * 85 // 100
+    return Task(key="leak", function="leak", arguments=(start, memory.total, step, pause), taken=True)
 
 
-def _spikes(case: Case, machine: Machine, block: int) -> tuple[Task, ...]:
+def _spikes(case: Case, memory: Memory, block: int) -> tuple[Task, ...]:
     draw = generator(case)
     spiking = set(draw.sample(range(TASKS), SPIKES))
-    low = machine.available * 95 // 100
+    low = memory.available * 95 // 100
     found = []
     for n in range(TASKS):
         name, function = f"task-{n}", "ordinary"
         first: tuple[int | str, ...] = ()
         if n in spiking:
-            target = draw.randint(low, machine.total)
+            target = draw.randint(low, memory.total)
             if case.work is not Work.RESTARTS:
                 name, function = f"spike-{n}", "spike"
                 first = (name, target, block * 2)
-            elif target > machine.available:
+            elif target > memory.available:
                 name, function = f"end-{n}", "end"
                 first = (name,)
         found.append(Task(key=name, function=function, arguments=(*first, block, _SECONDS), taken=True))
     return tuple(found)
 
 
-def _matrix(machine: Machine) -> tuple[Task, ...]:
-    """Return the sums of products of two matrices of blocks: each takes 80 % of the memory."""
-    size = machine.total * 80 // 100 // _MATRIX**2 // MIB * MIB
+def _matrix(memory: Memory) -> tuple[Task, ...]:
+    """Return the product of two matrices of blocks. Each matrix takes 80 % of the memory."""
+    size = memory.total * 80 // 100 // _MATRIX**2 // MIB * MIB
     span = range(_MATRIX)
     found = [
         Task(key=f"{name}-{i}-{j}", function="block", arguments=(size,), kept=False)

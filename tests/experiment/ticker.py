@@ -1,8 +1,8 @@
-"""Runs on the machine, outside the container: a sign of life ten times a second, and the memory at that time.
+"""Runs on the VM, outside the container: writes a line with the memory in use ten times a second.
 
-It writes to the serial console, which QEMU keeps: a machine that stands still lets nobody in to read a file.
-Each line: `tick`, uptime in seconds, what the container holds (anonymous memory), MemAvailable, and for how
-many microseconds some and all tasks were stalled for want of memory. Bytes otherwise; Python's library alone.
+It writes to the serial console, which QEMU records: a VM that is unresponsive allows no login to read a file.
+Each line has the word `tick`, the uptime in seconds, the anonymous memory of the container, MemAvailable, and
+the microseconds that some and all tasks were stalled waiting for memory (PSI). Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CONTAINER = "/sys/fs/cgroup/system.slice/docker-*.scope/memory.stat"
 
 
 def text(path: str) -> str:
-    """Return a file's content, or nothing."""
+    """Return a file's content, or an empty string."""
     try:
         with open(path) as file:  # noqa: PTH123 - as plain as can be
             return file.read()
@@ -25,7 +25,7 @@ def text(path: str) -> str:
 
 
 def word_after(content: str, name: str) -> int:
-    """Return the number that follows a word; 0 when there is none."""
+    """Return the number that follows a word, or 0."""
     words = content.split()
     return int(words[words.index(name) + 1]) if name in words else 0
 
@@ -37,7 +37,7 @@ def stalled(content: str) -> str:
 
 
 def main() -> None:
-    """Write to the file that is named first, for ever."""
+    """Write to the file named by the first argument, without end."""
     path = ""
     with open(sys.argv[1], "w") as out:  # noqa: PTH123
         while True:
@@ -47,7 +47,7 @@ def main() -> None:
             available = word_after(text("/proc/meminfo")[:300], "MemAvailable:") * 1024
             now = time.clock_gettime(time.CLOCK_BOOTTIME)
             stalls = stalled(text("/proc/pressure/memory"))
-            # Whatever the kernel has written, the line begins anew.
+            # The kernel may have written half a line.
             out.write(f"\ntick {now:.3f} {held} {available} {stalls} .\n")
             out.flush()
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What a control plane sends to a machine of the experiment: the policy is in here, never in the image."""
+"""The user data for a VM of the experiment. It contains the policy: the image is the same in all runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ami_builder.config.schema import Image
 from ami_builder.core.units import GIB, MIB
-from tests.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, Policy
+from tests.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, LimitPolicy
 from tests.experiment.tasks import MODULE
 
 FOLDER = "/var/lib/ami-builder-experiment"
@@ -23,13 +23,13 @@ _WRITE = f'echo "EXPERIMENT_LIMIT=$((limit / {PAGE} * {PAGE}))" >>/etc/dask/dask
 UNLIMITED = (
     "cd /etc/systemd/system/docker-.scope.d; printf '[Scope]\\nMemoryMax=infinity\\n' >99-unlimited.conf"
 )
-"""What leaves a container that asks for no limit without one: of drop-ins the last one counts."""
-# What MemTotal is, is known on the machine alone.
+"""Removes the limit that the image sets for all containers: the last drop-in wins."""
+# MemTotal is known on the VM only.
 _COMPUTE = {
-    Policy.NONE: UNLIMITED,
-    Policy.DASK_ONLY: UNLIMITED,
-    Policy.FRACTION: f"{_TOTAL}; limit=$((total * 95 / 100)); {_WRITE}",
-    Policy.GKE: f"""{_TOTAL}
+    LimitPolicy.NONE: UNLIMITED,
+    LimitPolicy.DASK_ONLY: UNLIMITED,
+    LimitPolicy.FRACTION: f"{_TOTAL}; limit=$((total * 95 / 100)); {_WRITE}",
+    LimitPolicy.GKE: f"""{_TOTAL}
         reserved=0 rest=$total
         take() {{ part=$rest; [ "$part" -le "$1" ] || part=$1
             reserved=$((reserved + part * $2 / 100)); rest=$((rest - part)); }}
@@ -46,10 +46,10 @@ _COMPUTE = {
 }
 
 
-def user_data(image: Image, policy: Policy, scheduler: str) -> bytes:
+def user_data(image: Image, policy: LimitPolicy, scheduler: str) -> bytes:
     """Return a cloud-config whose Compose file starts one worker of the scheduler under a policy."""
     watch = f"until [ -e {FOLDER}/ticker.py ]; do sleep 0.2; done; exec python3 {FOLDER}/ticker.py {CONSOLE}"
-    # Before Dask measures, so that what the watch itself uses is not counted as available.
+    # It starts before memory is measured, so that its own memory does not count as available.
     ticker = [
         "systemd-run", "--no-block", f"--unit={TICKER_UNIT}", "--property=Restart=always",
         "--property=RestartSec=100ms", "--property=StartLimitIntervalSec=0", "sh", "-c", watch,
@@ -67,24 +67,24 @@ def user_data(image: Image, policy: Policy, scheduler: str) -> bytes:
     return ("#cloud-config\n" + json.dumps({"bootcmd": commands, "write_files": written})).encode()
 
 
-def _compose(image: Image, policy: Policy, scheduler: str) -> dict[str, object]:
+def _compose(image: Image, policy: LimitPolicy, scheduler: str) -> dict[str, object]:
     limit = {
-        Policy.NONE: "0",
-        Policy.AVAILABLE: _VARIABLE,
-        Policy.HEADROOM_2: _VARIABLE,
-        Policy.NANNY: _VARIABLE,
-        Policy.HEADROOM: _VARIABLE,
-        Policy.FRACTION: _COMPUTED,
-        Policy.GKE: _COMPUTED,
-        Policy.DASK_ONLY: "0",
+        LimitPolicy.NONE: "0",
+        LimitPolicy.AVAILABLE: _VARIABLE,
+        LimitPolicy.HEADROOM_2: _VARIABLE,
+        LimitPolicy.NANNY: _VARIABLE,
+        LimitPolicy.HEADROOM: _VARIABLE,
+        LimitPolicy.FRACTION: _COMPUTED,
+        LimitPolicy.GKE: _COMPUTED,
+        LimitPolicy.DASK_ONLY: "0",
     }[policy]
     variable = "${AVAILABLE_MEMORY_FOR_DASK:?}"
-    told = {Policy.NANNY: f"$$(({variable} - {NANNY_HEADROOM}))", Policy.DASK_ONLY: variable}
+    own_limit = {LimitPolicy.NANNY: f"$$(({variable} - {NANNY_HEADROOM}))", LimitPolicy.DASK_ONLY: variable}
     worker = [
-        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", told.get(policy, "1.0"),
+        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", own_limit.get(policy, "1.0"),
         "--local-directory", "/spill", "--no-dashboard",
     ]  # fmt: skip
-    if policy is Policy.NANNY:  # the container's shell can subtract, and Compose can't
+    if policy is LimitPolicy.NANNY:  # Compose can't subtract, but the container's shell can
         worker = ["sh", "-c", f"exec {' '.join(worker)}"]
     service = {
         "image": image.container.reference,

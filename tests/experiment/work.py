@@ -1,7 +1,7 @@
-"""What the tasks do; runs in the container, where there is only Python, Dask and what comes with it.
+"""The functions of the tasks. They run in the container, which has only Python, Dask and its dependencies.
 
-There is no NumPy in the shipped container: blocks of bytes do the same to memory as its arrays. This file
-travels to the machine as it is, so it imports nothing of ours. Sizes are bytes, times seconds.
+The shipped container has no NumPy, so blocks of bytes replace arrays. This file is copied to the VM, so it
+imports nothing from this project. Sizes are bytes, times seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def rss() -> int:
-    """Return what this process holds of memory, as its nanny sees it."""
+    """Return the resident memory of this process, which its nanny watches."""
     with open("/proc/self/statm") as file:  # noqa: PTH123 - no more objects than needed, near the limit
         return int(file.read().split()[1]) * _PAGE
 
 
 def grow(target: int, step: int, pause: float) -> list[bytes]:
-    """Take memory, and fill it, until this process holds `target`."""
+    """Allocate and fill memory until this process holds `target`."""
     held = []
     while rss() < target:
         held.append(b"\x01" * step)
@@ -32,14 +32,14 @@ def grow(target: int, step: int, pause: float) -> list[bytes]:
 
 
 def leak(start: int, target: int, step: int, pause: float) -> int:
-    """Take `start` at once and go on to `target` in steps; return what was reached."""
+    """Grow to `start` at once, then to `target` in steps. Return the size that was reached."""
     held = grow(start, step, 0)
     held += grow(target, step, pause)
     return rss()
 
 
 def first(name: str) -> bool:
-    """Tell whether nobody has asked for this name on this machine before, however they ended."""
+    """Return whether this is the first attempt under this name on this VM."""
     os.makedirs(SEEN, exist_ok=True)  # noqa: PTH103
     try:
         os.close(os.open(f"{SEEN}/{name}", os.O_CREAT | os.O_EXCL))
@@ -58,7 +58,7 @@ def ordinary(size: int, seconds: float) -> int:
 
 
 def spike(name: str, target: int, step: int, size: int, seconds: float) -> int:
-    """At the first attempt reach `target` and stay there a moment; and always do as the others do."""
+    """At the first attempt, grow to `target` for a moment. Then do what `ordinary` does."""
     if first(name):
         held = grow(target, step, 0.02)
         time.sleep(0.5)
@@ -67,7 +67,7 @@ def spike(name: str, target: int, step: int, size: int, seconds: float) -> int:
 
 
 def end(name: str, size: int, seconds: float) -> int:
-    """At the first attempt end this worker at once, as the kernel would; and then do as the others do."""
+    """At the first attempt, kill this worker, as the kernel would. Otherwise do what `ordinary` does."""
     if first(name):
         os.kill(os.getpid(), signal.SIGKILL)
     return ordinary(size, seconds)
@@ -90,12 +90,12 @@ def combine(*numbers: int) -> int:
 
 
 def multiply(left: bytes, right: bytes) -> bytes:
-    """Return a block of two: with the copies of both that a product of matrices needs."""
+    """Combine two blocks into one. Copies both, as a product of matrices does."""
     number = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
     return number.to_bytes(len(left), "little")
 
 
-if __name__ == "__main__":  # the agent of W5, on the machine itself
+if __name__ == "__main__":  # the agent of W5, outside of the container
     kept = grow(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
     while True:
         time.sleep(60)

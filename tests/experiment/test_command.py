@@ -17,10 +17,10 @@ from ami_builder.core.errors import BuildFailed
 from ami_builder.state.workspace import Workspace
 from tests.experiment import __main__ as cli
 from tests.experiment import runs
-from tests.experiment.cases import METHOD, Case, Policy, Work
+from tests.experiment.cases import METHOD, Case, LimitPolicy, Work
 from tests.experiment.results import Result, Trace
 from tests.stored_images import stored
-from tests.unit.experiments import result
+from tests.experiment.samples import result
 from tests.unit.test_report import Parsed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,14 +35,14 @@ class Machines:
 
     def __init__(self) -> None:
         self.made: list[Case] = []
-        self.broken: set[Policy] = set()
+        self.broken: set[LimitPolicy] = set()
 
     def make(self, case: Case, *_: object) -> tuple[Result, Trace]:
         self.made.append(case)
         if case.policy in self.broken:
             raise BuildFailed("it does not come up")
         hurt = (
-            {"frozen": 70.0, "frozen_longest": 30.0, "global_kills": 3} if case.policy is Policy.NONE else {}
+            {"stalled": 70.0, "longest_stall": 30.0, "system_oom_kills": 3} if case.policy is LimitPolicy.NONE else {}
         )
         told = {name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")}
         return result(**told, **hurt), TRACE
@@ -112,7 +112,7 @@ def test_after_its_time_nothing_is_started_and_the_next_call_goes_on(
 def test_a_machine_that_does_not_come_up_costs_nothing_else(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machines.broken = {Policy.NONE}
+    machines.broken = {LimitPolicy.NONE}
     found = told(capsys, "--repeat", "1")
     assert len(found["results"]) == 1
     assert list(found["failed"].values()) == ["it does not come up"]
@@ -157,7 +157,7 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     parsed = Parsed(text)
     tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"script", "img", "link", "iframe"}
-    assert "http" not in text.replace("http://www.w3.org", "").replace("Content-Security-Policy", "").replace(
+    assert "http" not in text.replace("http://www.w3.org", "").replace("Content-Security-LimitPolicy", "").replace(
         'http-equiv="', ""
     )
     assert text.count("<svg") == 5 + 2
@@ -184,7 +184,7 @@ def test_the_commands_of_the_page_are_understood(
 
 def test_the_page_names_every_policy_and_work() -> None:
     assert len(COMMANDS) == 4
-    for word in (*Policy, *Work):
+    for word in (*LimitPolicy, *Work):
         assert f"`{word}`" in PAGE
 
 

@@ -25,7 +25,7 @@ from tests.experiment.cases import (
     NANNY_HEADROOM,
     RESERVE_PERCENT,
     Case,
-    Policy,
+    LimitPolicy,
     Work,
     expected_limit,
     fraction_limit,
@@ -34,7 +34,7 @@ from tests.experiment.cases import (
     plan,
 )
 from tests.experiment.user_data import user_data
-from tests.unit.experiments import case
+from tests.experiment.samples import case
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
@@ -43,7 +43,7 @@ PLANS = st.fixed_dictionaries(
     {
         "memory": st.lists(st.sampled_from([GIB, 2 * GIB, 4 * GIB]), min_size=1, max_size=3),
         "cpus": st.integers(1, 4),
-        "policies": st.lists(st.sampled_from(Policy), min_size=1, max_size=4),
+        "policies": st.lists(st.sampled_from(LimitPolicy), min_size=1, max_size=4),
         "work": st.lists(st.sampled_from(Work), min_size=1, max_size=4),
         "repeat": st.integers(1, 5),
         "seed": st.integers(0, 10),
@@ -77,13 +77,13 @@ def test_more_repeats_add_runs_at_the_end(asked: dict[str, Any]) -> None:
 
 
 def test_the_seed_decides_the_order_and_the_work() -> None:
-    def order(seed: int) -> list[tuple[Policy, Work]]:
-        found = plan(memory=[GIB], cpus=2, policies=list(Policy), work=list(Work), repeat=1, seed=seed)
+    def order(seed: int) -> list[tuple[LimitPolicy, Work]]:
+        found = plan(memory=[GIB], cpus=2, policies=list(LimitPolicy), work=list(Work), repeat=1, seed=seed)
         return [(one.policy, one.work) for one in found]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
-    assert case(policy=Policy.NONE).draw == case(policy=Policy.GKE).draw
+    assert case(policy=LimitPolicy.NONE).draw == case(policy=LimitPolicy.GKE).draw
     assert len({case(seed=s, repeat=r).draw for s in (1, 2) for r in (1, 2)}) == 4
 
 
@@ -104,21 +104,21 @@ def test_limits_are_pages_below_the_total(total: int) -> None:
 
 
 def test_the_limit_that_dask_has_to_have() -> None:
-    limits = {policy: expected_limit(policy, total=8 * GIB, measured=7 * GIB) for policy in Policy}
-    assert limits[Policy.NONE] == 8 * GIB
-    assert limits[Policy.AVAILABLE] == limits[Policy.DASK_ONLY] == limits[Policy.HEADROOM] == 7 * GIB
-    assert limits[Policy.NANNY] == 7 * GIB - NANNY_HEADROOM
-    assert limits[Policy.FRACTION] == fraction_limit(8 * GIB)
-    assert limits[Policy.GKE] == gke_limit(8 * GIB)
+    limits = {policy: expected_limit(policy, total=8 * GIB, measured=7 * GIB) for policy in LimitPolicy}
+    assert limits[LimitPolicy.NONE] == 8 * GIB
+    assert limits[LimitPolicy.AVAILABLE] == limits[LimitPolicy.DASK_ONLY] == limits[LimitPolicy.HEADROOM] == 7 * GIB
+    assert limits[LimitPolicy.NANNY] == 7 * GIB - NANNY_HEADROOM
+    assert limits[LimitPolicy.FRACTION] == fraction_limit(8 * GIB)
+    assert limits[LimitPolicy.GKE] == gke_limit(8 * GIB)
 
 
-MACHINE = tasks.Machine(total=980 * MIB, available=740 * MIB)
+MACHINE = tasks.Memory(total=980 * MIB, available=740 * MIB)
 
 
 @pytest.mark.parametrize("work", Work)
 def test_the_tasks_of_each_work(work: Work) -> None:
     found = tasks.tasks(case(work=work), MACHINE)
-    assert found == tasks.tasks(case(work=work, policy=Policy.NONE), MACHINE)
+    assert found == tasks.tasks(case(work=work, policy=LimitPolicy.NONE), MACHINE)
     known: set[str] = set()
     functions = {
         line.split("(")[0].removeprefix("def ")
@@ -183,15 +183,15 @@ def service(files: dict[str, str]) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("policy", Policy)
-def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", LimitPolicy)
+def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy: LimitPolicy) -> None:
     raw = user_data(IMAGE, policy, "tcp://169.254.169.2:8786")
     assert len(raw) < MAX_USER_DATA
     assert raw.startswith(b"#cloud-config\n")
     files = written(raw)
     worker = service(files)
     assert worker["mem_limit"] == worker["memswap_limit"]
-    assert (worker["mem_limit"] == "0") == (policy in (Policy.NONE, Policy.DASK_ONLY))
+    assert (worker["mem_limit"] == "0") == (policy in (LimitPolicy.NONE, LimitPolicy.DASK_ONLY))
     assert "tcp://169.254.169.2:8786" in " ".join(worker["command"]).split()
     for path, content in files.items():
         if path.endswith(".py"):
@@ -199,7 +199,7 @@ def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy:
 
 
 def test_dask_is_told_less_than_its_cgroup_has_for_the_nanny() -> None:
-    shell, c, command = service(written(user_data(IMAGE, Policy.NANNY, "tcp://x:1")))["command"]
+    shell, c, command = service(written(user_data(IMAGE, LimitPolicy.NANNY, "tcp://x:1")))["command"]
     # As Compose reads it: its own variables first, and `$$` is a dollar.
     command = command.replace("${AVAILABLE_MEMORY_FOR_DASK:?}", "734003200").replace("$$", "$")
     argv = [shell, c, command.replace("exec", "echo")]
@@ -208,8 +208,8 @@ def test_dask_is_told_less_than_its_cgroup_has_for_the_nanny() -> None:
 
 
 @pytest.mark.parametrize("total_kb", [1003912, 2030000, 8130000, 16380000, 264000000])
-@pytest.mark.parametrize("policy", [Policy.FRACTION, Policy.GKE])
-def test_the_machine_computes_what_we_expect(policy: Policy, total_kb: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [LimitPolicy.FRACTION, LimitPolicy.GKE])
+def test_the_machine_computes_what_we_expect(policy: LimitPolicy, total_kb: int, tmp_path: Path) -> None:
     told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
     (script,) = [one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"]]
     (tmp_path / "meminfo").write_text(f"MemTotal:       {total_kb} kB\nMemFree: 1 kB\n")
@@ -222,7 +222,7 @@ def test_the_machine_computes_what_we_expect(policy: Policy, total_kb: int, tmp_
 
 @pytest.mark.parametrize(("policy", "percent"), RESERVE_PERCENT.items())
 def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
-    policy: Policy, percent: int, tmp_path: Path
+    policy: LimitPolicy, percent: int, tmp_path: Path
 ) -> None:
     told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
     (script,) = [one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"]]
@@ -236,5 +236,5 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
 
 
 def test_a_case_is_a_key() -> None:
-    assert case() == Case(memory=GIB, cpus=2, policy=Policy.AVAILABLE, work=Work.SPIKES, repeat=1, seed=1)
+    assert case() == Case(memory=GIB, cpus=2, policy=LimitPolicy.AVAILABLE, work=Work.SPIKES, repeat=1, seed=1)
     assert case().name == "1024MiB-2cpu-available-spikes-seed1-1"

@@ -1,4 +1,4 @@
-"""The runs that are still to be made, side by side, and what all of them say."""
+"""A series of runs: those that are missing, several side by side, and the results of all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from ami_builder import qemu
 from ami_builder.config.schema import Image
@@ -22,51 +22,50 @@ from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
 from ami_builder.verify.concurrency import side_by_side
 from tests.experiment.cases import METHOD, Case, left
 from tests.experiment.driver import require_distributed
-from tests.experiment.results import Result, Trace
-from tests.experiment.run import Place, make
+from tests.experiment.results import Result, Trace, parse, plain
+from tests.experiment.run import Setup, make
 
 EXPERIMENT = "experiment"
 """The command in the records of runs."""
 _RESULTS = "results.jsonl"
-_RESULT = TypeAdapter(Result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is to be run."""
+    """The runs that are wanted."""
 
     cases: tuple[Case, ...]
-    """In their order; those that were made are skipped."""
+    """In their order. Those that exist are skipped."""
     timeout: float
     """For the work of one run, in seconds."""
     jobs: int
-    """Machines side by side."""
+    """VMs side by side."""
     time: float | None
-    """No run is started after so many seconds."""
+    """Start no run after so many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What there is after a call."""
+class SeriesResult:
+    """The results after a call."""
 
     results: tuple[Result, ...]
-    """All that this image has shown, by this call and earlier ones."""
+    """All results of this image, from this call and earlier ones."""
     left: tuple[Case, ...]
-    """Wanted, and not made: the time was up, or it failed."""
+    """Wanted, but not run: the time was up, or the run failed."""
     failed: tuple[tuple[Case, AmiBuilderError], ...]
 
 
 def folder_of(image: str, digest: str, workspace: Workspace) -> Path:
-    """Return where the results of an image are kept."""
+    """Return the folder with the results of an image."""
     return workspace.state / "experiments" / image / digest[:16]
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Return the runs that were kept; those of another method don't compare, and are passed over."""
+    """Return the recorded runs. Those of another method can't be compared and are left out."""
     found = []
     for line in jsonl.read(folder / _RESULTS):
         try:
-            result = _RESULT.validate_python(line)
+            result = parse(line)
         except ValidationError:
             continue
         if result.method == METHOD:
@@ -75,16 +74,16 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 
 
 def read_trace(folder: Path, case: Case) -> Trace | None:
-    """Return the memory over time of a run."""
+    """Return the memory over time of a run; None if it was not kept."""
     return load(Trace, folder / "traces" / f"{case.name}.json")
 
 
-def experiment(
+def run_series(
     image: Image, stored: StoredImage, wanted: Wanted, workspace: Workspace, progress: Progress
-) -> Outcome:
-    """Make the runs that are missing and return all results; each is on disk as soon as it is made.
+) -> SeriesResult:
+    """Make the missing runs and return all results. Each result is on disk as soon as its run ends.
 
-    Raises MissingTool, Locked, BuildFailed when no run could be made.
+    Raises MissingTool and Locked, and the error of the first run if all runs failed.
     """
     folder = folder_of(image.name, stored.artifact.digest, workspace)
     with _locked(folder):
@@ -98,7 +97,7 @@ def experiment(
         found = read_results(folder)
     if failed and len(failed) == len(missing):
         raise failed[0][1]
-    return Outcome(
+    return SeriesResult(
         results=found, left=left(wanted.cases, (result.case for result in found)), failed=tuple(failed)
     )
 
@@ -124,20 +123,20 @@ def _make_all(
             stored.path, cache=workspace.cache / "accelerator.json", directory=run.work
         )
         step.done(reason)
-    place = Place(image=image, disk=stored.path, accelerator=accelerator, timeout=wanted.timeout)
+    setup = Setup(image=image, disk=stored.path, accelerator=accelerator, timeout=wanted.timeout)
 
     def one(number: int, case: Case) -> None:
         if wanted.time is not None and time.monotonic() - began > wanted.time:
             return
         try:
             with progress.step(f"run {number} of {len(missing)}: {case.name}") as step:
-                result, trace = make(case, place, run, step)
+                result, trace = make(case, setup, run, step)
                 with lock:
                     dump(trace, folder / "traces" / f"{case.name}.json")
-                    jsonl.append(folder / _RESULTS, _RESULT.dump_python(result, mode="json"))
+                    jsonl.append(folder / _RESULTS, plain(result))
                 step.done(summed(result))
         except AmiBuilderError as wrong:
-            # One machine that does not come up must not cost what the others would show.
+            # A VM that does not boot must not stop the other runs.
             with lock:
                 failed.append((case, wrong))
 
@@ -147,10 +146,10 @@ def _make_all(
 
 
 def summed(result: Result) -> str:
-    """Return a run in one line."""
+    """Return a result in one line."""
     return (
         f"{result.done} done, {result.failed} failed, {result.unfinished} unfinished in "
         f"{result.seconds:.0f} s; restarts {result.by_nanny} by the nanny, {result.by_kernel} by the kernel; "
-        f"{result.global_kills} global kills; frozen {result.frozen:.1f} s, at most "
-        f"{result.frozen_longest:.1f} s; ssh failed {result.ssh_failed} of {result.ssh_tries}"
+        f"{result.system_oom_kills} system-wide OOM kills; stalled {result.stalled:.1f} s, at most "
+        f"{result.longest_stall:.1f} s; ssh failed {result.ssh_failed} of {result.ssh_tries}"
     )

@@ -19,12 +19,12 @@ from ami_builder.core.oom import kills
 from ami_builder.core.units import GIB, MIB
 from ami_builder.system import processes
 from tests.experiment import results
-from tests.experiment.cases import DEFAULT, Policy, Work
-from tests.experiment.criteria import PUBLISHED, SILENT_SECONDS, Answer, asked, judge, rows, unhurt
+from tests.experiment.cases import DEFAULT, LimitPolicy, Work
+from tests.experiment.criteria import PUBLISHED, MOST_SECONDS, Grade, asked, judge, groups, is_unaffected
 from tests.experiment.criteria import given as system_gave
 from tests.experiment.findings import notes, shares
-from tests.experiment.results import Login, Tick
-from tests.unit.experiments import BAD, GOOD, SAME, recorded, result
+from tests.experiment.results import LoginTry, Tick
+from tests.experiment.samples import BAD, GOOD, SAME, recorded, result
 
 
 def tick(uptime: float, held: int = 0) -> Tick:
@@ -74,7 +74,7 @@ def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
 def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
     inside = results.watched([tick(1), tick(10), tick(10.1), tick(40)], 10, 20)
     assert [one.uptime for one in inside] == [10, 10.1]
-    longest, total = results.stood_still(inside, 10, 20)
+    longest, total = results.stalls(inside, 10, 20)
     assert longest == total == pytest.approx(19.9)
     with pytest.raises(ValueError, match="no sign of life"):
         results.watched([tick(1)], 10, 20)
@@ -84,20 +84,20 @@ def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
 def test_silence_is_never_more_than_the_work(times: list[float], seconds: float) -> None:
     inside = [tick(time) for time in sorted(times) if time <= seconds]
     if inside:
-        longest, total = results.stood_still(inside, 0.0, seconds)
+        longest, total = results.stalls(inside, 0.0, seconds)
         assert 0 <= longest <= seconds + 1e-9
         assert total <= seconds + 1e-6
 
 
 def test_what_was_held_until_the_machine_first_stood_still() -> None:
     held = [tick(0, 5), tick(0.1, 9), tick(0.2, 7), tick(3, 100)]
-    assert results.unharmed(held) == 9
-    assert results.unharmed(held[:1]) == 5
+    assert results.held_before_stall(held) == 9
+    assert results.held_before_stall(held[:1]) == 5
 
 
 def test_a_wait_for_a_login_goes_on_until_one_is_answered() -> None:
     told = [(0, 1, True), (2, 12, False), (14, 24, False), (26, 27, True), (29, 39, False)]
-    logins = [Login(began=b, ended=e, answered=a) for b, e, a in told]
+    logins = [LoginTry(began=b, ended=e, answered=a) for b, e, a in told]
     assert results.waits(logins) == (25, 35)
     assert results.waits([]) == (0.0, 0.0)
 
@@ -125,34 +125,34 @@ def test_a_trace_is_thin_and_keeps_its_peaks() -> None:
     assert thin.marks == ((1.5, "paused"),)
 
 
-def answers(runs: tuple[results.Result, ...]) -> dict[str, Answer]:
+def answers(runs: tuple[results.Result, ...]) -> dict[str, Grade]:
     return {one.text: one.answer for one in judge(runs)}
 
 
 def test_a_good_experiment_reaches_everything() -> None:
-    assert set(answers(GOOD).values()) == {Answer.PASSED}, answers(GOOD)
+    assert set(answers(GOOD).values()) == {Grade.PASSED}, answers(GOOD)
 
 
 def test_a_bad_one_fails_each_criterion() -> None:
     found = answers(BAD)
-    passed = [text for text, answer in found.items() if answer is not Answer.FAILED]
+    passed = [text for text, answer in found.items() if answer is not Grade.FAILED]
     assert [text for text in passed if "login" not in text and "without a limit the same" not in text] == []
-    assert found["reserve 0: no login by ssh fails"] is Answer.PASSED
+    assert found["reserve 0: no login by ssh fails"] is Grade.PASSED
 
 
 def test_what_was_not_run_is_not_shown() -> None:
     found = answers(GOOD[3:6])
-    assert found["without a limit the same work breaks one of these"] is Answer.NOT_SHOWN
-    assert found["1 GiB, 2 CPUs, reserve 0: W1 takes at most 1.15 × as long as without"] is Answer.NOT_SHOWN
+    assert found["without a limit the same work breaks one of these"] is Grade.NOT_SHOWN
+    assert found["1 GiB, 2 CPUs, reserve 0: W1 takes at most 1.15 × as long as without"] is Grade.NOT_SHOWN
 
 
 def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
     found = answers(SAME)
     assert (
         found["8 GiB, 2 CPUs, reserve 0: W3 stands still at least 10 times less than without a limit"]
-        is Answer.NOT_SHOWN
+        is Grade.NOT_SHOWN
     )
-    assert found["without a limit the same work breaks one of these"] is Answer.FAILED
+    assert found["without a limit the same work breaks one of these"] is Grade.FAILED
     assert any("no difference to the machine" in line for line in notes(SAME))
     assert any("restarted 10 times, without it 0" in line for line in notes(SAME))
 
@@ -160,54 +160,54 @@ def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
 def test_an_array_that_is_not_finished_is_not_fast() -> None:
     short = (GOOD[6], replace(GOOD[7], seconds=10.0, failed=1))
     text = "1 GiB, 2 CPUs, reserve 0: W1 takes at most 1.15 × as long as without"
-    assert answers(short)[text] is Answer.FAILED
+    assert answers(short)[text] is Grade.FAILED
 
 
 def test_the_default_reserve_is_judged_where_it_was_run() -> None:
-    def judged(*extra: results.Result) -> dict[str, Answer]:
+    def judged(*extra: results.Result) -> dict[str, Grade]:
         told = answers((*GOOD, *extra))
         return {text: answer for text, answer in told.items() if "the default reserve of 2 %" in text}
 
     given_it = [replace(one, case=replace(one.case, policy=DEFAULT)) for one in (GOOD[3], GOOD[7])]
     assert judged() == {}
     well = judged(*given_it)
-    assert set(well.values()) == {Answer.PASSED}
+    assert set(well.values()) == {Grade.PASSED}
     assert len(well) == 8
     hurt: dict[str, Any] = {
-        "done": 100, "frozen": 20.0, "seconds": 200.0, "limit": 700 * MIB,
-        "global_kills": 1, "frozen_longest": 5.1, "ssh_failed": 1, "harmed": ("sshd",),
+        "done": 100, "stalled": 20.0, "seconds": 200.0, "limit": 700 * MIB,
+        "system_oom_kills": 1, "longest_stall": 5.1, "ssh_failed": 1, "killed_outside": ("sshd",),
     }  # fmt: skip
     worse = judged(*(replace(one, **hurt) for one in given_it))
-    assert set(worse.values()) == {Answer.FAILED}
+    assert set(worse.values()) == {Grade.FAILED}
     assert set(worse) == set(well)
 
 
 def test_the_control_is_not_judged() -> None:
-    control = result(work=Work.RESTARTS, global_kills=1, ssh_failed=1, frozen_longest=9.0)
+    control = result(work=Work.RESTARTS, system_oom_kills=1, ssh_failed=1, longest_stall=9.0)
     assert judge((*GOOD, control)) == judge(GOOD)
     assert shares((*GOOD, control)) == shares(GOOD)
-    assert len(rows((*GOOD, control))) == len(rows(GOOD)) + 1
+    assert len(groups((*GOOD, control))) == len(groups(GOOD)) + 1
 
 
 def test_one_login_that_fails_is_harm() -> None:
-    assert unhurt(result())
-    for harm in ({"ssh_failed": 1}, {"global_kills": 1}, {"harmed": ("x",)}, {"frozen_longest": 5.1}):
-        assert not unhurt(result(**harm)), harm
+    assert is_unaffected(result())
+    for harm in ({"ssh_failed": 1}, {"system_oom_kills": 1}, {"killed_outside": ("x",)}, {"longest_stall": 5.1}):
+        assert not is_unaffected(result(**harm)), harm
 
 
 def test_what_dask_may_use_of_what_the_system_gives() -> None:
     assert system_gave((GIB, 2), GOOD) == 750 * MIB
     found = {one.policy: one for one in shares(GOOD)}
-    assert found[Policy.AVAILABLE].of_given == pytest.approx(740 / 750)
-    assert found[Policy.NONE].of_given == pytest.approx(980 / 750)
-    assert found[Policy.NONE].hurt == 4
-    assert found[Policy.AVAILABLE].hurt == 0
+    assert found[LimitPolicy.AVAILABLE].of_given == pytest.approx(740 / 750)
+    assert found[LimitPolicy.NONE].of_given == pytest.approx(980 / 750)
+    assert found[LimitPolicy.NONE].hurt == 4
+    assert found[LimitPolicy.AVAILABLE].hurt == 0
 
 
 def test_a_machine_that_suffered_long_before_its_limit_shows_no_share() -> None:
-    early = (GOOD[3], replace(GOOD[8], unharmed=500 * MIB))
+    early = (GOOD[3], replace(GOOD[8], held_before_stall=500 * MIB))
     text = "1 GiB, 2 CPUs, reserve 0: Dask may use at least 95 % of what the system can really give"
-    assert answers(early)[text] is Answer.NOT_SHOWN
+    assert answers(early)[text] is Grade.NOT_SHOWN
 
 
 def test_what_the_limit_costs_is_said() -> None:
@@ -224,35 +224,35 @@ def test_a_run_that_was_cut_short_does_not_make_the_work_fast() -> None:
 
 
 def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
-    found = [(row.kind, row.work, row.policy, row.runs) for row in rows((*SAME, *reversed(GOOD)))]
+    found = [(row.kind, row.work, row.policy, row.runs) for row in groups((*SAME, *reversed(GOOD)))]
     assert found == [
-        ((GIB, 2), Work.ARRAY, Policy.NONE, 1),
-        ((GIB, 2), Work.ARRAY, Policy.AVAILABLE, 1),
-        ((GIB, 2), Work.LEAK_FAST, Policy.NONE, 1),
-        ((GIB, 2), Work.SPIKES, Policy.NONE, 3),
-        ((GIB, 2), Work.SPIKES, Policy.AVAILABLE, 3),
-        ((8 * GIB, 2), Work.SPIKES, Policy.NONE, 2),
-        ((8 * GIB, 2), Work.SPIKES, Policy.AVAILABLE, 2),
+        ((GIB, 2), Work.ARRAY, LimitPolicy.NONE, 1),
+        ((GIB, 2), Work.ARRAY, LimitPolicy.AVAILABLE, 1),
+        ((GIB, 2), Work.LEAK_FAST, LimitPolicy.NONE, 1),
+        ((GIB, 2), Work.SPIKES, LimitPolicy.NONE, 3),
+        ((GIB, 2), Work.SPIKES, LimitPolicy.AVAILABLE, 3),
+        ((8 * GIB, 2), Work.SPIKES, LimitPolicy.NONE, 2),
+        ((8 * GIB, 2), Work.SPIKES, LimitPolicy.AVAILABLE, 2),
     ]
 
 
 def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agent_that_grows() -> None:
     runs = recorded()
     found = answers(runs)
-    frozen = "W3 stands still at least 10 times less than without a limit"
+    stalled = "W3 stands still at least 10 times less than without a limit"
     asked_for = (
         "W3 completes at least as much as without a limit",
-        frozen,
+        stalled,
         "W1 takes at most 1.15 × as long as without",
         "Dask may use at least 95 % of what the system can really give",
     )
     reserves = ("reserve 0", "the default reserve of 2 %")
     assert {text: answer for text, answer in found.items() if text.startswith("2 GiB")} == {
-        f"2 GiB, 2 CPUs, {reserve}: {text}": Answer.PASSED for reserve, text in product(reserves, asked_for)
+        f"2 GiB, 2 CPUs, {reserve}: {text}": Grade.PASSED for reserve, text in product(reserves, asked_for)
     }
-    assert found[f"4 GiB, 2 CPUs, reserve 0: {frozen}"] is Answer.PASSED
-    assert found[f"8 GiB, 2 CPUs, reserve 0: {frozen}"] is Answer.NOT_SHOWN
-    assert [text for text, answer in found.items() if answer is Answer.FAILED] == [
+    assert found[f"4 GiB, 2 CPUs, reserve 0: {stalled}"] is Grade.PASSED
+    assert found[f"8 GiB, 2 CPUs, reserve 0: {stalled}"] is Grade.NOT_SHOWN
+    assert [text for text, answer in found.items() if answer is Grade.FAILED] == [
         "reserve 0: the kernel never kills for want of the machine's memory",
         "reserve 0: neither the machine nor ssh is silent for more than 5 s",
         "reserve 0: no login by ssh fails",
@@ -264,39 +264,39 @@ def test_what_was_recorded_on_1_gib_tells_late_nannies_from_the_control() -> Non
     runs = recorded()
     control = [r for r in runs if r.case.work is Work.RESTARTS]
     assert [r.case.memory for r in control] == [GIB] * PUBLISHED
-    assert all(r.ssh_longest < 1.4 and not r.stalled_some for r in control)
-    nanny = [r for r in runs if r.case.policy is Policy.NANNY]
+    assert all(r.ssh_longest < 1.4 and not r.psi_some for r in control)
+    nanny = [r for r in runs if r.case.policy is LimitPolicy.NANNY]
     assert Counter(r.case.work for r in nanny) == dict.fromkeys((Work.SPIKES, Work.LEAK_FAST), PUBLISHED)
-    assert all(r.case.memory == GIB and unhurt(r) and r.by_nanny and not r.by_kernel for r in nanny)
+    assert all(r.case.memory == GIB and is_unaffected(r) and r.by_nanny and not r.by_kernel for r in nanny)
     assert max(r.ssh_longest for r in nanny) == pytest.approx(4, abs=0.05)
 
 
 def test_what_was_recorded_of_the_default_reserve() -> None:
     runs = recorded()
     agent = [r for r in runs if r.case.work is Work.AGENT]
-    assert {r.case.policy for r in agent if r.global_kills or r.ssh_failed} == {Policy.AVAILABLE}
-    assert all(r.frozen < 2 for r in agent if r.case.policy is DEFAULT)
+    assert {r.case.policy for r in agent if r.system_oom_kills or r.ssh_failed} == {LimitPolicy.AVAILABLE}
+    assert all(r.stalled < 2 for r in agent if r.case.policy is DEFAULT)
     default = [r for r in asked(runs) if r.case.policy is DEFAULT]
     assert {r.case.work for r in default if r.case.memory == 2 * GIB} == set(Work) - {Work.RESTARTS}
-    assert all(r.frozen_longest < 3 for r in default)
-    assert [r.ssh_longest > SILENT_SECONDS for r in default].count(True) == 4
+    assert all(r.longest_stall < 3 for r in default)
+    assert [r.ssh_longest > MOST_SECONDS for r in default].count(True) == 4
     used = {one.policy: one.of_given for one in shares(runs) if one.kind == (2 * GIB, 2)}
-    assert all((used[policy] or 0) > 0.95 for policy in (Policy.AVAILABLE, Policy.HEADROOM_2))
-    assert (used[Policy.HEADROOM] or 1) < 0.95
+    assert all((used[policy] or 0) > 0.95 for policy in (LimitPolicy.AVAILABLE, LimitPolicy.HEADROOM_2))
+    assert (used[LimitPolicy.HEADROOM] or 1) < 0.95
 
 
 def test_what_was_recorded_of_the_limit_in_w3() -> None:
-    limited = (Policy.AVAILABLE, DEFAULT)
+    limited = (LimitPolicy.AVAILABLE, DEFAULT)
     runs = recorded()
     spikes = [r for r in runs if r.case.work is Work.SPIKES and r.case.policy in limited]
     assert all(r.done == 200 for r in spikes)
-    assert [r.frozen_longest for r in spikes if r.frozen_longest >= 1] == [2.79], "once, on 1 GiB"
-    assert all(r.case.memory < 2 * GIB for r in spikes if r.frozen_longest >= 1)
-    late = [r for r in spikes if r.ssh_longest > SILENT_SECONDS]
+    assert [r.longest_stall for r in spikes if r.longest_stall >= 1] == [2.79], "once, on 1 GiB"
+    assert all(r.case.memory < 2 * GIB for r in spikes if r.longest_stall >= 1)
+    late = [r for r in spikes if r.ssh_longest > MOST_SECONDS]
     assert sorted((r.case.memory // GIB, r.case.policy) for r in late) == [
-        (1, Policy.AVAILABLE), (1, DEFAULT), (1, DEFAULT), (2, Policy.AVAILABLE),
+        (1, LimitPolicy.AVAILABLE), (1, DEFAULT), (1, DEFAULT), (2, LimitPolicy.AVAILABLE),
     ]  # fmt: skip
-    assert all(r.ssh_frozen == r.ssh_longest for r in late), "one login each"
+    assert all(r.ssh_late == r.ssh_longest for r in late), "one login each"
     counts = Counter((r.case.memory // GIB, r.case.policy) for r in spikes if r.case.memory <= 4 * GIB)
     assert counts == dict.fromkeys(product((1, 2, 4), limited), PUBLISHED)
 
@@ -304,9 +304,9 @@ def test_what_was_recorded_of_the_limit_in_w3() -> None:
 def test_what_was_recorded_of_w4() -> None:
     runs = recorded()
     matrix = [r for r in runs if r.case.work is Work.MATRIX and r.seconds > 300]
-    assert Counter(r.case.policy for r in matrix) == {Policy.NONE: 4, Policy.AVAILABLE: 4, DEFAULT: PUBLISHED}
-    assert all(r.done == 16 and not r.global_kills for r in matrix if r.case.policy is not Policy.NONE)
-    unlimited = [(r.done, r.global_kills) for r in matrix if r.case.policy is Policy.NONE]
+    assert Counter(r.case.policy for r in matrix) == {LimitPolicy.NONE: 4, LimitPolicy.AVAILABLE: 4, DEFAULT: PUBLISHED}
+    assert all(r.done == 16 and not r.system_oom_kills for r in matrix if r.case.policy is not LimitPolicy.NONE)
+    unlimited = [(r.done, r.system_oom_kills) for r in matrix if r.case.policy is LimitPolicy.NONE]
     assert sorted(unlimited) == [(0, 3), (9, 3), (16, 0), (16, 0)]
 
 
@@ -314,31 +314,31 @@ def test_what_was_recorded_without_a_limit_and_how_often_each_kind_ran() -> None
     runs = recorded()
     kinds = Counter((r.case.memory // GIB, r.case.work, r.case.policy) for r in runs)
     assert {kind for kind, count in kinds.items() if count < PUBLISHED} == set()
-    unlimited = [r for r in runs if r.case.policy is Policy.NONE]
+    unlimited = [r for r in runs if r.case.policy is LimitPolicy.NONE]
     leaks = [r for r in unlimited if r.case.work in (Work.LEAK_SLOW, Work.LEAK_FAST)]
-    assert not any(unhurt(r) for r in leaks)
-    assert all(r.global_kills == r.by_kernel == 4 for r in leaks if r.case.memory == 4 * GIB)
-    fraction = [r for r in runs if r.case.policy is Policy.FRACTION]
-    assert sorted((r.done, r.global_kills) for r in fraction) == [(1, 0), (1, 0), (2, 0), (2, 0), (85, 1)]
-    starved = [*leaks, *(r for r in unlimited if r.case.work is Work.SPIKES)]
-    killed = [r.global_kills for r in starved if r.case.memory <= 2 * GIB and r.seconds < 200]
+    assert not any(is_unaffected(r) for r in leaks)
+    assert all(r.system_oom_kills == r.by_kernel == 4 for r in leaks if r.case.memory == 4 * GIB)
+    fraction = [r for r in runs if r.case.policy is LimitPolicy.FRACTION]
+    assert sorted((r.done, r.system_oom_kills) for r in fraction) == [(1, 0), (1, 0), (2, 0), (2, 0), (85, 1)]
+    cpu_steal = [*leaks, *(r for r in unlimited if r.case.work is Work.SPIKES)]
+    killed = [r.system_oom_kills for r in cpu_steal if r.case.memory <= 2 * GIB and r.seconds < 200]
     assert len(killed) == 24
     assert killed.count(0) == 19
     large = [r for r in runs if r.case.memory == 8 * GIB]
-    assert all(r.done == 200 and unhurt(r) for r in large)
-    assert sorted((r.case.policy, r.frozen) for r in large if r.frozen) == [
-        (Policy.NONE, 1.05), (Policy.NONE, 1.25),
+    assert all(r.done == 200 and is_unaffected(r) for r in large)
+    assert sorted((r.case.policy, r.stalled) for r in large if r.stalled) == [
+        (LimitPolicy.NONE, 1.05), (LimitPolicy.NONE, 1.25),
     ]  # fmt: skip
 
 
 def test_what_was_recorded_of_what_a_system_of_1_gib_could_give() -> None:
     runs = recorded()
     leaks = [r for r in runs if r.case.memory == GIB and r.case.work is Work.LEAK_FAST]
-    held = [round(r.unharmed / MIB) for r in leaks if r.case.policy is Policy.NONE]
+    held = [round(r.held_before_stall / MIB) for r in leaks if r.case.policy is LimitPolicy.NONE]
     assert sorted(held) == [494, 501, 536, 554, 737]
-    limited = [r.frozen for r in leaks if r.case.policy is Policy.AVAILABLE and r.frozen]
+    limited = [r.stalled for r in leaks if r.case.policy is LimitPolicy.AVAILABLE and r.stalled]
     assert sorted(limited) == [1.15, 1.66]
     text = "Dask may use at least 95 % of what the system can really give"
     found = answers(runs)
     for reserve in ("reserve 0", "the default reserve of 2 %"):
-        assert found[f"1 GiB, 2 CPUs, {reserve}: {text}"] is Answer.NOT_SHOWN
+        assert found[f"1 GiB, 2 CPUs, {reserve}: {text}"] is Grade.NOT_SHOWN

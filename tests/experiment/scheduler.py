@@ -1,8 +1,7 @@
-"""A scheduler and its client in a process of their own, outside the machine, spoken to line by line.
+"""A scheduler and its client, in a process outside the VM that exchanges JSON lines with driver.py.
 
-First it says where it listens. Then it is told the tasks, and says how many have ended, at last all it saw.
-It never connects to the worker, which is behind QEMU's network: what a worker tells comes over the connection
-that the worker has made.
+It writes the port it listens on, reads the tasks, and writes the progress and at last the results. It can't
+connect to the worker behind QEMU's network: all communication uses the connection that the worker opened.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 _LOOK_SECONDS = 0.5
 
 
-def say(**message: Any) -> None:
-    """Write one line to whoever has started this."""
+def send(**message: Any) -> None:
+    """Write one message to stdout."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-async def hear() -> dict[str, Any]:
-    """Return the next line that we are told."""
+async def receive() -> dict[str, Any]:
+    """Return the next message from stdin."""
     line = await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
     if not line:
-        raise SystemExit("nobody is there any more")
-    told: dict[str, Any] = json.loads(line)
-    return told
+        raise SystemExit("stdin was closed")
+    message: dict[str, Any] = json.loads(line)
+    return message
 
 
 def load(name: str, path: str) -> Any:
-    """Import the file under the name that it has in the container: functions travel by their names alone.
+    """Import a file under the name that it has in the container.
 
-    Python here and there differ, and so do their byte codes.
+    So functions are pickled by name: this Python's byte code may not run in the container.
     """
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -52,7 +51,7 @@ def load(name: str, path: str) -> Any:
 
 
 class Watch(SchedulerPlugin):
-    """What is seen of the worker from outside: its memory as it tells it, pauses, restarts."""
+    """Records pauses, restarts and spilling of the worker, as the scheduler sees them."""
 
     name = "ami-builder-watch"
 
@@ -66,16 +65,16 @@ class Watch(SchedulerPlugin):
         self.marks.append((round(time.monotonic() - self.began, 2), kind))
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """Note that a worker is back; the scheduler tells, as a look now and then would miss a quick one."""
+        """Record that a worker is back."""
         self._mark("back")
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
-        """Note that it is gone."""
+        """Record that a worker was lost."""
         self._mark("lost")
         self._paused = False
 
     def look(self, scheduler: Scheduler) -> None:
-        """Note what has changed of the worker that is there."""
+        """Record changes of the current worker."""
         worker = next(iter(scheduler.workers.values()), None)
         if worker is None:
             return
@@ -87,23 +86,23 @@ class Watch(SchedulerPlugin):
         self.spilled = max(self.spilled, int((metrics.get("spilled_bytes") or {}).get("disk", 0)))
 
 
-async def run(scheduler: Scheduler, client: Client, told: dict[str, Any]) -> None:
-    """Give the tasks to the worker, and wait until all have ended or the time is up."""
-    module = load(told["module"], told["path"])
+async def run(scheduler: Scheduler, client: Client, message: dict[str, Any]) -> None:
+    """Submit the tasks, and wait until all have ended or the time is up."""
+    module = load(message["module"], message["path"])
     watch = Watch()
     scheduler.add_plugin(watch)
     futures: dict[str, Future[Any]] = {}
-    for task in told["tasks"]:
+    for task in message["tasks"]:
         arguments = [*(futures[key] for key in task["after"]), *task["arguments"]]
         futures[task["key"]] = client.submit(
             getattr(module, task["function"]), *arguments, key=task["key"], pure=False
         )
-    kept = {task["key"]: futures[task["key"]] for task in told["tasks"] if task["kept"]}
-    taken = {task["key"] for task in told["tasks"] if task["taken"]}
+    kept = {task["key"]: futures[task["key"]] for task in message["tasks"] if task["kept"]}
+    taken = {task["key"] for task in message["tasks"] if task["taken"]}
     futures.clear()
     wanted, done, reported = len(kept), 0, 0.0
     while True:
-        # A client that takes each result at once does not want it again when the worker is lost.
+        # Release finished futures, so that their tasks are not repeated when the worker is lost.
         for key in [key for key in kept if key in taken and kept[key].status == "finished"]:
             del kept[key]
             done += 1
@@ -111,14 +110,14 @@ async def run(scheduler: Scheduler, client: Client, told: dict[str, Any]) -> Non
         ended = done + counts["finished"] + counts["error"] + counts["cancelled"]
         watch.look(scheduler)
         spent = time.monotonic() - watch.began
-        if ended == wanted or spent > told["timeout"]:
+        if ended == wanted or spent > message["timeout"]:
             break
         if spent - reported >= 5:
             reported = spent
-            say(done=done + counts["finished"], failed=counts["error"], of=wanted)
+            send(done=done + counts["finished"], failed=counts["error"], of=wanted)
         await asyncio.sleep(_LOOK_SECONDS)
     reasons = Counter([type(await f.exception()).__name__ for f in kept.values() if f.status == "error"])
-    say(
+    send(
         ended={
             "done": done + counts["finished"],
             "failed": counts["error"] + counts["cancelled"],
@@ -132,19 +131,19 @@ async def run(scheduler: Scheduler, client: Client, told: dict[str, Any]) -> Non
 
 
 async def main() -> None:
-    """Listen, wait for the worker, run what we are told, and stay until the input ends."""
+    """Listen, wait for the worker, run the tasks, and stay until stdin is closed."""
     async with (
         Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler,
         Client(scheduler.address, asynchronous=True, set_as_default=False) as client,
     ):
-        say(port=scheduler.port)
+        send(port=scheduler.port)
         while not scheduler.workers:
             await asyncio.sleep(_LOOK_SECONDS)
         worker = next(iter(scheduler.workers.values()))
-        say(limit=worker.memory_limit, threads=worker.nthreads)
-        await run(scheduler, client, await hear())
-        # Closing would wait for a worker that may be frozen: we are ended from outside.
-        await hear()
+        send(limit=worker.memory_limit, threads=worker.nthreads)
+        await run(scheduler, client, await receive())
+        # Closing would wait for a worker that may not respond. driver.py ends this process.
+        await receive()
 
 
 if __name__ == "__main__":
