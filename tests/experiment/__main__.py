@@ -23,15 +23,18 @@ from ami_builder.core.errors import AmiBuilderError, UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.core.units import parse_duration, parse_size
 from ami_builder.state.workspace import StoredImage, Workspace
-from tests.experiment import page, runs
+from tests.experiment import docs, page, series
 from tests.experiment.cases import LimitPolicy, Work, plan
-from tests.experiment.criteria import judge, groups
+from tests.experiment.criteria import groups, judge
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code: 0 whatever the results are, else that of the error."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     flags = _parser().parse_args(arguments)
+    if flags.docs:
+        docs.write()
+        return 0
     try:
         return _experiment(flags)
     except AmiBuilderError as failed:
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=parse_duration, default=600.0, help="for the work of one run; default: 10min")
     add("--for", type=parse_duration, dest="time", help="start no run after this time, such as 8h")
     add("--no-run", action="store_true", help="report the runs that exist, without making more")
+    add("--docs", action="store_true", help="update the tables and the plot in docs from the recorded runs")
     add("--json", action="store_true", help="print one JSON object")
     add("--quiet", action="store_true", help="print no progress")
     return parser
@@ -83,7 +87,7 @@ def _experiment(flags: argparse.Namespace) -> int:
         repeat=flags.repeat,
         seed=flags.seed,
     )
-    wanted = runs.Wanted(
+    wanted = series.Wanted(
         cases=() if flags.no_run else cases,
         timeout=flags.timeout,
         # QEMU's disks, the scheduler and the observer need as many processors again: a VM that thrashes
@@ -92,7 +96,7 @@ def _experiment(flags: argparse.Namespace) -> int:
         time=flags.time,
     )
     with console.open_progress(console.choose_mode(quiet=flags.quiet)) as progress:
-        outcome = runs.experiment(image, stored, wanted, workspace, progress)
+        outcome = series.run_series(image, stored, wanted, workspace, progress)
     path = page.write_page(image.name, stored.artifact.digest, workspace)
     if path is None:
         raise UsageError("no run of this image has been made yet", hint="leave out --no-run")
@@ -116,7 +120,7 @@ def _find(word: str | None, config: loading.Config, workspace: Workspace) -> tup
     return image, found[-1]
 
 
-def _print(outcome: runs.Outcome, path: str, *, as_json: bool) -> None:
+def _print(outcome: series.SeriesResult, path: str, *, as_json: bool) -> None:
     judged, found = judge(outcome.results), groups(outcome.results)
     if as_json:
         plain = TypeAdapter(Any).dump_python
@@ -134,9 +138,9 @@ def _print(outcome: runs.Outcome, path: str, *, as_json: bool) -> None:
         console.note(f"{case.name} could not be run: {wrong.message}")
     if outcome.left:
         console.note(f"{len(outcome.left)} runs are left: the same command continues with them")
-    console.table(("VM", "work", "policy", "runs", *page.COLUMNS), [page.cells(row) for row in found])
+    console.table(("VM", "work", "policy", "runs", *page.COLUMNS), [page.cells(group) for group in found])
     console.table(
-        ("criterion", "", "found", "runs"), [(one.text, one.answer, one.found, one.runs) for one in judged]
+        ("criterion", "", "found", "runs"), [(one.text, one.grade, one.found, one.runs) for one in judged]
     )
     console.result(path)
 

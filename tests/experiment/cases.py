@@ -113,7 +113,7 @@ class Case:
     repeat: int
     """1 for the first run of this kind."""
     seed: int
-    """Of the whole experiment. It decides the order of the runs and, through `draw`, what is random in the work."""
+    """Of the whole experiment. The order of the runs and the random parts of the work depend on it."""
 
     @property
     def name(self) -> str:

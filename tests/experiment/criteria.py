@@ -152,7 +152,8 @@ def _outside(policy: LimitPolicy, results: Sequence[Result]) -> tuple[Judged, ..
                  lambda r: r.system_oom_kills, "system-wide OOM kills"),
         _responsive(runs, f"{name}: no stall and no wait for ssh of more than {MOST_SECONDS:g} s"),
         _none_of(runs, f"{name}: no ssh login fails", lambda r: r.ssh_failed, "failed logins"),
-        _none_of(runs, f"{name}: no process outside the container is killed", lambda r: len(r.killed_outside), "killed processes"),
+        _none_of(runs, f"{name}: no process outside the container is killed",
+                 lambda r: len(r.killed_outside), "killed processes"),
     )  # fmt: skip
 
 
@@ -192,7 +193,10 @@ def _fails_without(runs: Sequence[Result]) -> Judged:
 def is_unaffected(result: Result) -> bool:
     """Return whether nothing outside the container was affected in a run."""
     longest = max(result.longest_stall, result.ssh_longest)
-    return not (result.system_oom_kills or result.killed_outside or result.ssh_failed) and longest <= MOST_SECONDS
+    return (
+        not (result.system_oom_kills or result.killed_outside or result.ssh_failed)
+        and longest <= MOST_SECONDS
+    )
 
 
 def _compared(
@@ -234,7 +238,9 @@ def _array(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged
     def compare(free: Group, limited: Group) -> tuple[Grade, str]:
         before, now = free.median(lambda r: r.seconds), limited.median(lambda r: r.seconds)
         whole = all(not (r.failed or r.unfinished) for r in limited.results)
-        found = f"{now:.0f} s with it, {before:.0f} s without" + ("" if whole else "; not all tasks were done")
+        found = f"{now:.0f} s with it, {before:.0f} s without" + (
+            "" if whole else "; not all tasks were done"
+        )
         return Grade.PASSED if whole and now <= SLOWER * before else Grade.FAILED, found
 
     text = f"W1 takes at most {SLOWER:g} × as long as without a limit"
@@ -264,6 +270,8 @@ def _used(kind: Kind, policy: LimitPolicy, results: Sequence[Result]) -> Judged:
     found = f"{share:.1%}: {mine:.0f} of {all_of_it:.0f} MiB"
     if share > 1 + NOISE:
         # Either the limit is too high, which other criteria detect, or memory did not cause the stall.
-        return Judged(text=text, grade=Grade.NOT_SHOWN, found=f"{found}, which memory did not limit", runs=len(limits))
+        return Judged(
+            text=text, grade=Grade.NOT_SHOWN, found=f"{found}, which memory did not limit", runs=len(limits)
+        )
     grade = Grade.PASSED if share * 100 >= USED_PERCENT else Grade.FAILED
     return Judged(text=text, grade=grade, found=found, runs=len(limits))

@@ -88,7 +88,7 @@ class Driver:
 
 @contextmanager
 def driving(log: Path) -> Iterator[Driver]:
-    """Run a scheduler on a free port of 127.0.0.1, and its client, until the block ends. Raises MissingTool."""
+    """Run a scheduler on a free local port, and its client, until the block ends. Raises MissingTool."""
     require_distributed()
     argv = [sys.executable, "-m", "tests.experiment.scheduler"]
     environment = processes.environment({"PYTHONPATH": str(Path(__file__).resolve().parents[2])})

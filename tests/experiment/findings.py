@@ -64,7 +64,7 @@ def _notes(found: Sequence[Group]) -> Iterator[str]:
             continue
         where = f"{format_kind(group.kind)}, {group.work.text}"
         if all(is_unaffected(result) for result in without.results):
-            yield f"{where}: no difference: nothing outside the container was affected without a limit either."
+            yield f"{where}: no difference, nothing outside the container was affected without a limit."
         before, now = without.median(_lost), group.median(_lost)
         if now > before:
             yield f"{where}: {now:g} tasks fail or don't end with the limit, {before:g} without."
@@ -75,8 +75,8 @@ def _notes(found: Sequence[Group]) -> Iterator[str]:
         if without_ended and ended and median(ended) > median(without_ended):
             before, now = median(without_ended), median(ended)
             yield f"{where}: the work takes {now:.0f} s with the limit, {before:.0f} s without."
-        if affected := sum(not is_unaffected(result) for result in group.results):
-            yield f"{where}: something outside the container was affected despite the limit, in {affected} of {group.runs} runs."
+        if bad := sum(not is_unaffected(result) for result in group.results):
+            yield f"{where}: something else was affected despite the limit, in {bad} of {group.runs} runs."
 
 
 def _lost(result: Result) -> float:

@@ -106,7 +106,9 @@ class _OneRun:
             self.step.update("waiting for Dask")
             worker = driver.expect("limit", timeout=self.image.verify.timeout, alive=self.machine.check_alive)
             values = self._memory(session)
-            memory = tasks.Memory(total=values["total"] * 1024, available=values["measured"] + values["reserve"])
+            memory = tasks.Memory(
+                total=values["total"] * 1024, available=values["measured"] + values["reserve"]
+            )
             limit = int(worker["limit"])
             expected = expected_limit(self.case.policy, total=memory.total, measured=values["measured"])
             if limit != expected:

@@ -33,8 +33,8 @@ from tests.experiment.cases import (
     left,
     plan,
 )
-from tests.experiment.user_data import user_data
 from tests.experiment.samples import case
+from tests.experiment.user_data import user_data
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
@@ -106,7 +106,12 @@ def test_limits_are_pages_below_the_total(total: int) -> None:
 def test_the_limit_that_dask_has_to_have() -> None:
     limits = {policy: expected_limit(policy, total=8 * GIB, measured=7 * GIB) for policy in LimitPolicy}
     assert limits[LimitPolicy.NONE] == 8 * GIB
-    assert limits[LimitPolicy.AVAILABLE] == limits[LimitPolicy.DASK_ONLY] == limits[LimitPolicy.HEADROOM] == 7 * GIB
+    assert (
+        limits[LimitPolicy.AVAILABLE]
+        == limits[LimitPolicy.DASK_ONLY]
+        == limits[LimitPolicy.HEADROOM]
+        == 7 * GIB
+    )
     assert limits[LimitPolicy.NANNY] == 7 * GIB - NANNY_HEADROOM
     assert limits[LimitPolicy.FRACTION] == fraction_limit(8 * GIB)
     assert limits[LimitPolicy.GKE] == gke_limit(8 * GIB)
@@ -236,5 +241,7 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
 
 
 def test_a_case_is_a_key() -> None:
-    assert case() == Case(memory=GIB, cpus=2, policy=LimitPolicy.AVAILABLE, work=Work.SPIKES, repeat=1, seed=1)
+    assert case() == Case(
+        memory=GIB, cpus=2, policy=LimitPolicy.AVAILABLE, work=Work.SPIKES, repeat=1, seed=1
+    )
     assert case().name == "1024MiB-2cpu-available-spikes-seed1-1"

@@ -16,11 +16,12 @@ from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed
 from ami_builder.state.workspace import Workspace
 from tests.experiment import __main__ as cli
-from tests.experiment import runs
+from tests.experiment import series
 from tests.experiment.cases import METHOD, Case, LimitPolicy, Work
+from tests.experiment.docs import PAGE as DOCS
 from tests.experiment.results import Result, Trace
-from tests.stored_images import stored
 from tests.experiment.samples import result
+from tests.stored_images import stored
 from tests.unit.test_report import Parsed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,9 @@ class Machines:
         if case.policy in self.broken:
             raise BuildFailed("it does not come up")
         hurt = (
-            {"stalled": 70.0, "longest_stall": 30.0, "system_oom_kills": 3} if case.policy is LimitPolicy.NONE else {}
+            {"stalled": 70.0, "longest_stall": 30.0, "system_oom_kills": 3}
+            if case.policy is LimitPolicy.NONE
+            else {}
         )
         told = {name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")}
         return result(**told, **hurt), TRACE
@@ -56,7 +59,7 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machines:
     workspace.ensure()
     stored(workspace, "a")
     found = Machines()
-    monkeypatch.setattr(runs, "make", found.make)
+    monkeypatch.setattr(series, "make", found.make)
     monkeypatch.setattr(qemu, "image_info", lambda _: None)
     monkeypatch.setattr(qemu, "choose_accelerator", lambda *_, **__: (qemu.Accelerator.TCG, "TCG"))
     return found
@@ -101,7 +104,7 @@ def test_after_its_time_nothing_is_started_and_the_next_call_goes_on(
     machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10000, 100))
-    monkeypatch.setattr(f"{runs.__name__}.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(f"{series.__name__}.time.monotonic", lambda: float(next(clock)))
     found = told(capsys, "--repeat", "3", "--jobs", "1", "--for", "250s")
     assert len(machines.made) == 2
     assert len(found["left"]) == 4
@@ -157,11 +160,11 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     parsed = Parsed(text)
     tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"script", "img", "link", "iframe"}
-    assert "http" not in text.replace("http://www.w3.org", "").replace("Content-Security-LimitPolicy", "").replace(
-        'http-equiv="', ""
-    )
+    assert "http" not in text.replace("http://www.w3.org", "").replace(
+        "Content-Security-LimitPolicy", ""
+    ).replace('http-equiv="', "")
     assert text.count("<svg") == 5 + 2
-    assert "W3 completes at least as much as without a limit" in parsed.text
+    assert "W3 completes at least as many tasks as without a limit" in parsed.text
     assert (
         "python -m tests.experiment dask --cpus 2 --memory 1GiB --policy none --policy available "
         "--work array --work spikes --repeat 2 --seed 1" in parsed.text
@@ -170,7 +173,7 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
     assert page.read_text(encoding="utf-8") == text
 
 
-PAGE = (ROOT / "docs" / "explanation" / "experiment.md").read_text(encoding="utf-8")
+PAGE = DOCS.read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m tests.experiment .*", PAGE.replace("\\\n", ""), re.M)
 
 

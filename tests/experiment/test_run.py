@@ -58,15 +58,15 @@ def test_a_scheduler_gives_the_tasks_and_sees_what_becomes_of_them(tmp_path: Pat
     with driving(tmp_path / "scheduler.log") as driver, worker(driver, tmp_path) as log:
         assert driver.expect("limit", timeout=300)["limit"] == 400 * MIB
         told = {"module": tasks.MODULE, "path": str(tmp_path / f"{tasks.MODULE}.py"), "timeout": 600}
-        driver.tell({**told, "tasks": [asdict(task) for task in work]})
+        driver.send({**told, "tasks": [asdict(task) for task in work]})
         ended: Mapping[str, Any] = driver.expect("ended", timeout=700)["ended"]
-        said = log.read_text()
+        worker_log = log.read_text()
     assert (ended["done"], ended["failed"], ended["unfinished"]) == (3, 1, 0)
     assert ended["reasons"] == {"KilledWorker": 1}
     kinds = [kind for _, kind in ended["marks"]]
     assert kinds.count("lost") >= 4
     # What is counted on a machine.
-    assert said.count("memory budget. Restarting") >= 4
+    assert worker_log.count("memory budget. Restarting") >= 4
 
 
 def test_a_scheduler_that_hears_nothing_ends_by_itself(tmp_path: Path) -> None:

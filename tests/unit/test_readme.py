@@ -14,7 +14,6 @@ import pytest
 from ami_builder.cli.app import app, config_app
 from ami_builder.config import loading
 from ami_builder.nightly import webhook
-from tests.unit.experiments import recorded, told
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -173,13 +172,6 @@ def test_the_service_acts_on_exit_codes_as_the_table_says() -> None:
     (final,) = re.findall(r"^RestartPreventExitStatus=(.*)", SERVICE, re.M)
     assert {code for code, deed in does.items() if deed == "fails"} == set(final.split())
     assert {code for code, deed in does.items() if deed == "tries"} == {"6", "7", "10"}
-
-
-def test_the_tables_of_the_experiment_are_what_was_recorded() -> None:
-    page = read(DOCS / "explanation" / "experiment.md").splitlines()
-    lines = tuple(told(recorded()))
-    assert [line for line in lines if line not in page] == []
-    assert [line for line in page if re.match(r"\| \d+ GiB|.*\*\* \|", line) and line not in lines] == []
 
 
 def test_the_table_of_limits_has_equal_numbers() -> None:

@@ -1,0 +1,170 @@
+"""The tables and the plot of docs/explanation/experiment.md, made from the recorded runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ami_builder.core.units import GIB, MIB
+from ami_builder.report import html
+from ami_builder.state import jsonl
+from tests.experiment import results
+from tests.experiment.cases import DEFAULT, LimitPolicy, Work
+from tests.experiment.charts import MemoryCurve, memory_chart
+from tests.experiment.criteria import Group, format_kind, groups, judge
+from tests.experiment.findings import shares
+from tests.experiment.results import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "explanation" / "experiment.md"
+PLOT = ROOT / "docs" / "images" / "experiment.svg"
+_RECORDED = Path(__file__).parent / "recorded"
+
+
+def recorded() -> tuple[Result, ...]:
+    """Return the recorded runs."""
+    return tuple(map(results.parse, jsonl.read(_RECORDED / "results.jsonl")))
+
+
+def write() -> None:
+    """Update the tables of the page, and draw its plot."""
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PLOT.write_text(plot(), encoding="utf-8")
+
+
+def with_tables(page: str) -> str:
+    """Return the page with the tables that follow `<!-- recorded: NAME -->` replaced."""
+    for name, lines in _tables(recorded()).items():
+        table = "\n".join(lines)
+        marked = re.compile(rf"(<!-- recorded: {name} -->\n\n)(?:\|.*\n)+")
+        page = marked.sub(lambda found, table=table: f"{found[1]}{table}\n", page)  # type: ignore[misc]
+    return page
+
+
+def _tables(runs: Sequence[Result]) -> Mapping[str, list[str]]:
+    found = groups(runs)
+    main = (LimitPolicy.NONE, LimitPolicy.AVAILABLE, DEFAULT)
+    return {
+        "main": _table(
+            "VM | policy | runs | tasks done, of 200 | VM stalled for | longest wait for ssh "
+            "| system-wide OOM kills",
+            (_main(group) for group in found if group.work is Work.SPIKES and group.policy in main),
+        ),
+        "all": _table(
+            "VM, work | policy | runs | tasks done | took | restarts | system-wide OOM kills | longest stall "
+            "| stalls in all | ssh failed | longest wait for ssh",
+            map(_all, found),
+        ),
+        "criteria": _table(
+            "criterion | result | found | runs",
+            ((one.text, f"**{one.grade}**", one.found, str(one.runs)) for one in judge(runs)),
+        ),
+        "shares": _table(
+            "VM | policy | limit | of MemTotal | of what the system gave | runs affected",
+            (
+                (
+                    format_kind(one.kind),
+                    f"`{one.policy}`",
+                    f"{one.limit / MIB:.0f} MiB",
+                    f"{one.of_total:.1%}",
+                    "–" if one.of_given is None else f"{one.of_given:.1%}",
+                    f"{one.affected} of {one.runs}",
+                )
+                for one in shares(runs)
+            ),
+        ),
+    }
+
+
+def _table(columns: str, rows: Iterator[tuple[str, ...]]) -> list[str]:
+    head = f"| {columns} |"
+    return [head, "|" + "---|" * columns.count("|") + "---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _main(group: Group) -> tuple[str, ...]:
+    return (
+        f"{group.kind[0] // GIB} GiB",
+        f"`{group.policy}`",
+        str(group.runs),
+        _spread(group, lambda r: r.done),
+        _spread(group, lambda r: r.stalled) + " s",
+        _spread(group, lambda r: r.ssh_longest) + " s",
+        _spread(group, lambda r: r.system_oom_kills),
+    )
+
+
+def _all(group: Group) -> tuple[str, ...]:
+    late = all(result.unfinished for result in group.results)
+    return (
+        f"{format_kind(group.kind)}, {group.work.text.split(':')[0]} ({group.work})",
+        f"`{group.policy}`",
+        str(group.runs),
+        _spread(group, lambda r: r.done),
+        _spread(group, lambda r: r.seconds) + " s" + (", the time was up" if late else ""),
+        _restarts(group),
+        _spread(group, lambda r: r.system_oom_kills),
+        _spread(group, lambda r: r.longest_stall, 1) + " s",
+        _spread(group, lambda r: r.stalled) + " s",
+        f"{sum(r.ssh_failed for r in group.results)} of {sum(r.ssh_tries for r in group.results)}",
+        _spread(group, lambda r: r.ssh_longest, 1) + " s",
+    )
+
+
+def _spread(group: Group, value: Callable[[Result], float], digits: int = 0) -> str:
+    spread = group.spread(value)
+    least, middle, most = (f"{each:.{digits}f}" for each in (spread.least, spread.median, spread.most))
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _restarts(group: Group) -> str:
+    by = (("the nanny", lambda r: r.by_nanny), ("the kernel", lambda r: r.by_kernel))
+    found = [f"{_spread(group, value)} by {who}" for who, value in by if group.spread(value).most]
+    return ", ".join(found) or "0"
+
+
+def plot() -> str:
+    """Return the SVG with memory over time, of a run without the limit and a run with it."""
+    chosen = [(run, curve) for run, curve in curves() if run.case.work is Work.SPIKES]
+    longest = max(run.seconds for run, _ in chosen)
+    panels = [
+        {"heading": _heading(run), "detail": _detail(run), "chart": memory_chart(curve, longest)}
+        for run, curve in sorted(chosen, key=lambda each: each[1].limit or 0)
+    ]
+    description = ". ".join(f"{panel['heading']}; {panel['detail']}" for panel in panels)
+    template = html.environment(Path(__file__).parent).get_template("docs.svg.j2")
+    return template.render(panels=panels, description=description) + "\n"
+
+
+def _heading(run: Result) -> str:
+    limit = "Without a limit" if run.case.policy is LimitPolicy.NONE else "With the limit"
+    of = run.done + run.failed + run.unfinished
+    return f"{limit}: {run.done} of {of} tasks done"
+
+
+def _detail(run: Result) -> str:
+    time = f"{'stopped' if run.unfinished else 'finished'} after {run.seconds:.0f} s"
+    stalled = f"VM stalled for {run.stalled:.0f} s" if run.stalled else "no stall"
+    restarts = run.by_nanny + run.by_kernel
+    return f"{time}, {stalled}" + (f", worker restarted {restarts} times (×)" if restarts else "")
+
+
+def curves() -> Iterator[tuple[Result, MemoryCurve]]:
+    """Yield the recorded runs whose memory over time was kept."""
+    kept = json.loads((_RECORDED / "memory.json").read_text(encoding="utf-8"))["runs"]
+    for run in recorded():
+        if found := kept.get(run.case.name):
+            times, held = zip(*found["held"], strict=True)
+            yield (
+                run,
+                MemoryCurve(
+                    times=times,
+                    held=[size * MIB for size in held],
+                    seconds=run.seconds,
+                    limit=None if run.case.policy is LimitPolicy.NONE else run.limit,
+                    available=run.available,
+                    total=run.total,
+                    lost=found["lost"],
+                ),
+            )

@@ -1,0 +1,1 @@
+"""The recorded runs that docs/explanation/experiment.md is about."""
