@@ -64,7 +64,9 @@ def ticks(highest: float, most: int = _INTERVALS) -> tuple[float, ...]:
     if highest <= 0:
         raise ValueError(f"a scale can't end at {highest}")
     power = 10.0 ** math.floor(math.log10(highest / most))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if highest / (power * factor) < most + 1)
+    step = next(
+        power * factor for factor in (0.5, 1, 2, 2.5, 5, 10, 20) if highest / (power * factor) < most + 1
+    )
     return tuple(float(f"{step * n:.12g}") for n in range(int(highest / step) + 1))
 
 
