@@ -16,45 +16,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 
 from pydantic import ConfigDict, StrictBool
 
-from ami_builder.config.types import (
-    DEFAULT_REFERENCE,
-    Bridges,
-    Channel,
-    Checksum,
-    Cidr,
-    ContainerName,
-    CopyTo,
-    Cpus,
-    Disk,
-    Duration,
-    File,
-    HostPort,
-    InstanceProfile,
-    InstanceType,
-    KmsKey,
-    Line,
-    Many,
-    Memory,
-    Mirror,
-    Name,
-    Package,
-    PackagePattern,
-    Reference,
-    Region,
-    Requirements,
-    Reserved,
-    Sharer,
-    Some,
-    Source,
-    SourceAmi,
-    Space,
-    Subnet,
-    Suite,
-    SystemdUnit,
-    User,
-    ValueType,
-    count,
-)
+from ami_builder.config import types as t
 from ami_builder.core.options import (
     Connect,
     ContainerNetwork,
@@ -82,20 +44,20 @@ class _Table:
 class BaseSettings(_Table):
     """The disk that baking starts from."""
 
-    source: Source = None
+    source: t.Source = None
     """`debian` builds it here from Debian packages; otherwise the path or http(s) URL of a qcow2 or raw cloud
     image."""
-    checksum: Checksum = None
+    checksum: t.Checksum = None
     """`sha256:…` or `sha512:…` of the cloud image. Required for a URL."""
-    ssh_user: User = DEBIAN_USER
+    ssh_user: t.User = DEBIAN_USER
     """The user that cloud-init gives the key to, such as `debian` or `ubuntu` in a cloud image."""
-    suite: Suite = "trixie"
+    suite: t.Suite = "trixie"
     """The Debian suite that `debian` installs."""
-    mirror: Mirror = ""
+    mirror: t.Mirror = ""
     """The APT mirror that `debian` installs from. Empty: Debian's own."""
-    packages: Many[Package] = ()
+    packages: t.Many[t.Package] = ()
     """More Debian packages for the disk, such as agents."""
-    disk_size: Disk = 8 * GIB
+    disk_size: t.Disk = 8 * GIB
     """The size of the image's disk."""
     security_updates: StrictBool = False
     """Whether a machine installs Debian's security updates at each boot, before memory is measured. The
@@ -108,23 +70,23 @@ class ContainerSettings(_Table):
 
     source: ContainerSource = ContainerSource.ARCHIVE
     """`archive` builds it here from `requirements`, without Docker; `registry` pulls `reference`."""
-    reference: Reference = DEFAULT_REFERENCE
+    reference: t.Reference = t.DEFAULT_REFERENCE
     """The container's name and tag, as Compose uses it."""
-    requirements: Requirements = None
+    requirements: t.Requirements = None
     """Pinned and hashed requirements of the archive. Empty: those that ship with ami-builder."""
-    packages: Many[Package] = ()
+    packages: t.Many[t.Package] = ()
     """More Debian packages for the archive."""
     network: ContainerNetwork = ContainerNetwork.HOST
     """`host`: containers use the machine's network. `bridge`: Docker also makes its bridge and firewall
     rules, which takes most of the time that Docker needs to start."""
-    bridge_subnet: Bridges = "198.18.0.0/16"
+    bridge_subnet: t.Bridges = "198.18.0.0/16"
     """With `bridge`: the IPv4 network that Docker's bridges take their addresses from. Docker's own default
     would hide 172.17.0.0/16."""
     instance_metadata: StrictBool = False
     """Whether containers can read the instance's metadata: its user data and the credentials of its role."""
-    unlimited: Many[ContainerName] = ()
+    unlimited: t.Many[t.ContainerName] = ()
     """Names or patterns of containers without the default memory limit, such as agents."""
-    insecure_registry: HostPort = None
+    insecure_registry: t.HostPort = None
     """`host:port` of a registry without TLS that `reference` is pulled from."""
 
 
@@ -132,12 +94,12 @@ class ContainerSettings(_Table):
 class MemorySettings(_Table):
     """How much of the machine's memory Dask can use."""
 
-    reserve: Reserved = _TWO_PERCENT
+    reserve: t.Reserved = _TWO_PERCENT
     """How much of the memory that is available when Dask starts is left to the system: a size or a
     percentage. The experiment ran an agent that grows by 4 % of a 2 GiB machine beside Dask: with 0 the
     machine stalled for 6 to 43 s in each of five runs, with 2% for 1.2 s in one of six, with 5% never. Dask
     gets 98, 96 and 93 % of what the system could give."""
-    nanny_headroom: Space = 0
+    nanny_headroom: t.Space = 0
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
     runs in the container too, restarts a worker before the kernel kills it. Useful on small machines: on 1
     GiB, 64MiB shortened the longest wait for a login from 9.2 to 3.4 s."""
@@ -152,13 +114,13 @@ class DaskSettings(_Table):
     starts nothing, because user data brings its own Dask."""
     listen: Listen = Listen.MACHINE
     """Where role `local` listens: `127.0.0.1` for the machine itself, `0.0.0.0` for all who reach it."""
-    workers: Annotated[int, count(1, 1024)] = 1
+    workers: Annotated[int, t.count(1, 1024)] = 1
     """Worker processes in the container, which share its memory limit."""
-    threads: Annotated[int | None, count(1, 1024, word="auto")] = None
+    threads: Annotated[int | None, t.count(1, 1024, word="auto")] = None
     """Threads of each worker. `auto`: the machine's CPUs divided by the workers."""
-    spill_percent: Annotated[int, count(1, 100, example=50)] = 80
+    spill_percent: Annotated[int, t.count(1, 100, example=50)] = 80
     """How much of the disk's free space all workers together can fill with spilled data, in percent."""
-    after: Many[SystemdUnit] = ()
+    after: t.Many[t.SystemdUnit] = ()
     """Units, such as agents, that must be up before the available memory is measured."""
 
 
@@ -166,11 +128,11 @@ class DaskSettings(_Table):
 class BakeSettings(_Table):
     """The machine that Packer bakes on."""
 
-    memory: Memory = 2 * GIB
+    memory: t.Memory = 2 * GIB
     """Its memory."""
-    cpus: Cpus = 2
+    cpus: t.Cpus = 2
     """Its CPUs."""
-    timeout: Duration = 30 * 60.0
+    timeout: t.Duration = 30 * 60.0
     """How long baking can take. Generous, because without KVM the machine is emulated."""
 
 
@@ -178,24 +140,24 @@ class BakeSettings(_Table):
 class VerifySettings(_Table):
     """The machines that the finished image is verified on."""
 
-    memory: Some[Memory] = (2 * GIB,)
+    memory: t.Some[t.Memory] = (2 * GIB,)
     """The memory of each machine: one machine is booted for every size."""
-    cpus: Cpus = 2
+    cpus: t.Cpus = 2
     """The CPUs of each machine."""
-    disk_size: Disk = 10 * GIB
+    disk_size: t.Disk = 10 * GIB
     """The disk of each machine. Larger than the image's, it verifies that the root file system grows."""
     datasource: Datasource = Datasource.EC2
     """How cloud-init gets the key and user data: `ec2` as on EC2, `nocloud` from a small disk."""
     network: Network = Network.ISOLATED
     """`isolated`: the machine reaches nothing outside. `nat`: it reaches what this host reaches."""
-    checks: Many[File] = ()
+    checks: t.Many[t.File] = ()
     """Your own pytest-testinfra files, run beside those that ship with ami-builder."""
-    timeout: Duration = 15 * 60.0
+    timeout: t.Duration = 15 * 60.0
     """How long one machine can take to boot and to run its checks."""
     pressure: StrictBool = True
     """Whether each machine finally runs out of memory, to verify what happens then. Takes minutes on an
     emulated machine."""
-    instance_types: Some[InstanceType] = ("m6i.large",)
+    instance_types: t.Some[t.InstanceType] = ("m6i.large",)
     """The EC2 instance types that an AMI is verified on: one instance of each, at the same time."""
 
 
@@ -203,33 +165,33 @@ class VerifySettings(_Table):
 class AwsSettings(_Table):
     """Where and how `--target aws` bakes an AMI, and how its instances are reached."""
 
-    region: Region = ""
+    region: t.Region = ""
     """The region. Empty: as the AWS chain says (AWS_REGION, profile)."""
-    source: SourceAmi = "136693071363/debian-13-amd64-*"
+    source: t.SourceAmi = "136693071363/debian-13-amd64-*"
     """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`."""
-    instance_types: Some[InstanceType] = ("m6i.large", "m5.large", "m7i.large")
+    instance_types: t.Some[t.InstanceType] = ("m6i.large", "m5.large", "m7i.large")
     """What baking runs on, tried in turn when EC2 has no capacity."""
-    subnets: Many[Subnet] = ()
+    subnets: t.Many[t.Subnet] = ()
     """Where instances run, tried in turn. Empty: the default VPC's subnets."""
     connect: Connect = Connect.SSH
     """`ssh`, or `session-manager`, which opens no port and needs `instance_profile`."""
-    instance_profile: InstanceProfile = ""
+    instance_profile: t.InstanceProfile = ""
     """Name or ARN of an instance profile. Session Manager needs one with AmazonSSMManagedInstanceCore."""
-    ssh_port: Annotated[int, count(1, 65535, example=2222)] = 22
+    ssh_port: Annotated[int, t.count(1, 65535, example=2222)] = 22
     """The port that ssh uses."""
-    source_cidrs: Many[Cidr] = ()
+    source_cidrs: t.Many[t.Cidr] = ()
     """Who can reach the instances by ssh. Empty: only this host's public address."""
     encrypt: StrictBool = False
     """Whether the AMI's snapshot is encrypted."""
-    kms_key: KmsKey = ""
+    kms_key: t.KmsKey = ""
     """The KMS key for `encrypt`: id, alias/… or ARN. Empty: the account's default key."""
     spot: StrictBool = False
     """Whether baking runs on a spot instance."""
-    lifetime: Duration = 2 * 3600.0
+    lifetime: t.Duration = 2 * 3600.0
     """How long after its start an instance terminates itself, whatever happens to this host."""
-    copy_to: Many[CopyTo] = ()
+    copy_to: t.Many[t.CopyTo] = ()
     """Regions that the AMI is copied to. `region=KEY` encrypts the copy with that region's KMS key."""
-    share_with: Many[Sharer] = ()
+    share_with: t.Many[t.Sharer] = ()
     """Accounts (12 digits), organizations and organizational units (ARNs) that can launch the AMI."""
 
 
@@ -237,17 +199,17 @@ class AwsSettings(_Table):
 class LifecycleSettings(_Table):
     """What happens to finished images."""
 
-    channels: Some[Name] = ("testing", "stable")
+    channels: t.Some[t.Name] = ("testing", "stable")
     """The channels that `ami-builder promote` can promote a verified image to."""
-    keep: Annotated[int, count(0, 1000)] = 3
+    keep: Annotated[int, t.count(0, 1000)] = 3
     """How many of the newest images `ami-builder prune` keeps, of each channel and of those in none."""
-    keep_days: Annotated[int, count(0, 3650, example=30)] = 14
+    keep_days: Annotated[int, t.count(0, 3650, example=30)] = 14
     """How many days images and caches are kept in any case."""
-    size: Space = 0
+    size: t.Space = 0
     """No local image is deleted while all images of this name together are no larger. 0: no such limit."""
-    most_deletions: Annotated[int, count(1, 1000)] = 10
+    most_deletions: Annotated[int, t.count(1, 1000)] = 10
     """How many images one run of `prune` deletes at most, and how many it deprecates."""
-    grace_days: Annotated[int, count(0, 365, example=14)] = 7
+    grace_days: Annotated[int, t.count(0, 365, example=14)] = 7
     """How many days an AMI is deprecated before it is deregistered with its snapshots."""
 
 
@@ -255,15 +217,15 @@ class LifecycleSettings(_Table):
 class NightlySettings(_Table):
     """Where `ami-builder nightly` promotes a verified image to, and what puts the promotion on hold."""
 
-    channel: Channel = ""
+    channel: t.Channel = ""
     """The channel to promote to, one of lifecycle.channels. Empty: the first of them."""
-    memory_drift_percent: Annotated[int, count(0, 100)] = 3
+    memory_drift_percent: Annotated[int, t.count(0, 100)] = 3
     """On hold when so much less memory is available at boot than on the current image."""
-    time_drift_percent: Annotated[int, count(0, 1000)] = 50
+    time_drift_percent: Annotated[int, t.count(0, 1000)] = 50
     """On hold when the first boot takes so much more CPU time, in multiples of a fixed piece of work."""
-    size_drift_percent: Annotated[int, count(0, 1000)] = 20
+    size_drift_percent: Annotated[int, t.count(0, 1000)] = 20
     """On hold when the image is so much larger."""
-    hold_packages: Many[PackagePattern] = ()
+    hold_packages: t.Many[t.PackagePattern] = ()
     """On hold when one of these packages has changed: names or patterns."""
 
 
@@ -271,7 +233,7 @@ class NightlySettings(_Table):
 class ImageSettings(_Table):
     """The settings of an image."""
 
-    description: Line = ""
+    description: t.Line = ""
     """One line for people."""
     base: BaseSettings = BaseSettings()
     container: ContainerSettings = ContainerSettings()
@@ -332,11 +294,11 @@ class Image(ImageSettings):
 class ConfigFile(_Table):
     """ami-builder.toml: the VM images to build for Dask."""
 
-    default_image: Name = ""
+    default_image: t.Name = ""
     """The image that commands use when none is named. Needed only with several images."""
     defaults: ImageSettings = ImageSettings()
     """Settings of all images, unless an image has its own."""
-    images: dict[Name, ImageSettings] = field(default_factory=dict)
+    images: dict[t.Name, ImageSettings] = field(default_factory=dict)
     """The images by name. An empty table is a complete image."""
 
 
@@ -348,21 +310,21 @@ class Setting:
     """Such as `memory`; empty for `description`."""
     name: str
     default: object
-    type: ValueType | type[StrEnum] | type[bool]
+    type: t.ValueType | type[StrEnum] | type[bool]
     """The type of the value, or of each item of a list."""
     is_list: bool
 
     @property
     def expected(self) -> str:
         """What to write, such as `a duration`."""
-        if isinstance(self.type, ValueType):
+        if isinstance(self.type, t.ValueType):
             return f"a list of: {self.type.expected}" if self.is_list else self.type.expected
         return "true or false" if self.type is bool else ", ".join(f"`{one}`" for one in self._options)
 
     @property
     def example(self) -> object:
         """A value other than the default, as TOML has it."""
-        if isinstance(self.type, ValueType):
+        if isinstance(self.type, t.ValueType):
             return [self.type.example] if self.is_list else self.type.example
         if self.type is bool:
             return not self.default
@@ -376,7 +338,7 @@ class Setting:
         """Return a value as TOML has it."""
         if isinstance(value, tuple):
             return [self.dump(item) for item in value]
-        if isinstance(self.type, ValueType):
+        if isinstance(self.type, t.ValueType):
             return self.type.dump(value)
         return value if isinstance(value, bool) else str(value)
 
@@ -385,7 +347,7 @@ class Setting:
         text = text.strip()
         if self.is_list:
             return [part.strip() for part in text.split(",") if part.strip()]
-        if isinstance(self.type, ValueType):
+        if isinstance(self.type, t.ValueType):
             return self.type.from_text(text)
         return {"true": True, "false": False}.get(text, text) if self.type is bool else text
 
@@ -400,7 +362,7 @@ def _declared(table: str, cls: type[_Table]) -> dict[str, Setting]:
         annotation, is_list = hints[one.name], False
         if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) is tuple:
             annotation, is_list = get_args(get_args(annotation)[0])[0], True
-        types = [part for part in get_args(annotation) if isinstance(part, ValueType)]
+        types = [part for part in get_args(annotation) if isinstance(part, t.ValueType)]
         kind = types[0] if types else get_args(annotation)[0] if get_args(annotation) else annotation
         assert one.default is not MISSING, "every setting has a default"
         key = f"{table}.{one.name}" if table else one.name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -38,7 +38,10 @@ DEBIAN = "debian"
 DEFAULT_REFERENCE = "ami-builder/dask:2026.8.0"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_STRING = {"type": "string"}
+
+
+@dataclass(frozen=True, slots=True)
 class ValueType:
     """One type of value in ami-builder.toml."""
 
@@ -46,13 +49,14 @@ class ValueType:
     """What to write, such as `a duration`, for errors and the documentation."""
     parse: Callable[[object, Path], object]
     """(value, folder that paths are relative to) -> value; raises ValueError with what is expected."""
+    example: object
+    """As TOML has it."""
+    schema: Mapping[str, Any] = field(default_factory=lambda: _STRING)
+    """The JSON schema."""
     dump: Callable[[Any], object] = str
     """value -> as TOML has it."""
     from_text: Callable[[str], object] = str
     """Text of an environment variable or a flag -> as TOML has it."""
-    schema: Mapping[str, Any]
-    example: object
-    """As TOML has it."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: object, info: ValidationInfo) -> object:
@@ -87,11 +91,8 @@ class Items:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return {
-            **handler(schema),
-            "uniqueItems": True,
-            **({"minItems": self.least} if self.least else {}),
-        }
+        least = {"minItems": self.least} if self.least else {}
+        return {**handler(schema), "uniqueItems": True, **least}
 
 
 Item = TypeVar("Item")
@@ -109,22 +110,17 @@ def text(pattern: str, expected: str, example: str, *, most: int = 255) -> Value
             raise ValueError(f"expected {expected}")
         return value
 
-    schema = {"type": "string", "pattern": f"^(?:{pattern})$", "maxLength": most}
-    return ValueType(expected=expected, parse=parse, schema=schema, example=example)
+    return ValueType(expected, parse, example, {**_STRING, "pattern": f"^(?:{pattern})$", "maxLength": most})
 
 
 def optional(inner: ValueType, word: str = "") -> ValueType:
     """Return `inner`, or None that is written as `word`."""
-    schema = dict(inner.schema)
-    if "pattern" in schema:
-        schema["pattern"] = f"{schema['pattern']}|^{word}$"
-    return ValueType(
-        expected=inner.expected,
+    schema = {"anyOf": [dict(inner.schema), {"const": word}]} if len(inner.schema) > 1 else inner.schema
+    return replace(
+        inner,
+        schema=schema,
         parse=lambda value, folder: None if value == word else inner.parse(value, folder),
         dump=lambda value: word if value is None else inner.dump(value),
-        from_text=inner.from_text,
-        schema=schema if schema.get("type") == "string" else {"anyOf": [schema, {"const": word}]},
-        example=inner.example,
     )
 
 
@@ -137,20 +133,16 @@ def count(least: int, most: int, *, example: int = 4, word: str = "") -> ValueTy
             raise ValueError(f"expected {expected}")
         return value
 
-    number = ValueType(
-        expected=expected,
-        parse=parse,
-        dump=int,
-        from_text=lambda text: int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text,
-        schema={"type": "integer", "minimum": least, "maximum": most},
-        example=example,
-    )
+    def from_text(text: str) -> int | str:
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text
+
+    schema = {"type": "integer", "minimum": least, "maximum": most}
+    number = ValueType(expected, parse, example, schema, dump=int, from_text=from_text)
     return optional(number, word) if word else number
 
 
 def size(least: int, most: int, example: str) -> ValueType:
     """Return the type of a size between two bounds, in bytes but whole MiB, as QEMU and Packer take it."""
-
     bounds = f"from {format_size(least)} to {format_size(most)}"
 
     def parse(value: object, folder: Path) -> int:
@@ -159,15 +151,9 @@ def size(least: int, most: int, example: str) -> ValueType:
             raise ValueError(f"expected whole MiB {bounds}")
         return found
 
-    written = {"type": "string", "pattern": SIZE_PATTERN}
     number = {"type": "integer", "minimum": least, "maximum": most, "multipleOf": MIB}
-    return ValueType(
-        expected=f"a size {bounds}",
-        parse=parse,
-        dump=format_size,
-        schema={"anyOf": [written, number]},
-        example=example,
-    )
+    schema = {"anyOf": [{**_STRING, "pattern": SIZE_PATTERN}, number]}
+    return ValueType(f"a size {bounds}", parse, example, schema, dump=format_size)
 
 
 def _path(value: object, folder: Path) -> Path:
@@ -215,33 +201,30 @@ def _checksum(value: object, folder: Path) -> str:
     raise ValueError(expected)
 
 
-_WIDEST = {4: 8, 6: 16}
-
-
 def _cidr(value: object, folder: Path) -> str:
-    expected = "expected addresses such as 203.0.113.7/32 or 2001:db8::/64"
-    try:
-        network = ipaddress.ip_network(value) if isinstance(value, str) else None
-    except ValueError as wrong:
-        raise ValueError(f"{expected}: {wrong}") from wrong
-    if network is None:
-        raise ValueError(expected)
-    if network.prefixlen < _WIDEST[network.version]:
-        raise ValueError(
-            f"{expected}, no wider than /{_WIDEST[network.version]}: ssh is not opened to everybody"
-        )
+    network = _network(value, ipaddress.ip_network, "addresses such as 203.0.113.7/32 or 2001:db8::/64")
+    widest = {4: 8, 6: 16}[network.version]
+    if network.prefixlen < widest:
+        raise ValueError(f"expected addresses no wider than /{widest}: ssh is not opened to everybody")
     return str(network)
 
 
 def _bridges(value: object, folder: Path) -> str:
-    expected = "expected an IPv4 network such as 10.200.0.0/16, from /8 to /24"
-    try:
-        network = ipaddress.IPv4Network(value) if isinstance(value, str) else None
-    except ValueError as wrong:
-        raise ValueError(f"{expected}: {wrong}") from wrong
-    if network is None or not 8 <= network.prefixlen <= 24:
-        raise ValueError(expected)
+    expected = "an IPv4 network such as 10.200.0.0/16, from /8 to /24"
+    network = _network(value, ipaddress.IPv4Network, expected)
+    if not 8 <= network.prefixlen <= 24:
+        raise ValueError(f"expected {expected}")
     return str(network)
+
+
+Network = TypeVar("Network")
+
+
+def _network(value: object, parse: Callable[[str], Network], expected: str) -> Network:
+    try:
+        return parse(value if isinstance(value, str) else repr(value))
+    except ValueError as wrong:
+        raise ValueError(f"expected {expected}: {wrong}") from wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,10 +242,6 @@ def parse_destination(value: object) -> Destination:
     if not re.fullmatch(_REGION, region) or not re.fullmatch(_KMS_KEY, key) or bool(equals) != bool(key):
         raise ValueError("expected a region, or region=KEY with the id, alias/… or ARN of a KMS key there")
     return Destination(region=region, kms_key=key)
-
-
-def _dump_destination(value: Destination) -> str:
-    return f"{value.region}={value.kms_key}" if value.kms_key else value.region
 
 
 _PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -293,160 +272,100 @@ _SHARER = (
     rf"|{_ORGANIZATION}:ou/o-[a-z0-9]{{10,32}}/ou-[a-z0-9]{{4,32}}-[a-z0-9]{{8,32}}"
 )
 _NAME = r"[a-z0-9][a-z0-9-]*"
-_STRING = {"type": "string"}
-_REQUIREMENTS = ValueType(
-    expected="the path of a file, or nothing",
-    parse=_path,
-    schema=_STRING,
-    example="requirements.txt",
-)
 
 Name = Annotated[str, text(_NAME, "a name of a-z, 0-9 and -, at most 63 characters", "dask", most=63)]
 Line = Annotated[str, text(r"[^\x00-\x1f\x7f]*", "one line of at most 200 characters", "for tests", most=200)]
-File = Annotated[
-    Path,
-    ValueType(
-        expected="the path of a file",
-        parse=_path,
-        schema=_STRING | {"minLength": 1},
-        example="test_ours.py",
-    ),
-]
-Requirements = Annotated[Path | None, optional(_REQUIREMENTS)]
+File = Annotated[Path, ValueType("the path of a file", _path, "test_ours.py", {**_STRING, "minLength": 1})]
 Cpus = Annotated[int, count(1, 255)]
 Memory = Annotated[int, size(512 * MIB, 24 * TIB, "4GiB")]
 Space = Annotated[int, size(0, 64 * TIB, "64MiB")]
 Disk = Annotated[int, size(2 * GIB, 64 * TIB, "20GiB")]
-_SIZE_OR_PERCENT = [
-    _STRING | {"pattern": f"{SIZE_PATTERN}|{PERCENT_PATTERN}"},
-    {"type": "integer", "minimum": 0},
-]
+_SIZE_OR_PERCENT = {**_STRING, "pattern": f"{SIZE_PATTERN}|{PERCENT_PATTERN}"}
 Reserved = Annotated[
     Reserve,
     ValueType(
-        expected="a size, or a percentage of what is available",
-        parse=lambda value, folder: parse_reserve(value),
-        dump=format_reserve,
-        schema={"anyOf": _SIZE_OR_PERCENT},
-        example="5%",
+        "a size, or a percentage of what is available",
+        lambda value, folder: parse_reserve(value),
+        "5%",
+        {"anyOf": [_SIZE_OR_PERCENT, {"type": "integer", "minimum": 0}]},
+        format_reserve,
     ),
 ]
+_SECONDS = {"type": "number", "exclusiveMinimum": 0}
 Duration = Annotated[
     float,
     ValueType(
-        expected="a duration",
-        parse=lambda value, folder: parse_duration(value),
-        dump=format_duration,
-        schema={
-            "anyOf": [_STRING | {"pattern": DURATION_PATTERN}, {"type": "number", "exclusiveMinimum": 0}]
-        },
-        example="45min",
+        "a duration",
+        lambda value, folder: parse_duration(value),
+        "45min",
+        {"anyOf": [{**_STRING, "pattern": DURATION_PATTERN}, _SECONDS]},
+        format_duration,
     ),
 ]
 
-_SOURCE = ValueType(
-    expected=f"{DEBIAN}, or the path or http(s) URL of a qcow2 or raw cloud image",
-    parse=_source,
-    schema=_STRING | {"minLength": 1},
-    example="images/cloud.qcow2",
-)
+_IMAGE = f"{DEBIAN}, or the path or http(s) URL of a qcow2 or raw cloud image"
+Source = Annotated[
+    str | None,
+    optional(ValueType(_IMAGE, _source, "images/cloud.qcow2", {**_STRING, "minLength": 1}), DEBIAN),
+]
 _SUM = ValueType(
-    expected="sha256: or sha512: and the digest",
-    parse=_checksum,
-    schema=_STRING | {"pattern": f"^{_CHECKSUM}$"},
-    example="sha256:" + "0123456789abcdef" * 4,
+    "sha256: or sha512: and the digest",
+    _checksum,
+    "sha256:" + "0123456789abcdef" * 4,
+    {**_STRING, "pattern": f"^{_CHECKSUM}$"},
 )
-Source = Annotated[str | None, optional(_SOURCE, DEBIAN)]
 Checksum = Annotated[str | None, optional(_SUM)]
 Mirror = Annotated[
-    str,
-    ValueType(
-        expected="the URL of a Debian mirror, or nothing",
-        parse=_mirror,
-        schema=_STRING,
-        example="https://mirror.example.org/debian",
-    ),
+    str, ValueType("the URL of a Debian mirror, or nothing", _mirror, "https://mirror.example.org/debian")
 ]
 User = Annotated[str, text(r"[a-z_][a-z0-9_-]*", "the name of a Linux user", "ubuntu", most=32)]
 Suite = Annotated[str, text(r"[a-z][a-z0-9.-]*", "the name of a Debian suite", "forky")]
 Package = Annotated[str, text(r"[a-z0-9][a-z0-9+.-]+", "the name of a Debian package", "htop")]
+_PATTERN = r"[a-zA-Z0-9*?\[\]][a-zA-Z0-9+._*?\[\]-]*"
 PackagePattern = Annotated[
-    str,
-    text(
-        r"[a-zA-Z0-9*?\[\]][a-zA-Z0-9+._*?\[\]-]*",
-        "the name of a package, or a pattern with * and ?",
-        "linux-image-*",
-    ),
+    str, text(_PATTERN, "the name of a package, or a pattern with * and ?", "linux-image-*")
 ]
 SystemdUnit = Annotated[
     str, text(_UNIT, "a systemd unit with its ending, not Dask's own", "amazon-cloudwatch-agent.service")
 ]
 Channel = Annotated[str, text(rf"(?:{_NAME})?", "one of lifecycle.channels, or nothing", "stable", most=63)]
 
-Reference = Annotated[
-    str,
-    text(
-        _REFERENCE,
-        "[host[:port]/]name:tag or …@sha256:digest, in lower case",
-        "registry.example.org/dask:2026.8.0",
-    ),
+_REFERENCE_FORM = "[host[:port]/]name:tag or …@sha256:digest, in lower case"
+Reference = Annotated[str, text(_REFERENCE, _REFERENCE_FORM, "registry.example.org/dask:2026.8.0")]
+Requirements = Annotated[
+    Path | None, optional(ValueType("the path of a file, or nothing", _path, "requirements.txt"))
 ]
-Bridges = Annotated[
-    str,
-    ValueType(expected="an IPv4 network", parse=_bridges, schema=_STRING, example="10.200.0.0/16"),
-]
+Bridges = Annotated[str, ValueType("an IPv4 network", _bridges, "10.200.0.0/16")]
+_CONTAINER = r"[a-zA-Z0-9*?][a-zA-Z0-9_.*?-]*"
 ContainerName = Annotated[
-    str,
-    text(
-        r"[a-zA-Z0-9*?][a-zA-Z0-9_.*?-]*", "the name of a container, or a pattern with * and ?", "datadog-*"
-    ),
+    str, text(_CONTAINER, "the name of a container, or a pattern with * and ?", "datadog-*")
 ]
 HostPort = Annotated[
     str | None, optional(text(f"{_HOST}{_PORT}", "host:port, or nothing", "registry.internal:5000"))
 ]
 
 Region = Annotated[str, text(rf"(?:{_REGION})?", "an AWS region, or nothing", "eu-central-1")]
-SourceAmi = Annotated[
-    str,
-    text(
-        _AMI,
-        "owner/name pattern, ssm:/parameter or ami-…",
-        "ssm:/aws/service/debian/release/13/latest/amd64",
-    ),
-]
-InstanceType = Annotated[
-    str, text(r"[a-z][a-z0-9-]*\.[a-z0-9-]+", "an EC2 instance type", "m6i.xlarge", most=40)
-]
-Subnet = Annotated[
-    str, text(r"subnet-[0-9a-f]{8,17}", "the id of a subnet, subnet-…", "subnet-0123456789abcdef0")
-]
+_PARAMETER = "ssm:/aws/service/debian/release/13/latest/amd64"
+SourceAmi = Annotated[str, text(_AMI, "owner/name pattern, ssm:/parameter or ami-…", _PARAMETER)]
+_TYPE = r"[a-z][a-z0-9-]*\.[a-z0-9-]+"
+InstanceType = Annotated[str, text(_TYPE, "an EC2 instance type", "m6i.xlarge", most=40)]
+_SUBNET = r"subnet-[0-9a-f]{8,17}"
+Subnet = Annotated[str, text(_SUBNET, "the id of a subnet, subnet-…", "subnet-0123456789abcdef0")]
+_PROFILE = rf"(?:{_ARN}:iam::[0-9]{{12}}:instance-profile/)?[A-Za-z0-9+=,.@_/-]{{1,128}}|"
 InstanceProfile = Annotated[
-    str,
-    text(
-        rf"(?:{_ARN}:iam::[0-9]{{12}}:instance-profile/)?[A-Za-z0-9+=,.@_/-]{{1,128}}|",
-        "the name or ARN of an instance profile, or nothing",
-        "ami-builder",
-    ),
+    str, text(_PROFILE, "the name or ARN of an instance profile, or nothing", "ami-builder")
 ]
-Cidr = Annotated[
-    str, ValueType(expected="an IP network", parse=_cidr, schema=_STRING, example="203.0.113.7/32")
-]
+Cidr = Annotated[str, ValueType("an IP network", _cidr, "203.0.113.7/32")]
 KmsKey = Annotated[str, text(_KMS_KEY, "the id, alias/… or ARN of a KMS key, or nothing", "alias/ours")]
 CopyTo = Annotated[
     Destination,
     ValueType(
-        expected="a region, or region=KEY",
-        parse=lambda value, folder: parse_destination(value),
-        dump=_dump_destination,
-        schema=_STRING | {"pattern": f"^{_REGION}(?:=.+)?$"},
-        example="us-west-2=alias/ours",
+        "a region, or region=KEY",
+        lambda value, folder: parse_destination(value),
+        "us-west-2=alias/ours",
+        {**_STRING, "pattern": f"^{_REGION}(?:=.+)?$"},
+        lambda value: f"{value.region}={value.kms_key}" if value.kms_key else value.region,
     ),
 ]
-Sharer = Annotated[
-    str,
-    text(
-        _SHARER,
-        "the 12 digits of an account, or the ARN of an organization or an organizational unit",
-        "123456789012",
-    ),
-]
+_ACCOUNT = "the 12 digits of an account, or the ARN of an organization or an organizational unit"
+Sharer = Annotated[str, text(_SHARER, _ACCOUNT, "123456789012")]
