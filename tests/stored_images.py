@@ -37,4 +37,6 @@ def stored(
     result = CheckResult(
         name="memory limit chain: x", phase="boot", machine="2 GiB", outcome=outcome, seconds=1, message=""
     )
-    return workspace.judge(made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=()))
+    return workspace.store_verdict(
+        made, Verdict(digest=digest, checks_digest="c", results=(result,), measured=())
+    )

@@ -21,7 +21,7 @@ from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.qemu.bake import container_archive
 from ami_builder.state.ledger import FILE as LEDGER
-from ami_builder.state.ledger import Entry, Ledger
+from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
 
@@ -215,7 +215,7 @@ class _Bake:
         finally:
             self._settle(instance, template)
 
-    def _settle(self, instance: Entry, template: Entry | None) -> None:
+    def _settle(self, instance: LedgerEntry, template: LedgerEntry | None) -> None:
         """End the instance and what launched it, as Packer does unless it was killed or cut off.
 
         An AMI stays in the ledger: one whose making was not answered may show only later.
@@ -227,11 +227,11 @@ class _Bake:
                 left.append(self.instance)
             for one in dict.fromkeys(left):
                 instances.terminate(self.account, one)
-            self.ledger.gone(instance)
+            self.ledger.deleted(instance)
             if template is not None:
                 for one in launch_templates.of_run(self.account, self.run_id):
                     launch_templates.delete(self.account, one)
-                self.ledger.gone(template)
+                self.ledger.deleted(template)
 
     def _variables(
         self, kind: str, subnet: str, group: str, key: Path, data_file: Path

@@ -14,7 +14,7 @@ from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
-from ami_builder.state.ledger import Entry, Ledger, read
+from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from ami_builder.state.workspace import Workspace
 
 
@@ -77,11 +77,11 @@ def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
             continue
         ledger = Ledger(path)
         for entry in read(path):
-            if not entry.gone and entry.region in accounts:
-                ledger.gone(entry)
+            if not entry.deleted and entry.region in accounts:
+                ledger.deleted(entry)
 
 
-def _of(entries: Sequence[Entry], region: Region) -> list[Entry]:
+def _of(entries: Sequence[LedgerEntry], region: Region) -> list[LedgerEntry]:
     return [entry for entry in entries if entry.region == region.account.region]
 
 

@@ -23,7 +23,7 @@ from ami_builder.core.errors import BuildFailed, CloudFailed, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.core.records import Endpoint
-from ami_builder.state.ledger import Entry, Ledger
+from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Instance:
         self.instance_type = ""
         self.memory = 0
         """Bytes, as EC2 tells of the type."""
-        self._entry: Entry | None = None
+        self._entry: LedgerEntry | None = None
         self._looked = 0.0
 
     def __enter__(self) -> Endpoint:
@@ -248,7 +248,7 @@ class Instance:
                 self.instance_id = self._run(request)
             except ClientError as error:
                 if is_definite(error) or code_of(error) in _NO_CAPACITY:
-                    self._entry = self._ledger.gone(self._entry)
+                    self._entry = self._ledger.deleted(self._entry)
                 if code_of(error) not in _NO_CAPACITY:
                     raise
                 raise _NoCapacity(failure(error).message) from error
@@ -324,7 +324,7 @@ class Instance:
 
     def _remove(self) -> None:
         """Terminate what was launched, or may have been: the ledger says which."""
-        if self._entry is None or self._entry.gone:
+        if self._entry is None or self._entry.deleted:
             return
         if not self._entry.id:
             token = self._entry.find["token"]
@@ -333,4 +333,4 @@ class Instance:
                 return
             self._entry = self._ledger.made(self._entry, found)
         terminate(self._account, self._entry.id)
-        self._entry = self._ledger.gone(self._entry)
+        self._entry = self._ledger.deleted(self._entry)

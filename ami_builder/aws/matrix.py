@@ -56,7 +56,7 @@ def verify_matrix(
     with workspace.run("verify", first.artifact.image, first.artifact.digest) as run:
         run.update(artifact=first.artifact)
         early = estimate.of_verification(
-            runs.read(workspace), subjects[0].image, first.artifact.target, emulated=None
+            runs.run_records(workspace), subjects[0].image, first.artifact.target, emulated=None
         )
         machines = run.directory / "machines"
         groups = [
@@ -67,7 +67,7 @@ def verify_matrix(
         try:
             with progress.step(f"verify {first.name}") as step:
                 if early is not None:
-                    step.say(str(early))
+                    step.announce(str(early))
                 with open_executor(dask_scheduler, len(every)) as executor:
                     proofs = prove_matrix(every, executor, step, machines)
                 rest = iter(proofs)

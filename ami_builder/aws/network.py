@@ -16,7 +16,7 @@ from ami_builder.aws.session import Account, code_of, is_definite, translated
 from ami_builder.aws.waiting import look_for, settle
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.orphans import Resource
-from ami_builder.state.ledger import Entry, Ledger
+from ami_builder.state.ledger import Ledger, LedgerEntry
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import FilterTypeDef, IpPermissionUnionTypeDef
@@ -86,7 +86,7 @@ class SecurityGroup:
         self._run_id, self._tags = run_id, tags
         self._name = tagging.group_name(run_id, purpose)
         self._cidrs, self._port, self._subnet = tuple(cidrs), port, subnet
-        self._entry: Entry | None = None
+        self._entry: LedgerEntry | None = None
 
     def __enter__(self) -> str:
         vpc = vpc_of(self._account, self._subnet)
@@ -99,7 +99,7 @@ class SecurityGroup:
                 self._open(self._entry.id)
         except BaseException as error:
             if is_definite(error) and not self._entry.id:
-                self._entry = self._ledger.gone(self._entry)
+                self._entry = self._ledger.deleted(self._entry)
             self.__exit__(type(error), error, None)
             raise
         return self._entry.id
@@ -152,7 +152,7 @@ class SecurityGroup:
         return look_for(lambda: find_group(self._account, self._name, self._run_id))
 
     def _remove(self) -> None:
-        if self._entry is None or self._entry.gone:
+        if self._entry is None or self._entry.deleted:
             return
         if not self._entry.id:
             found = look_for(lambda: find_group(self._account, self._name, self._run_id))
@@ -160,7 +160,7 @@ class SecurityGroup:
                 return
             self._entry = self._ledger.made(self._entry, found)
         delete_group(self._account, self._entry.id)
-        self._entry = self._ledger.gone(self._entry)
+        self._entry = self._ledger.deleted(self._entry)
 
 
 def permission(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
@@ -205,8 +205,8 @@ def delete_group(account: Account, group: str) -> None:
         return True
 
     with translated():
-        gone = settle(deleted, seconds=_DELETE_SECONDS)
-    if not gone:
+        done = settle(deleted, seconds=_DELETE_SECONDS)
+    if not done:
         raise CloudFailed(
             f"the security group {group} can't be deleted: something still uses it",
             hint="`ami-builder gc` shows what, and tries again",

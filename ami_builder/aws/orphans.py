@@ -16,7 +16,7 @@ from ami_builder.aws.waiting import settle
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
-from ami_builder.state.ledger import Entry
+from ami_builder.state.ledger import LedgerEntry
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import FilterTypeDef
@@ -30,12 +30,12 @@ _PAGE = 200
 _MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
 
 
-def find(account: Account, entries: Sequence[Entry] = ()) -> list[FoundResource]:
+def find(account: Account, entries: Sequence[LedgerEntry] = ()) -> list[FoundResource]:
     """Return what in this region carries our run tag, or stands in `entries` that are not gone.
 
     Raises CloudFailed when any of it can't be listed, since a plan needs to know all.
     """
-    open_entries = [entry for entry in entries if not entry.gone and entry.region == account.region]
+    open_entries = [entry for entry in entries if not entry.deleted and entry.region == account.region]
     found: dict[tuple[Resource, str], FoundResource] = {}
     templates = list(_templates(account))
     instances = list(_instances(account, open_entries, templates))
@@ -81,7 +81,7 @@ def remove(account: Account, leftover: Orphan) -> None:
 
 
 def _instances(
-    account: Account, entries: Sequence[Entry], templates: Sequence[FoundResource]
+    account: Account, entries: Sequence[LedgerEntry], templates: Sequence[FoundResource]
 ) -> Iterable[tuple[FoundResource, str]]:
     """Yield instances of ours with their state, also those that have ended.
 
@@ -120,7 +120,7 @@ def _volumes(account: Account) -> Iterable[FoundResource]:
 
 
 def _images_and_snapshots(
-    account: Account, entries: Sequence[Entry], instances: Mapping[str, str]
+    account: Account, entries: Sequence[LedgerEntry], instances: Mapping[str, str]
 ) -> Iterable[FoundResource]:
     """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI or its instance is.
 
@@ -169,7 +169,7 @@ def _images_and_snapshots(
         )
 
 
-def _groups(account: Account, entries: Sequence[Entry]) -> Iterable[FoundResource]:
+def _groups(account: Account, entries: Sequence[LedgerEntry]) -> Iterable[FoundResource]:
     ids, names = _by_id(entries, Resource.SECURITY_GROUP), _by_name(entries, Resource.SECURITY_GROUP)
     for one in (
         *_listed(account, "describe_security_groups", "SecurityGroups", _TAGGED),
@@ -241,11 +241,11 @@ def _found(
     )
 
 
-def _by_id(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+def _by_id(entries: Sequence[LedgerEntry], kind: Resource) -> dict[str, str]:
     return {entry.id: entry.find.get("run", "") for entry in entries if entry.kind is kind and entry.id}
 
 
-def _by_name(entries: Sequence[Entry], kind: Resource) -> dict[str, str]:
+def _by_name(entries: Sequence[LedgerEntry], kind: Resource) -> dict[str, str]:
     named = ((entry.find.get("name", ""), entry) for entry in entries if entry.kind is kind)
     return {name: entry.find.get("run", "") for name, entry in named if name}
 
@@ -275,6 +275,6 @@ def _delete_volume(account: Account, volume: str) -> None:
         return True
 
     with translated():
-        gone = settle(deleted, seconds=_RELEASED_SECONDS)
-    if not gone:
+        done = settle(deleted, seconds=_RELEASED_SECONDS)
+    if not done:
         raise CloudFailed(f"the volume {volume} can't be deleted: an instance still uses it")

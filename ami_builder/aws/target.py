@@ -80,7 +80,7 @@ class CloudSite:
             ami = bake_ami(inputs, self.account, self.workspace, run, step, public=self.public)
             packages = run.directory / "packages.txt"
         stored = self._stored(inputs.image, inputs.digest, ami)
-        return self.workspace.remember(stored.artifact, packages)
+        return self.workspace.store_remote(stored.artifact, packages)
 
     def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
         """Prove an AMI on an instance of each configured type, all of them whatever becomes of one."""
@@ -99,7 +99,7 @@ class CloudSite:
                 verdict.checks_digest,
                 verdict.measured,
             )
-        return self.workspace.judge(stored, verdict)
+        return self.workspace.store_verdict(stored, verdict)
 
     def ami(self, image: Image, ami: str) -> StoredImage:
         """Return an AMI by its id, ours or not; raises UsageError when there is none."""

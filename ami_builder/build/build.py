@@ -86,7 +86,7 @@ def _make(
 ) -> StoredImage:
     stored = None if options.force else site.find(inputs)
     early = estimate.of_build(
-        runs.read(workspace),
+        runs.run_records(workspace),
         inputs.image,
         site.target,
         ready=_ready(inputs, workspace),
@@ -95,14 +95,14 @@ def _make(
         emulated=site.emulated,
     )
     if early is not None:
-        step.say(str(early))
+        step.announce(str(early))
 
     def booted(seconds: float) -> None:
         late = estimate.from_boot(
             inputs.image, seconds, verify=options.verify, processors=os.cpu_count() or 1
         )
         if early is None and late is not None:
-            step.say(str(late))
+            step.announce(str(late))
 
     if stored is None:
         stored = site.bake(inputs, run, step, again=options.force, on_boot=booted)

@@ -51,7 +51,7 @@ def gather(
     With `base_ami` the base is the AMI that it returns, instead of a disk. How an image is verified is not
     part of the digest: other checks don't make another image.
     """
-    logs = workspace.resolve_logs()
+    logs = workspace.log_dir()
     found: list[BaseAmi] = []
 
     def base() -> str:

@@ -23,12 +23,12 @@ def verify_image(
     workspace.sweep()
     with workspace.run("verify", image.name, stored.artifact.digest) as run:
         run.update(artifact=stored.artifact)
-        known = runs.read(workspace)
+        known = runs.run_records(workspace)
         try:
             with progress.step(f"verify {stored.name}") as step:
                 early = estimate.of_verification(known, image, site.target, emulated=site.emulated)
                 if early is not None:
-                    step.say(str(early))
+                    step.announce(str(early))
                 verdict = verify(image, stored, site, run, step)
         finally:
             run.update(steps=progress.steps)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.oom import Wait
-from ami_builder.system import host, processes
+from ami_builder.system import host_load, processes
 
 ANSWER = "/run/ami-builder-pressure"
 """Where memory_pressure.sh writes its results; the last line is `end`."""
@@ -119,7 +119,7 @@ class LoginMonitor:
 
     def until_end(self, seconds: float) -> None:
         """Log in repeatedly until memory_pressure.sh has ended or the time is over."""
-        began, before = time.monotonic(), host.load(self._emulator)
+        began, before = time.monotonic(), host_load.load(self._emulator)
 
         def ended() -> bool:
             self.watched.logins.append(self._log_in())
@@ -127,11 +127,11 @@ class LoginMonitor:
 
         with suppress(TimedOut):
             processes.wait_until(ended, what="the end", timeout=seconds, interval=EVERY_SECONDS)
-        after = host.load(self._emulator)
+        after = host_load.load(self._emulator)
         self.watched.busy = (after.pressure - before.pressure) / max(1.0, time.monotonic() - began)
 
     def _log_in(self) -> LoginAttempt:
-        began, before = time.monotonic(), host.load(self._emulator)
+        began, before = time.monotonic(), host_load.load(self._emulator)
         failed, share = "", 0.0
         try:
             done = processes.capture([*self._ssh, _ASK], what="a login", timeout=self._patience)
@@ -144,7 +144,7 @@ class LoginMonitor:
         except ValueError:
             failed = f"the answer can't be read: {done.stdout.strip()!r}"
         seconds = time.monotonic() - began
-        denied = host.denied(before, host.load(self._emulator)) + share * seconds
+        denied = host_load.cpu_steal(before, host_load.load(self._emulator)) + share * seconds
         return LoginAttempt(began=began, seconds=seconds, denied=min(denied, seconds), failed=failed)
 
     def _read(self, answer: str) -> float:

@@ -191,7 +191,7 @@ def diff(
     """Compare two images: size, available memory at boot, times, packages and container."""
     from ami_builder.build.channels import choose
     from ami_builder.nightly.gate import judge, not_compared, require_close
-    from ami_builder.state.compare import compare_images
+    from ami_builder.state.runs import compare_images
 
     workspace, config = open_workspace(), load_config()
     images, names = workspace.images(), config.names

@@ -33,7 +33,7 @@ class Renderer(Protocol):
     def updated(self, step: Step) -> None:
         """Show a step's new detail, or not."""
 
-    def said(self, step: Step) -> None:
+    def announced(self, step: Step) -> None:
         """Show what a step has to say, at once."""
 
     def ended(self, step: Step) -> None:
@@ -146,11 +146,11 @@ class Progress:
             step.detail = clean(detail)
             self._renderer.updated(step)
 
-    def say(self, step: Step, text: str) -> None:
+    def announce(self, step: Step, text: str) -> None:
         """Set what `step` has to say while it runs."""
         with self._lock:
-            step.said = clean(text)
-            self._renderer.said(step)
+            step.announced = clean(text)
+            self._renderer.announced(step)
 
 
 class Step:
@@ -161,7 +161,7 @@ class Step:
         self.name = name
         self.detail = clean(detail)
         self.verdict = self.detail
-        self.said = ""
+        self.announced = ""
         self.parent = parent
         self.children: list[Step] = []
         self.status = RunStatus.RUNNING
@@ -176,9 +176,9 @@ class Step:
         """Say what the step is doing now; cheap enough for every line of a log."""
         self._progress.change(self, detail)
 
-    def say(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Say at once, and on a terminal as long as the step runs, what is worth a line of its own."""
-        self._progress.say(self, text)
+        self._progress.announce(self, text)
 
     def done(self, detail: str) -> None:
         """Say what the step came to, such as `cached`; kept when it passes, where updates are not."""

@@ -60,7 +60,7 @@ class _Quiet:
     def updated(self, step: Step) -> None:
         pass
 
-    def said(self, step: Step) -> None:
+    def announced(self, step: Step) -> None:
         pass
 
     def ended(self, step: Step) -> None:
@@ -100,8 +100,8 @@ class _Plain:
     def updated(self, step: Step) -> None:
         self._print_if_due(step)
 
-    def said(self, step: Step) -> None:
-        self._line(f"{step.path}: {step.said}", "")
+    def announced(self, step: Step) -> None:
+        self._line(f"{step.path}: {step.announced}", "")
 
     def ended(self, step: Step) -> None:
         self._printed.pop(step, None)
@@ -196,7 +196,7 @@ class _Live:
     def updated(self, step: Step) -> None:
         pass
 
-    def said(self, step: Step) -> None:
+    def announced(self, step: Step) -> None:
         pass
 
     def ended(self, step: Step) -> None:
@@ -242,7 +242,7 @@ class _Live:
         took = Text(duration(step.seconds), style if step.status is RunStatus.RUNNING else "dim")
         detail = step.detail
         if step.status is RunStatus.RUNNING:
-            detail = "; ".join(filter(None, (step.said, step.detail)))
+            detail = "; ".join(filter(None, (step.announced, step.detail)))
         return name, Text(detail, "red" if step.status is RunStatus.FAILED else "dim"), took
 
 

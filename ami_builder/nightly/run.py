@@ -20,15 +20,14 @@ from ami_builder.build.inputs import Inputs
 from ami_builder.build.place import Place
 from ami_builder.build.target import Site
 from ami_builder.config.schema import Image
-from ami_builder.console import Progress
-from ami_builder.console import Step as ShownStep
+from ami_builder.console import Progress, Step
 from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, Inconclusive, Locked, OnHold
 from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult, TargetKind
 from ami_builder.nightly import gate, summary
 from ami_builder.report.collect import keep_night
-from ami_builder.state.compare import compare_images
-from ami_builder.state.journal import Journal, Step, open_night
+from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal
+from ami_builder.state.runs import compare_images
 from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
 from ami_builder.verify.concurrency import side_by_side
 from ami_builder.verify.verdict import is_verified
@@ -71,7 +70,7 @@ def nightly(
     workspace.ensure()
     with ExitStack() as locks:
         for one in subjects:
-            locks.enter_context(workspace.lock_night(one.image.name, one.site.target))
+            locks.enter_context(workspace.lock_nightly_run(one.image.name, one.site.target))
         # Machines of this computer would only make each other late; an account has room for all.
         at_once = len(subjects) if all(one.site.target is TargetKind.AWS for one in subjects) else 1
         calls = [_Going(one, workspace, progress).go for one in subjects]
@@ -95,7 +94,7 @@ def _prune(prune: Prune | None, progress: Progress) -> tuple[Sequence[Decision],
 
 def _finish(
     night: NightlyRun,
-    journal: Journal,
+    journal: NightlyJournal,
     workspace: Workspace,
     retired: Sequence[Decision],
     wrong: AmiBuilderError | None,
@@ -108,23 +107,27 @@ def _finish(
         if one.candidate.image == night.image and one.action is not Action.KEEP
     ]
     # What was pruned before this night was cut off belongs to its report too.
-    mine = [*(journal.find(Step.PRUNED) or {}).get("retired", ()), *mine]
+    mine = [*(journal.find(NightlyStep.PRUNED) or {}).get("retired", ()), *mine]
     if wrong is not None:
         mine.append(f"nothing was pruned: {wrong.message}")
         # A build that is going meanwhile is nothing wrong; the next night prunes.
         if not night.exit_code and not isinstance(wrong, Locked):
             night = replace(night, exit_code=wrong.exit_code)
-    journal.note(Step.PRUNED, retired=mine)
+    journal.note(NightlyStep.PRUNED, retired=mine)
     night = replace(night, retired=tuple(mine), ended=datetime.now(UTC))
     write_atomically(journal.directory / "summary.md", summary.markdown(night))
     keep_night(night, journal.directory, workspace)
     unsent = ""
-    if journal.find(Step.REPORTED) is None:
+    if journal.find(NightlyStep.REPORTED) is None:
         # Noted before: a message that is lost with the machine is better than one that comes twice.
-        journal.note(Step.REPORTED)
+        journal.note(NightlyStep.REPORTED)
         unsent = notify(summary.text(night)) if night.ending is not NightlyStatus.UNCHANGED else ""
     journal.note(
-        Step.ENDED, ending=str(night.ending), exit_code=night.exit_code, error=night.error, unsent=unsent
+        NightlyStep.ENDED,
+        ending=str(night.ending),
+        exit_code=night.exit_code,
+        error=night.error,
+        unsent=unsent,
     )
     return night
 
@@ -156,26 +159,26 @@ class _Going:
             steps=(),
         )
 
-    def go(self) -> tuple[NightlyRun, Journal, AmiBuilderError | None]:
+    def go(self) -> tuple[NightlyRun, NightlyJournal, AmiBuilderError | None]:
         """Tell how it ended, and where that is to be noted; raises Interrupted alone."""
-        journal: Journal | None = None
+        journal: NightlyJournal | None = None
         error: AmiBuilderError | None = None
         try:
             inputs = resolve(self.image, self.site, self.workspace, self.progress, refresh=True)
-            journal = open_night(self.workspace, self.image.name, self.site.target, inputs.digest)
+            journal = open_journal(self.workspace, self.image.name, self.site.target, inputs.digest)
             self._tell(digest=inputs.digest)
             self._go(inputs, journal)
         except AmiBuilderError as failed:
             error = failed
             ending = NightlyStatus.INCONCLUSIVE if isinstance(failed, Inconclusive) else NightlyStatus.FAILED
             self._tell(ending=ending, error=failed.message, exit_code=failed.exit_code)
-        journal = journal or open_night(self.workspace, self.image.name, self.site.target, "")
+        journal = journal or open_journal(self.workspace, self.image.name, self.site.target, "")
         self._tell(id=journal.id, started=journal.started)
         return self.night, journal, error
 
-    def _go(self, inputs: Inputs, journal: Journal) -> None:
+    def _go(self, inputs: Inputs, journal: NightlyJournal) -> None:
         self._tell(before=channels.current(self.places[0].channels, self.channel))
-        if journal.find(Step.BUILT) is None and (standing := self._standing(inputs)):
+        if journal.find(NightlyStep.BUILT) is None and (standing := self._standing(inputs)):
             self._tell(
                 ending=NightlyStatus.UNCHANGED,
                 location=standing[0].artifact.location,
@@ -191,8 +194,8 @@ class _Going:
             )
             return
         stored = build_from(inputs, Options(), self.site, self.workspace, self.progress).stored
-        if journal.find(Step.BUILT) is None:
-            journal.note(Step.BUILT, location=stored.artifact.location, run=stored.artifact.run_id)
+        if journal.find(NightlyStep.BUILT) is None:
+            journal.note(NightlyStep.BUILT, location=stored.artifact.location, run=stored.artifact.run_id)
         self._tell(location=stored.artifact.location)
         with self.progress.step(f"compare with {self.channel}") as step:
             drifts = self._compared(stored, journal)
@@ -222,12 +225,12 @@ class _Going:
             found.append(stored)
         return found
 
-    def _compared(self, stored: StoredImage, journal: Journal) -> Sequence[str]:
+    def _compared(self, stored: StoredImage, journal: NightlyJournal) -> Sequence[str]:
         """Return what holds the image back from the channel at home; what was found before stands."""
-        told = journal.find(Step.COMPARED)
+        told = journal.find(NightlyStep.COMPARED)
         if told is None:
             told = self._compare(stored)
-            journal.note(Step.COMPARED, **told)
+            journal.note(NightlyStep.COMPARED, **told)
         drifts = tuple(told["drifts"])
         self._tell(
             before=str(told["before"]),
@@ -256,7 +259,7 @@ class _Going:
             "not_compared": list(gate.not_compared(difference)),
         }
 
-    def _release(self, stored: StoredImage, journal: Journal) -> list[RegionResult]:
+    def _release(self, stored: StoredImage, journal: NightlyJournal) -> list[RegionResult]:
         """Bring the image to every place, and promote it wherever that went well."""
         calls = [partial(self._brought, place, stored, journal) for place in self.places]
         brought = side_by_side(calls)
@@ -265,8 +268,10 @@ class _Going:
             for place, found in zip(self.places, brought, strict=True)
         ]
 
-    def _brought(self, place: Place, stored: StoredImage, journal: Journal) -> StoredImage | RegionResult:
-        def bring(step: ShownStep) -> StoredImage:
+    def _brought(
+        self, place: Place, stored: StoredImage, journal: NightlyJournal
+    ) -> StoredImage | RegionResult:
+        def bring(step: Step) -> StoredImage:
             there = place.bring(stored, step)
             place.share(there, step)
             return there
@@ -277,16 +282,16 @@ class _Going:
                 step.done(there.name)
         except AmiBuilderError as failed:
             return _failed(place, "", failed)
-        journal.note(Step.BROUGHT, place.name, location=there.artifact.location)
+        journal.note(NightlyStep.COPIED, place.name, location=there.artifact.location)
         return there
 
-    def _promote(self, place: Place, stored: StoredImage, journal: Journal) -> RegionResult:
+    def _promote(self, place: Place, stored: StoredImage, journal: NightlyJournal) -> RegionResult:
         ending = partial(RegionResult, place=place.name, id=stored.name)
         try:
             record = place.channels
             id = record.id_of(stored)
             ending = partial(ending, id=id)
-            if (told := journal.find(Step.PROMOTED, place.name)) is not None:
+            if (told := journal.find(NightlyStep.PROMOTED, place.name)) is not None:
                 return ending(ending=NightlyStatus(told["ending"]), text=str(told["text"]))
             if why := channels.taken_out(record, self.channel, id):
                 return ending(ending=NightlyStatus.HELD, text=f"{why}; promote it by hand if that is meant")
@@ -302,7 +307,7 @@ class _Going:
                 step.done(done.text)
         except AmiBuilderError as failed:
             return _failed(place, stored.name, failed)
-        journal.note(Step.PROMOTED, place.name, id=id, ending=str(done.ending), text=done.text)
+        journal.note(NightlyStep.PROMOTED, place.name, id=id, ending=str(done.ending), text=done.text)
         return done
 
 

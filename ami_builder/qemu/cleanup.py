@@ -156,14 +156,14 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
     nights = [
         _record("nights", folder)
-        for folder in sorted(workspace.nights_dir.glob("*/*/"))
+        for folder in sorted(workspace.nightly_dir.glob("*/*/"))
         if not folder.is_symlink()
     ]
     made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
     references = [
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
-    latest = {str(link.resolve()) for link in workspace.nights_dir.glob("*/latest")}
+    latest = {str(link.resolve()) for link in workspace.nightly_dir.glob("*/latest")}
     references += [Reference(id=one.id, by="the last night") for one in nights if one.id in latest]
     decisions = plan([*runs, *nights], references, rules, now)
     return tuple(one for one in decisions if one.action is not Action.KEEP)
@@ -184,7 +184,7 @@ def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Itera
         yield "it is going"
     if folder.name in made:
         yield f"how {made[folder.name]} was made"
-    if any(not entry.gone for entry in ledger.read(folder / ledger.FILE)):
+    if any(not entry.deleted for entry in ledger.read(folder / ledger.FILE)):
         yield "`ami-builder gc` looks for what it left"
 
 

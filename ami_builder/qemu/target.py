@@ -21,7 +21,7 @@ from ami_builder.core.records import Artifact, Endpoint, TargetKind, Verdict
 from ami_builder.qemu import imds, seed
 from ami_builder.qemu.bake import bake
 from ami_builder.state.workspace import Run, StoredImage, Workspace
-from ami_builder.system import host, ssh
+from ami_builder.system import host_load, ssh
 from ami_builder.verify.concurrency import side_by_side
 from ami_builder.verify.journey import Proof, prove
 
@@ -77,7 +77,7 @@ class LocalMachine:
     def waited(self) -> dict[int, float]:
         """Return for how many seconds each of its threads has waited for a processor of ours."""
         assert self._machine is not None, "it was not started"
-        return host.waited(self._machine.pid)
+        return host_load.cpu_waits(self._machine.pid)
 
     def check_alive(self) -> None:
         """Raise BuildFailed when the machine can't come up any more."""
@@ -91,7 +91,7 @@ class LocalMachine:
 
         def start_again(timeout: float) -> None:
             # Not after the reboot: what that takes is what is asked for.
-            used = host.cpu_seconds(before) or 0.0
+            used = host_load.cpu_seconds(before) or 0.0
             machine.start_again(timeout)
             self._used_before = used if machine.pid == before else 0.0
 
@@ -100,7 +100,7 @@ class LocalMachine:
 
     def cpu_seconds(self, session: ssh.Session) -> float | None:
         """Return the CPU seconds that QEMU has used since it was started, or since the reboot."""
-        used = host.cpu_seconds(self.emulator)
+        used = host_load.cpu_seconds(self.emulator)
         return None if used is None else used - self._used_before
 
     @property
@@ -176,7 +176,7 @@ class LocalSite:
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Put the verdict beside an image of ours."""
-        return self.workspace.judge(stored, verdict)
+        return self.workspace.store_verdict(stored, verdict)
 
 
 def foreign(disk: Path, image: Image) -> StoredImage:

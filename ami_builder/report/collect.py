@@ -11,9 +11,8 @@ from ami_builder.core.records import NightlyRun, NightlyStatus, Outcome, RunStat
 from ami_builder.report import html, sections
 from ami_builder.report.page import Fact, Page, Tone
 from ami_builder.state import runs
-from ami_builder.state.compare import compare_images
-from ami_builder.state.journal import Journal, Step
-from ami_builder.state.runs import RecordedNight, RecordedRun
+from ami_builder.state.journal import NightlyJournal, NightlyStep
+from ami_builder.state.runs import RecordedNightlyRun, RecordedRun, compare_images
 from ami_builder.state.workspace import Workspace, dump, write_atomically
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ _ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
 
 
 def write_page(
-    subject: RecordedRun | RecordedNight, workspace: Workspace, output: Path | None = None
+    subject: RecordedRun | RecordedNightlyRun, workspace: Workspace, output: Path | None = None
 ) -> Path:
     """Write the page of a run or a nightly run beside its record, or to `output`, and return its path."""
     path = output or subject.directory / PAGE
@@ -74,7 +73,7 @@ def keep_night(night: NightlyRun, directory: Path, workspace: Workspace) -> None
         # Its page would repeat the previous one. `ami-builder report` can still make it.
         return
     try:
-        write_page(RecordedNight(night=night, directory=directory), workspace)
+        write_page(RecordedNightlyRun(night=night, directory=directory), workspace)
     except Exception as wrong:
         # The promotion has already happened: a page that can't be made must not fail the nightly run.
         console.note(
@@ -135,7 +134,9 @@ def _counted(verdict: Verdict) -> str:
     return f"{ran} checks passed on {' and '.join(machines)}{left_out}"
 
 
-def _of_night(one: RecordedNight, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path) -> Page:
+def _of_night(
+    one: RecordedNightlyRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path
+) -> Page:
     night = one.night
     tone, word, sentence = _ENDINGS[night.ending]
     run = _run_of(one, known)
@@ -173,12 +174,12 @@ def _of_night(one: RecordedNight, known: tuple[RecordedRun, ...], workspace: Wor
     return _with_difference(page, before, build, workspace)
 
 
-def _run_of(one: RecordedNight, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
+def _run_of(one: RecordedNightlyRun, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
     """Return the run that a nightly run made, else the run that verified the image it found."""
     night = one.night
     same = [run for run in known if night.digest and run.record.digest == night.digest]
     about = [run for run in same if run.when <= one.when]
-    noted = (Journal(one.directory).find(Step.BUILT) or {}).get("run")
+    noted = (NightlyJournal(one.directory).find(NightlyStep.BUILT) or {}).get("run")
     proved = [run for run in about if run.record.verdict is not None]
     in_it = [run for run in about if run.when >= night.started]
     return next(iter([*in_it[-1:], *proved[-1:], *(run for run in about if run.id == noted)]), None)

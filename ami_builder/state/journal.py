@@ -1,4 +1,4 @@
-"""The journal of a night: what is done stands on disk, so that a killed night goes on where it was."""
+"""The journal of a nightly run: each finished step is on disk, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _LATEST = "latest"
 _FILE = "journal.jsonl"
 
 
-class Step(StrEnum):
-    """What a night does, in its order."""
+class NightlyStep(StrEnum):
+    """The steps of a nightly run, in order."""
 
     RESOLVED = "resolved"
     BUILT = "built"
     COMPARED = "compared"
-    BROUGHT = "brought"
-    """To one place, and shared there."""
+    COPIED = "brought"
+    """Copied to one region, and shared there."""
     PROMOTED = "promoted"
-    """In one place."""
+    """In one region."""
     PRUNED = "pruned"
     REPORTED = "reported"
     ENDED = "ended"
 
 
-class Journal:
-    """What one night has done so far. Threads may share it."""
+class NightlyJournal:
+    """The finished steps of one nightly run. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,70 +47,70 @@ class Journal:
 
     @property
     def id(self) -> str:
-        """The night's own id."""
+        """The id of the nightly run."""
         return self.directory.name
 
     @property
     def started(self) -> datetime:
-        """When it began."""
-        return datetime.fromisoformat(self._done[Step.RESOLVED, ""]["at"])
+        """When the nightly run began."""
+        return datetime.fromisoformat(self._done[NightlyStep.RESOLVED, ""]["at"])
 
     @property
     def digest(self) -> str:
-        """What it is about; empty when it was killed before it knew."""
-        return str((self.find(Step.RESOLVED) or {}).get("digest", ""))
+        """The digest of its inputs; empty if it was killed before it resolved them."""
+        return str((self.find(NightlyStep.RESOLVED) or {}).get("digest", ""))
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """Where its image is, in every place that it was brought to: paths, or AMI ids."""
-        told = (line.get("location") for line in self._done.values())
-        return tuple(dict.fromkeys(str(location) for location in told if location))
+        """Where its image is, in every region: paths, or AMI ids."""
+        locations = (line.get("location") for line in self._done.values())
+        return tuple(dict.fromkeys(str(location) for location in locations if location))
 
-    def find(self, step: Step, place: str = "") -> Mapping[str, Any] | None:
-        """Return what was noted of a step that is done; None when it is not."""
+    def find(self, step: NightlyStep, place: str = "") -> Mapping[str, Any] | None:
+        """Return the record of a finished step, or None."""
         return self._done.get((step, place))
 
-    def note(self, step: Step, place: str = "", **told: Any) -> None:
-        """Note a step as done."""
-        line = {"step": str(step), "place": place, "at": datetime.now(UTC).isoformat(), **told}
+    def note(self, step: NightlyStep, place: str = "", **details: Any) -> None:
+        """Record a step as finished."""
+        line = {"step": str(step), "place": place, "at": datetime.now(UTC).isoformat(), **details}
         with self._lock:
             jsonl.append(self._path, line)
             self._done[step, place] = line
 
 
-def open_night(workspace: Workspace, image: str, target: TargetKind, digest: str) -> Journal:
-    """Return the journal of the last night if it was cut off and was about the same, else that of a new one.
+def open_journal(workspace: Workspace, image: str, target: TargetKind, digest: str) -> NightlyJournal:
+    """Return the journal of the last nightly run if it was killed and had the same inputs, else a new one.
 
-    `digest` empty: what tonight is about is not known, so it may be the same. Hold `Workspace.lock_night`
-    meanwhile.
+    An empty `digest` stands for unknown inputs, which may be the same. The caller holds
+    `Workspace.lock_nightly_run`.
     """
-    folder = workspace.nights_dir / f"{image}.{target}"
+    folder = workspace.nightly_dir / f"{image}.{target}"
     latest = folder / _LATEST
-    last = Journal(latest.resolve()) if latest.exists() else None
-    if last is None or last.find(Step.ENDED) is not None:
+    last = NightlyJournal(latest.resolve()) if latest.exists() else None
+    if last is None or last.find(NightlyStep.ENDED) is not None:
         last = _new(folder)
     elif digest and last.digest and last.digest != digest:
-        last.note(Step.ENDED, ending="cut off, and its inputs have changed since")
+        last.note(NightlyStep.ENDED, ending="killed, and its inputs have changed since")
         last = _new(folder)
-    if last.find(Step.RESOLVED) is None:
-        last.note(Step.RESOLVED, digest=digest)
+    if last.find(NightlyStep.RESOLVED) is None:
+        last.note(NightlyStep.RESOLVED, digest=digest)
     return last
 
 
-def _new(folder: Path) -> Journal:
+def _new(folder: Path) -> NightlyJournal:
     night = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     night.mkdir(parents=True)
     aside = folder / f".{_LATEST}.{os.getpid()}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(night.name)
-    # Not by the clock, which may have jumped: the last one is the one that this names.
+    # This link names the last one, because the clock may have jumped.
     aside.replace(folder / _LATEST)
-    return Journal(night)
+    return NightlyJournal(night)
 
 
-def unfinished(workspace: Workspace) -> Iterator[Journal]:
-    """Yield the nights that are going, or were cut off and will be gone on with."""
-    for latest in workspace.nights_dir.glob(f"*/{_LATEST}"):
-        journal = Journal(latest.resolve())
-        if journal.find(Step.ENDED) is None:
+def unfinished(workspace: Workspace) -> Iterator[NightlyJournal]:
+    """Yield the nightly runs that are in progress, or were killed and can continue."""
+    for latest in workspace.nightly_dir.glob(f"*/{_LATEST}"):
+        journal = NightlyJournal(latest.resolve())
+        if journal.find(NightlyStep.ENDED) is None:
             yield journal

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that only grow: what was written stays, whatever kills the writer."""
+"""Append-only files with one JSON object a line; a written line survives a killed process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line; it is on disk when this returns. Only this user can read the file."""
+    """Append a line and return once it is on disk. Only this user can read the file."""
     new = not path.exists()
     with open(path, "a+b", opener=_private) as file:
-        # What a killed process wrote in part stays a line of its own.
+        # An incomplete line of a killed process stays a line of its own.
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -30,7 +30,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file, none when there is no file; those written only in part are passed over."""
+    """Yield the objects of a file, none if it is missing; incomplete lines are skipped."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:

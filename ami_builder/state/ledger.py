@@ -1,8 +1,8 @@
-"""The write-ahead ledger of a run: what it makes in an account stands on disk before it is asked for.
+"""The write-ahead ledger of a run: each resource is on disk before the call that creates it.
 
 One JSON object a line: `intended` before the call, `made` with the id after it, `gone` once it is deleted.
-What a killed run left is every entry that is not gone; where even the id is missing, `find` tells how to look
-for it.
+Every entry that is not deleted may be an orphaned resource of a killed run; `find` says how to look for a
+resource whose id is missing.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from ami_builder.core.orphans import Resource
 from ami_builder.state import jsonl
 
 FILE = "ledger.jsonl"
-"""What a run's ledger is called in its directory."""
+"""The name of a ledger in its run's directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One thing that a run made, or was about to make."""
+class LedgerEntry:
+    """One resource that a run made, or was about to make."""
 
     number: int
     kind: Resource
     region: str
     intended: datetime
     find: Mapping[str, str] = field(default_factory=dict)
-    """How to look for it without an id: `run`, `name`, `token` …"""
+    """How to find it without an id: `run`, `name`, `token` …"""
     id: str = ""
-    """Empty as long as nobody has heard that it was made."""
-    gone: bool = False
+    """Empty until the call that creates it has returned."""
+    deleted: bool = False
 
 
 class Ledger:
-    """An append-only file of entries; every call returns once its line is on disk. Threads may share it."""
+    """An append-only file of entries. Each call returns once its line is on disk. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._next = max((entry.number for entry in read(path)), default=0) + 1
 
-    def intend(self, kind: Resource, region: str, **find: str) -> Entry:
-        """Note what is about to be made, and how it can be found; call it before the call that makes it."""
+    def intend(self, kind: Resource, region: str, **find: str) -> LedgerEntry:
+        """Record a resource before the call that creates it, and how it can be found."""
         with self._lock:
-            entry = Entry(
+            entry = LedgerEntry(
                 number=self._next, kind=kind, region=region, intended=datetime.now(UTC), find=dict(find)
             )
             self._next += 1
@@ -64,22 +64,22 @@ class Ledger:
             )
         return entry
 
-    def made(self, entry: Entry, id: str) -> Entry:
-        """Note the id that the entry's thing got."""
+    def made(self, entry: LedgerEntry, id: str) -> LedgerEntry:
+        """Record the id of a resource."""
         with self._lock:
             jsonl.append(self.path, {"event": "made", "number": entry.number, "id": id})
         return replace(entry, id=id)
 
-    def gone(self, entry: Entry) -> Entry:
-        """Note that the entry's thing was deleted, or was never made."""
+    def deleted(self, entry: LedgerEntry) -> LedgerEntry:
+        """Record that a resource was deleted, or was never made."""
         with self._lock:
             jsonl.append(self.path, {"event": "gone", "number": entry.number})
-        return replace(entry, gone=True)
+        return replace(entry, deleted=True)
 
 
-def read(path: Path) -> tuple[Entry, ...]:
-    """Return a ledger's entries as they stand now; lines that were written only in part are passed over."""
-    entries: dict[int, Entry] = {}
+def read(path: Path) -> tuple[LedgerEntry, ...]:
+    """Return the current entries of a ledger; incomplete lines are skipped."""
+    entries: dict[int, LedgerEntry] = {}
     for line in jsonl.read(path):
         try:
             _apply(line, entries)
@@ -88,11 +88,11 @@ def read(path: Path) -> tuple[Entry, ...]:
     return tuple(entries.values())
 
 
-def _apply(line: dict[str, Any], entries: dict[int, Entry]) -> None:
+def _apply(line: dict[str, Any], entries: dict[int, LedgerEntry]) -> None:
     number = line["number"]
     match line["event"]:
         case "intended":
-            entries[number] = Entry(
+            entries[number] = LedgerEntry(
                 number=number,
                 kind=Resource(line["kind"]),
                 region=line["region"],
@@ -102,4 +102,4 @@ def _apply(line: dict[str, Any], entries: dict[int, Entry]) -> None:
         case "made":
             entries[number] = replace(entries[number], id=line["id"])
         case "gone":
-            entries[number] = replace(entries[number], gone=True)
+            entries[number] = replace(entries[number], deleted=True)

@@ -1,4 +1,4 @@
-"""The runs and nights that the workspace has records of, and which of them a word means."""
+"""The recorded runs and nightly runs of the workspace, and how a word on the command line names one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from ami_builder.core.diff import Difference, Side, compare, read_packages
 from ami_builder.core.errors import UsageError, did_you_mean
-from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
+from ami_builder.core.records import FIRST_BOOT, NightlyRun, RunRecord, TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, load
 
 RECORD = "record.json"
@@ -23,17 +24,17 @@ class RecordedRun:
 
     @property
     def id(self) -> str:
-        """The run's own id."""
+        """The run's id."""
         return self.record.run_id
 
     @property
     def when(self) -> datetime:
-        """What the last of several is told by."""
+        """The time by which runs are sorted."""
         return self.record.started
 
     @property
     def baked(self) -> StoredImage | None:
-        """The image that this run made, as it was recorded then, whatever became of it since."""
+        """The image that this run made, as recorded then; it may have changed or be deleted since."""
         artifact = self.record.artifact
         if artifact is None or artifact.run_id != self.id:
             return None
@@ -41,25 +42,25 @@ class RecordedRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedNight:
-    """What a night did, and its folder."""
+class RecordedNightlyRun:
+    """A nightly run's record and folder."""
 
     night: NightlyRun
     directory: Path
 
     @property
     def id(self) -> str:
-        """The night's own id."""
+        """The nightly run's id."""
         return self.night.id
 
     @property
     def when(self) -> datetime:
-        """Its end: it is later than the runs that it made."""
+        """Its end, which is later than the runs that it started."""
         return self.night.ended or self.night.started
 
 
 def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
-    """Return every run that has a record, the last one last."""
+    """Return every run that has a record, oldest first."""
     found = [
         RecordedRun(record=record, directory=path.parent)
         for path in workspace.runs_dir.glob(f"*/{RECORD}")
@@ -68,31 +69,31 @@ def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
     return tuple(sorted(found, key=lambda run: (run.when, run.id)))
 
 
-def read(workspace: Workspace) -> tuple[RunRecord, ...]:
-    """Return the record of every run, the last one last."""
+def run_records(workspace: Workspace) -> tuple[RunRecord, ...]:
+    """Return the record of every run, oldest first."""
     return tuple(run.record for run in runs(workspace))
 
 
-def nights(workspace: Workspace) -> tuple[RecordedNight, ...]:
-    """Return every night that has ended, the last one last."""
+def nightly_runs(workspace: Workspace) -> tuple[RecordedNightlyRun, ...]:
+    """Return every nightly run that has ended, oldest first."""
     found = [
-        RecordedNight(night=night, directory=path.parent)
-        for path in workspace.nights_dir.glob(f"*/*/{NIGHT}")
+        RecordedNightlyRun(night=night, directory=path.parent)
+        for path in workspace.nightly_dir.glob(f"*/*/{NIGHT}")
         # `latest` names one of the others.
         if not path.parent.is_symlink() and (night := load(NightlyRun, path)) is not None
     ]
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 
 
-def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNight:
-    """Return the run or the night whose id is or begins with a word, or whose folder it names.
+def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNightlyRun:
+    """Return the run or nightly run whose id begins with a word, or whose folder it names.
 
-    Without a word, what ended last. Raises UsageError with the nearest right spelling.
+    Without a word, return the last one. Raises UsageError with the most similar id.
     """
-    known: list[RecordedRun | RecordedNight] = [*runs(workspace), *nights(workspace)]
+    known: list[RecordedRun | RecordedNightlyRun] = [*runs(workspace), *nightly_runs(workspace)]
     if word is None:
         if not known:
-            raise UsageError("nothing has run yet", hint="`ami-builder build` makes an image, and a record")
+            raise UsageError("no run is recorded yet", hint="`ami-builder build` builds an image")
         return max(known, key=lambda one: one.when)
     begin = Path(word).resolve().name if Path(word).is_dir() else word
     matching = [one for one in known if begin and one.id.startswith(begin)]
@@ -101,22 +102,51 @@ def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNight:
     if matching:
         ids = ", ".join(one.id for one in matching[-3:])
         raise UsageError(
-            f"{word}: {len(matching)} ids begin like that, {ids} among them", hint="give more of it"
+            f"{word} is the beginning of {len(matching)} ids, among them {ids}",
+            hint="give more of the id",
         )
     raise UsageError(
-        f"there is no run or night {word}{did_you_mean(word, [one.id for one in known])}",
-        hint=f"their ids are the names of the folders in {workspace.runs_dir} and {workspace.nights_dir}",
+        f"no run or nightly run has the id {word}{did_you_mean(word, [one.id for one in known])}",
+        hint=f"ids are the names of the folders in {workspace.runs_dir} and {workspace.nightly_dir}",
     )
 
 
 def builds(
     known: tuple[RecordedRun, ...], image: str, target: TargetKind, until: datetime
 ) -> tuple[RecordedRun, ...]:
-    """Return the runs that made an image of this name for this target up to then."""
+    """Return the runs up to a time that built this image for this target."""
     return tuple(
         run
         for run in known
         if (baked := run.baked) is not None
         and (baked.artifact.image, baked.artifact.target) == (image, target)
         and run.when <= until
+    )
+
+
+def compare_images(before: StoredImage, after: StoredImage, workspace: Workspace) -> Difference:
+    """Return how one finished image differs from another."""
+    return compare(_side(before, workspace), _side(after, workspace))
+
+
+def _side(stored: StoredImage, workspace: Workspace) -> Side:
+    packages = None
+    if stored.directory is not None and (stored.directory / "packages.txt").is_file():
+        packages = read_packages((stored.directory / "packages.txt").read_text(encoding="utf-8").splitlines())
+    measured = stored.verdict.measured if stored.verdict is not None else ()
+    first = [one for one in measured if one.phase == FIRST_BOOT]
+    run = load(RunRecord, workspace.runs_dir / stored.artifact.run_id / "record.json")
+    # The image's name is in each step of its run; without it those of differing names compare too.
+    mine = f"build {stored.artifact.image}"
+    steps = run.steps if run is not None else ()
+    return Side(
+        packages=packages,
+        size=stored.artifact.size,
+        available={one.machine: one.available for one in first},
+        boot={one.machine: ratio for one in first if (ratio := one.boot_ratio) is not None},
+        ssh={one.machine: one.ssh_seconds for one in first if one.ssh_seconds is not None},
+        dask={one.machine: one.dask_seconds for one in first if one.dask_seconds is not None},
+        seconds={
+            "build" + one.name.removeprefix(mine): one.seconds for one in steps if one.name.startswith(mine)
+        },
     )

@@ -1,10 +1,10 @@
-"""Where a run keeps its things: run directories, the cache, finished images, locks, atomic records.
+"""The workspace: the cache, finished images, run directories and locks.
 
-cache/<kind>/<digest>/           a base disk, a container archive: complete, or not there
-state/images/<name>/<digest>/    a finished image, or where it is: artifact, verdict, package list
+cache/<kind>/<digest>/           a base disk or a container archive, always complete
+state/images/<name>/<digest>/    a finished image, or its location: artifact, verdict, package list
 state/runs/<run id>/             record.json, logs, rendered files; work/ while the run lives
-state/nights/<name>.<target>/    one folder a night: its journal and summary; `latest` is the last one
-state/locks/                     one build at a time for an image and target, and one night
+state/nights/<name>.<target>/    one folder a nightly run: journal and summary; `latest` links to the last
+state/locks/                     one build and one nightly run at a time for an image and target
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_FILE = "image.qcow2"
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file aside and rename it, so that a reader sees the old or the new one, never half of it."""
+    """Write a temporary file and rename it, so that a reader sees either the old or the new content."""
     raw = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -50,12 +50,12 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def dump(value: object, path: Path) -> None:
-    """Write a model value as JSON."""
+    """Write a record as JSON."""
     write_atomically(path, TypeAdapter[Any](type(value)).dump_json(value, indent=2) + b"\n")
 
 
 def load(kind: type[T], path: Path) -> T | None:
-    """Read a model value from JSON; None when the file is missing or is not such a value."""
+    """Read a record from JSON; None if the file is missing or has another content."""
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -64,7 +64,7 @@ def load(kind: type[T], path: Path) -> T | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredImage:
-    """A finished image, with the verdict on it if there is one."""
+    """A finished image, and its verdict if there is one."""
 
     artifact: Artifact
     verdict: Verdict | None
@@ -78,12 +78,12 @@ class StoredImage:
 
     @property
     def name(self) -> str:
-        """What people call it: its file's name, or its AMI id."""
+        """Its name for people: the file's name, or the AMI id."""
         return self.path.name
 
 
 class Run:
-    """One run's directory and record; made by `Workspace.run`."""
+    """A run's directory and record; made by `Workspace.run`."""
 
     def __init__(self, directory: Path, record: RunRecord) -> None:
         self.directory = directory
@@ -110,7 +110,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """The folders that outlive a run."""
+    """The folders that are kept between runs."""
 
     cache: Path
     state: Path
@@ -135,32 +135,32 @@ class Workspace:
         return self.state / "runs"
 
     @property
-    def nights_dir(self) -> Path:
-        """What each night did."""
+    def nightly_dir(self) -> Path:
+        """Journals and summaries of nightly runs."""
         return self.state / "nights"
 
-    def resolve_logs(self) -> Path:
-        """Return the folder for logs of what happens before there is a run."""
+    def log_dir(self) -> Path:
+        """Return the folder for logs that are written before a run begins."""
         folder = self.cache / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ensure(self) -> None:
-        """Make the folders; raises UsageError where that is not allowed."""
+        """Create the folders; raises UsageError without permission."""
         for folder in (self.cache, self.images_dir, self.runs_dir, self.state / "locks"):
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as bad:
                 raise UsageError(
-                    f"can't make {folder}: {bad.strerror}",
-                    hint="set AMI_BUILDER_HOME to a folder that you may write to",
+                    f"can't create the folder {folder}: {bad.strerror}",
+                    hint="set AMI_BUILDER_HOME to a folder with write permission",
                 ) from bad
 
     @contextmanager
     def run(self, command: str, image: str, digest: str | None = None, *, of: str = "") -> Iterator[Run]:
-        """Own a run directory: its record ends with how the run did, and its work/ is removed.
+        """Make a run directory. At the end the record gets the run's status, and work/ is removed.
 
-        The id of one that is part of another run, perhaps of another machine's, begins with the id of that.
+        The id of a run that is part of another run begins with the other run's id.
         """
         self.ensure()
         now = datetime.now(UTC)
@@ -196,12 +196,12 @@ class Workspace:
                 shutil.rmtree(run.work, ignore_errors=True)
 
     def is_live(self, run_id: str) -> bool:
-        """Tell whether a run of this machine is still going."""
+        """Return whether a run of this host is in progress."""
         directory = self.runs_dir / run_id
         return directory.is_dir() and not self._is_dead(directory)
 
     def sweep(self) -> tuple[str, ...]:
-        """Remove what runs that were killed left behind, and return their ids."""
+        """Remove the working files of killed runs, and return the ids of the runs."""
         swept: list[str] = []
         for directory in sorted(self.runs_dir.glob("*/")) if self.runs_dir.is_dir() else ():
             record = load(RunRecord, directory / "record.json")
@@ -232,19 +232,19 @@ class Workspace:
             return False
 
     def lock(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
-        """Hold the build lock of an image and target; raises Locked with who holds it."""
+        """Hold the build lock of an image and target; raises Locked with its holder."""
         return self._locked(
             f"{image}.{target}",
             f"image {image!r} is being built for {target}",
-            "wait for it to end, or build another image meanwhile",
+            "wait until it ends",
         )
 
-    def lock_night(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
-        """Hold the lock of the nights of an image and target; raises Locked with who holds it."""
+    def lock_nightly_run(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
+        """Hold the lock of nightly runs of an image and target; raises Locked with its holder."""
         return self._locked(
             f"{image}.{target}.night",
-            f"a night of image {image!r} for {target} is going",
-            "wait for it to end: two at once would do the same",
+            f"a nightly run of image {image!r} for {target} is in progress",
+            "wait until it ends",
         )
 
     @contextmanager
@@ -258,10 +258,10 @@ class Workspace:
         except Timeout as busy:
             try:
                 who = json.loads(holder.read_text())
-                text = f"process {who['pid']} (since {who['since']})"
+                text = f"process {who['pid']}, since {who['since']}"
             except (OSError, ValueError, KeyError):
                 text = "another process"
-            raise Locked(f"{what} by {text}", hint=hint) from busy
+            raise Locked(f"{what} ({text})", hint=hint) from busy
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))
@@ -271,9 +271,9 @@ class Workspace:
             lock.release()
 
     def cached(self, kind: str, digest: str, make: Callable[[Path], None]) -> Path:
-        """Return the complete folder cache/<kind>/<digest>, made by `make(folder)` when it isn't there.
+        """Return the complete folder cache/<kind>/<digest>; `make(folder)` fills it if it is missing.
 
-        Two runs that need the same entry make it once: the second waits.
+        If two runs need the same folder, the second waits for the first.
         """
         final = self.cache / kind / digest
         if final.is_dir():
@@ -297,7 +297,7 @@ class Workspace:
         return final
 
     def store(self, artifact: Artifact, disk: Path, packages: Path | None) -> StoredImage:
-        """Move a baked disk among the finished images, whole or not at all; replaces one of its digest."""
+        """Move a baked disk to the finished images, atomically; it replaces one with the same digest."""
         final = self.images_dir / artifact.image / artifact.digest[:16]
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new-") as aside:
@@ -316,8 +316,8 @@ class Workspace:
             new.rename(final)
         return StoredImage(artifact=placed, verdict=None, directory=final)
 
-    def remember(self, artifact: Artifact, packages: Path | None) -> StoredImage:
-        """Keep the record of an image that lives elsewhere; replaces one of its digest."""
+    def store_remote(self, artifact: Artifact, packages: Path | None) -> StoredImage:
+        """Store the record of an image in a cloud; it replaces one with the same digest."""
         folder = self.images_dir / artifact.image / artifact.digest[:16]
         if packages is not None and packages.exists():
             write_atomically(folder / "packages.txt", packages.read_bytes())
@@ -325,14 +325,14 @@ class Workspace:
         dump(artifact, folder / "artifact.json")
         return StoredImage(artifact=artifact, verdict=None, directory=folder)
 
-    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        """Put a verdict beside an image; one that was not built here has no place for it."""
+    def store_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Store the verdict of an image, if the image was built here, and return both."""
         if stored.directory is not None:
             dump(verdict, stored.directory / "verdict.json")
         return replace(stored, verdict=verdict)
 
     def images(self) -> tuple[StoredImage, ...]:
-        """Return all finished images, the newest last."""
+        """Return all finished images, oldest first."""
         found: list[StoredImage] = []
         for record in self.images_dir.glob("*/*/artifact.json"):
             artifact = load(Artifact, record)

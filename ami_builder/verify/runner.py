@@ -45,7 +45,7 @@ def digest(files: Sequence[Path]) -> str:
     """
     folder = Path(ami_builder.__file__).parent / "checks"
     beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
-    beside |= {folder.parent / "core" / "oom.py", folder.parent / "system" / "host.py"}
+    beside |= {folder.parent / "core" / "oom.py", folder.parent / "system" / "host_load.py"}
     total = hashlib.sha256()
     for path in sorted(beside | {file.resolve() for file in _expanded(files)}):
         try:

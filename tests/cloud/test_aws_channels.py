@@ -282,7 +282,7 @@ def test_the_commands(
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(Path(__file__).parents[2] / "ami-builder.toml"))
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     # One that this machine has built is known by its name, any other by its id.
-    channels.site.workspace.remember(first.artifact, None)
+    channels.site.workspace.store_remote(first.artifact, None)
     assert cli.run(["promote", "dask", "stable", "--target", "aws"]) == 0
     assert cli.run(["promote", second.artifact.location, "stable"]) == 0
     assert capsys.readouterr().out.split() == [first.artifact.location, second.artifact.location]

@@ -16,7 +16,7 @@ from ami_builder.aws.tags import Purpose
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource, RunState, plan
-from ami_builder.state.ledger import Entry, Ledger, read
+from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from tests.fake_ec2.server import REGION, Cloud
 
@@ -35,7 +35,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def collect(
-    account: Account, entries: tuple[Entry, ...] = (), runs: dict[str, RunState] | None = None
+    account: Account, entries: tuple[LedgerEntry, ...] = (), runs: dict[str, RunState] | None = None
 ) -> tuple[Orphan, ...]:
     """Do what `gc --apply` does; return its plan."""
     known = {RUN: RunState.ENDED} if runs is None else runs

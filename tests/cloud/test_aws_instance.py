@@ -17,7 +17,7 @@ from ami_builder.aws.instance import Instance, Launch
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
 from ami_builder.core.options import Connect
-from ami_builder.state.ledger import Entry, Ledger, read
+from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from tests.cloud.aws import KEY, RUN, group, instance, launch
 from tests.fake_ec2.server import REGION, Cloud
 
@@ -47,7 +47,7 @@ def ordinary(cloud: Cloud, account: Account, ledger: Ledger) -> Iterator[Launch]
     with group(account, ledger) as made:
         yield launch(cloud, made)
     assert cloud.left() == {}
-    assert all(entry.gone for entry in read(ledger.path))
+    assert all(entry.deleted for entry in read(ledger.path))
 
 
 def requests(cloud: Cloud) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def test_what_is_launched(
         assert endpoint.console_log == tmp_path / "machine" / "console.log"
         subject.check_alive()
         entry = read(ledger.path)[-1]
-        assert (entry.id, entry.find["run"], entry.gone) == (subject.instance_id, RUN, False)
+        assert (entry.id, entry.find["run"], entry.deleted) == (subject.instance_id, RUN, False)
         (request,) = requests(cloud)
         assert request["ClientToken"] == entry.find["token"]
         assert len(request["ClientToken"]) == 64
@@ -191,7 +191,7 @@ def test_what_is_not_found_stands_in_the_ledger(
     with pytest.raises(CloudFailed, match="AWS did not answer"):
         instance(Account.open(), ledger, launch(cloud, group_id), tmp_path / "machine").__enter__()
     (entry,) = read(ledger.path)
-    assert not entry.gone
+    assert not entry.deleted
     assert entry.find["token"] == requests(cloud)[0]["ClientToken"]
 
 
@@ -213,7 +213,7 @@ def test_an_interrupt_at_the_worst_moment_leaves_nothing(
 ) -> None:
     made = ledger.made
 
-    def interrupted(entry: Entry, id: str) -> Entry:
+    def interrupted(entry: LedgerEntry, id: str) -> LedgerEntry:
         monkeypatch.setattr(ledger, "made", made)
         raise Interrupted("Ctrl-C, after the launch and before anybody knew its id")
 
@@ -296,7 +296,7 @@ def test_what_does_not_end_is_told_and_stands_in_the_ledger(
     with pytest.raises(CloudFailed, match="does not end"):  # noqa: SIM117
         with instance(account, ledger, launch(cloud, group_id), tmp_path / "a"):
             monkeypatch.setattr(instances, "describe", lambda *_: running)
-    assert not read(ledger.path)[-1].gone
+    assert not read(ledger.path)[-1].deleted
 
 
 def test_two_of_a_run_are_two(

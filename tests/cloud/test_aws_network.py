@@ -81,9 +81,9 @@ def test_a_group_is_open_to_whom_it_says_and_then_gone(
         assert [each["CidrIpv6"] for each in rule["Ipv6Ranges"]] == ["2001:db8::/64"]
         assert {"Key": "ami-builder:run", "Value": RUN} in shown["Tags"]
         (entry,) = read(ledger.path)
-        assert (entry.id, entry.gone, entry.find["run"]) == (made, False, RUN)
+        assert (entry.id, entry.deleted, entry.find["run"]) == (made, False, RUN)
     assert cloud.left() == {}
-    assert read(ledger.path)[0].gone
+    assert read(ledger.path)[0].deleted
 
 
 def test_session_manager_needs_no_way_in(cloud: Cloud, account: Account, ledger: Ledger) -> None:
@@ -130,7 +130,7 @@ def test_a_group_that_never_shows_stands_in_the_ledger(
     with pytest.raises(CloudFailed, match=r"InvalidGroup\.Duplicate"), group(account, ledger):
         pass
     (entry,) = read(ledger.path)
-    assert not entry.gone
+    assert not entry.deleted
     assert entry.find["run"] == RUN
 
 
@@ -147,7 +147,7 @@ def test_what_was_refused_was_never_made(
     monkeypatch.setattr(account.ec2, "create_security_group", refuse)
     with pytest.raises(CloudFailed, match="AWS refused ec2:CreateSecurityGroup"):
         group(account, ledger).__enter__()
-    assert read(ledger.path)[0].gone
+    assert read(ledger.path)[0].deleted
 
 
 def test_a_group_in_use_is_deleted_once_it_is_not(
@@ -191,12 +191,12 @@ def test_what_can_not_be_deleted_stands_in_the_ledger(
     ):
         use(made)
     assert "ami-builder gc" in str(caught.value.hint)
-    assert not read(ledger.path)[0].gone
+    assert not read(ledger.path)[0].deleted
     # What went wrong first is what is told.
     other = group(account, ledger, run_id="other")
     use(other.__enter__())
     other.__exit__(ValueError, ValueError("ours"), None)
-    assert not read(ledger.path)[1].gone
+    assert not read(ledger.path)[1].deleted
 
 
 def test_where_there_is_no_network(cloud: Cloud, account: Account, ledger: Ledger) -> None:

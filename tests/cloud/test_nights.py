@@ -12,7 +12,7 @@ import pytest
 from ami_builder.aws import images, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
-from ami_builder.state.journal import Journal, Step, unfinished
+from ami_builder.state.journal import NightlyJournal, NightlyStep, unfinished
 from ami_builder.state.workspace import Workspace
 from tests.cloud.faulting import BOUND
 from tests.cloud.flow import captured, in_haste, without_ssh
@@ -144,9 +144,9 @@ def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(
         return process.exitcode
 
     assert run(0) == 0
-    entries = len((workspace.nights_dir / "dask.aws" / "latest" / "journal.jsonl").read_text().splitlines())
+    entries = len((workspace.nightly_dir / "dask.aws" / "latest" / "journal.jsonl").read_text().splitlines())
     # Brought and promoted in each of three places.
-    assert entries == len(Step) + 4
+    assert entries == len(NightlyStep) + 4
     for number in range(1, entries + 1):
         made = {action: cloud.count(action) for action in ("CreateImage", "CopyImage")}
         assert run(number, number) == -9
@@ -154,7 +154,7 @@ def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(
         assert len(cut_off) == (number < entries)
         assert run(number) == 0
         assert not list(unfinished(workspace))
-        latest = Journal((workspace.nights_dir / "dask.aws" / "latest").resolve())
+        latest = NightlyJournal((workspace.nightly_dir / "dask.aws" / "latest").resolve())
         assert latest.id in cut_off or number == entries
         assert {action: cloud.count(action) - count for action, count in made.items()} == {
             "CreateImage": 1,

@@ -20,7 +20,7 @@ from ami_builder.core.oom import kills
 from ami_builder.core.options import Datasource, Network
 from ami_builder.qemu.target import LocalMachine
 from ami_builder.state.workspace import Run
-from ami_builder.system import host, processes, ssh
+from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
 from tests.experiment.cases import METHOD, Case, expected_limit
 from tests.experiment.driver import Driver, driving
@@ -122,7 +122,7 @@ class _OneRun:
                 began = self._uptime(session)
                 waited = self.machine.waited()
                 ended = self._work(driver, memory)
-                cpu_steal = host.starved(waited, self.machine.waited())
+                cpu_steal = host_load.longest_wait(waited, self.machine.waited())
             return self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:

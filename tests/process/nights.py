@@ -34,7 +34,7 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
 from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
-from ami_builder.state.journal import Journal
+from ami_builder.state.journal import NightlyJournal
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.journey import Proof
 
@@ -139,7 +139,7 @@ class FakeSite:
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Put the verdict beside the image."""
-        return self.workspace.judge(stored, verdict)
+        return self.workspace.store_verdict(stored, verdict)
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,16 +160,16 @@ def die_after(entries: int, monkeypatch: pytest.MonkeyPatch, *, unnoted: bool = 
     """
     # Threads note side by side, each of them a number of its own.
     made = itertools.count(1)
-    note = Journal.note
+    note = NightlyJournal.note
 
-    def noted(self: Journal, *args: Any, **told: Any) -> None:
+    def noted(self: NightlyJournal, *args: Any, **told: Any) -> None:
         number = next(made)
         if number < entries or not unnoted:
             note(self, *args, **told)
         if number == entries:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(Journal, "note", noted)
+    monkeypatch.setattr(NightlyJournal, "note", noted)
 
 
 def begin(

@@ -15,7 +15,7 @@ import pytest
 
 from ami_builder.checks import login_times, memory_pressure
 from ami_builder.core.oom import Wait
-from ami_builder.system import host
+from ami_builder.system import host_load
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import fake
 from tests.real_dask import dask, said, scheduler
@@ -215,21 +215,21 @@ def test_what_the_host_denied_the_vm_is_part_of_each_login(
     """What the VM's threads waited for a processor, never more than the login took."""
     loads = iter(
         [
-            host.Load(waited={7: 1.0}),  # the whole watch
-            host.Load(waited={7: 1.0}),
-            host.Load(waited={7: 1.01, 8: 0.03}),
-            host.Load(waited={7: 1.01, 8: 0.03}),
-            host.Load(waited={7: 901.0}),
-            host.Load(pressure=0.5),
+            host_load.HostLoad(waited={7: 1.0}),  # the whole watch
+            host_load.HostLoad(waited={7: 1.0}),
+            host_load.HostLoad(waited={7: 1.01, 8: 0.03}),
+            host_load.HostLoad(waited={7: 1.01, 8: 0.03}),
+            host_load.HostLoad(waited={7: 901.0}),
+            host_load.HostLoad(pressure=0.5),
         ]
     )
     asked: list[int] = []
 
-    def load(pid: int) -> host.Load:
+    def load(pid: int) -> host_load.HostLoad:
         asked.append(pid)
         return next(loads)
 
-    monkeypatch.setattr(host, "load", load)
+    monkeypatch.setattr(host_load, "load", load)
     watching = Machine(tmp_path, "sleep 0.1; [ $n = 1 ] || end=end").monitor(emulator=4711)
     watching.until_end(300)
     first, last = watching.watched.logins
@@ -243,7 +243,7 @@ def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the VM's own /proc/stat has it: steal and total, in ticks."""
-    monkeypatch.setattr(host, "load", lambda _: host.Load())
+    monkeypatch.setattr(host_load, "load", lambda _: host_load.HostLoad())
     machine = Machine(tmp_path)
     script = "sleep 0.2; case $n in 1) echo 100 1000 ;; 2) echo 150 1100 ;; *) echo 150 1100 end ;; esac"
     fake(tmp_path, "ssh", f"{COUNT}\n{script}")

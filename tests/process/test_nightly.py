@@ -19,7 +19,7 @@ from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
 from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
 from ami_builder.qemu.channels import LocalChannels
-from ami_builder.state.journal import Journal, Step, open_night, unfinished
+from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal, unfinished
 from ami_builder.state.runs import NIGHT
 from ami_builder.state.workspace import Workspace, load
 from tests.process.nights import WORLD, World, begin, ended, install
@@ -199,8 +199,8 @@ def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was
 ) -> None:
     meet(folder, World(inputs="zero"))
     assert ended(begin(folder)) == 0
-    entries = len((workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines())
-    assert entries == len(Step)
+    entries = len((workspace.nightly_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines())
+    assert entries == len(NightlyStep)
     for number in range(1, entries + 1):
         meet(folder, World(inputs=f"killed at {number}"))
         built = len(bakes(folder))
@@ -210,9 +210,9 @@ def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was
         assert len(cut_off) == (noted < entries)
         assert ended(begin(folder, drawn=False)) == 0, (folder / "out").read_text()
         assert not list(unfinished(workspace))
-        latest = Journal((workspace.nights_dir / "dask.qemu" / "latest").resolve())
+        latest = NightlyJournal((workspace.nightly_dir / "dask.qemu" / "latest").resolve())
         assert latest.id in cut_off or noted == entries
-        end = latest.find(Step.ENDED)
+        end = latest.find(NightlyStep.ENDED)
         assert end is not None
         assert end["ending"] == ("unchanged" if noted == entries else "promoted")
         assert len(bakes(folder)) == built + 1
@@ -227,7 +227,7 @@ def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
     (cut_off,) = unfinished(workspace)
     meet(folder, World(inputs="two"))
     assert ended(begin(folder)) == 0
-    last = Journal(cut_off.directory.parent / cut_off.id).find(Step.ENDED)
+    last = NightlyJournal(cut_off.directory.parent / cut_off.id).find(NightlyStep.ENDED)
     assert len(bakes(folder)) == 1
     assert standing(record) == bakes(folder)[0]
     assert last is not None
@@ -237,9 +237,9 @@ def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
 def test_of_two_nights_at_once_the_second_says_who_is_at_it(
     folder: Path, workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with workspace.lock_night("dask", TargetKind.QEMU):
+    with workspace.lock_nightly_run("dask", TargetKind.QEMU):
         assert cli.run(["nightly"]) == 8
-        assert "a night of image 'dask' for qemu is going by process" in capsys.readouterr().err
+        assert "a nightly run of image 'dask' for qemu is in progress (process" in capsys.readouterr().err
     assert not bakes(folder)
     assert cli.run(["nightly"]) == 0
 
@@ -262,10 +262,10 @@ def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
     now = datetime.now(UTC)
     with time_machine.travel(now, tick=True):
         workspace.ensure()
-        cut_off = open_night(workspace, "dask", TargetKind.QEMU, "d" * 64)
+        cut_off = open_journal(workspace, "dask", TargetKind.QEMU, "d" * 64)
     with time_machine.travel(now - timedelta(days=400), tick=True):
-        assert open_night(workspace, "dask", TargetKind.QEMU, "d" * 64).id == cut_off.id
-        cut_off.note(Step.ENDED)
+        assert open_journal(workspace, "dask", TargetKind.QEMU, "d" * 64).id == cut_off.id
+        cut_off.note(NightlyStep.ENDED)
         assert night(capsys)["ending"] == "promoted"
     with time_machine.travel(now - timedelta(days=800), tick=True):
         assert night(capsys)["ending"] == "unchanged"
@@ -304,7 +304,7 @@ def test_a_night_that_can_not_begin_is_told_too(
     (folder / "ami-builder.toml").write_text("[images.dask.nightly]\nchanel = 'testing'\n")
     assert cli.run(["nightly"]) == 2
     (folder / "ami-builder.toml").write_text(CONFIG)
-    with workspace.lock_night("dask", TargetKind.QEMU):
+    with workspace.lock_nightly_run("dask", TargetKind.QEMU):
         assert cli.run(["nightly", "dask"]) == 8
 
     def broken(*_: object, **__: object) -> None:
@@ -317,7 +317,10 @@ def test_a_night_that_can_not_begin_is_told_too(
     assert config.startswith("*all images (qemu): FAILED, there was no night: ")
     assert "chanel" in config
     assert "exit code 2" in config
-    assert "dask (qemu): FAILED, there was no night: a night of image 'dask' for qemu is going" in locked
+    assert (
+        "dask (qemu): FAILED, there was no night: a nightly run of image 'dask' for qemu is in progress"
+        in locked
+    )
     assert "KeyError: 'a &lt;defect&gt;'" in defect
     # What a defect cut off is gone on with.
     assert cli.run(["nightly"]) == 0
@@ -335,7 +338,7 @@ def test_a_webhook_that_fails_does_not_fail_a_night(
     monkeypatch.setenv("AMI_BUILDER_WEBHOOK", webhook)
     ended = night(capsys)
     assert ended["ending"] == "promoted"
-    entries = (workspace.nights_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines()
+    entries = (workspace.nightly_dir / "dask.qemu" / "latest" / "journal.jsonl").read_text().splitlines()
     last = json.loads(entries[-1])
     assert last["unsent"].startswith("webhook")
     assert "nobody" not in last["unsent"]
@@ -390,7 +393,7 @@ def test_seven_nights(
         assert ended(begin(folder, at=one.at, dies_after=one.dies_after)) == one.status, one
         if not one.ending:
             continue
-        last = load(NightlyRun, workspace.nights_dir / "dask.qemu" / "latest" / NIGHT)
+        last = load(NightlyRun, workspace.nightly_dir / "dask.qemu" / "latest" / NIGHT)
         assert last is not None
         assert (last.ending, last.exit_code) == (one.ending, one.status)
         digests |= {one.world.inputs: last.digest} if last.digest else {}
@@ -420,7 +423,7 @@ def test_seven_nights(
     assert [text.split(":")[1].split()[0] for text in hook()] == [
         *("promoted", "promoted", "HELD", "FAILED,", "promoted")
     ]
-    nights = sorted((workspace.nights_dir / "dask.qemu").glob("202*"))
+    nights = sorted((workspace.nightly_dir / "dask.qemu").glob("202*"))
     assert len(nights) == 7
     drawn = [(night / "report.html").is_file() for night in nights]
     assert drawn == [True, True, False, True, True, True, True], "an unchanged one has nothing to show"

@@ -97,7 +97,7 @@ def test_an_inconclusive_verification_promotes_nothing_and_is_not_called_a_failu
 def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Workspace) -> None:
     one, other = made(workspace, "a"), made(workspace, "b")
     assert other.verdict is not None
-    swapped = workspace.judge(one, other.verdict)
+    swapped = workspace.store_verdict(one, other.verdict)
     with pytest.raises(UsageError, match="has not been verified"):
         promote(local, swapped, "stable", KNOWN)
 

@@ -294,7 +294,7 @@ def test_what_a_step_says_is_a_line_of_its_own_at_once() -> None:
         console.open_progress(Mode.PLAIN, stream=out, clock=clock, beat_seconds=None) as progress,
         progress.step("build") as step,
     ):
-        step.say("about 4 min\non this host")
+        step.announce("about 4 min\non this host")
         with pytest.raises(UsageError), step.step("bake"):
             raise UsageError("no")
         assert step.detail == "", "a failure must not have it for a detail"
@@ -407,7 +407,7 @@ def test_a_terminal_shows_the_seconds_the_latest_detail_and_what_was_said() -> N
         console.open_progress(Mode.LIVE, stream=out, clock=clock) as progress,
         progress.step("build") as step,
     ):
-        step.say("about 4 min on this host")
+        step.announce("about 4 min on this host")
         step.update("TCG (slow)")
         with step.step("reboot") as child:
             child.update("waiting for ssh")

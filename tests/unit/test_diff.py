@@ -126,7 +126,7 @@ def stored(
         )
         for at, phase in enumerate(("boot", "restart"))
     )
-    return workspace.judge(
+    return workspace.store_verdict(
         stored, Verdict(digest=letter * 64, checks_digest="c", results=(result,), measured=measured)
     )
 

@@ -240,8 +240,8 @@ class Said:
             step.detail, 0
         )
 
-    def said(self, step: Step) -> None:
-        self.lines.append(f"{step.path}: {step.said}")
+    def announced(self, step: Step) -> None:
+        self.lines.append(f"{step.path}: {step.announced}")
 
     def ended(self, step: Step) -> None: ...
 
@@ -333,7 +333,7 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "tcg")
     units = 1.4 + 5.3 + 2.3
     assert built("1") == [f"build dask: about {units * 20 / 60:.0f} more minutes{SLOW}"]
-    _, first = runs.read(workspace)
+    _, first = runs.run_records(workspace)
     whole = next(step.seconds for step in first.steps if step.name == "build dask")
     again = f"about {whole / 60:.0f} min on this host, judging by 1 earlier run{SLOW}"
     assert built("2") == [f"build dask: {again}"]
@@ -347,6 +347,6 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     text = f"about {verification / 60:.0f} min on this host, judging by"
     verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
     assert verified == [f"verify image.qcow2: {text} 2 earlier runs{SLOW}"]
-    assert runs.read(workspace)[-1].artifact == stored.artifact
+    assert runs.run_records(workspace)[-1].artifact == stored.artifact
     verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
     assert verified == [f"verify image.qcow2: {text} 3 earlier runs{SLOW}"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.orphans import Resource
-from ami_builder.state.ledger import Entry, Ledger, read
+from ami_builder.state.ledger import Ledger, LedgerEntry, read
 
 
 def test_an_entry_goes_through_its_life(tmp_path: Path) -> None:
@@ -27,9 +27,9 @@ def test_an_entry_goes_through_its_life(tmp_path: Path) -> None:
     made = ledger.made(group, "sg-1")
     assert made.id == "sg-1"
     assert read(ledger.path) == (made, instance)
-    gone = ledger.gone(made)
-    assert read(ledger.path) == (gone, instance)
-    assert gone.gone
+    deleted = ledger.deleted(made)
+    assert read(ledger.path) == (deleted, instance)
+    assert deleted.deleted
     assert ledger.path.stat().st_mode & 0o777 == 0o600
 
 
@@ -54,7 +54,7 @@ def test_a_ledger_goes_on_where_it_ended(tmp_path: Path) -> None:
     again = Ledger(tmp_path / "ledger.jsonl")
     second = again.intend(Resource.IMAGE, "eu-central-1")
     assert second.number > first.number
-    assert again.gone(first) == read(again.path)[0]
+    assert again.deleted(first) == read(again.path)[0]
 
 
 def test_what_is_no_line_of_a_ledger_is_passed_over(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_wherever_the_last_line_is_torn_the_rest_is_read_and_the_next_is_whole(d
 
 def test_threads_share_a_ledger(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    entries: list[Entry] = []
+    entries: list[LedgerEntry] = []
 
     def work() -> None:
         entries.extend(ledger.made(ledger.intend(Resource.INSTANCE, "eu"), "i-1") for _ in range(20))

@@ -16,7 +16,7 @@ from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import Endpoint
 from ami_builder.qemu.target import LocalMachine
 from ami_builder.state.ledger import Ledger
-from ami_builder.system import host, ssh
+from ami_builder.system import host_load, ssh
 from ami_builder.system.processes import Completed
 from tests.sample_image import GIB, image
 
@@ -83,7 +83,7 @@ class Session:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Host:
     it = Host()
-    monkeypatch.setattr(host, "cpu_seconds", it.cpu_seconds)
+    monkeypatch.setattr(host_load, "cpu_seconds", it.cpu_seconds)
     return it
 
 

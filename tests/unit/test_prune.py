@@ -182,9 +182,9 @@ def test_no_pruning_while_a_build_is_going(
 def test_killed_on_the_way_nothing_half_is_left(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    gone = aged(workspace, "a", 90)
+    deleted = aged(workspace, "a", 90)
     aged(workspace, "b", 80)
-    assert gone.directory is not None
+    assert deleted.directory is not None
 
     class Killed(BaseException):
         pass
@@ -199,7 +199,7 @@ def test_killed_on_the_way_nothing_half_is_left(
     with monkeypatch.context() as patch:
         patch.setattr(*target, killed)
         with pytest.raises(Killed):
-            cleanup._delete(gone.directory)
+            cleanup._delete(deleted.directory)
     assert left(workspace) == ("ab" if step == 1 else "b")
     assert planned(capsys, "--apply")["b"][0] == "keep"
     assert [path.name[:1] for path in (workspace.images_dir / "dask").iterdir()] == ["b"]
@@ -220,7 +220,7 @@ def test_records_go_after_a_year_unless_something_needs_them(
 ) -> None:
     aged(workspace, "a", 1)
     folders = {name: workspace.runs_dir / name for name in ("old", "young", "r", "owing")}
-    night = workspace.nights_dir / "dask.qemu"
+    night = workspace.nightly_dir / "dask.qemu"
     folders |= {name: night / name for name in ("old-night", "last-night")}
     for name, folder in folders.items():
         folder.mkdir(parents=True)
@@ -305,11 +305,11 @@ def test_whatever_people_did_what_stands_and_what_it_goes_back_to_stays(
     harsh = RetentionPolicy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
     old = [Candidate(id=letter, image="dask", created=NOW - timedelta(days=900)) for letter in "abcde"]
     decisions = plan(old, list(cleanup.channel_references(record)), harsh, NOW)
-    gone = {one.candidate.id for one in decisions if one.action is Action.DELETE}
+    deleted = {one.candidate.id for one in decisions if one.action is Action.DELETE}
     needed = set()
     for channel in record.used():
         needed |= {current(record, channel)} - {""}
         with suppress(UsageError):
             needed.add(rollback(record, channel, KNOWN).stored.artifact.digest)
-    assert gone == set("abcde") - needed
+    assert deleted == set("abcde") - needed
     assert not needed & record.reasons.keys()

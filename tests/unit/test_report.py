@@ -37,7 +37,7 @@ from ami_builder.report.collect import keep_night, write_page
 from ami_builder.report.page import ChainNumber, Page, Point, Tone, Trend
 from ami_builder.report.plot import BOTTOM, TOP, plot, ticks
 from ami_builder.state import runs
-from ami_builder.state.runs import RecordedNight
+from ami_builder.state.runs import RecordedNightlyRun
 from ami_builder.state.workspace import Workspace, dump, load
 from ami_builder.system import processes
 from tests.unit.test_checks import identity
@@ -196,7 +196,7 @@ def night(
     return replace(told, **more)  # type: ignore[arg-type]
 
 
-def page_of(subject: runs.RecordedRun | runs.RecordedNight, workspace: Workspace) -> Parsed:
+def page_of(subject: runs.RecordedRun | runs.RecordedNightlyRun, workspace: Workspace) -> Parsed:
     return Parsed(write_page(subject, workspace).read_text())
 
 
@@ -405,13 +405,13 @@ def test_how_a_night_ended(workspace: Workspace, ending: NightlyStatus) -> None:
         before="00" * 32,
         error="it broke" if ending is NightlyStatus.FAILED else "",
     )
-    directory = workspace.nights_dir / "dask.qemu" / told.id
+    directory = workspace.nightly_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     assert load(NightlyRun, directory / "night.json") == told
     if ending is NightlyStatus.UNCHANGED:
         # Whoever wants a page of nothing new asks for it.
         assert not (directory / "report.html").exists()
-        write_page(RecordedNight(night=told, directory=directory), workspace)
+        write_page(RecordedNightlyRun(night=told, directory=directory), workspace)
     page = Parsed((directory / "report.html").read_text())
     for text in (
         "eu-west-1",
@@ -432,7 +432,7 @@ def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
     told = night(
         run, NightlyStatus.FAILED, digest="", error="the package archive does not answer", location=""
     )
-    directory = workspace.nights_dir / "dask.qemu" / told.id
+    directory = workspace.nightly_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     text = Parsed((directory / "report.html").read_text()).text
     assert told.error in text
@@ -441,7 +441,7 @@ def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
 
 def test_moved_packages_are_told_when_the_image_before_is_gone(workspace: Workspace) -> None:
     told = night(build(workspace, 0), before="ff" * 32, moved=("apt 1 -> 2",))
-    directory = workspace.nights_dir / "dask.qemu" / told.id
+    directory = workspace.nightly_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     assert "apt 1 -> 2" in Parsed((directory / "report.html").read_text()).text
 
@@ -454,8 +454,8 @@ def test_a_page_that_can_not_be_drawn_fails_no_night(
 
     monkeypatch.setattr(html, "render", broken)
     told = night(build(workspace, 0))
-    keep_night(told, workspace.nights_dir / "dask.qemu" / told.id, workspace)
-    assert load(NightlyRun, workspace.nights_dir / "dask.qemu" / told.id / "night.json") == told
+    keep_night(told, workspace.nightly_dir / "dask.qemu" / told.id, workspace)
+    assert load(NightlyRun, workspace.nightly_dir / "dask.qemu" / told.id / "night.json") == told
     assert "RuntimeError: no fonts" in capsys.readouterr().err
 
 
@@ -486,7 +486,7 @@ def everything(workspace: Workspace, text: str) -> str:
     lines = (text,)
     told = night(run, places=(place,), drifts=lines, moved=lines, retired=lines, error=text, channel=text)
     told = replace(told, before="00" * 32, location=text)
-    directory = workspace.nights_dir / "n" / told.id
+    directory = workspace.nightly_dir / "n" / told.id
     keep_night(told, directory, workspace)
     return (directory / "report.html").read_text()
 
@@ -612,18 +612,18 @@ def test_the_command_takes_the_last_or_what_is_named(
         return status, said.out.strip(), said.err
 
     status, _, err = ask()
-    assert (status, "nothing has run yet" in err) == (2, True)
+    assert (status, "no run is recorded yet" in err) == (2, True)
     first, last = build(workspace, 0), build(workspace, 1)
     assert ask() == (0, str(last.directory / "report.html"), "")
     assert ask(first.id[:8])[1] == str(first.directory / "report.html")
     assert ask(str(first.directory))[1] == str(first.directory / "report.html")
-    assert "2 ids begin like that" in ask("2026")[2]
+    assert "the beginning of 2 ids" in ask("2026")[2]
     status, _, err = ask(f"{first.id[:-1]}9")
     assert (status, f"did you mean {first.id}?" in err) == (2, True)
     assert f"--output {tmp_path} is a folder" in ask("-o", str(tmp_path))[2]
     assert ask("-o", str(tmp_path / "x.html"))[1] == str(tmp_path / "x.html")
     told = night(last)
-    directory = workspace.nights_dir / "dask.qemu" / told.id
+    directory = workspace.nightly_dir / "dask.qemu" / told.id
     keep_night(told, directory, workspace)
     (directory.parent / "latest").symlink_to(told.id)
     assert ask()[1] == str(directory / "report.html")

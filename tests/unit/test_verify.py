@@ -68,7 +68,7 @@ class Site:
 
     def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         self.judged.append(verdict)
-        return self.workspace.judge(stored, verdict)
+        return self.workspace.store_verdict(stored, verdict)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_what_says_nothing_does_not_replace_what_is_known(
 ) -> None:
     one = stored(workspace, "a", passed=None)
     if known is not None:
-        one = workspace.judge(one, known)
+        one = workspace.store_verdict(one, known)
     site = Site(workspace=workspace)
     found = keep_verdict(one, new, site)  # type: ignore[arg-type] # all that is asked of it
     assert site.judged == ([new] if kept else [])

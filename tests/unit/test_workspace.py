@@ -220,7 +220,7 @@ def test_the_cache_makes_an_entry_once_and_whole(workspace: Workspace) -> None:
 def test_a_second_build_is_told_who_holds_the_lock(workspace: Workspace) -> None:
     with (
         workspace.lock("dask", TargetKind.QEMU),
-        pytest.raises(Locked, match=r"process \d+ \(since"),
+        pytest.raises(Locked, match=r"process \d+, since"),
         workspace.lock("dask", TargetKind.QEMU),
     ):
         pass
@@ -234,7 +234,7 @@ def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
     assert stored.artifact.size == 4
     assert not (tmp_path / "out.qcow2").exists()
     verdict = Verdict(digest="a" * 64, checks_digest="c", results=(), measured=())
-    workspace.judge(stored, verdict)
+    workspace.store_verdict(stored, verdict)
     (found,) = workspace.images()
     assert (found.artifact, found.verdict) == (stored.artifact, verdict)
     assert workspace.image("dask", "b" * 64) is None
@@ -242,7 +242,7 @@ def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
 
 def test_a_new_bake_of_the_same_digest_has_no_verdict(workspace: Workspace, tmp_path: Path) -> None:
     first = _store(workspace, tmp_path)
-    workspace.judge(first, Verdict(digest="a" * 64, checks_digest="c", results=(), measured=()))
+    workspace.store_verdict(first, Verdict(digest="a" * 64, checks_digest="c", results=(), measured=()))
     _store(workspace, tmp_path, b"second")
     (found,) = workspace.images()
     assert (found.path.read_bytes(), found.verdict) == (b"second", None)
@@ -251,6 +251,6 @@ def test_a_new_bake_of_the_same_digest_has_no_verdict(workspace: Workspace, tmp_
 
 def test_a_folder_that_may_not_be_written_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="can't make") as error:
+    with pytest.raises(UsageError, match="can't create") as error:
         Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "file")}).ensure()
     assert "AMI_BUILDER_HOME" in (error.value.hint or "")

@@ -133,5 +133,5 @@ def test_nights_from_the_first_promotion_to_pruning(
     assert Path(built["artifact"]["location"]).exists()
     assert not list(unfinished(workspace))
     assert ami_builder("build", "--json").json["unchanged"] is True
-    latest = workspace.nights_dir / "dask.qemu" / "latest"
+    latest = workspace.nightly_dir / "dask.qemu" / "latest"
     assert ami_builder("report").stdout.strip() == str(latest.resolve() / "report.html")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class HostLoad:
     """What the host had taken from a VM by one moment; all in seconds."""
 
     waited: Mapping[int, float] = field(default_factory=dict)
@@ -25,20 +25,20 @@ class Load:
     """How long some process here has waited for a processor (pressure stall information)."""
 
 
-def load(pid: int) -> Load:
+def load(pid: int) -> HostLoad:
     """Return what the host has taken so far from the VM whose process is `pid`; 0 for a VM elsewhere."""
-    return Load(waited=waited(pid) if pid else {}, steal=_steal(), pressure=_pressure())
+    return HostLoad(waited=cpu_waits(pid) if pid else {}, steal=_steal(), pressure=_pressure())
 
 
-def denied(before: Load, after: Load) -> float:
+def cpu_steal(before: HostLoad, after: HostLoad) -> float:
     """Return for how many seconds the host kept the VM from running between two moments.
 
     That is the longest wait of any of the VM's threads, and what this host was denied itself.
     """
-    return starved(before.waited, after.waited) + max(0.0, after.steal - before.steal)
+    return longest_wait(before.waited, after.waited) + max(0.0, after.steal - before.steal)
 
 
-def waited(pid: int) -> dict[int, float]:
+def cpu_waits(pid: int) -> dict[int, float]:
     """Return for each thread of a process how long it has waited for a processor, in seconds.
 
     Linux, Documentation/scheduler/sched-stats.rst. Empty when the process has ended.
@@ -50,7 +50,7 @@ def waited(pid: int) -> dict[int, float]:
     return found
 
 
-def starved(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+def longest_wait(before: Mapping[int, float], after: Mapping[int, float]) -> float:
     """Return how long the thread that waited longest has waited in between, in seconds."""
     return max((after[thread] - before.get(thread, 0.0) for thread in after), default=0.0)
 
