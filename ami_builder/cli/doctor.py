@@ -1,4 +1,4 @@
-"""The command about a running cluster, built by us or not: whether its workers' limits are right."""
+"""The command that checks the memory limits of a running Dask cluster."""
 
 from __future__ import annotations
 
@@ -19,32 +19,38 @@ if TYPE_CHECKING:
 @app.command()
 def doctor(
     address: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="A Dask scheduler's, e.g. tcp://10.0.0.5:8786.")
+        str, typer.Argument(metavar="ADDRESS", help="Address of the scheduler, e.g. tcp://10.0.0.5:8786.")
     ],
     timeout: Annotated[
-        str, typer.Option("--timeout", metavar="DURATION", help="At most this long for all workers together.")
+        str, typer.Option("--timeout", metavar="DURATION", help="Time limit for all workers together.")
     ] = "30s",
     as_json: JsonFlag = False,
 ) -> None:
-    """Say which workers of a running Dask cluster have a memory limit that is missing, too high or too low.
+    """List the workers of a running Dask cluster whose memory limit is missing, too high or too low.
 
-    Works on any cluster, and changes nothing on it. Exits with 0 when every limit is right, with 5 when one
-    isn't or can't be read, and with 7 when all that is wrong is that somebody didn't answer.
+    Works on any cluster and changes nothing. The exit code is 0 if all limits are right, 5 if a limit is wrong
+    or can't be read, and 7 if the scheduler or some workers did not answer and all other limits are right.
 
-    A TLS cluster is reached with Dask's own configuration: a tls:// address and
+    For a TLS cluster, use a tls:// address and Dask's own configuration:
     DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
     DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY.
     """
-    from ami_builder.doctor.rules import Health
-    from ami_builder.doctor.run import examine, summary
+    from ami_builder.doctor.client import read_cluster
+    from ami_builder.doctor.rules import Health, diagnose, summary
 
     seconds = parse_seconds("--timeout", timeout)
-    with console.open_progress(mode()) as progress:
-        diagnoses = examine(address, seconds, progress)
+    with console.open_progress(mode()) as progress, progress.step("ask the workers", address) as step:
+        workers = read_cluster(address, seconds)
+        step.done(f"{sum(not worker.silent for worker in workers)} of {len(workers)} answered")
+    diagnoses = sorted(
+        diagnose(workers), key=lambda d: (d.health is Health.RIGHT, d.worker.name, d.worker.address)
+    )
     if as_json:
         right = sum(d.health is Health.RIGHT for d in diagnoses)
-        told = {"healthy": 0 < right == len(diagnoses), "right": right, "workers": plain(diagnoses)}
-        console.result_json({"address": address, **told})
+        healthy = 0 < right == len(diagnoses)
+        console.result_json(
+            {"address": address, "healthy": healthy, "right": right, "workers": plain(diagnoses)}
+        )
     else:
         _print(diagnoses, summary(diagnoses))
     wrong = {d.health for d in diagnoses} - {Health.RIGHT}
@@ -70,7 +76,7 @@ def _print(diagnoses: Sequence[Diagnosis], verdict: str) -> None:
         )
         for d in diagnoses
     ]
-    console.table(("worker", "host", "verdict", "limit", "off by", "set it to", "because"), rows)
+    console.table(("worker", "host", "verdict", "limit", "off by", "set it to", "reason"), rows)
     warned: dict[str, list[str]] = defaultdict(list)
     for d in diagnoses:
         for warning in d.warnings:
@@ -88,6 +94,6 @@ def _limit(diagnosis: Diagnosis) -> str:
 
 
 def _sized(number: int) -> str:
-    """Return bytes to copy, and how much that is."""
+    """Return a size in bytes, to be copied, and in a readable unit."""
     sign = "-" if number < 0 else ""
     return f"{number} ({sign}{console.size(abs(number))})"

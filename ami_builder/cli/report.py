@@ -1,4 +1,4 @@
-"""The command that draws what was recorded."""
+"""The command that makes an HTML page of a record."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ def report(
     subject: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|NIGHT]",
-            help="An id, its first characters, or the folder.  [default: what ran last]",
+            metavar="[RUN]",
+            help="A run or nightly run: its id, the beginning of it, or its folder.  [default: the last one]",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write here instead of beside the record."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write to this file.  [default: beside the record]"
+        ),
     ] = None,
 ) -> None:
-    """Draw a run or a night as one HTML page that needs nothing else, and print where it is."""
+    """Write the report of a run or a nightly run as one HTML file, and print its path."""
     from ami_builder.report.collect import write_page
     from ami_builder.state.runs import find
 

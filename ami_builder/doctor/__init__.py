@@ -1,1 +1,1 @@
-"""Diagnosis of a live Dask cluster: whether its workers' memory limits are right."""
+"""Diagnosis of a running Dask cluster: read its workers' memory, and judge their limits."""

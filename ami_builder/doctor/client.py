@@ -1,7 +1,7 @@
-"""Asks a scheduler for its workers, and every worker through it for its memory.
+"""Read the memory of every worker of a cluster, through its scheduler.
 
-It sends the operations that a `Client` sends for `scheduler_info` and `run`, without a Client: a new one
-doesn't connect to an old scheduler.
+This sends the same operations as `Client.scheduler_info` and `Client.run`, without a `Client`, because a new
+one does not connect to an old scheduler.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
-from ami_builder.doctor.rules import Level, Reading, Worker
+from ami_builder.doctor.rules import CgroupLimit, Reading, Worker
 from ami_builder.verify.executor import INSTALL
 
 _ONE_BY_ONE = 64
-"""How many workers are asked at a time when one of all didn't answer."""
-_EXAMPLE = "give a scheduler's address, such as tcp://10.0.0.5:8786; the dashboard's is another one"
+"""How many workers are asked at a time after the call to all workers failed."""
+_EXAMPLE = "give the address of a scheduler, such as tcp://10.0.0.5:8786, not that of its dashboard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Travelling:
-    """A function that is unpickled from its text, by whatever Python is there."""
+class _Source:
+    """A function that is pickled as its source, so that any Python version can unpickle it."""
 
     text: str
     name: str
@@ -39,21 +39,21 @@ class _Travelling:
 
 
 def read_cluster(address: str, seconds: float) -> tuple[Worker, ...]:
-    """Return every worker of a scheduler with what it told, within about `seconds`.
+    """Return every worker of a scheduler with its reading, within about `seconds`.
 
-    Raises UsageError (address), MissingTool (distributed) and TimedOut (the scheduler doesn't answer).
+    Raises UsageError (address), MissingTool (distributed) and TimedOut (the scheduler does not answer).
     """
     with _quiet():
         try:
             import distributed
         except ImportError as missing:
-            raise MissingTool(f"Dask isn't installed here ({missing})", hint=INSTALL) from missing
+            raise MissingTool(f"Dask is not installed on this host: {missing}", hint=INSTALL) from missing
         return asyncio.run(_read(distributed, address, seconds))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what distributed says about lost workers and other versions from stderr: we say it ourselves."""
+    """Suppress distributed's messages about lost workers and versions: the result has them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -75,13 +75,11 @@ async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker,
     try:
         try:
             known = await asyncio.wait_for(_identity(scheduler), seconds)
-        except OSError as gone:
-            why = str(gone).strip() or "no answer"
-            hint = (
-                "is it a scheduler, and reachable from here? With TLS, `ami-builder doctor --help` says how"
-            )
+        except OSError as failed:
+            why = str(failed).strip() or "no answer"
+            hint = "check that a scheduler listens there; for TLS, see `ami-builder doctor --help`"
             took = seconds - max(0.0, end - time.monotonic())
-            raise TimedOut(f"{address} gave no answer in {took:.0f} s: {why}", hint=hint) from gone
+            raise TimedOut(f"{address} did not answer within {took:.0f} s: {why}", hint=hint) from failed
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
         answers = await _answers(scheduler, list(known), end)
@@ -91,18 +89,18 @@ async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker,
 
 
 async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
-    """Return what the scheduler knows of each worker; newer ones tell only some of them unless asked."""
+    """Return what the scheduler knows about each worker. Newer versions list only some of them by default."""
     try:
-        told = await scheduler.identity(n_workers=-1)
+        answer = await scheduler.identity(n_workers=-1)
     except TypeError:
-        told = await scheduler.identity()
-    if told.get("type") != "Scheduler":
-        raise ValueError(f"that is no scheduler, but a {told.get('type', 'stranger')}")
-    return dict(told["workers"])
+        answer = await scheduler.identity()
+    if answer.get("type") != "Scheduler":
+        raise ValueError(f"expected a scheduler, got {answer.get('type', 'something else')}")
+    return dict(answer["workers"])
 
 
 async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapping[str, Any]:
-    """Ask all workers at once, and one by one when some worker keeps that from ending in half the time."""
+    """Ask all workers at once. If that takes more than half of the time, ask each one by itself."""
     if not addresses:
         return {}
     try:
@@ -131,25 +129,24 @@ async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapp
 
 async def _ask(scheduler: Any, addresses: Sequence[str]) -> Mapping[str, Any]:
     text = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
-    function = pickle.dumps(_Travelling(text=text, name="read"), protocol=4)
+    function = pickle.dumps(_Source(text=text, name="read"), protocol=4)
     message = {"op": "run", "function": function, "wait": True}
-    told = await scheduler.broadcast(msg=message, workers=list(addresses), on_error="return_pickle")
-    return dict(told)
+    answers = await scheduler.broadcast(msg=message, workers=list(addresses), on_error="return_pickle")
+    return dict(answers)
 
 
 def _worker(address: str, known: Mapping[str, Any], answer: Any) -> Worker:
-    """Return a worker from what the scheduler knows and the worker answered, if it was reached."""
+    """Return a worker from what the scheduler knows, and from the worker's answer if there is one."""
     name, host = str(known.get("name", "")), str(known.get("host", ""))
     if not isinstance(answer, Mapping):
-        return Worker(address=address, name=name, host=host, silent=True, problem="it didn't answer in time")
-    told = answer.get("result")
-    if answer.get("status") != "OK" or not isinstance(told, Mapping):
-        problem = (
-            f"reading failed there: {answer.get('text') or answer.get('exception_text') or 'no reason given'}"
-        )
+        return Worker(address=address, name=name, host=host, silent=True, problem="did not answer in time")
+    found = answer.get("result")
+    if answer.get("status") != "OK" or not isinstance(found, Mapping):
+        reason = answer.get("text") or answer.get("exception_text") or "unknown reason"
+        problem = f"reading its memory failed: {reason}"
         return Worker(address=address, name=name, host=host, problem=problem)
-    if "error" in told:
-        return Worker(address=address, name=name, host=host, problem=str(told["error"]))
-    fields = {key: value for key, value in told.items() if key != "levels"}
-    levels = tuple(Level(**level) for level in told["levels"])
+    if "error" in found:
+        return Worker(address=address, name=name, host=host, problem=str(found["error"]))
+    fields = {key: value for key, value in found.items() if key != "levels"}
+    levels = tuple(CgroupLimit(**level) for level in found["levels"])
     return Worker(address=address, name=name, host=host, reading=Reading(**fields, levels=levels))

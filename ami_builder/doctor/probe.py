@@ -1,6 +1,6 @@
-"""Runs inside every worker of any Dask cluster (Python 3.8 and later, standard library): tells its memory.
+"""Runs inside the workers of any Dask cluster and returns their memory. Needs Python 3.8 and Dask only.
 
-It travels as this text, so that neither our package nor our version of Python needs to be there.
+The source is sent to the workers, so they need neither this package nor the same version of Python.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import sys
 from typing import Any
 
 NO_LIMIT = 1 << 60
-"""cgroup v1 says "no limit" as a number near 2^63."""
+"""In cgroup v1, no limit is a number near 2^63."""
 
 
 def read(dask_worker: Any) -> dict[str, Any]:
-    """Return what this worker is limited by, all sizes in bytes; only reads files, and only a few."""
-    told = managed(dask_worker)
+    """Return what limits this worker, in bytes. Reads a few files and changes nothing."""
+    found = managed(dask_worker)
     if not sys.platform.startswith("linux"):
-        return dict(told, error=f"runs on {platform.system()}: its memory is only read on Linux")
+        return dict(found, error=f"runs on {platform.system()}; memory can be read on Linux only")
     try:
-        told.update(machine(), **processes(dask_worker))
-        told["levels"] = levels()
-        told["spill_system"] = file_system(str(told["directory"]))
+        found.update(machine(), **processes(dask_worker))
+        found["levels"] = levels()
+        found["spill_system"] = file_system(str(found["directory"]))
     except (OSError, ValueError, KeyError, IndexError) as unreadable:
-        told["error"] = f"can't be read there: {type(unreadable).__name__}: {unreadable}"
-    return told
+        found["error"] = f"its memory can't be read: {type(unreadable).__name__}: {unreadable}"
+    return found
 
 
 def managed(worker: Any) -> dict[str, Any]:
-    """Return the limit and the thresholds as Dask goes by them; 0 and False are "none"."""
+    """Return the limit and the thresholds that Dask uses; None for 0 and False."""
     import dask
     import distributed
 
     manager = getattr(worker, "memory_manager", worker)
-    told = {
+    found = {
         key: getattr(manager, f"memory_{key}_fraction", None) or None for key in ("target", "spill", "pause")
     }
-    told["terminate"] = dask.config.get("distributed.worker.memory.terminate", None) or None
+    found["terminate"] = dask.config.get("distributed.worker.memory.terminate", None) or None
     return dict(
-        told,
+        found,
         limit=getattr(manager, "memory_limit", None) or None,
         nthreads=getattr(worker.state, "nthreads", 0) if hasattr(worker, "state") else worker.nthreads,
         nanny=bool(getattr(worker, "nanny", None)),
@@ -53,7 +53,7 @@ def managed(worker: Any) -> dict[str, Any]:
 
 def text(path: str) -> str:
     """Return a file's content; raises OSError."""
-    with open(path) as file:  # noqa: PTH123 - as plain as can be, wherever it runs
+    with open(path) as file:  # noqa: PTH123
         return file.read()
 
 
@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 
 def held(pid: int) -> int:
-    """Return what a process holds that the kernel can't drop: what its files map is available memory."""
+    """Return the memory of a process that the kernel can't reclaim, so without pages of files."""
     memory = sizes(f"/proc/{pid}/status")
     if "RssAnon" in memory:
         return memory["RssAnon"] + memory.get("RssShmem", 0)
@@ -88,7 +88,7 @@ def held(pid: int) -> int:
 
 
 def processes(worker: Any) -> dict[str, Any]:
-    """Return what the worker's process and its nanny's hold, each under a name that is one on the machine."""
+    """Return the memory of the worker and its nanny, under names that are unique on the machine."""
     space, own = os.readlink("/proc/self/ns/pid"), os.getpid()  # noqa: PTH115 - Python 3.8
     found = {f"{space} {own}": held(own)}
     nanny = None
@@ -102,7 +102,7 @@ def processes(worker: Any) -> dict[str, Any]:
 
 
 def number(path: str) -> int | None:
-    """Return the number in a cgroup's file; None for `max`, v1's nearly 2^63, and a file that isn't there."""
+    """Return the number in a cgroup's file; None for no limit and for a missing file."""
     try:
         content = text(path).strip()
     except OSError:
@@ -111,12 +111,12 @@ def number(path: str) -> int | None:
 
 
 def least(*numbers: int | None) -> int | None:
-    """Return the least of the numbers that there are."""
+    """Return the least number that is not None."""
     return min((each for each in numbers if each is not None), default=None)
 
 
 def cgroup_folders() -> tuple[bool, list[str]]:
-    """Return whether it is cgroup v2, and the worker's folder with those above it that are seen."""
+    """Return whether this is cgroup v2, and the worker's folder followed by its visible parents."""
     own = {}
     for line in text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -132,7 +132,7 @@ def cgroup_folders() -> tuple[bool, list[str]]:
         if not second and "memory" not in options.split(" ")[-1].split(","):
             continue
         root, mount = before.split(" ")[3:5]
-        # Without a namespace of its own a container is told the host's path, and has its own folder mounted.
+        # A container without its own cgroup namespace has the host's path, but its own folder is mounted.
         inside = path[len(root) :] if root != "/" and (path + "/").startswith(root + "/") else path
         folder = os.path.normpath(mount + "/" + inside)
         if ".." in inside or not os.path.isdir(folder):  # noqa: PTH112
@@ -145,7 +145,7 @@ def cgroup_folders() -> tuple[bool, list[str]]:
 
 
 def levels() -> list[dict[str, Any]]:
-    """Return those of the worker's cgroup and the ones above it that have a limit: the least of its files."""
+    """Return the limits of the worker's cgroup and its parents, without those that have none."""
     second, folders = cgroup_folders()
     found = []
     for folder in folders:
@@ -157,7 +157,7 @@ def levels() -> list[dict[str, Any]]:
             both = number(folder + "/memory.memsw.limit_in_bytes")
             swap = None if both is None or limit is None else max(0, both - limit)
             if folder == folders[0]:
-                # What the cgroups above allow is in here, those included that can't be seen.
+                # This includes the limits of parents, even of those that are not visible.
                 for line in text(folder + "/memory.stat").splitlines():
                     if line.startswith("hierarchical_memory_limit "):
                         above = int(line.split()[1])
@@ -177,10 +177,10 @@ def levels() -> list[dict[str, Any]]:
 
 
 def taken(folder: str, second: bool) -> int:
-    """Return what a cgroup and those in it hold that the kernel can't drop; 0 where it doesn't tell.
+    """Return the memory of a cgroup and its children that the kernel can't reclaim; 0 if unknown.
 
-    Kernel, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, memory.stat; `kernel` has all
-    slab in it. Version 1 counts the kernel's memory elsewhere, and it is left out.
+    Kernel, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, memory.stat; `kernel`
+    includes all slab memory. Version 1 counts kernel memory elsewhere; it is left out.
     """
     stat = {}
     try:

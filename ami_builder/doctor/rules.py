@@ -1,48 +1,50 @@
-"""Whether the memory limits of a running cluster's workers are right: pure; sizes are bytes.
+"""Whether the memory limits of a cluster's workers are right. Pure; sizes are bytes.
 
-What is available to Dask is bounded by nested *domains*: every cgroup above a worker that has a limit, and
-the machine. A domain has a capacity, and all workers in it have to get along with it together:
+The memory for Dask is bounded by *domains*: every cgroup with a limit that a worker is in, and the machine.
+All workers in a domain share its capacity:
 
-- a cgroup: its limit, for that is what the kernel enforces, whatever Dask believes;
-- a machine: MemAvailable now, and what the workers and their nannies hold now (anonymous and shared pages,
-  for what their files map is in MemAvailable already); of a cgroup with a limit, all that it holds, for its
-  limit is for a scheduler beside the worker as well. That is what would be available if they were gone: the
-  same number that an image of ours measures just before Dask starts.
+- of a cgroup: its limit, which the kernel enforces whatever limit Dask has;
+- of a machine: MemAvailable now, plus what the workers and their nannies hold now (anonymous and shared
+  pages; pages of files are in MemAvailable already). For a cgroup with a limit, all that it holds counts,
+  because its limit may include a scheduler. The sum is what would be available without Dask: the number that
+  an image of ami-builder measures just before Dask starts.
 
-A worker's *share* of a domain is its part of the capacity by threads, as Dask itself divides memory. Then
-its limit is
+A worker's *share* of a domain is its part of the capacity by threads, as Dask itself divides memory. A
+limit is
 
-- missing where Dask has none: nothing is spilled, paused or restarted;
-- too high where the limits in a domain add up to more than the capacity, and this one to more than its
-  share: the kernel would act before Dask. A machine's memory is never whole Dask's, so limits that add up
-  to it are too high however large it is;
-- needlessly low where every domain has room left, and this one's part of it is more than a tenth of its
-  share and 128 MiB. Less than that is a reserve that somebody may have meant: for agents that grow, or for
-  the nanny;
+- missing if Dask has none: it does not spill, pause or restart;
+- too high if the limits in a domain exceed its capacity and this one exceeds its share: the kernel acts
+  before Dask does. The system needs part of every machine, so limits that add up to all of its memory are too
+  high;
+- needlessly low if all domains have room for more than a tenth of its share and 128 MiB. Less than that may
+  be a deliberate reserve, for agents that grow or for the nanny;
 - right otherwise.
 
-Whoever follows all the advice ends with limits that no domain is too small for.
+If all workers follow the advice, no domain is too small for its limits.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from ami_builder.core.units import MIB
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
 NOISE = 100
-"""A machine's reading may be off by a hundredth: a fifth of the 5 % in which the nanny acts."""
+"""A reading of a machine may be off by 1/100 of it, a fifth of the 5 % in which the nanny acts."""
 RUNTIME = 32 * MIB
-"""Or by so much: what comes up outside a container with it. Docker's shim and Compose took 26 MB."""
+"""Or by this: processes that start with a container, outside of it. Docker's shim and Compose took 26 MB."""
 LEAST_RAISE = 128 * MIB
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
 class Health(StrEnum):
-    """What is said of a worker's limit."""
+    """The verdict on a worker's limit."""
 
     RIGHT = "right"
     MISSING = "missing"
@@ -53,35 +55,35 @@ class Health(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class CgroupLimit:
     """A cgroup with a limit that a worker is in."""
 
     id: str
-    """One on its machine."""
+    """Unique on its machine."""
     path: str
     limit: int
     swap: int | None = None
-    """How much swap it may use; None: as much as there is."""
+    """The limit of swap; None: no limit."""
     held: int = 0
-    """What it holds that the kernel can't drop, of all that are in it."""
+    """Memory of all its processes that the kernel can't reclaim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one worker told."""
+    """The memory of one worker and its machine, as the worker read it."""
 
     boot: str
-    """The machine's boot id: workers with the same one share a kernel."""
+    """The machine's boot id, which is equal for all workers on the same machine."""
     limit: int | None
     nthreads: int
     total: int
     available: int
     swap: int = 0
     page: int = 4096
-    levels: tuple[Level, ...] = ()
+    levels: tuple[CgroupLimit, ...] = ()
     """From its own cgroup up."""
     processes: Mapping[str, int] = field(default_factory=dict)
-    """Name of a process on the machine -> what it holds: the worker, and its nanny."""
+    """Process -> memory that it holds. These are the worker and its nanny."""
     nanny: bool = True
     nanny_process: str | None = None
     rss: int = 0
@@ -96,7 +98,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One worker that the scheduler knows, and its reading, or why there is none."""
+    """A worker that the scheduler knows, with its reading or the reason why there is none."""
 
     address: str
     name: str = ""
@@ -108,28 +110,28 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What is said of one worker."""
+    """The verdict on one worker."""
 
     worker: Worker
     health: Health
     reason: str
     advised: int | None = None
-    """The limit to set, in whole pages; None where nothing is to be changed, or can be said."""
+    """The limit to set, in whole pages; None if the limit is right or unknown."""
     excess: int | None = None
-    """How much the limit is above (below: negative) the one advised."""
+    """The limit minus the advised one."""
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class _Domain:
-    """What several workers have to get along with."""
+    """Memory that several workers share."""
 
     name: str
     capacity: int
     total: int | None
-    """MemTotal, of a machine."""
+    """MemTotal of a machine; None for a cgroup."""
     held: int = 0
-    """What a cgroup holds now."""
+    """Memory that a cgroup holds now."""
     page: int
     members: dict[str, Reading]
     threads: int = 1
@@ -145,17 +147,17 @@ class _Domain:
         return max(1, reading.nthreads) / self.threads
 
     def weigh(self) -> None:
-        """Add up the limits; who has none is to get its share, so counts with that."""
+        """Add up the limits. A worker without one counts with its share, which it will be advised."""
         readings = self.members.values()
         self.threads = sum(max(1, r.nthreads) for r in readings)
         self.taken = sum(r.limit or int(self.share(r)) for r in readings)
         self.wanted = sum(max(0.0, self.share(r) - r.limit) for r in readings if r.limit)
-        # Dask rounds down to a byte what it divides, and so may miss the whole machine by a byte a worker.
+        # Dask rounds each worker's part of the machine down, so the sum may be a byte less per worker.
         self.whole = self.total is not None and self.taken >= self.total - len(self.members)
         self.full = self.whole or self.taken > self.capacity + sum(self.slack(r) for r in readings)
 
     def slack(self, reading: Reading) -> float:
-        """Return how much more than its share is no fault: a reading's noise, or what a page rounds off."""
+        """Return how far a limit may exceed its share: the noise of a reading, or a page."""
         return self.page if self.total is None else max(self.capacity / NOISE, RUNTIME) * self.part(reading)
 
     def exceeded_by(self, reading: Reading) -> bool:
@@ -163,14 +165,14 @@ class _Domain:
         return self.full and over > (0 if self.whole else self.slack(reading))
 
     def room(self, reading: Reading) -> float:
-        """Return how much more this worker may have when all that have less than their share get more."""
+        """Return how much more this worker may have if all that have less than their share get more."""
         lacks = max(0.0, self.share(reading) - (reading.limit or 0))
         spare = max(0, self.capacity - self.taken)
         return lacks * min(1.0, spare / self.wanted) if self.wanted else 0.0
 
 
 def diagnose(workers: Sequence[Worker]) -> tuple[Diagnosis, ...]:
-    """Judge every worker's limit beside those of its neighbours, in the order given."""
+    """Return the verdict on every worker's limit, in the order of the workers."""
     read = {w.address: w.reading for w in workers if w.reading is not None}
     domains = _domains(read)
     return tuple(
@@ -179,9 +181,16 @@ def diagnose(workers: Sequence[Worker]) -> tuple[Diagnosis, ...]:
     )
 
 
-def effective(reading: Reading) -> int | None:
-    """Return the least limit of the cgroups that a worker is in."""
-    return min((level.limit for level in reading.levels), default=None)
+def summary(diagnoses: Sequence[Diagnosis]) -> str:
+    """Return one line with the number of right limits, and of the other verdicts."""
+    if not diagnoses:
+        return "the scheduler has no workers"
+    counts = Counter(diagnosis.health for diagnosis in diagnoses)
+    right, total = counts[Health.RIGHT], len(diagnoses)
+    others = ", ".join(f"{counts[h]} {h}" for h in Health if counts[h] and h is not Health.RIGHT)
+    verb = "has" if 1 in (right, total) else "have"
+    first = f"{right} of {total} worker{'s' if total > 1 else ''} {verb} a right limit"
+    return f"{first}: {others}" if others else first
 
 
 def _domains(read: Mapping[str, Reading]) -> Mapping[str, Sequence[_Domain]]:
@@ -216,7 +225,7 @@ def _domains(read: Mapping[str, Reading]) -> Mapping[str, Sequence[_Domain]]:
 
 
 def _machine(members: dict[str, Reading]) -> _Domain:
-    # A cgroup in another one that counts is in there already.
+    # Count the outermost of these cgroups only: it includes the others.
     own = {reading.levels[0].id for reading in members.values() if reading.levels}
     held: dict[str, int] = {}
     for reading in members.values():
@@ -248,7 +257,7 @@ def _judge(worker: Worker, reading: Reading, domains: Sequence[_Domain]) -> Diag
     share = _pages(tightest.share(reading), reading.page)
     warnings = tuple(_warnings(reading, domains))
     if not reading.limit:
-        reason = f"Dask manages no memory here; this is its share of {tightest.name}"
+        reason = f"Dask has no limit; set its share of {tightest.name}"
         return Diagnosis(
             worker=worker, health=Health.MISSING, reason=reason, advised=share, warnings=warnings
         )
@@ -268,7 +277,7 @@ def _judge(worker: Worker, reading: Reading, domains: Sequence[_Domain]) -> Diag
         return Diagnosis(
             worker=worker,
             health=Health.TOO_LOW,
-            reason=f"{binding.name} has that much more for it",
+            reason=f"{binding.name} has room for more",
             advised=advised,
             excess=reading.limit - advised,
             warnings=warnings,
@@ -278,28 +287,28 @@ def _judge(worker: Worker, reading: Reading, domains: Sequence[_Domain]) -> Diag
 
 def _excess(domain: _Domain) -> str:
     count = len(domain.members)
-    limits = "it is" if count == 1 else f"the limits of its {count} workers are together"
+    limits = "the limit is" if count == 1 else f"the limits of {count} workers add up to"
     if domain.whole:
-        return f"{limits} the machine's whole memory, which the system needs a part of"
+        return f"{limits} all memory of the machine, but the system needs some"
     if domain.total is None:
-        return f"{limits} more than {domain.name} is allowed"
+        return f"{limits} more than the limit of {domain.name}"
     return f"{limits} more than the machine has available"
 
 
 def _pages(size: float, page: int) -> int:
-    # Not 0, which is no limit to Dask.
+    # At least one page: 0 would mean no limit.
     return max(1, int(size) // page) * page
 
 
 def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
     if reading.spill_system in IN_MEMORY:
-        yield f"spills to {reading.spill_system} ({reading.directory}), which is memory: use a disk"
+        yield f"spills to {reading.spill_system} ({reading.directory}), which is memory; use a disk"
     if reading.levels and reading.swap and not any(level.swap == 0 for level in reading.levels):
-        yield "its cgroup may use swap: Dask doesn't count it, and slows down instead of spilling"
+        yield "its cgroup may use swap, which Dask doesn't count: it slows down instead of spilling"
     if not reading.nanny:
-        yield "has no nanny: nobody restarts it when it reaches its limit"
+        yield "has no nanny, which would restart it when it reaches its limit"
     elif reading.limit and not reading.terminate:
-        yield "terminate is off: its nanny doesn't restart it when it reaches its limit"
+        yield "terminate is off, so its nanny doesn't restart it when it reaches its limit"
     elif reading.limit:
         yield from _late_nanny(reading, domains)
     if reading.limit:
@@ -309,7 +318,7 @@ def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
 
 
 def _late_nanny(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
-    """Say where the nannies, and what else is there, don't fit into what a cgroup has left when they act."""
+    """Warn if a cgroup has no room left for the nannies, and what else runs in it, when they have to act."""
     for domain in domains[:-1]:
         members = domain.members.values()
         nannies = {r.nanny_process: r.processes.get(r.nanny_process, 0) for r in members if r.nanny_process}
@@ -321,8 +330,8 @@ def _late_nanny(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
         if nannies and not domain.full and domain.taken * terminate > room > 0:
             share = room / terminate * max(1, reading.nthreads) / domain.threads
             yield (
-                f"the kernel kills it before its nanny does: at {terminate:.0%} of the limit the nanny and "
-                f"what else runs there don't fit into {domain.name}; "
+                f"the kernel kills it before its nanny does: at {terminate:.0%} of the limit, "
+                f"{domain.name} has no room for the nanny and what else runs there; "
                 f"a limit of {_pages(share, reading.page)} leaves room"
             )
             return

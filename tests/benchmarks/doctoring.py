@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 
 from ami_builder.core.units import GIB
-from ami_builder.doctor.rules import Level, Reading, Worker, diagnose
+from ami_builder.doctor.rules import CgroupLimit, Reading, Worker, diagnose
 
 
 def judging_seconds(count: int) -> float:
@@ -30,7 +30,7 @@ def judging_seconds(count: int) -> float:
                 total=16 * GIB,
                 available=15 * GIB,
                 processes={str(number): GIB // 8},
-                levels=(Level(id=str(number), path=f"/{number}", limit=4 * GIB),),
+                levels=(CgroupLimit(id=str(number), path=f"/{number}", limit=4 * GIB),),
             ),
         )
         for number in range(count)

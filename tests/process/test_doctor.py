@@ -159,14 +159,14 @@ def test_an_address_where_nobody_is(capsys: pytest.CaptureFixture[str]) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         assert cli.run(["-q", "doctor", f"tcp://127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
-    assert f"127.0.0.1:{port} gave no answer in" in capsys.readouterr().err
+    assert f"127.0.0.1:{port} did not answer within" in capsys.readouterr().err
 
 
 def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
         assert cli.run(["-q", "doctor", f"127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
-    assert "gave no answer in" in capsys.readouterr().err
+    assert "did not answer within" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.units import GIB, MIB
-from ami_builder.doctor.rules import RUNTIME, Diagnosis, Health, Level, Reading, Worker, diagnose
+from ami_builder.doctor.rules import RUNTIME, Diagnosis, Health, CgroupLimit, Reading, Worker, diagnose
 
 PAGE = 4096
 HELD = {"worker": 100 * MIB, "nanny": 64 * MIB}
@@ -54,7 +54,7 @@ def test_none_and_0_are_missing_and_the_advice_is_what_is_available() -> None:
 def test_the_whole_machine_is_too_high_however_large_it_is() -> None:
     (one,) = judged(reading(8 * GIB))
     assert (one.health, one.advised, one.excess) == (Health.TOO_HIGH, 7 * GIB, GIB)
-    assert "whole memory" in one.reason
+    assert "all memory of the machine" in one.reason
     large = 24 * 1024 * GIB
     assert healths(reading(large, total=large, available=large - GIB)) == [Health.TOO_HIGH]
     assert healths(reading(large - GIB, total=large, available=large - GIB)) == [Health.RIGHT]
@@ -97,7 +97,7 @@ def test_a_quarter_of_the_machine_is_needlessly_low_and_a_reserve_is_not() -> No
 
 
 def test_more_than_the_cgroup_allows_is_too_high_and_a_page_is_rounding() -> None:
-    levels = (Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
+    levels = (CgroupLimit(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
     (one,) = judged(reading(4 * GIB, levels=levels))
     assert (one.health, one.advised, one.excess) == (Health.TOO_HIGH, 2 * GIB, 2 * GIB)
     assert healths(reading(2 * GIB + PAGE - 1, levels=levels)) == [Health.RIGHT]
@@ -105,9 +105,10 @@ def test_more_than_the_cgroup_allows_is_too_high_and_a_page_is_rounding() -> Non
 
 
 def test_a_limit_above_the_worker_s_own_cgroup_counts_for_all_below_it() -> None:
-    above = Level(id="slice", path="/sys/fs/cgroup/dask.slice", limit=3 * GIB)
+    above = CgroupLimit(id="slice", path="/sys/fs/cgroup/dask.slice", limit=3 * GIB)
     both = [
-        reading(2 * GIB, levels=(Level(id=str(n), path=f"/c{n}", limit=2 * GIB), above)) for n in range(2)
+        reading(2 * GIB, levels=(CgroupLimit(id=str(n), path=f"/c{n}", limit=2 * GIB), above))
+        for n in range(2)
     ]
     told = judged(*both)
     assert [(each.health, each.advised) for each in told] == [(Health.TOO_HIGH, 3 * GIB // 2)] * 2
@@ -115,7 +116,7 @@ def test_a_limit_above_the_worker_s_own_cgroup_counts_for_all_below_it() -> None
 
 
 def test_a_small_container_on_a_large_machine_is_what_it_is_meant_to_be() -> None:
-    levels = (Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
+    levels = (CgroupLimit(id="1", path="/sys/fs/cgroup", limit=2 * GIB),)
     assert healths(reading(2 * GIB, levels=levels)) == [Health.RIGHT]
     assert healths(reading(GIB, levels=levels)) == [Health.TOO_LOW]
 
@@ -133,7 +134,7 @@ def warned(one: Reading) -> str:
 
 
 def test_warnings() -> None:
-    level = Level(id="1", path="/sys/fs/cgroup", limit=2 * GIB)
+    level = CgroupLimit(id="1", path="/sys/fs/cgroup", limit=2 * GIB)
     assert "spills to tmpfs (/tmp/x)" in warned(reading(7 * GIB, spill_system="tmpfs", directory="/tmp/x"))
     assert "may use swap" in warned(reading(2 * GIB, levels=(level,), swap=GIB))
     assert "may use swap" not in warned(reading(2 * GIB, levels=(replace(level, swap=0),), swap=GIB))
@@ -143,7 +144,7 @@ def test_warnings() -> None:
 
 
 def test_a_nanny_that_does_not_fit_into_the_last_5_percent_comes_too_late() -> None:
-    small = Level(id="1", path="/sys/fs/cgroup", limit=GIB)
+    small = CgroupLimit(id="1", path="/sys/fs/cgroup", limit=GIB)
     text = warned(reading(GIB, levels=(small,)))
     assert "the kernel kills it before its nanny does" in text
     remedy = int(text.split("a limit of ")[1].split()[0])
@@ -156,25 +157,25 @@ def test_a_nanny_that_does_not_fit_into_the_last_5_percent_comes_too_late() -> N
 def test_a_scheduler_in_the_worker_s_container_is_in_its_limit() -> None:
     limit = 7 * GIB - sum(HELD.values())
     alone = reading(limit, available=limit - sum(HELD.values()) - 90 * MIB)
-    container = Level(id="1", path="/sys/fs/cgroup", limit=limit, held=sum(HELD.values()) + 90 * MIB)
+    container = CgroupLimit(id="1", path="/sys/fs/cgroup", limit=limit, held=sum(HELD.values()) + 90 * MIB)
     assert healths(replace(alone, available=alone.available - GIB)) == [Health.TOO_HIGH]
     assert healths(replace(alone, levels=(container,))) == [Health.RIGHT]
     # As one of our 2 GiB machines told: what Docker and Compose themselves take came after measuring.
     small = {"total": 2064457728, "available": 1645735936}
-    own = Level(id="1", path="/sys/fs/cgroup", limit=1791090688, held=118812648)
+    own = CgroupLimit(id="1", path="/sys/fs/cgroup", limit=1791090688, held=118812648)
     ours = reading(1791090688, **small, processes={"w": 36597760, "nanny": 36134912}, levels=(own,))
     assert healths(ours) == [Health.RIGHT]
     assert healths(replace(ours, available=ours.available - 10 * MIB)) == [Health.TOO_HIGH]
     # Two workers in there hold it once; and what a cgroup around it holds is not all Dask's.
-    above = Level(id="pods", path="/pods", limit=8 * GIB, held=4 * GIB)
+    above = CgroupLimit(id="pods", path="/pods", limit=8 * GIB, held=4 * GIB)
     half = replace(alone, limit=limit // 2, levels=(container, above))
     assert healths(half, half) == [Health.RIGHT] * 2
     assert healths(replace(half, limit=limit * 3 // 4), half) == [Health.TOO_HIGH, Health.RIGHT]
 
 
 def test_a_worker_in_a_cgroup_around_another_s_holds_it_too() -> None:
-    inner = Level(id="in", path="/out/in", limit=3 * GIB, held=2 * GIB)
-    outer = Level(id="out", path="/out", limit=6 * GIB, held=3 * GIB)
+    inner = CgroupLimit(id="in", path="/out/in", limit=3 * GIB, held=2 * GIB)
+    outer = CgroupLimit(id="out", path="/out", limit=6 * GIB, held=3 * GIB)
     both = (
         reading(3 * GIB, available=2 * GIB, levels=(inner, outer)),
         reading(3 * GIB, available=2 * GIB, levels=(outer,)),
@@ -184,7 +185,7 @@ def test_a_worker_in_a_cgroup_around_another_s_holds_it_too() -> None:
 
 
 def test_what_else_is_in_the_container_makes_a_nanny_late() -> None:
-    level = Level(id="1", path="/c", limit=4 * GIB, held=sum(HELD.values()))
+    level = CgroupLimit(id="1", path="/c", limit=4 * GIB, held=sum(HELD.values()))
     assert warned(reading(4 * GIB, levels=(level,))) == ""
     assert "what else runs there" in warned(reading(4 * GIB, levels=(replace(level, held=GIB),)))
 
@@ -198,11 +199,11 @@ def clusters(draw: st.DrawFn) -> list[Worker]:
         held = draw(st.integers(64 * MIB, total // 4))
         available = draw(st.integers(0, int(total * 0.98) - held))
         sizes = st.integers(32 * MIB, 2 * total)
-        top = (Level(id="top", path="/top", limit=draw(sizes)),) if draw(st.booleans()) else ()
+        top = (CgroupLimit(id="top", path="/top", limit=draw(sizes)),) if draw(st.booleans()) else ()
         for group in range(draw(st.integers(1, 3))):
             full = draw(st.just(0) | st.integers(held, total - available))
             own = (
-                (Level(id=str(group), path=f"/{group}", limit=draw(sizes), held=full),)
+                (CgroupLimit(id=str(group), path=f"/{group}", limit=draw(sizes), held=full),)
                 if draw(st.booleans())
                 else ()
             )
