@@ -28,8 +28,9 @@ def doctor(
 ) -> None:
     """List the workers of a running Dask cluster whose memory limit is missing, too high or too low.
 
-    Works on any cluster and changes nothing. The exit code is 0 if all limits are right, 5 if a limit is wrong
-    or can't be read, and 7 if the scheduler or some workers did not answer and all other limits are right.
+    Works on any cluster and changes nothing. The exit code is 0 if all limits are right, 5 if a limit is
+    wrong or can't be read, and 7 if the scheduler or some workers did not answer and all other limits are
+    right.
 
     For a TLS cluster, use a tls:// address and Dask's own configuration:
     DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.units import GIB, MIB
-from ami_builder.doctor.rules import RUNTIME, Diagnosis, Health, CgroupLimit, Reading, Worker, diagnose
+from ami_builder.doctor.rules import RUNTIME, CgroupLimit, Diagnosis, Health, Reading, Worker, diagnose
 
 PAGE = 4096
 HELD = {"worker": 100 * MIB, "nanny": 64 * MIB}
