@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ami_builder.aws.tags import FINISHED
 from tests.cloud.flow import READ_SECONDS, Ran, captured
-from tests.fake_ec2.calls import Call
+from tests.fake_ec2.api_call import ApiCall
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import Cloud
 
@@ -97,7 +97,7 @@ class Missed(Leak):
     """A build ended before the call that was to fail: on a busy machine Packer may run out of time."""
 
 
-def places(calls: Sequence[Call]) -> list[Place]:
+def places(calls: Sequence[ApiCall]) -> list[Place]:
     """Return all calls of a good run in order, each with the step that makes it."""
     counted: Counter[tuple[str, bool]] = Counter()
     found: list[Place] = []

@@ -22,7 +22,7 @@ from ami_builder.cli import app as cli
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.records import Outcome
 from tests.cloud.aws import make_ami, tags
-from tests.fake_ec2.image import Image
+from tests.fake_ec2.fake_image import FakeImage
 from tests.fake_ec2.requests import refused
 from tests.fake_ec2.server import REGION, Cloud
 
@@ -363,7 +363,7 @@ def test_ten_thousand_images_take_no_more_calls_than_pages(
     backend = cloud.backend()
     template = backend.amis[aged(cloud, "first", 1000)]
     for number in range(9_999):
-        copy: Any = Image.__new__(Image)
+        copy: Any = FakeImage.__new__(FakeImage)
         copy.__dict__ |= vars(template) | {
             "id": random_ami_id(),
             "creation_date": utcnow() - timedelta(hours=number),

@@ -19,9 +19,9 @@ from ami_builder.state.workspace import Run
 from tests.cloud.faulting import BUILD, Place, only_the_ami
 from tests.cloud.flow import captured
 from tests.cloud.stopping import POWER_LOSS, stopped
+from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
 from tests.fake_ec2.policy import Enforced
 from tests.fake_ec2.server import Cloud
-from tests.fake_ec2.state import DEBIAN_PARAMETER
 
 KEY = "AKIALEASTPRIVILEGE00"
 

@@ -44,9 +44,9 @@ class Rule:
     """Only Packer's calls, or only others'; None: all."""
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Rule:
+    def of(cls, fields: Mapping[str, Any]) -> Rule:
         """Return the rule that a JSON object describes; or raise ValueError, TypeError, KeyError."""
-        return cls(**{**told, "fault": Fault(told["fault"])})
+        return cls(**{**fields, "fault": Fault(fields["fault"])})
 
 
 class Faults:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tests.fake_ec2.calls import ACCOUNT, Call, Refused
-from tests.fake_ec2.resources import Touched, touched
+from tests.fake_ec2.api_call import ACCOUNT, ApiCall, Refused
+from tests.fake_ec2.touched_resources import Touched, touched
 
 _STATEMENT = {"Sid", "Effect", "Action", "Resource", "Condition"}
 _KEYS = {
@@ -54,7 +54,7 @@ class Enforced:
         written = {a for s in self.statements if s["Effect"] == "Allow" for a in _list(s["Action"])}
         return {each for each in written if not any(_like(used, each) for used in self.used)}
 
-    def allows(self, it: Touched, call: Call) -> bool:
+    def allows(self, it: Touched, call: ApiCall) -> bool:
         """Tell whether a statement allows it and none denies it."""
         context = _context(it, call)
         effects = {
@@ -97,7 +97,7 @@ class Guard:
         self._enforced[access_key] = enforced
         return enforced
 
-    def judge(self, call: Call, backend: Any) -> list[Touched]:
+    def judge(self, call: ApiCall, backend: Any) -> list[Touched]:
         """Return what the call touches; raises Refused when its access key may not do that."""
         enforced = self._enforced.get(call.access_key)
         if enforced is None:
@@ -115,7 +115,7 @@ class Guard:
         return everything
 
 
-def _unauthorized(call: Call, it: Touched) -> Refused:
+def _unauthorized(call: ApiCall, it: Touched) -> Refused:
     user = f"User: arn:aws:iam::{ACCOUNT}:user/{call.access_key} is not authorized to perform: {it.action}"
     message = f"{user} on resource: {it.arn} because no identity-based policy allows the {it.action} action"
     if call.service == "ec2":
@@ -175,7 +175,7 @@ def _holds(condition: Mapping[str, Mapping[str, Any]], context: Mapping[str, Seq
     return True
 
 
-def _context(it: Touched, call: Call) -> dict[str, Sequence[str]]:
+def _context(it: Touched, call: ApiCall) -> dict[str, Sequence[str]]:
     context: dict[str, Sequence[str]] = {
         "aws:requestedregion": [call.region],
         "ec2:region": [call.region],

@@ -1,21 +1,21 @@
-"""An EC2 on loopback: moto's server behind a shim that gives what moto lacks and this project needs.
+"""EC2 on loopback: moto's server behind a layer that adds what moto lacks and this project needs.
 
-As a fixture it is `cloud` (conftest.py). As a command, for a person who points AWS_ENDPOINT_URL at it:
+Tests use it as the fixture `cloud` (conftest.py). A person can run it and set AWS_ENDPOINT_URL to its address:
 
-    python -m tests.cloud.server --port 5555 --instances base.qcow2
+    python -m tests.fake_ec2.server --port 5555 --instances base.qcow2
 
-What it does not imitate:
+It does not emulate:
 
-- signatures: any secret goes with any access key; there is one account;
-- the time that things take: what isn't a virtual machine changes its state at once, except new images
-  (Options.image_describes, image_seconds); snapshots are complete as soon as they exist;
-- eventual consistency beyond new ids that describes don't find yet (Options.hidden_describes);
-- limits: of instances, addresses, images, requests; prices but for those in Options.region_prices;
-- networks: a security group decides whether port 22 of an instance is reachable from here and nothing else;
-  there are no routes, gateways, IPv6, and every address is one of this machine's loopback addresses;
-- volumes beyond the root disk: they are rows without bytes; KMS: keys are names;
-- spot instances' interruptions, Session Manager's tunnels, instance refresh, fleets;
-- permissions but for access keys given to `enforce`, and then as policy.py says at its top.
+- signatures: any secret is accepted with any access key; there is one account;
+- durations: everything but VMs changes its state at once, except new images
+  (CloudOptions.image_describes, image_seconds); snapshots are complete as soon as they exist;
+- eventual consistency, except for new ids that describes do not find yet (CloudOptions.hidden_describes);
+- quotas of instances, addresses, images and requests; prices, except those in CloudOptions.region_prices;
+- networks: a security group only decides whether port 22 of an instance is reachable from this host; there are
+  no routes, gateways or IPv6, and every address is a loopback address of this host;
+- volumes other than the root disk, which have no content; KMS keys, which are only names;
+- interruptions of spot instances, Session Manager's tunnels, instance refresh, fleets;
+- permissions, except of access keys given to `enforce`, and then as policy.py documents.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from botocore.config import Config
 from moto.moto_api._internal.models import moto_api_backend
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from tests.fake_ec2.calls import ACCOUNT, Call
+from tests.fake_ec2.api_call import ACCOUNT, ApiCall
+from tests.fake_ec2.cloud_state import CloudOptions, CloudState, Hypervisor, base_ami
 from tests.fake_ec2.faults import Faults
 from tests.fake_ec2.policy import Enforced
 from tests.fake_ec2.shim import Shim
-from tests.fake_ec2.state import Hypervisor, Options, State, base_ami
 
 if TYPE_CHECKING:
-    from tests.fake_ec2.machines import Machines
+    from tests.fake_ec2.hypervisor import VmHypervisor
 
 ACCESS_KEY = "AKIATESTSTESTSTESTS0"
 """The access key that may do everything; 20 characters, as moto expects."""
@@ -116,14 +116,14 @@ class Cloud:
             machines.clear()
         with self._shim.lock:
             moto_api_backend.reset()
-            self._shim.state = State()
+            self._shim.state = CloudState()
             self._shim.state.machines = machines
             self._shim.faults.clear()
             self._shim.guard.clear()
             self._shim.calls = []
 
     @property
-    def options(self) -> Options:
+    def options(self) -> CloudOptions:
         """How the cloud behaves; set what the test needs."""
         return self._shim.state.options
 
@@ -144,7 +144,7 @@ class Cloud:
         self._shim.state.machines = machines
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> tuple[ApiCall, ...]:
         """All calls since the last reset."""
         with self._shim.lock:
             return tuple(self._shim.calls)
@@ -190,7 +190,9 @@ class _Quiet(WSGIRequestHandler):
 
 def main() -> None:
     """Serve until Ctrl-C, and print the variables that point a shell at it."""
-    parser = argparse.ArgumentParser(prog="python -m tests.cloud.server", description="An EC2 on loopback.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fake_ec2.server", description="An EC2 on loopback."
+    )
     parser.add_argument("--port", type=int, default=5555)
     parser.add_argument("--instances", type=Path, metavar="DISK", help="boot a machine from it per instance")
     parser.add_argument(
@@ -210,17 +212,17 @@ def main() -> None:
             threading.Event().wait()
 
 
-def _machines(asked: argparse.Namespace) -> Machines:
+def _machines(asked: argparse.Namespace) -> VmHypervisor:
     from ami_builder import qemu
     from ami_builder.core.options import Network
-    from tests.fake_ec2.machines import Machines
+    from tests.fake_ec2.hypervisor import VmHypervisor
 
     directory = Path(tempfile.mkdtemp(prefix="cloud-"))
     accelerator, reason = qemu.choose_accelerator(
         asked.instances, cache=directory / "accelerator.json", directory=directory
     )
     print(f"# {reason}", flush=True)
-    return Machines(
+    return VmHypervisor(
         base=asked.instances,
         directory=directory,
         accelerator=accelerator,

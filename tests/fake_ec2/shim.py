@@ -8,22 +8,57 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moto.core.exceptions import ServiceException
+from moto.core.request import Request
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-from tests.fake_ec2 import parameters, prices
-from tests.fake_ec2.calls import ACCOUNT, Answer, Call, Refused, parse, refusal
-from tests.fake_ec2.ec2 import EC2
+from tests.fake_ec2 import other_services
+from tests.fake_ec2.api_call import ACCOUNT, ApiCall, HttpAnswer, Refused, parse, refusal
+from tests.fake_ec2.cloud_state import CloudState
 from tests.fake_ec2.faults import Fault, Faults, Rule
+from tests.fake_ec2.image_actions import ImageActions
+from tests.fake_ec2.instance_actions import InstanceActions
 from tests.fake_ec2.policy import Guard
-from tests.fake_ec2.resources import touched
-from tests.fake_ec2.state import State
+from tests.fake_ec2.touched_resources import touched
 
 CONTROL = "/_cloud/"
 
 _HTTP = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 412: "Precondition Failed"}
+
+
+class _Request(Request):
+    from_wsgi_server = True
+
+
+class EC2(ImageActions, InstanceActions):
+    """One call to EC2: `prepared` reads its parameters, `performed` does it."""
+
+    @classmethod
+    def prepared(cls, state: CloudState, environ: Mapping[str, Any], body: bytes) -> EC2:
+        """Return the call that a request makes, not performed yet; raises Refused when it can't be read."""
+        call = cls(state)
+        request = _Request({**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+        try:
+            call.setup_class(request)
+        except ServiceException as error:
+            raise Refused(error.code, error.message) from error
+        return call
+
+    def performed(self) -> HttpAnswer:
+        """Do it and return the answer; raises Refused."""
+        status, headers, body = self.call_action()
+        raw = body.encode() if isinstance(body, str) else bytes(body)
+        kind = headers.get("Content-Type", "text/xml")
+        return HttpAnswer(status=int(status), body=raw, content_type=kind, code=_error_code(raw))
+
+
+def _error_code(body: bytes) -> str:
+    if b"<Errors>" not in body[:400]:
+        return ""
+    return body.partition(b"<Code>")[2].partition(b"</Code>")[0].decode()
 
 
 class Shim:
@@ -31,10 +66,10 @@ class Shim:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.state = State()
+        self.state = CloudState()
         self.faults = Faults()
         self.guard = Guard()
-        self.calls: list[Call] = []
+        self.calls: list[ApiCall] = []
         self.on_reset: Callable[[], None] = lambda: None
         self._moto = DomainDispatcherApplication(create_backend_app)
 
@@ -49,11 +84,11 @@ class Shim:
         start_response(status, headers)
         return [answer.body]
 
-    def _answer(self, environ: dict[str, Any], body: bytes) -> Answer:
+    def _answer(self, environ: dict[str, Any], body: bytes) -> HttpAnswer:
         try:
             call = parse(environ, body)
         except Refused as refused:
-            return refusal(Call(service="ec2", action="", region="", access_key=""), refused)
+            return refusal(ApiCall(service="ec2", action="", region="", access_key=""), refused)
         with self.lock:
             self.calls.append(call)
         rule = self.faults.meet(call.action, call.region, packer=call.packer)
@@ -82,7 +117,7 @@ class Shim:
             raise ConnectionResetError(fault.value)
         return answer
 
-    def _performed(self, call: Call, environ: dict[str, Any], body: bytes) -> Answer:
+    def _performed(self, call: ApiCall, environ: dict[str, Any], body: bytes) -> HttpAnswer:
         with self.lock:
             if call.service == "ec2":
                 ec2 = EC2.prepared(self.state, environ, body)
@@ -93,14 +128,14 @@ class Shim:
                 return ec2.performed()
             self.guard.judge(call, None)
             if call.service == "pricing":
-                return prices.products(call.params, self.state.options.region_prices)
+                return other_services.products(call.params, self.state.options.region_prices)
             if call.service == "ssm":
                 # Debian's parameter is there as soon as its region is used.
                 self.state.backend(ACCOUNT, call.region)
-                return parameters.performed(call, self.state, lambda: self._by_moto(environ, body))
+                return other_services.parameter_call(call, self.state, lambda: self._by_moto(environ, body))
             return self._by_moto(environ, body)
 
-    def _by_moto(self, environ: dict[str, Any], body: bytes) -> Answer:
+    def _by_moto(self, environ: dict[str, Any], body: bytes) -> HttpAnswer:
         heard: dict[str, Any] = {}
 
         def start_response(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
@@ -109,30 +144,32 @@ class Shim:
         fresh = {**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
         raw = b"".join(self._moto(fresh, start_response))
         kind = heard["headers"].get("Content-Type", "text/xml")
-        return Answer(status=heard["status"], body=raw, content_type=kind, code=_code(heard["status"], raw))
+        return HttpAnswer(
+            status=heard["status"], body=raw, content_type=kind, code=_code(heard["status"], raw)
+        )
 
-    def _control(self, method: str, path: str, body: bytes) -> Answer:
-        told: Any = {}
+    def _control(self, method: str, path: str, body: bytes) -> HttpAnswer:
+        answer: Any = {}
         status = 200
         match method, path.removeprefix(CONTROL):
             case "GET", "calls":
                 with self.lock:
-                    told = [call.told() for call in self.calls]
+                    answer = [call.as_json() for call in self.calls]
             case "POST", "faults":
                 try:
                     self.faults.add_rule(Rule.of(json.loads(body)))
                 except (ValueError, TypeError, KeyError) as error:
-                    status, told = 400, {"error": str(error)}
+                    status, answer = 400, {"error": str(error)}
             case "DELETE", "faults":
                 self.faults.clear()
             case "POST", "reset":
                 self.on_reset()
             case _:
-                status, told = 404, {"error": f"there is no {method} {path}"}
-        return Answer(status=status, body=json.dumps(told).encode(), content_type="application/json")
+                status, answer = 404, {"error": f"there is no {method} {path}"}
+        return HttpAnswer(status=status, body=json.dumps(answer).encode(), content_type="application/json")
 
 
-def _tried(call: Call, backend: Any) -> Refused:
+def _tried(call: ApiCall, backend: Any) -> Refused:
     """Return what EC2 answers to a try (DryRun) that is allowed."""
     for it in touched(call, backend):
         if it.unknown:

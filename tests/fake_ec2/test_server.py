@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
 
-from tests.fake_ec2.calls import ACCOUNT
-from tests.fake_ec2.image import DEBIAN_ACCOUNT
+from tests.fake_ec2.api_call import ACCOUNT
+from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
+from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT
 from tests.fake_ec2.requests import RUN, image, instance, launch, refused, tagged
 from tests.fake_ec2.server import Cloud
-from tests.fake_ec2.state import DEBIAN_PARAMETER
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_ten_thousand_images_take_a_search_ten_times_as_long_as_a_thousand(cloud
     """Not a hundred times, as moto's own would."""
     from moto.ec2.utils import random_ami_id
 
-    from tests.fake_ec2.image import Image
+    from tests.fake_ec2.fake_image import FakeImage
 
     backend = cloud.backend()
     template = backend.amis[cloud.base_ami()]
@@ -323,7 +323,7 @@ def test_ten_thousand_images_take_a_search_ten_times_as_long_as_a_thousand(cloud
     def seconds(images: range) -> float:
         """Add images, and return what a search takes of the processor, of which a busy host gives less."""
         for number in images:
-            copy: Any = Image.__new__(Image)
+            copy: Any = FakeImage.__new__(FakeImage)
             copy.__dict__ |= vars(template) | {
                 "id": random_ami_id(),
                 "name": f"image-{number}",

@@ -14,7 +14,7 @@ from ami_builder.config import loading
 from ami_builder.qemu import traces
 from ami_builder.state.workspace import Workspace
 from tests.conftest import WHOLE
-from tests.fake_ec2.machines import Machines
+from tests.fake_ec2.hypervisor import VmHypervisor
 from tests.fake_ec2.server import Cloud
 from tests.vm.conftest import HOME, ROOT, ami_builder
 
@@ -29,7 +29,7 @@ def cloud() -> Iterator[Cloud]:
 
 
 @pytest.fixture
-def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
+def machines(cloud: Cloud, tmp_path: Path) -> Iterator[VmHypervisor]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
     workspace.ensure()
     image = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
@@ -40,7 +40,7 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
     accelerator, _ = qemu.choose_accelerator(
         disk, cache=workspace.cache / "accelerator.json", directory=tmp_path
     )
-    with Machines(
+    with VmHypervisor(
         base=disk, directory=tmp_path / "cloud", accelerator=accelerator, memory={TYPE: MIB}
     ) as machines:
         cloud.machines = machines
@@ -48,7 +48,9 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[Machines]:
         cloud.machines = None
 
 
-def test_an_ami_keeps_the_promise_on_an_instance(cloud: Cloud, machines: Machines, tmp_path: Path) -> None:
+def test_an_ami_keeps_the_promise_on_an_instance(
+    cloud: Cloud, machines: VmHypervisor, tmp_path: Path
+) -> None:
     settings = {
         "aws.source_cidrs": "127.0.0.1/32",
         "aws.ssh_port": str(machines.port),

@@ -13,14 +13,14 @@ from moto.ec2.models.instances import Instance, InstanceState
 from moto.ec2.utils import EC2_PREFIX_TO_RESOURCE, get_prefix
 from moto.ssm.models import Parameter, ssm_backends
 
-from tests.fake_ec2.calls import Refused
-from tests.fake_ec2.image import NEWEST, Image, debian
+from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.fake_image import NEWEST, FakeImage, debian
 
 DEBIAN_PARAMETER = "/aws/service/debian/release/13/latest/amd64"
 
 
 @dataclass(slots=True, kw_only=True)
-class Options:
+class CloudOptions:
     """How the cloud behaves; a test sets what it needs, `Cloud.reset` takes it back."""
 
     image_describes: int = 0
@@ -60,7 +60,7 @@ class Hypervisor(Protocol):
     def clear(self) -> None:
         """End all instances and forget all disks; the caller must not hold the lock."""
 
-    def launch(self, backend: Any, instance: Instance, image: Image) -> None:
+    def launch(self, backend: Any, instance: Instance, image: FakeImage) -> None:
         """Boot the instance."""
 
     def stop(self, instance: Instance) -> None:
@@ -75,10 +75,10 @@ class Hypervisor(Protocol):
     def terminate(self, instance: Instance) -> None:
         """End the instance and remove its disk."""
 
-    def capture(self, instance: Instance, image: Image) -> None:
+    def capture(self, instance: Instance, image: FakeImage) -> None:
         """Keep the instance's disk as the image's; `image.captured` is set when that is done."""
 
-    def copy(self, source: Image, image: Image) -> None:
+    def copy(self, source: FakeImage, image: FakeImage) -> None:
         """Let a copy of an image have the same disk."""
 
     def memory_of(self, kind: str, mib: int) -> int:
@@ -91,15 +91,15 @@ class Hypervisor(Protocol):
         """Return what the guest wrote to its serial console."""
 
 
-class State:
-    """Everything that `Cloud.reset` forgets."""
+class CloudState:
+    """Everything that `Cloud.reset` clears."""
 
     def __init__(self) -> None:
-        self.options = Options()
+        self.options = CloudOptions()
         self.machines: Hypervisor | None = None
         self.parameter: Callable[[], object] | None = None
         """The write of a parameter that is to be done once `parameter_reads` have passed."""
-        self.copies: list[Image] = []
+        self.copies: list[FakeImage] = []
         self.reads = 0
         """Of parameters, that it still waits for."""
         self._addresses: set[str] = set()
@@ -157,7 +157,7 @@ class State:
     def once(self, scope: tuple[str, ...], params: Any, make: Callable[[], list[str]]) -> list[str]:
         """Return the ids that `make` returns, or those that it returned for the same client token.
 
-        `scope` ends in the token; none makes anew every time. Raises Refused for other parameters.
+        `scope` ends in the token; without a token, each call makes a new one. Raises Refused for other parameters.
         """
         if not scope[-1]:
             return make()

@@ -2,7 +2,7 @@
 
 An AMI is a qcow2 file. A launch puts an overlay on it, which is the instance's root volume; CreateImage
 freezes that overlay as the AMI's file and puts a new one on top, so nothing is copied. Files that no AMI and
-no instance stands on are removed. Port 22 of an instance's address leads to its guest while a security group
+no instance uses are removed. Port 22 of an instance's address leads to its guest while a security group
 lets this machine in. Not for use where this process calls `proc.cancel`, which ends all children, these too.
 """
 
@@ -26,9 +26,9 @@ from ami_builder import qemu
 from ami_builder.core.options import Network
 from ami_builder.qemu import imds
 from ami_builder.system import processes
-from tests.fake_ec2.image import DEBIAN_ACCOUNT, Image
-from tests.fake_ec2.machine import Launch, Vm
-from tests.fake_ec2.state import end, set_state
+from tests.fake_ec2.cloud_state import end, set_state
+from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT, FakeImage
+from tests.fake_ec2.instance_vm import InstanceVm, VmLaunch
 
 GIB = 1 << 30
 MOST_MIB = 2048
@@ -39,10 +39,10 @@ MOST_MIB = 2048
 class _Disk:
     path: Path
     backing: Path | None
-    """The file that it stands on; None for the base disk, which is never removed."""
+    """The file that this one is based on; None for the base disk, which is never removed."""
 
 
-class Machines:
+class VmHypervisor:
     """What runs the instances: give it to `Cloud.machines`; the context ends them and removes their disks.
 
     `base` is the disk of every image that a region begins with. `memory` says how many MiB an instance type
@@ -66,12 +66,12 @@ class Machines:
         self._base, self._directory = base.resolve(), directory.resolve()
         self._accelerator, self._network, self._cpus = accelerator, network, cpus
         self._memory = dict(memory or {})
-        self._vms: dict[str, Vm] = {}
+        self._vms: dict[str, InstanceVm] = {}
         self._images: dict[str, Path] = {}
         self._disks: dict[Path, _Disk] = {}
         self._number = 0
 
-    def __enter__(self) -> Machines:
+    def __enter__(self) -> VmHypervisor:
         self._directory.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -98,7 +98,7 @@ class Machines:
             self._images.clear()
             self._collect()
 
-    def launch(self, backend: Any, instance: Instance, image: Image) -> None:
+    def launch(self, backend: Any, instance: Instance, image: FakeImage) -> None:
         """Boot the instance on a new overlay of the image's disk."""
         disk = self._images.get(image.id)
         if disk is None and image.owner_id == DEBIAN_ACCOUNT:
@@ -108,8 +108,8 @@ class Machines:
         volume = self._overlay(disk, backend.get_volume(root.volume_id).size * GIB)
         key = backend.key_pairs.get(instance.key_name)
         mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
-        vm = Vm(
-            Launch(
+        vm = InstanceVm(
+            VmLaunch(
                 instance_id=instance.id,
                 address=str(instance.private_ip_address),
                 port=self.port,
@@ -153,7 +153,7 @@ class Machines:
         """Cut the instance's power and remove its disk."""
         self._vms[instance.id].ask("terminate")
 
-    def capture(self, instance: Instance, image: Image) -> None:
+    def capture(self, instance: Instance, image: FakeImage) -> None:
         """Freeze the instance's disk as the image's; a running guest is shut down for it and booted again."""
 
         def freeze() -> None:
@@ -166,7 +166,7 @@ class Machines:
 
         self._vms[instance.id].ask("capture", freeze)
 
-    def copy(self, source: Image, image: Image) -> None:
+    def copy(self, source: FakeImage, image: FakeImage) -> None:
         """Let a copy of an image have the same disk."""
         if source.id in self._images:
             self._images[image.id] = self._images[source.id]
@@ -185,7 +185,7 @@ class Machines:
         log = self._directory / instance_id / "console.log"
         return log.read_bytes() if log.exists() else b""
 
-    def gone(self, instance_id: str) -> None:
+    def forget(self, instance_id: str) -> None:
         """Forget an instance that was terminated."""
         self._vms.pop(instance_id, None)
         self._collect()
@@ -199,7 +199,7 @@ class Machines:
         return path
 
     def _collect(self) -> None:
-        """Remove the files that nothing stands on."""
+        """Remove the files that no instance uses."""
         wanted: set[Path] = set()
         for path in [*self._images.values(), *(vm.volume for vm in self._vms.values())]:
             at: Path | None = path
@@ -214,7 +214,7 @@ class Machines:
 class _Owner:
     """How a machine's thread writes down what becomes of its instance."""
 
-    def __init__(self, machines: Machines, backend: Any, instance: Instance) -> None:
+    def __init__(self, machines: VmHypervisor, backend: Any, instance: Instance) -> None:
         self._machines, self._backend, self._instance = machines, backend, instance
 
     def running(self) -> None:
@@ -230,15 +230,15 @@ class _Owner:
             end(self._instance, code=code, message=reason)
             if self._instance.state != "terminated":
                 return False
-            # As at EC2, until its disk is gone too: whoever reads "terminated" finds nothing left.
+            # As on EC2, until its disk is deleted too: after "terminated" nothing is left.
             set_state(self._instance, "shutting-down", 32)
             return True
 
     def ended(self) -> None:
-        """The instance is gone."""
+        """Record that the instance has ended."""
         with self._machines.lock:
             set_state(self._instance, "terminated", 48)
-            self._machines.gone(self._instance.id)
+            self._machines.forget(self._instance.id)
 
     def admits(self, port: int) -> bool:
         """Tell whether a security group of the instance lets this machine in."""

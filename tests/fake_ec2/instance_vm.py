@@ -38,14 +38,14 @@ class Owner(Protocol):
         """The guest is off; returns whether the instance is to go with it."""
 
     def ended(self) -> None:
-        """The instance is gone."""
+        """Record that the instance has ended."""
 
     def admits(self, port: int) -> bool:
         """Tell whether the port is open to this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class VmLaunch:
     """What an instance is launched as; `memory` in bytes."""
 
     instance_id: str
@@ -59,10 +59,10 @@ class Launch:
     metadata: imds.InstanceMetadata
 
 
-class Vm(threading.Thread):
+class InstanceVm(threading.Thread):
     """An instance from its launch to its end: `ask` returns at once, things are done in order."""
 
-    def __init__(self, launch: Launch, *, volume: Path, owner: Owner) -> None:
+    def __init__(self, launch: VmLaunch, *, volume: Path, owner: Owner) -> None:
         super().__init__(name=launch.instance_id, daemon=True)
         self.volume = volume
         self._launch, self._owner = launch, owner
@@ -90,7 +90,7 @@ class Vm(threading.Thread):
                     if what == "terminate" or self._do(what, then, metadata.port):
                         return
         except Exception:
-            # A defect here, or QEMU can't start: the launch failed, and whoever runs the tests sees why.
+            # An internal error, or QEMU can't start: the launch fails, and the traceback shows why.
             traceback.print_exc()
             self._owner.off(_BROKEN)
         finally:

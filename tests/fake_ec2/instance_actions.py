@@ -1,4 +1,4 @@
-"""What EC2 does with instances, and with what stands around them, where moto does less or something else."""
+"""EC2 actions on instances, and on what belongs to them, where moto does less or something else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.models.instances import Instance
 from moto.ec2.utils import random_fleet_id, random_spot_request_id
 
-from tests.fake_ec2.base import Base
-from tests.fake_ec2.calls import Refused
-from tests.fake_ec2.image import ROOT_DEVICE, Image
-from tests.fake_ec2.images import root_of
-from tests.fake_ec2.state import set_state
+from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.cloud_state import set_state
+from tests.fake_ec2.ec2_action import EC2Action
+from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
+from tests.fake_ec2.image_actions import root_of
 
 
-class Instances(Base):
+class InstanceActions(EC2Action):
     """The actions on instances, and the listings around them."""
 
     def run_instances(self) -> ActionResult:
@@ -31,7 +31,7 @@ class Instances(Base):
             image = self._launchable(self._get_param("ImageId"))
             self._have_capacity()
             self._fill_in(image)
-            reservation: Any = super(Instances, self).run_instances().result
+            reservation: Any = super(InstanceActions, self).run_instances().result
             for instance in reservation.instances:
                 volumes = [block.volume_id for block in instance.block_device_mapping.values()]
                 for nic in instance.nics.values():
@@ -66,8 +66,8 @@ class Instances(Base):
                 # As EC2 does with whatever comes of a template; the fleet's own tags are none of theirs.
                 made.add_tags({"aws:ec2launchtemplate:id": template.template.id})
                 made.spot_instance_request_id = random_spot_request_id()  # type: ignore[attr-defined]
-                told = about | {"InstanceIds": [made.id], "InstanceType": made.instance_type}
-                return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": [told]})
+                answer = about | {"InstanceIds": [made.id], "InstanceType": made.instance_type}
+                return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": [answer]})
         return ActionResult({"FleetId": random_fleet_id(), "Errors": errors, "Instances": []})
 
     def _one_of_fleet(
@@ -209,8 +209,8 @@ class Instances(Base):
         """GetConsoleOutput: what the guest has written so far, its last 64 KiB."""
         instance = self.instance(self._get_param("InstanceId"))
         output = b"" if self.state.machines is None else self.state.machines.console(instance.id)
-        told = base64.b64encode(output[-65536:]).decode()
-        return ActionResult({"InstanceId": instance.id, "Timestamp": utcnow(), "Output": told})
+        answer = base64.b64encode(output[-65536:]).decode()
+        return ActionResult({"InstanceId": instance.id, "Timestamp": utcnow(), "Output": answer})
 
     def describe_instance_types(self) -> ActionResult:
         """DescribeInstanceTypes, with the memory that the machines really have."""
@@ -227,11 +227,11 @@ class Instances(Base):
             mib = self.state.machines.memory_of(kind, mib)
         return self.state.options.memory.get(kind, mib)
 
-    def _launchable(self, image_id: str) -> Image:
+    def _launchable(self, image_id: str) -> FakeImage:
         if not str(image_id).startswith("ami-"):
             raise Refused("InvalidAMIID.Malformed", f'Invalid id: "{image_id}" (expecting "ami-...")')
         image = self.ec2_backend.amis.get(image_id)
-        if not isinstance(image, Image):
+        if not isinstance(image, FakeImage):
             raise Refused("InvalidAMIID.NotFound", f"The image id '[{image_id}]' does not exist")
         if image.state != "available":
             raise Refused("InvalidAMIID.Unavailable", f"The image ID '{image_id}' is not available")
@@ -252,7 +252,7 @@ class Instances(Base):
             message = f"We currently do not have sufficient {kind} capacity in the zone that you asked for."
             raise Refused("InsufficientInstanceCapacity", message, 500)
 
-    def _fill_in(self, image: Image) -> None:
+    def _fill_in(self, image: FakeImage) -> None:
         """Complete the call's parameters by what the image says."""
         root = root_of(image)
         mapping = self._get_param("BlockDeviceMappings", [])

@@ -8,7 +8,7 @@ from typing import Any
 
 from moto.ec2.models import ec2_backends
 
-from tests.fake_ec2.calls import ACCOUNT, Call, Refused
+from tests.fake_ec2.api_call import ACCOUNT, ApiCall, Refused
 
 NEW = "*"
 """The id of what the call is about to make."""
@@ -91,14 +91,14 @@ class Touched:
     """The error that EC2 answers when there is no such resource; empty when there is."""
 
 
-def touched(call: Call, backend: Any) -> list[Touched]:
+def touched(call: ApiCall, backend: Any) -> list[Touched]:
     """Return what a call touches; raises LookupError for an action that this table doesn't know."""
     if call.service == "ec2":
         return list(_ec2(call, backend))
     return list(_others(call))
 
 
-def _ec2(call: Call, backend: Any) -> Iterator[Touched]:
+def _ec2(call: ApiCall, backend: Any) -> Iterator[Touched]:
     name = call.name
     if call.action not in _EC2:
         if not call.action.startswith(("Describe", "Get", "List")):
@@ -125,7 +125,7 @@ def _ec2(call: Call, backend: Any) -> Iterator[Touched]:
     yield from _implied(call, backend)
 
 
-def _implied(call: Call, backend: Any) -> Iterator[Touched]:
+def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
     """Yield what a call touches without naming it."""
     name, params = call.name, call.params
     if call.action == "RunInstances":
@@ -158,7 +158,7 @@ def _implied(call: Call, backend: Any) -> Iterator[Touched]:
             )
 
 
-def _launched_by_fleet(call: Call, backend: Any) -> Iterator[Touched]:
+def _launched_by_fleet(call: ApiCall, backend: Any) -> Iterator[Touched]:
     """Yield the template, and what a fleet launches from it, which needs RunInstances too."""
     for config in call.params["LaunchTemplateConfigs"]:
         asked = config["LaunchTemplateSpecification"]
@@ -169,7 +169,7 @@ def _launched_by_fleet(call: Call, backend: Any) -> Iterator[Touched]:
         if template.unknown:
             continue
         data = backend.launch_templates[template.arn.rpartition("/")[2]].default_version().data
-        launch = Call(
+        launch = ApiCall(
             service="ec2",
             action="RunInstances",
             region=call.region,
@@ -236,7 +236,7 @@ def _find(kind: str, resource_id: str, backend: Any) -> Any:
             return next((pair for pair in backend.key_pairs.values() if pair.id == resource_id), None)
 
 
-def _others(call: Call) -> Iterator[Touched]:
+def _others(call: ApiCall) -> Iterator[Touched]:
     match call.service, call.action:
         case "sts", "GetCallerIdentity":
             return

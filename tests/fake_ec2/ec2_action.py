@@ -9,17 +9,17 @@ from moto.core.responses import ActionResult
 from moto.ec2.models.instances import Instance
 from moto.ec2.responses import EC2Response
 
-from tests.fake_ec2.calls import Refused
-from tests.fake_ec2.state import State
+from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.cloud_state import CloudState
 
 MOST = 1000
 """The largest page, and the size of those that moto would cut at 100."""
 
 
-class Base(EC2Response):
+class EC2Action(EC2Response):
     """moto's EC2, with this cloud's memory beside."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: CloudState) -> None:
         super().__init__()
         self.state = state
 

@@ -26,7 +26,7 @@ class Refused(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Call:
+class ApiCall:
     """One call, and what came of it: `outcome` is `ok`, an error code, or a fault's name."""
 
     service: str
@@ -45,7 +45,7 @@ class Call:
         """The action as IAM policies name it."""
         return f"{self.service}:{self.action}"
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Return what the log keeps, as JSON can hold it."""
         return {
             "service": self.service,
@@ -59,7 +59,7 @@ class Call:
         }
 
 
-def parse(environ: Mapping[str, Any], body: bytes) -> Call:
+def parse(environ: Mapping[str, Any], body: bytes) -> ApiCall:
     """Return the call that a request makes; raises Refused when it is not signed as AWS's SDKs sign."""
     signed = environ.get("HTTP_AUTHORIZATION", "")
     try:
@@ -75,11 +75,13 @@ def parse(environ: Mapping[str, Any], body: bytes) -> Call:
         form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
         action = form.pop("Action", f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
         params = {name: value[:_KEEPS] for name, value in form.items() if name != "Version"}
-    return Call(service=service, action=action, region=region, access_key=key, params=params, packer=packer)
+    return ApiCall(
+        service=service, action=action, region=region, access_key=key, params=params, packer=packer
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class HttpAnswer:
     """An HTTP answer."""
 
     status: int
@@ -89,7 +91,7 @@ class Answer:
     """AWS's error code; empty when it is none."""
 
 
-def refusal(call: Call, refused: Refused) -> Answer:
+def refusal(call: ApiCall, refused: Refused) -> HttpAnswer:
     """Return the answer that says no, as the call's service would say it."""
     code, message = escape(refused.code), escape(refused.message)
     request_id = secrets.token_hex(8)
@@ -105,8 +107,8 @@ def refusal(call: Call, refused: Refused) -> Answer:
             f"<RequestId>{request_id}</RequestId></ErrorResponse>"
         )
     else:
-        told = json.dumps({"__type": refused.code, "message": refused.message}).encode()
-        return Answer(
-            status=refused.status, body=told, content_type="application/x-amz-json-1.1", code=refused.code
+        body = json.dumps({"__type": refused.code, "message": refused.message}).encode()
+        return HttpAnswer(
+            status=refused.status, body=body, content_type="application/x-amz-json-1.1", code=refused.code
         )
-    return Answer(status=refused.status, body=body.encode(), code=refused.code)
+    return HttpAnswer(status=refused.status, body=body.encode(), code=refused.code)

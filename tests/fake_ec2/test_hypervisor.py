@@ -15,8 +15,8 @@ import pytest
 
 from ami_builder.qemu import Accelerator
 from ami_builder.system import processes
-from tests.fake_ec2.machine import Vm
-from tests.fake_ec2.machines import Machines
+from tests.fake_ec2.hypervisor import VmHypervisor
+from tests.fake_ec2.instance_vm import InstanceVm
 from tests.fake_ec2.requests import image, instance, launch
 from tests.fake_ec2.server import Cloud
 from tests.process.test_qemu import FAKE, qcow2
@@ -39,10 +39,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
 
 @pytest.fixture
-def machines(cloud: Cloud, tmp_path: Path, fake: Callable[..., Path]) -> Iterator[Machines]:
+def machines(cloud: Cloud, tmp_path: Path, fake: Callable[..., Path]) -> Iterator[VmHypervisor]:
     fake()
     base = qcow2(tmp_path / "base.qcow2")
-    with Machines(base=base, directory=tmp_path / "vms", accelerator=Accelerator.TCG, port=2222) as machines:
+    with VmHypervisor(
+        base=base, directory=tmp_path / "vms", accelerator=Accelerator.TCG, port=2222
+    ) as machines:
         cloud.machines = machines
         yield machines
         cloud.machines = None
@@ -64,14 +66,14 @@ def wait(condition: Callable[[], bool]) -> None:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How often a machine's thread has looked after it, while it was on."""
     seen: list[str] = []
-    look = Vm._look
+    look = InstanceVm._look
 
-    def counted(vm: Vm, imds_port: int) -> bool:
+    def counted(vm: InstanceVm, imds_port: int) -> bool:
         if vm._machine is not None:
             seen.append(vm.name)
         return look(vm, imds_port)
 
-    monkeypatch.setattr(Vm, "_look", counted)
+    monkeypatch.setattr(InstanceVm, "_look", counted)
     return seen
 
 
@@ -87,7 +89,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_stopped_captured_and_started_again(cloud: Cloud, machines: Machines, tmp_path: Path) -> None:
+def test_stopped_captured_and_started_again(cloud: Cloud, machines: VmHypervisor, tmp_path: Path) -> None:
     ec2 = cloud.client()
     first = launch(cloud, ec2, InstanceInitiatedShutdownBehavior="terminate")
     until(ec2, first, "running")
@@ -112,7 +114,7 @@ def test_stopped_captured_and_started_again(cloud: Cloud, machines: Machines, tm
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
-def test_a_running_instance_is_captured(cloud: Cloud, machines: Machines, tmp_path: Path) -> None:
+def test_a_running_instance_is_captured(cloud: Cloud, machines: VmHypervisor, tmp_path: Path) -> None:
     ec2 = cloud.client()
     launched = launch(cloud, ec2)
     until(ec2, launched, "running")
@@ -124,18 +126,18 @@ def test_a_running_instance_is_captured(cloud: Cloud, machines: Machines, tmp_pa
 
 @pytest.mark.parametrize(("behaviour", "becomes"), [("terminate", "terminated"), ("stop", "stopped")])
 def test_a_guest_that_powers_itself_off(
-    cloud: Cloud, machines: Machines, fake: Callable[..., Path], behaviour: str, becomes: str,
+    cloud: Cloud, machines: VmHypervisor, fake: Callable[..., Path], behaviour: str, becomes: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: list[str],
 ) -> None:  # fmt: skip
     fake(each="if os.path.exists(here + '/off'): sys.exit()")
-    cut = Vm._cut
+    cut = InstanceVm._cut
 
-    def cut_slowly(vm: Vm) -> None:
+    def cut_slowly(vm: InstanceVm) -> None:
         # So that whoever says "terminated" while there still is a disk is seen to.
         time.sleep(0.2)
         cut(vm)
 
-    monkeypatch.setattr(Vm, "_cut", cut_slowly)
+    monkeypatch.setattr(InstanceVm, "_cut", cut_slowly)
     ec2 = cloud.client()
     launched = launch(cloud, ec2, InstanceInitiatedShutdownBehavior=behaviour)
     until(ec2, launched, "running")
@@ -147,7 +149,9 @@ def test_a_guest_that_powers_itself_off(
     assert instance(ec2, launched)["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
 
 
-def test_the_port_is_open_while_a_rule_says_so(cloud: Cloud, machines: Machines, looks: list[str]) -> None:
+def test_the_port_is_open_while_a_rule_says_so(
+    cloud: Cloud, machines: VmHypervisor, looks: list[str]
+) -> None:
     ec2 = cloud.client()
     group = ec2.create_security_group(GroupName="group", Description="test")["GroupId"]
     launched = launch(cloud, ec2, SecurityGroupIds=[group])
@@ -175,7 +179,7 @@ def test_the_port_is_open_while_a_rule_says_so(cloud: Cloud, machines: Machines,
 
 def test_a_machine_that_cannot_start(
     cloud: Cloud,
-    machines: Machines,
+    machines: VmHypervisor,
     fake: Callable[..., Path],
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -188,7 +192,9 @@ def test_a_machine_that_cannot_start(
     wait(lambda: disks(tmp_path) == 0)
 
 
-def test_a_killed_machine_and_an_emptied_account(cloud: Cloud, machines: Machines, tmp_path: Path) -> None:
+def test_a_killed_machine_and_an_emptied_account(
+    cloud: Cloud, machines: VmHypervisor, tmp_path: Path
+) -> None:
     ec2 = cloud.client()
     killed, other = launch(cloud, ec2), launch(cloud, ec2)
     for each in (killed, other):
@@ -201,7 +207,7 @@ def test_a_killed_machine_and_an_emptied_account(cloud: Cloud, machines: Machine
     assert disks(tmp_path) == 0
 
 
-def test_what_a_type_has_is_what_is_told(cloud: Cloud, machines: Machines) -> None:
+def test_what_a_type_has_is_what_is_told(cloud: Cloud, machines: VmHypervisor) -> None:
     ec2 = cloud.client()
     types = ["t3.micro", "t3.small", "m6i.large"]
     told = ec2.describe_instance_types(InstanceTypes=types)["InstanceTypes"]

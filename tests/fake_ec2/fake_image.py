@@ -28,14 +28,14 @@ NEWEST = _DEBIAN[0][0]
 
 
 class Pending(Protocol):
-    """How long an image is pending; see Options."""
+    """How long an image is pending; see CloudOptions."""
 
     image_describes: int
     image_seconds: float
     image_failure: str
 
 
-class Image(Ami):
+class FakeImage(Ami):
     """moto's image, with what EC2 shows beside."""
 
     captured: bool = True
@@ -89,9 +89,9 @@ class Image(Ami):
                 self.state_reason = {"Code": "Client.InternalError", "Message": self.failure}
 
 
-def _debian(backend: Any, name: str, architecture: str, days: int) -> Image:
+def _debian(backend: Any, name: str, architecture: str, days: int) -> FakeImage:
     ebs = {"VolumeSize": BASE_GIB, "VolumeType": "gp3", "Encrypted": False, "DeleteOnTermination": True}
-    return Image(
+    return FakeImage(
         backend,
         random_ami_id(),
         name=name,
@@ -108,6 +108,6 @@ def _debian(backend: Any, name: str, architecture: str, days: int) -> Image:
     )
 
 
-def debian(backend: Any) -> list[Image]:
+def debian(backend: Any) -> list[FakeImage]:
     """Return Debian's images for a region, the newest amd64 one first."""
     return [_debian(backend, *each) for each in _DEBIAN]

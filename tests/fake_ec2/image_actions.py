@@ -11,12 +11,12 @@ from moto.core.responses import ActionResult, EmptyResult
 from moto.ec2.models import ec2_backends
 from moto.ec2.utils import random_ami_id
 
-from tests.fake_ec2.base import Base
-from tests.fake_ec2.calls import Refused
-from tests.fake_ec2.image import ROOT_DEVICE, Image
+from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.ec2_action import EC2Action
+from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
 
 
-class Images(Base):
+class ImageActions(EC2Action):
     """The actions on images."""
 
     def create_image(self) -> ActionResult:
@@ -39,7 +39,7 @@ class Images(Base):
                 "KmsKeyId": volume.kms_key_id,
             }
             mapping.append({"DeviceName": device, "Ebs": ebs})
-        image = Image(
+        image = FakeImage(
             self.ec2_backend,
             random_ami_id(),
             instance=instance,
@@ -73,7 +73,7 @@ class Images(Base):
             source = ec2_backends[self.current_account][params["SourceRegion"]].amis.get(
                 params["SourceImageId"]
             )
-            if not isinstance(source, Image):
+            if not isinstance(source, FakeImage):
                 raise _not_found([params["SourceImageId"]])
             if source.state != "available":
                 raise Refused(
@@ -83,7 +83,7 @@ class Images(Base):
             for each in mapping:
                 each["Ebs"]["Encrypted"] |= bool(params.get("Encrypted"))
                 each["Ebs"]["KmsKeyId"] = params.get("KmsKeyId")
-            image = Image(
+            image = FakeImage(
                 self.ec2_backend,
                 random_ami_id(),
                 source_ami=source,
@@ -117,7 +117,7 @@ class Images(Base):
         if gone := [each for each in ids if each.startswith("ami-") and each not in backend.amis]:
             raise _not_found(gone)
 
-        def wanted(image: Image) -> bool:
+        def wanted(image: FakeImage) -> bool:
             if ids or image.owner_id == self.current_account or self._get_param("IncludeDeprecated"):
                 return True
             return image.deprecation_time is None or image.deprecation_time > _stamp(datetime.now(UTC))
@@ -203,10 +203,10 @@ class Images(Base):
         self.own_image(self._get_param("ImageId")).deregistration_protection = "disabled"
         return ActionResult({"Return": "disabled"})
 
-    def own_image(self, image_id: str) -> Image:
+    def own_image(self, image_id: str) -> FakeImage:
         """Return an image of this account; raises Refused for any other."""
         image = self.ec2_backend.amis.get(image_id)
-        if not isinstance(image, Image):
+        if not isinstance(image, FakeImage):
             raise _not_found([image_id])
         if image.owner_id != self.current_account:
             raise Refused("AuthFailure", f"not authorized for the image '{image_id}'", 403)
@@ -219,7 +219,7 @@ class Images(Base):
                 raise Refused("InvalidAMIName.Duplicate", f"the name '{name}' is in use by {image.id}")
         return str(name)
 
-    def _add(self, image: Image) -> None:
+    def _add(self, image: FakeImage) -> None:
         tags = self.tags()
         image.add_tags(tags.get("image", {}))
         image.ebs_snapshot.add_tags(tags.get("snapshot", {}))
@@ -231,7 +231,7 @@ class Images(Base):
         self.state.made(image.id, image.ebs_snapshot.id)
 
 
-def root_of(image: Image) -> dict[str, Any]:
+def root_of(image: FakeImage) -> dict[str, Any]:
     """Return the root disk of an image."""
     return dict(next(m for m in image.mapping if m["DeviceName"] == ROOT_DEVICE)["Ebs"])
 
