@@ -107,8 +107,8 @@ def refusal(call: ApiCall, refused: Refused) -> HttpAnswer:
             f"<RequestId>{request_id}</RequestId></ErrorResponse>"
         )
     else:
-        body = json.dumps({"__type": refused.code, "message": refused.message}).encode()
+        raw = json.dumps({"__type": refused.code, "message": refused.message}).encode()
         return HttpAnswer(
-            status=refused.status, body=body, content_type="application/x-amz-json-1.1", code=refused.code
+            status=refused.status, body=raw, content_type="application/x-amz-json-1.1", code=refused.code
         )
     return HttpAnswer(status=refused.status, body=body.encode(), code=refused.code)

@@ -157,7 +157,7 @@ class CloudState:
     def once(self, scope: tuple[str, ...], params: Any, make: Callable[[], list[str]]) -> list[str]:
         """Return the ids that `make` returns, or those that it returned for the same client token.
 
-        `scope` ends in the token; without a token, each call makes a new one. Raises Refused for other parameters.
+        `scope` ends in the token; without one, each call makes new ids. Raises Refused for other parameters.
         """
         if not scope[-1]:
             return make()

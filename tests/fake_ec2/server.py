@@ -1,6 +1,6 @@
 """EC2 on loopback: moto's server behind a layer that adds what moto lacks and this project needs.
 
-Tests use it as the fixture `cloud` (conftest.py). A person can run it and set AWS_ENDPOINT_URL to its address:
+Tests use it as the fixture `cloud` (conftest.py). To use it by hand, set AWS_ENDPOINT_URL to its address:
 
     python -m tests.fake_ec2.server --port 5555 --instances base.qcow2
 
@@ -11,8 +11,8 @@ It does not emulate:
   (CloudOptions.image_describes, image_seconds); snapshots are complete as soon as they exist;
 - eventual consistency, except for new ids that describes do not find yet (CloudOptions.hidden_describes);
 - quotas of instances, addresses, images and requests; prices, except those in CloudOptions.region_prices;
-- networks: a security group only decides whether port 22 of an instance is reachable from this host; there are
-  no routes, gateways or IPv6, and every address is a loopback address of this host;
+- networks: a security group only decides whether port 22 of an instance is reachable from this host;
+  there are no routes, gateways or IPv6, and every address is a loopback address of this host;
 - volumes other than the root disk, which have no content; KMS keys, which are only names;
 - interruptions of spot instances, Session Manager's tunnels, instance refresh, fleets;
 - permissions, except of access keys given to `enforce`, and then as policy.py documents.
