@@ -1,4 +1,4 @@
-"""Settings that are right one by one and don't go together, and files that aren't there."""
+"""Settings that are valid by themselves but not together, and missing files."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ami_builder.core.units import format_size
 
 
 class Conflict(NamedTuple):
-    """Settings that don't go together, or a file that isn't there; the first key is the one to change."""
+    """Settings that conflict, or a missing file; the first key is the one to change."""
 
     keys: tuple[str, ...]
     message: str
 
 
 def find(settings: ImageSettings) -> Iterator[Conflict]:
-    """Yield what is wrong with the settings of one image as a whole, once each value by itself is right."""
+    """Yield the conflicts between the settings of one image, each of which is valid by itself."""
     base, container, verify = settings.base, settings.container, settings.verify
     if base.source is not None and "://" not in base.source:
         yield from _missing("base.source", Path(base.source))
     elif base.source is not None and base.checksum is None:
         yield Conflict(
-            ("base.checksum", "base.source"), "expected the checksum of what the URL in base.source brings"
+            ("base.checksum", "base.source"), "expected the checksum of the file at the URL in base.source"
         )
     if base.source is None and base.ssh_user != DEBIAN_USER:
         yield Conflict(
-            ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user of the Debian recipe"
+            ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user on a disk of Debian packages"
         )
     host = _registry(container.reference)
     if container.source is ContainerSource.ARCHIVE:
@@ -40,12 +40,12 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
         if host or "@" in container.reference:
             yield Conflict(
                 ("container.reference", "container.source"),
-                'expected a plain name:tag for an archive; to pull this, set container.source to "registry"',
+                'expected name:tag without a registry; to pull this, set container.source to "registry"',
             )
     elif container.reference == DEFAULT_REFERENCE:
         yield Conflict(
             ("container.reference", "container.source"),
-            "expected a reference to pull, since container.source is registry; the default is in none",
+            "expected a reference to pull, because container.source is registry",
         )
     if container.insecure_registry and (
         container.source is ContainerSource.ARCHIVE or container.insecure_registry != host
@@ -62,22 +62,22 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
     if settings.memory.reserve.bytes >= min(verify.memory):
         yield Conflict(
             ("memory.reserve", "verify.memory"),
-            f"expected less than the least of verify.memory, which is {format_size(min(verify.memory))}",
+            f"expected less than the smallest verify.memory, which is {format_size(min(verify.memory))}",
         )
     if 2 * settings.memory.nanny_headroom > min(verify.memory):
         yield Conflict(
             ("memory.nanny_headroom", "verify.memory"),
-            "expected at most half of the least of verify.memory, which is"
+            "expected at most half of the smallest verify.memory, which is"
             f" {format_size(min(verify.memory))}: the workers need the rest",
         )
     for check in verify.checks:
         yield from _missing("verify.checks", check)
     if settings.aws.kms_key and not settings.aws.encrypt:
-        yield Conflict(("aws.kms_key", "aws.encrypt"), "has no effect, since aws.encrypt is false")
+        yield Conflict(("aws.kms_key", "aws.encrypt"), "has no effect, because aws.encrypt is false")
     if settings.aws.connect is Connect.SESSION_MANAGER and not settings.aws.instance_profile:
         yield Conflict(
             ("aws.connect", "aws.instance_profile"),
-            "expected ssh, or an aws.instance_profile that lets the instance speak to Session Manager",
+            "expected ssh, or an aws.instance_profile that allows Session Manager",
         )
     yield from _regions(settings.aws)
     if settings.nightly.channel not in ("", *settings.lifecycle.channels):
@@ -90,7 +90,7 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
 def _regions(aws: AwsSettings) -> Iterator[Conflict]:
     regions = [one.region for one in aws.copy_to]
     for region in sorted({each for each in regions if regions.count(each) > 1}):
-        yield Conflict(("aws.copy_to",), f"expected each region once, but {region} is there several times")
+        yield Conflict(("aws.copy_to",), f"expected each region once, but {region} is listed several times")
     if aws.region in regions:
         yield Conflict(
             ("aws.copy_to", "aws.region"), f"has no effect: {aws.region} is where the AMI is baked"
@@ -98,16 +98,18 @@ def _regions(aws: AwsSettings) -> Iterator[Conflict]:
     partitions = {_partition(each) for each in (*regions, aws.region) if each}
     if len(partitions) > 1:
         yield Conflict(
-            ("aws.copy_to", "aws.region"), "expected regions of one partition: none is copied out of its own"
+            ("aws.copy_to", "aws.region"),
+            "expected regions of one partition: AMIs can't be copied to another",
         )
     for one in aws.copy_to:
         if one.kms_key.startswith("arn:") and one.kms_key.split(":")[3] != one.region:
             yield Conflict(
-                ("aws.copy_to",), f"expected a key of {one.region}, since no copy is encrypted with another's"
+                ("aws.copy_to",),
+                f"expected a key of {one.region}: a copy can't be encrypted with a key of another region",
             )
     if not aws.share_with:
         return
-    default = "expected nobody, since snapshots under the default key can't be shared"
+    default = "expected nobody, because snapshots encrypted with the default key can't be shared"
     if aws.encrypt and aws.kms_key in _DEFAULT_KEYS:
         yield Conflict(("aws.share_with", "aws.encrypt", "aws.kms_key"), f"{default}: set aws.kms_key")
     elif own := [
@@ -127,7 +129,7 @@ def _partition(region: str) -> str:
 
 
 def _registry(reference: str) -> str | None:
-    """Return the registry in a reference: a first part with a dot or a port, as Docker tells it apart."""
+    """Return the registry in a reference: as for Docker, a first part with a dot or a port."""
     first, slash, _ = reference.partition("/")
     return first if slash and (first == "localhost" or "." in first or ":" in first) else None
 
@@ -137,7 +139,7 @@ def _missing(key: str, path: Path, *others: str) -> Iterator[Conflict]:
         usable = path.is_file() and os.access(path, os.R_OK)
         reason = "is not a file" if path.exists() else "does not exist"
     except OSError as wrong:
-        usable, reason = False, f"can't be looked at: {wrong.strerror}"
+        usable, reason = False, f"can't be accessed: {wrong.strerror}"
     if not usable:
         reason = "can't be read" if reason == "is not a file" and path.is_file() else reason
         yield Conflict((key, *others), f"expected a file, but {path} {reason}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from ami_builder.config import conflicts
+from ami_builder.config.positions import KeyPath, dotted, key_lines, line_of
 from ami_builder.config.schema import SETTINGS, ConfigFile, Image, ImageSettings
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.system import resources
@@ -28,7 +29,6 @@ FILE_NAME = "ami-builder.toml"
 ENVIRONMENT_FILE = "AMI_BUILDER_CONFIG"
 ENVIRONMENT_PREFIX = "AMI_BUILDER_"
 FLAG = "--set"
-KeyPath: TypeAlias = tuple[str | int, ...]
 _TOP = tuple(field.name for field in fields(ConfigFile))
 _TABLES = tuple(field.name for field in fields(ImageSettings))
 _VARIABLES: Mapping[str, str] = {
@@ -126,7 +126,7 @@ def load(
     mistakes = _Mistakes()
 
     def in_file(*path: str | int) -> _Origin:
-        return _Origin(f"{short}:{_line_of(lines, path)}", dotted(path))
+        return _Origin(f"{short}:{line_of(lines, path)}", dotted(path))
 
     names = raw.get("images", {})
     if names == {}:
@@ -180,54 +180,6 @@ def overrides_from(items: Iterable[str]) -> dict[str, str]:
             )
         pairs[key.strip()] = value
     return pairs
-
-
-def dotted(path: KeyPath) -> str:
-    """Return a path as TOML writes it, with the number of a list's item from 0."""
-    text = ""
-    for part in path:
-        bare = isinstance(part, str) and re.fullmatch(r"[A-Za-z0-9_-]+", part)
-        text += f"[{part}]" if isinstance(part, int) else f".{part if bare else json.dumps(part)}"
-    return text.removeprefix(".")
-
-
-def key_lines(text: str) -> dict[KeyPath, int]:
-    """Return the line, from 1, of every table and key in valid TOML; a key's line is where it begins.
-
-    tomllib does not report lines, so each statement is parsed by itself: its lines, until they are valid.
-    """
-    lines: dict[KeyPath, int] = {}
-    table: KeyPath = ()
-    statement, first = "", 1
-    for number, line in enumerate(text.split("\n"), 1):
-        statement += line + "\n"
-        try:
-            found = tomllib.loads(statement)
-        except tomllib.TOMLDecodeError:
-            continue
-        paths = list(_paths(found))
-        if statement.lstrip().startswith("["):
-            table = max(paths, key=len)
-        else:
-            paths = [(*table, *path) for path in paths]
-        for path in paths:
-            lines.setdefault(path, first)
-        statement, first = "", number + 1
-    return lines
-
-
-def _paths(value: object) -> Iterator[KeyPath]:
-    if isinstance(value, list) and value == [{}]:  # of [[a table]]
-        value = {}
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield (key,)
-            yield from ((key, *path) for path in _paths(inner))
-
-
-def _line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
-    """Return the line of `path`, or of the innermost table around it that the file has; 1 without any."""
-    return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
 
 
 def _read(file: Path, why: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:

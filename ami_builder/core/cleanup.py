@@ -1,4 +1,4 @@
-"""Which finished images may go: a pure plan in which every image, kept or deleted, has its reason."""
+"""Which finished images can be deleted: a plan with a reason for every image, kept or deleted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class Action(StrEnum):
-    """What is to happen to an image."""
+    """What a plan does with an image or a resource."""
 
     KEEP = "keep"
     DEPRECATE = "deprecate"
@@ -19,44 +19,44 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionPolicy:
-    """What an image must have behind it before it may go."""
+    """When an image can be deleted."""
 
     keep: int
-    """How many of the newest stay: of those that stood in each channel, and that stood in none."""
+    """How many of the newest are kept, of each channel and of those that were in none."""
     young: timedelta
-    """Whatever is younger stays."""
+    """Younger images are kept."""
     grace: timedelta
-    """How long an image is deprecated before it is deleted; zero: it is deleted at once."""
+    """How long an image is deprecated before it is deleted; zero: deleted at once."""
     most: int
-    """How many images one run deletes, and how many it deprecates."""
+    """How many images one run deletes at most, and how many it deprecates."""
     size: int = 0
-    """Nothing goes while all images together are no larger, in bytes; 0: that does not matter."""
+    """Nothing is deleted while all images together are no larger, in bytes; 0: no such limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One image that there is, and what it tells of itself."""
+    """One existing image, and what is known about it."""
 
     id: str
     image: str
-    """The name that it was built under; those of one name are counted together."""
+    """Its name in ami-builder.toml; images of one name are counted together."""
     created: datetime | None
-    """None where that is not known."""
+    """None if unknown."""
     ours: bool = True
-    """It belongs to this account, and carries our tag."""
+    """Whether it belongs to this account and has our tag."""
     finished: bool = True
     region: str = ""
-    """Where it is; empty for this machine."""
+    """Where it is; empty for this host."""
     size: int = 0
     channels: frozenset[str] = frozenset()
-    """Where it stands or has stood."""
+    """The channels that it is or was current in."""
     revoked: bool = False
     shared: str = ""
-    """Whom it is shared with, in words; empty for nobody."""
+    """Who it is shared with, in words; empty for nobody."""
     protected: str = ""
     """What protects it, in words; empty for nothing."""
     deprecated: datetime | None = None
-    """Since when it is."""
+    """Since when."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One image, and what is to happen to it."""
+    """What happens to one image, and why."""
 
     candidate: Candidate
     action: Action
@@ -80,9 +80,9 @@ class Decision:
 def plan(
     images: Sequence[Candidate], references: Iterable[Reference], policy: RetentionPolicy, now: datetime
 ) -> tuple[Decision, ...]:
-    """Decide about every image, the oldest first; in doubt it stays.
+    """Return a decision for every image, the oldest first; if in doubt the image is kept.
 
-    `references` must be all that there are: when some could not be read, there must be no plan.
+    `references` must be complete: if some could not be read, do not plan.
     """
     used: dict[str, str] = {}
     uses: dict[str, int] = defaultdict(int)
@@ -103,7 +103,7 @@ def plan(
             reason = "all images together are no larger than allowed"
         if not reason:
             action, reason = _retired(one, policy, now)
-            # What is on its way out counts as gone, or every run would retire more.
+            # An image that is deprecated counts as deleted, or every run would deprecate more.
             excess = excess - one.size if excess is not None else None
         if action is not Action.KEEP and done[action] >= policy.most:
             reason = f"a later run {action}s it: this one {action}s {policy.most} at most"
@@ -117,7 +117,7 @@ _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 def _newest(ordered: Sequence[Candidate], keep: int) -> dict[str, str]:
-    """Return why the newest of each group stay; what was revoked, or is no image of ours, takes no place."""
+    """Return why the newest of each group are kept; revoked and foreign images do not count."""
     counts: dict[tuple[str, str], int] = defaultdict(int)
     reasons: dict[str, str] = {}
     for one in reversed(ordered):
@@ -127,7 +127,7 @@ def _newest(ordered: Sequence[Candidate], keep: int) -> dict[str, str]:
             group = (one.image, channel)
             if counts[group] < keep:
                 counts[group] += 1
-                where = f"of channel {channel}" if channel else "that stood in no channel"
+                where = f"of channel {channel}" if channel else "of those in no channel"
                 reasons.setdefault(one.id, f"among the newest {keep} {where}")
     return reasons
 
@@ -136,26 +136,26 @@ _NO_CHANNEL = frozenset({""})
 
 
 def _needed(one: Candidate, by: str, newest: str, policy: RetentionPolicy, now: datetime) -> str:
-    """Return why an image stays, or nothing."""
+    """Return why an image is kept, or nothing."""
     if not one.ours:
         return "not ours"
     if by:
         return by
     if not one.finished:
-        return "not finished: `ami-builder gc` decides about it"
+        return "not finished: `ami-builder gc` handles it"
     if one.protected or one.shared:
         return one.protected or one.shared
     if one.created is None:
         return "its age is unknown"
     if one.created > now:
-        return "made in the future: a clock is wrong"
+        return "created in the future: a clock is wrong"
     if now - one.created < policy.young:
         return f"younger than {_days(policy.young)}"
     return newest
 
 
 def _retired(one: Candidate, policy: RetentionPolicy, now: datetime) -> tuple[Action, str]:
-    assert one.created is not None, "what has no age is kept"
+    assert one.created is not None, "images of unknown age are kept"
     why = "revoked" if one.revoked else f"{_days(now - one.created)} old, and nothing needs it"
     if not policy.grace:
         return Action.DELETE, why

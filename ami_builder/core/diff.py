@@ -1,4 +1,4 @@
-"""How two images differ: pure, from what is recorded about each."""
+"""How two images differ, by what is recorded about each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class Unit(StrEnum):
-    """What a quantity is counted in."""
+    """The unit of a quantity."""
 
     BYTES = "bytes"
     SECONDS = "seconds"
@@ -17,18 +17,18 @@ class Unit(StrEnum):
 
 
 class Quantity(StrEnum):
-    """What was measured, and so in which unit."""
+    """What was measured."""
 
     SIZE = "size"
-    """Of the image, in bytes."""
+    """Of the image."""
     AVAILABLE = "available memory at boot"
     """In bytes, for each machine."""
     BOOT = "CPU time to boot"
-    """Of the first boot, until a worker was registered, in multiples of the control; for each machine."""
+    """Of the first boot until a worker was registered, in multiples of the control, for each machine."""
     SSH = "seconds to ssh"
     """Of the first boot, for each machine."""
     DASK = "seconds to Dask"
-    """Likewise."""
+    """Of the first boot, for each machine."""
     TIME = "time"
     """Of each step of its run, in seconds."""
 
@@ -49,7 +49,7 @@ class Side:
     """What is recorded about one image."""
 
     packages: Mapping[str, str] | None
-    """Name -> version; the container among them. None when no list was kept."""
+    """Name -> version, with the container. None if no list was kept."""
     size: int
     available: Mapping[str, int] = field(default_factory=dict)
     """Machine -> AVAILABLE_MEMORY_FOR_DASK on its first boot."""
@@ -65,7 +65,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageChange:
-    """A package whose version differs; None where it is missing."""
+    """A package whose version differs; None if it is not there."""
 
     name: str
     before: str | None
@@ -74,7 +74,7 @@ class PackageChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantityChange:
-    """One quantity on both sides; None where it was not measured."""
+    """One quantity of both images; None if it was not measured."""
 
     quantity: Quantity
     name: str
@@ -84,7 +84,7 @@ class QuantityChange:
 
     @property
     def change(self) -> float | None:
-        """The relative change: 0.01 for one percent more; None where it can't be told."""
+        """The relative change: 0.01 for one percent more; None if unknown."""
         if self.before is None or self.after is None or not self.before:
             return None
         return self.after / self.before - 1
@@ -92,10 +92,10 @@ class QuantityChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """What moved between two images, and every quantity of either."""
+    """The packages that differ between two images, and every quantity of either."""
 
     packages: tuple[PackageChange, ...] | None
-    """None when either has no list."""
+    """None if either image has no list."""
     measured: tuple[QuantityChange, ...]
 
 
@@ -118,7 +118,7 @@ def compare(before: Side, after: Side) -> Difference:
 
 
 def read_packages(lines: Iterable[str]) -> dict[str, str]:
-    """Return name -> version from lines `name=version`; several versions of one name stand side by side."""
+    """Return name -> version from lines `name=version`; several versions of a name are joined."""
     found: dict[str, set[str]] = {}
     for line in lines:
         name, equals, version = line.strip().rpartition("=")
@@ -128,7 +128,7 @@ def read_packages(lines: Iterable[str]) -> dict[str, str]:
 
 
 def multiple(value: float) -> str:
-    """Return multiples of the control as people read them: `51.33 x control`."""
+    """Return multiples of the control as `51.33 x control`."""
     return f"{value:.2f} x control"
 
 

@@ -1,4 +1,4 @@
-"""Exceptions that carry what a person does next and the exit code that a program reads."""
+"""Exceptions with what the user can do next and an exit code, and suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 
 class AmiBuilderError(Exception):
-    """A failure with a message, an optional hint on what to do next, and the log that tells more."""
+    """A failure with a message, an optional hint on what to do next, and a log with details."""
 
     exit_code: ClassVar[int] = 1
 
@@ -46,7 +46,7 @@ class BuildFailed(AmiBuilderError):
 
 
 class ChecksFailed(AmiBuilderError):
-    """The machine was up and the checks ran, but not all of them passed."""
+    """The machine booted and the checks ran, but not all of them passed."""
 
     exit_code = 5
 
@@ -58,7 +58,7 @@ class CloudFailed(AmiBuilderError):
 
 
 class TimedOut(AmiBuilderError):
-    """Something did not happen within its bound."""
+    """Something did not happen within its time limit."""
 
     exit_code = 7
 
@@ -70,7 +70,7 @@ class Locked(AmiBuilderError):
 
 
 class OnHold(AmiBuilderError):
-    """What was built drifted too far from what is promoted; a person decides."""
+    """The new image differs too much from the current one: a person decides."""
 
     exit_code = 9
 
@@ -82,9 +82,9 @@ class Inconclusive(AmiBuilderError):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: everything that was started has been ended.
+    """Ctrl-C or SIGTERM: everything that was started was stopped.
 
-    Not an Exception, or what retries and passes over errors (botocore for one) would swallow it.
+    Not an Exception, because code that retries after errors, such as botocore's, would swallow it.
     """
 
     exit_code: ClassVar[int] = 130
@@ -98,7 +98,7 @@ class Interrupted(BaseException):
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option that was most likely meant by `word`, or None when nothing is near."""
+    """Return the option that is nearest to `word`, or None if none is near."""
     from difflib import get_close_matches
 
     plain = {_plain(option): option for option in options}

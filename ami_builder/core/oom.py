@@ -1,7 +1,7 @@
-"""What a machine's answer to memory pressure tells: pure; sizes are bytes, times seconds.
+"""What a machine does when it runs out of memory. Sizes are bytes, times seconds.
 
-Whom the kernel killed and because of whose limit, whether the machine answered in time, and from which limit
-on the nanny comes before the kernel.
+Which processes the kernel killed and because of which limit, whether the machine stayed responsive, and from
+which limit on the nanny restarts a worker before the kernel kills it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ TERMINATE = 0.95
 """The part of a worker's limit at which its nanny restarts it (distributed.worker.memory.terminate)."""
 
 _MARK = "oom-kill:constraint="
-# Linux, mm/oom_kill.c, dump_oom_summary, and mm/memcontrol.c, mem_cgroup_print_oom_context. A task's name may
-# have anything in it, so what follows it is found from the end. Before it stands the time, as
-# `journalctl -o short-unix` or `dmesg` write it.
+# Linux, mm/oom_kill.c, dump_oom_summary, and mm/memcontrol.c, mem_cgroup_print_oom_context. A task's name can
+# contain anything, so what follows it is matched from the end. The time at the start of the line is that of
+# `journalctl -o short-unix` or `dmesg`.
 _LINE = re.compile(
     r"^(?:<\d+>)?(?:\[ *(?P<uptime>\d+\.\d+)\]|(?P<unix>\d+\.\d+) ).*?"
     rf"{_MARK}(?P<constraint>CONSTRAINT_[A-Z_]+),.*?"
@@ -27,23 +27,23 @@ _LINE = re.compile(
 
 
 class Constraint(StrEnum):
-    """Whose memory was at its end when the kernel killed."""
+    """Which memory was exhausted when the kernel killed a process."""
 
     GLOBAL = "global"
-    """The machine's: also when a NUMA policy or a cpuset kept a task from the rest of it."""
+    """The machine's (system-wide), also if a NUMA policy or a cpuset kept a task from part of it."""
     MEMCG = "memcg"
     """A cgroup's, at its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
-    """One process that the kernel killed for want of memory."""
+    """One process that the kernel's OOM killer killed."""
 
     seconds: float
-    """Since 1970 by `journalctl -o short-unix`, since the boot by `dmesg`."""
+    """Since 1970 with `journalctl -o short-unix`, since the boot with `dmesg`."""
     constraint: Constraint
     oom_memcg: str
-    """Path of the cgroup whose limit was reached; empty when it was the machine's memory."""
+    """Path of the cgroup whose limit was reached; empty for a system-wide kill."""
     task_memcg: str
     """Path of the cgroup that the process was in."""
     task: str
@@ -51,7 +51,7 @@ class Kill:
     pid: int
 
     def inside(self, memcg: str) -> bool:
-        """Tell whether it was the limit of this cgroup, or of one in it, that a process in there died of."""
+        """Return whether the limit of this cgroup, or of one in it, killed a process in it."""
         paths = (self.oom_memcg, self.task_memcg)
         return self.constraint is Constraint.MEMCG and all(
             path == memcg or path.startswith(memcg.rstrip("/") + "/") for path in paths
@@ -59,10 +59,10 @@ class Kill:
 
 
 def kills(log: str) -> tuple[Kill, ...]:
-    """Return whom the kernel killed for want of memory, by its log in the order of its lines.
+    """Return the OOM kills in the kernel's log, in the order of its lines.
 
-    The log is `journalctl -k -o short-unix`, or `dmesg`. Lines about anything else are passed over; raises
-    ValueError for one that tells of a kill and can't be read, since nothing may pass for "nobody was killed".
+    The log is that of `journalctl -k -o short-unix` or `dmesg`. Raises ValueError for a line about a kill
+    that can't be parsed, so that no kill is missed.
     """
     return tuple(_kill(line) for line in log.splitlines() if _MARK in line)
 
@@ -70,7 +70,7 @@ def kills(log: str) -> tuple[Kill, ...]:
 def _kill(line: str) -> Kill:
     found = _LINE.match(line)
     if found is None:
-        raise ValueError(f"the kernel's line can't be read: {line.strip()[:300]}")
+        raise ValueError(f"can't parse the kernel's line: {line.strip()[:300]}")
     memcg = found["constraint"] == "CONSTRAINT_MEMCG"
     return Kill(
         seconds=float(found["uptime"] or found["unix"]),
@@ -84,47 +84,46 @@ def _kill(line: str) -> Kill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """How long somebody waited for a machine to answer."""
+    """How long a machine took to respond."""
 
     seconds: float
     denied: float = 0.0
-    """For how much of that the host kept the machine from running."""
+    """How much of that was CPU steal: the host did not run the machine."""
 
     @property
     def own(self) -> float:
-        """The part of it that the machine itself is answerable for."""
+        """The part without CPU steal."""
         return max(0.0, self.seconds - self.denied)
 
 
 class Answers(StrEnum):
-    """How a machine answers under pressure, compared with the same machine at rest."""
+    """How a machine responds under pressure, compared with the same machine at rest."""
 
     IN_TIME = "in time"
     LATE = "late"
     UNKNOWN = "unknown"
-    """The host was too busy to tell."""
+    """The host was too busy for a result."""
 
 
 LEAST_ALLOWED = 10.0
-"""A wait of so many seconds is allowed on any host; a frozen machine keeps one waiting for minutes."""
+"""A wait of so many seconds is allowed on any host; an unresponsive machine takes minutes."""
 TIMES_ALLOWED = 5.0
-"""And so many times what it takes at rest: the same work beside a container that uses all its processors."""
+"""A wait of so many times the wait at rest is allowed: a container can use all processors."""
 MOST_AT_REST = 20.0
-"""Where a machine takes longer at rest, a wait over the bound says nothing about pressure."""
+"""If a machine takes longer at rest, a wait over the bound says nothing about pressure."""
 MOST_DENIED = 0.75
-"""Where the host keeps the machine from running for more of a wait than this, the wait says nothing."""
+"""If CPU steal is more of a wait than this, the wait says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """The longest wait under pressure beside what is usual at rest."""
+    """The longest wait under pressure and the median wait at rest."""
 
     answers: Answers
     longest: Wait
     rest: Wait
-    """The median."""
     allowed: float
-    """How many seconds of its own the longest may have."""
+    """The bound in seconds without CPU steal."""
 
     def __str__(self) -> str:
         """Return both, and the bound, in one line."""
@@ -134,14 +133,14 @@ class Compared:
             f" allowed {TIMES_ALLOWED:.0f} x or {LEAST_ALLOWED:.0f} s"
         )
         if self.longest.denied >= 0.1:
-            text += f" (not counted: {self.longest.denied:.1f} s in which the host did not run the machine)"
+            text += f" (not counted: {self.longest.denied:.1f} s of CPU steal)"
         return text
 
 
 def compare(rest: Iterable[Wait], under: Iterable[Wait]) -> Compared:
-    """Compare waits under pressure with those at rest, each without what the host denied the machine.
+    """Compare waits under pressure with those at rest, without CPU steal.
 
-    Raises ValueError when there are none of either.
+    Raises ValueError if either is empty.
     """
     resting, waits = sorted(rest, key=lambda wait: wait.own), list(under)
     if not resting or not waits:
@@ -156,17 +155,17 @@ def compare(rest: Iterable[Wait], under: Iterable[Wait]) -> Compared:
 
 
 def room(limit: int, *, beside: int, headroom: int = 0, terminate: float = TERMINATE) -> int:
-    """Return how much a container may still take when its worker has reached what the nanny restarts it at.
+    """Return how much memory a container has left when the nanny restarts its worker.
 
-    `limit` is the container's, `beside` what all else in it holds (nanny, scheduler), and `headroom` how much
-    less than the container's limit the workers' own limits add up to. Below 0 the kernel comes first; above,
-    the nanny does if the worker does not grow by more than this between two of its looks (100 ms).
+    `limit` is the container's, `beside` what everything else in it uses (nanny, scheduler), and `headroom`
+    how much less than the container's limit the workers' own limits add up to. Below 0 the kernel comes
+    first; above, the nanny does, if the worker grows by less than this between two of its checks (100 ms).
     """
     return limit - beside - math.ceil(terminate * (limit - headroom))
 
 
 def smallest_limit(*, beside: int, headroom: int = 0, terminate: float = TERMINATE) -> int:
-    """Return the smallest container limit at which the nanny comes before the kernel: `room` is 0 there."""
+    """Return the smallest container limit at which the nanny comes before the kernel, where `room` is 0."""
     return max(0, math.ceil((beside - terminate * headroom) / (1 - terminate)))
 
 

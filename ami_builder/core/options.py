@@ -37,16 +37,16 @@ class Network(StrEnum):
 
 
 class ContainerNetwork(StrEnum):
-    """What Docker prepares at boot for the network of containers."""
+    """What Docker sets up at boot for the network of containers."""
 
     HOST = "host"
     """Nothing: containers use the machine's own network."""
     BRIDGE = "bridge"
-    """Its own bridge and firewall rules, which most of its time to start goes into."""
+    """Its own bridge and firewall rules, which take most of its time to start."""
 
 
 class ContainerSource(StrEnum):
-    """Where the Dask container comes from."""
+    """The origin of the Dask container."""
 
     ARCHIVE = "archive"
     REGISTRY = "registry"

@@ -1,4 +1,4 @@
-"""What of ours stands in an account, and what of it may go: a pure plan with a reason for every thing."""
+"""Which resources of interrupted runs can be deleted: a plan with a reason for every resource."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ami_builder.core.cleanup import Action
 
 
 class Resource(StrEnum):
-    """What of ours can stand in an account."""
+    """The kinds of resources that ami-builder creates in an account."""
 
     INSTANCE = "instance"
     LAUNCH_TEMPLATE = "launch-template"
@@ -22,10 +22,10 @@ class Resource(StrEnum):
 
 
 MARGIN = timedelta(hours=1)
-"""Beyond an instance's lifetime: how long the machine of another may still need what it made."""
+"""How much longer than an instance's lifetime another host can need the resources of its run."""
 
 COPYING = timedelta(hours=2)
-"""How long a copy to another region may take."""
+"""How long a copy to another region can take."""
 
 ORDER = (
     Resource.INSTANCE,
@@ -35,11 +35,11 @@ ORDER = (
     Resource.SNAPSHOT,
     Resource.SECURITY_GROUP,
 )
-"""What uses another goes first."""
+"""The order of deletion: users of a resource before the resource."""
 
 
 class RunState(StrEnum):
-    """What this machine knows of a run."""
+    """What this host knows about a run."""
 
     LIVE = "live"
     ENDED = "ended"
@@ -47,7 +47,7 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundResource:
-    """One thing in an account that carries our tag, or stands in a ledger of ours."""
+    """One resource that has our tag or is in a ledger of this host."""
 
     kind: Resource
     id: str
@@ -55,20 +55,20 @@ class FoundResource:
     run_id: str
     name: str = ""
     created: datetime | None = None
-    """None where the account does not tell."""
+    """None if unknown."""
     finished: bool = False
-    """An AMI that was completed: it is what runs are for."""
+    """A completed AMI: the result of a run."""
     image: str = ""
     """The AMI that a snapshot belongs to."""
     used_by: str = ""
-    """Something that is not ours and uses it."""
+    """A foreign resource that uses it."""
     copied: bool = False
-    """It is a copy from another region: its run has ended, and whoever copies it may still be at work."""
+    """A copy from another region: its run has ended, but the copy can still be in progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
-    """One thing, and what is to happen to it."""
+    """What happens to one resource, and why."""
 
     found: FoundResource
     action: Action
@@ -78,11 +78,11 @@ class Orphan:
 def plan(
     found: Sequence[FoundResource], runs: Mapping[str, RunState], now: datetime, lifetime: float
 ) -> tuple[Orphan, ...]:
-    """Decide about everything that was found, in the order in which it can be deleted.
+    """Return a decision for every resource, in the order of deletion.
 
-    `runs` are those that this machine knows; what belongs to none of them was made by another machine, which
-    may still be at work: it stays until it is older than `lifetime` (seconds) and a margin. In doubt a thing
-    stays.
+    `runs` are those that this host knows. Resources of other runs belong to other hosts, which can still be
+    using them: they are kept until they are older than `lifetime` (seconds) and a margin. If in doubt a
+    resource is kept.
     """
     kept_images = {
         one.id: reason
@@ -106,20 +106,20 @@ def _decide(
     if one.finished:
         return Action.KEEP, "a finished image"
     if one.used_by:
-        return Action.KEEP, f"{one.used_by}, which is not ours, uses it"
-    subject = "it is a copy" if one.copied else f"run {one.run_id} is another machine's"
+        return Action.KEEP, f"used by {one.used_by}, which is not ours"
+    subject = "it is a copy" if one.copied else f"run {one.run_id} is another host's"
     state = None if one.copied else runs.get(one.run_id)
     if state is RunState.LIVE:
-        return Action.KEEP, f"run {one.run_id} is still going"
+        return Action.KEEP, f"run {one.run_id} is still running"
     if state is RunState.ENDED:
         return Action.DELETE, f"run {one.run_id} has ended"
     if one.created is None:
         return Action.KEEP, f"{subject}, and its age is unknown"
-    going = max(timedelta(seconds=lifetime), COPYING) if one.copied else timedelta(seconds=lifetime)
-    age, allowed = now - one.created, going + MARGIN
+    running = max(timedelta(seconds=lifetime), COPYING) if one.copied else timedelta(seconds=lifetime)
+    age, allowed = now - one.created, running + MARGIN
     if age <= allowed:
-        return Action.KEEP, f"{subject}, and may be going still ({_hours(age)})"
-    return Action.DELETE, f"{subject}, and too old to be going ({_hours(age)})"
+        return Action.KEEP, f"{subject}, and can still be running ({_hours(age)})"
+    return Action.DELETE, f"{subject}, and too old to be running ({_hours(age)})"
 
 
 def _hours(age: timedelta) -> str:

@@ -1,4 +1,4 @@
-"""The words of the field as frozen values; sizes are bytes and durations seconds."""
+"""What a run records: artifacts, results, verdicts, steps. Sizes are bytes, durations seconds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 
 FIRST_BOOT = "boot"
-"""The phase in which the checks of a first boot run as well, and whose measurements compare."""
+"""The phase that includes the checks of a first boot; its measurements are compared between images."""
 
 PRESSURE = "pressure"
-"""The phase in which a machine that is up runs out of memory, and only the checks of that run."""
+"""The phase in which the machine runs out of memory, with its own checks."""
 
 
 class TargetKind(StrEnum):
@@ -31,7 +31,7 @@ class Artifact:
     location: str
     """A path, or an AMI id."""
     digest: str
-    """sha256 over everything that went in."""
+    """sha256 of all inputs."""
     created: datetime
     run_id: str
     size: int
@@ -41,7 +41,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A booted machine, wherever it runs, as ssh reaches it."""
+    """How ssh reaches a booted machine."""
 
     address: str
     port: int
@@ -50,7 +50,7 @@ class Endpoint:
     ports: Mapping[int, int]
     """Port inside the machine -> port at `address` that reaches it."""
     proxy_command: str = ""
-    """What ssh connects through instead of the network, as its ProxyCommand; empty for none."""
+    """ssh's ProxyCommand; empty for none."""
 
 
 class Outcome(StrEnum):
@@ -59,7 +59,7 @@ class Outcome(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     INCONCLUSIVE = "inconclusive"
-    """The host was too busy to tell; it says nothing of the image."""
+    """The host was too busy for a result: it says nothing about the image."""
     SKIPPED = "skipped"
 
 
@@ -71,16 +71,16 @@ class CheckResult:
     phase: str
     """`boot`, `restart`, `reboot` or `pressure`."""
     machine: str
-    """Which machine: its memory (`2 GiB`), or its instance type."""
+    """Its memory (`2 GiB`) or its instance type."""
     outcome: Outcome
     seconds: float
     message: str
-    """What is wrong, or why it was skipped or is inconclusive; of a check that passed what it noted."""
+    """What failed, why it was skipped or is inconclusive, or what a passed check noted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What one start of one machine measured."""
+    """What was measured on one start of one machine."""
 
     machine: str
     phase: str
@@ -89,23 +89,18 @@ class Measurement:
     available: int
     """AVAILABLE_MEMORY_FOR_DASK."""
     ssh_seconds: float | None = None
-    """From the start, or from the call to reboot, until a login by ssh; None where nothing booted."""
+    """From the start or the call to reboot until a login by ssh; None if nothing booted."""
     dask_seconds: float | None = None
-    """From the same start until Dask answered on a system that was up; None when that was not seen."""
+    """From the same start until Dask answered; None if that was not observed."""
     cpu_seconds: float | None = None
-    """CPU seconds that the machine used from power-on or the call to reboot until a worker was registered.
-
-    QEMU's own on this host; on EC2 the guest's, from /proc/stat.
-    """
+    """CPU seconds from power-on or the call to reboot until a worker was registered: QEMU's on this host, on
+    EC2 the guest's from /proc/stat."""
     control_seconds: float | None = None
-    """CPU seconds of a fixed piece of work on the same machine at rest, right after."""
+    """CPU seconds of a fixed piece of work on the same machine at rest, right afterwards."""
 
     @property
     def boot_ratio(self) -> float | None:
-        """The boot's CPU seconds in multiples of the control's; None without either.
-
-        It depends neither on how fast the host is nor on how busy.
-        """
+        """The boot's CPU seconds divided by the control's, so that hosts compare; None without them."""
         if self.cpu_seconds is None or not self.control_seconds:
             return None
         return self.cpu_seconds / self.control_seconds
@@ -113,7 +108,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether an image holds its promise, bound to the digest of what was proved."""
+    """The result of verifying an image, bound to the digest of its inputs."""
 
     digest: str
     checks_digest: str
@@ -122,17 +117,17 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """True when something ran, and all that ran passed."""
+        """True if checks ran and all of them passed."""
         return self.outcome is Outcome.PASSED
 
     @property
     def inconclusive(self) -> bool:
-        """True when nothing failed, and the host was too busy to judge something."""
+        """True if no check failed, but the host was too busy for some."""
         return self.outcome is Outcome.INCONCLUSIVE
 
     @property
     def outcome(self) -> Outcome:
-        """Passed, failed or inconclusive; when nothing ran, failed."""
+        """Passed, failed or inconclusive; failed if no check ran."""
         ran = {result.outcome for result in self.results} - {Outcome.SKIPPED}
         if not ran or Outcome.FAILED in ran:
             return Outcome.FAILED
@@ -140,13 +135,13 @@ class Verdict:
 
 
 class RunStatus(StrEnum):
-    """Where a run stands."""
+    """The state of a run."""
 
     RUNNING = "running"
     PASSED = "passed"
     FAILED = "failed"
     INCONCLUSIVE = "inconclusive"
-    """Nothing failed, but the host was too busy to judge the image."""
+    """Nothing failed, but the host was too busy to verify the image."""
     INTERRUPTED = "interrupted"
 
 
@@ -159,12 +154,12 @@ class StepRecord:
     status: RunStatus
     detail: str = ""
     began: float = 0.0
-    """In seconds after the first step did."""
+    """Seconds after the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What one run did, as it stands in its run directory."""
+    """What one run did, as saved in its run directory."""
 
     run_id: str
     command: str
@@ -179,7 +174,7 @@ class RunRecord:
 
 
 class State(StrEnum):
-    """How one point of the check ended."""
+    """The result of one preflight check."""
 
     OK = "ok"
     NOTE = "note"
@@ -188,7 +183,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One point: what was looked at, what was found, what to do."""
+    """One preflight check: what was checked, what was found, what to do."""
 
     name: str
     state: State
@@ -198,36 +193,36 @@ class Finding:
 
 
 class NightlyStatus(StrEnum):
-    """How a night ended, in all or in one place."""
+    """The result of a nightly run, overall or in one region."""
 
     UNCHANGED = "unchanged"
-    """What stands in the channel was made of the same inputs: nothing was built."""
+    """The current image has the same inputs: nothing was built."""
     PROMOTED = "promoted"
     HELD = "held"
-    """Verified, but it drifted from the image in the channel: a person decides."""
+    """Verified, but too different from the current image: a person decides."""
     INCONCLUSIVE = "inconclusive"
-    """The host was too busy to judge the image: the channel stays, and the next run verifies it again."""
+    """The host was too busy to verify the image: the next run verifies it again."""
     FAILED = "failed"
     PARTLY = "partly"
-    """Promoted in some places, failed in others."""
+    """Promoted in some regions, failed in others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionResult:
-    """What became of the image in one place."""
+    """The result of a nightly run in one region."""
 
     place: str
-    """`this machine`, or the region."""
+    """`this machine` or the region."""
     id: str
-    """The image's id there: a digest, or an AMI's id; empty when it never got there."""
+    """The image's digest or AMI id there; empty if it did not get there."""
     ending: NightlyStatus
     text: str
-    """What happened, or why not."""
+    """What happened, or why nothing did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NightlyRun:
-    """One night of one image on one target."""
+    """One nightly run of one image on one target."""
 
     id: str
     image: str
@@ -235,21 +230,21 @@ class NightlyRun:
     channel: str
     started: datetime
     ended: datetime | None
-    """None while it is going, or when it was killed."""
+    """None while it runs, or if it was killed."""
     ending: NightlyStatus
     digest: str
-    """Of everything that went in; empty when the inputs could not be resolved."""
+    """Of all inputs; empty if they could not be resolved."""
     before: str
-    """The id of what stood in the channel; empty when nothing did."""
+    """The id of the image that was current; empty if none was."""
     location: str
-    """The new image: a path, or an AMI's id; empty when there is none."""
+    """The new image: a path or an AMI id; empty if there is none."""
     places: tuple[RegionResult, ...] = ()
     drifts: tuple[str, ...] = ()
-    """What held the promotion, one line each."""
+    """Why the promotion is on hold, one line each."""
     moved: tuple[str, ...] = ()
     """The packages whose versions changed, one line each."""
     not_compared: tuple[str, ...] = ()
-    """What the gate could not look at, one line each."""
+    """What could not be compared, one line each."""
     retired: tuple[str, ...] = ()
     """What was deprecated or deleted, one line each."""
     error: str = ""

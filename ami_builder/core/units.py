@@ -1,4 +1,4 @@
-"""How people write values: sizes, percentages, durations, and words that are nearly right."""
+"""Sizes, percentages and durations, as text and as numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
-# Only binary units: GB is 10^9 bytes for Dask and 2^30 for Docker, so it is refused rather than guessed.
+# Only binary units: GB means 10^9 bytes to Dask and 2^30 to Docker.
 _SIZES: Mapping[str, int] = {"TiB": TIB, "GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
 _DURATIONS: Mapping[str, int] = {"h": 3600, "min": 60, "s": 1}
 _SIZE_LIMIT = 2**60
@@ -29,14 +29,14 @@ _DURATION = "a duration such as 10min, 300s or 1h, or a number of seconds"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Memory that stays with the system: an amount in bytes, or a percentage of what is available."""
+    """Memory that is left to the system: an amount in bytes, or a percentage of what is available."""
 
     bytes: int = 0
     percent: float = 0.0
 
 
 def parse_size(value: object) -> int:
-    """Return bytes from `2GiB`, `512MiB` or a whole number; raises ValueError telling what was expected."""
+    """Return bytes from `2GiB`, `512MiB` or a whole number; raises ValueError with what is expected."""
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     elif isinstance(value, str) and re.fullmatch(SIZE_PATTERN, value) and "\n" not in value:
@@ -59,7 +59,7 @@ def format_size(size: int) -> str:
 
 
 def parse_reserve(value: object) -> Reserve:
-    """Return a reserve from `5%`, `256MiB` or bytes; raises ValueError telling what was expected."""
+    """Return a reserve from `5%`, `256MiB` or bytes; raises ValueError with what is expected."""
     if isinstance(value, str) and value.endswith("%"):
         if not re.fullmatch(PERCENT_PATTERN, value):
             raise ValueError("expected a percentage from 0% to less than 100%, with at most two decimals")
@@ -79,7 +79,7 @@ def format_reserve(reserve: Reserve) -> str:
 
 
 def parse_duration(value: object) -> float:
-    """Return seconds from `10min`, `300s`, `1h` or a number; raises ValueError telling what was expected."""
+    """Return seconds from `10min`, `300s`, `1h` or a number; raises ValueError with what is expected."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value) if abs(value) <= _DURATION_LIMIT else math.inf
     elif isinstance(value, str) and re.fullmatch(DURATION_PATTERN, value) and "\n" not in value:

@@ -1,4 +1,4 @@
-"""What holds an image back from a channel: drift past a bound from the image that stands there; pure."""
+"""What puts a promotion on hold: how much a new image can differ from the current one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ami_builder.core.errors import OnHold
 from ami_builder.core.units import GIB
 
 MOST_PACKAGES = 12
-"""How many of the packages that moved are named; the rest is counted."""
+"""How many of the changed packages are named; the rest is counted."""
 
-# Wall time says as much about the host as about the image, so it holds nothing.
+# Wall time depends on the host as much as on the image, so it is not compared.
 _JUDGED = frozenset({Quantity.SIZE, Quantity.AVAILABLE, Quantity.BOOT})
-# What takes memory and time at boot, so what is likely behind a drift; anything else comes after.
+# Packages that take memory and time at boot are the likely cause of a drift, so they are named first.
 _RELEVANT = (
     "container:*",
     "linux-image-*",
@@ -32,7 +32,7 @@ _RELEVANT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """One reason to hold a promotion."""
+    """One reason to put a promotion on hold."""
 
     quantity: Quantity | None
     """What was measured; None for a package."""
@@ -43,28 +43,28 @@ class Drift:
 
 
 def judge(difference: Difference, bounds: NightlySettings) -> tuple[Drift, ...]:
-    """Return what holds the promotion: harm past its bound, a machine that is missing, a package to hold."""
+    """Return why to put the promotion on hold: a quantity past its bound, a missing machine, a package."""
     drifts = [drift for one in difference.measured if (drift := _drift(one, bounds)) is not None]
     for package in difference.packages or ():
         if (pattern := _pattern(package.name, bounds)) is not None:
-            text = f"{_moved(package)}, which nightly.hold_packages ({pattern}) leaves to a person"
+            text = f"{_change(package)}, matched by nightly.hold_packages ({pattern})"
             drifts.append(Drift(quantity=None, name=package.name, text=text))
     return tuple(drifts)
 
 
 def not_compared(difference: Difference) -> tuple[str, ...]:
-    """Return what the gate could not look at, one line each; that holds nothing."""
+    """Return what could not be compared, one line each; that does not put a promotion on hold."""
     memory = [one for one in difference.measured if one.quantity is Quantity.AVAILABLE]
     sizes = [one for one in difference.measured if one.quantity is Quantity.SIZE]
     notes = [
-        f"{_what(one)} can't be compared: {_shown(one, one.before)} before, {_shown(one, one.after)} now"
+        f"{_what(one)} can't be compared: {_format(one, one.before)} before, {_format(one, one.after)} now"
         for one in (*sizes, *memory, *_boots(difference))
         if _values(one) is None and not _is_missing(one)
     ]
     if not memory:
-        notes.append("available memory at boot is not compared: neither image has a measurement here")
+        notes.append("available memory at boot is not compared: neither image was measured here")
     if difference.packages is None:
-        notes.append("packages are not compared: of one of the images no list was kept here")
+        notes.append("packages are not compared: one of the images has no list here")
     return tuple(notes)
 
 
@@ -78,16 +78,16 @@ def _boots(difference: Difference) -> Iterator[QuantityChange]:
 
 
 def moved(difference: Difference, bounds: NightlySettings, most: int = MOST_PACKAGES) -> tuple[str, ...]:
-    """Return the packages and containers that differ, one line each, what most likely matters first."""
+    """Return the packages and containers that differ, one line each, the most relevant first."""
     packages = sorted(difference.packages or (), key=lambda package: _rank(package, bounds))
-    lines = [_moved(package) for package in packages[:most]]
+    lines = [_change(package) for package in packages[:most]]
     if len(packages) > most:
         lines.append(f"and {len(packages) - most} more packages")
     return tuple(lines)
 
 
 def require_close(difference: Difference, bounds: NightlySettings) -> None:
-    """Raise Held when anything holds the promotion, with each reason and what moved."""
+    """Raise OnHold if there is a reason to, with every reason and the changed packages."""
     drifts = judge(difference, bounds)
     if not drifts:
         return
@@ -97,16 +97,16 @@ def require_close(difference: Difference, bounds: NightlySettings) -> None:
     if any(drift.quantity is not None for drift in drifts):
         lines += moved(Difference(packages=rest, measured=()), bounds)
     raise OnHold(
-        "this image drifted too far from the promoted one: a person decides",
+        "the new image differs too much from the current one: a person decides",
         tail=tuple(lines),
-        hint="`ami-builder promote` promotes it all the same; the bounds are nightly.* in ami-builder.toml",
+        hint="`ami-builder promote` promotes it anyway; the bounds are nightly.* in ami-builder.toml",
     )
 
 
 def _drift(one: QuantityChange, bounds: NightlySettings) -> Drift | None:
-    """Return the harm that one quantity has come to, when that is past its bound."""
+    """Return the drift of one quantity, if it is for the worse and past its bound."""
     if _is_missing(one):
-        text = f"{one.name} was measured before ({_shown(one, one.before)} available at boot), and is not now"
+        text = f"{one.name} was measured before ({_format(one, one.before)} available at boot) but not now"
         return Drift(quantity=one.quantity, name=one.name, text=text)
     values = _values(one)
     if values is None or one.quantity not in _JUDGED:
@@ -117,7 +117,7 @@ def _drift(one: QuantityChange, bounds: NightlySettings) -> Drift | None:
     # Multiplied, so that sizes are compared to the byte.
     if harm * 100 <= bound * before:
         return None
-    first, last = _shown(one, before), _shown(one, after)
+    first, last = _format(one, before), _format(one, after)
     if first == last:
         first, last = f"{before:,}", f"{after:,}"
     verb = "fell" if one.quantity is Quantity.AVAILABLE else "rose"
@@ -127,7 +127,7 @@ def _drift(one: QuantityChange, bounds: NightlySettings) -> Drift | None:
 
 
 def _values(one: QuantityChange) -> tuple[float, float] | None:
-    """Return both values where a change can be told."""
+    """Return both values, if a change can be calculated."""
     if one.before is None or one.after is None or one.before <= 0:
         return None
     return one.before, one.after
@@ -144,7 +144,7 @@ def _bound(quantity: Quantity, bounds: NightlySettings) -> int:
 
 
 def _is_missing(one: QuantityChange) -> bool:
-    """Tell whether a machine was measured before and is not any more."""
+    """Return whether a machine was measured before but not now."""
     return one.quantity is Quantity.AVAILABLE and one.before is not None and one.after is None
 
 
@@ -154,7 +154,7 @@ def _what(one: QuantityChange) -> str:
     return f"{one.quantity} on {one.name}"
 
 
-def _shown(one: QuantityChange, value: float | None) -> str:
+def _format(one: QuantityChange, value: float | None) -> str:
     if value is None:
         return "not measured"
     match one.quantity.unit:
@@ -170,18 +170,18 @@ def _pattern(name: str, bounds: NightlySettings) -> str | None:
     return next((pattern for pattern in bounds.hold_packages if fnmatchcase(name, pattern)), None)
 
 
-def _moved(package: PackageChange) -> str:
+def _change(package: PackageChange) -> str:
     if package.before is None:
         return f"{package.name} {package.after} is new"
     if package.after is None:
-        return f"{package.name} {package.before} is gone"
-    return f"{package.name} moved from {package.before} to {package.after}"
+        return f"{package.name} {package.before} was removed"
+    return f"{package.name} changed from {package.before} to {package.after}"
 
 
 def _rank(package: PackageChange, bounds: NightlySettings) -> tuple[bool, int, str]:
-    return (_pattern(package.name, bounds) is None, next(_places(package.name)), package.name)
+    return (_pattern(package.name, bounds) is None, next(_ranks(package.name)), package.name)
 
 
-def _places(name: str) -> Iterator[int]:
-    yield from (place for place, pattern in enumerate(_RELEVANT) if fnmatchcase(name, pattern))
+def _ranks(name: str) -> Iterator[int]:
+    yield from (rank for rank, pattern in enumerate(_RELEVANT) if fnmatchcase(name, pattern))
     yield len(_RELEVANT)

@@ -289,7 +289,7 @@ def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) ->
     )
     for leftover in collect(account):
         assert leftover.action is Action.KEEP
-        assert "it is a copy, and may be going still" in leftover.reason
+        assert "it is a copy, and can still be running" in leftover.reason
     for thing in (cloud.backend().amis[ami], cloud.backend().snapshots[snapshot]):
         field = "creation_date" if hasattr(thing, "creation_date") else "start_time"
         setattr(thing, field, utcnow() - timedelta(hours=4))

@@ -38,11 +38,11 @@ def test_what_nothing_needs_goes() -> None:
         (old(ours=False), "", "not ours"),
         (old(), "in channel stable", "in channel stable"),
         (old(), "used by instance i-1 (stopped)", "used by instance i-1 (stopped)"),
-        (old(finished=False), "", "not finished: `ami-builder gc` decides about it"),
+        (old(finished=False), "", "not finished: `ami-builder gc` handles it"),
         (old(protected="deregistration protection"), "", "deregistration protection"),
         (old(shared="shared with 123456789012"), "", "shared with 123456789012"),
         (old(days=29.9), "", "younger than 30 days"),
-        (old(days=-1), "", "made in the future: a clock is wrong"),
+        (old(days=-1), "", "created in the future: a clock is wrong"),
         (replace(old(), created=None), "", "its age is unknown"),
         (old(days=1, revoked=True), "", "younger than 30 days"),
     ],
@@ -77,7 +77,7 @@ def test_the_newest_of_each_channel_stay() -> None:
     }
     assert decisions["both"].reason == "among the newest 1 of channel testing"
     assert decisions["stable-2"].reason == "among the newest 1 of channel stable"
-    assert decisions["none-2"].reason == "among the newest 1 that stood in no channel"
+    assert decisions["none-2"].reason == "among the newest 1 of those in no channel"
     assert decisions["stable-3"].reason == "revoked"
 
 

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from ami_builder.config import loading, reference
 from ami_builder.config.loading import Config, SettingValue
+from ami_builder.config.positions import key_lines
 from ami_builder.config.schema import (
     SETTINGS,
     AwsSettings,
@@ -568,12 +569,12 @@ BAD = [
     Bad("base.source = 1", "expected debian, or the path"),
     Bad('base.source = "missing.qcow2"', "missing.qcow2 does not exist"),
     Bad('base.source = "folder"', "folder is not a file"),
-    Bad(f'base.source = "{"x" * 300}"', "can't be looked at: File name too long"),
+    Bad(f'base.source = "{"x" * 300}"', "can't be accessed: File name too long"),
     Bad('base.source = "https://example.org/x.qcow2"', "expected the checksum"),
     Bad('base.checksum = "md5:abc"', "expected sha256: with 64"),
     Bad(f'base.checksum = "{SHA256[7:]}"', "did you mean sha256:abababab…?"),
     Bad(f'base.checksum = "{SHA256}0"', "expected sha256: with 64"),
-    Bad('base.ssh_user = "debian"', "expected admin, the user of the Debian recipe"),
+    Bad('base.ssh_user = "debian"', "expected admin, the user on a disk of Debian packages"),
     Bad('base.ssh_user = "Root"', "the name of a Linux user"),
     Bad('container.bridge_subnet = "10.0.0.0/30"', "expected an IPv4 network such as 10.200.0.0/16"),
     Bad('container.bridge_subnet = "10.0.0.1/16"', "has host bits set"),
@@ -606,10 +607,10 @@ BAD = [
     Bad('container.network = "Host"', "host"),
     Bad("container.network = true", "host"),
     Bad('container.insecure_registry = "x:5000"', "has no effect"),
-    Bad('memory.reserve = "2GiB"', "expected less than the least of verify.memory, which is 2GiB"),
+    Bad('memory.reserve = "2GiB"', "expected less than the smallest verify.memory, which is 2GiB"),
     Bad(
         'memory.nanny_headroom = "1025MiB"',
-        "expected at most half of the least of verify.memory, which is 2GiB",
+        "expected at most half of the smallest verify.memory, which is 2GiB",
     ),
     Bad('memory.nanny_headroom = "5%"', "expected a size such as"),
     Bad('memory.reserve = "-1"', "expected a size such as 256MiB, or a percentage"),
@@ -659,7 +660,7 @@ BAD = [
     Bad("aws.source_cidrs = [1]", "expected addresses such as 203.0.113.7/32"),
     Bad('aws.encrypt = "true"', "expected true or false"),
     Bad("aws.encrypt = 1", "expected true or false"),
-    Bad('aws.kms_key = "alias/ours"', "has no effect, since aws.encrypt is false"),
+    Bad('aws.kms_key = "alias/ours"', "has no effect, because aws.encrypt is false"),
     Bad('aws.kms_key = "two words"', "alias/… or ARN of a KMS key"),
     Bad("aws.spot = []", "expected true or false"),
     Bad('nightly.channel = "nowhere"', "expected one of lifecycle.channels: testing, stable"),
@@ -669,7 +670,7 @@ BAD = [
     Bad('aws.copy_to = ["eu-west-1=two words"]', "expected a region, or region=KEY"),
     Bad("aws.copy_to = [1]", "expected a region, or region=KEY"),
     Bad('aws.copy_to = ["eu-west-1", "eu-west-1"]', "expected each item once"),
-    Bad('aws.copy_to = ["eu-west-1", "eu-west-1=alias/x"]', "but eu-west-1 is there several times"),
+    Bad('aws.copy_to = ["eu-west-1", "eu-west-1=alias/x"]', "but eu-west-1 is listed several times"),
     Bad('aws.copy_to = ["us-east-1", "cn-north-1"]', "expected regions of one partition"),
     Bad(
         'aws.copy_to = ["eu-west-1=arn:aws:kms:us-east-1:123456789012:key/1-2"]',
@@ -678,14 +679,14 @@ BAD = [
     Bad('aws = { region = "eu-west-1", copy_to = ["eu-west-1"] }', "eu-west-1 is where the AMI is baked"),
     Bad('aws.share_with = ["1234"]', "expected the 12 digits of an account"),
     Bad('aws.share_with = ["all"]', "expected the 12 digits of an account"),
-    Bad('aws = { encrypt = true, share_with = ["123456789012"] }', "under the default key can't be shared"),
+    Bad('aws = { encrypt = true, share_with = ["123456789012"] }', "with the default key can't be shared"),
     Bad(
         'aws = { encrypt = true, kms_key = "ours", copy_to = ["eu-west-1"], share_with = ["123456789012"] }',
         "write eu-west-1=KEY in aws.copy_to",
     ),
     Bad(
         'aws = { copy_to = ["eu-west-1=alias/aws/ebs"], share_with = ["123456789012"] }',
-        "under the default key can't be shared",
+        "with the default key can't be shared",
     ),
     Bad('description = "two\\nlines"', "one line"),
     Bad("verify = 1", "expected a table"),
@@ -753,7 +754,7 @@ def test_a_conflict_is_laid_to_the_one_who_made_it() -> None:
     ]
     variables = {"AMI_BUILDER_MEMORY__RESERVE": "3GiB"}
     assert mistakes("[images.dask]", environ=variables) == [
-        'AMI_BUILDER_MEMORY__RESERVE: memory.reserve = "3GiB": expected less than the least of verify.memory,'
+        'AMI_BUILDER_MEMORY__RESERVE: memory.reserve = "3GiB": expected less than the smallest verify.memory,'
         " which is 2GiB"
     ]
 
@@ -900,7 +901,7 @@ def test_every_kind_of_key_and_value() -> None:
         return next(n for n, line in enumerate(lines, 1) if line.startswith(start))
 
     table = number("[ table")
-    assert dict(loading.key_lines(EVERYTHING)) == {
+    assert dict(key_lines(EVERYTHING)) == {
         ("top",): 2,
         ("quoted key",): 3,
         ("single",): 4,
@@ -936,7 +937,7 @@ def test_every_kind_of_key_and_value() -> None:
 )
 def test_every_key_is_found_and_not_before_its_line(content: dict[str, Any]) -> None:
     text = tomlkit.dumps(content)
-    lines = loading.key_lines(text)
+    lines = key_lines(text)
     assert {path[0] for path in lines} == set(content)
     for path, line in lines.items():
         with suppress(tomllib.TOMLDecodeError):

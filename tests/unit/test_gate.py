@@ -62,20 +62,20 @@ def _texts(after: Side, before: Side = BASE, bounds: NightlySettings = BOUNDS) -
         ),
         (
             replace(BASE, available={"4 GiB": 3 * GIB}, boot={}, ssh={}, dask={}),
-            "2 GiB was measured before (1.66 GiB available at boot), and is not now",
+            "2 GiB was measured before (1.66 GiB available at boot) but not now",
         ),
         (
             replace(BASE, packages={"apt": "1", "linux-image-6.12": "6.12.2"}),
-            "linux-image-6.12 moved from 6.12.1 to 6.12.2, which nightly.hold_packages (linux-image-*) leaves"
-            " to a person",
+            "linux-image-6.12 changed from 6.12.1 to 6.12.2, matched by"
+            " nightly.hold_packages (linux-image-*)",
         ),
         (
             replace(BASE, packages={**(BASE.packages or {}), "linux-image-6.13": "6.13.1"}),
-            "linux-image-6.13 6.13.1 is new, which nightly.hold_packages (linux-image-*) leaves to a person",
+            "linux-image-6.13 6.13.1 is new, matched by nightly.hold_packages (linux-image-*)",
         ),
         (
             replace(BASE, packages={"apt": "1"}),
-            "linux-image-6.12 6.12.1 is gone, which nightly.hold_packages (linux-image-*) leaves to a person",
+            "linux-image-6.12 6.12.1 was removed, matched by nightly.hold_packages (linux-image-*)",
         ),
     ],
 )  # fmt: skip
@@ -117,12 +117,12 @@ def test_what_can_not_be_compared_is_said() -> None:
     assert not_compared(compare(unknown, BASE)) == (
         "the image's size can't be compared: 0.00 GiB before, 1.00 GiB now",
         "available memory at boot on 2 GiB can't be compared: not measured before, 1.66 GiB now",
-        "packages are not compared: of one of the images no list was kept here",
+        "packages are not compared: one of the images has no list here",
     )
     assert not_compared(compare(unknown, unknown)) == (
         "the image's size can't be compared: 0.00 GiB before, 0.00 GiB now",
-        "available memory at boot is not compared: neither image has a measurement here",
-        "packages are not compared: of one of the images no list was kept here",
+        "available memory at boot is not compared: neither image was measured here",
+        "packages are not compared: one of the images has no list here",
     )
     assert not_compared(compare(BASE, replace(BASE, ssh={}, dask={}))) == ()
 
@@ -151,16 +151,16 @@ def test_what_moved_is_named_with_the_likeliest_first() -> None:
     after = Side(packages={**dict.fromkeys(names[1:], "2"), "bash": "5"}, size=1)
     difference, bounds = compare(before, after), replace(BOUNDS, hold_packages=("libhold*",))
     assert moved(difference, bounds) == (
-        "libhold1 moved from 1 to 2",
-        "container:dask:1 moved from 1 to 2",
-        "linux-image-6.12 moved from 1 to 2",
-        "docker.io moved from 1 to 2",
-        "apt 1 is gone",
+        "libhold1 changed from 1 to 2",
+        "container:dask:1 changed from 1 to 2",
+        "linux-image-6.12 changed from 1 to 2",
+        "docker.io changed from 1 to 2",
+        "apt 1 was removed",
         "bash 5 is new",
-        "zlib moved from 1 to 2",
+        "zlib changed from 1 to 2",
     )
     assert moved(difference, bounds, most=2)[1:] == (
-        "container:dask:1 moved from 1 to 2",
+        "container:dask:1 changed from 1 to 2",
         "and 5 more packages",
     )
     assert moved(compare(before, replace(after, packages=None)), bounds) == ()
@@ -174,7 +174,7 @@ def test_a_hold_says_which_package_moved() -> None:
     assert [line[:16] for line in caught.value.tail] == [
         "the image's size",
         "linux-image-6.12",
-        "apt moved from 1",
+        "apt changed from",
     ]
     with pytest.raises(OnHold) as caught:
         require_close(compare(BASE, replace(BASE, packages=packages)), BOUNDS)
@@ -256,7 +256,7 @@ def test_every_quantity_of_before_is_judged_or_said(
         assert "None" not in drift.text
         assert "\n" not in drift.text
     gone = {
-        drift.name for drift in held if drift.quantity is Quantity.AVAILABLE and "is not now" in drift.text
+        drift.name for drift in held if drift.quantity is Quantity.AVAILABLE and "but not now" in drift.text
     }
     assert gone == set(before.available) - set(after.available)
     lines = not_compared(difference)
@@ -280,7 +280,7 @@ def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -
     assert (
         "available memory at boot on 2 GiB fell from 1.00 GiB to 0.90 GiB (-10.0 %, bound 3 %)" in gated.err
     )
-    assert "apt moved from 1 to 2" in gated.err
+    assert "apt changed from 1 to 2" in gated.err
     assert cli.run(["diff", "bbbb", "aaaa", "--gate"]) == 0
     assert "error" not in capsys.readouterr().err
     wide = ["--set", "nightly.memory_drift_percent=11", "--set", "nightly.hold_packages=apt"]
