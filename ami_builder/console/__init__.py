@@ -1,6 +1,6 @@
-"""Progress, results and errors, for a person, for CI and for a program: the only package that prints.
+"""Progress, results and errors for people, CI and programs; no other package prints.
 
-Progress and errors go to stderr, results to stdout. rich is imported only where something is drawn.
+Progress and errors go to stderr, results to stdout. rich is imported only where output is drawn.
 """
 
 from ami_builder.console.progress import Progress, Step

@@ -1,4 +1,4 @@
-"""The tree of steps of a run: who is doing what, since when, and how it ended."""
+"""The tree of steps of a run: their names, times, details and outcomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ami_builder.core.errors import Inconclusive, Interrupted
 from ami_builder.core.records import RunStatus, StepRecord
 
 NOTE = "step: "
-"""How the note begins that tells an exception's innermost step."""
+"""How an exception's note with the innermost step begins."""
 
 BEAT_SECONDS = 1.0
 """How often a renderer may report that steps are still running."""
@@ -34,7 +34,7 @@ class Renderer(Protocol):
         """Show a step's new detail, or not."""
 
     def announced(self, step: Step) -> None:
-        """Show what a step has to say, at once."""
+        """Show a step's announcement at once."""
 
     def ended(self, step: Step) -> None:
         """Show how a step ended."""
@@ -43,7 +43,7 @@ class Renderer(Protocol):
         """Show that steps are still running, or not; called about every second."""
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Restore the terminal."""
 
 
 class Progress:
@@ -69,7 +69,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._beat_seconds is not None:
-            # A daemon: the interpreter must never wait for it, whatever happened to this context.
+            # A daemon: the interpreter must never wait for it, whatever happens to this context.
             self._beating = threading.Thread(
                 target=self._beat_until_closed, args=(self._beat_seconds,), name="progress", daemon=True
             )
@@ -80,16 +80,16 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Stop drawing; what follows on the terminal is not drawn over."""
+        """Stop drawing, so that later output is not overwritten."""
         self._closed.set()
         with self._lock:
             self._renderer.close()
-        # Outside the lock, which its last beat may be waiting for.
+        # Outside the lock, because its last beat may be waiting for the lock.
         if self._beating is not None:
             self._beating.join(_JOIN_SECONDS)
 
     def beat(self) -> None:
-        """Let the renderer print that steps are still running, where it is time for that."""
+        """Let the renderer print that steps are still running, if that is due."""
         with self._lock:
             if not self._closed.is_set():
                 self._renderer.beat()
@@ -99,11 +99,11 @@ class Progress:
             try:
                 self.beat()
             except (OSError, ValueError):
-                # The stream is closed or its reader has left: the next step that starts or ends reports it.
+                # The stream is closed or its reader has ended: the next step that starts or ends reports it.
                 return
 
     def step(self, name: str, detail: str = "") -> AbstractContextManager[Step]:
-        """Open a step at the top; it passes when the block ends and fails when the block raises."""
+        """Open a top-level step; it passes when the block ends and fails when the block raises."""
         return self.run(Step(self, name, detail, None))
 
     @property
@@ -114,7 +114,7 @@ class Progress:
 
     @contextmanager
     def run(self, step: Step) -> Iterator[Step]:
-        """Start `step`, and end it with the block's outcome."""
+        """Start a step, and end it with the block's outcome."""
         with self._lock:
             self._steps.append(step)
             if step.parent is not None:
@@ -137,17 +137,17 @@ class Progress:
                 step.status = status
                 step.ended = self.clock()
                 if status is RunStatus.PASSED:
-                    step.detail = step.verdict
+                    step.detail = step.result
                 self._renderer.ended(step)
 
     def change(self, step: Step, detail: str) -> None:
-        """Set what `step` is doing now."""
+        """Set the current detail of a step."""
         with self._lock:
             step.detail = clean(detail)
             self._renderer.updated(step)
 
     def announce(self, step: Step, text: str) -> None:
-        """Set what `step` has to say while it runs."""
+        """Set the announcement of a step."""
         with self._lock:
             step.announced = clean(text)
             self._renderer.announced(step)
@@ -160,7 +160,7 @@ class Step:
         self._progress = progress
         self.name = name
         self.detail = clean(detail)
-        self.verdict = self.detail
+        self.result = self.detail
         self.announced = ""
         self.parent = parent
         self.children: list[Step] = []
@@ -173,32 +173,32 @@ class Step:
         return self._progress.run(Step(self._progress, name, detail, self))
 
     def update(self, detail: str) -> None:
-        """Say what the step is doing now; cheap enough for every line of a log."""
+        """Set the current detail; cheap enough for every line of a log."""
         self._progress.change(self, detail)
 
     def announce(self, text: str) -> None:
-        """Say at once, and on a terminal as long as the step runs, what is worth a line of its own."""
+        """Print a text at once; a terminal shows it as long as the step runs."""
         self._progress.announce(self, text)
 
     def done(self, detail: str) -> None:
-        """Say what the step came to, such as `cached`; kept when it passes, where updates are not."""
-        self.verdict = clean(detail)
+        """Set the result of the step, such as `cached`; it replaces the detail when the step passes."""
+        self.result = clean(detail)
 
     @property
     def depth(self) -> int:
-        """How many steps this one is inside."""
+        """How many steps contain this one."""
         return self.parent.depth + 1 if self.parent else 0
 
     @property
     def is_leaf(self) -> bool:
-        """Whether the step runs and none inside it does."""
+        """Whether the step runs and no step inside it does."""
         return self.status is RunStatus.RUNNING and not any(
             child.status is RunStatus.RUNNING for child in self.children
         )
 
     @property
     def path(self) -> str:
-        """The step's name after those of the steps it is inside."""
+        """The names of the steps that contain this one, and its own."""
         return f"{self.parent.path} > {self.name}" if self.parent else self.name
 
     @property
@@ -207,7 +207,7 @@ class Step:
         return (self._progress.clock() if self.ended is None else self.ended) - self.started
 
     def record(self, *, since: float) -> StepRecord:
-        """Return the step as the run's record keeps it; `since` is when the first one began."""
+        """Return the step for the run's record; `since` is the time at which the first step began."""
         return StepRecord(
             name=self.path,
             seconds=round(self.seconds, 3),

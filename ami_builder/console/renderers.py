@@ -1,4 +1,4 @@
-"""The ways to show progress: a live tree, plain lines, GitHub's groups, nothing."""
+"""Renderers of progress: a live tree, plain lines, GitHub's groups, none."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 QUIET_SECONDS = (10.0, 20.0, 30.0)
-"""How long a step of plain progress may print nothing: at first, after one line without news, from then on.
+"""After how many seconds plain progress repeats a running step: at first, after one repetition, and later.
 
-A new detail is printed as soon as the step's last line is as old as the first of them.
+A new detail is printed as soon as the step's last line is older than the first of these.
 """
 WIDTH = 100
-"""Wider terminals would tear a step and its time apart."""
+"""On a wider terminal a step's name and time would be too far apart."""
 
 
 def open_progress(
@@ -33,9 +33,9 @@ def open_progress(
     clock: Callable[[], float] = time.monotonic,
     beat_seconds: float | None = BEAT_SECONDS,
 ) -> Progress:
-    """Return the progress of one run; use it in a `with`, so that the terminal is given back.
+    """Return the progress of one run; use it in a `with`, so that the terminal is restored.
 
-    With `beat_seconds` None steps that wait in silence print nothing, unless `Progress.beat` is called.
+    With `beat_seconds` None, a step without news prints nothing unless `Progress.beat` is called.
     """
     out = stream or sys.stderr
     renderer: Renderer
@@ -75,17 +75,17 @@ class _Quiet:
 
 @dataclass(slots=True, kw_only=True)
 class _Printed:
-    """The last line about a step that runs."""
+    """The last line that was printed about a running step."""
 
     at: float
     """When, in the step's own seconds."""
     detail: str
     repeats: int = 0
-    """How many lines in a row had no news."""
+    """How many lines in a row had no new detail."""
 
 
 class _Plain:
-    """A line with the time of day when a step starts, one when it ends, and some in between."""
+    """Prints a line with the time of day when a step starts and ends, and some in between."""
 
     beats = True
 
@@ -106,7 +106,7 @@ class _Plain:
     def ended(self, step: Step) -> None:
         self._printed.pop(step, None)
         if step.parent is not None and step.parent in self._printed:
-            # Its silence begins here: so far the steps inside it have reported.
+            # Its time without a line begins here: until now the steps inside it have reported.
             self._printed[step.parent].at = step.parent.seconds
             self._printed[step.parent].repeats = 0
         self._line(f"{step.path}: {step.status} in {duration(step.seconds)}", step.detail)
@@ -137,7 +137,7 @@ class _Plain:
 
 
 class _GitHub(_Plain):
-    """Plain lines in a group a step at the top; groups can't nest, so a step that starts meanwhile joins."""
+    """Plain lines, in one group for each top-level step; steps that overlap share a group."""
 
     def __init__(self, out: IO[str]) -> None:
         super().__init__(out)
@@ -158,7 +158,7 @@ class _GitHub(_Plain):
         self._open.remove(step)
         self._outcomes.append(step)
         if not self._open:
-            # What is outside the group is seen without unfolding it.
+            # Lines outside the group are visible while it is folded.
             print("::endgroup::", file=self._out)
             for each in self._outcomes:
                 super().ended(each)
@@ -166,7 +166,7 @@ class _GitHub(_Plain):
 
 
 class _Live:
-    """A tree of steps that is drawn anew several times a second, and stays when it is over."""
+    """Draws a tree of steps several times a second; the last picture stays."""
 
     beats = False
 
@@ -210,7 +210,7 @@ class _Live:
         self._live.stop()
 
     def _picture(self) -> RenderableType:
-        """Draw what fits: when the terminal is too low, what is inside passed steps goes first."""
+        """Draw what fits; if the terminal is too low, steps inside passed steps are left out first."""
         from rich.table import Table
         from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Results on stdout; errors and verdicts on stderr, drawn on a terminal and plain elsewhere."""
+"""Print results to stdout, errors and verdicts to stderr; with tables on a terminal, plain elsewhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def result_json(value: Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows as a table on a terminal; elsewhere tab-separated without a heading, for other programs."""
+    """Print rows as a table on a terminal, and tab-separated without a heading for other programs."""
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         _out("\n".join("\t".join(row) for row in texts))
@@ -56,20 +56,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def note(text: str) -> None:
-    """Say to a person what the results don't: on stderr, in one line."""
-    _say(clean(text))
+    """Print one line for people to stderr."""
+    _err(clean(text))
 
 
 def error(exc: AmiBuilderError | Interrupted) -> None:
-    """Print what failed, in which step, the last lines of its log, where the log is and what to do next."""
+    """Print an error: what failed, the step, the last lines and the path of its log, and what to do next."""
     if os.environ.get("GITHUB_ACTIONS") == "true":
         text = clean(exc.message).replace("%", "%25")
         level = "warning" if isinstance(exc, Inconclusive) else "error"
-        _say(f"::{level} title=ami-builder::{text}")
+        _err(f"::{level} title=ami-builder::{text}")
     if not _drawable(sys.stderr):
-        _say(f"{'inconclusive' if isinstance(exc, Inconclusive) else 'error'}: {exc.message}")
-        for label, line in _particulars(exc):
-            _say(f"{label:>7} {line}")
+        _err(f"{'inconclusive' if isinstance(exc, Inconclusive) else 'error'}: {exc.message}")
+        for label, line in _details(exc):
+            _err(f"{label:>7} {line}")
         return
     from rich.table import Table
     from rich.text import Text
@@ -77,9 +77,9 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
     console = rich_console(sys.stderr)
     heading = _HEADINGS.get(type(exc), ("error", "bold red"))
     console.print(Text.assemble("\n", heading, ": ", exc.message))
-    for label, line in _particulars(exc):
+    for label, line in _details(exc):
         if label == "log":
-            # A path stays whole, to be copied, however narrow the terminal is.
+            # A path is never wrapped, so that it can be copied.
             console.print(Text.assemble((f"{label:>7} ", "dim"), line), soft_wrap=True)
             continue
         row = Table.grid(padding=(0, 1, 0, 0))
@@ -89,7 +89,7 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
         console.print(row)
 
 
-def _particulars(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
+def _details(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
     for note in getattr(exc, "__notes__", ()):
         yield ("step", note.removeprefix(NOTE)) if note.startswith(NOTE) else ("note", note)
     for line in exc.tail:
@@ -100,26 +100,26 @@ def _particulars(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]
         yield ("next", exc.hint)
 
 
-def verdict(proof: Verdict) -> None:
-    """Print every check on every machine and start, what failed or is inconclusive, and the equal numbers."""
-    starts = list(dict.fromkeys(r.phase for r in proof.results))
-    machines = list(dict.fromkeys(r.machine for r in proof.results))
-    wrong = [r for r in proof.results if r.outcome is Outcome.FAILED]
-    unsure = [r for r in proof.results if r.outcome is Outcome.INCONCLUSIVE]
+def verdict(verdict: Verdict) -> None:
+    """Print the results of all checks, the messages of those that did not pass, and the equal numbers."""
+    starts = list(dict.fromkeys(r.phase for r in verdict.results))
+    machines = list(dict.fromkeys(r.machine for r in verdict.results))
+    wrong = [r for r in verdict.results if r.outcome is Outcome.FAILED]
+    unsure = [r for r in verdict.results if r.outcome is Outcome.INCONCLUSIVE]
     counts = ", ".join(
-        f"{n} {outcome}" for outcome in Outcome if (n := sum(r.outcome is outcome for r in proof.results))
+        f"{n} {outcome}" for outcome in Outcome if (n := sum(r.outcome is outcome for r in verdict.results))
     )
     summary = f"checks: {counts or 'none ran'}"
-    if proof.results:
+    if verdict.results:
         summary += f" ({', '.join(machines)}; {', '.join(starts)})"
     if not _drawable(sys.stderr):
         for r in wrong:
-            _say(f"FAILED {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
+            _err(f"FAILED {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
         for r in unsure:
-            _say(f"inconclusive {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
-        _say(summary)
-        for label, number, share in _measured(proof):
-            _say(f"{label}: AVAILABLE_MEMORY_FOR_DASK={number} ({share})")
+            _err(f"inconclusive {r.name} ({r.machine}, {r.phase}): {_first(r.message)}")
+        _err(summary)
+        for label, number, share in _measured(verdict):
+            _err(f"{label}: AVAILABLE_MEMORY_FOR_DASK={number} ({share})")
         return
     from rich import box
     from rich.table import Table
@@ -127,12 +127,12 @@ def verdict(proof: Verdict) -> None:
 
     console = rich_console(sys.stderr)
     signs = marks(console)
-    found = {(r.name, r.machine, r.phase): r.outcome for r in proof.results}
+    found = {(r.name, r.machine, r.phase): r.outcome for r in verdict.results}
     drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     drawn.add_column("check", no_wrap=True, overflow=overflow(console))
     for machine in machines:
         drawn.add_column(machine, justify="center", no_wrap=True)
-    for name in dict.fromkeys(r.name for r in proof.results):
+    for name in dict.fromkeys(r.name for r in verdict.results):
         cells = []
         for machine in machines:
             outcomes = [str(found.get((name, machine, start), "none")) for start in starts]
@@ -146,37 +146,37 @@ def verdict(proof: Verdict) -> None:
         console.print(Text.assemble(heading, f"  {r.machine}, {r.phase}"))
         console.print(Text(f"  {_first(r.message)}"))
     console.print()
-    console.print(Text(summary, _SUMMARY_STYLES[proof.outcome]))
-    if proof.measured:
-        _numbers(console, proof)
+    console.print(Text(summary, _SUMMARY_STYLES[verdict.outcome]))
+    if verdict.measured:
+        _numbers(console, verdict)
 
 
-def _numbers(console: Console, proof: Verdict) -> None:
-    """Draw the promise: one number a start, said four times over, which the checks have compared."""
+def _numbers(console: Console, verdict: Verdict) -> None:
+    """Draw the memory for Dask after each start, and the four values that are equal to it."""
     from rich.table import Table
     from rich.text import Text
 
     chain = "AVAILABLE_MEMORY_FOR_DASK"
-    if proof.passed:
+    if verdict.passed:
         chain += " = HostConfig.Memory = memory.max = memory_limit"
     console.print(Text(chain, "bold"))
     drawn = Table.grid(padding=(0, 2))
     drawn.add_column()
     drawn.add_column(justify="right", style="bold")
     drawn.add_column(style="dim")
-    for label, number, share in _measured(proof):
+    for label, number, share in _measured(verdict):
         drawn.add_row(f"  {label}", f"{number:,}", share)
     console.print(drawn)
 
 
-def _measured(proof: Verdict) -> Iterator[tuple[str, int, str]]:
-    for one in proof.measured:
+def _measured(verdict: Verdict) -> Iterator[tuple[str, int, str]]:
+    for one in verdict.measured:
         share = f"{one.available / one.total:.1%} of the machine"
         yield f"{one.machine} {one.phase}", one.available, share
 
 
 def _out(text: str) -> None:
-    """Write to stdout; a reader that has gone, such as `head`, is no failure of ours."""
+    """Write to stdout; a reader that has ended, such as `head`, is not an error."""
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
@@ -185,7 +185,7 @@ def _out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _say(text: str) -> None:
+def _err(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
@@ -198,7 +198,7 @@ def _drawable(stream: IO[str]) -> bool:
 
 
 def _plain_value(value: object) -> object:
-    """Return what JSON can hold in place of a dataclass, a path, a time or a set."""
+    """Return a value that JSON can hold for a dataclass, a path, a time or a set."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: getattr(value, name) for name in value.__dataclass_fields__}
     if isinstance(value, Mapping):

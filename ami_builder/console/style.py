@@ -1,4 +1,4 @@
-"""What progress and results have in common: when to draw, with which marks, and how numbers are said."""
+"""What progress and results share: when to draw, marks and colours, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKS = {
 ASCII_MARKS = dict(zip(MARKS, ("..", "ok", "XX", "??", "--", "-", "."), strict=True))
 STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "yellow", "dim", "dim"), strict=True))
 
-# A serial console's log is full of escape sequences, which would move the cursor of the person who reads it.
+# The log of a serial console has escape sequences, which would move the terminal's cursor.
 _SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)"
 _UNPRINTABLE = re.compile(_SEQUENCE + r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -53,12 +53,12 @@ def choose_mode(
 
 
 def clean(text: str) -> str:
-    """Return `text` as one line without anything that a terminal would obey."""
+    """Return `text` as one line without control sequences."""
     return " ".join(_UNPRINTABLE.sub("", text).split())
 
 
 def rich_console(out: IO[str]) -> Console:
-    """Return a console that takes no text for markup; it honours NO_COLOR and finds the width by itself."""
+    """Return a console that does not interpret markup; it honours NO_COLOR and detects the width."""
     from rich.console import Console
 
     return Console(file=out, highlight=False, markup=False, emoji=False)
@@ -70,12 +70,12 @@ def marks(console: Console) -> Mapping[str, str]:
 
 
 def overflow(console: Console) -> Literal["ellipsis", "crop"]:
-    """Return how a text that is too long is cut off: rich's ellipsis is no ASCII."""
+    """Return how a long text is cut off: rich's ellipsis is not ASCII."""
     return "ellipsis" if console.encoding.startswith("utf") else "crop"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: `3.1 s`, `42 s`, `2:19 min`, `1:02:19 h`."""
+    """Return a duration for people: `3.1 s`, `42 s`, `2:19 min`, `1:02:19 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(quantity: Quantity, value: float) -> str:
-    """Return a measured value in its unit."""
+    """Return a measured value with its unit."""
     match quantity.unit:
         case Unit.BYTES:
             return size(int(value))
@@ -99,7 +99,7 @@ def amount(quantity: Quantity, value: float) -> str:
 
 
 def size(number: int) -> str:
-    """Return bytes in the unit that makes them short: `512 MiB`, `1.5 GiB`."""
+    """Return a short size: `512 MiB`, `1.5 GiB`."""
     amount = float(number)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:

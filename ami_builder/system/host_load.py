@@ -1,6 +1,6 @@
-"""What this host gives a VM: CPU time used, and time that it kept the VM waiting for a processor.
+"""CPU time that a VM used on this host, and CPU steal: time in which the host did not run the VM.
 
-All of it is read from /proc; where that does not exist, or the process has ended, nothing is known.
+The values are read from /proc; they are 0 or missing without /proc, or after the process has ended.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLoad:
-    """What the host had taken from a VM by one moment; all in seconds."""
+    """Totals up to one moment, in seconds."""
 
     waited: Mapping[int, float] = field(default_factory=dict)
-    """Thread of the VM's process -> how long it has waited for a processor so far."""
+    """Thread of the VM's process -> how long it has waited for a CPU."""
     steal: float = 0.0
-    """How long this host itself has waited for its own host, per processor."""
+    """How long this host itself was not run by its own host, per CPU."""
     pressure: float = 0.0
-    """How long some process here has waited for a processor (pressure stall information)."""
+    """How long at least one process here has waited for a CPU (pressure stall information)."""
 
 
 def load(pid: int) -> HostLoad:
-    """Return what the host has taken so far from the VM whose process is `pid`; 0 for a VM elsewhere."""
+    """Return the totals for the VM whose process is `pid`; 0 stands for a machine elsewhere."""
     return HostLoad(waited=cpu_waits(pid) if pid else {}, steal=_steal(), pressure=_pressure())
 
 
 def cpu_steal(before: HostLoad, after: HostLoad) -> float:
-    """Return for how many seconds the host kept the VM from running between two moments.
+    """Return for how many seconds the VM did not run between two moments, because the host was busy.
 
-    That is the longest wait of any of the VM's threads, and what this host was denied itself.
+    This is the longest wait of a thread of the VM, plus the time in which this host itself was not run.
     """
     return longest_wait(before.waited, after.waited) + max(0.0, after.steal - before.steal)
 
 
 def cpu_waits(pid: int) -> dict[int, float]:
-    """Return for each thread of a process how long it has waited for a processor, in seconds.
+    """Return for each thread of a process how long it has waited for a CPU, in seconds.
 
-    Linux, Documentation/scheduler/sched-stats.rst. Empty when the process has ended.
+    Linux, Documentation/scheduler/sched-stats.rst. Empty if the process has ended.
     """
     found = {}
     for thread in Path(f"/proc/{pid}/task").glob("*"):
@@ -51,14 +51,14 @@ def cpu_waits(pid: int) -> dict[int, float]:
 
 
 def longest_wait(before: Mapping[int, float], after: Mapping[int, float]) -> float:
-    """Return how long the thread that waited longest has waited in between, in seconds."""
+    """Return the longest time that one thread has waited in between, in seconds."""
     return max((after[thread] - before.get(thread, 0.0) for thread in after), default=0.0)
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Return the CPU time that a process and its threads have used; None when it has ended.
+    """Return the CPU seconds that a process and its threads have used; None if it has ended.
 
-    proc_pid_stat(5): utime and stime follow the command's name, which may have anything in it.
+    proc_pid_stat(5): utime and stime follow the command's name, which can contain any character.
     """
     with suppress(OSError, IndexError, ValueError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -67,7 +67,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def _steal() -> float:
-    # proc_stat(5): "cpu user nice system idle iowait irq softirq steal", in ticks of all processors.
+    # proc_stat(5): "cpu user nice system idle iowait irq softirq steal", in ticks of all CPUs.
     with suppress(OSError, IndexError, ValueError):
         ticks = int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
         return ticks / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""The one place that starts processes, waits and finds programs."""
+"""Find programs, start processes, wait; no other module starts a process or sleeps."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ PACKAGES: Mapping[str, str] = {
     "ssh-keygen": "openssh-client",
     "setpriv": "util-linux",
 }
-"""Program -> the Debian package that brings it."""
+"""Program -> the Debian package that contains it."""
 
 _cancelled = threading.Event()
 _children: set[subprocess.Popen[str]] = set()
 
-DISK_FULL = "the disk is full: make room, or set AMI_BUILDER_HOME to a folder on a larger disk"
+DISK_FULL = "the disk is full: free some space, or set AMI_BUILDER_HOME to a folder on a larger disk"
 STOP_SECONDS = 20.0
 TAIL_LINES = 15
 
-# Only what a child needs to find its tools, caches and proxies; never a cloud credential or a token.
+# What a child needs to find its tools, caches and proxies; never a cloud credential or a token.
 _KEPT_ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TERM", "LANG", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR",
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
@@ -50,20 +50,20 @@ _UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
 
 
 def find(program: str) -> Path:
-    """Return the path of `program`; raises MissingTool with the package that brings it."""
+    """Return the path of `program`; raises MissingTool with the package that contains it."""
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     found = shutil.which(program, path=search)
     if found is None:
         package = PACKAGES.get(program, program)
         raise MissingTool(
             f"{program} is not installed",
-            hint=f"apt-get install {package}, or run scripts/ami-builder, which installs all that is missing",
+            hint=f"run apt-get install {package}, or scripts/ami-builder, which installs what is missing",
         )
     return Path(found)
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return a small environment for a child: tools, caches and proxies, no credentials."""
+    """Return the environment of a child: variables for tools, caches and proxies, without credentials."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -84,9 +84,9 @@ def running(
     stderr: int | None = subprocess.STDOUT,
     pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[str]]:
-    """Own a child process in a session of its own; on leaving, whatever the reason, it is gone.
+    """Run a child process in its own session, and stop it when the block ends.
 
-    The child gets SIGTERM when this process dies without a word (kill -9), so that nothing outlives it.
+    If this process is killed (kill -9), the child gets SIGTERM, so that no child outlives it.
     """
     _refuse_when_cancelled()
     find(str(argv[0]))
@@ -105,7 +105,7 @@ def running(
     _children.add(process)
     try:
         if _cancelled.is_set():
-            # `cancel` came while it was started, and has not seen it.
+            # `cancel` was called while the process started, and did not know it.
             _signal_group(process, signal.SIGTERM)
         yield process
     finally:
@@ -118,9 +118,9 @@ def running(
 
 
 def cancel() -> None:
-    """End what all threads are waiting for: their children stop, their waits raise Interrupted.
+    """Stop the children of all threads, and let their waits raise Interrupted.
 
-    Cleaning up goes on working; nothing new is started until `resume`.
+    Cleaning up still works; no other process is started until `resume`.
     """
     _cancelled.set()
     for process in tuple(_children):
@@ -128,7 +128,7 @@ def cancel() -> None:
 
 
 def resume() -> None:
-    """Allow new work after `cancel`, once everything has ended."""
+    """Allow processes again after `cancel`, once everything has ended."""
     _cancelled.clear()
 
 
@@ -138,7 +138,7 @@ def _refuse_when_cancelled() -> None:
 
 
 def stop(process: subprocess.Popen[str], *, seconds: float = STOP_SECONDS) -> None:
-    """End a child's process group: SIGTERM first, so that it cleans up, SIGKILL after `seconds`."""
+    """End a child's process group: SIGTERM first, so that it can clean up, SIGKILL after `seconds`."""
     if process.poll() is None:
         _signal_group(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -167,7 +167,7 @@ def stream(
     merge: bool = True,
     error: type[AmiBuilderError] = BuildFailed,
 ) -> None:
-    """Run a long command with its output in `log`, each line also given to `on_line`.
+    """Run a long command with its output in `log`; `on_line` gets each line.
 
     With `merge=False` stderr goes to the log alone.
     Raises `error` with the last lines when it fails, TimedOut after `timeout` seconds.
@@ -203,7 +203,7 @@ def stream(
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:
-    """Return the last lines of a log; none when there is no log."""
+    """Return the last lines of a log; none if there is no log."""
     try:
         with log.open(encoding="utf-8", errors="replace") as file:
             return tuple(line.rstrip() for line in deque(file, maxlen=count))
@@ -213,7 +213,7 @@ def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:
 
 @contextmanager
 def _alarm(process: subprocess.Popen[str], deadline: float) -> Iterator[None]:
-    """Stop `process` at `deadline`, since reading its output can't time out by itself."""
+    """Stop `process` at `deadline`, because reading its output has no timeout."""
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop, [process])
     timer.daemon = True
     timer.start()
@@ -225,7 +225,7 @@ def _alarm(process: subprocess.Popen[str], deadline: float) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """What a finished command left behind."""
+    """The status and output of a finished command."""
 
     status: int
     stdout: str
@@ -240,7 +240,7 @@ def capture(
     stdin: str | None = None,
     timeout: float = 60.0,
 ) -> Completed:
-    """Run a command to its end and return its status and output, whatever the status.
+    """Run a command and return its status and output, whatever the status.
 
     Raises TimedOut, naming `what`, after `timeout` seconds.
     """
@@ -265,7 +265,7 @@ def output(
 ) -> str:
     """Run a short command and return its stdout; raises `error` with its stderr when it fails.
 
-    Unlike the others it works after `cancel` too, so that cleaning up may use it.
+    Unlike the others, it also works after `cancel`, so that cleaning up can use it.
     """
     find(str(argv[0]))
     name = what or Path(str(argv[0])).name
@@ -300,7 +300,7 @@ def wait_until(
     interval: float = 0.5,
     log: Path | None = None,
 ) -> T:
-    """Call `probe` until it returns something that is true, and return that; the only place that sleeps.
+    """Call `probe` until it returns a true value, and return that value.
 
     Raises TimedOut, naming `what`, after `timeout` seconds.
     """

@@ -1,4 +1,4 @@
-"""Where the files that travel with the program are: a source checkout, or inside the installed package."""
+"""The paths of files that are shipped with the program, in a checkout or an installed package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def root() -> Path:
     """Return the folder that holds packer/, scripts/ and ami-builder.toml.
 
-    An installed wheel carries them in ami_builder/_shipped; in a checkout they stand beside the package.
+    An installed wheel has them in ami_builder/_shipped; a checkout has them beside the package.
     Raises AmiBuilderError when they are in neither place.
     """
     shipped, checkout = _PACKAGE / "_shipped", _PACKAGE.parent
@@ -24,12 +24,12 @@ def root() -> Path:
         return checkout
     raise AmiBuilderError(
         f"the installation in {_PACKAGE} is incomplete: its packer/ folder is missing",
-        hint="install it again with pip, or run scripts/ami-builder in a complete clone",
+        hint="reinstall it with pip, or run scripts/ami-builder in a complete clone",
     )
 
 
 def packer_dir() -> Path:
-    """Return the folder that Packer reads, with the guest's files in guest/."""
+    """Return the folder of the Packer template, with the guest's files in guest/."""
     return root() / "packer"
 
 
@@ -44,10 +44,10 @@ def requirements() -> Path:
 
 
 def default_config() -> Path:
-    """Return the ami-builder.toml that is used where the user has none."""
+    """Return the ami-builder.toml that is used if the user has none."""
     return root() / "ami-builder.toml"
 
 
 def checks_dir() -> Path:
-    """Return the folder of the pytest-testinfra files, which is part of the package itself."""
+    """Return the folder of the checks, which is part of the package."""
     return _PACKAGE / "checks"

@@ -1,4 +1,4 @@
-"""The system's ssh, kept away from the user's own configuration, keys and connections."""
+"""Logins by the system's ssh, without the user's own configuration, keys and connections."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ HOST = "dask-vm"
 """The machine's name in the generated ssh_config."""
 
 SSH_FAILED = 255
-"""ssh's own exit status when it could not reach the machine or log in."""
+"""The exit status of ssh if it could not connect or log in."""
 
 REFUSED_SECONDS = 120.0
-"""How long, at least, a refused login is put down to cloud-init, which makes the user during the boot."""
+"""How long a refused login is retried at least: cloud-init creates the user during the boot."""
 _TIMES_REFUSED = 2.0
-"""And so many times what the machine needed to refuse the first one: all is as much slower there."""
+"""The same as a multiple of the time until the first refusal, for slow machines."""
 
-# A socket's path has at most 107 bytes, and ssh appends 17 to it while it makes one.
+# A socket's path has at most 107 bytes, and ssh appends 17 to it for a temporary name.
 _SOCKET_BYTES = 90
 _BANNER_SECONDS = 3.0
 _DOWN_SECONDS = 60.0
 _MASTER_SECONDS = 60.0
-# sshd >= 9.8 shuts an address out for a while after failed logins in quick succession (PerSourcePenalties).
+# sshd >= 9.8 blocks an address for a while after several failed logins (PerSourcePenalties).
 _REFUSED_PAUSE = 6.0
 _CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
 
 
 class Unreachable(BuildFailed):
-    """ssh itself failed: there was no connection, or it ended before the command did."""
+    """ssh itself failed: it could not connect, or the connection ended before the command did."""
 
 
 def generate_key(directory: Path) -> Path:
     """Make an ed25519 key pair without a passphrase and return the private key's path (mode 0600).
 
-    The public key lies beside it with `.pub`. An older pair in `directory` is replaced.
+    The public key is beside it, with the suffix `.pub`. An older pair in `directory` is replaced.
     """
     directory.mkdir(parents=True, exist_ok=True)
     key = directory / "id_ed25519"
     for old in (key, key.with_suffix(".pub")):
         old.unlink(missing_ok=True)
     argv: list[str | Path] = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "ami-builder", "-f", key]
-    processes.output(argv, what="making an ssh key")
+    processes.output(argv, what="ssh-keygen")
     return key
 
 
 class Session:
-    """Logins to one machine over one shared connection; the context owns the connection and its socket.
+    """Logins to one machine over a shared connection, which ends with the context.
 
-    `config` is an ssh_config for the host `dask-vm`, good for ssh, scp and testinfra alike: they use the
-    shared connection while it stands and one of their own otherwise.
+    `config` is an ssh_config for the host `dask-vm`, for ssh, scp and testinfra: they use the shared
+    connection while it is open, and their own otherwise.
     """
 
     def __init__(self, endpoint: Endpoint, *, key: Path, directory: Path) -> None:
@@ -74,7 +74,7 @@ class Session:
         self._owned = ExitStack()
         self._master = ExitStack()
         self._socket = self._directory / "master"
-        # AWS's tunnel is a program that needs the credentials; nothing else that is started here gets them.
+        # AWS's tunnel is a program that needs the credentials; no other program here gets them.
         credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         self._env = processes.environment(credentials) if endpoint.proxy_command else None
 
@@ -86,7 +86,7 @@ class Session:
                 owned.callback(shutil.rmtree, short, ignore_errors=True)
                 self._socket = short / "master"
             owned.callback(self.drop)
-            # What another machine showed in this folder does not bind this one.
+            # A known_hosts file here is of another machine.
             (self._directory / "known_hosts").unlink(missing_ok=True)
             self.config.write_text(self._ssh_config())
             self._owned = owned.pop_all()
@@ -98,10 +98,10 @@ class Session:
         self._owned.close()
 
     def wait(self, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
-        """Return as soon as a command runs over a new shared connection.
+        """Wait until a command runs over a new shared connection.
 
         `alive` is called in between and may raise. Raises TimedOut after `timeout` seconds, and BuildFailed
-        when the machine's host key changed or it went on refusing the key.
+        if the machine's host key has changed or it keeps refusing the key.
         """
         self.drop()
         began = time.monotonic()
@@ -114,28 +114,28 @@ class Session:
             alive()
             if time.monotonic() < next_try or not self._greets():
                 return False
-            said = self._connect()
-            if said is None:
+            errors = self._connect()
+            if errors is None:
                 return True
             if self._endpoint.proxy_command:
                 next_try = time.monotonic() + _REFUSED_PAUSE
-            if any(text in said for text in _CHANGED):
+            if any(text in errors for text in _CHANGED):
                 raise BuildFailed(
-                    "another machine answers: its host key has changed",
-                    hint="a host key must outlive a reboot; look for what makes it anew in the image",
-                    tail=tuple(said.splitlines()),
+                    "the machine's host key has changed",
+                    hint="host keys must survive a reboot: find what replaces them in the image",
+                    tail=tuple(errors.splitlines()),
                 )
-            if "Permission denied" in said:
+            if "Permission denied" in errors:
                 refused_since = refused_since or time.monotonic()
                 first_refused = first_refused or refused_since
                 next_try = time.monotonic() + _REFUSED_PAUSE
                 allowed = max(REFUSED_SECONDS, _TIMES_REFUSED * (first_refused - began))
                 if time.monotonic() - refused_since > allowed:
                     raise BuildFailed(
-                        f"the machine refuses the key of {self._endpoint.user}",
-                        hint="cloud-init did not install it: see the console log, and the user's name",
+                        f"the machine refuses the ssh key of {self._endpoint.user}",
+                        hint="cloud-init did not install the key: check the console log and the user's name",
                         log=self._endpoint.console_log,
-                        tail=tuple(said.splitlines()),
+                        tail=tuple(errors.splitlines()),
                     )
             else:
                 refused_since = None
@@ -156,7 +156,7 @@ class Session:
     ) -> Completed:
         """Run a shell command on the machine and return its status and output.
 
-        Raises BuildFailed with its stderr when it fails and `check` holds, Unreachable when ssh itself fails
+        Raises BuildFailed with its stderr if it fails and `check` is set, Unreachable if ssh itself fails
         (status 255, whatever `check` says), TimedOut after `timeout` seconds.
         """
         argv = self._argv(self._as_root(command) if sudo else command)
@@ -166,7 +166,7 @@ class Session:
         return done
 
     def fetch(self, command: str, path: Path, *, sudo: bool = False, timeout: float = 300.0) -> None:
-        """Stream a command's output into the file `path`; raises as `run` does and then leaves no file."""
+        """Write a command's output to the file `path`; raises as `run` does, and then removes the file."""
         argv = self._argv(self._as_root(command) if sudo else command)
         try:
             with (
@@ -182,7 +182,7 @@ class Session:
             raise
 
     def boot_id(self) -> str:
-        """Return the kernel's id of this boot: it differs after every reboot."""
+        """Return the kernel's boot id, which changes with every reboot."""
         return self.run("cat /proc/sys/kernel/random/boot_id").stdout.strip()
 
     def reboot(
@@ -193,18 +193,18 @@ class Session:
     ) -> None:
         """Reboot the machine from inside and wait until a login works again; raises as `wait` does.
 
-        `went_down` is called once, with the seconds that are left, when the machine has begun to go down.
+        `went_down` is called once when the machine shuts down, with the seconds that are left.
         """
         before = self.boot_id()
         # The connection may end before the command does.
         with contextlib.suppress(Unreachable):
             self.run("systemctl reboot", sudo=True)
         deadline = time.monotonic() + timeout
-        # Until it goes down, the old system takes logins, and each would keep it from that: the end of our
-        # connection tells that it has come so far.
+        # Until it shuts down, the old system accepts logins, and each would delay the shutdown. The end of
+        # our connection shows that it has begun.
         with contextlib.suppress(TimedOut):
             processes.wait_until(
-                lambda: not self._socket.exists(), what="going down", timeout=min(timeout, _DOWN_SECONDS)
+                lambda: not self._socket.exists(), what="the shutdown", timeout=min(timeout, _DOWN_SECONDS)
             )
         self.drop()
         went_down(max(1.0, deadline - time.monotonic()))
@@ -220,12 +220,12 @@ class Session:
         processes.wait_until(rebooted, what="a reboot", timeout=timeout, log=self._endpoint.console_log)
 
     def drop(self) -> None:
-        """End the shared connection, if there is one (before a reboot, for one)."""
+        """Close the shared connection, if there is one."""
         self._master.close()
         self._socket.unlink(missing_ok=True)
 
     def _greets(self) -> bool:
-        """Tell whether an ssh server answers: QEMU takes connections for a guest that has not booted yet."""
+        """Return whether an ssh server answers: QEMU accepts connections before the guest has booted."""
         if self._endpoint.proxy_command:
             return True
         address = (self._endpoint.address, self._endpoint.port)
@@ -236,10 +236,10 @@ class Session:
             return False
 
     def _connect(self) -> str | None:
-        """Start the shared connection and try it; returns None, or what ssh said when it failed."""
-        said = self._directory / "ssh.log"
+        """Open the shared connection and try it; return None, or the errors of ssh."""
+        errors = self._directory / "ssh.log"
         with ExitStack() as owned:
-            with said.open("wb") as log:
+            with errors.open("wb") as log:
                 master = owned.enter_context(
                     processes.running(self._argv(None), env=self._env, stdout=log.fileno())
                 )
@@ -255,10 +255,10 @@ class Session:
                     return None
             except (TimedOut, BuildFailed):
                 self.drop()
-        return said.read_text(errors="replace")
+        return errors.read_text(errors="replace")
 
     def _argv(self, command: str | None) -> list[str]:
-        # Without a command: the shared connection itself, as a child of ours that ends when we do.
+        # Without a command: the shared connection itself, a child that ends with this process.
         if command is None:
             return ["ssh", "-F", str(self.config), "-M", "-N", HOST]
         return ["ssh", "-F", str(self.config), HOST, "--", command]
@@ -286,13 +286,13 @@ class Session:
             "IdentityAgent": "none",
             "BatchMode": "yes",
             "PreferredAuthentications": "publickey",
-            # The first key seen is the machine's; a changed one later is refused.
+            # The first host key is accepted; a changed one is refused later.
             "StrictHostKeyChecking": "accept-new",
             "UserKnownHostsFile": _quoted(self._directory / "known_hosts"),
             "GlobalKnownHostsFile": "/dev/null",
             "HostKeyAlias": HOST,
             "UpdateHostKeys": "no",
-            # Shares our connection, and never leaves one of its own behind.
+            # Use the shared connection, and never open another shared one.
             "ControlMaster": "no",
             "ControlPath": _quoted(self._socket),
             "ConnectTimeout": "30",
@@ -302,7 +302,7 @@ class Session:
             "LogLevel": "ERROR",
         }
         if self._endpoint.address.startswith("127."):
-            # On an emulated guest the key exchange and the cipher cost seconds; nobody listens on loopback.
+            # On an emulated VM the key exchange and the cipher take seconds; nobody can listen on loopback.
             lines |= {
                 "KexAlgorithms": "^curve25519-sha256",
                 "Ciphers": "^aes128-ctr",

@@ -78,6 +78,6 @@ def test_an_incomplete_installation_says_so(package: Path, monkeypatch: pytest.M
     try:
         with pytest.raises(AmiBuilderError, match="incomplete") as caught:
             resources.root()
-        assert "install it again" in str(caught.value.hint)
+        assert "reinstall" in str(caught.value.hint)
     finally:
         resources.root.cache_clear()

@@ -307,7 +307,7 @@ def test_a_refusal_that_persists_is_told(make: Make, server: Server, monkeypatch
     monkeypatch.setattr(ssh, "REFUSED_SECONDS", 0.0)
     server.authorized.write_text("")
     session = make()
-    with session, pytest.raises(BuildFailed, match=f"refuses the key of {getpass.getuser()}") as caught:
+    with session, pytest.raises(BuildFailed, match=f"refuses the ssh key of {getpass.getuser()}") as caught:
         session.wait(60)
     assert "Permission denied" in caught.value.tail[-1]
     assert not masters(session)
@@ -338,7 +338,7 @@ class Refusing:
 
     def refused_after(self, timeout: float = 3600) -> float:
         """Return for how many seconds refusals were put up with."""
-        with pytest.raises(BuildFailed, match="refuses the key"):
+        with pytest.raises(BuildFailed, match="refuses the ssh key"):
             self.session.wait(timeout)
         return self.now - self.greets
 
@@ -469,7 +469,7 @@ def test_it_is_told_once_that_the_machine_goes_down_and_how_long_it_may_still_ta
 
     def ends(look: Callable[[], bool], *, what: str, timeout: float, **_: object) -> None:
         clock[0] += 45
-        if what == "going down":
+        if what == "the shutdown":
             assert timeout == min(60, seconds)
             events.append(what)
             raise TimedOut("it goes on")
@@ -480,7 +480,7 @@ def test_it_is_told_once_that_the_machine_goes_down_and_how_long_it_may_still_ta
     monkeypatch.setattr(session, "drop", lambda: events.append("drop"))
     monkeypatch.setattr(session, "wait", lambda timeout, alive: events.append(f"wait {timeout:.0f}"))
     session.reboot(seconds, went_down=lambda left: events.append(f"went down, {left:.0f} left"))
-    assert events[:4] == ["going down", "drop", "went down, 55 left", "wait 10"]
+    assert events[:4] == ["the shutdown", "drop", "went down, 55 left", "wait 10"]
     assert sum("went down" in event for event in events) == 1
     clock[0], events[:] = 1000.0, []
     monkeypatch.setattr(session, "run", Rebooting())
