@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,8 @@ from ami_builder.cli.options import JsonFlag, app, mode, parse_seconds, plain
 from ami_builder.core.errors import ChecksFailed, TimedOut
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ami_builder.doctor.rules import Diagnosis
 
 
@@ -55,7 +56,7 @@ def doctor(
     else:
         _print(diagnoses, summary(diagnoses))
     wrong = {d.health for d in diagnoses} - {Health.RIGHT}
-    if wrong == {Health.SILENT}:
+    if wrong == {Health.NO_ANSWER}:
         raise typer.Exit(TimedOut.exit_code)
     if wrong or not diagnoses:
         raise typer.Exit(ChecksFailed.exit_code)

@@ -51,7 +51,7 @@ class Health(StrEnum):
     TOO_HIGH = "too high"
     TOO_LOW = "needlessly low"
     UNKNOWN = "unknown"
-    SILENT = "no answer"
+    NO_ANSWER = "no answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +248,7 @@ def _machine(members: dict[str, Reading]) -> _Domain:
 
 def _unread(worker: Worker) -> Diagnosis:
     return Diagnosis(
-        worker=worker, health=Health.SILENT if worker.silent else Health.UNKNOWN, reason=worker.problem
+        worker=worker, health=Health.NO_ANSWER if worker.silent else Health.UNKNOWN, reason=worker.problem
     )
 
 

@@ -25,7 +25,7 @@ from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, Inconclusive, Locked, OnHold
 from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult, TargetKind
 from ami_builder.nightly import gate, summary
-from ami_builder.report.collect import keep_night
+from ami_builder.report.collect import save_nightly_run
 from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal
 from ami_builder.state.runs import compare_images
 from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
@@ -116,7 +116,7 @@ def _finish(
     journal.note(NightlyStep.PRUNED, retired=mine)
     night = replace(night, retired=tuple(mine), ended=datetime.now(UTC))
     write_atomically(journal.directory / "summary.md", summary.markdown(night))
-    keep_night(night, journal.directory, workspace)
+    save_nightly_run(night, journal.directory, workspace)
     unsent = ""
     if journal.find(NightlyStep.REPORTED) is None:
         # Noted before: a message that is lost with the machine is better than one that comes twice.

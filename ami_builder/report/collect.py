@@ -61,23 +61,23 @@ def write_page(
     if isinstance(subject, RecordedRun):
         page = _of_run(subject, known, workspace, path)
     else:
-        page = _of_night(subject, known, workspace, path)
+        page = _of_nightly_run(subject, known, workspace, path)
     write_atomically(path, html.render(page))
     return path
 
 
-def keep_night(night: NightlyRun, directory: Path, workspace: Workspace) -> None:
+def save_nightly_run(record: NightlyRun, directory: Path, workspace: Workspace) -> None:
     """Write the record of a nightly run, and its page if anything happened. A failing page raises nothing."""
-    dump(night, directory / runs.NIGHT)
-    if night.ending is NightlyStatus.UNCHANGED:
+    dump(record, directory / runs.NIGHT)
+    if record.ending is NightlyStatus.UNCHANGED:
         # Its page would repeat the previous one. `ami-builder report` can still make it.
         return
     try:
-        write_page(RecordedNightlyRun(night=night, directory=directory), workspace)
+        write_page(RecordedNightlyRun(night=record, directory=directory), workspace)
     except Exception as wrong:
         # The promotion has already happened: a page that can't be made must not fail the nightly run.
         console.note(
-            f"the report of nightly run {night.id} could not be written: {type(wrong).__name__}: {wrong}"
+            f"the report of nightly run {record.id} could not be written: {type(wrong).__name__}: {wrong}"
         )
 
 
@@ -134,55 +134,55 @@ def _counted(verdict: Verdict) -> str:
     return f"{ran} checks passed on {' and '.join(machines)}{left_out}"
 
 
-def _of_night(
+def _of_nightly_run(
     one: RecordedNightlyRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path
 ) -> Page:
-    night = one.night
-    tone, word, sentence = _ENDINGS[night.ending]
+    record = one.night
+    tone, word, sentence = _ENDINGS[record.ending]
     run = _run_of(one, known)
     # An earlier run is not part of the time of this nightly run.
-    mine = sections.steps(run) if run is not None and run.when >= night.started else ()
-    ended = (night.ended - night.started).total_seconds() if night.ended else None
+    mine = sections.steps(run) if run is not None and run.when >= record.started else ()
+    ended = (record.ended - record.started).total_seconds() if record.ended else None
     page = Page(
-        title=f"Nightly run of image {night.image}",
+        title=f"Nightly run of image {record.image}",
         tone=tone,
         word=word,
-        sentence=f"{sentence.format(night.channel)} {night.error}".rstrip(),
+        sentence=f"{sentence.format(record.channel)} {record.error}".rstrip(),
         facts=(
-            Fact(name="Channel", text=night.channel),
-            *_image_facts(night.digest, _builder(known, night.digest, one.when)),
-            *([Fact(name="Current before", text=night.before, exact=True)] if night.before else []),
-            *_time_facts(night.started, ended),
-            Fact(name="Nightly run", text=night.id, exact=True),
+            Fact(name="Channel", text=record.channel),
+            *_image_facts(record.digest, _builder(known, record.digest, one.when)),
+            *([Fact(name="Current before", text=record.before, exact=True)] if record.before else []),
+            *_time_facts(record.started, ended),
+            Fact(name="Nightly run", text=record.id, exact=True),
             *([Fact(name="Run", text=run.id, exact=True)] if run else []),
         ),
-        night=night,
-        steps=sections.bars(night.steps or mine),
+        nightly=record,
+        steps=sections.bars(record.steps or mine),
         links=sections.links([one.directory, *([run.directory] if run else [])], path),
     )
     if run is None:
         return page
     page = _with_verdict(page, run)
-    build = _builder(known, night.digest, one.when)
+    build = _builder(known, record.digest, one.when)
     if build is None or build.baked is None:
         return page
     artifact = build.baked.artifact
     page = replace(
         page, trends=sections.trends(runs.builds(known, artifact.image, artifact.target, build.when))
     )
-    before = next((each for each in reversed(known) if night.before and _is(each, night.before)), None)
+    before = next((each for each in reversed(known) if record.before and _is(each, record.before)), None)
     return _with_difference(page, before, build, workspace)
 
 
 def _run_of(one: RecordedNightlyRun, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
     """Return the run that a nightly run made, else the run that verified the image it found."""
-    night = one.night
-    same = [run for run in known if night.digest and run.record.digest == night.digest]
+    record = one.night
+    same = [run for run in known if record.digest and run.record.digest == record.digest]
     about = [run for run in same if run.when <= one.when]
     noted = (NightlyJournal(one.directory).find(NightlyStep.BUILT) or {}).get("run")
-    proved = [run for run in about if run.record.verdict is not None]
-    in_it = [run for run in about if run.when >= night.started]
-    return next(iter([*in_it[-1:], *proved[-1:], *(run for run in about if run.id == noted)]), None)
+    verified = [run for run in about if run.record.verdict is not None]
+    in_it = [run for run in about if run.when >= record.started]
+    return next(iter([*in_it[-1:], *verified[-1:], *(run for run in about if run.id == noted)]), None)
 
 
 def _builder(known: tuple[RecordedRun, ...], digest: str | None, until: datetime) -> RecordedRun | None:

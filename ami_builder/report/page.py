@@ -130,7 +130,7 @@ class Page:
     """The verdict."""
     sentence: str
     facts: tuple[Fact, ...]
-    night: NightlyRun | None = None
+    nightly: NightlyRun | None = None
     """Only for the page of a nightly run."""
     starts: tuple[Start, ...] = ()
     failures: tuple[Failure, ...] = ()

@@ -10,15 +10,13 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from ami_builder import console
 from ami_builder.config import loading
-from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.core.units import parse_duration, parse_size
@@ -26,6 +24,11 @@ from ami_builder.state.workspace import StoredImage, Workspace
 from tests.experiment import docs, page, series
 from tests.experiment.cases import LimitPolicy, Work, plan
 from tests.experiment.criteria import groups, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ami_builder.config.schema import Image
 
 
 def main(arguments: Sequence[str]) -> int:

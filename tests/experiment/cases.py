@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
+from typing import TYPE_CHECKING
 
 from ami_builder.core.units import GIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 METHOD = 1
 """Increase it with every change of the work or the measurements: results of other methods are ignored."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
 from ami_builder.core.units import GIB, MIB
 from ami_builder.report.plot import ticks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 392.0, 6.0, 106.0
 """The edges of the area for a curve, in a viewBox that is 400 wide and 126 high."""
@@ -52,7 +55,7 @@ class MemoryChart:
     limit: float | None
     paused: tuple[float, ...]
     lost: tuple[float, ...]
-    silent: float | None
+    last: float | None
     """Where the curve ends, if it ends before the run does."""
     end: float
     """Where the run ends."""
@@ -72,7 +75,7 @@ def memory_chart(curve: MemoryCurve, seconds: float | None = None) -> MemoryChar
     def y(size: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * size / height, 1)
 
-    silent = curve.seconds - curve.times[-1] > curve.seconds / 20
+    ends_early = curve.seconds - curve.times[-1] > curve.seconds / 20
     return MemoryChart(
         points=" ".join(f"{x(time)},{y(held)}" for time, held in zip(curve.times, curve.held, strict=True)),
         total=y(curve.total),
@@ -80,7 +83,7 @@ def memory_chart(curve: MemoryCurve, seconds: float | None = None) -> MemoryChar
         limit=None if curve.limit is None else y(curve.limit),
         paused=tuple(map(x, curve.paused)),
         lost=tuple(map(x, curve.lost)),
-        silent=x(curve.times[-1]) if silent else None,
+        last=x(curve.times[-1]) if ends_early else None,
         end=x(curve.seconds),
         y_labels=tuple((y(n * unit), f"{n:g} {name}" if n else "0") for n in ticks(height / unit)),
         x_labels=tuple((x(n), f"{n:g} s" if n else "0") for n in ticks(width, 5)),

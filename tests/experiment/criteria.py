@@ -6,15 +6,17 @@ it. The criteria for the default reserve were added after 57 and 98 runs, with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ami_builder.core.units import GIB, MIB
 from tests.experiment.cases import DEFAULT, RESERVE_PERCENT, Kind, LimitPolicy, Work
 from tests.experiment.results import STALL_SECONDS, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MOST_SECONDS = 5.0
 FEWER_STALLS = 10.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.core.units import GIB, MIB
 from ami_builder.report import html
@@ -15,7 +15,11 @@ from tests.experiment.cases import DEFAULT, LimitPolicy, Work
 from tests.experiment.charts import MemoryCurve, memory_chart
 from tests.experiment.criteria import Group, format_kind, groups, judge
 from tests.experiment.findings import shares
-from tests.experiment.results import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from tests.experiment.results import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "explanation" / "experiment.md"

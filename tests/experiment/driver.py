@@ -8,14 +8,16 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ami_builder.core.errors import BuildFailed, MissingTool
 from ami_builder.system import processes
 from ami_builder.verify.executor import INSTALL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 _START_SECONDS = 60.0
 

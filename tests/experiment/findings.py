@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
+from typing import TYPE_CHECKING
 
 from tests.experiment.cases import Kind, LimitPolicy
 from tests.experiment.criteria import Group, format_kind, given, groups, is_unaffected, without_control
-from tests.experiment.results import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.experiment.results import Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from ami_builder.core.oom import Constraint, Kill
 from tests.experiment.cases import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
 
 STALL_SECONDS = 1.0
 """A gap of more than this between two ticks is a stall of the VM: ten ticks are due in that time."""

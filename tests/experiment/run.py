@@ -5,27 +5,30 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder import qemu
-from ami_builder.config.schema import Image
-from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
 from ami_builder.core.options import Datasource, Network
 from ami_builder.qemu.target import LocalMachine
-from ami_builder.state.workspace import Run
 from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
 from tests.experiment.cases import METHOD, Case, expected_limit
 from tests.experiment.driver import Driver, driving
 from tests.experiment.results import LoginTry, Result, Trace
 from tests.experiment.user_data import FOLDER, user_data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Step
+    from ami_builder.state.workspace import Run
 
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0

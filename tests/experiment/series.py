@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ami_builder import qemu
-from ami_builder.config.schema import Image
-from ami_builder.console import Progress
 from ami_builder.core.errors import AmiBuilderError, Locked
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
@@ -24,6 +21,13 @@ from tests.experiment.cases import METHOD, Case, left
 from tests.experiment.driver import require_distributed
 from tests.experiment.results import Result, Trace, parse, plain
 from tests.experiment.run import Setup, make
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Progress
 
 EXPERIMENT = "experiment"
 """The command in the records of runs."""

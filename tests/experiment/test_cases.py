@@ -8,8 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -35,6 +34,9 @@ from tests.experiment.cases import (
 )
 from tests.experiment.samples import case
 from tests.experiment.user_data import user_data
+
+if TYPE_CHECKING:
+    from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()

@@ -32,7 +32,7 @@ Make = Callable[..., tuple[Result, Trace]]
 
 
 class Machines:
-    """Stand in for real ones: each run gives a result at once, or fails as it is told to."""
+    """Replaces real VMs: each run returns a result at once, or fails."""
 
     def __init__(self) -> None:
         self.made: list[Case] = []
@@ -42,13 +42,15 @@ class Machines:
         self.made.append(case)
         if case.policy in self.broken:
             raise BuildFailed("it does not come up")
-        hurt = (
+        stalls = (
             {"stalled": 70.0, "longest_stall": 30.0, "system_oom_kills": 3}
             if case.policy is LimitPolicy.NONE
             else {}
         )
-        told = {name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")}
-        return result(**told, **hurt), TRACE
+        fields = {
+            name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")
+        }
+        return result(**fields, **stalls), TRACE
 
 
 @pytest.fixture
@@ -65,58 +67,59 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machines:
     return found
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
+pytestmark = pytest.mark.usefixtures("machines")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
     assert cli.main(["--quiet", *arguments, "--json"]) == status
     out = capsys.readouterr().out
     return json.loads(out) if out else None
 
 
-def test_a_run_that_is_there_is_not_made_again(
-    machines: Machines, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = told(capsys, "--memory", "1GiB", "--repeat", "1")
+def test_existing_runs_are_not_repeated(machines: Machines, capsys: pytest.CaptureFixture[str]) -> None:
+    first = answer(capsys, "--memory", "1GiB", "--repeat", "1")
     assert len(machines.made) == len(first["results"]) == 2
-    second = told(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
+    second = answer(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
     assert [(c.policy, c.repeat) for c in machines.made[2:]] == [
         (c.policy, c.repeat) for c in sorted(machines.made[2:], key=lambda c: c.repeat)
     ]
     assert len(machines.made) == len(second["results"]) == 5
-    again = told(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
+    again = answer(capsys, "--memory", "1GiB", "--repeat", "2", "--policy", "none", "--policy", "gke")
     assert len(machines.made) == 5
     assert again["left"] == []
 
 
-def test_results_are_lines_that_survive_and_those_of_another_method_are_passed_over(
-    machines: Machines, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_damaged_results_and_those_of_another_method_are_ignored(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = told(capsys, "--repeat", "1")["page"]
+    page = answer(capsys, "--repeat", "1")["page"]
     kept = Path(page).with_name("results.jsonl")
     lines = kept.read_text().splitlines()
     assert len(lines) == 2
     other = json.loads(lines[0]) | {"method": METHOD + 1}
     kept.write_text("\n".join([json.dumps(other), lines[1], '{"half": ']))
-    assert len(told(capsys, "--no-run")["results"]) == 1
-    told(capsys, "--repeat", "1")
+    assert len(answer(capsys, "--no-run")["results"]) == 1
+    answer(capsys, "--repeat", "1")
     assert len(machines.made) == 3
 
 
-def test_after_its_time_nothing_is_started_and_the_next_call_goes_on(
+def test_no_run_starts_after_the_time_and_the_next_call_continues(
     machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10000, 100))
     monkeypatch.setattr(f"{series.__name__}.time.monotonic", lambda: float(next(clock)))
-    found = told(capsys, "--repeat", "3", "--jobs", "1", "--for", "250s")
+    found = answer(capsys, "--repeat", "3", "--jobs", "1", "--for", "250s")
     assert len(machines.made) == 2
     assert len(found["left"]) == 4
-    told(capsys, "--repeat", "3", "--jobs", "1")
+    answer(capsys, "--repeat", "3", "--jobs", "1")
     assert len(machines.made) == len(set(machines.made)) == 6
 
 
-def test_a_machine_that_does_not_come_up_costs_nothing_else(
+def test_a_vm_that_does_not_boot_does_not_stop_the_others(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machines.broken = {LimitPolicy.NONE}
-    found = told(capsys, "--repeat", "1")
+    found = answer(capsys, "--repeat", "1")
     assert len(found["results"]) == 1
     assert list(found["failed"].values()) == ["it does not come up"]
     assert found["left"] == list(found["failed"])
@@ -124,7 +127,7 @@ def test_a_machine_that_does_not_come_up_costs_nothing_else(
     assert cli.main(["--quiet", "--repeat", "1"]) == BuildFailed.exit_code
 
 
-def test_without_dask_it_says_what_to_install(
+def test_without_dask_the_error_names_the_package(
     machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -143,18 +146,14 @@ def test_without_dask_it_says_what_to_install(
         (["./nowhere.qcow2"], "no such finished image"),
     ],
 )
-def test_bad_input_is_said(
-    machines: Machines, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert cli.main(["--quiet", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_the_page_shows_the_criteria_the_policies_and_the_command(
-    machines: Machines, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_page_shows_the_criteria_the_policies_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(
-        told(capsys, "--memory", "1GiB", "--repeat", "2", "--work", "spikes", "--work", "array")["page"]
+        answer(capsys, "--memory", "1GiB", "--repeat", "2", "--work", "spikes", "--work", "array")["page"]
     )
     text = page.read_text(encoding="utf-8")
     parsed = Parsed(text)
@@ -169,7 +168,7 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(
         "python -m tests.experiment dask --cpus 2 --memory 1GiB --policy none --policy available "
         "--work array --work spikes --repeat 2 --seed 1" in parsed.text
     )
-    told(capsys, "--no-run")
+    answer(capsys, "--no-run")
     assert page.read_text(encoding="utf-8") == text
 
 
@@ -178,22 +177,18 @@ COMMANDS = re.findall(r"^python -m tests.experiment .*", PAGE.replace("\\\n", ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_page_are_understood(
-    machines: Machines, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_the_commands_in_docs_are_valid(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert cli.main([*shlex.split(command)[3:], "--no-run"]) == 2
     assert "no run of this image has been made yet" in capsys.readouterr().err
 
 
-def test_the_page_names_every_policy_and_work() -> None:
+def test_docs_name_every_policy_and_work() -> None:
     assert len(COMMANDS) == 4
     for word in (*LimitPolicy, *Work):
         assert f"`{word}`" in PAGE
 
 
-def test_a_table_for_a_pipe_has_the_criteria_and_the_page(
-    machines: Machines, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_for_a_pipe_has_the_criteria_and_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--quiet", "--repeat", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split("\t")[:4] == ["2 GiB, 2 CPUs", "spikes", "none", "1"]

@@ -1,4 +1,4 @@
-"""What is read from a machine, the criteria on a good, a bad and an indifferent experiment, and its page."""
+"""Parsing of what a VM wrote, the criteria on invented runs, and the recorded runs."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ tick 10.301 6 699 1000000 500000 .\r
 tick 10.4 6"""
 
 
-def test_signs_of_life_are_read_from_between_what_others_write() -> None:
+def test_ticks_between_lines_of_the_kernel() -> None:
     assert results.ticks(CONSOLE) == (
         Tick(uptime=10.1, held=5, available=700, some=1.0, full=0.5),
         Tick(uptime=10.301, held=6, available=699, some=1.0, full=0.5),
     )
 
 
-def test_the_console_tells_kills_of_a_machine_that_does_not_come_back() -> None:
+def test_kills_are_counted_on_the_console() -> None:
     assert results.console_kills(CONSOLE) == (1, 1)
 
 
-def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
+def test_the_ticker_s_output_can_be_parsed(tmp_path: Path) -> None:
     out = tmp_path / "console"
     ticker = Path(results.__file__).with_name("ticker.py")
     began = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -80,7 +80,7 @@ def test_what_the_ticker_writes_is_what_is_read(tmp_path: Path) -> None:
     assert second.some >= second.full >= 0
 
 
-def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
+def test_a_stall_at_the_end_counts() -> None:
     inside = results.watched([tick(1), tick(10), tick(10.1), tick(40)], 10, 20)
     assert [one.uptime for one in inside] == [10, 10.1]
     longest, total = results.stalls(inside, 10, 20)
@@ -90,7 +90,7 @@ def test_a_watch_that_ends_in_silence_does_not_look_well() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0.1, 100))
-def test_silence_is_never_more_than_the_work(times: list[float], seconds: float) -> None:
+def test_stalls_are_never_longer_than_the_work(times: list[float], seconds: float) -> None:
     inside = [tick(time) for time in sorted(times) if time <= seconds]
     if inside:
         longest, total = results.stalls(inside, 0.0, seconds)
@@ -98,15 +98,15 @@ def test_silence_is_never_more_than_the_work(times: list[float], seconds: float)
         assert total <= seconds + 1e-6
 
 
-def test_what_was_held_until_the_machine_first_stood_still() -> None:
+def test_memory_held_before_the_first_stall() -> None:
     held = [tick(0, 5), tick(0.1, 9), tick(0.2, 7), tick(3, 100)]
     assert results.held_before_stall(held) == 9
     assert results.held_before_stall(held[:1]) == 5
 
 
 def test_a_wait_for_a_login_goes_on_until_one_is_answered() -> None:
-    told = [(0, 1, True), (2, 12, False), (14, 24, False), (26, 27, True), (29, 39, False)]
-    logins = [LoginTry(began=b, ended=e, answered=a) for b, e, a in told]
+    tries = [(0, 1, True), (2, 12, False), (14, 24, False), (26, 27, True), (29, 39, False)]
+    logins = [LoginTry(began=b, ended=e, answered=a) for b, e, a in tries]
     assert results.waits(logins) == (25, 35)
     assert results.waits([]) == (0.0, 0.0)
 
@@ -122,11 +122,11 @@ KERNEL = f"""\
 """
 
 
-def test_kills_are_told_apart_by_whose_memory_was_at_its_end_and_who_died() -> None:
+def test_kills_are_counted_by_cause_and_process() -> None:
     assert results.counted(kills(KERNEL)) == (2, 2, 1, ("sshd",))
 
 
-def test_a_trace_is_thin_and_keeps_its_peaks() -> None:
+def test_a_trace_is_short_and_keeps_its_peaks() -> None:
     ticks = [tick(n / 10, held=n % 97) for n in range(4000)]
     thin = results.trace(ticks, 0.0, [(1.5, "paused")])
     assert len(thin.times) <= 410
@@ -138,11 +138,11 @@ def answers(runs: tuple[results.Result, ...]) -> dict[str, Grade]:
     return {one.text: one.grade for one in judge(runs)}
 
 
-def test_a_good_experiment_reaches_everything() -> None:
+def test_good_runs_pass_all_criteria() -> None:
     assert set(answers(GOOD).values()) == {Grade.PASSED}, answers(GOOD)
 
 
-def test_a_bad_one_fails_each_criterion() -> None:
+def test_bad_runs_fail_each_criterion() -> None:
     found = answers(BAD)
     passed = [text for text, answer in found.items() if answer is not Grade.FAILED]
     assert [text for text in passed if "login" not in text and "without a limit, the same" not in text] == []
@@ -158,7 +158,7 @@ def test_what_was_not_run_is_not_shown() -> None:
     )
 
 
-def test_where_nothing_is_hurt_no_benefit_is_shown() -> None:
+def test_without_stalls_no_benefit_is_shown() -> None:
     found = answers(SAME)
     assert (
         found["8 GiB, 2 CPUs, reserve 0: W3 stalls for at most 1/10 of the time without a limit"]
@@ -177,21 +177,21 @@ def test_an_array_that_is_not_finished_is_not_fast() -> None:
 
 def test_the_default_reserve_is_judged_where_it_was_run() -> None:
     def judged(*extra: results.Result) -> dict[str, Grade]:
-        told = answers((*GOOD, *extra))
-        return {text: answer for text, answer in told.items() if "the default reserve of 2 %" in text}
+        grades = answers((*GOOD, *extra))
+        return {text: answer for text, answer in grades.items() if "the default reserve of 2 %" in text}
 
     given_it = [replace(one, case=replace(one.case, policy=DEFAULT)) for one in (GOOD[3], GOOD[7])]
     assert judged() == {}
     well = judged(*given_it)
     assert set(well.values()) == {Grade.PASSED}
     assert len(well) == 8
-    hurt: dict[str, Any] = {
+    worse: dict[str, Any] = {
         "done": 100, "stalled": 20.0, "seconds": 200.0, "limit": 700 * MIB,
         "system_oom_kills": 1, "longest_stall": 5.1, "ssh_failed": 1, "killed_outside": ("sshd",),
     }  # fmt: skip
-    worse = judged(*(replace(one, **hurt) for one in given_it))
-    assert set(worse.values()) == {Grade.FAILED}
-    assert set(worse) == set(well)
+    failed = judged(*(replace(one, **worse) for one in given_it))
+    assert set(failed.values()) == {Grade.FAILED}
+    assert set(failed) == set(well)
 
 
 def test_the_control_is_not_judged() -> None:
@@ -201,15 +201,15 @@ def test_the_control_is_not_judged() -> None:
     assert len(groups((*GOOD, control))) == len(groups(GOOD)) + 1
 
 
-def test_one_login_that_fails_is_harm() -> None:
+def test_one_failed_login_counts_as_affected() -> None:
     assert is_unaffected(result())
-    for harm in (
+    for effect in (
         {"ssh_failed": 1},
         {"system_oom_kills": 1},
         {"killed_outside": ("x",)},
         {"longest_stall": 5.1},
     ):
-        assert not is_unaffected(result(**harm)), harm
+        assert not is_unaffected(result(**effect)), effect
 
 
 def test_what_dask_may_use_of_what_the_system_gives() -> None:
@@ -221,17 +221,17 @@ def test_what_dask_may_use_of_what_the_system_gives() -> None:
     assert found[LimitPolicy.AVAILABLE].affected == 0
 
 
-def test_a_machine_that_suffered_long_before_its_limit_shows_no_share() -> None:
+def test_a_stall_long_before_the_limit_shows_no_share() -> None:
     early = (GOOD[3], replace(GOOD[8], held_before_stall=500 * MIB))
     text = "1 GiB, 2 CPUs, reserve 0: Dask may use at least 95 % of what the system can give"
     assert answers(early)[text] is Grade.NOT_SHOWN
 
 
-def test_what_the_limit_costs_is_said() -> None:
-    told = " ".join(notes(BAD))
-    assert "100 tasks fail or don't end with the limit, 50 without" in told
-    assert "the work takes 130 s with the limit, 100 s without" in told
-    assert "something else was affected despite the limit, in 2 of 2 runs" in told
+def test_notes_on_what_the_limit_costs() -> None:
+    text = " ".join(notes(BAD))
+    assert "100 tasks fail or don't end with the limit, 50 without" in text
+    assert "the work takes 130 s with the limit, 100 s without" in text
+    assert "something else was affected despite the limit, in 2 of 2 runs" in text
 
 
 def test_a_run_that_was_cut_short_does_not_make_the_work_fast() -> None:
@@ -253,7 +253,7 @@ def test_rows_are_in_the_order_of_machines_work_and_policies() -> None:
     ]
 
 
-def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agent_that_grows() -> None:
+def test_recorded_grades() -> None:
     runs = recorded()
     found = answers(runs)
     stalled = "W3 stalls for at most 1/10 of the time without a limit"
@@ -277,7 +277,7 @@ def test_what_was_recorded_speaks_for_the_limit_and_for_a_reserve_beside_an_agen
     ]
 
 
-def test_what_was_recorded_on_1_gib_tells_late_nannies_from_the_control() -> None:
+def test_recorded_nannies_on_1_gib() -> None:
     runs = recorded()
     control = [r for r in runs if r.case.work is Work.RESTARTS]
     assert [r.case.memory for r in control] == [GIB] * PUBLISHED
@@ -288,7 +288,7 @@ def test_what_was_recorded_on_1_gib_tells_late_nannies_from_the_control() -> Non
     assert max(r.ssh_longest for r in nanny) == pytest.approx(4, abs=0.05)
 
 
-def test_what_was_recorded_of_the_default_reserve() -> None:
+def test_recorded_default_reserve() -> None:
     runs = recorded()
     agent = [r for r in runs if r.case.work is Work.AGENT]
     assert {r.case.policy for r in agent if r.system_oom_kills or r.ssh_failed} == {LimitPolicy.AVAILABLE}
@@ -302,7 +302,7 @@ def test_what_was_recorded_of_the_default_reserve() -> None:
     assert (used[LimitPolicy.HEADROOM] or 1) < 0.95
 
 
-def test_what_was_recorded_of_the_limit_in_w3() -> None:
+def test_recorded_limit_in_w3() -> None:
     limited = (LimitPolicy.AVAILABLE, DEFAULT)
     runs = recorded()
     spikes = [r for r in runs if r.case.work is Work.SPIKES and r.case.policy in limited]
@@ -318,7 +318,7 @@ def test_what_was_recorded_of_the_limit_in_w3() -> None:
     assert counts == dict.fromkeys(product((1, 2, 4), limited), PUBLISHED)
 
 
-def test_what_was_recorded_of_w4() -> None:
+def test_recorded_w4() -> None:
     runs = recorded()
     matrix = [r for r in runs if r.case.work is Work.MATRIX and r.seconds > 300]
     assert Counter(r.case.policy for r in matrix) == {
@@ -333,7 +333,7 @@ def test_what_was_recorded_of_w4() -> None:
     assert sorted(unlimited) == [(0, 3), (9, 3), (16, 0), (16, 0)]
 
 
-def test_what_was_recorded_without_a_limit_and_how_often_each_kind_ran() -> None:
+def test_recorded_runs_without_a_limit() -> None:
     runs = recorded()
     kinds = Counter((r.case.memory // GIB, r.case.work, r.case.policy) for r in runs)
     assert {kind for kind, count in kinds.items() if count < PUBLISHED} == set()
@@ -354,7 +354,7 @@ def test_what_was_recorded_without_a_limit_and_how_often_each_kind_ran() -> None
     ]  # fmt: skip
 
 
-def test_what_was_recorded_of_what_a_system_of_1_gib_could_give() -> None:
+def test_recorded_memory_before_a_stall_on_1_gib() -> None:
     runs = recorded()
     leaks = [r for r in runs if r.case.memory == GIB and r.case.work is Work.LEAK_FAST]
     held = [round(r.held_before_stall / MIB) for r in leaks if r.case.policy is LimitPolicy.NONE]
@@ -367,7 +367,7 @@ def test_what_was_recorded_of_what_a_system_of_1_gib_could_give() -> None:
         assert found[f"1 GiB, 2 CPUs, {reserve}: {text}"] is Grade.NOT_SHOWN
 
 
-def test_the_page_in_docs_is_made_from_what_was_recorded() -> None:
+def test_docs_are_made_from_the_recorded_runs() -> None:
     """Otherwise run `python -m tests.experiment --docs`."""
     page = PAGE.read_text(encoding="utf-8")
     assert page.count("<!-- recorded: ") == 4

@@ -6,12 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,6 +21,9 @@ from tests.experiment import run, tasks
 from tests.experiment.driver import Driver, driving
 from tests.experiment.tasks import Task
 from tests.fake_programs import calls, fake
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 SOURCE = Path(tasks.__file__).with_name("work.py")
 

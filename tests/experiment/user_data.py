@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ami_builder.config.schema import Image
 from ami_builder.core.units import GIB, MIB
 from tests.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, LimitPolicy
 from tests.experiment.tasks import MODULE
+
+if TYPE_CHECKING:
+    from ami_builder.config.schema import Image
 
 FOLDER = "/var/lib/ami-builder-experiment"
 CONSOLE = "/dev/ttyS0"

@@ -124,7 +124,7 @@ def test_a_small_container_on_a_large_machine_is_what_it_is_meant_to_be() -> Non
 def test_who_was_not_read_is_told_apart() -> None:
     told = diagnose([Worker(address="a", silent=True, problem="late"), Worker(address="b", problem="a Mac")])
     assert [(each.health, each.reason) for each in told] == [
-        (Health.SILENT, "late"),
+        (Health.NO_ANSWER, "late"),
         (Health.UNKNOWN, "a Mac"),
     ]
 

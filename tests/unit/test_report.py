@@ -33,7 +33,7 @@ from ami_builder.core.records import (
     Verdict,
 )
 from ami_builder.report import html, sections
-from ami_builder.report.collect import keep_night, write_page
+from ami_builder.report.collect import save_nightly_run, write_page
 from ami_builder.report.page import ChainNumber, Page, Point, Tone, Trend
 from ami_builder.report.plot import BOTTOM, TOP, plot, ticks
 from ami_builder.state import runs
@@ -406,7 +406,7 @@ def test_how_a_night_ended(workspace: Workspace, ending: NightlyStatus) -> None:
         error="it broke" if ending is NightlyStatus.FAILED else "",
     )
     directory = workspace.nightly_dir / "dask.qemu" / told.id
-    keep_night(told, directory, workspace)
+    save_nightly_run(told, directory, workspace)
     assert load(NightlyRun, directory / "night.json") == told
     if ending is NightlyStatus.UNCHANGED:
         # Whoever wants a page of nothing new asks for it.
@@ -433,7 +433,7 @@ def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
         run, NightlyStatus.FAILED, digest="", error="the package archive does not answer", location=""
     )
     directory = workspace.nightly_dir / "dask.qemu" / told.id
-    keep_night(told, directory, workspace)
+    save_nightly_run(told, directory, workspace)
     text = Parsed((directory / "report.html").read_text()).text
     assert told.error in text
     assert "all equal" not in text
@@ -442,7 +442,7 @@ def test_a_night_that_got_nowhere_has_a_page(workspace: Workspace) -> None:
 def test_moved_packages_are_told_when_the_image_before_is_gone(workspace: Workspace) -> None:
     told = night(build(workspace, 0), before="ff" * 32, moved=("apt 1 -> 2",))
     directory = workspace.nightly_dir / "dask.qemu" / told.id
-    keep_night(told, directory, workspace)
+    save_nightly_run(told, directory, workspace)
     assert "apt 1 -> 2" in Parsed((directory / "report.html").read_text()).text
 
 
@@ -454,7 +454,7 @@ def test_a_page_that_can_not_be_drawn_fails_no_night(
 
     monkeypatch.setattr(html, "render", broken)
     told = night(build(workspace, 0))
-    keep_night(told, workspace.nightly_dir / "dask.qemu" / told.id, workspace)
+    save_nightly_run(told, workspace.nightly_dir / "dask.qemu" / told.id, workspace)
     assert load(NightlyRun, workspace.nightly_dir / "dask.qemu" / told.id / "night.json") == told
     assert "RuntimeError: no fonts" in capsys.readouterr().err
 
@@ -487,7 +487,7 @@ def everything(workspace: Workspace, text: str) -> str:
     told = night(run, places=(place,), drifts=lines, moved=lines, retired=lines, error=text, channel=text)
     told = replace(told, before="00" * 32, location=text)
     directory = workspace.nightly_dir / "n" / told.id
-    keep_night(told, directory, workspace)
+    save_nightly_run(told, directory, workspace)
     return (directory / "report.html").read_text()
 
 
@@ -624,7 +624,7 @@ def test_the_command_takes_the_last_or_what_is_named(
     assert ask("-o", str(tmp_path / "x.html"))[1] == str(tmp_path / "x.html")
     told = night(last)
     directory = workspace.nightly_dir / "dask.qemu" / told.id
-    keep_night(told, directory, workspace)
+    save_nightly_run(told, directory, workspace)
     (directory.parent / "latest").symlink_to(told.id)
     assert ask()[1] == str(directory / "report.html")
 
