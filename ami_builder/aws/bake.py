@@ -10,9 +10,8 @@ from pathlib import Path
 
 import tenacity
 
-from ami_builder.aws import claims, images, instances, launch_templates, network, tags, user_data
-from ami_builder.aws.session import Account
-from ami_builder.aws.waiting import look_for
+from ami_builder.aws import images, instances, network, orphans, tags, user_data
+from ami_builder.aws.session import Account, look_for
 from ami_builder.build import packer
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step
@@ -94,16 +93,15 @@ class _Bake:
         with suppress(AmiBuilderError):
             found = look_for(self._made) if self.imaging else self._made()
             if found is not None and not found.finished:
-                claims.claim_image(self.account, found.id, self.run_id)
-                images.deregister(self.account, found.id)
+                orphans.delete_image(self.account, found.id, self.run_id)
 
     def _made(self) -> images.Ami | None:
         # By its name: another machine may have baked the same digest meanwhile.
-        return images.named(self.account, self.name)
+        return images.find_by_name(self.account, self.name)
 
     def run(self, step: Step) -> images.Ami:
         key = ssh.generate_key(self.run_.work)
-        data = user_data.builder_user_data(key.with_suffix(".pub").read_text().strip(), self.aws.lifetime)
+        data = user_data.with_lifetime("", self.aws.lifetime, key.with_suffix(".pub").read_text())
         data_file = self.run_.work / "user-data"
         data_file.write_text(data)
         lacking: list[str] = []
@@ -136,7 +134,7 @@ class _Bake:
             run_id=self.run_id,
             purpose=tags.Purpose.BAKE,
             tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
-            cidrs=() if through_ssm else network.my_cidrs(self.aws.source_cidrs),
+            cidrs=() if through_ssm else network.source_cidrs(self.aws.source_cidrs),
             port=self.aws.ssh_port,
             subnet=subnet,
         )
@@ -189,7 +187,7 @@ class _Bake:
                 # Packer 1.6 can't ask for these when it launches.
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
-                        claims.claim_instance(self.account, self.instance, self.run_id)
+                        orphans.tag(self.account, self.instance, self.run_id)
                     instances.require_imdsv2(self.account, self.instance)
             elif (found := _IMAGE.search(line)) and not self.ami:
                 self.ami = found[1]
@@ -229,8 +227,7 @@ class _Bake:
                 instances.terminate(self.account, one)
             self.ledger.deleted(instance)
             if template is not None:
-                for one in launch_templates.of_run(self.account, self.run_id):
-                    launch_templates.delete(self.account, one)
+                orphans.delete_templates(self.account, self.run_id)
                 self.ledger.deleted(template)
 
     def _variables(
@@ -279,4 +276,4 @@ def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
 def _tags(
     inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
 ) -> Mapping[str, str]:
-    return tags.tags(inputs.image.name, inputs.digest, run_id, purpose, more)
+    return tags.resource_tags(inputs.image.name, inputs.digest, run_id, purpose, more)

@@ -60,7 +60,7 @@ class CloudChannels:
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these AMIs were revoked by their tag, or deregistered: neither comes back."""
-        there = images.by_ids(self.site.account, ids)
+        there = images.find_by_ids(self.site.account, ids)
         gone = {id: "it was deregistered" for id in ids if id not in there}
         return gone | {id: ami.revoked for id, ami in there.items() if ami.revoked is not None}
 

@@ -66,7 +66,7 @@ def prune_cloud(planned: Sequence[tuple[Account, tuple[Decision, ...]]], progres
                     amis.deprecate(account, id)
             elif decision.action is Action.DELETE and id.startswith("snap-"):
                 with progress.step(f"delete {id}"):
-                    if not amis.delete_snapshot(account, id):
+                    if not snapshots.delete(account, id):
                         raise CloudFailed(f"the snapshot {id} can't be deleted: an AMI uses it")
             elif decision.action is Action.DELETE:
                 with progress.step(f"deregister {id}"):
@@ -76,7 +76,7 @@ def prune_cloud(planned: Sequence[tuple[Account, tuple[Decision, ...]]], progres
 def _plan_region(
     account: Account, mine: Mapping[str, CloudPlace], going: Sequence[Reference]
 ) -> tuple[Decision, ...]:
-    owned = amis.owned(account)
+    owned = amis.list_owned(account)
     uses: list[Reference] = [*references.find(account), *going]
     found: dict[str, list[amis.Ami]] = defaultdict(list)
     for ami in owned:
@@ -93,7 +93,9 @@ def _plan_region(
         candidates = [_candidate(account, ami, name, been) for ami in group]
         rules = policy(mine[name].image.lifecycle, grace=True)
         needed = [*channel_references(record), *uses]
-        decisions += _unshared(candidates, needed, rules, partial(_launchers, account))
+        decisions += _unshared(
+            candidates, needed, rules, lambda one: _shared(sharing.image_users(account, one))
+        )
     return (*decisions, *_orphans(account, mine, owned, uses))
 
 
@@ -102,7 +104,7 @@ def _orphans(
 ) -> tuple[Decision, ...]:
     """Decide about the snapshots of ours that no AMI uses any more."""
     found: dict[str, list[Candidate]] = defaultdict(list)
-    for one in snapshots.orphans(account, owned):
+    for one in amis.list_orphan_snapshots(account, owned):
         name = one.tags.get(tags.IMAGE, "")
         protected = "" if name in mine else _NO_POLICY
         found[name].append(
@@ -121,7 +123,9 @@ def _orphans(
         if name in mine:
             told = policy(mine[name].image.lifecycle)
             rules = replace(told, keep=0, young=max(told.young, _LEAST_AGE), size=0)
-        decisions += _unshared(candidates, uses, rules, partial(snapshots.shared_with, account))
+        decisions += _unshared(
+            candidates, uses, rules, lambda one: _shared(sharing.snapshot_users(account, one))
+        )
     return tuple(replace(one, reason=f"its AMI is gone; {one.reason}") for one in decisions)
 
 
@@ -142,9 +146,8 @@ def _unshared(
         asked |= {id: shared_with(id) for id in doomed if id not in asked}
 
 
-def _launchers(account: Account, ami: str) -> str:
-    found = sharing.launchers(account, ami)
-    return f"shared with {', '.join(sorted(found))}" if found else ""
+def _shared(users: frozenset[str]) -> str:
+    return f"shared with {', '.join(sorted(users))}" if users else ""
 
 
 def _candidate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, translated
+from ami_builder.aws.session import Account, aws_errors
 from ami_builder.config.types import Destination
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.core.orphans import COPYING
@@ -21,7 +21,7 @@ _LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.MEASURED, tagging
 
 def find(there: Account, source: images.Ami) -> images.Ami | None:
     """Return the copy of an AMI in another region, finished or still on its way; None when there is none."""
-    return _best(images.copies(there, source.id, source.name))
+    return _best(images.find_copies(there, source.id, source.name))
 
 
 def copy(
@@ -38,7 +38,7 @@ def copy(
     `origin` is the region of the source. A copy that was begun by a run that is gone is waited for and
     finished; one that failed makes room for the next. Raises CloudFailed with EC2's reason, TimedOut.
     """
-    known = images.copies(there, source.id, source.name)
+    known = images.find_copies(there, source.id, source.name)
     spent = sorted(ami.id for ami in known if ami.state in _FAILED)
     found = _best(known)
     for failed in spent:
@@ -78,7 +78,7 @@ def _made(
         settings["KmsKeyId"] = destination.kms_key
     gone = list(spent)
     for _ in range(_ATTEMPTS):
-        with translated():
+        with aws_errors():
             made = there.ec2.copy_image(
                 Name=source.name,
                 SourceImageId=source.id,
@@ -88,7 +88,7 @@ def _made(
                 **settings,
             )
         try:
-            return images.wait_seen(there, made["ImageId"])
+            return images.wait_visible(there, made["ImageId"])
         except TimedOut:
             gone.append(made["ImageId"])
     raise CloudFailed(f"EC2 says that it copies {source.id}, but shows no copy: {', '.join(gone)}")
@@ -123,8 +123,8 @@ def _finished(there: Account, found: images.Ami, source: images.Ami) -> images.A
     ours = {key: value for key, value in lacking.items() if key in own or key in _LATER}
     for tags in (ours, {key: value for key, value in lacking.items() if key not in ours}):
         if tags:
-            with translated():
+            with aws_errors():
                 there.ec2.create_tags(Resources=[found.id], Tags=tagging.as_list(tags))
     if not found.finished:
         return images.finish(there, found.id, own)
-    return images.wait_seen(there, found.id) if lacking else found
+    return images.wait_visible(there, found.id) if lacking else found

@@ -26,12 +26,12 @@ class Region:
     lifetime: float
 
 
-def find_leftovers(regions: Sequence[Region], workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
+def find_orphans(regions: Sequence[Region], workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
     """Plan what is to happen to everything of ours; nothing is changed. Raises CloudFailed."""
     workspace.ensure()
     entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
     runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
-    leftovers: list[Orphan] = []
+    decisions: list[Orphan] = []
     for region in regions:
         with progress.step(f"look in {region.account.region}") as step:
             found = orphans.find(region.account, _of(entries, region))
@@ -39,12 +39,12 @@ def find_leftovers(regions: Sequence[Region], workspace: Workspace, progress: Pr
             step.done(
                 f"{len(planned)} found, {sum(one.action is Action.DELETE for one in planned)} to delete"
             )
-        leftovers += planned
-    return tuple(leftovers)
+        decisions += planned
+    return tuple(decisions)
 
 
-def remove_leftovers(
-    leftovers: Sequence[Orphan], regions: Sequence[Region], workspace: Workspace, progress: Progress
+def remove_orphans(
+    decisions: Sequence[Orphan], regions: Sequence[Region], workspace: Workspace, progress: Progress
 ) -> None:
     """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
 
@@ -53,7 +53,7 @@ def remove_leftovers(
     workspace.sweep()
     accounts: Mapping[str, Account] = {region.account.region: region.account for region in regions}
     failed: list[str] = []
-    for one in leftovers:
+    for one in decisions:
         if one.action is not Action.DELETE:
             continue
         what = f"{one.found.kind} {one.found.id}"

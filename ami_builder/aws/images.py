@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import measured as measuring
+from ami_builder.aws import snapshots
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import Measurement, Outcome
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
-    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef, SnapshotTypeDef
+    from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
 _GIB = 1 << 30
 _POLL_SECONDS = 5.0
@@ -30,6 +30,17 @@ _PAGE = 1000
 _UNPROTECTED = ("disabled", "")
 _SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
 _PENDING = frozenset({"pending", "transient"})
+# What a region or its quotas lack, whatever the AMI is.
+_NOT_ITS_FAULT = frozenset(
+    {
+        "InstanceLimitExceeded",
+        "InsufficientInstanceCapacity",
+        "MissingInput",
+        "Unsupported",
+        "VPCIdNotSpecified",
+        "VcpuLimitExceeded",
+    }
+)
 _VERDICTS = frozenset({Outcome.PASSED, Outcome.FAILED, Outcome.INCONCLUSIVE})
 
 
@@ -76,7 +87,7 @@ class Ami:
     @property
     def measured(self) -> tuple[Measurement, ...]:
         """What its first boots measured, on as many machines as the tag had room for."""
-        return measuring.read(self.tags.get(tagging.MEASURED, ""))
+        return tagging.parse_measurements(self.tags.get(tagging.MEASURED, ""))
 
     @property
     def revoked(self) -> str | None:
@@ -86,7 +97,7 @@ class Ami:
 
 def get(account: Account, ami: str) -> Ami | None:
     """Return an AMI by its id; None when there is none, or EC2 does not show it yet."""
-    with translated():
+    with aws_errors():
         try:
             images = account.ec2.describe_images(ImageIds=[ami])["Images"]
         except ClientError as error:
@@ -96,7 +107,7 @@ def get(account: Account, ami: str) -> Ami | None:
     return _ami(images[0]) if images else None
 
 
-def find(account: Account, image: str, digest: str) -> Ami | None:
+def find_by_digest(account: Account, image: str, digest: str) -> Ami | None:
     """Return our AMI of exactly this digest, or None; one that is still pending counts.
 
     One whose build was killed before it was tagged is found by its name. Finished ones come first, then the
@@ -112,12 +123,12 @@ def find(account: Account, image: str, digest: str) -> Ami | None:
     return max(fitting, key=lambda ami: (ami.finished, ami.state == "available", _age(ami)), default=None)
 
 
-def named(account: Account, name: str) -> Ami | None:
+def find_by_name(account: Account, name: str) -> Ami | None:
     """Return the AMI of a name, which no two of an account have in a region, in whatever state."""
     return next(iter(_search(account, {"Name": "name", "Values": [name]})), None)
 
 
-def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
+def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     """Return those of these AMIs that are there, by id."""
     chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
     return {
@@ -125,17 +136,29 @@ def by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     }
 
 
-def owned(account: Account) -> list[Ami]:
+def list_owned(account: Account) -> list[Ami]:
     """Return every AMI of this account, whoever made it; also those that are disabled."""
     return _listed(account, Owners=["self"], IncludeDisabled=True)
 
 
-def lent(account: Account) -> list[Ami]:
+def list_shared(account: Account) -> list[Ami]:
     """Return the AMIs of other accounts that this one was given to launch."""
     return _listed(account, ExecutableUsers=["self"])
 
 
-def copies(account: Account, source: str, name: str) -> list[Ami]:
+def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> list[snapshots.Snapshot]:
+    """Return the snapshots with a run's tag that no AMI uses, neither one of `owned` nor one shared with us.
+
+    `owned` must be every AMI of the account. Raises CloudFailed when a list can't be read.
+    """
+    used = {snapshot for ami in owned for snapshot in ami.snapshots}
+    found = [one for one in snapshots.list_tagged(account) if one.id not in used]
+    if found:
+        used = {snapshot for ami in list_shared(account) for snapshot in ami.snapshots}
+    return [one for one in found if one.id not in used]
+
+
+def find_copies(account: Account, source: str, name: str) -> list[Ami]:
     """Return the copies of another region's AMI, in whatever state; one without its tags by its name."""
     tagged = _search(account, _tagged(tagging.COPY_OF, source))
     named = _search(account, {"Name": "name", "Values": [name]})
@@ -145,11 +168,11 @@ def copies(account: Account, source: str, name: str) -> list[Ami]:
 
 def deprecate(account: Account, ami: str) -> None:
     """Deprecate an AMI: nobody new finds it, while who knows its id can launch it still."""
-    with translated():
+    with aws_errors():
         account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
 
 
-def wait_seen(account: Account, ami: str, seconds: float = math.inf) -> Ami:
+def wait_visible(account: Account, ami: str, seconds: float = math.inf) -> Ami:
     """Wait until EC2 shows an AMI that was made a moment ago, whatever its state; raises TimedOut."""
     return processes.wait_until(
         lambda: get(account, ami),
@@ -166,7 +189,7 @@ def wait_available(
 
     Raises CloudFailed with EC2's reason when it never will be, TimedOut after `seconds`.
     """
-    wait_seen(account, ami, seconds)
+    wait_visible(account, ami, seconds)
 
     def settled() -> Ami | None:
         found = get(account, ami)
@@ -196,7 +219,7 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
         raise UsageError(
             f"{ami} is encrypted, and an encrypted AMI can't be published", hint="build without aws.encrypt"
         )
-    with translated():
+    with aws_errors():
         account.ec2.create_tags(Resources=[ami, *found.snapshots], Tags=tagging.as_list(tags))
         account.ec2.modify_image_attribute(ImageId=ami, ImdsSupport={"Value": "v2.0"})
         if public != found.public:
@@ -219,16 +242,16 @@ def record_verdict(
     """
     told = {
         tagging.VERDICT: f"{outcome} {checks_digest}",
-        tagging.MEASURED: measuring.write(measured),
+        tagging.MEASURED: tagging.format_measurements(measured),
     }
-    with translated():
+    with aws_errors():
         account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(told))
 
 
 def revoke(account: Account, ami: str, reason: str) -> None:
     """Tag an AMI with why it must never stand in a channel again; the first reason stays."""
     if _existing(account, ami).revoked is None:
-        with translated():
+        with aws_errors():
             told = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
             account.ec2.create_tags(Resources=[ami], Tags=told)
 
@@ -241,27 +264,41 @@ def deregister(account: Account, ami: str) -> None:
     found = get(account, ami)
     if found is None:
         return
-    with translated():
+    with aws_errors():
         try:
             account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
         except ClientError as error:
             if code_of(error) not in _UNKNOWN:
                 raise
     for snapshot in found.snapshots:
-        delete_snapshot(account, snapshot)
+        snapshots.delete(account, snapshot)
 
 
-def delete_snapshot(account: Account, snapshot: str) -> bool:
-    """Delete a snapshot and tell whether it is gone; one that an AMI uses stays."""
-    with translated():
+def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping[str, str]) -> str:
+    """Ask EC2 whether an AMI could be launched in the default VPC, without launching it.
+
+    Returns why that could not be told, such as lacking permissions or no default VPC; empty when it could be.
+    Raises CloudFailed when it can't be launched.
+    """
+    with aws_errors():
         try:
-            account.ec2.delete_snapshot(SnapshotId=snapshot)
+            account.ec2.run_instances(
+                DryRun=True,
+                ImageId=ami,
+                InstanceType=instance_type,  # type: ignore[arg-type] # EC2 has more than the stubs know
+                MinCount=1,
+                MaxCount=1,
+                TagSpecifications=tagging.specifications(tags, "instance", "volume"),
+            )
         except ClientError as error:
-            if code_of(error) == "InvalidSnapshot.InUse":
-                return False
-            if code_of(error) != "InvalidSnapshot.NotFound":
+            code = code_of(error)
+            if code in DENIED:
+                return "these credentials may not launch it"
+            if code in _NOT_ITS_FAULT:
+                return code
+            if code != "DryRunOperation":
                 raise
-    return True
+    return ""
 
 
 def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
@@ -269,7 +306,7 @@ def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
 
 
 def _listed(account: Account, **which: Any) -> list[Ami]:
-    with translated():
+    with aws_errors():
         pages = account.ec2.get_paginator("describe_images").paginate(
             **which, PaginationConfig={"PageSize": _PAGE}
         )
@@ -287,20 +324,10 @@ def _existing(account: Account, ami: str) -> Ami:
 
 
 def _progress(account: Account, ami: Ami) -> str:
-    return ", ".join(one.get("Progress") or "0%" for one in shown(account, ami.snapshots)) or "not started"
-
-
-def shown(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
-    """Return snapshots as EC2 describes them; none while it doesn't show them all."""
-    if not snapshots:
-        return []
-    with translated():
-        try:
-            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
-        except ClientError as error:
-            if code_of(error) != "InvalidSnapshot.NotFound":
-                raise
-            return []
+    return (
+        ", ".join(one.get("Progress") or "0%" for one in snapshots.describe(account, ami.snapshots))
+        or "not started"
+    )
 
 
 def _ami(image: ImageTypeDef) -> Ami:

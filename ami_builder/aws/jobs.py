@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ami_builder.aws import network, tags
-from ami_builder.aws.instance import Instance, Launch
+from ami_builder.aws.instances import Instance, Launch
 from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image
 from ami_builder.console import Mode, Step, open_progress
@@ -201,14 +201,14 @@ def _machine(cell: Cell, run: Run) -> Iterator[CloudMachine]:
     run_id = run.record.run_id
     ledger = Ledger(run.directory / LEDGER)
     aws = cell.image.aws
-    told = tags.tags(cell.image.name, cell.artifact.digest, run_id, tags.Purpose.VERIFY)
+    told = tags.resource_tags(cell.image.name, cell.artifact.digest, run_id, tags.Purpose.VERIFY)
     group = network.SecurityGroup(
         account,
         ledger,
         run_id=run_id,
         purpose=tags.Purpose.VERIFY,
         tags=told,
-        cidrs=() if aws.connect is Connect.SESSION_MANAGER else network.my_cidrs(aws.source_cidrs),
+        cidrs=() if aws.connect is Connect.SESSION_MANAGER else network.source_cidrs(aws.source_cidrs),
         port=aws.ssh_port,
         subnet=aws.subnets[0] if aws.subnets else "",
     )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from botocore.exceptions import ClientError
 
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, code_of, is_definite, translated
-from ami_builder.aws.waiting import look_for, settle
+from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import Ledger, LedgerEntry
@@ -28,7 +27,7 @@ _SEEN_SECONDS = 60.0
 _DELETE_SECONDS = 300.0
 
 
-def my_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
+def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
     """Return the configured networks, or else this machine's public address alone.
 
     Raises CloudFailed when nobody tells that address.
@@ -46,9 +45,9 @@ def my_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
         ) from wrong
 
 
-def vpc_of(account: Account, subnet: str = "") -> str:
+def find_vpc(account: Account, subnet: str = "") -> str:
     """Return the VPC of a subnet, or the default one; raises UsageError when there is none."""
-    with translated():
+    with aws_errors():
         if subnet:
             try:
                 return account.ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
@@ -89,7 +88,7 @@ class SecurityGroup:
         self._entry: LedgerEntry | None = None
 
     def __enter__(self) -> str:
-        vpc = vpc_of(self._account, self._subnet)
+        vpc = find_vpc(self._account, self._subnet)
         self._entry = self._ledger.intend(
             Resource.SECURITY_GROUP, self._account.region, run=self._run_id, name=self._name, vpc=vpc
         )
@@ -115,7 +114,7 @@ class SecurityGroup:
                 raise
 
     def _create(self, vpc: str) -> str:
-        with translated():
+        with aws_errors():
             try:
                 return self._account.ec2.create_security_group(
                     GroupName=self._name,
@@ -132,14 +131,14 @@ class SecurityGroup:
                 return found
 
     def _open(self, group: str) -> None:
-        with translated():
-            if not settle(lambda: self._authorize(group), seconds=_SEEN_SECONDS):
+        with aws_errors():
+            if not poll(lambda: self._authorize(group), seconds=_SEEN_SECONDS):
                 raise CloudFailed(f"EC2 does not show the security group {group} that it has made")
 
     def _authorize(self, group: str) -> bool:
         try:
             self._account.ec2.authorize_security_group_ingress(
-                GroupId=group, IpPermissions=[permission(self._cidrs, self._port)]
+                GroupId=group, IpPermissions=[ingress_rule(self._cidrs, self._port)]
             )
         except ClientError as error:
             if code_of(error) == "InvalidGroup.NotFound":
@@ -163,7 +162,7 @@ class SecurityGroup:
         self._entry = self._ledger.deleted(self._entry)
 
 
-def permission(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
+def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
     """Return the rule that lets `cidrs`, of either family, reach a TCP port."""
     networks = [ipaddress.ip_network(cidr) for cidr in cidrs]
     return {
@@ -183,7 +182,7 @@ def find_group(account: Account, name: str, run_id: str) -> str | None:
         {"Name": "group-name", "Values": [name]},
         {"Name": f"tag:{tagging.RUN}", "Values": [run_id]},
     ]
-    with translated():
+    with aws_errors():
         groups = account.ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
     return groups[0]["GroupId"] if groups else None
 
@@ -204,8 +203,8 @@ def delete_group(account: Account, group: str) -> None:
                 raise
         return True
 
-    with translated():
-        done = settle(deleted, seconds=_DELETE_SECONDS)
+    with aws_errors():
+        done = poll(deleted, seconds=_DELETE_SECONDS)
     if not done:
         raise CloudFailed(
             f"the security group {group} can't be deleted: something still uses it",

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import claims, images, instances, launch_templates, network
+from ami_builder.aws import images, instances, network, snapshots
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, code_of, translated
-from ami_builder.aws.waiting import settle
+from ami_builder.aws.session import Account, aws_errors, code_of, poll
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
@@ -51,33 +50,82 @@ def find(account: Account, entries: Sequence[LedgerEntry] = ()) -> list[FoundRes
     return list(found.values())
 
 
-def remove(account: Account, leftover: Orphan) -> None:
+def remove(account: Account, decision: Orphan) -> None:
     """Delete one thing that the plan says is to go, and wait until it has; one that is gone is fine.
 
     Raises CloudFailed when it does not go.
     """
-    one = leftover.found
-    if leftover.action is not Action.DELETE:
-        raise ValueError(f"{one.id} is to be kept: {leftover.reason}")
+    one = decision.found
+    if decision.action is not Action.DELETE:
+        raise ValueError(f"{one.id} is to be kept: {decision.reason}")
     match one.kind:
         case Resource.INSTANCE:
             if (described := instances.describe(account, one.id)) is not None:
                 if tagging.RUN not in tagging.as_dict(described.get("Tags", [])):
-                    claims.claim_instance(account, one.id, one.run_id)
+                    tag(account, one.id, one.run_id)
                 instances.terminate(account, one.id)
         case Resource.LAUNCH_TEMPLATE:
-            launch_templates.delete(account, one.id)
+            _delete_template(account, one.id)
         case Resource.VOLUME:
             _delete_volume(account, one.id)
         case Resource.IMAGE:
-            claims.claim_image(account, one.id, one.run_id)
-            images.deregister(account, one.id)
+            delete_image(account, one.id, one.run_id)
         case Resource.SNAPSHOT:
-            claims.claim_snapshot(account, one.id, one.run_id)
-            if not images.delete_snapshot(account, one.id):
+            _tag_snapshot(account, one.id, one.run_id)
+            if not snapshots.delete(account, one.id):
                 raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
         case Resource.SECURITY_GROUP:
             network.delete_group(account, one.id)
+
+
+def tag(account: Account, resource: str, run_id: str) -> None:
+    """Put a run's tag on a resource, which may be missing already.
+
+    Permissions to delete depend on that tag, and a resource that only a name, a template or a ledger ties to
+    the run may lack it.
+    """
+    with aws_errors():
+        try:
+            account.ec2.create_tags(Resources=[resource], Tags=tagging.as_list({tagging.RUN: run_id}))
+        except ClientError as error:
+            if "NotFound" not in code_of(error):
+                raise
+
+
+def delete_image(account: Account, ami: str, run_id: str) -> None:
+    """Tag an AMI and its snapshots with their run where they lack it, and deregister and delete them.
+
+    The snapshots first: an AMI is not deregistered unless its snapshots can be deleted.
+    """
+    if (found := images.get(account, ami)) is None:
+        return
+    for snapshot in found.snapshots:
+        _tag_snapshot(account, snapshot, run_id)
+    if tagging.RUN not in found.tags:
+        tag(account, ami, run_id)
+    images.deregister(account, ami)
+
+
+def delete_templates(account: Account, run_id: str) -> None:
+    """Delete the launch templates that Packer makes for a run's spot instances."""
+    wanted: list[FilterTypeDef] = [{"Name": f"tag:{tagging.RUN}", "Values": [run_id]}]
+    for one in _listed(account, "describe_launch_templates", "LaunchTemplates", wanted):
+        _delete_template(account, one["LaunchTemplateId"])
+
+
+def _tag_snapshot(account: Account, snapshot: str, run_id: str) -> None:
+    for one in snapshots.describe(account, [snapshot]):
+        if tagging.RUN not in tagging.as_dict(one.get("Tags", [])):
+            tag(account, snapshot, run_id)
+
+
+def _delete_template(account: Account, template: str) -> None:
+    with aws_errors():
+        try:
+            account.ec2.delete_launch_template(LaunchTemplateId=template)
+        except ClientError as error:
+            if "NotFound" not in code_of(error):
+                raise
 
 
 def _instances(
@@ -197,7 +245,7 @@ def _listed(
     account: Account, call: str, key: str, filters: Sequence[FilterTypeDef], **more: Any
 ) -> list[Any]:
     paginator: Any = account.ec2.get_paginator(call)  # type: ignore[call-overload]
-    with translated():
+    with aws_errors():
         pages = paginator.paginate(Filters=list(filters), PaginationConfig={"PageSize": _PAGE}, **more)
         return [one for page in pages for one in page[key]]
 
@@ -274,7 +322,7 @@ def _delete_volume(account: Account, volume: str) -> None:
                 raise
         return True
 
-    with translated():
-        done = settle(deleted, seconds=_RELEASED_SECONDS)
+    with aws_errors():
+        done = poll(deleted, seconds=_RELEASED_SECONDS)
     if not done:
         raise CloudFailed(f"the volume {volume} can't be deleted: an instance still uses it")

@@ -7,7 +7,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.system import processes
@@ -29,7 +29,7 @@ def folder(image: str) -> str:
 
 def used(account: Account, image: str) -> tuple[str, ...]:
     """Return the channels of an image that have a parameter in this region."""
-    with translated("ssm"):
+    with aws_errors("ssm"):
         pages = account.client("ssm").get_paginator("get_parameters_by_path").paginate(Path=folder(image))
         return tuple(one["Name"].rpartition("/")[2] for page in pages for one in page["Parameters"])
 
@@ -37,7 +37,7 @@ def used(account: Account, image: str) -> tuple[str, ...]:
 def entries(account: Account, image: str, channel: str) -> tuple[ChannelEntry, ...]:
     """Return the moves of a channel as far as SSM remembers them (100 versions), the oldest first."""
     found: list[Any] = []
-    with translated("ssm"):
+    with aws_errors("ssm"):
         pages = account.client("ssm").get_paginator("get_parameter_history")
         try:
             for page in pages.paginate(Name=folder(image) + channel):
@@ -73,7 +73,7 @@ def write(account: Account, image: str, entry: ChannelEntry) -> None:
         # Versions that others wrote since may have left it behind.
         _label(account, name, before[1])
     version = 0
-    with translated("ssm"):
+    with aws_errors("ssm"):
         try:
             version = account.client("ssm").put_parameter(**made, **more)["Version"]
         except ClientError as error:
@@ -86,7 +86,7 @@ def write(account: Account, image: str, entry: ChannelEntry) -> None:
 
 
 def _label(account: Account, name: str, version: int) -> None:
-    with translated("ssm"):
+    with aws_errors("ssm"):
         account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
 
 
@@ -119,7 +119,7 @@ def _read_back(account: Account, name: str, ami: str, version: int) -> int:
 
 
 def _current(account: Account, name: str) -> tuple[str, int] | None:
-    with translated("ssm"):
+    with aws_errors("ssm"):
         try:
             found = account.client("ssm").get_parameter(Name=name)["Parameter"]
         except ClientError as error:
@@ -130,7 +130,7 @@ def _current(account: Account, name: str) -> tuple[str, int] | None:
 
 
 def _delete(account: Account, name: str) -> None:
-    with translated("ssm"):
+    with aws_errors("ssm"):
         try:
             account.client("ssm").delete_parameter(Name=name)
         except ClientError as error:

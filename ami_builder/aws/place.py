@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import copies, images, instances, sharing, tags
+from ami_builder.aws import copies, images, sharing, tags
 from ami_builder.aws.channels import CloudChannels
 from ami_builder.aws.session import Account, code_of
 from ami_builder.aws.target import CloudSite
@@ -94,15 +94,17 @@ class CloudPlace:
 
     def _source(self, stored: StoredImage) -> tuple[images.Ami, Account]:
         """Return the AMI that a stored image is, and where it is."""
-        origin = self.site.account.elsewhere(stored.artifact.region or self.name)
+        origin = self.site.account.in_region(stored.artifact.region or self.name)
         return _finished(origin, stored.artifact.location), origin
 
     def _require_launchable(self, ami: images.Ami, step: Step) -> None:
         if ami.state != "available":
             raise CloudFailed(f"{ami.id} is {ami.state}" + (f": {ami.reason}" if ami.reason else ""))
-        told = tags.tags(self.image.name, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY)
+        told = tags.resource_tags(
+            self.image.name, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY
+        )
         kind = self.image.verify.instance_types[0]
-        untold = instances.try_launch(self.site.account, ami.id, kind, told)
+        untold = images.dry_run_launch(self.site.account, ami.id, kind, told)
         step.done(f"it is available; a launch was not tried: {untold}" if untold else f"yes, as {kind}")
 
 
@@ -122,7 +124,7 @@ def places(image: Image, workspace: Workspace) -> tuple[CloudPlace, ...]:
         )
     return tuple(
         CloudPlace(
-            site=CloudSite(account=home.elsewhere(one.region), workspace=workspace),
+            site=CloudSite(account=home.in_region(one.region), workspace=workspace),
             image=image,
             destination=one,
         )

@@ -170,7 +170,7 @@ class _Statements:
         yield self._remove(self._kept("image", "snapshot"))
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
-        """Yield what collecting leftovers and deregistering needs."""
+        """Yield what collecting decisions and deregistering needs."""
         yield self._look()
         yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         if self._aws is not None and self._aws.spot:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import cost, network, source_ami
+from ami_builder.aws import network, source_ami
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import DENIED, Account, code_of, translated
+from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.aws.tags import Purpose
 from ami_builder.config.schema import AwsSettings, Image
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, UsageError
@@ -24,6 +26,25 @@ _TOOLS = {"aws": "the AWS CLI", "session-manager-plugin": "the Session Manager p
 _INSTALL = (
     "see docs.aws.amazon.com/systems-manager/latest/userguide/session-manager-working-with-install-plugin"
 )
+
+# The Pricing API lives in a few regions only, and tells about all.
+_PRICING_REGION = "us-east-1"
+# us-east-1's, which others differ from by a few cents: next to the instance they hardly count.
+_GP3_GIB_MONTH = 0.08
+_SNAPSHOT_GIB_MONTH = 0.05
+_HOURS_A_MONTH = 730.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """US dollars."""
+
+    hour: float
+    """An instance's, on demand."""
+    run: float
+    """The instance and its disk, for as long as was asked."""
+    month: float
+    """Keeping the AMI's snapshot for a month, if it were full."""
 
 
 def check(image: Image) -> Iterator[Finding]:
@@ -72,7 +93,7 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
     baking, proving = image.aws.instance_types, image.verify.instance_types
     wanted = list(dict.fromkeys([*baking, *proving]))
     try:
-        with translated():
+        with aws_errors():
             pages = account.ec2.get_paginator("describe_instance_type_offerings").paginate(
                 Filters=[{"Name": "instance-type", "Values": wanted}]
             )
@@ -99,7 +120,7 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
 
 def _network(account: Account, aws: AwsSettings) -> Iterator[Finding]:
     try:
-        vpcs = {network.vpc_of(account, subnet) for subnet in aws.subnets or ("",)}
+        vpcs = {network.find_vpc(account, subnet) for subnet in aws.subnets or ("",)}
         if len(vpcs) > 1:
             raise UsageError(
                 f"aws.subnets are of several VPCs: {', '.join(sorted(vpcs))}",
@@ -107,7 +128,7 @@ def _network(account: Account, aws: AwsSettings) -> Iterator[Finding]:
             )
         yield _fine("network", ", ".join(aws.subnets or ("the default VPC",)))
         if aws.connect is Connect.SSH:
-            cidrs = network.my_cidrs(aws.source_cidrs)
+            cidrs = network.source_cidrs(aws.source_cidrs)
             yield _fine("ssh is open to", f"{', '.join(cidrs)}, port {aws.ssh_port}")
     except AmiBuilderError as bad:
         yield _stops("network", bad)
@@ -130,7 +151,7 @@ def _tools(aws: AwsSettings) -> Iterator[Finding]:
 def _instance_profile(account: Account, aws: AwsSettings) -> Finding:
     name = aws.instance_profile.rpartition("/")[2]
     try:
-        with translated("iam"):
+        with aws_errors("iam"):
             try:
                 found = account.client("iam").get_instance_profile(InstanceProfileName=name)
             except ClientError as error:
@@ -152,7 +173,7 @@ def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> Fin
     try:
         for action, call in tries:
             try:
-                with translated():
+                with aws_errors():
                     _try(call)
             except CloudFailed as bad:
                 cause = bad.__cause__
@@ -184,7 +205,7 @@ def _tries(
     account: Account, image: Image, ami: source_ami.BaseAmi
 ) -> Sequence[tuple[str, Callable[[], object]]]:
     ec2: Any = account.ec2
-    tags = tagging.tags(image.name, "0" * 64, "check", Purpose.BAKE)
+    tags = tagging.resource_tags(image.name, "0" * 64, "check", Purpose.BAKE)
     subnet = {"SubnetId": image.aws.subnets[0]} if image.aws.subnets else {}
     instance, group = f"i-{_NOBODY}", f"sg-{_NOBODY}"
     snapshot, volume, own = f"snap-{_NOBODY}", f"vol-{_NOBODY}", f"ami-{_NOBODY}"
@@ -226,13 +247,13 @@ def _tries(
             "create_security_group",
             GroupName=tagging.group_name("check", Purpose.BAKE),
             Description="ami-builder check",
-            VpcId=network.vpc_of(account, *image.aws.subnets[:1]),
+            VpcId=network.find_vpc(account, *image.aws.subnets[:1]),
             TagSpecifications=tagging.specifications(tags, "security-group"),
         ),
         of(
             "authorize_security_group_ingress",
             GroupId=group,
-            IpPermissions=[network.permission(["127.0.0.1/32"], image.aws.ssh_port)],
+            IpPermissions=[network.ingress_rule(["127.0.0.1/32"], image.aws.ssh_port)],
         ),
         of("stop_instances", InstanceIds=[instance]),
         of("modify_instance_metadata_options", InstanceId=instance, HttpTokens="required"),
@@ -280,10 +301,45 @@ def _cost(account: Account, image: Image, ami: source_ami.BaseAmi | None) -> Fin
     stages += [
         (kind, image.verify.timeout, image.verify.disk_size / _GIB) for kind in image.verify.instance_types
     ]
-    costs = [cost.about(account, kind, seconds / 3600, size) for kind, seconds, size in stages]
+    costs = [estimate_cost(account, kind, seconds / 3600, size) for kind, seconds, size in stages]
     known = [one for one in costs if one is not None]
     if len(known) < len(costs):
         return _note("cost", "unknown: the Pricing API does not tell these credentials")
     kept = known[0].month
     run = sum(one.run for one in known)
     return _fine("cost", f"at most about ${run:.2f} a run on demand, and ${kept:.2f} a month to keep the AMI")
+
+
+def estimate_cost(account: Account, instance_type: str, hours: float, disk_gib: float) -> Cost | None:
+    """Return what an instance with a disk costs for some hours; None where nobody tells the price."""
+    wanted = {
+        "instanceType": instance_type,
+        "regionCode": account.region,
+        "operatingSystem": "Linux",
+        "preInstalledSw": "NA",
+        "tenancy": "Shared",
+        "capacitystatus": "Used",
+    }
+    try:
+        client = account.client("pricing", _PRICING_REGION, attempts=2)
+        with aws_errors("pricing"):
+            answer = client.get_products(
+                ServiceCode="AmazonEC2",
+                Filters=[{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in wanted.items()],
+            )
+    except CloudFailed:
+        return None
+    hour = next((price for text in answer["PriceList"] if (price := _on_demand(json.loads(text)))), None)
+    if hour is None:
+        return None
+    disk = disk_gib * _GP3_GIB_MONTH / _HOURS_A_MONTH
+    return Cost(hour=hour, run=hours * (hour + disk), month=disk_gib * _SNAPSHOT_GIB_MONTH)
+
+
+def _on_demand(product: dict[str, Any]) -> float | None:
+    for term in product.get("terms", {}).get("OnDemand", {}).values():
+        for dimension in term.get("priceDimensions", {}).values():
+            price = float(dimension.get("pricePerUnit", {}).get("USD", 0))
+            if price > 0:
+                return price
+    return None

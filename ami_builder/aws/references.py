@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ami_builder.aws.session import Account, translated
+from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
 
 _NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
@@ -76,7 +76,7 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
     # Nobody launches from a secret, and reading one needs its key.
     names = [one["Name"] for one in described if one["Type"] != "SecureString"]
     for start in range(0, len(names), _AT_ONCE):
-        with translated("ssm"):
+        with aws_errors("ssm"):
             answer = account.client("ssm").get_parameters(Names=names[start : start + _AT_ONCE])
         for one in answer["Parameters"]:
             found = _NAMED.findall(one["Value"])
@@ -97,7 +97,7 @@ def _named(ids: Iterable[str], by: str) -> Iterator[Reference]:
 
 
 def _listed(account: Account, service: str, call: str, key: str, **more: Any) -> list[Any]:
-    with translated(service):
+    with aws_errors(service):
         pages = account.client(service).get_paginator(call)
         shown = pages.paginate(PaginationConfig={"PageSize": _PAGES[call]}, **more)
         return [one for page in shown for one in page[key]]

@@ -1,20 +1,21 @@
-"""An account of AWS in one region: credentials by the standard chain, and errors that say what to do."""
+"""One AWS account in one region: credentials, clients, errors with a hint, and waiting for a result."""
 
 from __future__ import annotations
 
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from ami_builder import __version__
 from ami_builder.core.errors import CloudFailed
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 ATTEMPTS = 10
 _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
+_LOOK_SECONDS = 15.0
+
+T = TypeVar("T")
 
 _LOGIN = "log in again (`aws sso login`, or new keys), or choose another AWS_PROFILE"
 DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
@@ -68,7 +72,7 @@ class Account:
 
         Raises CloudFailed when there are no credentials, or no region.
         """
-        with translated():
+        with aws_errors():
             # botocore reads AWS_DEFAULT_REGION alone; every other program of AWS reads this first.
             core = botocore.session.get_session()
             core.register_component("data_loader", _descriptions())
@@ -87,7 +91,7 @@ class Account:
             )
         return cls(session, session.region_name)
 
-    def elsewhere(self, region: str) -> Account:
+    def in_region(self, region: str) -> Account:
         """Return the same account in another region."""
         other = Account(self._session, region)
         other._lock = self._lock  # a session must not make two clients at once
@@ -117,7 +121,7 @@ class Account:
                     connect_timeout=_CONNECT_SECONDS,
                     read_timeout=_READ_SECONDS,
                 )
-                with translated(name):
+                with aws_errors(name):
                     self._clients[key] = self._session.client(name, region_name=key[1], config=config)
             return self._clients[key]
 
@@ -131,7 +135,7 @@ class Account:
 
         Packer 1.6 knows less of the chain than boto3. Only ever hand it to a child, never to argv or a file.
         """
-        with translated("sts"):
+        with aws_errors("sts"):
             found = self._session.get_credentials().get_frozen_credentials()
         named = {
             "AWS_ACCESS_KEY_ID": found.access_key,
@@ -147,7 +151,7 @@ class Account:
 
     def identity(self) -> Identity:
         """Ask AWS whose credentials these are; raises CloudFailed when it takes them for nobody's."""
-        with translated("sts"):
+        with aws_errors("sts"):
             answer = self.client("sts").get_caller_identity()
         return Identity(account=answer["Account"], arn=answer["Arn"])
 
@@ -175,7 +179,7 @@ def is_definite(error: BaseException) -> bool:
 
 
 @contextmanager
-def translated(service: str = "ec2") -> Iterator[None]:
+def aws_errors(service: str = "ec2") -> Iterator[None]:
     """Turn botocore's errors within into CloudFailed, which names the call and says what to do."""
     try:
         yield
@@ -225,3 +229,22 @@ def _not_answered(error: BotoCoreError) -> CloudFailed:
         f"AWS did not answer: {error}",
         hint="is the network up, the region's name right, and AWS_ENDPOINT_URL unset or right?",
     )
+
+
+def poll(probe: Callable[[], T], *, seconds: float) -> T:
+    """Call `probe` until its result is true, for at most `seconds`, and return its last result.
+
+    Ctrl-C does not end it: clean-up goes on after everything else was interrupted.
+    """
+    retrying = Retrying(
+        retry=retry_if_result(lambda result: not result),
+        stop=stop_after_delay(seconds),
+        wait=wait_exponential(multiplier=0.25, exp_base=1.5, max=10.0),
+        retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+    )
+    return retrying(probe)
+
+
+def look_for(find: Callable[[], T | None]) -> T | None:
+    """Return what `find` finds, or None; for what EC2 may have made without answering, and shows late."""
+    return poll(find, seconds=_LOOK_SECONDS)

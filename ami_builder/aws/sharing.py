@@ -1,68 +1,80 @@
-"""Whom an AMI is shared with: accounts by id, organizations and their units by ARN; never everyone."""
+"""Sharing an AMI with accounts (ids), and with organizations and their units (ARNs); never with everyone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ami_builder.aws import images
-from ami_builder.aws.session import Account, translated
+from ami_builder.aws.session import Account, aws_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from types_boto3_ec2.type_defs import LaunchPermissionTypeDef
+
+    from ami_builder.aws.images import Ami
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What came of sharing an AMI."""
+    """The result of sharing an AMI."""
 
     added: tuple[str, ...]
-    """Who may launch it, or use its snapshots, from now on; none when all stood as asked already."""
+    """Who can launch it or use its snapshots from now on; empty when nothing was missing."""
     extra: tuple[str, ...]
-    """Who may launch it too, though nobody asked for it here: left as they are."""
+    """Who else can launch it; these permissions are not changed."""
 
 
-def share(account: Account, ami: images.Ami, share_with: Sequence[str]) -> Shared:
-    """Let accounts, organizations and units launch an AMI, and accounts copy its snapshots; adds what lacks.
+def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
+    """Add the missing permissions to launch an AMI and, for accounts, to copy its snapshots.
 
-    Nothing is ever taken back here: whoever runs a cluster from the AMI would be cut off without a word.
-    Of an encrypted AMI its key's policy must let them use the key besides. Raises CloudFailed.
+    It never removes a permission, since a running cluster may depend on it. The key's policy of an encrypted
+    AMI must allow the others to use the key. Raises CloudFailed.
     """
-    granted = launchers(account, ami.id)
-    lacking = [who for who in share_with if who not in granted]
-    if lacking:
-        with translated():
+    granted = image_users(account, ami.id)
+    missing = [user for user in share_with if user not in granted]
+    if missing:
+        with aws_errors():
             account.ec2.modify_image_attribute(
-                ImageId=ami.id, LaunchPermission={"Add": [_permission(who) for who in lacking]}
+                ImageId=ami.id, LaunchPermission={"Add": [_permission(user) for user in missing]}
             )
-    added = list(lacking)
-    accounts = [who for who in share_with if who.isdigit()]
+    added = list(missing)
+    accounts = [user for user in share_with if user.isdigit()]
     for snapshot in ami.snapshots if accounts else ():
-        with translated():
-            shown = account.ec2.describe_snapshot_attribute(
-                SnapshotId=snapshot, Attribute="createVolumePermission"
-            )
-            known = {one.get("UserId") for one in shown["CreateVolumePermissions"]}
-            if users := [who for who in accounts if who not in known]:
+        known = snapshot_users(account, snapshot)
+        if users := [user for user in accounts if user not in known]:
+            with aws_errors():
                 account.ec2.modify_snapshot_attribute(
                     SnapshotId=snapshot,
                     Attribute="createVolumePermission",
                     OperationType="add",
                     UserIds=users,
                 )
-                added += users
+            added += users
     return Shared(added=tuple(dict.fromkeys(added)), extra=tuple(sorted(granted - set(share_with))))
 
 
-def launchers(account: Account, ami: str) -> frozenset[str]:
-    """Return who may launch an AMI besides its own account: ids and ARNs, `all` for everyone."""
-    with translated():
+def image_users(account: Account, ami: str) -> frozenset[str]:
+    """Return who can launch an AMI besides its own account: ids and ARNs; `all` means everyone."""
+    with aws_errors():
         found = account.ec2.describe_image_attribute(ImageId=ami, Attribute="launchPermission")
-    return frozenset(str(who) for each in found.get("LaunchPermissions", []) for who in each.values())
+    return _users(found.get("LaunchPermissions", []))
 
 
-def _permission(who: str) -> LaunchPermissionTypeDef:
-    if who.isdigit():
-        return {"UserId": who}
-    return {"OrganizationArn": who} if ":organization/" in who else {"OrganizationalUnitArn": who}
+def snapshot_users(account: Account, snapshot: str) -> frozenset[str]:
+    """Return who can use a snapshot besides its own account: ids; `all` means everyone."""
+    with aws_errors():
+        found = account.ec2.describe_snapshot_attribute(
+            SnapshotId=snapshot, Attribute="createVolumePermission"
+        )
+    return _users(found["CreateVolumePermissions"])
+
+
+def _users(permissions: Iterable[Any]) -> frozenset[str]:
+    return frozenset(str(user) for permission in permissions for user in permission.values())
+
+
+def _permission(user: str) -> LaunchPermissionTypeDef:
+    if user.isdigit():
+        return {"UserId": user}
+    return {"OrganizationArn": user} if ":organization/" in user else {"OrganizationalUnitArn": user}

@@ -1,14 +1,20 @@
-"""Snapshots of ours whose AMI is gone."""
+"""Snapshots of this account: list those of runs, describe, delete."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from typing import TYPE_CHECKING
 
-from ami_builder.aws import images
+from botocore.exceptions import ClientError
+
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, translated
+from ami_builder.aws.session import Account, aws_errors, code_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from types_boto3_ec2.type_defs import SnapshotTypeDef
 
 _GIB = 1 << 30
 _PAGE = 1000
@@ -21,44 +27,53 @@ class Snapshot:
     id: str
     created: datetime | None
     size: int
-    """Of the volume, in bytes."""
+    """Size of the volume, in bytes."""
     complete: bool
     tags: Mapping[str, str]
 
 
-def orphans(account: Account, owned: Sequence[images.Ami]) -> list[Snapshot]:
-    """Return the snapshots with our run tag that no AMI uses, neither one of `owned` nor one lent to us.
-
-    `owned` must be every AMI of the account. Raises CloudFailed when any of it can't be listed.
-    """
-    used = {snapshot for ami in owned for snapshot in ami.snapshots}
-    with translated():
+def list_tagged(account: Account) -> list[Snapshot]:
+    """Return the snapshots that carry a run's tag. Raises CloudFailed."""
+    with aws_errors():
         pages = account.ec2.get_paginator("describe_snapshots").paginate(
             OwnerIds=["self"],
             Filters=[{"Name": "tag-key", "Values": [tagging.RUN]}],
             PaginationConfig={"PageSize": _PAGE},
         )
-        shown = [one for page in pages for one in page["Snapshots"] if one["SnapshotId"] not in used]
-    if shown:
-        lent = {snapshot for ami in images.lent(account) for snapshot in ami.snapshots}
-        shown = [one for one in shown if one["SnapshotId"] not in lent]
-    return [
-        Snapshot(
-            id=one["SnapshotId"],
-            created=one.get("StartTime"),
-            size=one.get("VolumeSize", 0) * _GIB,
-            complete=one.get("State") == "completed",
-            tags=tagging.as_dict(one.get("Tags", [])),
-        )
-        for one in shown
-    ]
+        return [
+            Snapshot(
+                id=one["SnapshotId"],
+                created=one.get("StartTime"),
+                size=one.get("VolumeSize", 0) * _GIB,
+                complete=one.get("State") == "completed",
+                tags=tagging.as_dict(one.get("Tags", [])),
+            )
+            for page in pages
+            for one in page["Snapshots"]
+        ]
 
 
-def shared_with(account: Account, snapshot: str) -> str:
-    """Return whom a snapshot is shared with, in words; empty for nobody."""
-    with translated():
-        found = account.ec2.describe_snapshot_attribute(
-            SnapshotId=snapshot, Attribute="createVolumePermission"
-        )
-    with_whom = sorted(str(who) for each in found["CreateVolumePermissions"] for who in each.values())
-    return f"shared with {', '.join(with_whom)}" if with_whom else ""
+def describe(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
+    """Return snapshots as EC2 describes them; an empty list unless EC2 shows all of them."""
+    if not snapshots:
+        return []
+    with aws_errors():
+        try:
+            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
+        except ClientError as error:
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+            return []
+
+
+def delete(account: Account, snapshot: str) -> bool:
+    """Delete a snapshot, which may be missing already; return False when an AMI uses it."""
+    with aws_errors():
+        try:
+            account.ec2.delete_snapshot(SnapshotId=snapshot)
+        except ClientError as error:
+            if code_of(error) == "InvalidSnapshot.InUse":
+                return False
+            if code_of(error) != "InvalidSnapshot.NotFound":
+                raise
+    return True

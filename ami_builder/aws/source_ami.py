@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
-from ami_builder.aws.session import Account, code_of, translated
+from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _newest(account: Account, owner: str, pattern: str, source: str) -> BaseAmi:
 
 
 def _owned(account: Account, owner: str, pattern: str) -> Sequence[ImageTypeDef]:
-    with translated():
+    with aws_errors():
         pages = account.ec2.get_paginator("describe_images").paginate(
             Owners=[owner], Filters=[{"Name": "name", "Values": [pattern]}], IncludeDeprecated=True
         )
@@ -91,7 +91,7 @@ def _near(account: Account, owner: str, pattern: str) -> str:
 
 def _parameter(account: Account, name: str) -> str:
     try:
-        with translated("ssm"):
+        with aws_errors("ssm"):
             try:
                 value = account.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]
             except ClientError as error:
@@ -109,7 +109,7 @@ def _parameter(account: Account, name: str) -> str:
 
 
 def _by_id(account: Account, ami: str, source: str) -> ImageTypeDef:
-    with translated():
+    with aws_errors():
         try:
             images = account.ec2.describe_images(ImageIds=[ami], IncludeDeprecated=True)["Images"]
         except ClientError as error:

@@ -1,13 +1,15 @@
-"""Names and tags of what we make in an account: the one place that knows them."""
+"""Names and tags of the resources in an account, and the formats of their values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ami_builder import __version__
+from ami_builder.core.records import FIRST_BOOT, Measurement
 
 if TYPE_CHECKING:
     from types_boto3_ec2.literals import ResourceTypeType
@@ -35,6 +37,13 @@ LONGEST = 256
 """Characters that EC2 takes as a tag's value."""
 _DIGEST_IN_NAME = 12
 
+# A tag's entry is `m6i.large=8589934592/8143204352/31.2/58.1/12.35/0.235`: total and available memory,
+# seconds to ssh and to Dask, CPU seconds of the boot and of the control. The last two may be missing.
+_SIZE = r"([1-9][0-9]{0,14})"
+_SECONDS = r"([0-9]{1,5}\.[0-9]|-)"
+_CPU = r"(?:/([0-9]{1,5}\.[0-9]{2}|-)/([0-9]{1,4}\.[0-9]{3}|-))?"
+_MEASUREMENT = re.compile(rf"([a-z0-9][a-z0-9.-]{{0,31}})={_SIZE}/{_SIZE}/{_SECONDS}/{_SECONDS}{_CPU}")
+
 
 class Purpose(StrEnum):
     """What a thing in the account is for."""
@@ -44,7 +53,7 @@ class Purpose(StrEnum):
     IMAGE = "image"
 
 
-def tags(
+def resource_tags(
     image: str, digest: str, run_id: str, purpose: Purpose, more: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return the tags of one thing, all of them from the call that makes it."""
@@ -93,3 +102,47 @@ def as_dict(tags: Sequence[TagTypeDef]) -> dict[str, str]:
 def specifications(tags: Mapping[str, str], *kinds: ResourceTypeType) -> list[TagSpecificationTypeDef]:
     """Return what a call that makes things takes, so that nothing exists without its tags."""
     return [{"ResourceType": kind, "Tags": as_list(tags)} for kind in kinds]
+
+
+def format_measurements(measured: Iterable[Measurement]) -> str:
+    """Return the first boots as one tag's value: in order, as many machines as fit in it."""
+    value = ""
+    for one in measured:
+        entry = f"{one.machine}={one.total}/{one.available}"
+        entry += f"/{_format(one.ssh_seconds, 1)}/{_format(one.dask_seconds, 1)}"
+        if one.cpu_seconds is not None or one.control_seconds is not None:
+            entry += f"/{_format(one.cpu_seconds, 2)}/{_format(one.control_seconds, 3)}"
+        longer = f"{value} {entry}".lstrip()
+        if one.phase == FIRST_BOOT and _MEASUREMENT.fullmatch(entry) and len(longer) <= LONGEST:
+            value = longer
+    return value
+
+
+def parse_measurements(value: str) -> tuple[Measurement, ...]:
+    """Return the measurements in a tag's value; entries of any other format are ignored."""
+    found: dict[str, Measurement] = {}
+    for entry in value.split(" "):
+        parts = _MEASUREMENT.fullmatch(entry)
+        if parts is None or int(parts[3]) > int(parts[2]):
+            continue
+        ssh, dask, cpu, control = (_parse(text) for text in parts.groups()[3:])
+        one = Measurement(
+            machine=parts[1],
+            phase=FIRST_BOOT,
+            total=int(parts[2]),
+            available=int(parts[3]),
+            ssh_seconds=ssh,
+            dask_seconds=dask,
+            cpu_seconds=cpu,
+            control_seconds=control,
+        )
+        found.setdefault(one.machine, one)
+    return tuple(found.values())
+
+
+def _format(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _parse(text: str | None) -> float | None:
+    return None if text in (None, "-") else float(text)

@@ -61,7 +61,7 @@ class CloudSite:
 
     def of_digest(self, image: Image, digest: str) -> StoredImage | None:
         """Return the finished AMI of a digest in this region."""
-        ami = images.find(self.account, image.name, digest)
+        ami = images.find_by_digest(self.account, image.name, digest)
         if ami is None or not ami.finished or ami.state != "available":
             return None
         return self._stored(image, digest, ami)
@@ -71,7 +71,7 @@ class CloudSite:
     ) -> StoredImage:
         """Bake an AMI, or finish the one that a killed run had made."""
         packages: Path | None = None
-        ami = None if again else images.find(self.account, inputs.image.name, inputs.digest)
+        ami = None if again else images.find_by_digest(self.account, inputs.image.name, inputs.digest)
         if ami is not None:
             with step.step("finish the AMI of a killed run", detail=ami.id) as child:
                 ami = finish(inputs, self.account, ami, child, public=self.public)

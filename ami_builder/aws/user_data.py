@@ -64,11 +64,6 @@ def with_lifetime(user_data: str, seconds: float, public_key: str = "") -> str:
     return text
 
 
-def builder_user_data(public_key: str, seconds: float) -> str:
-    """Return the user data of a machine that only bakes: a key, and the timer."""
-    return with_lifetime("", seconds, public_key)
-
-
 def _part(user_data: str) -> Message:
     if user_data.lower().startswith(("content-type: multipart", "mime-version:")):
         return email.message_from_string(user_data)

@@ -103,20 +103,20 @@ def gc(
     as_json: JsonFlag = False,
 ) -> None:
     """Find resources that killed runs left in the AWS account, by ledger and tag. --apply deletes them."""
-    from ami_builder.aws.gc import every_region, find_leftovers, remove_leftovers
+    from ami_builder.aws.gc import every_region, find_orphans, remove_orphans
     from ami_builder.core.cleanup import Action
 
     regions = every_region(load_config().images.values(), more or ())
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
-        leftovers = find_leftovers(regions, workspace, progress)
+        decisions = find_orphans(regions, workspace, progress)
         if apply:
-            remove_leftovers(leftovers, regions, workspace, progress)
-    doomed = [one for one in leftovers if one.action is Action.DELETE]
+            remove_orphans(decisions, regions, workspace, progress)
+    doomed = [one for one in decisions if one.action is Action.DELETE]
     if as_json:
-        console.result_json({"applied": apply, "plan": plain(leftovers)})
+        console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    if not leftovers:
+    if not decisions:
         console.note(
             f"no resource of ami-builder in {', '.join(region.account.region for region in regions)}"
         )
@@ -133,7 +133,7 @@ def gc(
                 done if one.action is Action.DELETE else "keep",
                 one.reason,
             )
-            for one in leftovers
+            for one in decisions
         ],
     )
     if doomed and not apply:

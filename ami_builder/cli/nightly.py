@@ -128,12 +128,12 @@ def _prune(config: Config, target: TargetKind, progress: Progress) -> Sequence[D
 
     if target is TargetKind.AWS:
         from ami_builder.aws.cleanup import plan_cloud, prune_cloud
-        from ami_builder.aws.gc import every_region, find_leftovers, remove_leftovers
+        from ami_builder.aws.gc import every_region, find_orphans, remove_orphans
 
         workspace, regions = open_workspace(), every_region(config.images.values())
         planned = plan_cloud(workspace, config.images, progress)
         prune_cloud(planned, progress)
-        remove_leftovers(find_leftovers(regions, workspace, progress), regions, workspace, progress)
+        remove_orphans(find_orphans(regions, workspace, progress), regions, workspace, progress)
         return [decision for _, decisions in planned for decision in decisions]
     from ami_builder.core.cleanup import Action
     from ami_builder.qemu.cleanup import prune_local

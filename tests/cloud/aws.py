@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.instance import Instance, Launch
+from ami_builder.aws.instances import Instance, Launch
 from ami_builder.aws.network import SecurityGroup
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -20,7 +20,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE9xampleexampleexampleexampleexample
 
 def tags(purpose: Purpose = Purpose.VERIFY, run_id: str = RUN) -> dict[str, str]:
     """Return the tags of a thing of the run."""
-    return tagging.tags("dask", DIGEST, run_id, purpose)
+    return tagging.resource_tags("dask", DIGEST, run_id, purpose)
 
 
 def group(

@@ -16,7 +16,7 @@ import pytest
 import tenacity
 from botocore.retries import standard
 
-from ami_builder.aws import bake, images, instance, instances, jobs, network, session, waiting
+from ami_builder.aws import bake, images, instances, jobs, network, session
 from ami_builder.build import packer
 from ami_builder.build.guest import RenderedFile
 from ami_builder.build.target import Machine
@@ -93,10 +93,10 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packer, "validate", lambda *_: None)
     monkeypatch.setattr(bake, "PAUSE", tenacity.wait_fixed(0.01))
     monkeypatch.setattr(bake, "ATTEMPTS", 2)
-    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 0.5)
     monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 5.0})
     monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
-    for module in (instance, images):
+    for module in (instances, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
     for module in (instances, network):
         monkeypatch.setattr(module, "_SEEN_SECONDS", 2.0)

@@ -10,7 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from ami_builder.aws import source_ami
-from ami_builder.aws.session import Account, failure, is_definite, translated
+from ami_builder.aws.session import Account, aws_errors, failure, is_definite
 from ami_builder.core.errors import CloudFailed, UsageError
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 
@@ -80,7 +80,7 @@ def test_aws_not_answering_is_no_traceback(cloud: Cloud, monkeypatch: pytest.Mon
     monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     account = Account.open()
-    with pytest.raises(CloudFailed, match="AWS did not answer") as caught, translated():
+    with pytest.raises(CloudFailed, match="AWS did not answer") as caught, aws_errors():
         account.ec2.describe_vpcs()
     assert not is_definite(caught.value)
     assert "AWS_ENDPOINT_URL" in str(caught.value.hint)
@@ -129,7 +129,7 @@ def test_an_error_of_aws_names_the_call_and_what_to_do(code: str, said: str, hin
 
 def test_credentials_are_in_no_message(cloud: Cloud) -> None:
     account = Account.open()
-    with pytest.raises(CloudFailed) as caught, translated():
+    with pytest.raises(CloudFailed) as caught, aws_errors():
         account.ec2.describe_volumes(VolumeIds=["vol-0123456789abcdef0"])
     assert ACCESS_KEY not in f"{caught.value}{caught.value.hint}{caught.value.tail}"
     assert "secret" not in f"{caught.value}{caught.value.hint}{caught.value.tail}"

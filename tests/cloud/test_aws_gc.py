@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from moto.core.utils import utcnow
 
-from ami_builder.aws import images, instances, network, orphans, waiting
-from ami_builder.aws import instance as instance_module
+from ami_builder.aws import images, instances, network, orphans, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -23,8 +22,8 @@ from tests.fake_ec2.server import REGION, Cloud
 
 @pytest.fixture
 def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
-    monkeypatch.setattr(instance_module, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(instances, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 0.2)
     monkeypatch.setattr(instances, "_SEEN_SECONDS", 2.0)
     return Account.open()
 
@@ -39,12 +38,12 @@ def collect(
 ) -> tuple[Orphan, ...]:
     """Do what `gc --apply` does; return its plan."""
     known = {RUN: RunState.ENDED} if runs is None else runs
-    leftovers = plan(orphans.find(account, entries), known, datetime.now(UTC), 7200.0)
-    for leftover in leftovers:
-        if leftover.action is Action.DELETE:
-            orphans.remove(account, leftover)
-            orphans.remove(account, leftover)
-    return leftovers
+    decisions = plan(orphans.find(account, entries), known, datetime.now(UTC), 7200.0)
+    for decision in decisions:
+        if decision.action is Action.DELETE:
+            orphans.remove(account, decision)
+            orphans.remove(account, decision)
+    return decisions
 
 
 def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path) -> None:
@@ -54,8 +53,8 @@ def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Led
     make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))
     kinds = {"instance", "launch-template", "volume", "image", "snapshot", "security-group"}
     assert cloud.left().keys() == kinds
-    leftovers = collect(account)
-    assert [left.found.kind for left in leftovers] == [
+    decisions = collect(account)
+    assert [left.found.kind for left in decisions] == [
         Resource.INSTANCE,
         Resource.LAUNCH_TEMPLATE,
         Resource.VOLUME,
@@ -63,8 +62,8 @@ def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Led
         Resource.SNAPSHOT,
         Resource.SECURITY_GROUP,
     ]
-    assert {left.found.run_id for left in leftovers} == {RUN}
-    assert all(left.found.created is not None for left in leftovers)
+    assert {left.found.run_id for left in decisions} == {RUN}
+    assert all(left.found.created is not None for left in decisions)
     assert cloud.left() == {}
     assert collect(account) == ()
 
@@ -82,8 +81,8 @@ def test_what_has_no_tag_is_found_by_the_ledger(cloud: Cloud, account: Account, 
     assert collect(account) == ()
     elsewhere = tuple(e for e in read(ledger.path) if e.region != REGION)
     assert collect(account, elsewhere) == ()
-    leftovers = collect(account, read(ledger.path))
-    assert [left.found.kind for left in leftovers] == [
+    decisions = collect(account, read(ledger.path))
+    assert [left.found.kind for left in decisions] == [
         Resource.INSTANCE,
         Resource.IMAGE,
         Resource.SNAPSHOT,
@@ -119,8 +118,8 @@ def test_finished_images_living_runs_and_other_machines_keep_theirs(
     group(account, ledger, run_id="live").__enter__()
     group(account, ledger, run_id="theirs").__enter__()
     before = cloud.left()
-    leftovers = collect(account, runs={RUN: RunState.ENDED, "live": RunState.LIVE})
-    assert {left.action for left in leftovers} == {Action.KEEP}
+    decisions = collect(account, runs={RUN: RunState.ENDED, "live": RunState.LIVE})
+    assert {left.action for left in decisions} == {Action.KEEP}
     assert cloud.left() == before
     # A long time later, nobody can be at work any more.
     later = datetime.now(UTC).replace(year=2099)
@@ -168,10 +167,10 @@ def test_an_untagged_snapshot_is_known_by_the_instance_that_it_was_made_of(
         # Instances that have ended are shown for an hour.
         ec2.terminate_instances(InstanceIds=[made])
         cloud.backend().reservations.clear()
-    leftovers = collect(account, read(ledger.path))
-    kinds = {left.found.kind for left in leftovers}
+    decisions = collect(account, read(ledger.path))
+    kinds = {left.found.kind for left in decisions}
     assert Resource.SNAPSHOT in kinds
-    assert {left.found.run_id for left in leftovers} == {RUN}
+    assert {left.found.run_id for left in decisions} == {RUN}
     (snapshot,) = cloud.left()["snapshot"]
     assert theirs in cloud.backend().snapshots[snapshot].description
 
@@ -198,9 +197,9 @@ def test_a_spot_instance_that_nobody_could_tag_is_found_by_its_template(
             ],
             TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
         )
-    leftovers = collect(account)
-    assert [left.found.kind for left in leftovers] == [Resource.INSTANCE, Resource.LAUNCH_TEMPLATE]
-    assert {left.found.run_id for left in leftovers} == {RUN}
+    decisions = collect(account)
+    assert [left.found.kind for left in decisions] == [Resource.INSTANCE, Resource.LAUNCH_TEMPLATE]
+    assert {left.found.run_id for left in decisions} == {RUN}
     assert cloud.left()["launch-template"] == [theirs]
     assert len(cloud.left()["instance"]) == 1
 
@@ -287,9 +286,9 @@ def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) ->
     account.ec2.create_tags(
         Resources=[snapshot], Tags=tagging.as_list(tags(Purpose.IMAGE) | {tagging.COPY_OF: ami})
     )
-    for leftover in collect(account):
-        assert leftover.action is Action.KEEP
-        assert "it is a copy, and can still be running" in leftover.reason
+    for decision in collect(account):
+        assert decision.action is Action.KEEP
+        assert "it is a copy, and can still be running" in decision.reason
     for thing in (cloud.backend().amis[ami], cloud.backend().snapshots[snapshot]):
         field = "creation_date" if hasattr(thing, "creation_date") else "start_time"
         setattr(thing, field, utcnow() - timedelta(hours=4))

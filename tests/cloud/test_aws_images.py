@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.aws import images, measured
+from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -30,16 +30,16 @@ def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
 
 
 def test_an_ami_is_found_by_its_tags_or_else_by_its_name(cloud: Cloud, account: Account) -> None:
-    assert images.find(account, "dask", DIGEST) is None
+    assert images.find_by_digest(account, "dask", DIGEST) is None
     untagged = make_ami(cloud, NAME)
-    found = images.find(account, "dask", DIGEST)
+    found = images.find_by_digest(account, "dask", DIGEST)
     assert found is not None
     assert (found.id, found.name, found.finished, found.verdict) == (untagged, NAME, False, None)
-    assert images.find(account, "dask", "cd" * 32) is None
-    assert images.find(account, "das", DIGEST) is None
+    assert images.find_by_digest(account, "dask", "cd" * 32) is None
+    assert images.find_by_digest(account, "das", DIGEST) is None
     tagged = make_ami(cloud, "renamed", **tags(Purpose.IMAGE))
     images.finish(account, tagged, tags(Purpose.IMAGE))
-    found = images.find(account, "dask", DIGEST)
+    found = images.find_by_digest(account, "dask", DIGEST)
     assert found is not None
     assert found.id == tagged, "a finished one goes before one that is not"
 
@@ -47,7 +47,7 @@ def test_an_ami_is_found_by_its_tags_or_else_by_its_name(cloud: Cloud, account: 
 def test_a_name_that_begins_alike_is_not_enough(cloud: Cloud, account: Account) -> None:
     other = DIGEST[:12] + "0" * 52
     make_ami(cloud, NAME, **{tagging.DIGEST: other})
-    assert images.find(account, "dask", DIGEST) is None
+    assert images.find_by_digest(account, "dask", DIGEST) is None
 
 
 def test_pending_ones_are_found_and_waited_for(cloud: Cloud, account: Account) -> None:
@@ -61,7 +61,7 @@ def test_pending_ones_are_found_and_waited_for(cloud: Cloud, account: Account) -
     assert told[0].startswith("snapshot ")
     cloud.options.image_describes = 10**6
     ami = make_ami(cloud, f"{NAME}-2", **tags(Purpose.IMAGE))
-    pending = images.find(account, "dask", DIGEST)
+    pending = images.find_by_digest(account, "dask", DIGEST)
     assert pending is not None
     with pytest.raises(TimedOut, match=f"the completion of {ami}"):
         images.wait_available(account, ami, 0.2)
@@ -73,7 +73,7 @@ def test_one_that_fails_says_why(cloud: Cloud, account: Account) -> None:
     ami = make_ami(cloud, NAME)
     with pytest.raises(CloudFailed, match=f"{ami} is failed: the volume could not be read"):
         images.wait_available(account, ami, 30)
-    assert images.find(account, "dask", DIGEST) is None
+    assert images.find_by_digest(account, "dask", DIGEST) is None
 
 
 def test_finishing_tags_everything_and_says_so_last(cloud: Cloud, account: Account) -> None:
@@ -168,18 +168,18 @@ starts = st.builds(
 
 @given(st.lists(starts, unique_by=lambda one: one.machine, max_size=8))
 def test_as_many_measurements_as_a_tag_holds(some: list[Measurement]) -> None:
-    value = measured.write(some)
+    value = tagging.format_measurements(some)
     assert len(value) <= 256
     assert re.fullmatch(r"[a-z0-9 =/.-]*", value), "of the characters that every service takes in tags"
-    found = measured.read(value)
+    found = tagging.parse_measurements(value)
     assert [one for one in some if one in found] == list(found)
     assert len(found) >= min(len(some), 3)
 
 
 @given(st.text() | st.text("m6i.large=/0123456789- "))
 def test_garbage_in_the_tag_is_no_measurement(value: str) -> None:
-    for one in measured.read(value):
-        assert measured.read(measured.write([one])) == (one,)
+    for one in tagging.parse_measurements(value):
+        assert tagging.parse_measurements(tagging.format_measurements([one])) == (one,)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ def test_garbage_in_the_tag_is_no_measurement(value: str) -> None:
 )
 def test_only_what_we_write_is_read(entry: str) -> None:
     good = "c6i.large=8/7/1.0/2.0"
-    assert [one.machine for one in measured.read(f"{entry} {good}")] == ["c6i.large"]
+    assert [one.machine for one in tagging.parse_measurements(f"{entry} {good}")] == ["c6i.large"]
 
 
 def test_a_machine_without_an_instance_type_is_left_out() -> None:
     local = Measurement(machine="2 GiB", phase="boot", total=8, available=7)
-    assert measured.write([local]) == ""
+    assert tagging.format_measurements([local]) == ""
 
 
 @pytest.mark.parametrize("fault", [None, "throttle", "lost_response", "duplicated"])

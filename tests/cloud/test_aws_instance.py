@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from ami_builder.aws import instance as module
-from ami_builder.aws import instances, network, waiting
-from ami_builder.aws.instance import Instance, Launch
+from ami_builder.aws import instances, network, session
+from ami_builder.aws.instances import Instance, Launch
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
 from ami_builder.core.options import Connect
@@ -25,9 +24,9 @@ from tests.fake_ec2.server import REGION, Cloud
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut short what real clouds need."""
-    monkeypatch.setattr(module, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(module, "_ALIVE_SECONDS", 0.0)
-    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(instances, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(instances, "_ALIVE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 1.0)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 3.0)
 
 
@@ -174,7 +173,7 @@ def test_one_fault_leaves_nothing_and_stops_nothing(
 def test_a_fault_that_stays_leaves_nothing_either(
     cloud: Cloud, ledger: Ledger, ordinary: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.aws.instance.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.instances.ATTEMPTS", 2)
     cloud.faults.add("RunInstances", "lost_response", times=None)
     with pytest.raises(CloudFailed, match="AWS did not answer"):
         instance(Account.open(), ledger, ordinary, tmp_path / "machine").__enter__()
@@ -184,7 +183,7 @@ def test_a_fault_that_stays_leaves_nothing_either(
 def test_what_is_not_found_stands_in_the_ledger(
     cloud: Cloud, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.aws.instance.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.instances.ATTEMPTS", 2)
     group_id = cloud.client().describe_security_groups()["SecurityGroups"][0]["GroupId"]
     cloud.options.hidden_describes = 1000
     cloud.faults.add("RunInstances", "lost_response", times=None)
@@ -267,13 +266,14 @@ def test_an_instance_that_never_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    described: dict[str, Any] = {"InstanceId": "i-1", "State": {"Name": "pending"}}
+    pending = True
+    described: dict[str, Any] = {"InstanceId": "i-1", "State": {"Name": "terminated"}}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_RUNNING_SECONDS", 0.1)
-        patch.setattr(module, "describe", lambda *_: described)
+        patch.setattr(instances, "_RUNNING_SECONDS", 0.1)
+        patch.setattr(Instance, "_running", lambda _: None if pending else described)
         with pytest.raises(TimedOut, match="the start of instance"):
             instance(account, ledger, ordinary, tmp_path / "a").__enter__()
-        described["State"]["Name"] = "terminated"
+        pending = False
         described["StateReason"] = {"Code": "Client.InternalError", "Message": "Client error on launch"}
         with pytest.raises(BuildFailed, match="is terminated: Client error on launch"):
             instance(account, ledger, ordinary, tmp_path / "b").__enter__()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import network, waiting
-from ami_builder.aws.network import my_cidrs
+from ami_builder.aws import network, session
+from ami_builder.aws.network import source_cidrs
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.state.ledger import Ledger, read
@@ -23,7 +23,7 @@ from tests.fake_ec2.server import Cloud
 
 @pytest.fixture
 def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
-    monkeypatch.setattr(waiting, "_LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 1.0)
     return Account.open()
 
 
@@ -55,18 +55,18 @@ def checkip(answer: bytes) -> Iterator[str]:
 
 def test_only_this_machine_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert my_cidrs(["10.0.0.0/8"]) == ("10.0.0.0/8",)
+    assert source_cidrs(["10.0.0.0/8"]) == ("10.0.0.0/8",)
     for answer, expected in {b"203.0.113.7\n": "203.0.113.7/32", b"2001:db8::7\n": "2001:db8::7/128"}.items():
         with checkip(answer) as url:
             monkeypatch.setattr(network, "CHECKIP_URL", url)
-            assert my_cidrs(()) == (expected,)
+            assert source_cidrs(()) == (expected,)
     with checkip(b"<html>please log in</html>") as url:
         monkeypatch.setattr(network, "CHECKIP_URL", url)
         with pytest.raises(CloudFailed, match="public address can't be found out") as caught:
-            my_cidrs(())
+            source_cidrs(())
     assert "aws.source_cidrs" in str(caught.value.hint)
     with pytest.raises(CloudFailed, match="public address"):
-        my_cidrs(())
+        source_cidrs(())
 
 
 def test_a_group_is_open_to_whom_it_says_and_then_gone(
@@ -203,7 +203,7 @@ def test_where_there_is_no_network(cloud: Cloud, account: Account, ledger: Ledge
     with pytest.raises(UsageError, match="there is no subnet-0123456789abcdef0"):
         group(account, ledger, subnet="subnet-0123456789abcdef0").__enter__()
     (subnet, *_) = account.ec2.describe_subnets()["Subnets"]
-    assert network.vpc_of(account, subnet["SubnetId"]) == network.vpc_of(account)
+    assert network.find_vpc(account, subnet["SubnetId"]) == network.find_vpc(account)
     for vpc in cloud.backend().vpcs.values():
         vpc.is_default = "false"
     with pytest.raises(UsageError, match="there is no default VPC") as caught:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ami_builder.aws import cost, preflight
+from ami_builder.aws import preflight
 from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image
 from ami_builder.core.options import Connect
@@ -119,11 +119,11 @@ def test_a_failing_cloud_is_a_finding_too(cloud: Cloud, monkeypatch: pytest.Monk
 
 def test_prices(cloud: Cloud) -> None:
     account = Account.open()
-    price = cost.about(account, "m6i.large", 0.5, 10)
+    price = preflight.estimate_cost(account, "m6i.large", 0.5, 10)
     assert price is not None
     assert price.hour == pytest.approx(0.096)
     assert price.run == pytest.approx(0.0485, abs=0.001)
     assert price.month == pytest.approx(0.5)
-    assert cost.about(account, "z9z.huge", 1, 10) is None
+    assert preflight.estimate_cost(account, "z9z.huge", 1, 10) is None
     cloud.faults.add("GetProducts", "reset", times=None)
-    assert cost.about(account, "m6i.large", 1, 10) is None
+    assert preflight.estimate_cost(account, "m6i.large", 1, 10) is None

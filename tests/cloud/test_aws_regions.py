@@ -85,7 +85,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
 def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = DIGEST) -> str:
     """Make a finished AMI of ours, with a tag of its owner's."""
     account = Account.open()
-    told = tagging.tags("dask", digest, RUN, Purpose.IMAGE)
+    told = tagging.resource_tags("dask", digest, RUN, Purpose.IMAGE)
     ami = make_ami(cloud, name, **told, team="data")
     images.finish(account, ami, told)
     images.record_verdict(account, ami, Outcome.PASSED if passed else Outcome.FAILED, "c" * 64)
@@ -419,7 +419,7 @@ def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
     assert standing(cloud) == {REGION: first, **copies}
     for command, said in (
         (("promote", second, "testing", "--region", "eu-north-1"), "no image is promoted there"),
-        (("rollback", "stable", "--region", TWO[0]), "only AMIs have regions"),
+        (("rollback", "stable", "--region", TWO[0]), TWO[0]),
         (("rollback", "stable", "--target", "aws"), "nothing stood before"),
         (("promote", second, "stabel"), "did you mean stable"),
     ):
@@ -465,7 +465,7 @@ def test_sharing_adds_what_lacks_and_takes_nothing_back(
     assert cli.run(["share", ami]) == 0
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [f"{region}\t{id}" for region, id in {REGION: ami, **found}.items()]
-    assert f"{REGION}: 888888888888 may launch {ami} too" in shown.err
+    assert f"{REGION}: 888888888888 may also launch {ami}" in shown.err
     for region, id in {REGION: ami, **found}.items():
         held = cloud.backend(region).amis[id]
         assert {"Group": "all"} not in held.launch_permissions

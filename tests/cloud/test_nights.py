@@ -126,7 +126,9 @@ def test_two_machines_that_begin_the_same_night_leave_one_image_in_each_channel(
     assert set(cloud.left()) <= {"image", "snapshot"}
     owned_here = owned(cloud, REGION)
     assert len(owned_here) == baked
-    assert all(tagging.FINISHED in one.tags for one in images.by_ids(Account.open(), owned_here).values())
+    assert all(
+        tagging.FINISHED in one.tags for one in images.find_by_ids(Account.open(), owned_here).values()
+    )
 
 
 @pytest.mark.long

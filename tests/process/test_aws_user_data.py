@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.aws.user_data import MAX_BYTES, builder_user_data, lifetime_user_data, with_lifetime
+from ami_builder.aws.user_data import MAX_BYTES, lifetime_user_data, with_lifetime
 from ami_builder.core.errors import UsageError
 from tests.fake_programs import calls, fake
 
@@ -47,7 +47,7 @@ def test_the_timer_powers_off_from_memory_alone(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_builder_gets_a_key_and_the_timer() -> None:
-    found = parts(builder_user_data(f"{KEY}\n", 7200))
+    found = parts(with_lifetime("", 7200, f"{KEY}\n"))
     assert found.keys() == {"text/cloud-boothook", "text/cloud-config"}
     assert found["text/cloud-boothook"] == lifetime_user_data(7200)
     assert found["text/cloud-config"].startswith("#cloud-config\n")

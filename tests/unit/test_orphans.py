@@ -75,17 +75,17 @@ things = st.builds(
 
 @given(st.lists(things, unique_by=lambda one: (one.kind, one.id)))
 def test_whatever_is_found(several: list[FoundResource]) -> None:
-    leftovers = plan(several, RUNS, NOW, LIFETIME)
-    assert sorted(map(repr, several)) == sorted(repr(left.found) for left in leftovers)
-    assert [ORDER.index(left.found.kind) for left in leftovers] == sorted(
+    decisions = plan(several, RUNS, NOW, LIFETIME)
+    assert sorted(map(repr, several)) == sorted(repr(left.found) for left in decisions)
+    assert [ORDER.index(left.found.kind) for left in decisions] == sorted(
         ORDER.index(one.kind) for one in several
     )
     kept_images = {
         left.found.id
-        for left in leftovers
+        for left in decisions
         if left.found.kind is Resource.IMAGE and left.action is Action.KEEP
     }
-    for left in leftovers:
+    for left in decisions:
         assert left.reason
         one = left.found
         if left.action is Action.DELETE:
@@ -96,4 +96,4 @@ def test_whatever_is_found(several: list[FoundResource]) -> None:
                 one.created is not None and NOW - one.created > timedelta(seconds=LIFETIME) + MARGIN
             )
             assert one.kind is not Resource.SNAPSHOT or one.image not in kept_images
-    assert plan(list(reversed(several)), RUNS, NOW, LIFETIME) == leftovers
+    assert plan(list(reversed(several)), RUNS, NOW, LIFETIME) == decisions
