@@ -36,7 +36,7 @@ _ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
     NightlyStatus.HELD: (
         Tone.WARN,
         "On hold",
-        "The image was not promoted to {}: it differs too much. A person has to decide.",
+        "The image was not promoted to {}. A person has to decide.",
     ),
     NightlyStatus.INCONCLUSIVE: (
         Tone.UNSURE,
