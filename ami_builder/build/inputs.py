@@ -1,4 +1,4 @@
-"""What goes into an image, and the digest that stands for all of it."""
+"""The inputs of an image, and their digest."""
 
 from __future__ import annotations
 

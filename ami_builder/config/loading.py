@@ -74,7 +74,7 @@ class Config:
 
 
 class _Origin(NamedTuple):
-    place: str
+    position: str
     """Such as `ami-builder.toml:12`."""
     key: str
     """The key as written there."""
@@ -113,7 +113,7 @@ def load(
     environ: Mapping[str, str],
     overrides: Mapping[str, str] | None = None,
 ) -> Config:
-    """Read the configuration; raises UsageError that reports every mistake with its place.
+    """Read the configuration; raises UsageError that reports every mistake with its position.
 
     With `image`, only that image is made and only its files are checked; without, all of them. Environment
     and `overrides` (`memory.reserve` -> `5%`) apply to each image that is made.
@@ -152,7 +152,7 @@ def load(
             SettingValue(
                 key=key,
                 value=setting.dump(images[name].get(key)),
-                origin=given[key].origin.place if key in given else "default",
+                origin=given[key].origin.position if key in given else "default",
             )
             for key, setting in SETTINGS.items()
         )
@@ -197,8 +197,8 @@ def _read(file: Path, why: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
         raise UsageError(f"{short}: not valid TOML: nested too deeply", hint=hint) from wrong
     except ValueError as wrong:
         found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(wrong), re.DOTALL)
-        place, what = (f":{found[2]}:{found[3]}", found[1]) if found else ("", str(wrong))
-        raise UsageError(f"{short}{place}: not valid TOML: {what}", hint=hint) from wrong
+        position, what = (f":{found[2]}:{found[3]}", found[1]) if found else ("", str(wrong))
+        raise UsageError(f"{short}{position}: not valid TOML: {what}", hint=hint) from wrong
 
 
 @cache
@@ -221,7 +221,7 @@ class _Mistakes:
     def add(self, origin: _Origin, message: str, *value: object) -> None:
         """Note a mistake, with the value if there is one to show."""
         setting = " = ".join([origin.key, *map(_brief, value)])
-        self._lines.append(": ".join(part for part in (origin.place, setting, message) if part))
+        self._lines.append(": ".join(part for part in (origin.position, setting, message) if part))
 
     def validated(
         self, adapter: TypeAdapter[Model], raw: dict[str, Any], folder: Path, where: Callable[..., _Origin]
@@ -245,11 +245,11 @@ class _Mistakes:
         """Note what is wrong with the settings of an image together."""
         for keys, message in conflicts.find(settings):
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
-                # A default is not a mistake: report the place of a setting that it does not go with.
-                place = next((given[key].origin.place for key in keys if key in given), image.place)
-                default = _Origin(place, f"{image.key}.{keys[0]}")
+                # A default is not a mistake: report the position of a setting that it does not go with.
+                position = next((given[key].origin.position for key in keys if key in given), image.position)
+                default = _Origin(position, f"{image.key}.{keys[0]}")
                 key = given[keys[0]].origin.key if keys[0] in given else default.key
-                self.add(_Origin(place, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
+                self.add(_Origin(position, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
 
     def stop(self) -> None:
         """Raise UsageError if anything was noted."""

@@ -126,7 +126,7 @@ _HEAD = """\
 #:schema ami_builder/config/ami-builder.schema.json
 
 # The VM images that `ami-builder build` makes. An empty table is a complete image: every setting has the
-# default that is shown here. To change a setting, remove the `#` before it and change the value.
+# default that is written here. To change a setting, remove the `#` before it and change the value.
 #
 #   [defaults.*]            settings of all images
 #   [images.NAME.*]         settings of one image, over [defaults]

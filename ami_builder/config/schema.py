@@ -166,7 +166,7 @@ class AwsSettings(_Table):
     """Where and how `--target aws` bakes an AMI, and how its instances are reached."""
 
     region: t.Region = ""
-    """The region. Empty: as the AWS chain says (AWS_REGION, profile)."""
+    """The region. Empty: the one of the AWS chain (AWS_REGION, profile)."""
     source: t.SourceAmi = "136693071363/debian-13-amd64-*"
     """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`."""
     instance_types: t.Some[t.InstanceType] = ("m6i.large", "m5.large", "m7i.large")
@@ -220,13 +220,14 @@ class NightlySettings(_Table):
     channel: t.Channel = ""
     """The channel to promote to, one of lifecycle.channels. Empty: the first of them."""
     memory_drift_percent: Annotated[int, t.count(0, 100)] = 3
-    """On hold when so much less memory is available at boot than on the current image."""
+    """How many percent less memory can be available at boot than on the current image. Even less puts the
+    promotion on hold."""
     time_drift_percent: Annotated[int, t.count(0, 1000)] = 50
-    """On hold when the first boot takes so much more CPU time, in multiples of a fixed piece of work."""
+    """How many percent more CPU time the first boot can take, in multiples of a fixed piece of work."""
     size_drift_percent: Annotated[int, t.count(0, 1000)] = 20
-    """On hold when the image is so much larger."""
+    """How many percent larger the image can be."""
     hold_packages: t.Many[t.PackagePattern] = ()
-    """On hold when one of these packages has changed: names or patterns."""
+    """Packages whose change puts the promotion on hold: names or patterns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

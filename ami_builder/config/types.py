@@ -1,7 +1,7 @@
 """The types of settings: how each is read from TOML, written back, and described to editors and in the docs.
 
 Each type has one phrase that says what is expected. pydantic's own errors ("String should match pattern …")
-do not tell a user what to write, and pydantic.ByteSize reads `2GB`, which means 10^9 bytes to Dask and 2^30
+do not say what to write, and pydantic.ByteSize reads `2GB`, which means 10^9 bytes to Dask and 2^30
 to Docker.
 """
 

@@ -110,9 +110,9 @@ LEAST_ALLOWED = 10.0
 TIMES_ALLOWED = 5.0
 """A wait of so many times the wait at rest is allowed: a container can use all processors."""
 MOST_AT_REST = 20.0
-"""If a machine takes longer at rest, a wait over the bound says nothing about pressure."""
+"""If a machine takes longer at rest, a wait over the bound is not due to pressure."""
 MOST_DENIED = 0.75
-"""If CPU steal is more of a wait than this, the wait says nothing."""
+"""If CPU steal is a larger part of a wait than this, the wait is inconclusive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
