@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import tenacity
 
 from ami_builder.aws import images, instances, network, orphans, tags, user_data
 from ami_builder.aws.session import Account, look_for
-from ami_builder.build import packer
+from ami_builder.aws.source_ami import BaseAmi
+from ami_builder.build import container, packer
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
-from ami_builder.qemu.bake import container_archive
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.state.workspace import Run, Workspace
@@ -45,15 +46,34 @@ ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwsInputs(Inputs):
+    """Inputs whose base is an AMI."""
+
+    base_ami: BaseAmi
+
+    @classmethod
+    def of(cls, inputs: Inputs, base_ami: BaseAmi) -> AwsInputs:
+        """Return inputs together with what is known about their base AMI."""
+        return cls(
+            image=inputs.image,
+            guest=inputs.guest,
+            base_digest=inputs.base_digest,
+            container_digest=inputs.container_digest,
+            digest=inputs.digest,
+            base_ami=base_ami,
+        )
+
+
 def bake_ami(
-    inputs: Inputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
+    inputs: AwsInputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
 ) -> images.Ami:
     """Bake an AMI and finish it; nothing else of the run is left in the account.
 
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
     with step.step("container") as child:
-        archive = container_archive(inputs, workspace, run, child)
+        archive = container.archive(inputs, workspace, run, child)
     bake = _Bake(inputs, account, archive, run)
     try:
         ami = bake.run(step)
@@ -66,7 +86,7 @@ def bake_ami(
     return done
 
 
-def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
+def finish(inputs: AwsInputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
     """Wait for an AMI of ours and make it whole: tags on its snapshots, IMDSv2 only, private or `public`."""
     images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
     run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
@@ -76,8 +96,7 @@ def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, pub
 
 
 class _Bake:
-    def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
-        assert inputs.base_ami is not None
+    def __init__(self, inputs: AwsInputs, account: Account, archive: Path | None, run: Run) -> None:
         self.inputs, self.account, self.run_ = inputs, account, run
         self.aws, self.base = inputs.image.aws, inputs.base_ami
         self.archive = archive
@@ -268,12 +287,11 @@ class _Bake:
         }
 
 
-def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
-    assert inputs.base_ami is not None
+def _image_tags(inputs: AwsInputs, run_id: str) -> Mapping[str, str]:
     return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_ami.id})
 
 
 def _tags(
-    inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
+    inputs: AwsInputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
 ) -> Mapping[str, str]:
     return tags.resource_tags(inputs.image.name, inputs.digest, run_id, purpose, more)

@@ -1,75 +1,229 @@
-"""The channels of AMIs: one SSM parameter each, in one account and region."""
+"""The channels of AMIs: SSM parameters `/ami-builder/IMAGE/x86_64/CHANNEL`, for launch templates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from botocore.exceptions import ClientError
 from filelock import FileLock
 
-from ami_builder.aws import images, parameters, tags
-from ami_builder.aws.target import CloudSite
-from ami_builder.config.schema import Image
-from ami_builder.core.channels import ChannelEntry
-from ami_builder.core.errors import UsageError
-from ami_builder.state.workspace import StoredImage
+from ami_builder.aws import images
+from ami_builder.aws import tags as tagging
+from ami_builder.aws.session import Account, aws_errors, code_of
+from ami_builder.core.channels import ChannelEntry, Move
+from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from ami_builder.state.workspace import StoredImage, Workspace
+
+LABEL = "current"
+"""Stands at the version that holds, and moves along: a label on the oldest of the 100 versions that SSM keeps
+would make the next write fail."""
+
+_ARCHITECTURE = "x86_64"
+_HELD_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_DESCRIPTION = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CloudChannels:
-    """The channels of one image name in the region of a site."""
+class ChannelParameters:
+    """The channels of one image name in one region."""
 
-    site: CloudSite
-    image: Image
+    account: Account
+    image: str
+    workspace: Workspace
+    ami: Callable[[str], StoredImage]
+    """Returns an AMI of the region by its id."""
 
     def locked(self) -> AbstractContextManager[object]:
-        """Let no other process here move them; what other machines do meanwhile is seen by reading back."""
-        self.site.workspace.ensure()
-        name = f"{self.image.name}.{self.site.account.region}.channels.lock"
-        return FileLock(self.site.workspace.state / "locks" / name)
+        """Let no other process of this host move the channels; reading back shows what other hosts do."""
+        self.workspace.ensure()
+        name = f"{self.image}.{self.account.region}.channels.lock"
+        return FileLock(self.workspace.state / "locks" / name)
 
     def id_of(self, stored: StoredImage) -> str:
-        """Return the id of an AMI; raises UsageError when it is not a finished one of ours."""
+        """Return the id of an AMI. Raises UsageError when it is not a finished one of ours."""
         id = stored.artifact.location
-        found = images.get(self.site.account, id)
+        found = images.get(self.account, id)
         if found is None or not found.finished or found.state != "available":
             raise UsageError(
-                f"{id} is not a finished AMI of ours in {self.site.account.region}",
+                f"{id} is not a finished AMI of ours in {self.account.region}",
                 hint="`ami-builder build --target aws` makes one",
             )
-        name = found.tags.get(tags.IMAGE)
-        if name != self.image.name:
-            raise UsageError(f"{id} is an image of {name!r}, not of {self.image.name!r}")
+        name = found.tags.get(tagging.IMAGE)
+        if name != self.image:
+            raise UsageError(f"{id} is an image of {name!r}, not of {self.image!r}")
         return id
 
     def find(self, id: str) -> StoredImage | None:
         """Return an AMI that can be launched."""
-        found = images.get(self.site.account, id)
-        if found is None or found.state != "available":
-            return None
-        return self.site.ami(self.image, id)
+        found = images.get(self.account, id)
+        return None if found is None or found.state != "available" else self.ami(id)
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
-        """Return the history of the parameter."""
-        return parameters.entries(self.site.account, self.image.name, channel)
+        """Return the moves of a channel as far as SSM keeps them (100 versions), the oldest first."""
+        return entries(self.account, self.image, channel)
 
     def used(self) -> tuple[str, ...]:
         """Return the channels that have a parameter."""
-        return parameters.used(self.site.account, self.image.name)
+        return used(self.account, self.image)
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
-        """Return which of these AMIs were revoked by their tag, or deregistered: neither comes back."""
-        there = images.find_by_ids(self.site.account, ids)
-        gone = {id: "it was deregistered" for id in ids if id not in there}
-        return gone | {id: ami.revoked for id, ami in there.items() if ami.revoked is not None}
+        """Return which of these AMIs are tagged as revoked, or were deregistered: none of them comes back."""
+        there = images.find_by_ids(self.account, ids)
+        missing = {id: "it was deregistered" for id in ids if id not in there}
+        return missing | {id: ami.revoked for id, ami in there.items() if ami.revoked is not None}
 
     def write(self, entry: ChannelEntry) -> None:
-        """Write the parameter, and see that it holds."""
-        parameters.write(self.site.account, self.image.name, entry)
+        """Write the parameter, and wait until it has the new value."""
+        write(self.account, self.image, entry)
 
     def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
-        """Tag the AMI, then write each parameter; a parameter that is to hold nothing is deleted."""
-        images.revoke(self.site.account, id, reason)
+        """Tag the AMI, then write each parameter. A parameter without a current image is deleted."""
+        images.revoke(self.account, id, reason)
         for entry in entries:
             self.write(entry)
+
+
+def folder(image: str) -> str:
+    """Return what the names of an image's parameters begin with."""
+    return f"/ami-builder/{image}/{_ARCHITECTURE}/"
+
+
+def used(account: Account, image: str) -> tuple[str, ...]:
+    """Return the channels of an image that have a parameter in this region."""
+    with aws_errors("ssm"):
+        pages = account.client("ssm").get_paginator("get_parameters_by_path").paginate(Path=folder(image))
+        return tuple(one["Name"].rpartition("/")[2] for page in pages for one in page["Parameters"])
+
+
+def entries(account: Account, image: str, channel: str) -> tuple[ChannelEntry, ...]:
+    """Return the moves of a channel as far as SSM remembers them (100 versions), the oldest first."""
+    found: list[Any] = []
+    with aws_errors("ssm"):
+        pages = account.client("ssm").get_paginator("get_parameter_history")
+        try:
+            for page in pages.paginate(Name=folder(image) + channel):
+                found += page["Parameters"]
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+            return ()
+    return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
+
+
+def write(account: Account, image: str, entry: ChannelEntry) -> None:
+    """Make a parameter hold what an entry says, and wait until it does; it goes when that is nothing.
+
+    Raises CloudFailed when SSM does not take the AMI, or when somebody else moves the channel meanwhile.
+    """
+    name = folder(image) + entry.channel
+    if not entry.id:
+        _delete(account, name)
+        return
+    said = f"{entry.move}: {entry.reason}" if entry.reason else str(entry.move)
+    made: dict[str, Any] = {
+        "Name": name,
+        "Value": entry.id,
+        "Description": said[:_DESCRIPTION],
+        "Type": "String",
+        "DataType": "aws:ec2:image",
+    }
+    told = [{"Key": tagging.IMAGE, "Value": image}]
+    more: dict[str, Any] = {"Overwrite": False, "Tags": told}
+    if before := _current(account, name):
+        more = {"Overwrite": True}
+        # Versions that others wrote since may have left it behind.
+        _label(account, name, before[1])
+    version = 0
+    with aws_errors("ssm"):
+        try:
+            version = account.client("ssm").put_parameter(**made, **more)["Version"]
+        except ClientError as error:
+            if code_of(error) == "ParameterMaxVersionLimitExceeded":
+                raise _blocked(name) from error
+            # Repeated after a lost answer, a call meets what it has made itself: reading it back will tell.
+            if code_of(error) != "ParameterAlreadyExists":
+                raise
+    _label(account, name, _read_back(account, name, entry.id, version))
+
+
+def _label(account: Account, name: str, version: int) -> None:
+    with aws_errors("ssm"):
+        account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
+
+
+def _read_back(account: Account, name: str, ami: str, version: int) -> int:
+    """Wait until a parameter holds an AMI, and return the version.
+
+    SSM looks at such a value only after it has answered, and drops a bad one without a word.
+    """
+
+    def held() -> int | None:
+        value, at = _current(account, name) or ("", 0)
+        if value == ami and at >= version:
+            return at
+        if at > version or (at and not version):
+            raise CloudFailed(
+                f"{name} was moved to {value} by somebody else at the same time",
+                hint="`ami-builder history` tells who; then decide which image is to stand there",
+            )
+        return None
+
+    try:
+        return processes.wait_until(
+            held, what=f"the update of {name}", timeout=_HELD_SECONDS, interval=_POLL_SECONDS
+        )
+    except TimedOut as late:
+        raise CloudFailed(
+            f"SSM has not taken {ami} for {name}: the channel stands where it stood",
+            hint="these credentials, and SSM, must be able to describe that AMI in this region",
+        ) from late
+
+
+def _current(account: Account, name: str) -> tuple[str, int] | None:
+    with aws_errors("ssm"):
+        try:
+            found = account.client("ssm").get_parameter(Name=name)["Parameter"]
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+            return None
+    return found["Value"], int(found["Version"])
+
+
+def _delete(account: Account, name: str) -> None:
+    with aws_errors("ssm"):
+        try:
+            account.client("ssm").delete_parameter(Name=name)
+        except ClientError as error:
+            if code_of(error) != "ParameterNotFound":
+                raise
+
+
+def _blocked(name: str) -> CloudFailed:
+    return CloudFailed(
+        f"SSM keeps 100 versions of {name}, and somebody has put a label on the oldest",
+        hint=f"`aws ssm get-parameter-history --name {name}` shows it; take it off with"
+        " `aws ssm unlabel-parameter-version`",
+    )
+
+
+def _entry(channel: str, one: Any) -> ChannelEntry:
+    word, _, reason = one.get("Description", "").partition(": ")
+    by_us = word in list(Move)
+    return ChannelEntry(
+        channel=channel,
+        # Whoever writes a version by hand promotes.
+        move=Move(word) if by_us else Move.PROMOTED,
+        id=one["Value"],
+        at=one["LastModifiedDate"],
+        by=one["LastModifiedUser"],
+        reason=reason if by_us else one.get("Description", ""),
+    )

@@ -1,4 +1,4 @@
-"""`ami-builder prune --target aws`: which AMIs and snapshots nothing needs; AMIs are deprecated first."""
+"""`ami-builder prune --target aws`: AMIs and snapshots that nothing needs; AMIs are deprecated first."""
 
 from __future__ import annotations
 
@@ -6,107 +6,90 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 from ami_builder.aws import images as amis
 from ami_builder.aws import references, sharing, snapshots, tags
-from ami_builder.aws.place import CloudPlace, places
 from ami_builder.aws.session import Account
+from ami_builder.build.channels import ChannelStore
+from ami_builder.build.channels import references as references_of
+from ami_builder.build.cleanup import KEEP_ALL, policy
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.errors import CloudFailed
-from ami_builder.qemu.cleanup import KEEP_ALL, channel_references, policy
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import Workspace
-from ami_builder.verify.concurrency import side_by_side
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
 # A snapshot is there before the AMI that it is made for is shown.
 _LEAST_AGE = timedelta(days=1)
 
 
-def plan_cloud(
-    workspace: Workspace, images: Mapping[str, Image], progress: Progress
-) -> tuple[tuple[Account, tuple[Decision, ...]], ...]:
-    """Decide about every AMI and orphan snapshot of ours, each region by itself; nothing is changed.
-
-    The regions are those that images are baked in or copied to. Raises CloudFailed when anything that may
-    need an AMI can't be read in any of them: then there is no plan at all.
-    """
-    regions: dict[str, dict[str, CloudPlace]] = defaultdict(dict)
-    for name, image in images.items():
-        for place in places(image, workspace):
-            regions[place.name][name] = place
-
-    going = [
-        Reference(id=location, by=f"night {night.id} goes on with it")
-        for night in unfinished(workspace)
-        for location in night.locations
-    ]
-
-    def one(mine: Mapping[str, CloudPlace]) -> tuple[Account, tuple[Decision, ...]]:
-        account = next(iter(mine.values())).site.account
-        with progress.step(f"look in {account.region}") as step:
-            decisions = _plan_region(account, mine, going)
-            doomed = sum(one.action is not Action.KEEP for one in decisions)
-            step.done(f"{len(decisions)} AMIs and orphans, {doomed} to deprecate or delete")
-        return account, decisions
-
-    return tuple(side_by_side([partial(one, mine) for mine in regions.values()]))
-
-
-def prune_cloud(planned: Sequence[tuple[Account, tuple[Decision, ...]]], progress: Progress) -> None:
-    """Do what a plan that was made just now says; an AMI goes with its snapshots. Raises CloudFailed."""
-    for account, decisions in planned:
-        for decision in decisions:
-            id = decision.candidate.id
-            if decision.action is Action.DEPRECATE:
-                with progress.step(f"deprecate {id}"):
-                    amis.deprecate(account, id)
-            elif decision.action is Action.DELETE and id.startswith("snap-"):
-                with progress.step(f"delete {id}"):
-                    if not snapshots.delete(account, id):
-                        raise CloudFailed(f"the snapshot {id} can't be deleted: an AMI uses it")
-            elif decision.action is Action.DELETE:
-                with progress.step(f"deregister {id}"):
-                    amis.deregister(account, id)
-
-
-def _plan_region(
-    account: Account, mine: Mapping[str, CloudPlace], going: Sequence[Reference]
+def plan_cleanup(
+    account: Account,
+    workspace: Workspace,
+    images: Mapping[str, Image],
+    channels: Mapping[str, ChannelStore],
 ) -> tuple[Decision, ...]:
+    """Decide about every AMI and orphaned snapshot of ours in a region; change nothing.
+
+    `images` are the configured ones of this region, `channels` their records. Raises CloudFailed when
+    anything that may need an AMI can't be read.
+    """
     owned = amis.list_owned(account)
-    uses: list[Reference] = [*references.find(account), *going]
+    uses = [
+        *references.find(account),
+        *(
+            Reference(id=location, by=f"nightly run {journal.id} continues with it")
+            for journal in unfinished(workspace)
+            for location in journal.locations
+        ),
+    ]
     found: dict[str, list[amis.Ami]] = defaultdict(list)
     for ami in owned:
         if tags.RUN in ami.tags:
             found[ami.tags.get(tags.IMAGE, "")].append(ami)
     decisions: list[Decision] = []
     for name, group in sorted(found.items()):
-        if name not in mine:
+        if name not in images:
             candidates = [_candidate(account, ami, name, {}, _NO_POLICY) for ami in group]
             decisions += plan(candidates, uses, KEEP_ALL, datetime.now(UTC))
             continue
-        record = mine[name].channels
+        record = channels[name]
         been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
         candidates = [_candidate(account, ami, name, been) for ami in group]
-        rules = policy(mine[name].image.lifecycle, grace=True)
-        needed = [*channel_references(record), *uses]
+        rules = policy(images[name].lifecycle, deprecates=True)
+        needed = [*references_of(record), *uses]
         decisions += _unshared(
             candidates, needed, rules, lambda one: _shared(sharing.image_users(account, one))
         )
-    return (*decisions, *_orphans(account, mine, owned, uses))
+    return (*decisions, *_orphans(account, images, owned, uses))
+
+
+def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> None:
+    """Carry out a plan that was made just now; deregister AMIs with their snapshots. Raises CloudFailed."""
+    for decision in decisions:
+        id = decision.candidate.id
+        if decision.action is Action.DEPRECATE:
+            with progress.step(f"deprecate {id}"):
+                amis.deprecate(account, id)
+        elif decision.action is Action.DELETE and id.startswith("snap-"):
+            with progress.step(f"delete {id}"):
+                if not snapshots.delete(account, id):
+                    raise CloudFailed(f"the snapshot {id} can't be deleted: an AMI uses it")
+        elif decision.action is Action.DELETE:
+            with progress.step(f"deregister {id}"):
+                amis.deregister(account, id)
 
 
 def _orphans(
-    account: Account, mine: Mapping[str, CloudPlace], owned: Sequence[amis.Ami], uses: Sequence[Reference]
+    account: Account, images: Mapping[str, Image], owned: Sequence[amis.Ami], uses: Sequence[Reference]
 ) -> tuple[Decision, ...]:
     """Decide about the snapshots of ours that no AMI uses any more."""
     found: dict[str, list[Candidate]] = defaultdict(list)
     for one in amis.list_orphan_snapshots(account, owned):
         name = one.tags.get(tags.IMAGE, "")
-        protected = "" if name in mine else _NO_POLICY
+        protected = "" if name in images else _NO_POLICY
         found[name].append(
             Candidate(
                 id=one.id,
@@ -120,9 +103,9 @@ def _orphans(
     decisions: list[Decision] = []
     for name, candidates in sorted(found.items()):
         rules = KEEP_ALL
-        if name in mine:
-            told = policy(mine[name].image.lifecycle)
-            rules = replace(told, keep=0, young=max(told.young, _LEAST_AGE), size=0)
+        if name in images:
+            rules = policy(images[name].lifecycle)
+            rules = replace(rules, keep=0, young=max(rules.young, _LEAST_AGE), size=0)
         decisions += _unshared(
             candidates, uses, rules, lambda one: _shared(sharing.snapshot_users(account, one))
         )

@@ -1,146 +1,286 @@
-"""A matrix of images, regions and instance types: every cell is proved, wherever its executor runs it."""
+"""The machines of one AMI: a job for each instance type, run by threads or on a Dask cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import socket
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ami_builder.aws.jobs import Cell, CellProof, cells, prove_cell
-from ami_builder.build.target import Site
-from ami_builder.config.schema import Image
-from ami_builder.console import Progress, Step
-from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import CheckResult, Measurement, Outcome, Verdict
-from ami_builder.state import runs
-from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
-from ami_builder.verify import estimate
+from ami_builder.aws import network, tags
+from ami_builder.aws.instances import Instance, Launch
+from ami_builder.aws.session import Account
+from ami_builder.console import Mode, Step, open_progress
+from ami_builder.core.errors import AmiBuilderError, Interrupted
+from ami_builder.core.options import Connect
+from ami_builder.core.records import Outcome
+from ami_builder.state.ledger import FILE as LEDGER
+from ami_builder.state.ledger import Ledger
+from ami_builder.state.workspace import Workspace, write_atomically
+from ami_builder.system import processes
 from ami_builder.verify import executor as cluster
-from ami_builder.verify.concurrency import open_executor, threads
-from ami_builder.verify.journey import Proof
-from ami_builder.verify.verdict import keep_verdict, require_passed, verdict_of
+from ami_builder.verify.executor import threads
+from ami_builder.verify.journey import verify_machine
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from ami_builder.config.schema import Image
+    from ami_builder.core.records import Artifact, Endpoint, StepRecord
+    from ami_builder.state.workspace import Run, StoredImage
+    from ami_builder.system.ssh import Session
+    from ami_builder.verify.machine import MachineResult
+
+_EVIDENCE_BYTES = 1 << 20
 _NOT_PASSED = (Outcome.FAILED, Outcome.INCONCLUSIVE)
+_FOLLOW_SECONDS = 0.2
+
+
+@dataclass(slots=True, kw_only=True)
+class Ec2Machine:
+    """An EC2 instance of an AMI."""
+
+    name: str
+    image: Image
+    ami: str
+    account: Account
+    ledger: Ledger
+    group: str
+    run_id: str
+    tags: Mapping[str, str]
+    memory: int = field(default=0, init=False)
+    _instance: Instance | None = field(default=None, init=False)
+
+    def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
+        """Launch it. It ends itself after aws.lifetime, whatever happens on this host."""
+        aws = self.image.aws
+        launch = Launch(
+            ami=self.ami,
+            instance_types=(self.name,),
+            subnets=aws.subnets,
+            security_group=self.group,
+            user_data=user_data,
+            public_key=public_key,
+            user=self.image.base.ssh_user,
+            lifetime=aws.lifetime,
+            disk_size=self.image.verify.disk_size,
+            instance_profile=aws.instance_profile,
+            connect=aws.connect,
+            ssh_port=aws.ssh_port,
+            encrypt=aws.encrypt,
+            kms_key=aws.kms_key,
+        )
+        self._instance = Instance(
+            self.account, self.ledger, launch, run_id=self.run_id, tags=self.tags, directory=directory
+        )
+        endpoint = stack.enter_context(self._instance)
+        self.memory = self._instance.memory
+        return endpoint
+
+    def check_alive(self) -> None:
+        """Raise BuildFailed when the instance is ending."""
+        assert self._instance is not None, "it was not started"
+        self._instance.check_alive()
+
+    def reboot(self, session: Session, timeout: float, alive: Callable[[], None]) -> None:
+        """Reboot the instance from inside, and wait for a login."""
+        session.reboot(timeout, alive)
+
+    def cpu_seconds(self, session: Session) -> float | None:
+        """Return the CPU seconds that the instance has used since it was started, or rebooted.
+
+        proc_stat(5): all but idle, iowait, steal, and guest time, which is in user time already.
+        """
+        done = session.run("head -n 1 /proc/stat; getconf CLK_TCK", check=False)
+        fields = done.stdout.split()
+        if done.status or len(fields) < 10:
+            return None
+        user, nice, system, _, _, irq, softirq = (int(field) for field in fields[1:8])
+        return (user + nice + system + irq + softirq) / int(fields[-1])
+
+    @property
+    def emulator(self) -> int:
+        """None: no process of this host runs an instance."""
+        return 0
+
+    def save_console(self) -> None:
+        """Fetch what EC2 has of the console."""
+        if self._instance is not None and self._instance.instance_id:
+            self._instance.save_console()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """An image in one region, the settings that it is proved with, and where its verdict is kept."""
+class Job:
+    """An AMI to verify on one instance type: everything that another host needs, except its credentials."""
 
     image: Image
-    stored: StoredImage
-    site: Site
+    artifact: Artifact
+    instance_type: str
+    parent: str
+    """The id of the run that it is part of."""
+    checks: Mapping[str, bytes]
+    """The user's own check files, by path; empty if they are read where they are."""
+
+    @property
+    def name(self) -> str:
+        """The instance type and the region."""
+        return f"{self.instance_type} in {self.artifact.region}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proved:
-    """The verdict on each subject, and all of them as one to be shown."""
+class JobResult:
+    """The result of a job, and where it ran."""
 
-    verdicts: tuple[Verdict, ...]
-    whole: Verdict
-
-
-def verify_matrix(
-    subjects: Sequence[Subject], dask_scheduler: str | None, workspace: Workspace, progress: Progress
-) -> Proved:
-    """Prove an image in each of its regions on all configured types; the verdicts are kept with them.
-
-    A region that can't be proved leaves the others theirs; then the first failure is raised, with all named.
-    Raises ChecksFailed, Inconclusive, and what a machine raises that doesn't come up.
-    """
-    workspace.ensure()
-    workspace.sweep()
-    first = subjects[0].stored
-    with workspace.run("verify", first.artifact.image, first.artifact.digest) as run:
-        run.update(artifact=first.artifact)
-        early = estimate.of_verification(
-            runs.run_records(workspace), subjects[0].image, first.artifact.target, emulated=None
-        )
-        machines = run.directory / "machines"
-        groups = [
-            cells(one.image, one.stored, run.record.run_id, travelling=dask_scheduler is not None)
-            for one in subjects
-        ]
-        every = [cell for group in groups for cell in group]
-        try:
-            with progress.step(f"verify {first.name}") as step:
-                if early is not None:
-                    step.announce(str(early))
-                with open_executor(dask_scheduler, len(every)) as executor:
-                    proofs = prove_matrix(every, executor, step, machines)
-                rest = iter(proofs)
-                verdicts = [
-                    _judged(one, [next(rest) for _ in group])
-                    for one, group in zip(subjects, groups, strict=True)
-                ]
-                proved(proofs)
-        finally:
-            run.update(steps=progress.steps)
-        known = [verdict for verdict in verdicts if verdict is not None]
-        whole = _together(subjects, known)
-        run.update(verdict=whole)
-        require_passed(whole, machines, _again(subjects))
-    return Proved(verdicts=tuple(known), whole=whole)
+    job: Job
+    host: str
+    """Empty if nobody knows any more."""
+    directory: Path | None
+    """The run directory on that host; None if there is none."""
+    found: MachineResult | None
+    """None if the machine did not come up, or was lost."""
+    failure: AmiBuilderError | None
+    """Why nothing was found."""
+    steps: tuple[StepRecord, ...]
+    evidence: Mapping[str, bytes]
+    """Consoles, journals, JUnit XML and so on, by path; of each the last MiB."""
 
 
-def prove_matrix(
-    cells: Sequence[Cell], executor: Executor, step: Step, evidence: Path
-) -> tuple[CellProof, ...]:
-    """Prove all cells and return what became of each, in their order; one that fails doesn't end the others.
-
-    What the machines left to be looked at lands in `evidence`. When this raises (Ctrl-C), cells of other
-    processes are cancelled, and leaving the executor's context ends those of threads.
-    """
-    several = len({_place(cell) for cell in cells}) > 1
-    with ExitStack() as stack:
-        opened = {
-            place: stack.enter_context(step.step(" in ".join(place.parts))) if several else step
-            for place in dict.fromkeys(map(_place, cells))
-        }
-        parents = [opened[_place(cell)] for cell in cells]
-        if here := isinstance(executor, ThreadPoolExecutor):
-            futures = [
-                executor.submit(prove_cell, cell, parent) for cell, parent in zip(cells, parents, strict=True)
-            ]
-            wait(futures)
-        else:
-            futures = _followed(cells, executor, parents)
-        proofs = [_ended(cell, future) for cell, future in zip(cells, futures, strict=True)]
-    for proof in proofs:
-        _keep(proof, evidence / _place(proof.cell) if several else evidence, here=here)
-    return tuple(proofs)
-
-
-def proved(proofs: Sequence[CellProof]) -> list[Proof]:
-    """Return what all machines showed; raises the first failure, which names the others too."""
-    failures = [proof.failure for proof in proofs if proof.failure is not None]
-    if not failures:
-        return [proof.proof for proof in proofs if proof.proof is not None]
-    first = failures[0]
-    if len(proofs) == 1:
-        raise first
-    raise type(first)(
-        f"{len(failures)} of {len(proofs)} machines could not be proved: {first.message}",
-        hint=first.hint,
-        log=first.log,
-        tail=tuple(line for proof in proofs for line in _lines(proof)),
+def jobs_of(image: Image, stored: StoredImage, parent: str, *, with_files: bool) -> tuple[Job, ...]:
+    """Return a job for each configured instance type; for other hosts `with_files`, the user's own checks."""
+    files = _own_checks(image) if with_files else {}
+    return tuple(
+        Job(image=image, artifact=stored.artifact, instance_type=kind, parent=parent, checks=files)
+        for kind in image.verify.instance_types
     )
 
 
-def _followed(cells: Sequence[Cell], executor: Executor, parents: Sequence[Step]) -> list[Future[CellProof]]:
-    """Submit cells to other processes, show a step for each until it has ended, and return them ended."""
-    remote: list[Future[CellProof]] = []
-    with threads(len(cells)) as watchers:
+def run_jobs(jobs: Sequence[Job], executor: Executor, step: Step, evidence: Path) -> tuple[JobResult, ...]:
+    """Run all jobs and return their results in order. A job that fails does not end the others.
+
+    `evidence` gets what the machines left. When this raises (Ctrl-C), jobs of other processes are cancelled,
+    and leaving the executor's context ends those of threads.
+    """
+    if here := isinstance(executor, ThreadPoolExecutor):
+        futures = [executor.submit(run_job, job, step) for job in jobs]
+        wait(futures)
+    else:
+        futures = _followed(jobs, executor, step)
+    results = [_ended(job, future) for job, future in zip(jobs, futures, strict=True)]
+    for result in results:
+        _keep(result, evidence, here=here)
+    return tuple(results)
+
+
+def require_results(results: Sequence[JobResult]) -> list[MachineResult]:
+    """Return what was found on all machines. Raises the first failure, with the messages of all."""
+    failures = [result.failure for result in results if result.failure is not None]
+    if not failures:
+        return [result.found for result in results if result.found is not None]
+    first = failures[0]
+    if len(results) == 1:
+        raise first
+    raise type(first)(
+        f"{len(failures)} of {len(results)} machines could not be verified: {first.message}",
+        hint=first.hint,
+        log=first.log,
+        tail=tuple(line for result in results for line in _lines(result)),
+    )
+
+
+def run_job(job: Job, step: Step | None = None) -> JobResult:
+    """Run a job with this host's credentials and workspace; without `step` its progress is not displayed.
+
+    Every call is a run of its own, so a job that is repeated collides with nothing. An AmiBuilderError is
+    part of the result; internal errors and Interrupted are raised.
+    """
+    workspace = Workspace.open(os.environ)
+    found: MachineResult | None = None
+    failure: AmiBuilderError | None = None
+    run: Run | None = None
+    steps: tuple[StepRecord, ...] = ()
+    with open_progress(Mode.QUIET) as quiet:
         try:
-            remote += [executor.submit(prove_cell, cell) for cell in cells]
-            wait(
-                [
-                    watchers.submit(_follow, cell, future, parent)
-                    for cell, future, parent in zip(cells, remote, parents, strict=True)
-                ]
-            )
+            with workspace.run("verify", job.image.name, job.artifact.digest, of=job.parent) as run:
+                try:
+                    with quiet.step(job.name) if step is None else nullcontext(step) as parent:
+                        found = _verify(job, run, parent)
+                finally:
+                    steps = quiet.steps
+                    run.update(artifact=job.artifact, steps=steps)
+        except AmiBuilderError as failed:
+            failure = failed
+    return JobResult(
+        job=job,
+        host=socket.gethostname(),
+        directory=run.directory if run is not None else None,
+        found=found,
+        failure=failure,
+        steps=steps,
+        evidence=_evidence(run, job) if run is not None else {},
+    )
+
+
+def _verify(job: Job, run: Run, step: Step) -> MachineResult:
+    image = job.image
+    if job.checks:
+        for path, content in job.checks.items():
+            write_atomically(run.work / "checks" / path, content)
+        paths = tuple(run.work / "checks" / str(n) / path.name for n, path in enumerate(image.verify.checks))
+        image = replace(image, verify=replace(image.verify, checks=paths))
+    evidence = run.directory / "machines"
+    with _machine(job, run) as machine, step.step(f"machine of {job.instance_type}") as child:
+        return verify_machine(image, machine, work=run.work, evidence=evidence, step=child)
+
+
+@contextmanager
+def _machine(job: Job, run: Run) -> Iterator[Ec2Machine]:
+    """Own the security group that the machine is in."""
+    account = Account.open(job.artifact.region)
+    run_id = run.record.run_id
+    ledger = Ledger(run.directory / LEDGER)
+    aws = job.image.aws
+    tagged = tags.resource_tags(job.image.name, job.artifact.digest, run_id, tags.Purpose.VERIFY)
+    group = network.SecurityGroup(
+        account,
+        ledger,
+        run_id=run_id,
+        purpose=tags.Purpose.VERIFY,
+        tags=tagged,
+        cidrs=() if aws.connect is Connect.SESSION_MANAGER else network.source_cidrs(aws.source_cidrs),
+        port=aws.ssh_port,
+        subnet=aws.subnets[0] if aws.subnets else "",
+    )
+    with group as group_id:
+        yield Ec2Machine(
+            name=job.instance_type,
+            image=job.image,
+            ami=job.artifact.location,
+            account=account,
+            ledger=ledger,
+            group=group_id,
+            run_id=run_id,
+            tags=tagged,
+        )
+
+
+def _followed(jobs: Sequence[Job], executor: Executor, parent: Step) -> list[Future[JobResult]]:
+    """Submit jobs to other processes, display a step for each until it has ended, and return them ended."""
+    remote: list[Future[JobResult]] = []
+    with threads(len(jobs)) as followers:
+        try:
+            remote += [executor.submit(run_job, job) for job in jobs]
+            following = [
+                followers.submit(_follow, job, future, parent)
+                for job, future in zip(jobs, remote, strict=True)
+            ]
+            wait(following)
+            # A follower that Ctrl-C ended while another thread waits for this one.
+            for one in following:
+                if isinstance(stopped := one.exception(), Interrupted):
+                    raise stopped
         except BaseException:
             for future in remote:
                 future.cancel()
@@ -148,78 +288,61 @@ def _followed(cells: Sequence[Cell], executor: Executor, parents: Sequence[Step]
     return remote
 
 
-def _follow(cell: Cell, future: Future[CellProof], parent: Step) -> None:
-    with parent.step(f"machine of {cell.instance_type}", detail="with the Dask cluster") as step:
-        proof = _ended(cell, future)
-        step.done(f"on {proof.host}")
-        if proof.failure is not None:
-            raise proof.failure
+def _follow(job: Job, future: Future[JobResult], parent: Step) -> None:
+    with parent.step(f"machine of {job.instance_type}", detail="with the Dask cluster") as step:
+        processes.wait_until(future.done, what=job.name, timeout=float("inf"), interval=_FOLLOW_SECONDS)
+        result = _ended(job, future)
+        step.done(f"on {result.host}")
+        if result.failure is not None:
+            raise result.failure
 
 
-def _ended(cell: Cell, future: Future[CellProof]) -> CellProof:
+def _ended(job: Job, future: Future[JobResult]) -> JobResult:
     try:
         return future.result()
     except Exception as error:
-        failure = error if isinstance(error, AmiBuilderError) else cluster.lost(error, cell.name)
+        failure = error if isinstance(error, AmiBuilderError) else cluster.lost(error, job.name)
         if failure is None:
             raise
-        return CellProof(
-            cell=cell, host="", directory=None, proof=None, failure=failure, steps=(), evidence={}
-        )
+        return JobResult(job=job, host="", directory=None, found=None, failure=failure, steps=(), evidence={})
 
 
-def _keep(proof: CellProof, folder: Path, *, here: bool) -> None:
-    """Write a cell's evidence, and let its failure name what of it lies on this machine."""
-    for name, content in proof.evidence.items():
+def _keep(result: JobResult, folder: Path, *, here: bool) -> None:
+    """Write a job's evidence, and let its failure name the part of it on this host."""
+    for name, content in result.evidence.items():
         write_atomically(folder / name, content)
-    failure = proof.failure
+    failure = result.failure
     if failure is None:
         return
-    if not here and proof.host:
-        failure.add_note(f"on {proof.host}, in {proof.directory}")
+    if not here and result.host:
+        failure.add_note(f"on {result.host}, in {result.directory}")
     if failure.log is not None:
-        brought = next((name for name in proof.evidence if Path(name).name == failure.log.name), None)
-        failure.log = folder / brought if brought is not None else failure.log if here else None
+        written = next((name for name in result.evidence if Path(name).name == failure.log.name), None)
+        failure.log = folder / written if written is not None else failure.log if here else None
 
 
-def _lines(proof: CellProof) -> list[str]:
-    where = f"{proof.cell.name} (on {proof.host})" if proof.host else proof.cell.name
-    if proof.failure is not None:
-        return [f"{where}: {proof.failure.message}", *(f"  {line}" for line in proof.failure.tail)]
-    results = proof.proof.results if proof.proof is not None else ()
-    counts = {one: sum(result.outcome is one for result in results) for one in _NOT_PASSED}
+def _lines(result: JobResult) -> list[str]:
+    where = f"{result.job.name} (on {result.host})" if result.host else result.job.name
+    if result.failure is not None:
+        return [f"{where}: {result.failure.message}", *(f"  {line}" for line in result.failure.tail)]
+    results = result.found.results if result.found is not None else ()
+    counts = {one: sum(each.outcome is one for each in results) for one in _NOT_PASSED}
     return [f"{where}: {count} checks {outcome}" for outcome, count in counts.items() if count]
 
 
-def _again(subjects: Sequence[Subject]) -> str:
-    """Return the command that verifies the same AMIs once more."""
-    first, *others = [one.stored.artifact for one in subjects]
-    regions = [f" --region {one.region}" for one in (first, *others) if others]
-    return f"ami-builder verify {first.location}{''.join(regions)}"
+def _own_checks(image: Image) -> dict[str, bytes]:
+    """Return the user's check files, each with the conftest.py beside it, and everything in folders."""
+    found: dict[str, bytes] = {}
+    for number, path in enumerate(image.verify.checks):
+        inside = (each for each in path.rglob("*") if "__pycache__" not in each.parts)
+        for each in filter(Path.is_file, (path, path.with_name("conftest.py"), *inside)):
+            # Files of different folders may have the same name.
+            found[f"{number}/{each.relative_to(path.parent)}"] = each.read_bytes()
+    return found
 
 
-def _place(cell: Cell) -> Path:
-    return Path(cell.image.name, cell.region)
-
-
-def _judged(subject: Subject, proofs: Sequence[CellProof]) -> Verdict | None:
-    """Keep a subject's verdict; there is none as long as one of its machines is missing."""
-    shown = [proof.proof for proof in proofs if proof.proof is not None]
-    if len(shown) < len(proofs):
-        return None
-    verdict = verdict_of(subject.image, subject.stored, shown)
-    keep_verdict(subject.stored, verdict, subject.site)
-    return verdict
-
-
-def _together(subjects: Sequence[Subject], verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdicts of several regions as one, whose machines are called after their regions too."""
-    if len(verdicts) == 1:
-        return verdicts[0]
-    results: list[CheckResult] = []
-    measured: list[Measurement] = []
-    for subject, verdict in zip(subjects, verdicts, strict=True):
-        region = subject.stored.artifact.region
-        results += [replace(each, machine=f"{each.machine} in {region}") for each in verdict.results]
-        measured += [replace(each, machine=f"{each.machine} in {region}") for each in verdict.measured]
-    return replace(verdicts[0], results=tuple(results), measured=tuple(measured))
+def _evidence(run: Run, job: Job) -> dict[str, bytes]:
+    folder = run.directory / "machines"
+    files = {str(each.relative_to(folder)): each for each in sorted(folder.rglob("*")) if each.is_file()}
+    files[f"{job.instance_type}/record.json"] = run.directory / "record.json"
+    return {name: path.read_bytes()[-_EVIDENCE_BYTES:] for name, path in files.items()}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws.session import Account, aws_errors
+from ami_builder.build.target import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -13,16 +13,6 @@ if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import LaunchPermissionTypeDef
 
     from ami_builder.aws.images import Ami
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """The result of sharing an AMI."""
-
-    added: tuple[str, ...]
-    """Who can launch it or use its snapshots from now on; empty when nothing was missing."""
-    extra: tuple[str, ...]
-    """Who else can launch it; these permissions are not changed."""
 
 
 def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:

@@ -1,66 +1,98 @@
-"""The AWS target: an AMI baked and booted in an account, of which nothing but the AMI is left."""
+"""The aws target: AMIs that are baked and booted in one region of an account."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING
 
-from ami_builder.aws import images, source_ami, tags
-from ami_builder.aws.bake import bake_ami, finish
-from ami_builder.aws.jobs import cells
-from ami_builder.aws.matrix import Subject, prove_matrix, proved
-from ami_builder.aws.session import Account
-from ami_builder.build.inputs import Inputs, gather
-from ami_builder.config.schema import Image
-from ami_builder.console import Step
-from ami_builder.core.errors import UsageError
+from botocore.exceptions import ClientError
+
+from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, source_ami, tags
+from ami_builder.aws.bake import AwsInputs, bake_ami, finish
+from ami_builder.aws.channels import ChannelParameters
+from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
+from ami_builder.aws.session import Account, code_of
+from ami_builder.build import preflight as shared_preflight
+from ami_builder.build.inputs import gather
+from ami_builder.config.types import Destination
+from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
-from ami_builder.state.workspace import Run, StoredImage, Workspace
-from ami_builder.verify.concurrency import open_executor
-from ami_builder.verify.journey import Proof
+from ami_builder.state.workspace import StoredImage
+from ami_builder.verify.executor import open_executor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ami_builder.build.inputs import Inputs
+    from ami_builder.build.target import Shared
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Progress, Step
+    from ami_builder.core.cleanup import Decision
+    from ami_builder.core.records import Finding
+    from ami_builder.state.workspace import Run, Workspace
+    from ami_builder.verify.machine import MachineResult
+
+# The answers of a region that the account has not enabled, to valid credentials.
+_NOT_ENABLED = frozenset(
+    {"AuthFailure", "InvalidClientTokenId", "OptInRequired", "UnrecognizedClientException"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CloudSite:
-    """One account in one region."""
+class AwsTarget:
+    """One region of an account."""
 
     account: Account
     workspace: Workspace
     public: bool = False
     dask_scheduler: str | None = None
-    """Whose workers prove images; None for threads here."""
-    target: TargetKind = field(default=TargetKind.AWS, init=False)
+    """The cluster whose workers verify images; None for threads of this process."""
+    kind: TargetKind = field(default=TargetKind.AWS, init=False)
     emulated: None = field(default=None, init=False)
+    builds_side_by_side: bool = field(default=True, init=False)
 
     @classmethod
     def open(
         cls, image: Image, workspace: Workspace, *, public: bool = False, dask_scheduler: str | None = None
-    ) -> CloudSite:
-        """Return the site that an image is configured for; raises CloudFailed without credentials."""
-        return cls(
-            account=Account.open(image.aws.region),
-            workspace=workspace,
-            public=public,
-            dask_scheduler=dask_scheduler,
-        )
+    ) -> AwsTarget:
+        """Return the region that an image is baked in. Raises CloudFailed without credentials or a region."""
+        account = Account.open(image.aws.region)
+        return cls(account=account, workspace=workspace, public=public, dask_scheduler=dask_scheduler)
+
+    @property
+    def name(self) -> str:
+        """The region."""
+        return self.account.region
+
+    @property
+    def region(self) -> str:
+        """The region."""
+        return self.account.region
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
-        return gather(
+        found: list[source_ami.BaseAmi] = []
+
+        def base() -> str:
+            found.append(source_ami.resolve(self.account, image.aws.source))
+            return found[0].id
+
+        inputs = gather(
             image,
             self.workspace,
-            base_ami=lambda: source_ami.resolve(self.account, image.aws.source),
+            base,
+            resolved={"source", "suite", "mirror", "checksum"},
+            more=f" {image.aws.encrypt} {image.aws.kms_key}",
             refresh=refresh,
         )
+        return AwsInputs.of(inputs, found[0])
 
-    def find(self, inputs: Inputs) -> StoredImage | None:
-        """Return the finished AMI of exactly these inputs, whichever machine baked it."""
-        return self.of_digest(inputs.image, inputs.digest)
-
-    def of_digest(self, image: Image, digest: str) -> StoredImage | None:
-        """Return the finished AMI of a digest in this region."""
+    def find(self, image: Image, digest: str) -> StoredImage | None:
+        """Return the finished AMI with exactly this digest, no matter which host baked it."""
         ami = images.find_by_digest(self.account, image.name, digest)
         if ami is None or not ami.finished or ami.state != "available":
             return None
@@ -69,7 +101,9 @@ class CloudSite:
     def bake(
         self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
     ) -> StoredImage:
-        """Bake an AMI, or finish the one that a killed run had made."""
+        """Bake an AMI. Unless `again`, finish the one that a killed run has made."""
+        del on_boot
+        assert isinstance(inputs, AwsInputs)
         packages: Path | None = None
         ami = None if again else images.find_by_digest(self.account, inputs.image.name, inputs.digest)
         if ami is not None:
@@ -82,15 +116,17 @@ class CloudSite:
         stored = self._stored(inputs.image, inputs.digest, ami)
         return self.workspace.store_remote(stored.artifact, packages)
 
-    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
-        """Prove an AMI on an instance of each configured type, all of them whatever becomes of one."""
-        wanted = cells(image, stored, run.record.run_id, travelling=self.dask_scheduler is not None)
-        with open_executor(self.dask_scheduler, len(wanted)) as executor:
-            proofs = prove_matrix(wanted, executor, step, run.directory / "machines")
-        return proved(proofs)
+    def verify(
+        self, image: Image, stored: StoredImage, run: Run, step: Step, evidence: Path
+    ) -> Sequence[MachineResult]:
+        """Verify an AMI on an instance of each configured type. One that fails does not end the others."""
+        jobs = jobs_of(image, stored, run.record.run_id, with_files=self.dask_scheduler is not None)
+        with open_executor(self.dask_scheduler, len(jobs)) as executor:
+            found = run_jobs(jobs, executor, step, evidence)
+        return require_results(found)
 
-    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        """Tag an AMI of ours with the verdict, so that any machine knows it."""
+    def keep_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        """Tag an AMI of ours with the verdict, so that every host knows it."""
         if stored.artifact.run_id:
             images.record_verdict(
                 self.account,
@@ -101,20 +137,112 @@ class CloudSite:
             )
         return self.workspace.store_verdict(stored, verdict)
 
+    def copies(self, image: Image) -> Sequence[AwsTarget]:
+        """Return the regions of aws.copy_to. Raises UsageError if a region is there twice."""
+        regions = [self.name, *(one.region for one in image.aws.copy_to)]
+        if len(set(regions)) < len(regions):
+            twice = next(each for each in regions if regions.count(each) > 1)
+            raise UsageError(
+                f"aws.copy_to: {twice} is there twice, or is where the AMI is baked",
+                hint="aws.region, or else AWS_REGION or the profile, says where that is",
+            )
+        return self.elsewhere(regions[1:]) if regions[1:] else ()
+
+    def elsewhere(self, regions: Sequence[str]) -> Sequence[AwsTarget]:
+        """Return the targets of these regions, once each; this one for none."""
+        return tuple(
+            replace(self, account=self.account.in_region(region))
+            for region in dict.fromkeys(regions or [self.name])
+        )
+
+    def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
+        """Return an AMI as it is here, finished or not; None without a copy of it. Raises CloudFailed."""
+        with named(self.name):
+            ami = stored.artifact.location
+            if stored.artifact.region != self.name:
+                found = copies.find(self.account, self._source(stored)[0])
+                if found is None:
+                    return None
+                ami = found.id
+            return self.ami(image, ami)
+
+    def receive(self, image: Image, stored: StoredImage, step: Step) -> StoredImage:
+        """Return an AMI as it is here, once it can be launched; copy it if there is no copy yet.
+
+        Raises CloudFailed and TimedOut, which name the region.
+        """
+        with named(self.name):
+            source, origin = self._source(stored)
+            found = source
+            if origin.region != self.name:
+                destination = next(
+                    (one for one in image.aws.copy_to if one.region == self.name),
+                    Destination(region=self.name),
+                )
+                with step.step(f"copy {source.id}", detail=f"from {origin.region}") as child:
+                    found = copies.copy(
+                        source,
+                        origin.region,
+                        self.account,
+                        destination,
+                        encrypt=image.aws.encrypt,
+                        on_progress=child.update,
+                    )
+                    child.done(found.id)
+            with step.step(f"check that {found.id} can be launched") as child:
+                self._require_launchable(image, found, child)
+            return self.ami(image, found.id)
+
+    def share(self, image: Image, stored: StoredImage, step: Step) -> Shared:
+        """Let those of aws.share_with launch an AMI of this region. Raises CloudFailed."""
+        with named(self.name):
+            found = self._finished(self.account, stored.artifact.location)
+            shared = sharing.share(self.account, found, image.aws.share_with)
+        step.done(f"added {', '.join(shared.added)}" if shared.added else "already shared")
+        return shared
+
+    def channels(self, image: Image) -> ChannelParameters:
+        """Return the parameters of this region."""
+        ami = partial(self.ami, image)
+        return ChannelParameters(account=self.account, image=image.name, workspace=self.workspace, ami=ami)
+
+    def exclusive(self, images: Mapping[str, Image]) -> AbstractContextManager[object]:
+        """Lock nothing: nothing can lock an account, so what is young or in use is kept."""
+        del images
+        return nullcontext()
+
+    def plan_cleanup(self, images: Mapping[str, Image], step: Step) -> tuple[Decision, ...]:
+        """Decide about every AMI and orphaned snapshot of ours in this region. Raises CloudFailed."""
+        del step
+        records = {name: self.channels(image) for name, image in images.items()}
+        return cleanup.plan_cleanup(self.account, self.workspace, images, records)
+
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> None:
+        """Deprecate and deregister AMIs and delete snapshots as planned. Raises CloudFailed."""
+        cleanup.clean_up(self.account, decisions, progress)
+
+    def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
+        """Remove what killed runs have left in this region, as far as no other host may still use it."""
+        lifetime = max(image.aws.lifetime for image in images.values())
+        regions = [gc.Region(account=self.account, lifetime=lifetime)]
+        gc.remove_orphans(
+            gc.find_orphans(regions, self.workspace, progress), regions, self.workspace, progress
+        )
+
     def ami(self, image: Image, ami: str) -> StoredImage:
-        """Return an AMI by its id, ours or not; raises UsageError when there is none."""
+        """Return an AMI by its id, ours or not. Raises UsageError when there is none."""
         found = images.get(self.account, ami)
         if found is None:
             raise UsageError(
                 f"there is no AMI {ami} in {self.account.region} that these credentials may use",
-                hint="AMI ids differ between regions: aws.region or AWS_REGION says which one is meant",
+                hint="AMI ids differ between regions; aws.region or AWS_REGION sets the region",
             )
         return self._stored(image, found.tags.get(tags.DIGEST, ""), found)
 
     def _stored(self, image: Image, digest: str, ami: images.Ami) -> StoredImage:
         artifact = Artifact(
             image=image.name,
-            target=self.target,
+            target=self.kind,
             location=ami.id,
             region=self.account.region,
             digest=digest,
@@ -123,44 +251,49 @@ class CloudSite:
             size=ami.size,
         )
         known = self.workspace.image(image.name, digest) if digest else None
-        mine = known is not None and known.artifact.location == ami.id
-        verdict = known.verdict if known is not None and mine else None
+        if known is not None and known.artifact.location != ami.id:
+            known = None
+        verdict = known.verdict if known is not None else None
         if verdict is None and ami.verdict is not None:
-            verdict = _told(digest, *ami.verdict, ami.measured)
-        return StoredImage(
-            artifact=artifact,
-            verdict=verdict,
-            directory=known.directory if known is not None and mine else None,
-        )
+            verdict = _tagged(digest, *ami.verdict, ami.measured)
+        directory = known.directory if known is not None else None
+        return StoredImage(artifact=artifact, verdict=verdict, directory=directory)
 
+    def _source(self, stored: StoredImage) -> tuple[images.Ami, Account]:
+        """Return the AMI that a stored image is, and the account of its region."""
+        origin = self.account.in_region(stored.artifact.region or self.name)
+        return self._finished(origin, stored.artifact.location), origin
 
-def subjects_in(
-    regions: Sequence[str], image: Image, stored: StoredImage, workspace: Workspace
-) -> list[Subject]:
-    """Return an AMI where it is, and its copies elsewhere, which are found by its digest.
+    def _require_launchable(self, image: Image, ami: images.Ami, step: Step) -> None:
+        if ami.state != "available":
+            raise CloudFailed(f"{ami.id} is {ami.state}" + (f": {ami.reason}" if ami.reason else ""))
+        tagged = tags.resource_tags(image.name, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY)
+        kind = image.verify.instance_types[0]
+        untried = images.dry_run_launch(self.account, ami.id, kind, tagged)
+        step.done(f"it is available; a launch was not tried: {untried}" if untried else f"yes, as {kind}")
 
-    Raises UsageError for a region that has none.
-    """
-    found = []
-    for region in dict.fromkeys(regions):
-        there = replace(image, aws=replace(image.aws, region=region))
-        site = CloudSite.open(there, workspace)
-        artifact = stored.artifact
-        one = stored if artifact.region == region else None
-        if one is None and artifact.digest:
-            one = site.of_digest(there, artifact.digest)
-        if one is None:
-            raise UsageError(
-                f"--region {region}: there is no copy of {stored.name} (image {image.name},"
-                f" digest {artifact.digest[:16] or 'unknown'})",
-                hint=f"it is in {artifact.region}; an AMI that isn't finished doesn't count",
+    @staticmethod
+    def _finished(account: Account, ami: str) -> images.Ami:
+        found = images.get(account, ami)
+        if found is None or not found.finished:
+            raise CloudFailed(
+                f"{ami} is not a finished AMI of ours in {account.region}",
+                hint="`ami-builder build --target aws` makes one, `ami-builder copy` copies it",
             )
-        found.append(Subject(image=there, stored=one, site=site))
-    return found
+        return found
 
 
-def _told(digest: str, outcome: Outcome, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:
-    """Return the verdict that an AMI's tags tell of, whoever reached it: its single results are not known."""
+def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
+    """Yield what a build in the account needs: tools, disk space, and all that the account must allow."""
+    yield from shared_preflight.open_settings(image)
+    recipe = ("mmdebstrap",) if image.container.requirements else ()
+    yield from shared_preflight.tools(("ssh", "ssh-keygen", "setpriv", *recipe))
+    yield shared_preflight.disk_space(workspace)
+    yield from preflight.check(image)
+
+
+def _tagged(digest: str, outcome: Outcome, checks_digest: str, measured: tuple[Measurement, ...]) -> Verdict:
+    """Return the verdict in an AMI's tags. They have its outcome, but not the single results."""
     result = CheckResult(
         name="the verdict that the AMI is tagged with",
         phase="",
@@ -170,3 +303,17 @@ def _told(digest: str, outcome: Outcome, checks_digest: str, measured: tuple[Mea
         message="",
     )
     return Verdict(digest=digest, checks_digest=checks_digest, results=(result,), measured=measured)
+
+
+@contextmanager
+def named(region: str) -> Iterator[None]:
+    """Let an error within begin with the region."""
+    try:
+        yield
+    except (CloudFailed, TimedOut) as failed:
+        cause, hint = failed.__cause__, failed.hint
+        if isinstance(cause, ClientError) and code_of(cause) in _NOT_ENABLED:
+            hint = f"is {region} enabled for this account? If so, {hint}" if hint else None
+        raise type(failed)(
+            f"{region}: {failed.message}", hint=hint, log=failed.log, tail=failed.tail
+        ) from failed

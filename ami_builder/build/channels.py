@@ -1,32 +1,36 @@
-"""Channels: which image is the current one of `stable`, say; moved only to images that were proved."""
+"""The rules of channels: which image is the current one of `stable`, say. Only verified images get there."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.core.channels import ChannelEntry, Move, stack, taken_back
+from ami_builder.core.cleanup import Reference
 from ami_builder.core.errors import UsageError, did_you_mean
-from ami_builder.state.workspace import StoredImage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from ami_builder.state.workspace import StoredImage
 
 
-class Channels(Protocol):
-    """The record of an image's channels: a journal on this machine, or parameters in an account."""
+class ChannelStore(Protocol):
+    """The record of one image's channels at one target: a file on this host, or parameters in an account."""
 
     def locked(self) -> AbstractContextManager[object]:
-        """Own the record as far as that is possible while it is read and changed."""
+        """Lock the record, as far as that is possible, while it is read and changed."""
 
     def id_of(self, stored: StoredImage) -> str:
-        """Return what the record calls an image."""
+        """Return the id of an image in the record. Raises UsageError if it can't be current in a channel."""
 
     def find(self, id: str) -> StoredImage | None:
-        """Return the image of an id, if it is still there."""
+        """Return the image of an id; None if it does not exist any more."""
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel, the oldest first."""
@@ -35,74 +39,74 @@ class Channels(Protocol):
         """Return the channels that have a record."""
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
-        """Return which of these images were revoked, and why."""
+        """Return which of these images were revoked, each with the reason."""
 
     def write(self, entry: ChannelEntry) -> None:
-        """Add a move, wholly or not at all."""
+        """Add a move, completely or not at all."""
 
     def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
-        """Mark an image as revoked first of all, then add the moves that this makes."""
+        """Mark an image as revoked, then add the moves that follow from that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
-    """What came of a command: the moves that were made, none when everything stood as asked already."""
+class ChannelMove:
+    """The image of a command, and the moves that were made: none if nothing had to change."""
 
     stored: StoredImage
     entries: tuple[ChannelEntry, ...]
 
 
 def promote(
-    channels: Channels, stored: StoredImage, channel: str, known: Sequence[str], reason: str = ""
-) -> Moved:
-    """Make an image the one that stands in a channel.
+    channels: ChannelStore, stored: StoredImage, channel: str, known: Sequence[str], reason: str = ""
+) -> ChannelMove:
+    """Make an image the current one of a channel.
 
     Raises UsageError when it has no passing verdict for exactly its digest, was revoked, or when `channel` is
-    not one of those that are `known`.
+    not one of the `known` channels.
     """
     _require_known(channel, known)
-    _require_proof(stored)
+    _require_verified(stored)
     id = channels.id_of(stored)
     with channels.locked():
         _require_unrevoked(channels, id)
-        # What was chosen before may have been pruned or judged again meanwhile.
+        # Since it was chosen it may have been pruned or verified again.
         if (found := channels.find(id)) is None:
-            raise UsageError(f"{id} is not there any more", hint="`ami-builder list` shows what is")
-        _require_proof(found)
-        if _stack(channels, channel)[-1:] == (id,):
-            return Moved(stored=stored, entries=())
+            raise UsageError(f"{id} does not exist any more", hint="`ami-builder list` shows the images")
+        _require_verified(found)
+        if current(channels, channel) == id:
+            return ChannelMove(stored=stored, entries=())
         entry = _entry(channel, Move.PROMOTED, id, reason)
         channels.write(entry)
-    return Moved(stored=stored, entries=(entry,))
+    return ChannelMove(stored=stored, entries=(entry,))
 
 
-def rollback(channels: Channels, channel: str, known: Sequence[str], reason: str = "") -> Moved:
-    """Make the image that stood in a channel before the one that stands there again.
+def rollback(channels: ChannelStore, channel: str, known: Sequence[str], reason: str = "") -> ChannelMove:
+    """Make the previous image of a channel the current one again.
 
-    Raises UsageError when there was none, or when it is not there or not proved any more.
+    Raises UsageError when there is none, when it does not exist any more, or is not verified any more.
     """
     _require_known(channel, [*known, *channels.used()])
     with channels.locked():
-        standing = _stack(channels, channel)
-        if len(standing) < 2:
-            what = "nothing stands" if not standing else "nothing stood before the image that stands"
-            raise UsageError(f"{what} in channel {channel}", hint="`ami-builder promote` puts an image there")
-        stored = channels.find(standing[-2])
+        ids = _stack(channels, channel)
+        if len(ids) < 2:
+            what = "no image is current" if not ids else "there is no image before the current one"
+            raise UsageError(f"{what} in channel {channel}", hint="`ami-builder promote` makes one current")
+        stored = channels.find(ids[-2])
         if stored is None:
             raise UsageError(
-                f"the image that stood in channel {channel} before, {standing[-2]}, is not there any more",
-                hint=f"`ami-builder promote IMAGE {channel}` puts another one there",
+                f"the previous image of channel {channel}, {ids[-2]}, does not exist any more",
+                hint=f"make another one current: `ami-builder promote IMAGE {channel}`",
             )
-        _require_proof(stored)
-        entry = _entry(channel, Move.ROLLED_BACK, standing[-2], reason)
+        _require_verified(stored)
+        entry = _entry(channel, Move.ROLLED_BACK, ids[-2], reason)
         channels.write(entry)
-    return Moved(stored=stored, entries=(entry,))
+    return ChannelMove(stored=stored, entries=(entry,))
 
 
-def revoke(channels: Channels, stored: StoredImage, reason: str) -> Moved:
-    """Take an image out of every channel, each of which goes back to the one before; it never comes back.
+def revoke(channels: ChannelStore, stored: StoredImage, reason: str) -> ChannelMove:
+    """Remove an image from every channel, and never let it back. The previous image becomes current.
 
-    Where there was none before, nothing stands from then on.
+    A channel without a previous image has no current image from then on.
     """
     id = channels.id_of(stored)
     with channels.locked():
@@ -113,31 +117,41 @@ def revoke(channels: Channels, stored: StoredImage, reason: str) -> Moved:
                 left = [one for one in _stack(channels, channel) if one != id]
                 entries.append(_entry(channel, Move.REVOKED, left[-1] if left else "", reason))
         channels.revoke(id, reason, entries)
-    return Moved(stored=stored, entries=tuple(entries))
+    return ChannelMove(stored=stored, entries=tuple(entries))
 
 
-def history(channels: Channels, channel: str, known: Sequence[str]) -> tuple[ChannelEntry, ...]:
-    """Return who stood in a channel when, and why, the oldest first; raises UsageError."""
+def history(channels: ChannelStore, channel: str, known: Sequence[str]) -> tuple[ChannelEntry, ...]:
+    """Return the moves of a channel, the oldest first. Raises UsageError for an unknown channel."""
     _require_known(channel, [*known, *channels.used()])
     return channels.entries(channel)
 
 
-def standing(channels: Channels) -> dict[str, tuple[str, ...]]:
-    """Return the ids that stand in channels now, and in which."""
+def all_current(channels: ChannelStore) -> dict[str, tuple[str, ...]]:
+    """Return the ids that are current now, each with its channels."""
     found: dict[str, tuple[str, ...]] = {}
     for channel in channels.used():
-        for id in _stack(channels, channel)[-1:]:
+        if id := current(channels, channel):
             found[id] = (*found.get(id, ()), channel)
     return found
 
 
-def current(channels: Channels, channel: str) -> str:
-    """Return the id that stands in a channel; empty when nothing does."""
+def current(channels: ChannelStore, channel: str) -> str:
+    """Return the id that is current in a channel; empty if none is."""
     return next(iter(_stack(channels, channel)[-1:]), "")
 
 
-def taken_out(channels: Channels, channel: str, id: str) -> str:
-    """Return why a person would not want an image back in a channel; empty when nobody took it out."""
+def references(channels: ChannelStore) -> Iterator[Reference]:
+    """Yield the images that channels need: the current one of each, and the one before it."""
+    for channel in channels.used():
+        ids = _stack(channels, channel)
+        for id in ids[-1:]:
+            yield Reference(id=id, by=f"in channel {channel}")
+        for id in ids[-2:-1]:
+            yield Reference(id=id, by=f"channel {channel} would roll back to it")
+
+
+def taken_out(channels: ChannelStore, channel: str, id: str) -> str:
+    """Return why a person would not want an image back in a channel; empty if nobody removed it."""
     if reason := channels.revoked([id]).get(id):
         return f"it was revoked: {reason}"
     if (entry := taken_back(channels.entries(channel)).get(id)) is None:
@@ -146,37 +160,7 @@ def taken_out(channels: Channels, channel: str, id: str) -> str:
     return f"channel {channel} was {entry.move} from it on {entry.at:%Y-%m-%d} by {entry.by}{why}"
 
 
-def choose(images: Sequence[StoredImage], word: str, names: Sequence[str]) -> StoredImage:
-    """Return the image that a word means: the newest of a name, or the one whose digest begins like that.
-
-    Also an image's path or AMI id. Raises UsageError with the nearest right spelling.
-    """
-    tests: tuple[Callable[[StoredImage], bool], ...] = (
-        lambda one: one.artifact.image == word,
-        lambda one: one.artifact.location in (word, os.path.abspath(word)),  # noqa: PTH100 - of text, not a file
-        lambda one: len(word) >= _LEAST_DIGITS and one.artifact.digest.startswith(word.lower()),
-    )
-    for test in tests:
-        found = [one for one in images if test(one)]
-        if found and len({one.artifact.digest for one in found}) > 1 and test is tests[-1]:
-            raise UsageError(f"{word}: several digests begin like that", hint="give more of it")
-        if found:
-            return found[-1]
-    digests = [one.artifact.digest[: max(len(word), _LEAST_DIGITS)] for one in images]
-    if word in names:
-        raise UsageError(
-            f"image {word!r} has not been built yet", hint=f"run `ami-builder build {word}` first"
-        )
-    raise UsageError(
-        f"there is no image {word}{did_you_mean(word, [*names, *digests])}",
-        hint="name an image, or the first digits of a digest, as `ami-builder list` shows them",
-    )
-
-
-_LEAST_DIGITS = 4
-
-
-def _stack(channels: Channels, channel: str) -> tuple[str, ...]:
+def _stack(channels: ChannelStore, channel: str) -> tuple[str, ...]:
     entries = channels.entries(channel)
     return stack(entries, channels.revoked(sorted({entry.id for entry in entries if entry.id})))
 
@@ -202,21 +186,22 @@ def _require_known(channel: str, known: Sequence[str]) -> None:
         )
 
 
-def _require_proof(stored: StoredImage) -> None:
+def _require_verified(stored: StoredImage) -> None:
     artifact, verdict = stored.artifact, stored.verdict
     again = f"run `ami-builder verify {artifact.location}` first"
     if verdict is None or verdict.digest != artifact.digest:
-        raise UsageError(f"{artifact.location} has not been verified: no channel can have it", hint=again)
+        raise UsageError(f"{artifact.location} has not been verified, so it can't be promoted", hint=again)
     if verdict.inconclusive:
         raise UsageError(
-            f"{artifact.location}: its verification was inconclusive, so no channel can have it", hint=again
+            f"{artifact.location}: its verification was inconclusive, so it can't be promoted", hint=again
         )
     if not verdict.passed:
-        raise UsageError(f"{artifact.location} failed its checks: no channel can have it", hint=again)
+        raise UsageError(f"{artifact.location} failed its checks, so it can't be promoted", hint=again)
 
 
-def _require_unrevoked(channels: Channels, id: str) -> None:
+def _require_unrevoked(channels: ChannelStore, id: str) -> None:
     for reason in channels.revoked([id]).values():
         raise UsageError(
-            f"{id} was revoked, and never comes back: {reason}", hint="build an image with other inputs"
+            f"{id} was revoked and can't be promoted again: {reason}",
+            hint="build an image with other inputs",
         )

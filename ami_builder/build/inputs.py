@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from ami_builder.build import base_image, recipe
+from ami_builder.build import container
 from ami_builder.build.guest import RenderedFile, guest
 from ami_builder.config.schema import Image
-from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import packer_dir
-from ami_builder.verify.concurrency import side_by_side
+from ami_builder.verify.executor import side_by_side
 
 if TYPE_CHECKING:
-    from ami_builder.aws.source_ami import BaseAmi
+    from collections.abc import Callable, Mapping
+    from collections.abc import Set as AbstractSet
+    from pathlib import PurePosixPath
+
+    from ami_builder.state.workspace import Workspace
 
 RECIPE_VERSION = 1
 """Part of the digest. Raise it when a change of this program's code alters what an image contains and nothing
@@ -33,39 +35,30 @@ class Inputs:
     image: Image
     guest: Mapping[PurePosixPath, RenderedFile]
     base_digest: str
+    """Of the base disk; the id of a base AMI."""
     container_digest: str
     digest: str
-    base_ami: BaseAmi | None = None
-    """What an AMI is baked from; None where the base is a disk."""
 
 
 def gather(
     image: Image,
     workspace: Workspace,
+    base: Callable[[], str],
     *,
-    base_ami: Callable[[], BaseAmi] | None = None,
+    resolved: AbstractSet[str] = frozenset({"source"}),
+    more: str = "",
     refresh: bool = False,
 ) -> Inputs:
     """Render the guest's files, resolve base and container to what they would be now, and digest it all.
 
-    With `base_ami` the base is the AMI that it returns, instead of a disk. How an image is verified is not
-    part of the digest: other checks don't make another image.
+    `base` returns what identifies the base, and covers its `resolved` settings. `more` are settings that
+    decide about the content at one kind of target only.
     """
-    logs = workspace.log_dir()
-    found: list[BaseAmi] = []
-
-    def base() -> str:
-        if base_ami is None:
-            return _base_digest(image, workspace, logs, refresh=refresh)
-        found.append(base_ami())
-        return found[0].id
-
-    base_digest, container_digest = side_by_side(
-        [base, lambda: _container_digest(image, workspace, logs, refresh=refresh)]
-    )
+    calls: list[Callable[[], str]] = [base, partial(container.digest, image, workspace, refresh=refresh)]
+    base_digest, container_digest = side_by_side(calls)
     rendered = guest(image)
     digest = hashlib.sha256()
-    settings = _content_settings(image, ami=base_ami is not None)
+    settings = _content_settings(image, resolved) + more
     for part in (RECIPE_VERSION, settings, base_digest, container_digest):
         digest.update(f"{part}\0".encode())
     for path, file in sorted(rendered.items()):
@@ -78,27 +71,11 @@ def gather(
         base_digest=base_digest,
         container_digest=container_digest,
         digest=digest.hexdigest(),
-        base_ami=found[0] if found else None,
     )
 
 
-def _content_settings(image: Image, *, ami: bool) -> str:
+def _content_settings(image: Image, resolved: AbstractSet[str]) -> str:
     """Return the settings that decide about the content, not those of baking and verification."""
-    base = {"source", "suite", "mirror", "checksum"} if ami else {"source"}
     without = dict.fromkeys(("description", "bake", "verify", "aws", "lifecycle", "nightly"), True)
-    exclude = without | {"base": base, "container": {"requirements"}}
-    settings = TypeAdapter(Image).dump_json(image, exclude=exclude).decode()
-    return f"{settings} {image.aws.encrypt} {image.aws.kms_key}" if ami else settings
-
-
-def _base_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
-    if image.base.source is not None:
-        return base_image.digest(image.base, workspace)
-    return recipe.base_recipe(image).resolve(workspace, logs / "resolve-base.log", refresh=refresh)
-
-
-def _container_digest(image: Image, workspace: Workspace, logs: Path, *, refresh: bool) -> str:
-    if image.container.requirements is None:
-        return hashlib.sha256(image.container.reference.encode()).hexdigest()
-    made = recipe.container_recipe(image)
-    return made.resolve(workspace, logs / "resolve-container.log", refresh=refresh)
+    exclude = without | {"base": set(resolved), "container": {"requirements"}}
+    return TypeAdapter(Image).dump_json(image, exclude=exclude).decode()

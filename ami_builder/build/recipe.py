@@ -1,4 +1,4 @@
-"""The base disk and the container archive, made by the scripts in scripts/ and cached by what goes in."""
+"""Recipes: results of the scripts in scripts/, cached by the digest of everything that goes into them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder.config.schema import Image
 from ami_builder.state.workspace import Workspace, write_atomically
 from ami_builder.system import processes
 from ami_builder.system.resources import scripts_dir
 
-# A day's builds agree on one state of the archive; `--refresh` asks again, as a nightly build does.
+# Builds of one day use the same package versions; `--refresh` and nightly runs ask again.
 RESOLVED_FOR_SECONDS = 12 * 3600
 _RESOLVE_TIMEOUT = 300.0
 
@@ -29,7 +28,7 @@ class Recipe:
     flags: tuple[str, ...]
     sources: tuple[Path, ...]
     paths: tuple[tuple[str, Path], ...] = ()
-    """Flags that name a file: its content decides, not where it lies."""
+    """Flags that name a file: its content counts, not its path."""
     timeout: float = 1800.0
 
     def text_digest(self) -> str:
@@ -43,7 +42,7 @@ class Recipe:
         return digest.hexdigest()
 
     def resolve(self, workspace: Workspace, log: Path, *, refresh: bool) -> str:
-        """Return the digest of the recipe and of the package versions that it would install now."""
+        """Return the digest of the recipe and the package versions that it would install now."""
         text = self.text_digest()
         record = workspace.cache / "resolved" / f"{self.kind}-{text}.json"
         if not refresh:
@@ -70,10 +69,10 @@ class Recipe:
     def make(
         self, workspace: Workspace, digest: str, output: str, log: Path, on_line: Callable[[str], None]
     ) -> Path:
-        """Return the cached folder of this digest, running the script when it isn't there."""
+        """Return the cached folder of this digest; run the script if there is none."""
 
         def seen(line: str) -> None:
-            # mmdebstrap marks its lines, and the script names itself: the step has a name already.
+            # Drop the prefixes of mmdebstrap and of the script: the step has a name.
             if text := line.removeprefix("I: ").removeprefix(f"{self.script.name}: "):
                 on_line(text)
 
@@ -99,34 +98,7 @@ class Recipe:
         )
 
 
-def base_recipe(image: Image) -> Recipe:
-    """Return how the Debian base disk of an image is made."""
-    base = image.base
-    return _debian_recipe(
-        "base",
-        "base-disk",
-        ["--size", str(base.disk_size), "--suite", base.suite],
-        mirror=base.mirror,
-        packages=base.packages,
-        sources=("base",),
-    )
-
-
-def container_recipe(image: Image) -> Recipe:
-    """Return how the Dask container's archive of an image is made."""
-    container = image.container
-    assert container.requirements is not None
-    return _debian_recipe(
-        "container",
-        "container-archive",
-        ["--reference", container.reference, "--suite", image.base.suite],
-        mirror=image.base.mirror,
-        packages=container.packages,
-        paths=(("--requirements", container.requirements),),
-    )
-
-
-def _debian_recipe(
+def debian_recipe(
     kind: str,
     script: str,
     flags: Sequence[str],
@@ -136,6 +108,7 @@ def _debian_recipe(
     sources: Sequence[str] = (),
     paths: tuple[tuple[str, Path], ...] = (),
 ) -> Recipe:
+    """Return the recipe of a script that installs Debian packages."""
     scripts = scripts_dir()
     return Recipe(
         kind=kind,

@@ -10,22 +10,20 @@ import typer
 from ami_builder import console
 from ami_builder.cli.options import (
     JsonFlag,
-    ami_of,
     app,
     failures,
     load_config,
     mode,
-    open_workspace,
     parse_choice,
     plain,
 )
+from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ami_builder.aws.place import CloudPlace
-    from ami_builder.aws.sharing import Shared
+    from ami_builder.build.target import Shared, Target
     from ami_builder.config.schema import AwsSettings
     from ami_builder.config.types import Destination
     from ami_builder.console import Step
@@ -55,20 +53,20 @@ def copy(
     """
     from dataclasses import replace
 
-    from ami_builder.aws.place import at_each, places, require_all
+    from ami_builder.build.target import at_each, require_all
 
-    chosen, stored = ami_of(image)
+    chosen, stored, home = find_ami(image)
     if region:
         chosen = replace(chosen, aws=replace(chosen.aws, copy_to=_destinations(region, chosen.aws)))
     if not chosen.aws.copy_to:
         raise UsageError("no region to copy to", hint="set aws.copy_to, or use --region")
-    _, *others = places(chosen, open_workspace())
+    others = home.copies(chosen)
 
-    def bring(place: CloudPlace, step: Step) -> StoredImage:
-        return place.bring(stored, step)
+    def receive(target: Target, step: Step) -> StoredImage:
+        return target.receive(chosen, stored, step)
 
     with console.open_progress(mode()) as progress:
-        outcomes = at_each(others, bring, progress)
+        outcomes = at_each(others, receive, progress)
     done = [one.value.artifact for one in outcomes if one.value is not None]
     if as_json:
         console.result_json({"copies": plain(done), "failed": failures(outcomes)})
@@ -85,26 +83,24 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
     reported and keeps its permission, because clusters may run from the AMI;
     remove it in AWS. Accounts also need permission for the key of an encrypted AMI.
     """
-    from ami_builder.aws.place import at_each, places, require_all
+    from ami_builder.build.target import at_each, require_all
 
-    chosen, stored = ami_of(image)
+    chosen, stored, home = find_ami(image)
 
-    def grant(place: CloudPlace, step: Step) -> tuple[str, Shared]:
-        if (found := place.find(stored)) is None:
+    def share(target: Target, step: Step) -> tuple[str, Shared]:
+        if (found := target.find_copy(chosen, stored)) is None:
             raise CloudFailed(
-                f"{place.name}: there is no copy of {stored.artifact.location}",
+                f"{target.name}: there is no copy of {stored.artifact.location}",
                 hint="run `ami-builder copy` first",
             )
-        shared = place.grant(found)
-        step.done(f"added {', '.join(shared.added)}" if shared.added else "already shared")
-        return found.artifact.location, shared
+        return found.artifact.location, target.share(chosen, found, step)
 
     with console.open_progress(mode()) as progress:
-        outcomes = at_each(places(chosen, open_workspace()), grant, progress)
-    done = [(one.place, *one.value) for one in outcomes if one.value is not None]
+        outcomes = at_each((home, *home.copies(chosen)), share, progress)
+    done = [(one.target, *one.value) for one in outcomes if one.value is not None]
     if as_json:
-        told = [{"region": region, "ami": ami, **plain(shared)} for region, ami, shared in done]
-        console.result_json({"shared": told, "failed": failures(outcomes)})
+        rows = [{"region": region, "ami": ami, **plain(shared)} for region, ami, shared in done]
+        console.result_json({"shared": rows, "failed": failures(outcomes)})
     elif done:
         console.result([f"{region}\t{ami}" for region, ami, _ in done])
     for region, ami, shared in done:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ami_builder import console
 from ami_builder.cli.options import (
-    AMI,
     JsonFlag,
     TargetFlag,
-    ami_of,
     app,
     failures,
     load_config,
     mode,
-    open_workspace,
-    parse_target,
     plain,
 )
-from ami_builder.core.records import TargetKind
+from ami_builder.cli.targets import find_image, open_target, parse_target
 
 if TYPE_CHECKING:
-    from ami_builder.aws.place import CloudPlace
-    from ami_builder.aws.regions import Moves
-    from ami_builder.build.channels import Moved
+    from collections.abc import Callable, Sequence
+
+    from ami_builder.build.channels import ChannelMove
+    from ami_builder.build.promotion import Moves
+    from ami_builder.build.target import Target
     from ami_builder.config.schema import Image
     from ami_builder.console import Progress
     from ami_builder.core.channels import ChannelEntry
-    from ami_builder.qemu.channels import LocalChannels
-    from ami_builder.state.workspace import StoredImage
 
 ImageWord = Annotated[
     str,
@@ -68,22 +63,14 @@ def promote(
 
     An AMI is promoted in aws.region and in every region of aws.copy_to, each with its own copy.
     """
-    from ami_builder.build import channels
+    from ami_builder.build import promotion
 
-    chosen, stored = _subject(image, target)
-    if stored.artifact.target is TargetKind.AWS:
-        from ami_builder.aws import regions
+    chosen, stored, home = find_image(image, target)
 
-        _everywhere(
-            chosen,
-            region,
-            lambda places, progress: regions.promote(places, stored, channel, reason, progress),
-            as_json=as_json,
-        )
-        return
-    _refuse_regions(region)
-    record = _local(chosen)
-    _print(channels.promote(record, stored, channel, chosen.lifecycle.channels, reason), as_json=as_json)
+    def move(targets: Sequence[Target], progress: Progress) -> Moves:
+        return promotion.promote(targets, chosen, stored, channel, reason, progress)
+
+    _everywhere(chosen, home, region or (), move, as_json=as_json)
 
 
 @app.command()
@@ -99,22 +86,15 @@ def rollback(
 
     AMIs are rolled back in every region whose current image is that of the first region.
     """
-    from ami_builder.build import channels
+    from ami_builder.build import promotion
 
     chosen = load_config().select(image)
-    if parse_target(target) is TargetKind.AWS:
-        from ami_builder.aws import regions
 
-        _everywhere(
-            chosen,
-            region,
-            lambda places, progress: regions.rollback(places, channel, reason, progress),
-            as_json=as_json,
-        )
-        return
-    _refuse_regions(region)
-    record = _local(chosen)
-    _print(channels.rollback(record, channel, chosen.lifecycle.channels, reason), as_json=as_json)
+    def move(targets: Sequence[Target], progress: Progress) -> Moves:
+        return promotion.rollback(targets, chosen, channel, reason, progress)
+
+    home = open_target(chosen, parse_target(target))
+    _everywhere(chosen, home, region or (), move, as_json=as_json)
 
 
 @app.command()
@@ -127,22 +107,14 @@ def revoke(
     as_json: JsonFlag = False,
 ) -> None:
     """Remove an image from every channel, with all its copies, and block it from being promoted again."""
-    from ami_builder.build import channels
+    from ami_builder.build import promotion
 
-    chosen, stored = _subject(image, target)
-    if stored.artifact.target is TargetKind.AWS:
-        from ami_builder.aws import regions
+    chosen, stored, home = find_image(image, target)
 
-        _everywhere(
-            chosen,
-            None,
-            lambda places, progress: regions.revoke(places, stored, reason, progress),
-            as_json=as_json,
-        )
-        return
-    moved = channels.revoke(_local(chosen), stored, reason)
-    _print(moved, as_json=as_json)
-    _tell(moved)
+    def move(targets: Sequence[Target], progress: Progress) -> Moves:
+        return promotion.revoke(targets, chosen, stored, reason, progress)
+
+    _everywhere(chosen, home, (), move, as_json=as_json)
 
 
 @app.command()
@@ -157,119 +129,83 @@ def history(
 
     AMIs have one history per region; AWS keeps the last 100 moves.
     """
-    from ami_builder.build import channels
+    from ami_builder.build import promotion
+    from ami_builder.build.target import require_all
 
     chosen = load_config().select(image)
-    if parse_target(target) is TargetKind.AWS:
-        from ami_builder.aws import place as cloud_place
-        from ami_builder.aws import regions
-
-        with console.open_progress(console.Mode.QUIET) as progress:
-            places = regions.narrowed(cloud_place.places(chosen, open_workspace()), region or ())
-            found = regions.history(places, channel, progress)
-        told = [(one.place, *one.value) for one in found if one.value is not None]
-        _print_history(told, as_json=as_json)
-        cloud_place.require_all(found)
-        return
-    _refuse_regions(region)
-    record = _local(chosen)
-    entries = channels.history(record, channel, chosen.lifecycle.channels)
-    _print_history([("", channels.current(record, channel), entries)], as_json=as_json)
+    home = open_target(chosen, parse_target(target))
+    with console.open_progress(console.Mode.QUIET) as progress:
+        targets = promotion.chosen((home, *home.copies(chosen)), region or ())
+        found = promotion.history(targets, chosen, channel, progress)
+    moves = [(one.target, *one.value) for one in found if one.value is not None]
+    _print_history(moves, region=home.region, as_json=as_json)
+    require_all(found)
 
 
-def _print_history(told: Sequence[tuple[str, str, Sequence[ChannelEntry]]], *, as_json: bool) -> None:
-    """Print the current image and the moves of a channel, per region or for this host."""
+def _print_history(
+    found: Sequence[tuple[str, str, Sequence[ChannelEntry]]], *, region: str, as_json: bool
+) -> None:
+    """Print the current image and the moves of a channel, for each target."""
     from ami_builder.nightly.summary import short
 
     if as_json:
-        shown = [
-            {"region": region, "standing": standing or None, "entries": plain(entries)}
-            for region, standing, entries in told
+        rows = [
+            {"region": name, "standing": current or None, "entries": plain(entries)}
+            for name, current, entries in found
         ]
-        first = {key: value for key, value in shown[0].items() if key != "region"}
-        console.result_json({**first, "regions": shown} if told[0][0] else first)
+        first = {key: value for key, value in rows[0].items() if key != "region"}
+        console.result_json({**first, "regions": rows} if region else first)
         return
-    several = len(told) > 1
+    several = len(found) > 1
     columns = ("when", "what", "image", "who", "why")
     console.table(
         ("where", *columns) if several else columns,
         [
             (
-                *([region] if several else []),
+                *([name] if several else []),
                 *(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, short(e.id) or "nothing", e.by, e.reason),
             )
-            for region, _, entries in told
+            for name, _, entries in found
             for e in entries
         ],
     )
 
 
-def _subject(word: str, target: str) -> tuple[Image, StoredImage]:
-    """Return the image that a word names. An AMI id needs no --target."""
-    from ami_builder.build.channels import choose
-
-    where = TargetKind.AWS if AMI.fullmatch(word) else parse_target(target)
-    if where is TargetKind.AWS:
-        return ami_of(word)
-    config = load_config()
-    known = [one for one in open_workspace().images() if one.artifact.target is where]
-    stored = choose(known, word, config.names)
-    return config.select(stored.artifact.image), stored
-
-
-def _local(image: Image) -> LocalChannels:
-    from ami_builder.qemu.channels import LocalChannels
-
-    return LocalChannels(workspace=open_workspace(), image=image.name)
-
-
-def _refuse_regions(regions: Sequence[str] | None) -> None:
-    from ami_builder.core.errors import UsageError
-
-    if regions:
-        raise UsageError(f"--region {regions[0]}: a local image has no region", hint="add --target aws")
-
-
 def _everywhere(
     image: Image,
-    region: Sequence[str] | None,
-    move: Callable[[Sequence[CloudPlace], Progress], Moves],
+    home: Target,
+    regions: Sequence[str],
+    move: Callable[[Sequence[Target], Progress], Moves],
     *,
     as_json: bool,
 ) -> None:
-    """Move a channel in every region and print one line per region: region and AMI, or only the AMI."""
-    from ami_builder.aws import place as cloud_place
-    from ami_builder.aws import regions
+    """Move a channel at every target of an image, and print one line for each."""
+    from ami_builder.build.promotion import chosen
+    from ami_builder.build.target import require_all
 
+    every = (home, *home.copies(image))
     with console.open_progress(mode()) as progress:
-        places = regions.narrowed(cloud_place.places(image, open_workspace()), region or ())
-        moves = move(places, progress)
-    done = [(one.place, one.value) for one in moves if one.value is not None]
-    several = bool(image.aws.copy_to)
+        moves = move(chosen(every, regions), progress)
+    done = [(one.target, one.value) for one in moves if one.value is not None]
+    several = len(every) > 1
     if as_json:
-        told = [{"region": place, **_plain(moved)} for place, moved in done]
         first = _plain(done[0][1]) if done else {}
-        console.result_json({**first, "regions": told, "failed": failures(moves)})
+        rows = [{"region": name, **_plain(moved)} for name, moved in done]
+        more = {"regions": rows, "failed": failures(moves)} if home.region else {}
+        console.result_json({**first, **more})
     elif done:
-        locations = [(place, moved.stored.artifact.location) for place, moved in done]
-        console.result([f"{place}\t{ami}" if several else ami for place, ami in locations])
-    for place, moved in done:
-        _tell(moved, f"{place}: " if several else "")
-    cloud_place.require_all(moves)
+        locations = [(name, moved.stored.artifact.location) for name, moved in done]
+        console.result([f"{name}\t{location}" if several else location for name, location in locations])
+    for name, moved in done:
+        _note_revoked(moved, f"{name}: " if several else "")
+    require_all(moves)
 
 
-def _print(moved: Moved, *, as_json: bool) -> None:
-    if as_json:
-        console.result_json(_plain(moved))
-    else:
-        console.result(moved.stored.artifact.location)
-
-
-def _plain(moved: Moved) -> dict[str, Any]:
+def _plain(moved: ChannelMove) -> dict[str, Any]:
     return {"artifact": plain(moved.stored.artifact), "entries": plain(moved.entries)}
 
 
-def _tell(moved: Moved, where: str = "") -> None:
+def _note_revoked(moved: ChannelMove, where: str = "") -> None:
     """Print which image became current because another one was revoked."""
     from ami_builder.core.channels import Move
     from ami_builder.nightly.summary import short

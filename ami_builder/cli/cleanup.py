@@ -15,9 +15,9 @@ from ami_builder.cli.options import (
     load_config,
     mode,
     open_workspace,
-    parse_target,
     plain,
 )
+from ami_builder.cli.targets import opener, parse_target
 
 if TYPE_CHECKING:
     from ami_builder.core.cleanup import Decision
@@ -34,33 +34,16 @@ def prune(
     With --target aws the plan covers every region of aws.region and aws.copy_to,
     and snapshots whose AMI no longer exists.
     """
+    from ami_builder.build.cleanup import clean_up
     from ami_builder.core.records import TargetKind
 
-    where = parse_target(target)
-    decisions = _cloud(apply) if where is TargetKind.AWS else _local(apply)
+    kind = parse_target(target)
+    with console.open_progress(mode()) as progress:
+        decisions = clean_up(load_config().images, opener(kind), progress, apply=apply)
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    _print(decisions, apply, "" if where is TargetKind.QEMU else f" --target {where}")
-
-
-def _local(apply: bool) -> Sequence[Decision]:
-    from datetime import UTC, datetime
-
-    from ami_builder.qemu.cleanup import plan_local, prune_local
-
-    images, workspace = load_config().images, open_workspace()
-    return prune_local(workspace, images) if apply else plan_local(workspace, images, datetime.now(UTC))
-
-
-def _cloud(apply: bool) -> Sequence[Decision]:
-    from ami_builder.aws.cleanup import plan_cloud, prune_cloud
-
-    with console.open_progress(mode()) as progress:
-        planned = plan_cloud(open_workspace(), load_config().images, progress)
-        if apply:
-            prune_cloud(planned, progress)
-    return [decision for _, decisions in planned for decision in decisions]
+    _print(decisions, apply, "" if kind is TargetKind.QEMU else f" --target {kind}")
 
 
 def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
@@ -109,14 +92,14 @@ def gc(
     regions = every_region(load_config().images.values(), more or ())
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
-        decisions = find_orphans(regions, workspace, progress)
+        orphans = find_orphans(regions, workspace, progress)
         if apply:
-            remove_orphans(decisions, regions, workspace, progress)
-    doomed = [one for one in decisions if one.action is Action.DELETE]
+            remove_orphans(orphans, regions, workspace, progress)
+    doomed = [one for one in orphans if one.action is Action.DELETE]
     if as_json:
-        console.result_json({"applied": apply, "plan": plain(decisions)})
+        console.result_json({"applied": apply, "plan": plain(orphans)})
         return
-    if not decisions:
+    if not orphans:
         console.note(
             f"no resource of ami-builder in {', '.join(region.account.region for region in regions)}"
         )
@@ -133,7 +116,7 @@ def gc(
                 done if one.action is Action.DELETE else "keep",
                 one.reason,
             )
-            for one in decisions
+            for one in orphans
         ],
     )
     if doomed and not apply:

@@ -17,15 +17,13 @@ from ami_builder.cli.options import (
     image_object,
     load_config,
     open_workspace,
-    parse_target,
     plain,
 )
+from ami_builder.cli.targets import channels_on_host, choose, parse_target, preflight
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Outcome, TargetKind
+from ami_builder.core.records import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ami_builder.core.diff import Difference, QuantityChange
     from ami_builder.state.workspace import StoredImage
 
@@ -58,12 +56,11 @@ def render(
 @app.command()
 def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: JsonFlag = False) -> None:
     """Check what a build needs: configuration, tools, accelerator or account, memory, disk space."""
-    from ami_builder.build.preflight import check as look
     from ami_builder.core.records import State
 
-    where = parse_target(target)
+    kind = parse_target(target)
     config = load_config()
-    findings = tuple(look(config.select(image), open_workspace(), where))
+    findings = tuple(preflight(config.select(image), kind))
     stopping = [f for f in findings if f.state is State.STOPS]
     if as_json:
         console.result_json({"ready": not stopping, "findings": plain(findings)})
@@ -79,7 +76,7 @@ def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: Jso
 def list_images(as_json: JsonFlag = False) -> None:
     """List the finished images that this host knows of, newest last."""
     images = open_workspace().images()
-    channels = _channels(images)
+    channels = channels_on_host(images)
     if as_json:
         console.result_json(
             {
@@ -118,12 +115,10 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show one finished image: location, origin, verdict and channels."""
-    from ami_builder.build.channels import choose
-
     workspace, config = open_workspace(), load_config()
     stored = choose(workspace.images(), image, config.names)
     artifact, verdict = stored.artifact, stored.verdict
-    stands = _channels([stored]).get(artifact.digest, ())
+    stands = channels_on_host([stored]).get(artifact.digest, ())
     run = workspace.runs_dir / artifact.run_id
     if as_json:
         console.result_json({**image_object(stored), "channels": stands, "run": run})
@@ -137,7 +132,7 @@ def show(
         ("created", f"{artifact.created:%Y-%m-%d %H:%M}Z"),
         ("size", console.size(artifact.size)),
         # The channels of AMIs are in their accounts: see `history`.
-        *([("channels", ", ".join(stands) or "none")] if artifact.target is TargetKind.QEMU else []),
+        *([("channels", ", ".join(stands) or "none")] if not artifact.region else []),
         ("verdict", _verdict_word(stored)),
     ]
     if verdict is not None:
@@ -162,18 +157,6 @@ def _verdict_word(stored: StoredImage) -> str:
     return "FAILED" if outcome is Outcome.FAILED else str(outcome)
 
 
-def _channels(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
-    """Return the local channels in which images are current, by digest."""
-    from ami_builder.build.channels import standing
-    from ami_builder.qemu.channels import LocalChannels
-
-    workspace = open_workspace()
-    found: dict[str, tuple[str, ...]] = {}
-    for name in {one.artifact.image for one in images}:
-        found |= standing(LocalChannels(workspace=workspace, image=name))
-    return found
-
-
 @app.command()
 def diff(
     before: Annotated[
@@ -189,7 +172,6 @@ def diff(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare two images: size, available memory at boot, times, packages and container."""
-    from ami_builder.build.channels import choose
     from ami_builder.nightly.gate import judge, not_compared, require_close
     from ami_builder.state.runs import compare_images
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,19 +16,19 @@ from ami_builder.cli.options import (
     app,
     load_config,
     mode,
-    open_site,
     open_workspace,
-    parse_target,
     plain,
 )
+from ami_builder.cli.targets import open_target, opener, parse_target
 
 if TYPE_CHECKING:
-    from ami_builder.build.place import Place
-    from ami_builder.config.loading import Config
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ami_builder.build.target import Target
     from ami_builder.config.schema import Image
     from ami_builder.console import Progress
     from ami_builder.core.cleanup import Decision
-    from ami_builder.core.records import NightlyRun, TargetKind
+    from ami_builder.core.records import NightlyRun
     from ami_builder.nightly.run import Ended
 
 
@@ -80,24 +79,17 @@ def worst(codes: Sequence[int]) -> int:
 
 
 def _nights(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:
-    from ami_builder.nightly.run import Subject
     from ami_builder.nightly.run import nightly as go
 
-    config, where = load_config(), parse_target(target)
-    subjects = [
-        Subject(
-            image=one,
-            site=open_site(one, where, dask_scheduler=dask_scheduler),
-            places=_places(one, where),
-        )
-        for one in (config.select(name) for name in dict.fromkeys(images or config.names))
-    ]
+    config, kind = load_config(), parse_target(target)
+    chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
+    subjects = [(one, open_target(one, kind, dask_scheduler=dask_scheduler)) for one in chosen]
     with console.open_progress(mode()) as progress:
         return go(
             subjects,
             open_workspace(),
             progress,
-            prune=partial(_prune, config, where) if prune else None,
+            prune=partial(_prune, config.images, opener(kind)) if prune else None,
             notify=_notify,
         )
 
@@ -111,36 +103,13 @@ def _notify(text: str) -> str:
     return unsent
 
 
-def _places(image: Image, target: TargetKind) -> Sequence[Place]:
-    from ami_builder.core.records import TargetKind
+def _prune(
+    images: Mapping[str, Image], home: Callable[[Image], Target], progress: Progress
+) -> Sequence[Decision]:
+    from ami_builder.build.cleanup import clean_up, remove_orphans
 
-    if target is TargetKind.AWS:
-        from ami_builder.aws.place import places
-
-        return places(image, open_workspace())
-    from ami_builder.build.place import LocalPlace
-
-    return (LocalPlace(workspace=open_workspace(), image=image.name),)
-
-
-def _prune(config: Config, target: TargetKind, progress: Progress) -> Sequence[Decision]:
-    from ami_builder.core.records import TargetKind
-
-    if target is TargetKind.AWS:
-        from ami_builder.aws.cleanup import plan_cloud, prune_cloud
-        from ami_builder.aws.gc import every_region, find_orphans, remove_orphans
-
-        workspace, regions = open_workspace(), every_region(config.images.values())
-        planned = plan_cloud(workspace, config.images, progress)
-        prune_cloud(planned, progress)
-        remove_orphans(find_orphans(regions, workspace, progress), regions, workspace, progress)
-        return [decision for _, decisions in planned for decision in decisions]
-    from ami_builder.core.cleanup import Action
-    from ami_builder.qemu.cleanup import prune_local
-
-    with progress.step("prune") as step:
-        decisions = prune_local(open_workspace(), config.images)
-        step.done(f"{sum(one.action is Action.DELETE for one in decisions)} deleted")
+    decisions = clean_up(images, home, progress, apply=True)
+    remove_orphans(images, home, progress)
     return decisions
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,11 +14,8 @@ from ami_builder import __version__, console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ami_builder.aws.place import Outcome
-    from ami_builder.build.target import Site
+    from ami_builder.build.target import TargetOutcome
     from ami_builder.config.loading import Config
-    from ami_builder.config.schema import Image
-    from ami_builder.core.records import TargetKind
     from ami_builder.state.workspace import StoredImage, Workspace
 
 app = typer.Typer(
@@ -34,9 +30,6 @@ app.add_typer(config_app, name="config", rich_help_panel="Inspect")
 
 
 E = TypeVar("E", bound=StrEnum)
-
-AMI = re.compile(r"ami-[0-9a-f]{8,17}")
-"""The pattern of an AMI id."""
 
 
 class _Shared:
@@ -132,14 +125,6 @@ def parse_seconds(flag: str, text: str) -> float:
         raise UsageError(f"{flag} {text}: {wrong}") from wrong
 
 
-def parse_target(text: str) -> TargetKind:
-    """Return the target that --target names. Raises UsageError with the nearest valid word."""
-    from ami_builder.core.records import TargetKind
-
-    hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
-    return parse_choice("--target", text, TargetKind, hint)
-
-
 DaskFlag = Annotated[
     str | None,
     typer.Option(
@@ -148,52 +133,6 @@ DaskFlag = Annotated[
         help="With --target aws: run the verification on this Dask cluster's workers, e.g. tcp://10.0.0.7:8786.",
     ),
 ]
-
-
-def open_site(
-    image: Image, target: TargetKind, *, public: bool = False, dask_scheduler: str | None = None
-) -> Site:
-    """Open the target that bakes and boots an image. Only AWS imports boto3."""
-    from ami_builder.core.records import TargetKind
-
-    if target is TargetKind.AWS:
-        from ami_builder.aws.target import CloudSite
-
-        return CloudSite.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
-    refuse_dask(dask_scheduler)
-    from ami_builder.qemu.target import LocalSite
-
-    return LocalSite(workspace=open_workspace())
-
-
-def refuse_dask(dask_scheduler: str | None) -> None:
-    """Raise UsageError when --dask-scheduler is used with a local image."""
-    from ami_builder.core.errors import UsageError
-
-    if dask_scheduler is not None:
-        raise UsageError(
-            f"--dask-scheduler {dask_scheduler}: a local disk image can't be sent to a Dask worker",
-            hint="add --target aws, or leave out the flag: local VMs already run in parallel",
-        )
-
-
-def ami_of(word: str | None) -> tuple[Image, StoredImage]:
-    """Return an AMI as the account has it now. An AMI built on another host is named by its id.
-
-    None means the newest of the default image. Raises UsageError, CloudFailed.
-    """
-    from ami_builder.aws.target import CloudSite
-    from ami_builder.build.channels import choose
-    from ami_builder.core.records import TargetKind
-
-    config, workspace = load_config(), open_workspace()
-    word = word or config.select().name
-    known = [one for one in workspace.images() if one.artifact.target is TargetKind.AWS]
-    listed = not AMI.fullmatch(word) or any(one.artifact.location == word for one in known)
-    found = choose(known, word, config.names).artifact if listed else None
-    chosen = config.select(found.image if found is not None else None)
-    site = CloudSite.open(chosen, workspace)
-    return chosen, site.ami(chosen, found.location if found is not None else word)
 
 
 def mode() -> console.Mode:
@@ -213,7 +152,7 @@ def image_object(stored: StoredImage) -> dict[str, Any]:
     return {"artifact": plain(stored.artifact), "verdict": plain(stored.verdict)}
 
 
-def failures(outcomes: Sequence[Outcome[Any]]) -> list[dict[str, str]]:
+def failures(outcomes: Sequence[TargetOutcome[Any]]) -> list[dict[str, str]]:
     """Return the regions that failed, with the reason, as `--json` prints them."""
-    failed = [(one.place, one.error) for one in outcomes if one.error is not None]
-    return [{"region": place, "error": error.message} for place, error in failed]
+    failed = [(one.target, one.error) for one in outcomes if one.error is not None]
+    return [{"region": name, "error": error.message} for name, error in failed]

@@ -1,7 +1,6 @@
-"""QEMU: disk images, and machines that boot one the way EC2 would."""
+"""This host: images baked and booted with QEMU, the way EC2 boots them."""
 
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
-from ami_builder.qemu.again import boot_again
 from ami_builder.qemu.disks import ImageInfo, check_image, create_overlay, image_info
 from ami_builder.qemu.machine import (
     DEFAULT_INSTANCE,
@@ -10,11 +9,12 @@ from ami_builder.qemu.machine import (
     Accelerator,
     Bus,
     GuestStuck,
-    Machine,
     MachineDied,
+    VirtualMachine,
+    boot_again,
     firmware,
 )
-from ami_builder.qemu.raw import Found, search
+from ami_builder.qemu.traces import Match, search
 
 __all__ = [
     "DEFAULT_INSTANCE",
@@ -22,11 +22,11 @@ __all__ = [
     "THIS_MACHINE",
     "Accelerator",
     "Bus",
-    "Found",
     "GuestStuck",
     "ImageInfo",
-    "Machine",
     "MachineDied",
+    "Match",
+    "VirtualMachine",
     "boot_again",
     "check_image",
     "choose_accelerator",

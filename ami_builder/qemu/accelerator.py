@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ami_builder.core.errors import TimedOut, UsageError
-from ami_builder.qemu.machine import QEMU, Accelerator, GuestStuck, Machine, MachineDied
+from ami_builder.qemu.machine import QEMU, Accelerator, GuestStuck, MachineDied, VirtualMachine
 from ami_builder.state.workspace import write_atomically
 from ami_builder.system import processes
 
@@ -63,7 +63,7 @@ def _host() -> dict[str, str]:
 
 
 def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
-    machine = Machine(
+    machine = VirtualMachine(
         disk=disk, directory=directory, memory=1 << 30, cpus=2, accelerator=Accelerator.KVM, user="", ports=()
     )
 

@@ -1,4 +1,4 @@
-"""From inputs to a baked disk: base and container side by side, then Packer, then a look at the raw disk."""
+"""Bakes a disk from inputs: base and container in parallel, then Packer, then a search of the raw disk."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import qemu
-from ami_builder.build import base_image, packer, recipe
+from ami_builder.build import container, packer
+from ami_builder.build.base_image import BaseDisk, base_disk
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
-from ami_builder.qemu import seed
+from ami_builder.qemu.accelerator import choose_accelerator
+from ami_builder.qemu.disks import image_info, nocloud_iso
+from ami_builder.qemu.machine import Accelerator, firmware
 from ami_builder.qemu.traces import IDENTITY_FILE, require_clean
 from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
-from ami_builder.verify.concurrency import side_by_side
+from ami_builder.verify.executor import side_by_side
 
 MIB = 1 << 20
 
 # The archive's disk as the baking machine sees it; 20-container.sh loads it from there.
 _ARCHIVE_DEVICE = "/dev/disk/by-id/virtio-container"
-# Cloud-init has nothing to tell a machine that only bakes, and a kernel that panics under emulation boots
-# again by itself. It starts what Packer needs to log in, and containerd beside that: Docker waits for the
-# guest's own settings. An emulator translates programs once when they are always at the same addresses.
+# A VM that only bakes needs no cloud-init. panic=5: a kernel that panics under emulation boots again.
+# The VM starts what Packer needs to log in, and containerd; Docker waits for the guest's own settings.
+# norandmaps: an emulator translates a program only once if it is always at the same addresses.
 _WANTED = ("ssh", "systemd-networkd", "systemd-user-sessions", "containerd")
 _KERNEL_COMMAND_LINE = " ".join(
     (
@@ -36,17 +38,8 @@ _KERNEL_COMMAND_LINE = " ".join(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaseDisk:
-    """The disk that baking starts from; a kernel of ours is booted directly, without firmware."""
-
-    disk: Path
-    kernel: Path | None = None
-    initrd: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Baked:
-    """What Packer made, still in the run's work folder."""
+    """The result of Packer, in the run's work folder."""
 
     disk: Path
     packages: Path
@@ -62,12 +55,12 @@ def bake(
 ) -> Baked:
     """Make or find base and container, then bake on the accelerator that a guest has really run on.
 
-    `on_boot` gets the seconds that an emulated VM took until ssh answered.
+    `on_boot` gets the seconds until ssh answered on an emulated VM.
     """
     base, archive = _ingredients(inputs, workspace, run, step)
-    qemu.image_info(base.disk)
+    image_info(base.disk)
     with step.step("choose the accelerator") as child:
-        accelerator, reason = qemu.choose_accelerator(
+        accelerator, reason = choose_accelerator(
             base.disk, cache=workspace.cache / "accelerator.json", directory=run.work
         )
         child.done(reason)
@@ -86,7 +79,7 @@ def bake(
 
         def moved(text: str) -> None:
             child.update(text)
-            if text == packer.CONNECTED and accelerator is qemu.Accelerator.TCG:
+            if text == packer.CONNECTED and accelerator is Accelerator.TCG:
                 on_boot(child.seconds)
 
         stage = run.directory / "packer"
@@ -104,7 +97,7 @@ def bake(
         child.done(size(disk.stat().st_size))
     with step.step("search the disk for keys") as child:
         identity = (run.directory / IDENTITY_FILE).read_text()
-        # Packer's key is known here too, wherever the base's sshd reads such keys.
+        # Packer's key must not be left either, wherever the base's sshd reads such keys.
         public_key = Path(str(variables["ssh_private_key_file"])).with_suffix(".pub").read_text()
         contents = require_clean(disk, f"{identity}\n{public_key}", run.work)
         child.done(f"none of {contents}")
@@ -112,45 +105,22 @@ def bake(
 
 
 def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:
-    """Make the base disk and the container's archive side by side, or find them in the cache."""
+    """Return the base disk and the container's archive, made in parallel or found in the cache."""
     found: dict[str, BaseDisk | Path | None] = {}
 
     def base() -> None:
         with step.step("base disk") as child:
-            found["base"] = _base(inputs, workspace, run, child)
+            found["base"] = base_disk(inputs.image, inputs.base_digest, workspace, run, child)
 
-    def container() -> None:
+    def archived() -> None:
         with step.step("container") as child:
-            found["container"] = container_archive(inputs, workspace, run, child)
+            found["container"] = container.archive(inputs, workspace, run, child)
 
-    side_by_side([base, container])
+    side_by_side([base, archived])
     made, archive = found["base"], found["container"]
     assert isinstance(made, BaseDisk)
     assert not isinstance(archive, BaseDisk)
     return made, archive
-
-
-def _base(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> BaseDisk:
-    image = inputs.image
-    if (workspace.cache / "base" / inputs.base_digest).is_dir():
-        step.done("cached")
-    if image.base.source is not None:
-        return BaseDisk(disk=base_image.fetch(image.base, workspace, step.update))
-    folder = recipe.base_recipe(image).make(workspace, inputs.base_digest, "", run.log("base"), step.update)
-    return BaseDisk(disk=folder / "disk.qcow2", kernel=folder / "vmlinuz", initrd=folder / "initrd.img")
-
-
-def container_archive(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Path | None:
-    """Return the container's archive from the cache, made when it isn't there; None when it is pulled."""
-    image = inputs.image
-    if image.container.requirements is None:
-        step.done(f"{image.container.reference}, pulled while baking")
-        return None
-    if (workspace.cache / "container" / inputs.container_digest).is_dir():
-        step.done("cached")
-    made = recipe.container_recipe(image)
-    folder = made.make(workspace, inputs.container_digest, "container.tar", run.log("container"), step.update)
-    return folder / "container.tar"
 
 
 def bake_variables(
@@ -158,19 +128,19 @@ def bake_variables(
     *,
     base: BaseDisk,
     archive: Path | None,
-    accelerator: qemu.Accelerator,
+    accelerator: Accelerator,
     run: Run,
     output: Path,
     console_log: Path,
 ) -> Mapping[str, packer.Variable]:
-    """Return the values of Packer's variables, of which the most are how QEMU boots the base."""
+    """Return the values of Packer's variables; most of them are how QEMU boots the base."""
     image = inputs.image
     key = ssh.generate_key(run.work)
     public_key = key.with_suffix(".pub").read_text().strip()
     arguments = [
         ["-serial", f"file:{console_log}"],
         ["-cpu", accelerator.cpu],
-        # Packer's own -device is replaced as soon as there is one here, so it is named again.
+        # Any -device here replaces Packer's own, so it is repeated.
         ["-device", "virtio-net,netdev=user.0"],
         ["-device", "virtio-rng-pci"],
     ]
@@ -187,10 +157,10 @@ def bake_variables(
         ]
     else:
         user = image.base.ssh_user
-        arguments.append(list(qemu.firmware()))
-        # Not as Packer's CD: cloud kernels have no driver for its drive.
+        arguments.append(list(firmware()))
+        # Not as Packer's CD: cloud kernels have no driver for that drive.
         iso = run.work / "seed.iso"
-        seed.nocloud_iso(
+        nocloud_iso(
             iso,
             user_data=b"#cloud-config\n",
             public_key=public_key,
@@ -220,7 +190,7 @@ def bake_variables(
 
 
 def _read_only(name: str, file: Path) -> list[list[str]]:
-    """Return the arguments that show a file to the machine as a disk of that serial number."""
+    """Return QEMU's arguments for a file as a read-only disk with `name` as its serial number."""
     return [
         ["-blockdev", f"driver=file,filename={file},node-name={name},read-only=on"],
         ["-device", f"virtio-blk-pci,drive={name},serial={name}"],

@@ -1,4 +1,4 @@
-"""The channels of local images: one journal beside the images of a name, replaced whole at each move."""
+"""The channels of images on this host: one file beside the images of a name, replaced at each move."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ami_builder.state.workspace import StoredImage, Workspace, dump, load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Journal:
-    """What happened to the channels of one name."""
+class ChannelRecord:
+    """The moves of all channels of one image name."""
 
     entries: tuple[ChannelEntry, ...] = ()
     revoked: Mapping[str, str] = field(default_factory=dict)
@@ -25,19 +25,19 @@ class Journal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalChannels:
-    """The channels of one image name on this machine."""
+class ChannelFile:
+    """The channels of one image name on this host."""
 
     workspace: Workspace
     image: str
 
     def locked(self) -> AbstractContextManager[object]:
-        """Let no other process change the journal meanwhile."""
+        """Let no other process change the file."""
         self.workspace.ensure()
         return FileLock(self.workspace.state / "locks" / f"{self.image}.channels.lock")
 
     def id_of(self, stored: StoredImage) -> str:
-        """Return the digest of an image; raises UsageError when it was not built here."""
+        """Return the digest of an image. Raises UsageError when it was not built here."""
         if stored.directory is None or stored.artifact.target is not TargetKind.QEMU:
             raise UsageError(
                 f"{stored.artifact.location} was not built here", hint="`ami-builder list` shows what was"
@@ -54,7 +54,7 @@ class LocalChannels:
         return tuple(entry for entry in self._read().entries if entry.channel == channel)
 
     def used(self) -> tuple[str, ...]:
-        """Return the channels in the journal, as they came."""
+        """Return the channels in the file, in the order of their first use."""
         return tuple(dict.fromkeys(entry.channel for entry in self._read().entries))
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
@@ -64,24 +64,24 @@ class LocalChannels:
 
     def write(self, entry: ChannelEntry) -> None:
         """Add a move."""
-        journal = self._read()
-        dump(replace(journal, entries=(*journal.entries, entry)), self._path)
+        record = self._read()
+        dump(replace(record, entries=(*record.entries, entry)), self._path)
 
     def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Mark a digest and add the moves, in one step."""
-        journal = self._read()
-        revoked = {**journal.revoked, id: journal.revoked.get(id, reason)}
-        dump(Journal(entries=(*journal.entries, *entries), revoked=revoked), self._path)
+        record = self._read()
+        revoked = {**record.revoked, id: record.revoked.get(id, reason)}
+        dump(ChannelRecord(entries=(*record.entries, *entries), revoked=revoked), self._path)
 
     @property
     def _path(self) -> Path:
         return self.workspace.images_dir / self.image / "channels.json"
 
-    def _read(self) -> Journal:
-        journal = load(Journal, self._path)
-        if journal is None and self._path.exists():
-            # Taking it for empty would let revoked images come back.
+    def _read(self) -> ChannelRecord:
+        record = load(ChannelRecord, self._path)
+        if record is None and self._path.exists():
+            # Taken for empty, it would let revoked images come back.
             raise UsageError(
-                f"{self._path} is no journal of channels", hint="restore that file, or remove it"
+                f"{self._path} can't be read as a record of channels", hint="restore the file, or delete it"
             )
-        return journal or Journal()
+        return record or ChannelRecord()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from ami_builder.build.channels import Channels
-from ami_builder.config.schema import Image, LifecycleSettings
-from ami_builder.core.channels import stack
+from ami_builder.build.channels import references as references_of
+from ami_builder.build.cleanup import KEEP_ALL, policy
+from ami_builder.config.schema import Image
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.records import RunRecord, RunStatus, TargetKind
-from ami_builder.qemu.channels import LocalChannels
+from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import StoredImage, Workspace, load
@@ -24,7 +24,7 @@ _RECORDS_STAY = 365 * _DAY
 _MOST_RECORDS = 1000
 
 
-def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
+def plan_cleanup(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
     """Decide about every finished image and every cache on this machine; nothing is changed.
 
     `images` are those of the configuration: what belongs to no other has no policy, and stays.
@@ -37,37 +37,30 @@ def plan_local(workspace: Workspace, images: Mapping[str, Image], now: datetime)
     return (*decisions, *_plan_caches(workspace, images, now), *_plan_records(workspace, now))
 
 
-def prune_local(workspace: Workspace, images: Mapping[str, Image]) -> tuple[Decision, ...]:
-    """Plan and delete what may go, while nobody builds or moves a channel; returns the plan.
+@contextmanager
+def exclusive(workspace: Workspace, images: Mapping[str, Image]) -> Iterator[None]:
+    """Lock the builds and channels of all images, and remove what killed builds left among the images.
 
-    Raises Locked, with nothing changed, when a build is going.
+    Raises Locked while a build is running.
     """
     workspace.ensure()
     names = sorted({one.artifact.image for one in workspace.images()} | set(images))
     with ExitStack() as locks:
         for name in names:
-            for target in TargetKind:  # a build for either uses the caches
-                locks.enter_context(workspace.lock(name, target))
+            for kind in TargetKind:  # a build of either kind uses the caches
+                locks.enter_context(workspace.lock(name, kind))
         for name in names:
-            locks.enter_context(LocalChannels(workspace=workspace, image=name).locked())
+            locks.enter_context(ChannelFile(workspace=workspace, image=name).locked())
             _sweep(workspace.images_dir / name)
-        decisions = plan_local(workspace, images, datetime.now(UTC))
-        for decision in decisions:
-            if decision.action is Action.DELETE:
-                _delete(Path(decision.candidate.id))
-    return decisions
+        yield
 
 
-def channel_references(record: Channels) -> Iterator[Reference]:
-    """Yield what needs an image: the channel that it stands in, or that goes back to it."""
-    for channel in record.used():
-        entries = record.entries(channel)
-        ids = sorted({entry.id for entry in entries if entry.id})
-        standing = stack(entries, record.revoked(ids))
-        for id in standing[-1:]:
-            yield Reference(id=id, by=f"in channel {channel}")
-        for id in standing[-2:-1]:
-            yield Reference(id=id, by=f"what channel {channel} goes back to")
+def delete(decisions: Sequence[Decision]) -> int:
+    """Delete what a plan says that was made while nothing could change, and return how much that was."""
+    doomed = [one for one in decisions if one.action is Action.DELETE]
+    for decision in doomed:
+        _delete(Path(decision.candidate.id))
+    return len(doomed)
 
 
 def _plan_images(
@@ -77,10 +70,10 @@ def _plan_images(
     images: Mapping[str, Image],
     now: datetime,
 ) -> tuple[Decision, ...]:
-    record = LocalChannels(workspace=workspace, image=name)
+    record = ChannelFile(workspace=workspace, image=name)
     been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
     revoked = record.revoked([one.artifact.digest for one in stored])
-    used = {reference.id: reference.by for reference in channel_references(record)}
+    used = {reference.id: reference.by for reference in references_of(record)}
     bases = {image.base.source: other for other, image in images.items() if image.base.source}
     going = [run for run in _live(workspace) if run.image == name]
     nights = {night.digest: night.id for night in unfinished(workspace)}
@@ -107,20 +100,6 @@ def _plan_images(
         references += [Reference(id=id, by=f"run {run.run_id} is going") for run in going]
     rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
     return plan(candidates, references, rules, now)
-
-
-def policy(lifecycle: LifecycleSettings, *, grace: bool = False) -> RetentionPolicy:
-    """Return what the settings of an image say, with the time that AMIs are deprecated for where they are."""
-    return RetentionPolicy(
-        keep=lifecycle.keep,
-        young=lifecycle.keep_days * _DAY,
-        grace=lifecycle.grace_days * _DAY if grace else timedelta(0),
-        most=lifecycle.most_deletions,
-        size=0 if grace else lifecycle.size,
-    )
-
-
-KEEP_ALL = RetentionPolicy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
 
 
 def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:

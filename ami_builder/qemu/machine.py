@@ -8,12 +8,13 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from types import TracebackType
+from typing import TypeVar
 
 from ami_builder.core.errors import BuildFailed, MissingTool
 from ami_builder.core.options import Network
@@ -21,11 +22,16 @@ from ami_builder.core.records import Endpoint
 from ami_builder.qemu.disks import create_overlay
 from ami_builder.qemu.monitor import FAILURES, Monitor
 from ami_builder.system import processes
+from ami_builder.verify.machine import Unresponsive
+
+T = TypeVar("T")
 
 QEMU = "qemu-system-x86_64"
 DEFAULT_INSTANCE = "i-0123456789abcdef0"
 DEFAULT_MAC = "02:00:00:00:00:01"
 
+# Multi-threaded TCG makes a guest's kernel panic now and then, or hang before it.
+_BOOTS = 3
 _QUIT_SECONDS = 5.0
 _CONSOLE_LINES = 15
 # A gigabyte or two; on a busy disk that takes its time.
@@ -95,14 +101,29 @@ class MachineDied(BuildFailed):
     """QEMU ended or could not go on, through no fault of this machine's disk space."""
 
 
-class GuestStuck(MachineDied):
-    """The guest's kernel panicked, or its firmware hangs; `boot_again` when the emulator may be at fault."""
+class GuestStuck(MachineDied, Unresponsive):
+    """The guest's kernel panicked, or its firmware hangs; `boot_again` if the emulator may have caused it."""
 
     boot_again = False
 
 
-class Machine:
-    """One booted machine on a throw-away overlay; the context yields its Endpoint, and leaves console.log.
+def boot_again(boot: Callable[[int], T], again: Callable[[], bool]) -> T:
+    """Call `boot` with 1, and with 2 and 3 if the guest got stuck in a way that emulation causes.
+
+    `again` is called before each repetition. When it returns False, or after the third attempt, the error is
+    raised.
+    """
+    for attempt in range(1, _BOOTS):
+        try:
+            return boot(attempt)
+        except GuestStuck as stuck:
+            if not (stuck.boot_again and again()):
+                raise
+    return boot(_BOOTS)
+
+
+class VirtualMachine:
+    """One booted VM on a throw-away overlay; the context yields its Endpoint, and leaves console.log.
 
     With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and stays.
 

@@ -1,27 +1,34 @@
-"""What only the baking machine may have: its keys and its machine-id must be nowhere on the raw disk.
+"""Searches the raw bytes of a disk for what only the baking machine may have: its keys and its machine-id.
 
-They are searched for one by one. Any private key at all would be too much: GnuTLS has some for its
-self-tests, Tornado for its tests, and so each image has them.
+They are searched for one by one, because every image has some private keys: GnuTLS and Tornado ship them for
+their tests. The raw bytes also have deleted files and the file system's journal.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import re
-from collections.abc import Mapping
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed
+from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
 
 IDENTITY_FILE = "identity.txt"
-"""What 20-container.sh wrote about the baking machine: its machine-id, its host keys, and who may log in."""
+"""Written by 20-container.sh on the baking machine: its machine-id, its host keys, and who may log in."""
 
 _MACHINE_ID = re.compile(r"^[0-9a-f]{32}$", re.MULTILINE)
 # Options may come before the type, and a comment after the key.
 _PUBLIC_KEY = re.compile(r"(?:^|\s)(?P<type>(?:ssh|ecdsa)-\S+) (?P<key>AAAA\S+)", re.MULTILINE)
 
-# The file of an OpenSSH private key begins with the public one: so it is known without knowing the secret.
+# The file of an OpenSSH private key begins with the public key, so the secret need not be known.
 _PRIVATE_KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n"
 _PRIVATE_KEY_HEAD = b"openssh-key-v1\0" + b"".join(
     len(text).to_bytes(4, "big") + text for text in (b"none", b"none", b"")
@@ -29,10 +36,12 @@ _PRIVATE_KEY_HEAD = b"openssh-key-v1\0" + b"".join(
 _LINE = 70
 
 _SHOWN = 10
+_CHUNK = 16 << 20
+_CONVERT_SECONDS = 600.0
 
 
 def traces(identity: str) -> Mapping[bytes, str]:
-    """Return what must not be on the disk, each with what it is; raises BuildFailed for half an identity."""
+    """Return the bytes that must not be on the disk, each with a description. Raises BuildFailed."""
     found: dict[bytes, str] = {}
     for machine_id in _MACHINE_ID.findall(identity):
         found[machine_id.encode()] = "its machine-id"
@@ -50,7 +59,7 @@ def traces(identity: str) -> Mapping[bytes, str]:
 
 
 def _private(public: bytes) -> bytes:
-    """Return how the file of the private key to a public one begins, as ssh-keygen writes it."""
+    """Return the first bytes of the private key file for a public key, as ssh-keygen writes it."""
     head = _PRIVATE_KEY_HEAD + (1).to_bytes(4, "big") + len(public).to_bytes(4, "big") + public
     text = base64.b64encode(head[: len(head) // 3 * 3]).decode()
     lines = (text[at : at + _LINE] for at in range(0, len(text), _LINE))
@@ -58,9 +67,9 @@ def _private(public: bytes) -> bytes:
 
 
 def require_clean(disk: Path, identity: str, directory: Path) -> int:
-    """Search the raw disk and return for how much; raises BuildFailed with what was found, and where."""
+    """Search the raw disk, and return how many traces were searched for. Raises BuildFailed for a match."""
     wanted = traces(identity)
-    found = qemu.search(disk, wanted, directory)
+    found = search(disk, wanted, directory)
     if found:
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise BuildFailed(
@@ -71,3 +80,54 @@ def require_clean(disk: Path, identity: str, directory: Path) -> int:
             tail=(*(f"byte {one.offset}: {wanted[one.content]}" for one in found[:_SHOWN]), *more),
         )
     return len(wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """One of the contents that were searched for, and its byte offset on the disk."""
+
+    content: bytes
+    offset: int
+
+
+def search(disk: Path, contents: Collection[bytes], directory: Path) -> list[Match]:
+    """Return where a qcow2 or raw disk has any of `contents`, ordered by offset.
+
+    `directory` needs room for a raw copy while this runs: sparse, but as large as the disk's data.
+    """
+    # Converted, the disk is as the guest sees it: without compression, clusters and backing files.
+    with tempfile.TemporaryDirectory(dir=directory) as aside:
+        raw = Path(aside) / "disk.raw"
+        processes.output(
+            ["qemu-img", "convert", "-O", "raw", disk, raw], what=f"reading {disk}", timeout=_CONVERT_SECONDS
+        )
+        with raw.open("rb") as file:
+            return sorted(_search(file.fileno(), contents), key=lambda found: found.offset)
+
+
+def _search(descriptor: int, contents: Collection[bytes]) -> Iterator[Match]:
+    # A match across the border of two pieces is found in the second.
+    overlap = max(map(len, contents)) - 1
+    for start, end in _data(descriptor):
+        for at in range(start, end, _CHUNK):
+            begin = max(start, at - overlap)
+            piece = os.pread(descriptor, min(at + _CHUNK, end) - begin, begin)
+            for content in contents:
+                found = piece.find(content, max(0, at - begin - len(content) + 1))
+                while found >= 0:
+                    yield Match(content=content, offset=begin + found)
+                    found = piece.find(content, found + 1)
+
+
+def _data(descriptor: int) -> Iterator[tuple[int, int]]:
+    """Yield where a sparse file has data, from and to."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as failed:
+            if failed.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end

@@ -1,4 +1,4 @@
-"""A running Dask cluster as an executor: looked over before it gets work, given up when nobody is left."""
+"""Runs independent calls side by side, in threads of this process or on a Dask cluster; Ctrl-C ends all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import pkgutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ami_builder import __version__
@@ -20,6 +20,7 @@ from ami_builder.core.errors import (
     TimedOut,
     UsageError,
 )
+from ami_builder.system import processes
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,51 +38,99 @@ _CLOSE_SECONDS = 5.0
 _ADDRESS = "an address looks like tcp://10.0.0.7:8786"
 
 
+def open_executor(dask_scheduler: str | None, workers: int) -> AbstractContextManager[Executor]:
+    """Return an executor for a `with` statement: `workers` threads, or the Dask cluster at that address.
+
+    Entering a cluster raises MissingTool, UsageError or TimedOut when it can't be used.
+    """
+    return threads(workers) if dask_scheduler is None else _cluster(dask_scheduler)
+
+
 @contextmanager
-def executor(address: str) -> Iterator[Executor]:
+def threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor of threads. When the block raises, the processes that they wait for are stopped."""
+    try:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            try:
+                yield pool
+            except BaseException:
+                _end(pool)
+                raise
+    except Exception:
+        # Unlike after Ctrl-C, other work of this process may continue.
+        processes.resume()
+        raise
+
+
+def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None) -> list[T]:
+    """Run `calls` in threads and return their results in order.
+
+    When one raises, or this thread is interrupted, the child processes of the others are stopped and the
+    first error is raised. All threads have ended when this returns.
+    """
+    with threads(workers or len(calls) or 1) as pool:
+        futures = [pool.submit(call) for call in calls]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if any(f.done() and f.exception() for f in futures):
+            _end(pool)
+    errors = [error for f in futures if not f.cancelled() and (error := f.exception()) is not None]
+    if errors:
+        processes.resume()
+        raise next((e for e in errors if not isinstance(e, Interrupted)), errors[0])
+    return [f.result() for f in futures]
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(wait=False, cancel_futures=True)
+    processes.cancel()
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Executor]:
     """Yield an executor whose calls run on the cluster's workers.
 
-    A call that is lost with its worker is run again by another; once there has been no worker for two
-    minutes, or the scheduler has gone, all futures are cancelled.
-    Raises MissingTool without Dask here or this version of ours on each worker, UsageError for a wrong
-    address or a cluster without workers, TimedOut when there is no answer.
+    Dask repeats a call whose worker dies. When there has been no worker or no scheduler for two minutes,
+    all futures are cancelled. Raises MissingTool when Dask is not installed here or a worker has another
+    version of ami-builder, UsageError for a wrong address or a cluster without workers, and TimedOut when
+    the cluster does not answer.
     """
     with ExitStack() as stack:
-        # It logs each lost connection; what matters of that is said by what becomes of the futures.
+        # distributed logs each lost connection; the futures report what matters.
         stack.enter_context(_silenced(logging.getLogger("distributed")))
         client = _connected(address)
         stack.callback(client.close, timeout=_CLOSE_SECONDS)
         _require_workers(client, address)
-        crew = _Crew(client)
-        stack.enter_context(_watched(client, crew))
+        executor = _ClusterExecutor(client)
+        stack.enter_context(_watched(client, executor))
         try:
-            yield crew
+            yield executor
         except Interrupted as stopped:
             stopped.hint = (
-                "what a worker has begun goes on to its end, and is removed then; should the worker die,"
-                " the instance ends itself after aws.lifetime, and `ami-builder gc` finds what is left"
+                "workers finish and clean up the jobs that they have started; if a worker dies,"
+                " its instance ends itself after aws.lifetime, and `ami-builder gc` finds what is left"
             )
             raise
 
 
 def lost(error: BaseException, what: str) -> AmiBuilderError | None:
-    """Return a cluster's own failure to run a call as one of ours; None for any other error."""
+    """Return a cluster's failure to run a call as a BuildFailed; None for any other error."""
     if isinstance(error, AmiBuilderError) or not type(error).__module__.startswith(
         ("distributed", "concurrent.futures")
     ):
         return None
-    said = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0]
     return BuildFailed(
-        f"the Dask cluster has given up {what}" + (f": {said}" if said else ""),
-        hint="are its workers large enough, and its scheduler up? `ami-builder gc` finds what they have left",
+        f"the Dask cluster gave up on {what}" + (f": {reason}" if reason else ""),
+        hint="check that its workers have enough memory and its scheduler is up;"
+        " `ami-builder gc` finds what they left",
     )
 
 
-class _Crew(Executor):
+class _ClusterExecutor(Executor):
     """The cluster's own executor, whose futures can be cancelled all at once."""
 
     def __init__(self, client: Client) -> None:
-        # Not pure: each call is one of its own, whatever its arguments.
+        # Not pure: two calls with equal arguments are still two calls.
         self._executor = client.get_executor(pure=False)
         self._futures: list[Future[Any]] = []
 
@@ -92,7 +141,7 @@ class _Crew(Executor):
         return future
 
     def cancel(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel the futures that are not done."""
         for future in self._futures:
             future.cancel()
 
@@ -108,7 +157,7 @@ def _connected(address: str) -> Client:
     if not address:  # for which Dask would start a cluster here
         raise UsageError(f"{FLAG}: the address is empty", hint=_ADDRESS)
     try:
-        # A client that finds this out itself has been started by half.
+        # A Client that fails on this itself stays half started.
         get_address_host_port(address)
     except (ValueError, TypeError) as wrong:
         raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
@@ -124,40 +173,42 @@ def _connected(address: str) -> Client:
 
     try:
         with warnings.catch_warnings():
-            # Other versions of NumPy or of Python's patch level are none of our business.
+            # Workers may have another NumPy or patch level of Python.
             warnings.simplefilter("ignore")
-            # Where something accepts and says nothing, a client waits beyond its own timeout.
+            # A Client waits longer than its timeout when something accepts and never answers.
             threading.Thread(target=start, name="dask-client", daemon=True).start()
             return started.result(_ANSWER_SECONDS + _CLOSE_SECONDS)
-    except OSError as silent:  # a timeout is one too
+    except OSError as unanswered:  # including TimeoutError
         raise TimedOut(
-            f"{FLAG} {address}: no scheduler of Dask answers there",
-            hint="is it up, and may this machine reach that port?",
-        ) from silent
+            f"{FLAG} {address}: no Dask scheduler answers",
+            hint="check that it is up and that this host can reach the port",
+        ) from unanswered
 
 
 def _require_workers(client: Client, address: str) -> None:
     try:
-        # A function of Python's own, so that a worker without ami-builder can say that it has none.
-        told = _asked(
+        # A function of the standard library, so that a worker without ami-builder can report that.
+        versions = _asked(
             client, lambda: client.run(pkgutil.resolve_name, "ami_builder:__version__", on_error="return")
         )
     except (OSError, RuntimeError) as late:
-        raise TimedOut(f"{FLAG} {address}: its workers don't answer within {_ANSWER_SECONDS:.0f} s") from late
-    if not told:
+        raise TimedOut(
+            f"{FLAG} {address}: its workers did not answer within {_ANSWER_SECONDS:.0f} s"
+        ) from late
+    if not versions:
         raise UsageError(
             f"{FLAG} {address}: the cluster has no workers", hint=f"start some: dask worker {address}"
         )
-    if wrong := {worker: found for worker, found in told.items() if found != __version__}:
+    if wrong := {worker: found for worker, found in versions.items() if found != __version__}:
         raise MissingTool(
-            f"{FLAG} {address}: {len(wrong)} of {len(told)} workers don't have ami-builder {__version__}",
+            f"{FLAG} {address}: {len(wrong)} of {len(versions)} workers don't have ami-builder {__version__}",
             tail=tuple(f"{worker}: {found}" for worker, found in sorted(wrong.items())),
             hint=f"install that version in each worker's environment: {INSTALL}",
         )
 
 
 def _asked(client: Client, call: Callable[[], Any]) -> Any:
-    """Return what the cluster answers; raises OSError or RuntimeError when it is late, or has gone."""
+    """Return the cluster's answer. Raises OSError or RuntimeError when there is none in time."""
 
     async def ask() -> Any:
         return await call()
@@ -166,8 +217,8 @@ def _asked(client: Client, call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _watched(client: Client, crew: _Crew) -> Iterator[None]:
-    """Cancel all futures once there has been no worker for `_ALONE_LOOKS` looks: none would ever end."""
+def _watched(client: Client, executor: _ClusterExecutor) -> Iterator[None]:
+    """Cancel all futures after `_ALONE_LOOKS` looks without a worker: none of them would ever end."""
     over = threading.Event()
 
     def watch() -> None:
@@ -179,7 +230,7 @@ def _watched(client: Client, crew: _Crew) -> Iterator[None]:
                 alone = 0 if _asked(client, client.nthreads) else alone + 1
             except (OSError, RuntimeError):
                 alone += 1
-        crew.cancel()
+        executor.cancel()
 
     watcher = threading.Thread(target=watch, name="dask-watcher", daemon=True)
     watcher.start()
@@ -190,11 +241,24 @@ def _watched(client: Client, crew: _Crew) -> Iterator[None]:
         watcher.join(_ANSWER_SECONDS)
 
 
+_silenced_lock = threading.Lock()
+_silenced_clusters = 0
+_former_level = logging.NOTSET
+
+
 @contextmanager
 def _silenced(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Silence a logger as long as any cluster is in use: each region that is verified has its own client."""
+    global _silenced_clusters, _former_level
+    with _silenced_lock:
+        if not _silenced_clusters:
+            _former_level = logger.level
+            logger.setLevel(logging.CRITICAL)
+        _silenced_clusters += 1
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _silenced_lock:
+            _silenced_clusters -= 1
+            if not _silenced_clusters:
+                logger.setLevel(_former_level)

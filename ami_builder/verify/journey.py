@@ -7,22 +7,18 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import qemu
-from ami_builder.build.guest import user_data
-from ami_builder.build.target import Machine
 from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Measurement, Outcome
-from ami_builder.state.workspace import Run
-from ami_builder.system import processes, ssh
+from ami_builder.system import processes, ssh, templates
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from ami_builder.verify.boot_progress import SHUTTING_DOWN, WAITING, reporting
+from ami_builder.verify.machine import Machine, MachineResult, Unresponsive
 
 _SHORT_SECONDS = 60.0
 _PROMPT_BOOT_SECONDS = 60.0
@@ -43,6 +39,8 @@ systemctl restart dask.service
 """
 _READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
 
+_USER_DATA = "user-data.yaml.j2"
+
 _EVIDENCE = {
     "journal.txt": "journalctl --no-pager --boot",
     "dask-service.txt": "systemctl status --no-pager --full dask.service; cat /run/dask/*",
@@ -52,35 +50,33 @@ _EVIDENCE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """What one machine showed."""
+def verify_machine(
+    image: Image, machine: Machine, *, work: Path, evidence: Path, step: Step, attempt: int = 1
+) -> MachineResult:
+    """Take a machine through all phases, or until a check failed.
 
-    results: tuple[CheckResult, ...]
-    measured: tuple[Measurement, ...]
-
-
-def prove(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
-    """Take a machine through all phases.
-
-    Raises BuildFailed, CloudFailed or TimedOut when it doesn't come up.
+    Its files go to a folder in `work`. A folder in `evidence` gets the console, the checks' output and, if a
+    check did not pass, logs of the machine. From the second `attempt` on both have its number in their names.
+    Raises BuildFailed, CloudFailed or TimedOut when the machine doesn't come up.
     """
-    with step.step(f"machine of {machine.name}") as child:
-
-        def again() -> bool:
-            child.update("the emulated machine got stuck: booting again")
-            return True
-
-        return qemu.boot_again(lambda attempt: _Way(image, machine, run, attempt).go(child), again)
+    name = machine.name.replace(" ", "") + (f"-{attempt}" if attempt > 1 else "")
+    return _Journey(image, machine, work / name, evidence / name).go(step)
 
 
-class _Way:
-    def __init__(self, image: Image, machine: Machine, run: Run, attempt: int) -> None:
-        name = machine.name.replace(" ", "") + (f"-{attempt}" if attempt > 1 else "")
-        self.image = image
-        self.machine = machine
-        self.work = run.work / name
-        self.evidence = run.directory / "machines" / name
+def user_data(image: Image, *, nonce: str) -> str:
+    """Return a cloud-config with its own Compose file, as a control plane sends it.
+
+    The checks read `nonce` on the machine, to know that it is the right one. Raises UsageError with the
+    template's name and line.
+    """
+    environment = templates.environment(checks_dir())
+    return templates.render(environment, _USER_DATA, image=image, nonce=nonce)
+
+
+class _Journey:
+    def __init__(self, image: Image, machine: Machine, work: Path, evidence: Path) -> None:
+        self.image, self.machine = image, machine
+        self.work, self.evidence = work, evidence
         for folder in (self.work, self.evidence):
             folder.mkdir(parents=True)
         self.key = ssh.generate_key(self.work)
@@ -96,11 +92,7 @@ class _Way:
         """How long a step may take, in seconds."""
         return self.image.verify.timeout * self.patience
 
-    def go(self, step: Step) -> Proof:
-        """Go through all phases, or until one is red.
-
-        Evidence is kept when a check failed or is inconclusive, or the machine did not come up.
-        """
+    def go(self, step: Step) -> MachineResult:
         with ExitStack() as stack:
             stack.callback(self._keep_console)
             text = user_data(self.image, nonce=self.nonce)
@@ -136,13 +128,13 @@ class _Way:
                 self.machine.save_console()
                 if failed.log == endpoint.console_log:
                     failed.tail = processes.last_lines(endpoint.console_log)
-                if not isinstance(failed, qemu.GuestStuck):
+                if not isinstance(failed, Unresponsive):
                     self._keep_evidence(session, step)
                 raise
             if self._failed() or self._ended(Outcome.INCONCLUSIVE):
                 self.machine.save_console()
                 self._keep_evidence(session, step)
-        return Proof(results=tuple(self.results), measured=tuple(self.measured))
+        return MachineResult(results=tuple(self.results), measured=tuple(self.measured))
 
     def _check(
         self, session: ssh.Session, phase: str, step: Step, began: float, ssh_seconds: float | None = None

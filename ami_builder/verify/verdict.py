@@ -1,83 +1,71 @@
-"""Prove an image: boot it untouched on each configured machine, and put what they showed into one verdict."""
+"""Verdicts on images: what they are bound to, whether they still hold, and the errors for bad ones."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from ami_builder.build.target import Site
-from ami_builder.config.schema import Image, VerifySettings
-from ami_builder.console import Step
+from ami_builder.config.schema import VerifySettings
 from ami_builder.core.errors import ChecksFailed, Inconclusive
 from ami_builder.core.records import Outcome, TargetKind, Verdict
-from ami_builder.state.workspace import Run, StoredImage
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
-from ami_builder.verify.journey import Proof
 
-# Of the settings, what says nothing about a target's machines.
-_ELSEWHERE = {
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ami_builder.config.schema import Image
+    from ami_builder.state.workspace import StoredImage
+    from ami_builder.verify.machine import MachineResult
+
+# The settings that do not affect a kind's machines.
+_IRRELEVANT = {
     TargetKind.QEMU: {"instance_types"},
     TargetKind.AWS: {"memory", "cpus", "datasource", "network"},
 }
 
 
-def checks_digest(image: Image, target: TargetKind) -> str:
-    """Return what a verdict is bound to besides the image: the checks and the machines they ran on."""
+def checks_digest(image: Image, kind: TargetKind) -> str:
+    """Return what a verdict is bound to besides the image: the checks, and the machines they ran on."""
     settings = TypeAdapter(VerifySettings).dump_json(
-        image.verify, exclude={"checks", "timeout", *_ELSEWHERE[target]}
+        image.verify, exclude={"checks", "timeout", *_IRRELEVANT[kind]}
     )
     files = runner.digest([*runner.shipped(checks_dir()), *image.verify.checks])
     return hashlib.sha256(files.encode() + settings).hexdigest()
 
 
+def verdict_of(image: Image, stored: StoredImage, found: Sequence[MachineResult]) -> Verdict:
+    """Return the verdict on an image, from the results of all its machines."""
+    return Verdict(
+        digest=stored.artifact.digest,
+        checks_digest=checks_digest(image, stored.artifact.target),
+        results=tuple(result for one in found for result in one.results),
+        measured=tuple(measurement for one in found for measurement in one.measured),
+    )
+
+
 def is_verified(stored: StoredImage, image: Image) -> bool:
-    """Tell whether an image has passed the checks of today on the machines configured today."""
+    """Return whether an image has passed the current checks on the machines that are configured now."""
     verdict = stored.verdict
     if verdict is None or not verdict.passed:
         return False
     return verdict.checks_digest == checks_digest(image, stored.artifact.target)
 
 
-def verify(image: Image, stored: StoredImage, site: Site, run: Run, step: Step) -> Verdict:
-    """Prove an image on every machine that the site offers; the image is never written.
+def replaces(verdict: Verdict, known: Verdict | None) -> bool:
+    """Return whether a verdict is worth more than the known one.
 
-    Raises BuildFailed, CloudFailed or TimedOut when a machine doesn't come up; failed checks are in the
-    verdict.
+    An inconclusive verdict does not replace what the same checks found before.
     """
-    proofs = site.prove(image, stored, run, step)
-    verdict = verdict_of(image, stored, proofs)
-    run.update(verdict=verdict)
-    return verdict
-
-
-def verdict_of(image: Image, stored: StoredImage, proofs: Sequence[Proof]) -> Verdict:
-    """Return what the proofs of all of an image's machines come to."""
-    return Verdict(
-        digest=stored.artifact.digest,
-        checks_digest=checks_digest(image, stored.artifact.target),
-        results=tuple(result for proof in proofs for result in proof.results),
-        measured=tuple(one for proof in proofs for one in proof.measured),
+    return (
+        known is None
+        or known.inconclusive
+        or not verdict.inconclusive
+        or (known.digest, known.checks_digest) != (verdict.digest, verdict.checks_digest)
     )
-
-
-def keep_verdict(stored: StoredImage, verdict: Verdict, site: Site) -> StoredImage:
-    """Keep a verdict with the image that it is about.
-
-    An inconclusive one says nothing, so it does not replace what the same checks found before.
-    """
-    known = stored.verdict
-    if (
-        verdict.inconclusive
-        and known is not None
-        and not known.inconclusive
-        and (known.digest, known.checks_digest) == (verdict.digest, verdict.checks_digest)
-    ):
-        return stored
-    return site.judge(stored, verdict)
 
 
 def require_passed(verdict: Verdict, evidence: Path, again: str) -> None:
@@ -99,10 +87,10 @@ def require_passed(verdict: Verdict, evidence: Path, again: str) -> None:
         )
     failed = _named(verdict, Outcome.FAILED)
     raise ChecksFailed(
-        f"{len(failed)} of {of} checks failed: this image does not keep its promise",
+        f"{len(failed)} of {of} checks failed",
         tail=failed,
         log=evidence,
-        hint="the console, the journal and docker inspect of the machine are in that folder",
+        hint="the console, the journal and `docker inspect` of the machine are in that folder",
     )
 
 

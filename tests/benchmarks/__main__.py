@@ -24,10 +24,10 @@ from pathlib import Path
 
 from ami_builder import console, qemu
 from ami_builder.build import packer
-from ami_builder.build.inputs import gather
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
 from ami_builder.qemu import bake
+from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.workspace import Workspace
 from tests.benchmarks import against, slow_host
 from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
@@ -165,7 +165,7 @@ def baking() -> Sequence[Row]:
     """Our bake step against a bare `packer build` of the same staged template, one pair."""
     workspace, image = _workspace(), _image()
     _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = gather(image, workspace)
+    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
     with workspace.run("benchmark", image.name) as run, console.open_progress(console.Mode.PLAIN) as progress:
         with progress.step("bake") as step:
             bake.bake(inputs, workspace, run, step)
@@ -196,7 +196,7 @@ def checks() -> Sequence[Row]:
     """The checks on one booted machine, with the shared ssh connection and without."""
     workspace, image = _workspace(), _image()
     _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = gather(image, workspace)
+    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
     stored = workspace.image(image.name, inputs.digest)
     assert stored is not None
     with (

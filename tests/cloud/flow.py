@@ -16,17 +16,14 @@ import pytest
 import tenacity
 from botocore.retries import standard
 
-from ami_builder.aws import bake, images, instances, jobs, network, session
+from ami_builder.aws import bake, images, instances, matrix, network, session
 from ami_builder.build import packer
 from ami_builder.build.guest import RenderedFile
-from ami_builder.build.target import Machine
 from ami_builder.cli import app as cli
 from ami_builder.config.schema import Image
-from ami_builder.console import Step
 from ami_builder.core.records import CheckResult, Measurement, Outcome
-from ami_builder.state.workspace import Run
 from ami_builder.system import processes
-from ami_builder.verify.journey import Proof
+from ami_builder.verify.machine import Machine, MachineResult
 
 NO_SSH = """
 build {
@@ -60,9 +57,9 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] =
         template.write_text(text)
         (directory / "build.pkr.hcl").write_text(NO_SSH)
 
-    def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
-        with step.step(f"machine of {machine.name}"), ExitStack() as stack:
-            machine.start(stack, run.work / machine.name, "#cloud-config\n", "ssh-ed25519 AAAA x")
+    def verified(image: Image, machine: Machine, *, work: Path, **_: object) -> MachineResult:
+        with ExitStack() as stack:
+            machine.start(stack, work / machine.name, "#cloud-config\n", "ssh-ed25519 AAAA x")
             running()
             result = CheckResult(
                 name="it ran",
@@ -73,10 +70,10 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] =
                 message="",
             )
             one = Measurement(machine=machine.name, phase="boot", total=machine.memory, available=1 << 30)
-        return Proof(results=(result,), measured=(one,))
+        return MachineResult(results=(result,), measured=(one,))
 
     monkeypatch.setattr(packer, "stage", staged)
-    monkeypatch.setattr(jobs, "prove", proved)
+    monkeypatch.setattr(matrix, "verify_machine", verified)
 
 
 PACKER_RETRIES = 3

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from ami_builder.aws import channels as adapter
 from ami_builder.aws import images
-from ami_builder.aws import parameters as adapter
-from ami_builder.aws.channels import CloudChannels
+from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.policy import Section, document
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
-from ami_builder.aws.target import CloudSite
-from ami_builder.build.channels import promote, revoke, rollback, standing
+from ami_builder.aws.target import AwsTarget
+from ami_builder.build.channels import all_current, promote, revoke, rollback
 from ami_builder.cli import app as cli
 from ami_builder.config.schema import Image
 from ami_builder.core.channels import Move
@@ -45,29 +45,29 @@ def configured() -> Image:
 
 
 @pytest.fixture
-def opened(cloud: Cloud, tmp_path: Path, configured: Image) -> Callable[[], CloudChannels]:
-    def channels() -> CloudChannels:
+def opened(cloud: Cloud, tmp_path: Path, configured: Image) -> Callable[[], ChannelParameters]:
+    def channels() -> ChannelParameters:
         workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
-        return CloudChannels(site=CloudSite(account=Account.open(), workspace=workspace), image=configured)
+        return AwsTarget(account=Account.open(), workspace=workspace).channels(configured)
 
     return channels
 
 
 @pytest.fixture
-def channels(opened: Callable[[], CloudChannels]) -> CloudChannels:
+def channels(opened: Callable[[], ChannelParameters]) -> ChannelParameters:
     return opened()
 
 
 def proved(
-    cloud: Cloud, channels: CloudChannels, name: str, *, outcome: Outcome | None = Outcome.PASSED
+    cloud: Cloud, channels: ChannelParameters, name: str, *, outcome: Outcome | None = Outcome.PASSED
 ) -> StoredImage:
     """Return a finished AMI whose checks ended like that; None: they never ran."""
-    account = channels.site.account
+    account = channels.account
     ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
     images.finish(account, ami, tags(Purpose.IMAGE))
     if outcome is not None:
         images.record_verdict(account, ami, outcome, "c" * 64)
-    return channels.site.ami(channels.image, ami)
+    return channels.ami(ami)
 
 
 def held(cloud: Cloud, name: str = NAME) -> str | None:
@@ -78,7 +78,7 @@ def held(cloud: Cloud, name: str = NAME) -> str | None:
         return None
 
 
-def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: CloudChannels) -> None:
+def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: ChannelParameters) -> None:
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN, "the first")
     assert held(cloud) == first.artifact.location
@@ -96,13 +96,13 @@ def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: CloudChanne
         (Move.PROMOTED, second.artifact.location, ""),
         (Move.ROLLED_BACK, first.artifact.location, "slow: very"),
     ]
-    assert standing(channels) == {first.artifact.location: ("stable",)}
-    with pytest.raises(UsageError, match="nothing stood before"):
+    assert all_current(channels) == {first.artifact.location: ("stable",)}
+    with pytest.raises(UsageError, match="no image before the current one"):
         rollback(channels, "stable", KNOWN)
     assert channels.entries("testing") == ()
 
 
-def test_an_update_is_waited_for(cloud: Cloud, channels: CloudChannels) -> None:
+def test_an_update_is_waited_for(cloud: Cloud, channels: ChannelParameters) -> None:
     cloud.options.parameter_reads = 3
     for name in "ab":
         one = proved(cloud, channels, name)
@@ -111,20 +111,20 @@ def test_an_update_is_waited_for(cloud: Cloud, channels: CloudChannels) -> None:
 
 
 def test_what_ssm_drops_without_a_word_is_told(
-    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN)
-    monkeypatch.setattr(CloudChannels, "id_of", lambda *_: second.artifact.location)
+    monkeypatch.setattr(ChannelParameters, "id_of", lambda *_: second.artifact.location)
     cloud.client().deregister_image(ImageId=second.artifact.location)
-    monkeypatch.setattr(CloudChannels, "revoked", lambda *_: {})
-    monkeypatch.setattr(CloudChannels, "find", lambda *_: second)
+    monkeypatch.setattr(ChannelParameters, "revoked", lambda *_: {})
+    monkeypatch.setattr(ChannelParameters, "find", lambda *_: second)
     with pytest.raises(CloudFailed, match="the channel stands where it stood"):
         promote(channels, second, "stable", KNOWN)
     assert held(cloud) == first.artifact.location
 
 
-def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: CloudChannels) -> None:
+def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: ChannelParameters) -> None:
     pair = [proved(cloud, channels, name) for name in "ab"]
     promote(channels, pair[0], "stable", KNOWN)
     ssm = cloud.client("ssm")
@@ -149,7 +149,7 @@ def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: CloudC
 
 
 def test_a_move_by_somebody_else_is_seen(
-    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN)
@@ -173,7 +173,7 @@ def test_a_move_by_somebody_else_is_seen(
 
 @pytest.mark.parametrize("fault", ["throttle", "http500", "lost_response", "duplicated", "reset"])
 @pytest.mark.parametrize("action", ["PutParameter", "LabelParameterVersion", "GetParameter"])
-def test_moving_through_faults(cloud: Cloud, channels: CloudChannels, action: str, fault: str) -> None:
+def test_moving_through_faults(cloud: Cloud, channels: ChannelParameters, action: str, fault: str) -> None:
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     for one in (first, second):
         cloud.faults.add(action, fault)
@@ -192,16 +192,16 @@ def test_moving_through_faults(cloud: Cloud, channels: CloudChannels, action: st
     ],
 )
 def test_what_was_not_proved_is_refused(
-    cloud: Cloud, channels: CloudChannels, outcome: Outcome | None, said: str
+    cloud: Cloud, channels: ChannelParameters, outcome: Outcome | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         promote(channels, proved(cloud, channels, "a", outcome=outcome), "stable", KNOWN)
     assert held(cloud) is None
 
 
-def test_only_finished_images_of_this_name(cloud: Cloud, channels: CloudChannels) -> None:
+def test_only_finished_images_of_this_name(cloud: Cloud, channels: ChannelParameters) -> None:
     one = proved(cloud, channels, "a")
-    account = channels.site.account
+    account = channels.account
     account.ec2.create_tags(
         Resources=[one.artifact.location], Tags=[{"Key": "ami-builder:image", "Value": "other"}]
     )
@@ -212,7 +212,7 @@ def test_only_finished_images_of_this_name(cloud: Cloud, channels: CloudChannels
         promote(channels, one, "stable", KNOWN)
 
 
-def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: CloudChannels) -> None:
+def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: ChannelParameters) -> None:
     first, second, third = (proved(cloud, channels, name) for name in "abc")
     for one in (first, second, third):
         promote(channels, one, "stable", KNOWN)
@@ -220,7 +220,7 @@ def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: CloudChannels
     revoke(channels, third, "leaks")
     assert held(cloud) == second.artifact.location
     assert held(cloud, NAME.replace("stable", "testing")) is None
-    with pytest.raises(UsageError, match="never comes back: leaks"):
+    with pytest.raises(UsageError, match="can't be promoted again: leaks"):
         promote(channels, third, "stable", KNOWN)
     assert revoke(channels, third, "again").entries == ()
     # One that was deregistered is not gone back to either.
@@ -232,7 +232,7 @@ def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: CloudChannels
 
 
 def test_a_revocation_that_was_killed_is_taken_up(
-    cloud: Cloud, channels: CloudChannels, monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (proved(cloud, channels, name) for name in "ab")
     for one in (first, second):
@@ -252,7 +252,7 @@ def test_a_revocation_that_was_killed_is_taken_up(
 
 
 def test_least_privilege(
-    cloud: Cloud, opened: Callable[[], CloudChannels], monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, opened: Callable[[], ChannelParameters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = opened()
     first, second = (proved(cloud, free, name) for name in "ab")
@@ -268,12 +268,12 @@ def test_least_privilege(
     assert allowed.refused == []
     assert allowed.unused == set()
     with refused("AccessDeniedException"):
-        channels.site.account.client("ssm").put_parameter(Name="/theirs", Value="x", Type="String")
+        channels.account.client("ssm").put_parameter(Name="/theirs", Value="x", Type="String")
 
 
 def test_the_commands(
     cloud: Cloud,
-    channels: CloudChannels,
+    channels: ChannelParameters,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -282,7 +282,7 @@ def test_the_commands(
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(Path(__file__).parents[2] / "ami-builder.toml"))
     first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
     # One that this machine has built is known by its name, any other by its id.
-    channels.site.workspace.store_remote(first.artifact, None)
+    channels.workspace.store_remote(first.artifact, None)
     assert cli.run(["promote", "dask", "stable", "--target", "aws"]) == 0
     assert cli.run(["promote", second.artifact.location, "stable"]) == 0
     assert capsys.readouterr().out.split() == [first.artifact.location, second.artifact.location]

@@ -12,8 +12,8 @@ import pytest
 from moto.core.utils import utcnow
 from moto.ec2.utils import random_ami_id
 
+from ami_builder.aws import channels as adapter
 from ami_builder.aws import images, references
-from ami_builder.aws import parameters as adapter
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.policy import Section, document
 from ami_builder.aws.session import Account

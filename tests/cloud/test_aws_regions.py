@@ -15,16 +15,15 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.retries import standard
 
+from ami_builder.aws import channels as adapter
 from ami_builder.aws import copies, images
-from ami_builder.aws import parameters as adapter
-from ami_builder.aws import place as cloud_place
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.place import CloudPlace, places
 from ami_builder.aws.policy import Section, document
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
+from ami_builder.aws.target import AwsTarget, named
 from ami_builder.build.channels import promote
-from ami_builder.build.place import Place
+from ami_builder.build.target import Target
 from ami_builder.cli import app as cli
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
@@ -103,13 +102,14 @@ def mine(cloud: Cloud, region: str) -> list[str]:
     return cloud.left(region).get("image", [])
 
 
-def opened(configured: Image, tmp_path: Path) -> tuple[CloudPlace, ...]:
-    return places(configured, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")}))
+def opened(configured: Image, tmp_path: Path) -> tuple[AwsTarget, ...]:
+    home = AwsTarget.open(configured, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")}))
+    return (home, *home.copies(configured))
 
 
-def brought(place: CloudPlace, stored: StoredImage) -> StoredImage:
-    with Progress(_Silent()) as progress, progress.step("bring") as step:
-        return place.bring(stored, step)
+def received(target: AwsTarget, configured: Image, stored: StoredImage) -> StoredImage:
+    with Progress(_Silent()) as progress, progress.step("receive") as step:
+        return target.receive(configured, stored, step)
 
 
 class _Silent:
@@ -302,37 +302,39 @@ def test_what_copy_refuses(
     elsewhere = replace(configured, aws=replace(configured.aws, region=""))
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     with pytest.raises(UsageError, match="or is where the AMI is baked"):
-        places(elsewhere, Workspace.open({}))
+        AwsTarget.open(elsewhere, Workspace.open({})).copies(elsewhere)
 
 
 def test_a_place_of_its_own(cloud: Cloud, configure: Configure, tmp_path: Path) -> None:
     configured = configure()
     home, *others = opened(configured, tmp_path)
-    every: list[Place] = [home, *others]
-    assert [place.name for place in every] == [REGION, *TWO]
+    every: list[Target] = [home, *others]
+    assert [target.name for target in every] == [REGION, *TWO]
     ami = baked(cloud)
-    stored = home.site.ami(configured, ami)
-    assert others[0].find(stored) is None
-    there = brought(home, stored)
+    stored = home.ami(configured, ami)
+    assert others[0].find_copy(configured, stored) is None
+    there = received(home, configured, stored)
     assert (there.artifact.location, there.artifact.region) == (ami, REGION)
-    copy = brought(others[0], there)
+    copy = received(others[0], configured, there)
     assert copy.artifact.region == TWO[0]
     assert copy.artifact.digest == DIGEST
-    assert brought(others[0], copy) == copy == others[0].find(stored)
+    assert received(others[0], configured, copy) == copy == others[0].find_copy(configured, stored)
     assert cloud.count("CopyImage") == 1
-    promote(others[0].channels, copy, "stable", ("stable",))
+    promote(others[0].channels(configured), copy, "stable", ("stable",))
     held = cloud.client("ssm", region=TWO[0]).get_parameter(Name="/ami-builder/dask/x86_64/stable")
     assert held["Parameter"]["Value"] == copy.artifact.location
-    assert home.channels.entries("stable") == ()
+    assert home.channels(configured).entries("stable") == ()
     # Judged again at home, and revoked there: its copies are told.
-    images.record_verdict(home.site.account, ami, Outcome.FAILED, "d" * 64)
-    images.revoke(home.site.account, ami, "leaks")
-    again = brought(others[0], stored)
+    images.record_verdict(home.account, ami, Outcome.FAILED, "d" * 64)
+    images.revoke(home.account, ami, "leaks")
+    again = received(others[0], configured, stored)
     assert again.verdict is not None
     assert not again.verdict.passed
     with pytest.raises(UsageError, match="failed its checks"):
-        promote(others[0].channels, again, "testing", ("testing",))
-    assert others[0].channels.revoked([copy.artifact.location]) == {copy.artifact.location: "leaks"}
+        promote(others[0].channels(configured), again, "testing", ("testing",))
+    assert others[0].channels(configured).revoked([copy.artifact.location]) == {
+        copy.artifact.location: "leaks"
+    }
 
 
 def test_one_that_can_not_be_launched_there(
@@ -340,19 +342,19 @@ def test_one_that_can_not_be_launched_there(
 ) -> None:
     configured = configure()
     home = opened(configured, tmp_path)[0]
-    stored = home.site.ami(configured, baked(cloud))
+    stored = home.ami(configured, baked(cloud))
     tried = [call for call in cloud.calls if call.action == "RunInstances"]
-    brought(home, stored)
+    received(home, configured, stored)
     (dry,) = [c for c in cloud.calls if c.action == "RunInstances" and c not in tried]
     assert dry.params["DryRun"]
     assert dry.outcome == "DryRunOperation"
     cloud.faults.add("RunInstances", "http500", times=None)
     with pytest.raises(CloudFailed, match=f"{REGION}: AWS refused ec2:RunInstances"):
-        brought(home, stored)
+        received(home, configured, stored)
     cloud.faults.clear()
     cloud.backend().amis[stored.artifact.location].state = "failed"
     with pytest.raises(CloudFailed, match=f"{REGION}: {stored.artifact.location} is failed"):
-        brought(home, stored)
+        received(home, configured, stored)
 
 
 CHANNEL = "/ami-builder/dask/x86_64/stable"
@@ -420,7 +422,7 @@ def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
     for command, said in (
         (("promote", second, "testing", "--region", "eu-north-1"), "no image is promoted there"),
         (("rollback", "stable", "--region", TWO[0]), TWO[0]),
-        (("rollback", "stable", "--target", "aws"), "nothing stood before"),
+        (("rollback", "stable", "--target", "aws"), "no image before the current one"),
         (("promote", second, "stabel"), "did you mean stable"),
     ):
         assert cli.run(["--quiet", *command]) == 2
@@ -438,7 +440,7 @@ def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
 def test_a_region_that_is_not_enabled() -> None:
     def asked() -> None:
         answer: Any = {"Error": {"Code": "AuthFailure", "Message": "not able to validate"}}
-        with cloud_place._named("ap-east-1"):
+        with named("ap-east-1"):
             try:
                 raise ClientError(answer, "DescribeImages")
             except ClientError as error:

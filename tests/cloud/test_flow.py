@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 
-from ami_builder.aws import jobs
-from ami_builder.aws.target import CloudSite
-from ami_builder.build.target import Machine
+from ami_builder.aws import matrix
+from ami_builder.aws.target import AwsTarget
 from ami_builder.config import loading
-from ami_builder.config.schema import Image
-from ami_builder.console import Step
 from ami_builder.core.records import Measurement
-from ami_builder.state.workspace import Run, Workspace
-from ami_builder.verify.journey import Proof
+from ami_builder.state.workspace import Workspace
+from ami_builder.verify.machine import MachineResult
 from tests.cloud.flow import SETTINGS, ami_builder, without_ssh
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
 
@@ -82,8 +79,8 @@ def test_another_machine_knows_what_was_measured(
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "elsewhere"))
     settings = loading.overrides_from(word for word in SETTINGS if word != "--set")
     image = loading.load(None, environ={}, overrides=settings).select()
-    site = CloudSite.open(image, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "elsewhere")}))
-    verdict = site.ami(image, ami).verdict
+    target = AwsTarget.open(image, Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "elsewhere")}))
+    verdict = target.ami(image, ami).verdict
     assert verdict is not None
     assert verdict.passed
     assert verdict.measured == (
@@ -144,13 +141,13 @@ def test_credentials_are_in_no_file_no_argument_and_no_output(
         return "".join(each.read_text(errors="replace") for each in files)
 
     during: list[str] = []
-    prove: Callable[[Image, Machine, Run, Step], Proof] = vars(jobs)["prove"]
+    verify_machine: Callable[..., MachineResult] = vars(matrix)["verify_machine"]
 
-    def proved(image: Image, machine: Machine, run: Run, step: Step) -> Proof:
+    def verified(*args: Any, **more: Any) -> MachineResult:
         during.append(written())
-        return prove(image, machine, run, step)
+        return verify_machine(*args, **more)
 
-    monkeypatch.setattr(jobs, "prove", proved)
+    monkeypatch.setattr(matrix, "verify_machine", verified)
     monkeypatch.setattr(subprocess, "Popen", started)
     assert ami_builder("--debug", "build", "--target", "aws") == 0
     assert set(words) <= set(given), "Packer was given them"

@@ -10,12 +10,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ami_builder.aws import jobs
-from ami_builder.build.target import Machine
+from ami_builder.aws import matrix
 from ami_builder.config.schema import Image
-from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
-from ami_builder.state.workspace import Run
+from ami_builder.verify.machine import Machine
 from tests.cloud.faulting import BUILD, Place, only_the_ami
 from tests.cloud.flow import captured
 from tests.cloud.stopping import POWER_LOSS, stopped
@@ -48,9 +46,9 @@ def allowed(
     return cloud.enforce({"Version": "2012-10-17", "Statement": statements}, KEY)
 
 
-def _lost(image: Image, machine: Machine, run: Run, step: Step) -> NoReturn:
+def _lost(image: Image, machine: Machine, *, work: Path, **_: object) -> NoReturn:
     with ExitStack() as stack:
-        machine.start(stack, run.work / "lost", "#cloud-config\n", "ssh-ed25519 AAAA x")
+        machine.start(stack, work / "lost", "#cloud-config\n", "ssh-ed25519 AAAA x")
         raise BuildFailed("it never answered")
 
 
@@ -74,7 +72,7 @@ def test_build_and_verify(
     assert cloud.count("RunInstances") == made, "unchanged"
     proved = captured("verify", ami)
     assert proved.status == 0, proved.err
-    monkeypatch.setattr(jobs, "prove", _lost)
+    monkeypatch.setattr(matrix, "verify_machine", _lost)
     assert captured("verify", ami).status == BuildFailed.exit_code
     assert held.refused == []
     assert held.unused == set()

@@ -15,7 +15,7 @@ from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
 from ami_builder.core.options import Datasource, Network
-from ami_builder.qemu.target import LocalMachine
+from ami_builder.qemu.target import QemuMachine
 from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
 from tests.experiment.cases import METHOD, Case, expected_limit
@@ -97,7 +97,7 @@ class _OneRun:
         self.working = False
         verify = replace(setup.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
         self.image = replace(setup.image, verify=verify)
-        self.machine = LocalMachine(
+        self.machine = QemuMachine(
             image=self.image, disk=setup.disk, accelerator=setup.accelerator, memory=case.memory
         )
 

@@ -16,7 +16,7 @@ from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError, Locked
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
-from ami_builder.verify.concurrency import side_by_side
+from ami_builder.verify.executor import side_by_side
 from tests.experiment.cases import METHOD, Case, left
 from tests.experiment.driver import require_distributed
 from tests.experiment.results import Result, Trace, parse, plain

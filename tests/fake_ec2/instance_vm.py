@@ -67,7 +67,7 @@ class InstanceVm(threading.Thread):
         self.volume = volume
         self._launch, self._owner = launch, owner
         self._asked: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
-        self._machine: qemu.Machine | None = None
+        self._machine: qemu.VirtualMachine | None = None
         self._endpoint: Endpoint | None = None
         self._power = ExitStack()
         self._relay = ExitStack()
@@ -134,7 +134,7 @@ class InstanceVm(threading.Thread):
 
     def _boot(self, imds_port: int) -> None:
         launch = self._launch
-        machine = qemu.Machine(
+        machine = qemu.VirtualMachine(
             disk=self.volume,
             writable=True,
             directory=launch.directory,

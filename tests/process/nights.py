@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -33,10 +33,11 @@ from ami_builder.cli import nightly as command
 from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
+from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind
+from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.journal import NightlyJournal
 from ami_builder.state.workspace import Run, StoredImage, Workspace
-from ami_builder.verify.journey import Proof
+from ami_builder.verify.machine import MachineResult
 
 GIB = 1 << 30
 WORLD = "world.json"
@@ -72,13 +73,10 @@ def told(folder: Path) -> World:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FakeSite:
-    """A local site in which baking writes some bytes, and notes that it did in FOLDER/bakes."""
+class FakeTarget(QemuTarget):
+    """This host, but baking writes some bytes and notes that it did in FOLDER/bakes; no machine is booted."""
 
     folder: Path
-    workspace: Workspace
-    target: TargetKind = field(default=TargetKind.QEMU, init=False)
-    emulated: None = field(default=None, init=False)
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Digest what the world says, as the archive would be asked."""
@@ -87,10 +85,6 @@ class FakeSite:
             raise BuildFailed("the package archive does not answer")
         digest = hashlib.sha256(f"{image.name} {world.inputs}".encode()).hexdigest()
         return Inputs(image=image, guest={}, base_digest="b", container_digest="c", digest=digest)
-
-    def find(self, inputs: Inputs) -> StoredImage | None:
-        """Return the finished image of exactly these inputs."""
-        return self.workspace.image(inputs.image.name, inputs.digest)
 
     def bake(
         self, inputs: Inputs, run: Run, step: Step, *, again: bool, on_boot: Callable[[float], None]
@@ -107,7 +101,7 @@ class FakeSite:
         packages.write_text("\n".join(world.packages) + "\n")
         artifact = Artifact(
             image=inputs.image.name,
-            target=self.target,
+            target=self.kind,
             location="",
             digest=inputs.digest,
             created=datetime.now(UTC),
@@ -116,7 +110,9 @@ class FakeSite:
         )
         return self.workspace.store(artifact, disk, packages)
 
-    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> Sequence[Proof]:
+    def verify(
+        self, image: Image, stored: StoredImage, run: Run, step: Step, evidence: Path
+    ) -> Sequence[MachineResult]:
         """Say what the world says of a machine of each configured size."""
         world = told(self.folder)
         outcome = Outcome.PASSED if world.passes else Outcome.FAILED
@@ -134,21 +130,17 @@ class FakeSite:
                 message="x",
             )
             one = Measurement(machine=machine, phase="boot", total=memory, available=world.available)
-            proofs.append(Proof(results=(result,), measured=(one,)))
+            proofs.append(MachineResult(results=(result,), measured=(one,)))
         return proofs
-
-    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        """Put the verdict beside the image."""
-        return self.workspace.store_verdict(stored, verdict)
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `ami-builder nightly` in this process meet the world in `folder`."""
 
-    def site(image: Image, target: TargetKind, **_: object) -> FakeSite:
-        return FakeSite(folder=folder, workspace=Workspace.open(os.environ))
+    def opened(image: Image, kind: TargetKind, **_: object) -> FakeTarget:
+        return FakeTarget(folder=folder, workspace=Workspace.open(os.environ))
 
-    monkeypatch.setattr(command, "open_site", site)
+    monkeypatch.setattr(command, "open_target", opened)
     monkeypatch.setenv("AMI_BUILDER_HOME", str(folder / "home"))
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(folder / "ami-builder.toml"))
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from ami_builder.build import guest
 from ami_builder.config.schema import Image
 from ami_builder.system.processes import wait_until
+from ami_builder.verify import journey
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
 
@@ -95,7 +96,7 @@ def test_http_is_on_one_port_in_every_role() -> None:
         assert _command(image(), role).count(f"--dashboard-address {address}:8787") == 1
     # The rest of a worker's HTTP server is there without a dashboard, by default for the network.
     assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in _command(image(), "local")
-    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in guest.user_data(image(), nonce="n")
+    assert "--no-dashboard --dashboard-address 127.0.0.1:0 " in journey.user_data(image(), nonce="n")
 
 
 @pytest.mark.parametrize("role", ["local", "worker"])
@@ -126,7 +127,7 @@ def test_a_headroom_leaves_the_share_to_start_dask(role: str, workers: int) -> N
     fraction = _share(image(workers=workers), role)
     with_headroom = image(workers=workers, headroom=64 << 20)
     assert _share(with_headroom, role) == "${DASK_WORKER_MEMORY:-%s}" % fraction  # noqa: UP031
-    plain, sent = (guest.user_data(of, nonce="n") for of in (image(workers=workers), with_headroom))
+    plain, sent = (journey.user_data(of, nonce="n") for of in (image(workers=workers), with_headroom))
     assert f"--memory-limit {fraction} " in plain
     assert f"--memory-limit ${{DASK_WORKER_MEMORY:-{fraction}}} " in sent
 
@@ -160,7 +161,7 @@ def _own() -> dict[str, Any]:
 
 def _sent() -> dict[str, Any]:
     """What a control plane sends, as the checks have it."""
-    files = yaml.safe_load(guest.user_data(image(), nonce="x"))["write_files"]
+    files = yaml.safe_load(journey.user_data(image(), nonce="x"))["write_files"]
     service: dict[str, Any] = yaml.safe_load(files[1]["content"])["services"]["cluster"]
     return service
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.build import guest
 from ami_builder.system import resources
+from ami_builder.verify import journey
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
 
@@ -119,7 +119,7 @@ def test_a_machine_without_cloud_init_has_no_user_data(tmp_path: Path) -> None:
 
 
 def test_what_verification_sends_is_the_services(tmp_path: Path) -> None:
-    user_data(tmp_path, guest.user_data(image(), nonce="n"))
+    user_data(tmp_path, journey.user_data(image(), nonce="n"))
     assert run("dask-wanted", tmp_path) == (0, "")
 
 

@@ -18,7 +18,7 @@ from ami_builder.build import channels
 from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
 from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
-from ami_builder.qemu.channels import LocalChannels
+from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal, unfinished
 from ami_builder.state.runs import NIGHT
 from ami_builder.state.workspace import Workspace, load
@@ -49,8 +49,8 @@ def workspace(folder: Path) -> Workspace:
 
 
 @pytest.fixture
-def record(workspace: Workspace) -> LocalChannels:
-    return LocalChannels(workspace=workspace, image="dask")
+def record(workspace: Workspace) -> ChannelFile:
+    return ChannelFile(workspace=workspace, image="dask")
 
 
 def meet(folder: Path, world: World) -> None:
@@ -62,7 +62,7 @@ def bakes(folder: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-def standing(record: LocalChannels, channel: str = "testing") -> str:
+def standing(record: ChannelFile, channel: str = "testing") -> str:
     return channels.current(record, channel)
 
 
@@ -75,7 +75,7 @@ def night(capsys: pytest.CaptureFixture[str], *flags: str, status: int = 0) -> d
 
 
 def test_a_first_night_builds_proves_and_promotes_and_the_next_finds_nothing_to_do(
-    folder: Path, workspace: Workspace, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+    folder: Path, workspace: Workspace, record: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = night(capsys)
     assert first["ending"] == "promoted"
@@ -98,7 +98,7 @@ def test_a_night_promotes_every_machine_size_that_is_configured(
 
 
 def test_what_drifts_too_far_is_held_until_a_person_promotes_it(
-    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+    folder: Path, record: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = night(capsys)["digest"]
     heavy = World(inputs="two", available=1_500_000_000, packages=("systemd=258", "agent=1"))
@@ -115,7 +115,7 @@ def test_what_drifts_too_far_is_held_until_a_person_promotes_it(
 
 
 def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_again(
-    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+    folder: Path, record: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = night(capsys)["digest"]
     for world, status, said in (
@@ -136,7 +136,7 @@ def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_aga
 
 
 def test_a_host_that_is_too_busy_to_judge_leaves_the_channel_and_the_next_run_verifies_again(
-    folder: Path, workspace: Workspace, record: LocalChannels, capsys: pytest.CaptureFixture[str]
+    folder: Path, workspace: Workspace, record: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = night(capsys)["digest"]
     meet(folder, World(inputs="two", busy=True))
@@ -157,7 +157,7 @@ def test_a_host_that_is_too_busy_to_judge_leaves_the_channel_and_the_next_run_ve
 
 
 def test_an_inconclusive_run_that_is_killed_is_not_taken_for_a_verified_one(
-    folder: Path, workspace: Workspace, record: LocalChannels
+    folder: Path, workspace: Workspace, record: ChannelFile
 ) -> None:
     """Whatever entry of its journal it is killed after."""
     for number in range(1, 5):
@@ -177,7 +177,7 @@ def test_a_failure_does_not_hide_behind_a_busy_host_nor_that_behind_a_held_image
 
 @pytest.mark.parametrize("command", ["rollback testing --reason slow", "revoke IMAGE --reason slow"])
 def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
-    folder: Path, record: LocalChannels, capsys: pytest.CaptureFixture[str], command: str
+    folder: Path, record: ChannelFile, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     before = night(capsys)["digest"]
     meet(folder, World(inputs="two"))
@@ -195,7 +195,7 @@ def test_what_a_person_took_out_of_a_channel_does_not_come_back_by_itself(
 @pytest.mark.long
 @pytest.mark.parametrize("unnoted", [False, True], ids=["once it is made", "before it is made"])
 def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was(
-    folder: Path, workspace: Workspace, record: LocalChannels, unnoted: bool
+    folder: Path, workspace: Workspace, record: ChannelFile, unnoted: bool
 ) -> None:
     meet(folder, World(inputs="zero"))
     assert ended(begin(folder)) == 0
@@ -221,7 +221,7 @@ def test_a_night_that_is_killed_at_any_entry_of_its_journal_goes_on_where_it_was
 
 
 def test_a_night_whose_inputs_change_after_it_was_killed_begins_anew(
-    folder: Path, workspace: Workspace, record: LocalChannels
+    folder: Path, workspace: Workspace, record: ChannelFile
 ) -> None:
     assert ended(begin(folder, dies_after=1)) == -9
     (cut_off,) = unfinished(workspace)
@@ -245,7 +245,7 @@ def test_of_two_nights_at_once_the_second_says_who_is_at_it(
 
 
 def test_nights_that_begin_at_the_same_moment_make_one_image(
-    folder: Path, workspace: Workspace, record: LocalChannels
+    folder: Path, workspace: Workspace, record: ChannelFile
 ) -> None:
     statuses = [ended(each) for each in [begin(folder) for _ in range(4)]]
     # One does it; the others find it going, or done.
@@ -359,7 +359,7 @@ class Planned:
 def test_seven_nights(
     folder: Path,
     workspace: Workspace,
-    record: LocalChannels,
+    record: ChannelFile,
     hook: Callable[[], list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -437,8 +437,8 @@ def test_seven_nights(
     capsys.readouterr()
     assert cli.run(["history", "testing"]) == 0
     told = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [(when[:10], move, image, why[:13]) for when, move, image, _, why in told] == [
-        ("2026-03-02", "promoted", digests["one"][:16], "night 2026030"),
-        ("2026-03-04", "promoted", digests["two"][:16], "night 2026030"),
-        ("2026-03-08", "promoted", digests["four"][:16], "night 2026030"),
+    assert [(when[:10], move, image, why[:14]) for when, move, image, _, why in told] == [
+        ("2026-03-02", "promoted", digests["one"][:16], "nightly run 20"),
+        ("2026-03-04", "promoted", digests["two"][:16], "nightly run 20"),
+        ("2026-03-08", "promoted", digests["four"][:16], "nightly run 20"),
     ]

@@ -14,7 +14,7 @@ import pytest
 
 from ami_builder.core.errors import BuildFailed, Interrupted, MissingTool, TimedOut
 from ami_builder.system import processes
-from ami_builder.verify.concurrency import side_by_side
+from ami_builder.verify.executor import side_by_side
 
 
 def _alive(pid: int) -> bool:

@@ -22,7 +22,7 @@ import pytest
 from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut, UsageError
 from ami_builder.core.options import Network
-from ami_builder.qemu import Accelerator, GuestStuck, Machine, MachineDied, accelerator, machine
+from ami_builder.qemu import Accelerator, GuestStuck, MachineDied, VirtualMachine, accelerator, machine
 from ami_builder.system import processes
 
 MIB = 1 << 20
@@ -105,8 +105,8 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def build(tmp_path: Path, disk: Path) -> Callable[..., Machine]:
-    def make(**changes: Any) -> Machine:
+def build(tmp_path: Path, disk: Path) -> Callable[..., VirtualMachine]:
+    def make(**changes: Any) -> VirtualMachine:
         arguments: dict[str, Any] = {
             "disk": disk,
             "directory": tmp_path / "vm",
@@ -115,7 +115,7 @@ def build(tmp_path: Path, disk: Path) -> Callable[..., Machine]:
             "accelerator": Accelerator.TCG,
             "user": "admin",
         }
-        return Machine(**(arguments | changes))
+        return VirtualMachine(**(arguments | changes))
 
     return make
 
@@ -202,7 +202,7 @@ def test_an_image_that_refers_to_another_file_is_refused(tmp_path: Path, disk: P
     options = f"data_file={tmp_path / 'data'},data_file_raw=on"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, split, "1M"], check=True)
     for path in (overlay, split):
-        with pytest.raises(UsageError, match="not a whole image"):
+        with pytest.raises(UsageError, match="not a complete image"):
             qemu.image_info(path)
 
 
@@ -225,7 +225,7 @@ def test_overlay_does_not_shrink(tmp_path: Path, disk: Path) -> None:
 
 
 def test_machine_yields_its_endpoint_and_leaves_only_logs(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     folder = fake(console=b"hello\r\n")
     with build() as endpoint:
@@ -243,7 +243,7 @@ def arguments(folder: Path) -> str:
     return " ".join(json.loads((folder / "argv.json").read_text()))
 
 
-def test_an_instance_of_ec2(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_an_instance_of_ec2(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake()
     with build(imds_port=1234, disk_size=32 * MIB, memory=1000 * MIB, cpus=3, mac="02:00:00:00:00:07"):
         text = arguments(folder)
@@ -263,7 +263,7 @@ def test_an_instance_of_ec2(fake: Fake, build: Callable[..., Machine]) -> None:
 
 
 def test_a_machine_with_a_seed_is_no_instance(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     folder = fake()
     with build(seed=tmp_path / "seed.iso"):
@@ -274,14 +274,16 @@ def test_a_machine_with_a_seed_is_no_instance(
 
 
 @pytest.mark.parametrize(("network", "restricted"), [(Network.ISOLATED, True), (Network.NAT, False)])
-def test_network(fake: Fake, build: Callable[..., Machine], network: Network, restricted: bool) -> None:
+def test_network(
+    fake: Fake, build: Callable[..., VirtualMachine], network: Network, restricted: bool
+) -> None:
     folder = fake()
     with build(network=network, ports=(9999,)) as endpoint:
         assert endpoint.ports.keys() == {22, 9999}
         assert ("restrict=on" in arguments(folder)) == restricted
 
 
-def test_kvm_uses_the_hosts_processor(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_kvm_uses_the_hosts_processor(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake()
     with build(accelerator=Accelerator.KVM):
         text = arguments(folder)
@@ -289,14 +291,16 @@ def test_kvm_uses_the_hosts_processor(fake: Fake, build: Callable[..., Machine])
     assert "type=11" not in text, "a machine that is not emulated is not changed"
 
 
-def test_an_emulated_machine_puts_programs_where_they_were(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_an_emulated_machine_puts_programs_where_they_were(
+    fake: Fake, build: Callable[..., VirtualMachine]
+) -> None:
     folder = fake()
     with build():
         text = arguments(folder)
     assert "type=11,value=io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0" in text
 
 
-def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., Machine], tmp_path: Path) -> None:
+def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path) -> None:
     folder = fake(console=b"there")
     with build(directory=tmp_path / "a,b") as endpoint:
         assert f"file={tmp_path}/a,,b/overlay.qcow2" in arguments(folder)
@@ -304,7 +308,7 @@ def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., Machine], tmp_pa
 
 
 def test_firmware_is_found_or_named(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fake()
     code = tmp_path / "code.fd"
@@ -318,7 +322,7 @@ def test_firmware_is_found_or_named(
 
 
 def test_qemu_is_missing(
-    build: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., VirtualMachine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bin"
     path.mkdir()
@@ -342,7 +346,7 @@ def refuse(name: str) -> Path:
     ],
 )
 def test_qemu_dies_at_once(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path, first: str, message: str
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path, first: str, message: str
 ) -> None:
     fake(first=first)
     with pytest.raises(MachineDied, match=message) as caught, build():
@@ -354,7 +358,7 @@ def test_qemu_dies_at_once(
 
 
 def test_qemu_does_not_answer(
-    fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+    fake: Fake, build: Callable[..., VirtualMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ami_builder.qemu.monitor._ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
@@ -364,7 +368,7 @@ def test_qemu_does_not_answer(
     assert all(gone(pid) for pid in pids(folder))
 
 
-def test_qemu_dies_later(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_qemu_dies_later(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     fake(each="if command == 'query-status': sys.exit(3)", console=b"\x1b[2Jlast \x1b[0;1mwords\r\n\r\n")
     it = build()
     with it, pytest.raises(MachineDied, match="exit status 3") as caught:
@@ -372,7 +376,7 @@ def test_qemu_dies_later(fake: Fake, build: Callable[..., Machine]) -> None:
     assert caught.value.tail == ("last words",)
 
 
-def test_a_healthy_machine_is_alive(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_a_healthy_machine_is_alive(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     fake(console=b"Kernel panic is not what this line is about\r\n")
     it = build()
     with it:
@@ -380,7 +384,7 @@ def test_a_healthy_machine_is_alive(fake: Fake, build: Callable[..., Machine]) -
         it.check_alive()
 
 
-def test_internal_error(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_internal_error(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     fake(state="internal-error")
     it = build(accelerator=Accelerator.KVM)
     with it, pytest.raises(MachineDied, match="could not go on under KVM") as caught:
@@ -388,7 +392,7 @@ def test_internal_error(fake: Fake, build: Callable[..., Machine]) -> None:
     assert "AMI_BUILDER_ACCELERATOR=tcg" in str(caught.value.hint)
 
 
-def test_the_hosts_disk_is_full(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_the_hosts_disk_is_full(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     fake(state="io-error")
     it = build()
     with it, pytest.raises(BuildFailed, match="could not be written") as caught:
@@ -410,7 +414,7 @@ def test_the_hosts_disk_is_full(fake: Fake, build: Callable[..., Machine]) -> No
     ],
 )
 def test_guest_panic(
-    fake: Fake, build: Callable[..., Machine], accelerated: Accelerator, line: bytes, again: bool
+    fake: Fake, build: Callable[..., VirtualMachine], accelerated: Accelerator, line: bytes, again: bool
 ) -> None:
     fake(console=b"[    1.2] Oops\r\n[    1.3] " + line + b"\r\n[    1.4] Rebooting\r\n")
     it = build(accelerator=accelerated)
@@ -433,7 +437,7 @@ def test_guest_panic(
 )
 def test_firmware_that_hangs_under_emulation_is_told_from_a_quiet_system(
     fake: Fake,
-    build: Callable[..., Machine],
+    build: Callable[..., VirtualMachine],
     accelerated: Accelerator,
     console: bytes,
     silent: float,
@@ -450,7 +454,7 @@ def test_firmware_that_hangs_under_emulation_is_told_from_a_quiet_system(
 
 
 def test_the_console_of_an_earlier_machine_does_not_count(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     fake(console=b"Kernel panic - not syncing: once\r\n")
     with build():
@@ -463,7 +467,7 @@ def test_the_console_of_an_earlier_machine_does_not_count(
 
 
 def test_a_stubborn_qemu_is_killed(
-    fake: Fake, build: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+    fake: Fake, build: Callable[..., VirtualMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 0.5})
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
@@ -479,24 +483,24 @@ def test_a_stubborn_qemu_is_killed(
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_nothing_is_left_when_entering_fails(
     fake: Fake,
-    build: Callable[..., Machine],
+    build: Callable[..., VirtualMachine],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException],
 ) -> None:
     folder = fake()
 
-    def fail(self: Machine) -> None:
+    def fail(self: VirtualMachine) -> None:
         raise error
 
-    monkeypatch.setattr(Machine, "_forwarded", fail)
+    monkeypatch.setattr(VirtualMachine, "_forwarded", fail)
     with pytest.raises(error), build():
         pass
     assert all(gone(pid) for pid in pids(folder))
     assert not (tmp_path / "vm/overlay.qcow2").exists()
 
 
-def test_powering_off_twice_does_nothing(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_powering_off_twice_does_nothing(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake()
     it = build()
     with it:
@@ -510,9 +514,9 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from ami_builder.qemu import Accelerator, Machine
-        with Machine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}), memory=1 << 28,
-                     cpus=1, accelerator=Accelerator.TCG, user="admin"):
+        from ami_builder.qemu import Accelerator, VirtualMachine
+        with VirtualMachine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}),
+                            memory=1 << 28, cpus=1, accelerator=Accelerator.TCG, user="admin"):
             print("up", flush=True)
             time.sleep(60)
     """)
@@ -545,7 +549,7 @@ def monitored(answers: str = "") -> str:
 
 
 def test_a_machine_is_saved_as_it_was_stopped(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     folder = fake(each=monitored("'query-migrate': {'return': {'status': 'completed'}}"))
     it = build(bus=qemu.Bus.VIRTIO)
@@ -565,7 +569,7 @@ def test_a_machine_is_saved_as_it_was_stopped(
     ],
 )
 def test_why_a_machine_can_not_be_saved(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path, answers: str
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path, answers: str
 ) -> None:
     fake(each=monitored(answers))
     it = build()
@@ -574,7 +578,7 @@ def test_why_a_machine_can_not_be_saved(
 
 
 def test_a_saved_machine_goes_on_once_all_is_read(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     reading = "'query-status': not os.path.exists(here + '/read') and {'return': {'status': 'inmigrate'}}"
     folder = fake(each=monitored(reading), state="paused")
@@ -590,7 +594,9 @@ def test_a_saved_machine_goes_on_once_all_is_read(
         it.check_alive()
 
 
-def test_a_file_that_holds_no_machine(fake: Fake, build: Callable[..., Machine], tmp_path: Path) -> None:
+def test_a_file_that_holds_no_machine(
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
+) -> None:
     fake(each="if command == 'query-status': print('bad magic', flush=True); sys.exit(1)")
     with pytest.raises(MachineDied, match="exit status 1") as caught, build(saved=tmp_path / "memory"):
         pass
@@ -697,7 +703,9 @@ def test_the_environment_is_wrong(choose: Choose, monkeypatch: pytest.MonkeyPatc
         choose()
 
 
-def test_a_writable_disk_stays(fake: Fake, build: Callable[..., Machine], tmp_path: Path, disk: Path) -> None:
+def test_a_writable_disk_stays(
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path, disk: Path
+) -> None:
     folder = fake()
     with build(writable=True):
         assert "detect-zeroes=unmap,if=none,id=root" in arguments(folder)
@@ -706,7 +714,7 @@ def test_a_writable_disk_stays(fake: Fake, build: Callable[..., Machine], tmp_pa
     assert sorted(p.name for p in (tmp_path / "vm").iterdir()) == ["console.log", "qemu.log"]
 
 
-def test_power_button_and_reset(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_power_button_and_reset(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake(
         each="print(command, file=open(here + '/asked', 'a')); command == 'system_powerdown' and sys.exit()"
     )
@@ -742,7 +750,7 @@ def goes_down(folder: Path, status: int = 0) -> None:
 
 
 def test_a_reboot_under_emulation_is_a_new_qemu_on_the_same_disk_and_ports(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     folder = fake(each=f"{TOLD} {GOES_DOWN}", console=b"booted\r\n")
     it = build()
@@ -774,7 +782,7 @@ def test_a_reboot_under_emulation_is_a_new_qemu_on_the_same_disk_and_ports(
     assert (told["execute"], told["arguments"]) == ("set-action", {"reboot": "shutdown"})
 
 
-def test_a_second_reboot_is_as_the_first(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_a_second_reboot_is_as_the_first(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake(each=f"{TOLD} {GOES_DOWN}")
     it = build()
     with it:
@@ -786,7 +794,7 @@ def test_a_second_reboot_is_as_the_first(fake: Fake, build: Callable[..., Machin
     assert len((folder / "told").read_text().splitlines()) == 2, "a new QEMU has to be told again"
 
 
-def test_under_kvm_the_same_qemu_goes_on(fake: Fake, build: Callable[..., Machine]) -> None:
+def test_under_kvm_the_same_qemu_goes_on(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     folder = fake(each=f"{TOLD} {GOES_DOWN}")
     it = build(accelerator=Accelerator.KVM)
     with it:
@@ -800,7 +808,7 @@ def test_under_kvm_the_same_qemu_goes_on(fake: Fake, build: Callable[..., Machin
 
 
 def test_a_guest_that_does_not_go_down_in_time(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     folder = fake(each=GOES_DOWN)
     it = build()
@@ -816,7 +824,7 @@ def test_a_guest_that_does_not_go_down_in_time(
 
 @pytest.mark.parametrize(("status", "message"), [(3, "exit status 3"), (-6, "was ended by SIGABRT")])
 def test_qemu_that_crashes_while_the_guest_goes_down_is_not_started_again(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path, status: int, message: str
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path, status: int, message: str
 ) -> None:
     folder = fake(each=GOES_DOWN)
     it = build()
@@ -830,7 +838,7 @@ def test_qemu_that_crashes_while_the_guest_goes_down_is_not_started_again(
 
 
 def test_a_guest_that_panics_on_its_way_down_is_not_waited_for(
-    fake: Fake, build: Callable[..., Machine]
+    fake: Fake, build: Callable[..., VirtualMachine]
 ) -> None:
     fake(each=GOES_DOWN)
     it = build()
@@ -844,7 +852,7 @@ def test_a_guest_that_panics_on_its_way_down_is_not_waited_for(
 
 
 def test_qemu_that_cannot_start_again_is_told(
-    fake: Fake, build: Callable[..., Machine], tmp_path: Path
+    fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path
 ) -> None:
     """Another program may have taken one of the ports meanwhile."""
     second = "if len(open(here + '/pids').read().split()) > 1: sys.exit('Could not set up host forwarding')"

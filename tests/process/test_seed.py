@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.qemu.seed import nocloud_iso
+from ami_builder.qemu.disks import nocloud_iso
 
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGNn it\'s "quoted": yes\n'
 USER_DATA = "#cloud-config\nruncmd: [echo é]\n"

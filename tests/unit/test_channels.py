@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.build import channels
-from ami_builder.build.channels import Moved, choose, promote, revoke, rollback, standing
+from ami_builder.build.channels import ChannelMove, all_current, promote, revoke, rollback
 from ami_builder.cli import app as cli
+from ami_builder.cli.targets import choose
 from ami_builder.core.channels import ChannelEntry, Move, stack
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import Artifact, Outcome
-from ami_builder.qemu import channels as local_channels
-from ami_builder.qemu.channels import LocalChannels
+from ami_builder.qemu import channels as channel_file
+from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.stored_images import stored
 
@@ -29,8 +30,8 @@ KNOWN = ("testing", "stable")
 
 
 @pytest.fixture
-def local(workspace: Workspace) -> LocalChannels:
-    return LocalChannels(workspace=workspace, image="dask")
+def local(workspace: Workspace) -> ChannelFile:
+    return ChannelFile(workspace=workspace, image="dask")
 
 
 def made(workspace: Workspace, letter: str, **more: Any) -> StoredImage:
@@ -38,63 +39,63 @@ def made(workspace: Workspace, letter: str, **more: Any) -> StoredImage:
     return stored(workspace, letter, created=NOW + timedelta(hours=ord(letter)), **more)
 
 
-def promoted(local: LocalChannels, workspace: Workspace, letters: str) -> list[StoredImage]:
+def promoted(local: ChannelFile, workspace: Workspace, letters: str) -> list[StoredImage]:
     images = [made(workspace, letter) for letter in letters]
     for one in images:
         promote(local, one, "stable", KNOWN)
     return images
 
 
-def current(local: LocalChannels) -> str:
-    return "".join(id[0] for id, where in standing(local).items() if "stable" in where)
+def current(local: ChannelFile) -> str:
+    return "".join(id[0] for id, where in all_current(local).items() if "stable" in where)
 
 
-def test_a_rollback_returns_to_the_one_before(local: LocalChannels, workspace: Workspace) -> None:
+def test_a_rollback_returns_to_the_one_before(local: ChannelFile, workspace: Workspace) -> None:
     promoted(local, workspace, "abc")
     assert current(local) == "c"
     for expected in "ba":
         moved = rollback(local, "stable", KNOWN, "slow")
         assert moved.stored.artifact.digest[0] == expected == current(local)
-    with pytest.raises(UsageError, match="nothing stood before the image that stands in channel stable"):
+    with pytest.raises(UsageError, match="no image before the current one in channel stable"):
         rollback(local, "stable", KNOWN)
     promoted(local, workspace, "d")
     rollback(local, "stable", KNOWN)
     assert current(local) == "a"
     moves = [(e.id[0], e.move) for e in channels.history(local, "stable", KNOWN)]
     assert moves[2:5] == [("c", Move.PROMOTED), ("b", Move.ROLLED_BACK), ("a", Move.ROLLED_BACK)]
-    with pytest.raises(UsageError, match="nothing stands in channel testing"):
+    with pytest.raises(UsageError, match="no image is current in channel testing"):
         rollback(local, "testing", KNOWN)
 
 
-def test_promoting_again_changes_nothing(local: LocalChannels, workspace: Workspace) -> None:
+def test_promoting_again_changes_nothing(local: ChannelFile, workspace: Workspace) -> None:
     (one,) = promoted(local, workspace, "a")
-    assert promote(local, one, "stable", KNOWN) == Moved(stored=one, entries=())
+    assert promote(local, one, "stable", KNOWN) == ChannelMove(stored=one, entries=())
     promote(local, one, "testing", KNOWN)
-    assert standing(local) == {"a" * 64: ("stable", "testing")}
+    assert all_current(local) == {"a" * 64: ("stable", "testing")}
 
 
 @pytest.mark.parametrize(("passed", "said"), [(None, "has not been verified"), (False, "failed its checks")])
 def test_what_was_not_proved_is_refused(
-    local: LocalChannels, workspace: Workspace, passed: bool | None, said: str
+    local: ChannelFile, workspace: Workspace, passed: bool | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         promote(local, made(workspace, "a", passed=passed), "stable", KNOWN)
     assert "ami-builder verify" in str(caught.value.hint)
-    assert standing(local) == {}
+    assert all_current(local) == {}
 
 
 def test_an_inconclusive_verification_promotes_nothing_and_is_not_called_a_failure(
-    local: LocalChannels, workspace: Workspace
+    local: ChannelFile, workspace: Workspace
 ) -> None:
     one = made(workspace, "a", outcome=Outcome.INCONCLUSIVE)
     with pytest.raises(UsageError, match="its verification was inconclusive") as caught:
         promote(local, one, "stable", KNOWN)
     assert "failed" not in str(caught.value)
     assert "ami-builder verify" in str(caught.value.hint)
-    assert standing(local) == {}
+    assert all_current(local) == {}
 
 
-def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Workspace) -> None:
+def test_a_verdict_on_another_digest_is_none(local: ChannelFile, workspace: Workspace) -> None:
     one, other = made(workspace, "a"), made(workspace, "b")
     assert other.verdict is not None
     swapped = workspace.store_verdict(one, other.verdict)
@@ -102,26 +103,26 @@ def test_a_verdict_on_another_digest_is_none(local: LocalChannels, workspace: Wo
         promote(local, swapped, "stable", KNOWN)
 
 
-def test_a_rollback_needs_the_image_and_its_proof(local: LocalChannels, workspace: Workspace) -> None:
+def test_a_rollback_needs_the_image_and_its_proof(local: ChannelFile, workspace: Workspace) -> None:
     first, second, _ = promoted(local, workspace, "abc")
     made(workspace, "b", passed=False)
     with pytest.raises(UsageError, match="failed its checks"):
         rollback(local, "stable", KNOWN)
     assert second.directory is not None
     shutil.rmtree(second.directory)
-    with pytest.raises(UsageError, match="is not there any more"):
+    with pytest.raises(UsageError, match="does not exist any more"):
         rollback(local, "stable", KNOWN)
     assert current(local) == "c"
     assert first.path.exists()
 
 
-def test_what_was_revoked_never_comes_back(local: LocalChannels, workspace: Workspace) -> None:
+def test_what_was_revoked_never_comes_back(local: ChannelFile, workspace: Workspace) -> None:
     made = promoted(local, workspace, "abc")
     promote(local, made[2], "testing", KNOWN)
     moved = revoke(local, made[2], "leaks memory")
     assert {(e.channel, e.id[:1]) for e in moved.entries} == {("stable", "b"), ("testing", "")}
-    assert standing(local) == {"b" * 64: ("stable",)}
-    with pytest.raises(UsageError, match=r"was revoked, and never comes back: leaks memory"):
+    assert all_current(local) == {"b" * 64: ("stable",)}
+    with pytest.raises(UsageError, match=r"was revoked and can't be promoted again: leaks memory"):
         promote(local, made[2], "stable", KNOWN)
     assert revoke(local, made[2], "again").entries == ()
     assert local.revoked(["c" * 64]) == {"c" * 64: "leaks memory"}
@@ -132,28 +133,28 @@ def test_what_was_revoked_never_comes_back(local: LocalChannels, workspace: Work
     assert current(local) == "a"
     revoke(local, made[0], "all")
     revoke(local, local.find("d" * 64) or made[0], "all")
-    assert standing(local) == {}
+    assert all_current(local) == {}
     promoted(local, workspace, "e")
     assert current(local) == "e"
 
 
-def test_a_broken_journal_is_not_taken_for_an_empty_one(local: LocalChannels, workspace: Workspace) -> None:
+def test_a_broken_journal_is_not_taken_for_an_empty_one(local: ChannelFile, workspace: Workspace) -> None:
     (one,) = promoted(local, workspace, "a")
     path = workspace.images_dir / "dask" / "channels.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(UsageError, match="is no journal of channels"):
+    with pytest.raises(UsageError, match="can't be read as a record of channels"):
         promote(local, one, "testing", KNOWN)
 
 
 def test_a_move_that_was_not_written_has_not_happened(
-    local: LocalChannels, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    local: ChannelFile, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = promoted(local, workspace, "ab")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(local_channels, "dump", full)
+    monkeypatch.setattr(channel_file, "dump", full)
     with pytest.raises(OSError, match="No space"):
         rollback(local, "stable", KNOWN)
     with pytest.raises(OSError, match="No space"):
@@ -163,7 +164,7 @@ def test_a_move_that_was_not_written_has_not_happened(
     assert local.revoked(["a" * 64]) == {}
 
 
-def test_an_image_that_is_not_ours_has_no_channel(local: LocalChannels, workspace: Workspace) -> None:
+def test_an_image_that_is_not_ours_has_no_channel(local: ChannelFile, workspace: Workspace) -> None:
     one = made(workspace, "a")
     foreign = StoredImage(artifact=one.artifact, verdict=one.verdict, directory=None)
     with pytest.raises(UsageError, match="was not built here"):

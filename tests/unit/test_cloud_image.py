@@ -75,7 +75,7 @@ def test_a_url_is_downloaded_once(workspace: Workspace) -> None:
         assert path.read_bytes() == CONTENT
         assert seen == ["/disk.qcow2"]
         assert shown
-        assert base_image.digest(base, workspace) == SHA256.partition(":")[2]
+        assert base_image.source_digest(base, workspace) == SHA256.partition(":")[2]
 
 
 def test_a_wrong_checksum_keeps_nothing(workspace: Workspace) -> None:
@@ -102,7 +102,7 @@ def test_a_path_is_used_where_it_is(workspace: Workspace, tmp_path: Path) -> Non
     disk = tmp_path / "disk.qcow2"
     disk.write_bytes(CONTENT)
     assert base_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None) == disk
-    assert base_image.digest(_base(str(disk), None), workspace) == SHA256.partition(":")[2]
+    assert base_image.source_digest(_base(str(disk), None), workspace) == SHA256.partition(":")[2]
     disk.write_bytes(CONTENT + b"changed")
     with pytest.raises(BuildFailed, match="wrong checksum"):
         base_image.fetch(_base(str(disk), SHA256), workspace, lambda _: None)

@@ -15,7 +15,7 @@ from ami_builder.build import build as build_module
 from ami_builder.cli import app as cli
 from ami_builder.core.errors import Interrupted
 from ami_builder.core.records import Outcome
-from ami_builder.qemu import run
+from ami_builder.qemu import target
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 from tests.stored_images import stored
@@ -195,12 +195,12 @@ def test_stopping_a_machine_that_runs_is_its_normal_end(
 ) -> None:
     stored(workspace, "a")
 
-    def stopped(*_: object, on_ready: Callable[[run.Launched], None], **__: object) -> None:
+    def stopped(*_: object, on_ready: Callable[[target.Launched], None], **__: object) -> None:
         if is_up:
-            on_ready(run.Launched(ssh="ssh x", tunnel="ssh x -N", console_log=tmp_path))
+            on_ready(target.Launched(ssh="ssh x", tunnel="ssh x -N", console_log=tmp_path))
         raise Interrupted("stopped by SIGINT")
 
-    monkeypatch.setattr(run, "launch", stopped)
+    monkeypatch.setattr(target, "launch", stopped)
     assert cli.run(["run"]) == status
     assert ("error" in capsys.readouterr().err) is not is_up
 

@@ -12,19 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from ami_builder.build import build, packer
-from ami_builder.build import verify as standalone
+from ami_builder.build import build, packer, verify
 from ami_builder.build.build import Options
 from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
 from ami_builder.core.records import Artifact, RunRecord, RunStatus, StepRecord, TargetKind
-from ami_builder.qemu.target import LocalSite
+from ami_builder.qemu.target import QemuTarget
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.system import ssh
 from ami_builder.verify import estimate, journey, runner
 from ami_builder.verify.estimate import Estimate
+from ami_builder.verify.journey import verify_machine
+from ami_builder.verify.machine import MachineResult
 from tests.fake_programs import fake
 from tests.sample_image import GIB, image
 from tests.unit.test_prove import Guest
@@ -251,15 +252,18 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site(LocalSite):
+class FakeTarget(QemuTarget):
     """This host with a machine that is only a clock."""
 
     guest: Guest
 
-    def prove(self, image: Image, stored: StoredImage, run: Run, step: Step) -> list[journey.Proof]:
+    def verify(
+        self, image: Image, stored: StoredImage, run: Run, step: Step, evidence: Path
+    ) -> list[MachineResult]:
         with step.step("choose the accelerator") as child:
             child.done(os.environ["AMI_BUILDER_ACCELERATOR"].upper())
-        return [journey.prove(image, self.guest, run, step)]
+        with step.step(f"machine of {self.guest.name}") as child:
+            return [verify_machine(image, self.guest, work=run.work, evidence=evidence, step=child)]
 
 
 PACKER = """
@@ -301,7 +305,7 @@ def test_whether_machines_are_emulated_never_fails(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, wanted: str, known: bool | None
 ) -> None:
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", wanted)
-    assert LocalSite(workspace=workspace).emulated is known
+    assert QemuTarget(workspace=workspace).emulated is known
 
 
 def inputs(digest: str) -> Inputs:
@@ -316,7 +320,7 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     monkeypatch.setattr(journey, "time", SimpleNamespace(monotonic=lambda: guest.now))
     monkeypatch.setattr(ssh, "Session", guest.session)
     monkeypatch.setattr(runner, "run", guest.checks)
-    site = Site(workspace=workspace, guest=guest)
+    target = FakeTarget(workspace=workspace, guest=guest)
 
     def said(act: Callable[[Progress], object]) -> list[str]:
         renderer = Said(guest)
@@ -326,7 +330,7 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
 
     def built(digest: str, options: Options | None = None) -> list[str]:
         made = inputs(digest)
-        return said(lambda p: build.build_from(made, options or Options(), site, workspace, p))
+        return said(lambda p: build.build_from(made, options or Options(), target, workspace, p))
 
     monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "kvm")
     assert built("0") == [], "how a build goes on under KVM was never measured"
@@ -343,10 +347,11 @@ def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
 
     stored = workspace.image("dask", "2" * 64)
     assert stored is not None
+    at = verify.Located(target=target, stored=stored)
     verification = next(step.seconds for step in first.steps if step.name == "build dask > verify")
     text = f"about {verification / 60:.0f} min on this host, judging by"
-    verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
+    verified = said(lambda p: verify.verify_images(dask(), [at], workspace, p))
     assert verified == [f"verify image.qcow2: {text} 2 earlier runs{SLOW}"]
     assert runs.run_records(workspace)[-1].artifact == stored.artifact
-    verified = said(lambda p: standalone.verify_image(dask(), stored, site, workspace, p))
+    verified = said(lambda p: verify.verify_images(dask(), [at], workspace, p))
     assert verified == [f"verify image.qcow2: {text} 3 earlier runs{SLOW}"]

@@ -10,6 +10,7 @@ import pytest
 from ami_builder.build import inputs
 from ami_builder.config.schema import Image, ImageSettings
 from ami_builder.core.options import ContainerSource
+from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.workspace import Workspace
 
 SETTINGS = ImageSettings().overlaid(
@@ -23,7 +24,8 @@ SETTINGS = ImageSettings().overlaid(
 
 
 def digest(image: Image, tmp_path: Path) -> str:
-    return inputs.gather(image, Workspace(cache=tmp_path / "cache", state=tmp_path / "state")).digest
+    workspace = Workspace(cache=tmp_path / "cache", state=tmp_path / "state")
+    return QemuTarget(workspace=workspace).gather(image, refresh=False).digest
 
 
 def test_a_release_by_itself_is_not_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ from typing import Any, cast
 import pytest
 
 from ami_builder import qemu
-from ami_builder.aws.jobs import CloudMachine
+from ami_builder.aws.matrix import Ec2Machine
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import Endpoint
-from ami_builder.qemu.target import LocalMachine
+from ami_builder.qemu import target
+from ami_builder.qemu.target import QemuMachine
 from ami_builder.state.ledger import Ledger
 from ami_builder.system import host_load, ssh
 from ami_builder.system.processes import Completed
@@ -90,10 +91,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Host:
 @pytest.fixture
 def local(
     here: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[[qemu.Accelerator], tuple[LocalMachine, ssh.Session]]:
-    def start(accelerator: qemu.Accelerator) -> tuple[LocalMachine, ssh.Session]:
-        monkeypatch.setattr(qemu, "Machine", lambda **_: Qemu(here, accelerator))
-        machine = LocalMachine(image=image(), disk=tmp_path / "disk", accelerator=accelerator, memory=2 * GIB)
+) -> Callable[[qemu.Accelerator], tuple[QemuMachine, ssh.Session]]:
+    def start(accelerator: qemu.Accelerator) -> tuple[QemuMachine, ssh.Session]:
+        monkeypatch.setattr(target, "VirtualMachine", lambda **_: Qemu(here, accelerator))
+        machine = QemuMachine(image=image(), disk=tmp_path / "disk", accelerator=accelerator, memory=2 * GIB)
         with ExitStack() as stack:
             machine.start(stack, tmp_path, "#cloud-config\n", "ssh-ed25519 AAAA x")
         return machine, cast(ssh.Session, Session(here, lambda: machine.emulator))
@@ -101,7 +102,7 @@ def local(
     return start
 
 
-Local = Callable[[qemu.Accelerator], tuple[LocalMachine, ssh.Session]]
+Local = Callable[[qemu.Accelerator], tuple[QemuMachine, ssh.Session]]
 
 
 @pytest.mark.parametrize("accelerator", [TCG, KVM])
@@ -147,9 +148,9 @@ def test_a_reboot_that_fails_is_told(local: Local, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def cloud() -> CloudMachine:
+def cloud() -> Ec2Machine:
     unused: Any = None
-    return CloudMachine(
+    return Ec2Machine(
         name="m6i.large",
         image=image(),
         ami="ami-1",
@@ -161,7 +162,7 @@ def cloud() -> CloudMachine:
     )
 
 
-def test_an_instance_tells_its_cpu_seconds_itself(cloud: CloudMachine, here: Host) -> None:
+def test_an_instance_tells_its_cpu_seconds_itself(cloud: Ec2Machine, here: Host) -> None:
     session = Session(here, lambda: 0)
     # user nice system idle iowait irq softirq steal guest guest_nice
     session.answer = Completed(
@@ -175,14 +176,14 @@ def test_an_instance_tells_its_cpu_seconds_itself(cloud: CloudMachine, here: Hos
     ("status", "stdout"), [(127, "cpu 1 2 3 4 5 6 7 8 9 10\n"), (0, ""), (0, "cpu 1 2 3\n100\n"), (1, "")]
 )
 def test_an_instance_that_does_not_tell_has_none(
-    cloud: CloudMachine, here: Host, status: int, stdout: str
+    cloud: Ec2Machine, here: Host, status: int, stdout: str
 ) -> None:
     session = Session(here, lambda: 0)
     session.answer = Completed(status=status, stdout=stdout, stderr="")
     assert cloud.cpu_seconds(cast(ssh.Session, session)) is None
 
 
-def test_an_instance_reboots_by_itself(cloud: CloudMachine, here: Host) -> None:
+def test_an_instance_reboots_by_itself(cloud: Ec2Machine, here: Host) -> None:
     alive: list[int] = []
     cloud.reboot(cast(ssh.Session, Session(here, lambda: 0)), 900, lambda: alive.append(1))
     assert here.events == ["reboot within 900 s"]

@@ -1,4 +1,4 @@
-"""A matrix of cells: all end, in order, whoever runs them; failures from elsewhere stay readable."""
+"""Jobs of a matrix: all end, in order, wherever they run; failures from elsewhere stay readable."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 
 from ami_builder import qemu
-from ami_builder.aws import jobs as cells_module
 from ami_builder.aws import matrix
-from ami_builder.aws.jobs import Cell, CellProof, cells, prove_cell
-from ami_builder.aws.matrix import Subject, prove_matrix, proved, verify_matrix
+from ami_builder.aws.matrix import Job, JobResult, jobs_of, require_results, run_job, run_jobs
+from ami_builder.build.verify import Located, verify_images
 from ami_builder.console import Mode, Progress, Step, open_progress
 from ami_builder.core import errors
 from ami_builder.core.errors import (
@@ -47,15 +46,15 @@ from ami_builder.core.records import (
 from ami_builder.state.workspace import StoredImage, Workspace, load
 from ami_builder.system import ssh
 from ami_builder.verify import executor as cluster
-from ami_builder.verify.concurrency import open_executor, threads
-from ami_builder.verify.journey import Proof
+from ami_builder.verify.executor import open_executor, threads
+from ami_builder.verify.machine import MachineResult
 from tests.sample_image import image
 
 EAST, WEST = "us-east-1", "eu-west-1"
-Proving = Callable[[Cell], CellProof]
+Running = Callable[[Job], JobResult]
 
 
-def cell(kind: str, region: str = EAST) -> Cell:
+def job(kind: str, region: str = EAST) -> Job:
     artifact = Artifact(
         image="default",
         target=TargetKind.AWS,
@@ -66,26 +65,26 @@ def cell(kind: str, region: str = EAST) -> Cell:
         size=1,
         region=region,
     )
-    return Cell(image=image(), artifact=artifact, instance_type=kind, parent="night", checks={})
+    return Job(image=image(), artifact=artifact, instance_type=kind, parent="night", checks={})
 
 
-def shown(cell: Cell, outcome: Outcome = Outcome.PASSED) -> CellProof:
-    kind = cell.instance_type
+def result_of(job: Job, outcome: Outcome = Outcome.PASSED) -> JobResult:
+    kind = job.instance_type
     result = CheckResult(name="x", phase="boot", machine=kind, outcome=outcome, seconds=1, message="")
     measured = Measurement(machine=kind, phase="boot", total=4, available=3)
-    return CellProof(
-        cell=cell,
+    return JobResult(
+        job=job,
         host="there",
         directory=Path("/runs/1"),
-        proof=Proof(results=(result,), measured=(measured,)),
+        found=MachineResult(results=(result,), measured=(measured,)),
         failure=None,
         steps=(),
         evidence={f"{kind}/console.log": b"up\n"},
     )
 
 
-def broken(cell: Cell, failure: AmiBuilderError) -> CellProof:
-    return replace(shown(cell), proof=None, failure=failure)
+def broken(job: Job, failure: AmiBuilderError) -> JobResult:
+    return replace(result_of(job), found=None, failure=failure)
 
 
 class Elsewhere(Executor):
@@ -119,51 +118,38 @@ def where(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def prove_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Proving], None]:
-    def install(prove: Proving) -> None:
-        monkeypatch.setattr(matrix, "prove_cell", lambda cell, step=None: prove(cell))
+def run_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Running], None]:
+    def install(act: Running) -> None:
+        monkeypatch.setattr(matrix, "run_job", lambda job, step=None: act(job))
 
     return install
 
 
-def run(wanted: list[Cell], where: str, tmp_path: Path) -> tuple[tuple[CellProof, ...], Progress]:
+def run(wanted: list[Job], where: str, tmp_path: Path) -> tuple[tuple[JobResult, ...], Progress]:
     with open_progress(Mode.QUIET) as progress, executor(where) as made, progress.step("verify") as step:
-        return prove_matrix(wanted, made, step, tmp_path / "machines"), progress
+        return run_jobs(wanted, made, step, tmp_path / "machines"), progress
 
 
-def test_proofs_come_in_the_order_of_their_cells(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
+def test_results_come_in_the_order_of_their_jobs(
+    where: str, tmp_path: Path, run_with: Callable[[Running], None]
 ) -> None:
     second = threading.Event()
 
-    def prove(cell: Cell) -> CellProof:
-        if cell.instance_type == "a":
+    def act(job: Job) -> JobResult:
+        if job.instance_type == "a":
             assert second.wait(60)
         second.set()
-        return shown(cell)
+        return result_of(job)
 
-    prove_with(prove)
-    proofs, _ = run([cell("a"), cell("b"), cell("c")], where, tmp_path)
-    assert [proof.cell.instance_type for proof in proofs] == ["a", "b", "c"]
-    assert [proof.measured[0].machine for proof in proved(proofs)] == ["a", "b", "c"]
+    run_with(act)
+    results, _ = run([job("a"), job("b"), job("c")], where, tmp_path)
+    assert [one.job.instance_type for one in results] == ["a", "b", "c"]
+    assert [one.measured[0].machine for one in require_results(results)] == ["a", "b", "c"]
     assert (tmp_path / "machines/b/console.log").read_bytes() == b"up\n"
 
 
-def test_evidence_of_regions_does_not_mix(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
-) -> None:
-    prove_with(shown)
-    _, progress = run([cell("a"), cell("a", WEST)], where, tmp_path)
-    for region in (EAST, WEST):
-        assert (tmp_path / "machines/default" / region / "a/console.log").exists()
-    assert [s.name for s in progress.steps if s.name.count(">") == 1] == [
-        "verify > default in us-east-1",
-        "verify > default in eu-west-1",
-    ]
-
-
 def test_all_failures_are_named_and_the_first_decides(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
+    where: str, tmp_path: Path, run_with: Callable[[Running], None]
 ) -> None:
     failures = {
         "b": CloudFailed(
@@ -172,16 +158,16 @@ def test_all_failures_are_named_and_the_first_decides(
         "c": TimedOut("too late"),
     }
 
-    def prove(cell: Cell) -> CellProof:
-        failure = failures.get(cell.instance_type)
+    def act(job: Job) -> JobResult:
+        failure = failures.get(job.instance_type)
         if failure is not None:
-            return broken(cell, failure)
-        return shown(cell, Outcome.FAILED if cell.instance_type == "d" else Outcome.PASSED)
+            return broken(job, failure)
+        return result_of(job, Outcome.FAILED if job.instance_type == "d" else Outcome.PASSED)
 
-    prove_with(prove)
-    proofs, progress = run([cell(kind) for kind in "abcd"], where, tmp_path)
-    with pytest.raises(CloudFailed, match="2 of 4 machines could not be proved: no capacity") as caught:
-        proved(proofs)
+    run_with(act)
+    results, progress = run([job(kind) for kind in "abcd"], where, tmp_path)
+    with pytest.raises(CloudFailed, match="2 of 4 machines could not be verified: no capacity") as caught:
+        require_results(results)
     assert caught.value.hint == "name more"
     assert caught.value.log == tmp_path / "machines/b/console.log", "where it lies here"
     assert caught.value.tail == (
@@ -197,45 +183,45 @@ def test_all_failures_are_named_and_the_first_decides(
 
 
 def test_a_single_failure_is_told_as_it_is(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
+    where: str, tmp_path: Path, run_with: Callable[[Running], None]
 ) -> None:
-    prove_with(lambda cell: broken(cell, BuildFailed("it never answered")))
-    proofs, _ = run([cell("a")], where, tmp_path)
+    run_with(lambda job: broken(job, BuildFailed("it never answered")))
+    results, _ = run([job("a")], where, tmp_path)
     with pytest.raises(BuildFailed, match="it never answered") as caught:
-        proved(proofs)
+        require_results(results)
     assert caught.value.message == "it never answered"
     notes = getattr(caught.value, "__notes__", [])
     assert ("on there, in /runs/1" in notes) == (where == "elsewhere")
 
 
-def test_what_the_cluster_gives_up_is_a_failure_of_its_cell(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
+def test_what_the_cluster_gives_up_is_a_failure_of_its_job(
+    where: str, tmp_path: Path, run_with: Callable[[Running], None]
 ) -> None:
-    def prove(cell: Cell) -> CellProof:
-        if cell.instance_type == "a":
+    def act(job: Job) -> JobResult:
+        if job.instance_type == "a":
             raise CancelledError
-        return shown(cell)
+        return result_of(job)
 
-    prove_with(prove)
-    proofs, _ = run([cell("a"), cell("b")], where, tmp_path)
-    with pytest.raises(BuildFailed, match="given up a in us-east-1"):
-        proved(proofs)
+    run_with(act)
+    results, _ = run([job("a"), job("b")], where, tmp_path)
+    with pytest.raises(BuildFailed, match="gave up on a in us-east-1"):
+        require_results(results)
 
 
 def test_a_defect_is_raised_once_all_have_ended(
-    where: str, tmp_path: Path, prove_with: Callable[[Proving], None]
+    where: str, tmp_path: Path, run_with: Callable[[Running], None]
 ) -> None:
     ended: list[str] = []
 
-    def prove(cell: Cell) -> CellProof:
-        if cell.instance_type == "a":
+    def act(job: Job) -> JobResult:
+        if job.instance_type == "a":
             raise KeyError("a defect")
-        ended.append(cell.instance_type)
-        return shown(cell)
+        ended.append(job.instance_type)
+        return result_of(job)
 
-    prove_with(prove)
+    run_with(act)
     with pytest.raises(KeyError, match="a defect"):
-        run([cell("a"), cell("b"), cell("c")], where, tmp_path)
+        run([job("a"), job("b"), job("c")], where, tmp_path)
     assert sorted(ended) == ["b", "c"]
 
 
@@ -247,83 +233,79 @@ def test_an_executor_of_threads_can_be_had_again_after_a_failure() -> None:
 
 
 @dataclass(slots=True, kw_only=True)
-class Place:
-    """A site that keeps verdicts."""
+class Region:
+    """A target whose one machine ends as it is told, and that keeps verdicts."""
 
-    target: TargetKind = TargetKind.AWS
-    judged: list[Verdict] = field(default_factory=list)
+    name: str
+    outcome: Outcome | None = Outcome.PASSED
+    """None: the machine does not come up."""
+    kind: TargetKind = TargetKind.AWS
+    emulated: None = None
+    kept: list[Verdict] = field(default_factory=list)
 
-    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        self.judged.append(verdict)
+    def verify(self, image: object, stored: StoredImage, run: object, step: Step, evidence: Path) -> Any:
+        assert evidence.name == self.name, "evidence of regions does not mix"
+        if self.outcome is None:
+            raise CloudFailed("it is down", tail=("full",))
+        found = result_of(job("a", self.name), self.outcome).found
+        assert found is not None
+        return [found]
+
+    def keep_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+        self.kept.append(verdict)
         return stored
 
 
-def test_a_region_that_fails_leaves_the_other_its_verdict(
-    tmp_path: Path, prove_with: Callable[[Proving], None]
-) -> None:
-    prove_with(lambda cell: shown(cell) if cell.region == WEST else broken(cell, CloudFailed("it is down")))
-    places = {region: Place() for region in (EAST, WEST)}
-    subjects = [
-        Subject(
-            image=image(),
-            stored=StoredImage(artifact=cell("a", region).artifact, verdict=None, directory=None),
-            site=place,  # type: ignore[arg-type] # all that is asked of it
+def verify(regions: list[Region], tmp_path: Path) -> None:
+    copies = [
+        Located(
+            target=region,  # type: ignore[arg-type] # all that is asked of it
+            stored=StoredImage(artifact=job("a", region.name).artifact, verdict=None, directory=None),
         )
-        for region, place in places.items()
+        for region in regions
     ]
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
-    with (
-        open_progress(Mode.QUIET) as progress,
-        pytest.raises(CloudFailed, match="1 of 2 machines could not be proved: it is down"),
-    ):
-        verify_matrix(subjects, None, workspace, progress)
-    assert places[EAST].judged == []
-    assert [verdict.passed for verdict in places[WEST].judged] == [True]
+    with open_progress(Mode.QUIET) as progress:
+        verify_images(image(), copies, workspace, progress)
 
 
-def test_an_inconclusive_region_is_named_with_what_to_run_again(
-    tmp_path: Path, prove_with: Callable[[Proving], None]
-) -> None:
-    prove_with(lambda cell: shown(cell, Outcome.INCONCLUSIVE if cell.region == WEST else Outcome.PASSED))
-    places = {region: Place() for region in (EAST, WEST)}
-    subjects = [
-        Subject(
-            image=image(),
-            stored=StoredImage(artifact=cell("a", region).artifact, verdict=None, directory=None),
-            site=place,  # type: ignore[arg-type] # all that is asked of it
-        )
-        for region, place in places.items()
-    ]
-    workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
-    with open_progress(Mode.QUIET) as progress, pytest.raises(Inconclusive) as caught:
-        verify_matrix(subjects, None, workspace, progress)
-    assert caught.value.tail == (f"x (boot, m6i.large in {WEST}): ",)
+def test_a_region_that_fails_leaves_the_other_its_verdict(tmp_path: Path) -> None:
+    regions = [Region(name=EAST, outcome=None), Region(name=WEST)]
+    with pytest.raises(CloudFailed, match="1 of 2 regions could not be verified: it is down") as caught:
+        verify(regions, tmp_path)
+    assert caught.value.tail == (f"{EAST}: it is down", "  full")
+    assert [[verdict.passed for verdict in one.kept] for one in regions] == [[], [True]]
+
+
+def test_an_inconclusive_region_is_named_with_what_to_run_again(tmp_path: Path) -> None:
+    regions = [Region(name=EAST), Region(name=WEST, outcome=Outcome.INCONCLUSIVE)]
+    with pytest.raises(Inconclusive) as caught:
+        verify(regions, tmp_path)
+    assert caught.value.tail == (f"x (boot, a in {WEST}): ",)
     assert f"`ami-builder verify ami-0123456789abcdef0 --region {EAST} --region {WEST}`" in (
         caught.value.hint or ""
     )
-    assert [verdict.outcome for place in places.values() for verdict in place.judged] == [
-        Outcome.PASSED,
-        Outcome.INCONCLUSIVE,
-    ]
+    kept = [verdict.outcome for one in regions for verdict in one.kept]
+    assert kept == [Outcome.PASSED, Outcome.INCONCLUSIVE]
 
 
-def test_a_cell_is_a_run_of_its_own_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_a_run_of_its_own_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path))
     seen: list[str] = []
 
-    def prove(cell: Cell, run: Any, step: Step) -> Proof:
-        seen.append((run.work / "checks/0/test_ours.py").read_text() if cell.checks else "")
+    def fails(job: Job, run: Any, step: Step) -> MachineResult:
+        seen.append((run.work / "checks/0/test_ours.py").read_text() if job.checks else "")
         with step.step("first boot"):
-            folder = run.directory / "machines" / cell.instance_type
+            folder = run.directory / "machines" / job.instance_type
             folder.mkdir(parents=True)
             (folder / "console.log").write_text("panic")
             raise BuildFailed("it died", hint="look", log=folder / "console.log", tail=("panic",))
 
-    monkeypatch.setattr(cells_module, "_prove", prove)
-    first, again = (pickle.loads(pickle.dumps(prove_cell(cell("m5.large")))) for _ in range(2))
+    monkeypatch.setattr(matrix, "_verify", fails)
+    first, again = (pickle.loads(pickle.dumps(run_job(job("m5.large")))) for _ in range(2))
     assert first.directory != again.directory
     assert first.directory.name.startswith("night.")
-    assert (first.host, first.proof) == (socket.gethostname(), None)
+    assert (first.host, first.found) == (socket.gethostname(), None)
     assert isinstance(first.failure, BuildFailed)
     assert first.failure.tail == ("panic",)
     assert first.evidence["m5.large/console.log"] == b"panic"
@@ -345,26 +327,26 @@ def test_checks_of_the_user_travel_with_what_lies_beside_them(
         path.write_text(path.name)
     asked = image()
     asked = replace(asked, verify=replace(asked.verify, checks=(ours / "test_ours.py", more)))
-    stored = StoredImage(artifact=cell("a").artifact, verdict=None, directory=None)
-    (stays,) = cells(asked, stored, "night", travelling=False)
+    stored = StoredImage(artifact=job("a").artifact, verdict=None, directory=None)
+    (stays,) = jobs_of(asked, stored, "night", with_files=False)
     assert stays.checks == {}
-    (travels,) = cells(asked, stored, "night", travelling=True)
+    (travels,) = jobs_of(asked, stored, "night", with_files=True)
     assert travels.checks.keys() == {"0/test_ours.py", "0/conftest.py", "1/more/deep/test_deep.py"}
     found: list[tuple[str, ...]] = []
 
-    def prove(image: Any, machine: Any, run: Any, step: Step) -> Proof:
-        found.append(tuple(str(path.relative_to(run.work)) for path in image.verify.checks))
+    def verify_machine(image: Any, machine: Any, *, work: Path, **_: Any) -> MachineResult:
+        found.append(tuple(str(path.relative_to(work)) for path in image.verify.checks))
         assert all(path.exists() for path in image.verify.checks)
-        return Proof(results=(), measured=())
+        return MachineResult(results=(), measured=())
 
     @contextmanager
     def machine(*_: object) -> Iterator[None]:
         yield None
 
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cells_module, "prove", prove)
-    monkeypatch.setattr(cells_module, "_machine", machine)
-    assert prove_cell(travels).failure is None
+    monkeypatch.setattr(matrix, "verify_machine", verify_machine)
+    monkeypatch.setattr(matrix, "_machine", machine)
+    assert run_job(travels).failure is None
     assert found == [("checks/0/test_ours.py", "checks/1/more")]
 
 
@@ -416,6 +398,6 @@ def test_a_scheduler_that_does_not_answer_is_late(monkeypatch: pytest.MonkeyPatc
     level = logging.getLogger("distributed").level
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(TimedOut, match=f"{address}: no scheduler"), open_executor(address, 1):
+        with pytest.raises(TimedOut, match=f"{address}: no Dask scheduler"), open_executor(address, 1):
             pass
     assert logging.getLogger("distributed").level == level

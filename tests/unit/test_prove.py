@@ -15,12 +15,12 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Mode, open_progress
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import CheckResult, Endpoint, Measurement, Outcome
-from ami_builder.qemu import GuestStuck
+from ami_builder.qemu import GuestStuck, boot_again
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import ssh
 from ami_builder.system.ssh import Session as RealSession
 from ami_builder.verify import journey, runner
-from ami_builder.verify.journey import Proof
+from ami_builder.verify.machine import MachineResult
 from tests.sample_image import GIB, image
 
 LAUNCH, SSH, RESTART, REBOOT, DASK, CHECKS, CONTROL = 500.0, 30.0, 4.0, 50.0, 25.0, 1000.0, 3.0
@@ -148,21 +148,31 @@ class Session:
 
 
 @pytest.fixture
-def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Proof]]:
+def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MachineResult]]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
     with workspace.run("verify", "dask") as run, open_progress(mode=Mode.QUIET) as progress:
 
-        def way(guest: Guest, of: Image | None = None) -> Proof:
+        def way(guest: Guest, of: Image | None = None) -> MachineResult:
             monkeypatch.setattr(journey, "time", SimpleNamespace(monotonic=lambda: guest.now))
             monkeypatch.setattr(ssh, "Session", guest.session)
             monkeypatch.setattr(runner, "run", guest.checks)
             with progress.step("verify") as step:
-                return journey.prove(of or image(), guest, run, step)
+                return boot_again(
+                    lambda attempt: journey.verify_machine(
+                        of or image(),
+                        guest,
+                        work=run.work,
+                        evidence=run.directory,
+                        step=step,
+                        attempt=attempt,
+                    ),
+                    lambda: True,
+                )
 
         yield way
 
 
-def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
+def test_each_start_has_its_own_times(proved: Callable[[Guest], MachineResult]) -> None:
     def one(
         phase: str, ssh_seconds: float | None, dask_seconds: float, control: float | None = None
     ) -> Measurement:
@@ -185,21 +195,23 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], Proof]) -> None:
     )
 
 
-def test_the_boot_that_came_up_is_measured_and_none_before_it(proved: Callable[[Guest], Proof]) -> None:
+def test_the_boot_that_came_up_is_measured_and_none_before_it(
+    proved: Callable[[Guest], MachineResult],
+) -> None:
     guest = Guest(panics=2)
     proof = proved(guest)
     assert guest.phases == ["boot", "restart", "reboot", "pressure"]
     assert proof.measured[0].ssh_seconds == SSH
 
 
-def test_a_dask_that_does_not_answer_has_no_time(proved: Callable[[Guest], Proof]) -> None:
+def test_a_dask_that_does_not_answer_has_no_time(proved: Callable[[Guest], MachineResult]) -> None:
     proof = proved(Guest(answers=False))
     assert [one.dask_seconds for one in proof.measured] == [None, None]
     assert [one.ssh_seconds for one in proof.measured] == [SSH, None]
     assert {result.outcome for result in proof.results} == {Outcome.FAILED}
 
 
-def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], Proof]) -> None:
+def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], MachineResult]) -> None:
     proof = proved(Guest(cpu=False))
     assert {(one.cpu_seconds, one.control_seconds) for one in proof.measured} == {(None, None)}
     assert [one.dask_seconds for one in proof.measured] == [SSH + DASK, RESTART + DASK, REBOOT + DASK]
@@ -210,7 +222,7 @@ def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], Pr
     [(5.0, 1.0), (60.0, 1.0), (90.0, 1.5), (180.0, 3.0), (480.0, 8.0), (2000.0, 8.0)],
 )
 def test_a_slow_boot_gives_all_that_follows_more_time(
-    proved: Callable[..., Proof], ssh_seconds: float, times: float
+    proved: Callable[..., MachineResult], ssh_seconds: float, times: float
 ) -> None:
     """Up to eight times as much; it is no longer than before where the boot is fast."""
     of = image()
@@ -232,14 +244,14 @@ def test_a_slow_boot_gives_all_that_follows_more_time(
     assert {context.timeout for context in guest.contexts} == {timeout * times}
 
 
-def test_a_boot_that_is_tried_again_is_measured_again(proved: Callable[[Guest], Proof]) -> None:
+def test_a_boot_that_is_tried_again_is_measured_again(proved: Callable[[Guest], MachineResult]) -> None:
     """How slow the one was that panicked says nothing about this one."""
     guest = Guest(panics=1)
     proved(guest)
     assert guest.allowed["checks after boot"] == image().verify.timeout
 
 
-def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], Proof]) -> None:
+def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], MachineResult]) -> None:
     guest = Guest()
     proved(guest)
     assert {context.emulator for context in guest.contexts} == {4711}
@@ -250,7 +262,7 @@ def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], 
     [(Guest(answers=False), True, ["boot", "restart"]), (Guest(), False, ["boot", "restart", "reboot"])],
 )
 def test_the_long_steps_are_for_machines_that_passed_and_pressure_can_be_left_out(
-    proved: Callable[..., Proof], guest: Guest, pressure: bool, phases: list[str]
+    proved: Callable[..., MachineResult], guest: Guest, pressure: bool, phases: list[str]
 ) -> None:
     """A machine whose limit is wrong may freeze for good: it is red already."""
     of = image()
@@ -260,7 +272,7 @@ def test_the_long_steps_are_for_machines_that_passed_and_pressure_can_be_left_ou
 
 @pytest.mark.parametrize("outcome", [Outcome.INCONCLUSIVE, Outcome.PASSED])
 def test_an_inconclusive_check_is_no_failure_and_leaves_evidence(
-    proved: Callable[[Guest], Proof], outcome: Outcome
+    proved: Callable[[Guest], MachineResult], outcome: Outcome
 ) -> None:
     guest = Guest(outcome=outcome)
     proof = proved(guest)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.build.channels import current, promote, revoke, rollback
+from ami_builder.build.channels import current, promote, references, revoke, rollback
 from ami_builder.cli import app as cli
 from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.cleanup import Action, Candidate, RetentionPolicy, plan
@@ -22,7 +22,7 @@ from ami_builder.core.errors import UsageError
 from ami_builder.core.orphans import Resource
 from ami_builder.core.records import Artifact, CheckResult, Outcome, TargetKind, Verdict
 from ami_builder.qemu import cleanup
-from ami_builder.qemu.channels import LocalChannels
+from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state import ledger
 from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import StoredImage, Workspace
@@ -40,8 +40,8 @@ def configured(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def local(workspace: Workspace) -> LocalChannels:
-    return LocalChannels(workspace=workspace, image="dask")
+def local(workspace: Workspace) -> ChannelFile:
+    return ChannelFile(workspace=workspace, image="dask")
 
 
 def aged(workspace: Workspace, letter: str, days: float, **more: Any) -> StoredImage:
@@ -70,7 +70,7 @@ def left(workspace: Workspace) -> str:
 
 
 def test_what_is_needed_stays_and_the_rest_goes(
-    workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, local: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = {letter: aged(workspace, letter, 60 - number) for number, letter in enumerate("abcdefg")}
     aged(workspace, "h", 1)
@@ -81,7 +81,7 @@ def test_what_is_needed_stays_and_the_rest_goes(
     revoke(local, made["e"], "leaks")
     plan = planned(capsys)
     assert plan == {
-        "a": ("keep", "what channel stable goes back to"),
+        "a": ("keep", "channel stable would roll back to it"),
         "b": ("keep", "in channel stable"),
         "c": ("keep", "among the newest 1 of channel stable"),
         "d": ("delete", "57 days old, and nothing needs it"),
@@ -206,12 +206,12 @@ def test_killed_on_the_way_nothing_half_is_left(
 
 
 def test_what_was_pruned_meanwhile_is_not_promoted(
-    workspace: Workspace, local: LocalChannels, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, local: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = aged(workspace, "a", 90)
     aged(workspace, "b", 80)
     assert planned(capsys, "--apply")["a"][0] == Action.DELETE
-    with pytest.raises(Exception, match="is not there any more"):
+    with pytest.raises(Exception, match="does not exist any more"):
         promote(local, old, "stable", KNOWN)
 
 
@@ -304,7 +304,7 @@ def test_whatever_people_did_what_stands_and_what_it_goes_back_to_stays(
                     revoke(record, image, "leaks")
     harsh = RetentionPolicy(keep=0, young=timedelta(0), grace=timedelta(0), most=9)
     old = [Candidate(id=letter, image="dask", created=NOW - timedelta(days=900)) for letter in "abcde"]
-    decisions = plan(old, list(cleanup.channel_references(record)), harsh, NOW)
+    decisions = plan(old, list(references(record)), harsh, NOW)
     deleted = {one.candidate.id for one in decisions if one.action is Action.DELETE}
     needed = set()
     for channel in record.used():

@@ -14,6 +14,7 @@ from ami_builder.core.errors import UsageError
 from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.units import Reserve
 from ami_builder.system import resources
+from ami_builder.verify import journey
 from tests.sample_image import image
 
 CONTRACT = {
@@ -162,7 +163,7 @@ def test_docker_prepares_a_network_only_where_one_is_asked_for(
     # Our own services are there in either.
     services = yaml.safe_load(_text(guest.guest(of), "/etc/dask/compose.yaml"))["services"]
     assert {service["network_mode"] for service in services.values()} == {"host"}
-    own = yaml.safe_load(guest.user_data(of, nonce="x"))["write_files"]
+    own = yaml.safe_load(journey.user_data(of, nonce="x"))["write_files"]
     (compose,) = (file["content"] for file in own if file["path"] == "/etc/dask/compose.yaml")
     assert {service["network_mode"] for service in yaml.safe_load(compose)["services"].values()} == {"host"}
 
@@ -208,7 +209,7 @@ def test_other_files_are_copied_as_they_are(templates: Path) -> None:
 
 @pytest.mark.parametrize("nonce", ["4f2a", 'it\'s "quoted": {{ x }} # <no>', "007"])
 def test_user_data_is_a_cloud_config_that_carries_the_nonce(nonce: str) -> None:
-    text = guest.user_data(image(), nonce=nonce)
+    text = journey.user_data(image(), nonce=nonce)
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     files = {file["path"]: file["content"] for file in config["write_files"]}
@@ -218,7 +219,7 @@ def test_user_data_is_a_cloud_config_that_carries_the_nonce(nonce: str) -> None:
 
 
 def test_user_data_replaces_the_compose_file_by_another_with_the_same_promise() -> None:
-    files = yaml.safe_load(guest.user_data(image(workers=3), nonce="x"))["write_files"]
+    files = yaml.safe_load(journey.user_data(image(workers=3), nonce="x"))["write_files"]
     own = next(file["content"] for file in files if file["path"] == "/etc/dask/compose.yaml")
     assert own != _text(guest.guest(image(workers=3)), "/etc/dask/compose.yaml")
     services = yaml.safe_load(own)["services"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ami_builder.core.errors import ChecksFailed, Inconclusive
-from ami_builder.core.records import CheckResult, Outcome, TargetKind, Verdict
-from ami_builder.state.workspace import StoredImage, Workspace
-from ami_builder.verify.verdict import is_verified, keep_verdict, require_passed
+from ami_builder.core.records import CheckResult, Outcome, Verdict
+from ami_builder.state.workspace import Workspace
+from ami_builder.verify.verdict import is_verified, replaces, require_passed
 from tests.sample_image import image
 from tests.stored_images import stored
 
@@ -58,19 +58,6 @@ def test_what_failed_fails_whatever_else_is_inconclusive(outcomes: tuple[Outcome
     assert len(caught.value.tail) == outcomes.count(Outcome.FAILED)
 
 
-@dataclass(slots=True, kw_only=True)
-class Site:
-    """A site that keeps verdicts in the workspace."""
-
-    workspace: Workspace
-    target: TargetKind = TargetKind.QEMU
-    judged: list[Verdict] = field(default_factory=list)
-
-    def judge(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
-        self.judged.append(verdict)
-        return self.workspace.store_verdict(stored, verdict)
-
-
 @pytest.mark.parametrize(
     ("known", "new", "kept"),
     [
@@ -87,17 +74,9 @@ class Site:
     ],
 )
 def test_what_says_nothing_does_not_replace_what_is_known(
-    workspace: Workspace, known: Verdict | None, new: Verdict, kept: bool
+    known: Verdict | None, new: Verdict, kept: bool
 ) -> None:
-    one = stored(workspace, "a", passed=None)
-    if known is not None:
-        one = workspace.store_verdict(one, known)
-    site = Site(workspace=workspace)
-    found = keep_verdict(one, new, site)  # type: ignore[arg-type] # all that is asked of it
-    assert site.judged == ([new] if kept else [])
-    assert found.verdict == (new if kept else known)
-    (reread,) = workspace.images()
-    assert reread.verdict == found.verdict
+    assert replaces(new, known) is kept
 
 
 def test_an_inconclusive_image_is_not_a_verified_one(workspace: Workspace) -> None:

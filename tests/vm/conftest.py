@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from ami_builder import qemu
-from ami_builder.build import guest
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
 from ami_builder.core.options import Network, Role
@@ -30,7 +29,7 @@ from ami_builder.qemu import imds
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes, ssh
 from ami_builder.system.resources import checks_dir
-from ami_builder.verify import runner
+from ami_builder.verify import journey, runner
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"))
@@ -110,7 +109,7 @@ def image() -> Image:
 class Booted:
     """A machine of the built image, and how to check it again and again."""
 
-    machine: qemu.Machine
+    machine: qemu.VirtualMachine
     session: ssh.Session
     context: runner.Context
     directory: Path
@@ -167,7 +166,7 @@ class Instance:
         key = ssh.generate_key(directory)
         metadata = imds.InstanceMetadata(
             instance_id=imds.new_instance_id(),
-            user_data=user_data or guest.user_data(image, nonce=NONCE).encode(),
+            user_data=user_data or journey.user_data(image, nonce=NONCE).encode(),
             public_key=key.with_suffix(".pub").read_text().strip(),
         )
         return cls(metadata=metadata, key=key)
@@ -185,10 +184,10 @@ def running(
     network: Network = Network.ISOLATED,
     **more: Any,
 ) -> Iterator[Booted]:
-    """Start a VM and wait for ssh; `more` are other settings of qemu.Machine."""
+    """Start a VM and wait for ssh; `more` are other settings of qemu.VirtualMachine."""
     with ExitStack() as stack:
         server = stack.enter_context(imds.MetadataServer(instance.metadata))
-        machine = qemu.Machine(
+        machine = qemu.VirtualMachine(
             disk=disk,
             directory=directory / "machine",
             memory=memory,

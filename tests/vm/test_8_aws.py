@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ami_builder import qemu
-from ami_builder.build import recipe
+from ami_builder.build import base_image
 from ami_builder.config import loading
 from ami_builder.qemu import traces
 from ami_builder.state.workspace import Workspace
@@ -33,7 +33,7 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[VmHypervisor]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(HOME)})
     workspace.ensure()
     image = loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
-    base = recipe.base_recipe(image)
+    base = base_image.recipe(image)
     log = tmp_path / "base.log"
     digest = base.resolve(workspace, log, refresh=False)
     disk = base.make(workspace, digest, "disk.qcow2", log, lambda line: None) / "disk.qcow2"

@@ -1,0 +1,124 @@
+"""One move of a channel at every target where the image is promoted: its home, and its copies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ami_builder.build import channels
+from ami_builder.build.target import TargetOutcome, at_each, first_alone
+from ami_builder.core.errors import CloudFailed, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ami_builder.build.channels import ChannelMove
+    from ami_builder.build.target import Target
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Progress, Step
+    from ami_builder.core.channels import ChannelEntry
+    from ami_builder.state.workspace import StoredImage
+
+Moves = list[TargetOutcome["ChannelMove | None"]]
+"""The outcome at each target, home first: a move, or None where nothing was to be moved."""
+
+
+def chosen(targets: Sequence[Target], regions: Sequence[str]) -> list[Target]:
+    """Return the targets with these names, in that order; all targets for none. Raises UsageError."""
+    known = {target.name: target for target in targets}
+    for region in regions:
+        if region not in known:
+            raise UsageError(
+                f"--region {region}: the image is not promoted there; it is in {', '.join(known)}",
+                hint="with --target aws, aws.region and aws.copy_to name the regions",
+            )
+    return [known[region] for region in dict.fromkeys(regions)] or list(targets)
+
+
+def promote(
+    targets: Sequence[Target],
+    image: Image,
+    stored: StoredImage,
+    channel: str,
+    reason: str,
+    progress: Progress,
+) -> Moves:
+    """Make an image the current one of a channel, and its copies at the other targets.
+
+    Raises UsageError, and moves nothing, if the first target does not allow it.
+    """
+
+    def act(target: Target, step: Step) -> ChannelMove | None:
+        if (found := target.find_copy(image, stored)) is None:
+            raise CloudFailed(
+                f"{target.name}: there is no copy of {stored.artifact.location}",
+                hint=f"run `ami-builder copy {stored.artifact.location}`, then promote it again",
+            )
+        known = image.lifecycle.channels
+        moved = channels.promote(target.channels(image), found, channel, known, reason)
+        step.done(f"{found.name} is {'' if moved.entries else 'already '}current in {channel}")
+        return moved
+
+    return first_alone(targets, act, progress)
+
+
+def rollback(targets: Sequence[Target], image: Image, channel: str, reason: str, progress: Progress) -> Moves:
+    """Make the previous image current again, at each target whose current image is that of the first.
+
+    Raises UsageError, and moves nothing, if the first target has no previous image.
+    """
+    digest = _current_digest(targets[0], image, channel)
+
+    def act(target: Target, step: Step) -> ChannelMove | None:
+        if target is not targets[0] and _current_digest(target, image, channel) != digest:
+            step.done("left as it is: another image is current, or none")
+            return None
+        moved = channels.rollback(target.channels(image), channel, image.lifecycle.channels, reason)
+        step.done(f"{moved.stored.name} is current in {channel} again")
+        return moved
+
+    return first_alone(targets, act, progress)
+
+
+def revoke(
+    targets: Sequence[Target], image: Image, stored: StoredImage, reason: str, progress: Progress
+) -> Moves:
+    """Remove an image and its copies from every channel of every target, reachable or not.
+
+    A copy that is made later is revoked too. Raises UsageError if it is not an image of ours.
+    """
+
+    def act(target: Target, step: Step) -> ChannelMove | None:
+        found = target.find_copy(image, stored)
+        if found is None:
+            step.done("there is no copy")
+            return None
+        moved = channels.revoke(target.channels(image), found, reason)
+        step.done(f"removed from {', '.join(e.channel for e in moved.entries) or 'no channel'}")
+        return moved
+
+    moves = at_each(targets, act, progress)
+    for one in moves:
+        if isinstance(one.error, UsageError):
+            raise one.error
+    return moves
+
+
+def history(
+    targets: Sequence[Target], image: Image, channel: str, progress: Progress
+) -> list[TargetOutcome[tuple[str, tuple[ChannelEntry, ...]]]]:
+    """Return the current id of a channel, empty for none, and all its moves, for each target."""
+
+    def act(target: Target, _: Step) -> tuple[str, tuple[ChannelEntry, ...]]:
+        store = target.channels(image)
+        entries = channels.history(store, channel, image.lifecycle.channels)
+        return channels.current(store, channel), entries
+
+    return first_alone(targets, act, progress)
+
+
+def _current_digest(target: Target, image: Image, channel: str) -> str:
+    """Return the digest of the current image of a channel; empty for none."""
+    store = target.channels(image)
+    id = channels.current(store, channel)
+    stored = store.find(id) if id else None
+    return stored.artifact.digest if stored is not None else ""

@@ -1,0 +1,170 @@
+"""Opens targets by the name of their kind, and finds the images that words name.
+
+This is the one module that asks which kind a target is. Only the `aws` kind imports boto3.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ami_builder.cli.options import load_config, open_workspace, parse_choice
+from ami_builder.core.errors import UsageError, did_you_mean
+from ami_builder.core.records import TargetKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ami_builder.aws.target import AwsTarget
+    from ami_builder.build.target import Target
+    from ami_builder.config.loading import Config
+    from ami_builder.config.schema import Image
+    from ami_builder.core.records import Finding
+    from ami_builder.state.workspace import StoredImage
+
+_AMI = re.compile(r"ami-[0-9a-f]{8,17}")
+_DISK_NAMES = (".qcow2", ".raw", ".img")
+_LEAST_DIGITS = 4
+
+
+def parse_target(text: str) -> TargetKind:
+    """Return the kind that --target names. Raises UsageError with the nearest valid word."""
+    hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
+    return parse_choice("--target", text, TargetKind, hint)
+
+
+def open_target(
+    image: Image, kind: TargetKind, *, public: bool = False, dask_scheduler: str | None = None
+) -> Target:
+    """Return the home target of an image. Raises UsageError for flags of another kind, and CloudFailed."""
+    if kind is TargetKind.AWS:
+        return open_aws(image, public=public, dask_scheduler=dask_scheduler)
+    from ami_builder.qemu.target import QemuTarget
+
+    if public:
+        raise UsageError("--public: only an AMI can be published", hint="add --target aws")
+    if dask_scheduler is not None:
+        raise UsageError(
+            f"--dask-scheduler {dask_scheduler}: a local disk image can't be sent to a Dask worker",
+            hint="add --target aws, or leave out the flag: local VMs already run in parallel",
+        )
+    return QemuTarget(workspace=open_workspace())
+
+
+def open_aws(image: Image, *, public: bool = False, dask_scheduler: str | None = None) -> AwsTarget:
+    """Return the region that an image's AMI is baked in, for commands that are only about AMIs."""
+    from ami_builder.aws.target import AwsTarget
+
+    return AwsTarget.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
+
+
+def opener(kind: TargetKind) -> Callable[[Image], Target]:
+    """Return what opens the home target of any image."""
+    return lambda image: open_target(image, kind)
+
+
+def preflight(image: Image, kind: TargetKind) -> Iterator[Finding]:
+    """Yield what a build needs. This works where the target can't be opened, such as without credentials."""
+    if kind is TargetKind.AWS:
+        from ami_builder.aws.target import check
+
+        return check(image, open_workspace())
+    from ami_builder.qemu.preflight import check as check_host
+
+    return check_host(image, open_workspace())
+
+
+def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
+    """Return the channels of this host in which images are current, by digest. The account is not asked."""
+    from ami_builder.build.channels import all_current
+    from ami_builder.qemu.channels import ChannelFile
+
+    workspace = open_workspace()
+    found: dict[str, tuple[str, ...]] = {}
+    for name in {one.artifact.image for one in images}:
+        found |= all_current(ChannelFile(workspace=workspace, image=name))
+    return found
+
+
+def find_image(
+    word: str | None, target: str, *, dask_scheduler: str | None = None
+) -> tuple[Image, StoredImage, Target]:
+    """Return the finished image that a word names, with its settings and its home target.
+
+    A word is an image's name (its newest image), the first digits of a digest, a path, or an AMI id; None is
+    the default image. An AMI of another host is named by its id, and an AMI is returned as the account has it
+    now. Raises UsageError and CloudFailed.
+    """
+    config = load_config()
+    if word is not None and (os.sep in word or word.endswith(_DISK_NAMES)):
+        return _disk(word, config, dask_scheduler)
+    kind = TargetKind.AWS if word is not None and _AMI.fullmatch(word) else parse_target(target)
+    known = [one for one in open_workspace().images() if one.artifact.target is kind]
+    word = word or config.select().name
+    foreign = _AMI.fullmatch(word) and not any(one.artifact.location == word for one in known)
+    stored = None if foreign else choose(known, word, config.names, kind)
+    image = config.select(stored.artifact.image if stored is not None else None)
+    if kind is TargetKind.AWS:
+        home = open_aws(image, dask_scheduler=dask_scheduler)
+        return image, home.ami(image, stored.artifact.location if stored is not None else word), home
+    assert stored is not None
+    return image, stored, open_target(image, kind, dask_scheduler=dask_scheduler)
+
+
+def find_ami(word: str | None) -> tuple[Image, StoredImage, Target]:
+    """Return the finished AMI that a word names, as `find_image` does. Raises UsageError for a disk image."""
+    image, stored, home = find_image(word, TargetKind.AWS)
+    if not home.region:
+        raise UsageError(
+            f"{word}: this is not an AMI", hint="name an image in ami-builder.toml, or an AMI id"
+        )
+    return image, stored, home
+
+
+def choose(
+    images: Sequence[StoredImage],
+    word: str,
+    names: Sequence[str],
+    kind: TargetKind = TargetKind.QEMU,
+) -> StoredImage:
+    """Return the image that a word means: the newest of a name, or the one whose digest begins like that.
+
+    A path or an AMI id works too. Raises UsageError with the nearest valid word.
+    """
+    tests: tuple[Callable[[StoredImage], bool], ...] = (
+        lambda one: one.artifact.image == word,
+        lambda one: one.artifact.location in (word, os.path.abspath(word)),  # noqa: PTH100 - of text, not a file
+        lambda one: len(word) >= _LEAST_DIGITS and one.artifact.digest.startswith(word.lower()),
+    )
+    for test in tests:
+        found = [one for one in images if test(one)]
+        if found and len({one.artifact.digest for one in found}) > 1 and test is tests[-1]:
+            raise UsageError(f"{word}: several digests begin like that", hint="give more digits")
+        if found:
+            return found[-1]
+    if word in names:
+        flag = "" if kind is TargetKind.QEMU else f" --target {kind}"
+        raise UsageError(
+            f"image {word!r} has not been built yet", hint=f"run `ami-builder build {word}{flag}` first"
+        )
+    digests = [one.artifact.digest[: max(len(word), _LEAST_DIGITS)] for one in images]
+    raise UsageError(
+        f"there is no image {word}{did_you_mean(word, [*names, *digests])}",
+        hint="name an image, or the first digits of a digest, as `ami-builder list` prints them",
+    )
+
+
+def _disk(word: str, config: Config, dask_scheduler: str | None) -> tuple[Image, StoredImage, Target]:
+    from ami_builder.qemu.target import foreign
+
+    path = Path(word).absolute()
+    if not path.is_file():
+        raise UsageError(
+            f"{word}: no such disk image", hint="run `ami-builder list` to see the finished images"
+        )
+    stored = next((s for s in open_workspace().images() if s.path == path), None)
+    image = config.select(stored.artifact.image if stored is not None else None)
+    home = open_target(image, TargetKind.QEMU, dask_scheduler=dask_scheduler)
+    return image, stored or foreign(path, image), home

@@ -1,0 +1,67 @@
+"""`ami-builder check` on this host: what would stop a build, found without building."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ami_builder.build import preflight
+from ami_builder.build.preflight import GIB
+from ami_builder.core.records import Finding, State
+from ami_builder.qemu.accelerator import known_accelerator
+from ami_builder.qemu.machine import Accelerator, firmware
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ami_builder.config.schema import Image
+    from ami_builder.state.workspace import Workspace
+
+_BUILD_TOOLS = ("qemu-system-x86_64", "qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
+_RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")
+
+
+def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
+    """Yield what a build on this host needs: tools, firmware, accelerator, memory, disk space."""
+    yield from preflight.open_settings(image)
+    recipe = _RECIPE_TOOLS if image.base.source is None or image.container.requirements is not None else ()
+    seed = ("xorriso",) if image.base.source is not None else ()
+    yield from preflight.tools((*_BUILD_TOOLS, *recipe, *seed))
+    yield preflight.found("UEFI firmware", lambda: firmware()[1])
+    yield _accelerator(workspace)
+    yield _memory(image)
+    yield preflight.disk_space(workspace)
+
+
+def _accelerator(workspace: Workspace) -> Finding:
+    known = known_accelerator(workspace.cache / "accelerator.json")
+    if known is not None:
+        accelerator, reason = known
+        state = State.OK if accelerator is Accelerator.KVM else State.NOTE
+        return Finding(name="accelerator", state=state, found=reason)
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return Finding(
+            name="accelerator",
+            state=State.NOTE,
+            found="/dev/kvm opens; the first build tries whether a guest runs on it",
+        )
+    return Finding(
+        name="accelerator",
+        state=State.NOTE,
+        found="no access to /dev/kvm: VMs are emulated, which is about ten times slower",
+        hint="on a host with KVM, join the group that owns /dev/kvm",
+    )
+
+
+def _memory(image: Image) -> Finding:
+    wanted = max(image.bake.memory, *image.verify.memory)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = f"{available / GIB:.1f} GiB free, {wanted / GIB:.1f} GiB for the largest VM"
+    if available >= wanted:
+        return Finding(name="memory", state=State.OK, found=text)
+    return Finding(
+        name="memory",
+        state=State.NOTE,
+        found=text,
+        hint="make bake.memory and verify.memory smaller, or stop what uses memory",
+    )
