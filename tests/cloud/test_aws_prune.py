@@ -168,7 +168,7 @@ def _channel(cloud: Cloud, ami: str) -> str:
 def _predecessor(cloud: Cloud, ami: str) -> str:
     assert cli.run(["promote", ami, "stable"]) == 0
     assert cli.run(["promote", aged(cloud, "next"), "stable"]) == 0
-    return "what channel stable goes back to"
+    return "channel stable would roll back to it"
 
 
 @pytest.mark.parametrize(

@@ -395,7 +395,7 @@ def test_a_person_moves_a_channel_in_every_region(
     for region, ami in there[second].items():
         alone = ("--set", f"aws.region={region}", "--set", "aws.copy_to=")
         assert cli.run([*alone, "promote", ami, "stable"]) == 2
-        assert "never comes back: leaks" in capsys.readouterr().err
+        assert "can't be promoted again: leaks" in capsys.readouterr().err
     assert cli.run(["history", "stable", "--target", "aws"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     moves = ["promoted", "promoted", "rolled back", "promoted", "revoked"]
@@ -420,7 +420,7 @@ def test_a_region_that_lags_is_left_and_one_without_a_copy_is_named(
     assert moved(capsys, "rollback", "stable", "--target", "aws") == {REGION: first, TWO[0]: copies[TWO[0]]}
     assert standing(cloud) == {REGION: first, **copies}
     for command, said in (
-        (("promote", second, "testing", "--region", "eu-north-1"), "no image is promoted there"),
+        (("promote", second, "testing", "--region", "eu-north-1"), "the image is not promoted there"),
         (("rollback", "stable", "--region", TWO[0]), TWO[0]),
         (("rollback", "stable", "--target", "aws"), "no image before the current one"),
         (("promote", second, "stabel"), "did you mean stable"),
