@@ -49,22 +49,22 @@ class ChannelParameters:
 
     def id_of(self, stored: StoredImage) -> str:
         """Return the id of an AMI. Raises UsageError when it is not a finished one of ours."""
-        id = stored.artifact.location
-        found = images.get(self.account, id)
+        image_id = stored.artifact.location
+        found = images.get(self.account, image_id)
         if found is None or not found.finished or found.state != "available":
             raise UsageError(
-                f"{id} is not a finished AMI of ours in {self.account.region}",
+                f"{image_id} is not a finished AMI of ours in {self.account.region}",
                 hint="`ami-builder build --target aws` makes one",
             )
         name = found.tags.get(tagging.IMAGE)
         if name != self.image:
-            raise UsageError(f"{id} is an image of {name!r}, not of {self.image!r}")
-        return id
+            raise UsageError(f"{image_id} is an image of {name!r}, not of {self.image!r}")
+        return image_id
 
-    def find(self, id: str) -> StoredImage | None:
+    def find(self, image_id: str) -> StoredImage | None:
         """Return an AMI that can be launched."""
-        found = images.get(self.account, id)
-        return None if found is None or found.state != "available" else self.ami(id)
+        found = images.get(self.account, image_id)
+        return None if found is None or found.state != "available" else self.ami(image_id)
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel as far as SSM keeps them (100 versions), the oldest first."""
@@ -77,16 +77,16 @@ class ChannelParameters:
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these AMIs are tagged as revoked, or were deregistered: none of them comes back."""
         there = images.find_by_ids(self.account, ids)
-        missing = {id: "it was deregistered" for id in ids if id not in there}
-        return missing | {id: ami.revoked for id, ami in there.items() if ami.revoked is not None}
+        missing = {image_id: "it was deregistered" for image_id in ids if image_id not in there}
+        return missing | {image_id: ami.revoked for image_id, ami in there.items() if ami.revoked is not None}
 
     def write(self, entry: ChannelEntry) -> None:
         """Write the parameter, and wait until it has the new value."""
         write(self.account, self.image, entry)
 
-    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
+    def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Tag the AMI, then write each parameter. A parameter without a current image is deleted."""
-        images.revoke(self.account, id, reason)
+        images.revoke(self.account, image_id, reason)
         for entry in entries:
             self.write(entry)
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from ami_builder.aws import images as amis
 from ami_builder.aws import references, sharing, snapshots, tags
-from ami_builder.aws.session import Account
 from ami_builder.build.channels import ChannelStore
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
-from ami_builder.config.schema import Image
-from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.errors import CloudFailed
 from ami_builder.state.journal import unfinished
-from ami_builder.state.workspace import Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ami_builder.aws.session import Account
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Progress
+    from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
 # A snapshot is there before the AMI that it is made for is shown.
@@ -69,17 +73,17 @@ def plan_cleanup(
 def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> None:
     """Carry out a plan that was made just now; deregister AMIs with their snapshots. Raises CloudFailed."""
     for decision in decisions:
-        id = decision.candidate.id
+        image_id = decision.candidate.id
         if decision.action is Action.DEPRECATE:
-            with progress.step(f"deprecate {id}"):
-                amis.deprecate(account, id)
-        elif decision.action is Action.DELETE and id.startswith("snap-"):
-            with progress.step(f"delete {id}"):
-                if not snapshots.delete(account, id):
-                    raise CloudFailed(f"the snapshot {id} can't be deleted: an AMI uses it")
+            with progress.step(f"deprecate {image_id}"):
+                amis.deprecate(account, image_id)
+        elif decision.action is Action.DELETE and image_id.startswith("snap-"):
+            with progress.step(f"delete {image_id}"):
+                if not snapshots.delete(account, image_id):
+                    raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
         elif decision.action is Action.DELETE:
-            with progress.step(f"deregister {id}"):
-                amis.deregister(account, id)
+            with progress.step(f"deregister {image_id}"):
+                amis.deregister(account, image_id)
 
 
 def _orphans(
@@ -124,9 +128,9 @@ def _unshared(
         told = [replace(one, shared=one.shared or asked.get(one.id, "")) for one in candidates]
         decisions = plan(told, needed, rules, datetime.now(UTC))
         doomed = [one.candidate.id for one in decisions if one.action is not Action.KEEP]
-        if all(id in asked for id in doomed):
+        if all(image_id in asked for image_id in doomed):
             return decisions
-        asked |= {id: shared_with(id) for id in doomed if id not in asked}
+        asked |= {image_id: shared_with(image_id) for image_id in doomed if image_id not in asked}
 
 
 def _shared(users: frozenset[str]) -> str:

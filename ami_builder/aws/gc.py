@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from ami_builder.aws import orphans
 from ami_builder.aws.session import Account
-from ami_builder.config.schema import Image
-from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
-from ami_builder.state.workspace import Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Progress
+    from ami_builder.state.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ class ChannelStore(Protocol):
     def id_of(self, stored: StoredImage) -> str:
         """Return the id of an image in the record. Raises UsageError if it can't be current in a channel."""
 
-    def find(self, id: str) -> StoredImage | None:
+    def find(self, image_id: str) -> StoredImage | None:
         """Return the image of an id; None if it does not exist any more."""
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
@@ -44,7 +44,7 @@ class ChannelStore(Protocol):
     def write(self, entry: ChannelEntry) -> None:
         """Add a move, completely or not at all."""
 
-    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
+    def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Mark an image as revoked, then add the moves that follow from that."""
 
 
@@ -66,16 +66,18 @@ def promote(
     """
     _require_known(channel, known)
     _require_verified(stored)
-    id = channels.id_of(stored)
+    image_id = channels.id_of(stored)
     with channels.locked():
-        _require_unrevoked(channels, id)
+        _require_unrevoked(channels, image_id)
         # Since it was chosen it may have been pruned or verified again.
-        if (found := channels.find(id)) is None:
-            raise UsageError(f"{id} does not exist any more", hint="`ami-builder list` shows the images")
+        if (found := channels.find(image_id)) is None:
+            raise UsageError(
+                f"{image_id} does not exist any more", hint="`ami-builder list` shows the images"
+            )
         _require_verified(found)
-        if current(channels, channel) == id:
+        if current(channels, channel) == image_id:
             return ChannelMove(stored=stored, entries=())
-        entry = _entry(channel, Move.PROMOTED, id, reason)
+        entry = _entry(channel, Move.PROMOTED, image_id, reason)
         channels.write(entry)
     return ChannelMove(stored=stored, entries=(entry,))
 
@@ -108,15 +110,16 @@ def revoke(channels: ChannelStore, stored: StoredImage, reason: str) -> ChannelM
 
     A channel without a previous image has no current image from then on.
     """
-    id = channels.id_of(stored)
+    image_id = channels.id_of(stored)
     with channels.locked():
         entries = []
         for channel in channels.used():
             moves = channels.entries(channel)
-            if stack(moves, channels.revoked(sorted({e.id for e in moves if e.id} - {id})))[-1:] == (id,):
-                left = [one for one in _stack(channels, channel) if one != id]
+            revoked = channels.revoked(sorted({e.id for e in moves if e.id} - {image_id}))
+            if stack(moves, revoked)[-1:] == (image_id,):
+                left = [one for one in _stack(channels, channel) if one != image_id]
                 entries.append(_entry(channel, Move.REVOKED, left[-1] if left else "", reason))
-        channels.revoke(id, reason, entries)
+        channels.revoke(image_id, reason, entries)
     return ChannelMove(stored=stored, entries=tuple(entries))
 
 
@@ -130,8 +133,8 @@ def all_current(channels: ChannelStore) -> dict[str, tuple[str, ...]]:
     """Return the ids that are current now, each with its channels."""
     found: dict[str, tuple[str, ...]] = {}
     for channel in channels.used():
-        if id := current(channels, channel):
-            found[id] = (*found.get(id, ()), channel)
+        if image_id := current(channels, channel):
+            found[image_id] = (*found.get(image_id, ()), channel)
     return found
 
 
@@ -144,17 +147,17 @@ def references(channels: ChannelStore) -> Iterator[Reference]:
     """Yield the images that channels need: the current one of each, and the one before it."""
     for channel in channels.used():
         ids = _stack(channels, channel)
-        for id in ids[-1:]:
-            yield Reference(id=id, by=f"in channel {channel}")
-        for id in ids[-2:-1]:
-            yield Reference(id=id, by=f"channel {channel} would roll back to it")
+        for image_id in ids[-1:]:
+            yield Reference(id=image_id, by=f"in channel {channel}")
+        for image_id in ids[-2:-1]:
+            yield Reference(id=image_id, by=f"channel {channel} would roll back to it")
 
 
-def taken_out(channels: ChannelStore, channel: str, id: str) -> str:
+def taken_out(channels: ChannelStore, channel: str, image_id: str) -> str:
     """Return why a person would not want an image back in a channel; empty if nobody removed it."""
-    if reason := channels.revoked([id]).get(id):
+    if reason := channels.revoked([image_id]).get(image_id):
         return f"it was revoked: {reason}"
-    if (entry := taken_back(channels.entries(channel)).get(id)) is None:
+    if (entry := taken_back(channels.entries(channel)).get(image_id)) is None:
         return ""
     why = f": {entry.reason}" if entry.reason else ""
     return f"channel {channel} was {entry.move} from it on {entry.at:%Y-%m-%d} by {entry.by}{why}"
@@ -165,9 +168,9 @@ def _stack(channels: ChannelStore, channel: str) -> tuple[str, ...]:
     return stack(entries, channels.revoked(sorted({entry.id for entry in entries if entry.id})))
 
 
-def _entry(channel: str, move: Move, id: str, reason: str) -> ChannelEntry:
+def _entry(channel: str, move: Move, image_id: str, reason: str) -> ChannelEntry:
     at = datetime.now(UTC).replace(microsecond=0)
-    return ChannelEntry(channel=channel, move=move, id=id, at=at, by=_who(), reason=reason)
+    return ChannelEntry(channel=channel, move=move, id=image_id, at=at, by=_who(), reason=reason)
 
 
 def _who() -> str:
@@ -199,9 +202,9 @@ def _require_verified(stored: StoredImage) -> None:
         raise UsageError(f"{artifact.location} failed its checks, so it can't be promoted", hint=again)
 
 
-def _require_unrevoked(channels: ChannelStore, id: str) -> None:
-    for reason in channels.revoked([id]).values():
+def _require_unrevoked(channels: ChannelStore, image_id: str) -> None:
+    for reason in channels.revoked([image_id]).values():
         raise UsageError(
-            f"{id} was revoked and can't be promoted again: {reason}",
+            f"{image_id} was revoked and can't be promoted again: {reason}",
             hint="build an image with other inputs",
         )

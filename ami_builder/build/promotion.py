@@ -119,6 +119,6 @@ def history(
 def _current_digest(target: Target, image: Image, channel: str) -> str:
     """Return the digest of the current image of a channel; empty for none."""
     store = target.channels(image)
-    id = channels.current(store, channel)
-    stored = store.find(id) if id else None
+    image_id = channels.current(store, channel)
+    stored = store.find(image_id) if image_id else None
     return stored.artifact.digest if stored is not None else ""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ami_builder.build.target import TargetOutcome, at_each
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.records import CheckResult, Measurement, Verdict
 from ami_builder.state import runs
 from ami_builder.verify import estimate
 from ami_builder.verify.verdict import replaces, require_passed, verdict_of
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ami_builder.build.target import Target
     from ami_builder.config.schema import Image
     from ami_builder.console import Progress, Step
+    from ami_builder.core.records import CheckResult, Measurement, Verdict
     from ami_builder.state.workspace import Run, StoredImage, Workspace
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ami_builder.console import duration
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult, TargetKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 _LONGEST_LIST = 10
 _LONGEST_LINE = 300
@@ -70,9 +73,9 @@ def markdown(night: NightlyRun) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def short(id: str) -> str:
+def short(image_id: str) -> str:
     """Return an id as a person reads it: the first digits of a digest, an AMI's id whole."""
-    return id[:_SHOWN_DIGITS] if _DIGEST.fullmatch(id) else id
+    return image_id[:_SHOWN_DIGITS] if _DIGEST.fullmatch(image_id) else image_id
 
 
 def _outcome(night: NightlyRun) -> str:

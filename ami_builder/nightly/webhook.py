@@ -11,15 +11,17 @@ import ipaddress
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from email.message import Message
 from pathlib import Path
 from threading import Thread
-from typing import IO
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
-from tenacity.wait import wait_base
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tenacity.wait import wait_base
 
 VARIABLE = "AMI_BUILDER_WEBHOOK"
 FILE_VARIABLE = "AMI_BUILDER_WEBHOOK_FILE"
@@ -67,18 +69,16 @@ def notify(url: str, text: str, *, seconds: float = SECONDS, pause: wait_base = 
     return f"{shown}: {said[-1]}" if said[-1] else ""
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, which would carry the message to a host that nobody named."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would send the message to a host that the user did not name."""
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
+    def redirect_request(self, *_: object, **__: object) -> None:
         return None
 
 
 def _post(url: str, text: str, local: bool, seconds: float, pause: wait_base, said: list[str]) -> None:
     """Add to `said` how it ended: empty when the message was taken."""
-    handlers: list[urllib.request.BaseHandler] = [_Stay()]
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
     if local:
         # Without TLS a proxy would read the URL.
         handlers.append(urllib.request.ProxyHandler({}))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -13,6 +12,11 @@ from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +48,9 @@ class ChannelFile:
             )
         return stored.artifact.digest
 
-    def find(self, id: str) -> StoredImage | None:
+    def find(self, image_id: str) -> StoredImage | None:
         """Return the finished image of a digest."""
-        found = self.workspace.image(self.image, id)
+        found = self.workspace.image(self.image, image_id)
         return found if found is not None and found.artifact.target is TargetKind.QEMU else None
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
@@ -60,17 +64,17 @@ class ChannelFile:
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these digests were revoked."""
         known = self._read().revoked
-        return {id: known[id] for id in ids if id in known}
+        return {image_id: known[image_id] for image_id in ids if image_id in known}
 
     def write(self, entry: ChannelEntry) -> None:
         """Add a move."""
         record = self._read()
         dump(replace(record, entries=(*record.entries, entry)), self._path)
 
-    def revoke(self, id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
+    def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Mark a digest and add the moves, in one step."""
         record = self._read()
-        revoked = {**record.revoked, id: record.revoked.get(id, reason)}
+        revoked = {**record.revoked, image_id: record.revoked.get(image_id, reason)}
         dump(ChannelRecord(entries=(*record.entries, *entries), revoked=revoked), self._path)
 
     @property

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
-from ami_builder.config.schema import Image
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.records import RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import StoredImage, Workspace, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ami_builder.config.schema import Image
 
 CACHES = ("base", "container")
 _DAY = timedelta(days=1)
@@ -79,10 +83,10 @@ def _plan_images(
     nights = {night.digest: night.id for night in unfinished(workspace)}
     candidates, references = [], []
     for one in stored:
-        id = str(one.directory)
+        image_id = str(one.directory)
         candidates.append(
             Candidate(
-                id=id,
+                id=image_id,
                 image=name,
                 created=one.artifact.created,
                 size=one.artifact.size,
@@ -92,12 +96,12 @@ def _plan_images(
             )
         )
         if by := used.get(one.artifact.digest):
-            references.append(Reference(id=id, by=by))
+            references.append(Reference(id=image_id, by=by))
         if other := bases.get(one.artifact.location):
-            references.append(Reference(id=id, by=f"the base of image {other}"))
+            references.append(Reference(id=image_id, by=f"the base of image {other}"))
         if night := nights.get(one.artifact.digest):
-            references.append(Reference(id=id, by=f"night {night} goes on with it"))
-        references += [Reference(id=id, by=f"run {run.run_id} is going") for run in going]
+            references.append(Reference(id=image_id, by=f"night {night} goes on with it"))
+        references += [Reference(id=image_id, by=f"run {run.run_id} is going") for run in going]
     rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
     return plan(candidates, references, rules, now)
 

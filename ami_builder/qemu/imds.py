@@ -17,14 +17,17 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ami_builder.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
 
 MAX_USER_DATA = 16 * 1024
 """Bytes of user data that RunInstances takes; EC2's documented quota."""
@@ -210,6 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the base class could not parse; a method without a handler is 405 at EC2, not 501."""
+        del message, explain
         if code == HTTPStatus.NOT_IMPLEMENTED:
             self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, allow="GET, HEAD")
         else:

@@ -8,13 +8,11 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
-from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ami_builder.core.errors import BuildFailed, MissingTool
 from ami_builder.core.options import Network
@@ -23,6 +21,10 @@ from ami_builder.qemu.disks import create_overlay
 from ami_builder.qemu.monitor import FAILURES, Monitor
 from ami_builder.system import processes
 from ami_builder.verify.machine import Unresponsive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
 
 T = TypeVar("T")
 

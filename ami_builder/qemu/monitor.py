@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-from collections.abc import Mapping
 from contextlib import suppress
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from qemu.qmp import QMPClient, QMPError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping
+    from types import TracebackType
 
 # Without a handler, Python's last resort would print the library's view of a dying QEMU on stderr.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())

@@ -126,6 +126,7 @@ class QemuMachine:
 
     def cpu_seconds(self, session: ssh.Session) -> float | None:
         """Return the CPU seconds that QEMU has used since the start or the last reboot."""
+        del session
         used = host_load.cpu_seconds(self.emulator)
         return None if used is None else used - self._used_before
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ami_builder.console import Step
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ami_builder.console import Step
 
 WAITING = "waiting for ssh"
 SHUTTING_DOWN = "shutting down"

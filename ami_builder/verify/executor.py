@@ -6,7 +6,6 @@ import logging
 import pkgutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -23,6 +22,8 @@ from ami_builder.core.errors import (
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from distributed import Client
 
 P = ParamSpec("P")
