@@ -77,7 +77,7 @@ def bake_ami(
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
     with step.step("container") as child:
-        archive = container.archive(inputs, workspace, run, child)
+        archive = container.archive(inputs.image, inputs.container_digest, workspace, run, child)
     bake = _Bake(inputs, account, archive, run)
     try:
         ami = bake.run(step)

@@ -10,7 +10,6 @@ from ami_builder.build.recipe import Recipe, debian_recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ami_builder.build.inputs import Inputs
     from ami_builder.config.schema import Image
     from ami_builder.console import Step
     from ami_builder.state.workspace import Run, Workspace
@@ -26,17 +25,14 @@ def digest(image: Image, workspace: Workspace, *, refresh: bool) -> str:
     return _recipe(image).resolve(workspace, log, refresh=refresh)
 
 
-def archive(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> Path | None:
+def archive(image: Image, digest: str, workspace: Workspace, run: Run, step: Step) -> Path | None:
     """Return the archive from the cache, built if it isn't there; None if the image is pulled."""
-    image = inputs.image
     if image.container.requirements is None:
         step.done(f"{image.container.reference}, pulled while baking")
         return None
-    if (workspace.cache / KIND / inputs.container_digest).is_dir():
+    if (workspace.cache / KIND / digest).is_dir():
         step.done("cached")
-    folder = _recipe(image).make(
-        workspace, inputs.container_digest, "container.tar", run.log("container"), step.update
-    )
+    folder = _recipe(image).make(workspace, digest, "container.tar", run.log("container"), step.update)
     return folder / "container.tar"
 
 

@@ -118,7 +118,9 @@ def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> 
 
     def archived() -> None:
         with step.step("container") as child:
-            found["container"] = container.archive(inputs, workspace, run, child)
+            found["container"] = container.archive(
+                inputs.image, inputs.container_digest, workspace, run, child
+            )
 
     side_by_side([base, archived])
     made, archive = found["base"], found["container"]
