@@ -71,7 +71,7 @@ def test_a_dask_of_user_data_has_the_machine_to_itself(
 ) -> None:
     user_data(tmp_path, text, where)
     status, output = run("dask-wanted", tmp_path, shell=shell)
-    reason = "this instance's user data starts a Dask of its own"
+    reason = "this instance's user data starts its own Dask"
     assert (status, output) == (1, f"<5>dask-wanted: dask.service does not start Dask: {reason}\n")
     assert (tmp_path / "run/dask/health").read_text() == f"off\n{reason}\n"
 

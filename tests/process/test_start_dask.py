@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_loud_and_leaves_the_variable_unset(machine: 
     assert started.record is None
     assert not machine.drop_in.exists()
     assert re.search(
-        rf"^<3>measure-memory: {VARIABLE} is not set, Dask and .* may use 75 % .*: .+", started.output
+        rf"^<3>measure-memory: {VARIABLE} is not set, and each .* may use 75 % .*: .+", started.output
     )
     assert len(started.output.splitlines()) == 1, started.output
 
@@ -273,7 +273,7 @@ def test_a_headroom_that_leaves_too_little_is_none(machine: Machine) -> None:
     started = machine.start(image(headroom=1 << 30))
     assert started.exported == "1814532096"
     assert "DASK_WORKER_MEMORY" not in started.environment
-    assert "<3>start-dask: the nanny has no headroom" in started.output
+    assert "<3>start-dask: the nanny gets no headroom" in started.output
 
 
 @pytest.mark.parametrize("headroom", [0, 16 << 20])
@@ -307,7 +307,7 @@ def test_without_docker_nothing_is_measured_and_systemd_tries_again(one: Machine
     started = one.start(environment={"FAKE_DOCKER_DOWN": "1"})
     assert started.status == 1
     assert started.record is None
-    assert "<3>start-dask: Docker does not answer: journalctl -u docker" in started.output
+    assert "<3>start-dask: Docker does not answer (see journalctl -u docker)" in started.output
 
 
 def test_compose_runs_the_pinned_project(one: Machine) -> None:
@@ -347,18 +347,33 @@ esac
 @pytest.mark.parametrize(
     ("events", "running", "command", "said"),
     [
-        ("die c1 dask-worker-1 0\n", "c2\n", "dask [worker tcp://10.0.0.1:8786]", "dask-worker-1 has ended"),
+        (
+            "die c1 dask-worker-1 0\n",
+            "c2\n",
+            "dask [worker tcp://10.0.0.1:8786]",
+            "container dask-worker-1 has ended",
+        ),
         (
             "die c1 dask-worker-1 0\\n",
             "c2\\n",
             "/sbin/docker-init [-- dask-scheduler]",
-            "dask-worker-1 has ended",
+            "container dask-worker-1 has ended",
         ),
-        ("die c1 dask-init-1 0\n", "", "true []", "dask-init-1 has ended"),
-        ("die c1 dask-worker-1 137\n", "c2\n", "dask []", "dask-worker-1 has ended with status 137"),
-        ("die c1 dask-logs-1 1\n", "c2\n", "logs []", "dask-logs-1 has ended with status 1"),
-        ("die c1 dask-init-1 0\ndie c2 dask-x-1 3\n", "c2\n", "true []", "dask-x-1 has ended with status 3"),
-        ("die c1 dask-init-1 0\n", "c2\n", "true []", "Docker has ended: journalctl -u docker"),
+        ("die c1 dask-init-1 0\n", "", "true []", "container dask-init-1 has ended"),
+        (
+            "die c1 dask-worker-1 137\n",
+            "c2\n",
+            "dask []",
+            "container dask-worker-1 has ended with status 137",
+        ),
+        ("die c1 dask-logs-1 1\n", "c2\n", "logs []", "container dask-logs-1 has ended with status 1"),
+        (
+            "die c1 dask-init-1 0\ndie c2 dask-x-1 3\n",
+            "c2\n",
+            "true []",
+            "container dask-x-1 has ended with status 3",
+        ),
+        ("die c1 dask-init-1 0\n", "c2\n", "true []", "Docker has ended (see journalctl -u docker)"),
     ],
     ids=[
         "dask",
@@ -385,7 +400,7 @@ def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
     assert started.status == 1
     assert started.output.splitlines()[-1] == f"<3>start-dask: {said}"
     assert machine.health == ["unhealthy", said]
-    assert ("<6>start-dask: dask-init-1 has done its work" in started.output) is (
+    assert ("<6>start-dask: container dask-init-1 has completed" in started.output) is (
         events.startswith("die c1 dask-init-1 0") and bool(running)
     )
 
@@ -393,8 +408,12 @@ def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
 @pytest.mark.parametrize(
     ("maximum", "said"),
     [
-        ("max", "dask-w-1 runs WITHOUT a memory limit"),
-        ("1814532097", "dask-w-1 may use 1814532097 bytes, more than the 1814532096 that were available"),
+        ("max", "container dask-w-1 runs WITHOUT a memory limit"),
+        (
+            "1814532097",
+            "container dask-w-1 has a limit of 1814532097 bytes,"
+            " more than the 1814532096 that were available",
+        ),
         ("1814532096", ""),
         ("1048576", ""),
         (None, ""),
@@ -476,11 +495,10 @@ def test_a_boot_that_goes_on_is_said_and_not_waited_for_for_good(machine: Machin
     assert started.status == 0
     lines = started.output.splitlines()
     assert (
-        lines[0] == "<6>start-dask: waiting for the end of the boot: cloud-final.service still starts (1 min)"
+        lines[0]
+        == "<6>start-dask: waiting for the end of the boot: cloud-final.service is still starting (1 min)"
     )
-    assert lines[29].startswith(
-        "<4>start-dask: the boot is not over after 30 minutes, Dask starts all the same"
-    )
+    assert lines[29].startswith("<4>start-dask: the boot has not ended after 30 minutes")
 
 
 def test_a_worker_waits_for_its_scheduler(one: Machine) -> None:
@@ -551,7 +569,7 @@ def test_a_docker_without_scopes_is_said(
     assert started.exported == "1814532096"
     assert not machine.drop_in.exists()
     assert re.search(
-        f"^<3>measure-memory: only a container with mem_limit is limited: .*{said}", started.output
+        f"^<3>measure-memory: only containers with mem_limit have a limit: .*{said}", started.output
     )
 
 
@@ -613,7 +631,7 @@ def test_a_compose_file_on_another_network_is_loud_and_starts_all_the_same(
     assert started.status == 0
     assert started.exported == "1814532096"
     (line,) = [line for line in started.output.splitlines() if line.startswith("<3>")]
-    said = r"no service of \S+/etc/dask/compose.yaml has network_mode: host, .*\(container.network\)"
+    said = r"no service in \S+/etc/dask/compose.yaml has network_mode: host, .*\(container.network\)"
     assert re.fullmatch(f"<3>start-dask: {said}", line)
     other = machine.start(image(network=ContainerNetwork.BRIDGE))
     assert other.status == 0
@@ -623,9 +641,9 @@ def test_a_compose_file_on_another_network_is_loud_and_starts_all_the_same(
 @pytest.mark.parametrize(
     ("settings_text", "said"),
     [
-        ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is none of local, worker, scheduler, none"),
-        ("DASK_ROLE=\n", "DASK_ROLE='' in .* is none of"),
-        ("", "DASK_ROLE='' in .* is none of"),
+        ("DASK_ROLE=boss\n", "DASK_ROLE='boss' in .* is not local, worker, scheduler or none"),
+        ("DASK_ROLE=\n", "DASK_ROLE='' in .* is not local"),
+        ("", "DASK_ROLE='' in .* is not local"),
         ("DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=\n", "DASK_ROLE=worker needs DASK_SCHEDULER_ADDRESS"),
         (None, "dask.env can't be read"),
     ],

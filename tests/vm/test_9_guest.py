@@ -157,7 +157,7 @@ def test_what_has_done_its_work_beside_dask_does_not_end_it(
     begun = since(guest)
     worker: dict[str, object] = {"command": SLEEPS, **after}
     guest.root(compose(image, worker=worker, init={"command": "true"}) + "systemctl restart dask")
-    said(guest, begun, "dask-init-1 has done its work")
+    said(guest, begun, "dask-init-1 has completed")
     assert properties(guest, "ActiveState", "NRestarts") == ["active", "0"]
     assert guest.root("docker ps --format '{{.Names}}'").split() == ["dask-worker-1"]
 
