@@ -245,10 +245,9 @@ class _Mistakes:
         """Note what is wrong with the settings of an image together."""
         for keys, message in conflicts.find(settings):
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
-                # A default is not a mistake: report the position of a setting that it does not go with.
+                # A default is not a mistake: report the position of a setting that it conflicts with.
                 position = next((given[key].origin.position for key in keys if key in given), image.position)
-                default = _Origin(position, f"{image.key}.{keys[0]}")
-                key = given[keys[0]].origin.key if keys[0] in given else default.key
+                key = given[keys[0]].origin.key if keys[0] in given else f"{image.key}.{keys[0]}"
                 self.add(_Origin(position, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
 
     def stop(self) -> None:

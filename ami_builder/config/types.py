@@ -217,10 +217,10 @@ def _bridges(value: object, folder: Path) -> str:
     return str(network)
 
 
-Network = TypeVar("Network")
+Parsed = TypeVar("Parsed", ipaddress.IPv4Network, ipaddress.IPv4Network | ipaddress.IPv6Network)
 
 
-def _network(value: object, parse: Callable[[str], Network], expected: str) -> Network:
+def _network(value: object, parse: Callable[[str], Parsed], expected: str) -> Parsed:
     try:
         return parse(value if isinstance(value, str) else repr(value))
     except ValueError as wrong:
