@@ -62,7 +62,9 @@ def test_generated_pages_are_current(generate: ModuleType) -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_links_resolve(path: Path) -> None:
     text = read(path)
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", text):
+    pictures = [(target, "") for target in re.findall(r'<img src="([^"]+)"', text)]
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)", text)
+    for target, anchor in links + pictures:
         page = (path.parent / target) if target else path
         assert page.exists(), target
         if anchor:
