@@ -1,4 +1,4 @@
-"""The command that a timer runs every night."""
+"""The command that a timer runs every run."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def nightly(
     9 on hold until a person decides, 10 inconclusive because the host was too busy.
     """
     try:
-        ended = _nights(images or (), target, prune, dask_scheduler)
+        ended = _run(images or (), target, prune, dask_scheduler)
     except Exception as aborted:
         # A nightly run that ended by itself has already sent its result.
         from ami_builder.nightly.summary import aborted_text
 
         _notify(aborted_text(images or (), target, aborted))
         raise
-    nights = [one.night for one in ended]
+    runs = [one.run for one in ended]
     for one in ended:
         if one.error is not None:
             console.error(one.error)
-    _print(nights, as_json=as_json)
-    codes = [night.exit_code for night in nights if night.exit_code]
+    _print(runs, as_json=as_json)
+    codes = [run.exit_code for run in runs if run.exit_code]
     if codes:
         raise typer.Exit(worst(codes))
 
@@ -78,7 +78,7 @@ def worst(codes: Sequence[int]) -> int:
     return min(codes, key=lambda code: milder.get(code, 0))
 
 
-def _nights(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:
+def _run(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:
     from ami_builder.nightly.run import nightly as go
 
     config, kind = load_config(), parse_target(target)
@@ -113,17 +113,17 @@ def _prune(
     return decisions
 
 
-def _print(nights: Sequence[NightlyRun], *, as_json: bool) -> None:
+def _print(runs: Sequence[NightlyRun], *, as_json: bool) -> None:
     from ami_builder.nightly.summary import headline, short
 
     if as_json:
-        console.result_json({"nights": plain(nights)})
+        console.result_json({"nights": plain(runs)})
         return
     rows = []
-    for night in nights:
-        ended = [(one.place, one.ending, short(one.id), one.text) for one in night.places]
-        ended = ended or [("", night.ending, short(night.digest), night.error or "; ".join(night.drifts))]
-        rows += [(night.image, night.channel, *row) for row in ended]
+    for run in runs:
+        ended = [(one.place, one.ending, short(one.id), one.text) for one in run.places]
+        ended = ended or [("", run.ending, short(run.digest), run.error or "; ".join(run.drifts))]
+        rows += [(run.image, run.channel, *row) for row in ended]
     console.table(("image", "channel", "where", "ended", "id", "because"), rows)
-    for night in nights:
-        console.note(headline(night))
+    for run in runs:
+        console.note(headline(run))

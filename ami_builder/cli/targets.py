@@ -108,7 +108,10 @@ def find_image(
     image = config.select(stored.artifact.image if stored is not None else None)
     if kind is TargetKind.AWS:
         home = open_aws(image, dask_scheduler=dask_scheduler)
-        return image, home.ami(image, stored.artifact.location if stored is not None else word), home
+        if stored is None:
+            return image, home.ami(image, word), home
+        (there,) = home.elsewhere([stored.artifact.region])
+        return image, there.ami(image, stored.artifact.location), home
     assert stored is not None
     return image, stored, open_target(image, kind, dask_scheduler=dask_scheduler)
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Ended:
     """A nightly run, and the error that ended it, if one did."""
 
-    night: NightlyRun
+    run: NightlyRun
     error: AmiBuilderError | None
 
 
@@ -72,8 +72,8 @@ def nightly(
         retired, failed = _prune(prune, progress)
         finish = partial(_finish, workspace=workspace, retired=retired, failed=failed, notify=notify)
         return tuple(
-            Ended(night=finish(replace(night, steps=progress.steps), journal), error=error)
-            for night, journal, error in ended
+            Ended(run=finish(replace(run, steps=progress.steps), journal), error=error)
+            for run, journal, error in ended
         )
 
 
@@ -87,7 +87,7 @@ def _prune(prune: Prune | None, progress: Progress) -> tuple[Sequence[Decision],
 
 
 def _finish(
-    night: NightlyRun,
+    run: NightlyRun,
     journal: NightlyJournal,
     workspace: Workspace,
     retired: Sequence[Decision],
@@ -98,32 +98,32 @@ def _finish(
     mine = [
         f"{one.action}d {one.candidate.id}: {one.reason}"
         for one in retired
-        if one.candidate.image == night.image and one.action is not Action.KEEP
+        if one.candidate.image == run.image and one.action is not Action.KEEP
     ]
     # The report includes what was deleted before the run was killed.
     mine = [*(journal.find(NightlyStep.PRUNED) or {}).get("retired", ()), *mine]
     if failed is not None:
         mine.append(f"nothing was deleted: {failed.message}")
         # While a build is running nothing can be deleted, and that is fine: the next nightly run does it.
-        if not night.exit_code and not isinstance(failed, Locked):
-            night = replace(night, exit_code=failed.exit_code)
+        if not run.exit_code and not isinstance(failed, Locked):
+            run = replace(run, exit_code=failed.exit_code)
     journal.note(NightlyStep.PRUNED, retired=mine)
-    night = replace(night, retired=tuple(mine), ended=datetime.now(UTC))
-    write_atomically(journal.directory / "summary.md", summary.markdown(night))
-    save_nightly_run(night, journal.directory, workspace)
+    run = replace(run, retired=tuple(mine), ended=datetime.now(UTC))
+    write_atomically(journal.directory / "summary.md", summary.markdown(run))
+    save_nightly_run(run, journal.directory, workspace)
     unsent = ""
     if journal.find(NightlyStep.REPORTED) is None:
         # Noted first: a message that a crash loses is better than one that is sent twice.
         journal.note(NightlyStep.REPORTED)
-        unsent = notify(summary.text(night)) if night.ending is not NightlyStatus.UNCHANGED else ""
+        unsent = notify(summary.text(run)) if run.ending is not NightlyStatus.UNCHANGED else ""
     journal.note(
         NightlyStep.ENDED,
-        ending=str(night.ending),
-        exit_code=night.exit_code,
-        error=night.error,
+        ending=str(run.ending),
+        exit_code=run.exit_code,
+        error=run.error,
         unsent=unsent,
     )
-    return night
+    return run
 
 
 class _ImageRun:
@@ -135,7 +135,7 @@ class _ImageRun:
         self.image, self.home, self.targets = image, targets[0], targets
         self.workspace, self.progress = workspace, progress
         self.channel = image.nightly.channel
-        self.night = NightlyRun(
+        self.run = NightlyRun(
             id="",
             image=image.name,
             target=self.home.kind,
@@ -163,7 +163,7 @@ class _ImageRun:
             self._record(ending=ending, error=failed.message, exit_code=failed.exit_code)
         journal = journal or open_journal(self.workspace, self.image.name, self.home.kind, "")
         self._record(id=journal.id, started=journal.started)
-        return self.night, journal, error
+        return self.run, journal, error
 
     def _go(self, inputs: Inputs, journal: NightlyJournal) -> None:
         self._record(before=channels.current(self.home.channels(self.image), self.channel))
@@ -196,7 +196,7 @@ class _ImageRun:
         self._record(places=tuple(results), **_together(results))
 
     def _record(self, **changes: object) -> None:
-        self.night = replace(self.night, **changes)  # type: ignore[arg-type]
+        self.run = replace(self.run, **changes)  # type: ignore[arg-type]
 
     def _unchanged(self, inputs: Inputs) -> list[StoredImage]:
         """Return the current image of each target if all are verified and of these inputs, else nothing."""

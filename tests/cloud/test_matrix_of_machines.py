@@ -194,7 +194,7 @@ def test_one_type_without_capacity_does_not_hide_the_others(cloud: Cloud, crew: 
     cloud.options.no_capacity = {("m5.large", "*")}
     ran = captured("verify", ami, *FLAGS)
     assert ran.status == 6, ran.err
-    assert "1 of 3 machines could not be proved: EC2 has no capacity in us-east-1" in ran.err
+    assert "1 of 3 machines could not be verified: EC2 has no capacity in us-east-1" in ran.err
     assert "m5.large in us-east-1 (on " in ran.err
     ended = {
         instance
@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
         processes.resume()  # else this process would wait for nothing any more
     stopper.join(BOUND)
     assert ran.status == 130, ran.err
-    assert "goes on to its end" in ran.err
+    assert "workers finish and clean up" in ran.err
     crew.wait_for_calls(wanted=0)
     crew.go.touch()
     wait_until(lambda: cloud.left().keys() == {"image", "snapshot"}, what="the worker's end", timeout=BOUND)

@@ -314,11 +314,11 @@ def test_a_night_that_can_not_begin_is_told_too(
         patch.setattr("ami_builder.nightly.run.resolve", broken)
         assert cli.run(["nightly"]) == 1
     config, locked, defect = hook()
-    assert config.startswith("*all images (qemu): FAILED, there was no night: ")
+    assert config.startswith("*all images (qemu): FAILED, the nightly run did not start: ")
     assert "chanel" in config
     assert "exit code 2" in config
     assert (
-        "dask (qemu): FAILED, there was no night: a nightly run of image 'dask' for qemu is in progress"
+        "dask (qemu): FAILED, the nightly run did not start: a nightly run of image 'dask' for qemu is in"
         in locked
     )
     assert "KeyError: 'a &lt;defect&gt;'" in defect
@@ -421,7 +421,7 @@ def test_seven_nights(
 
     # Who was to be told was told, once of each night but the unchanged one and the one that could not.
     assert [text.split(":")[1].split()[0] for text in hook()] == [
-        *("promoted", "promoted", "HELD", "FAILED,", "promoted")
+        *("promoted", "promoted", "ON", "FAILED,", "promoted")
     ]
     nights = sorted((workspace.nightly_dir / "dask.qemu").glob("202*"))
     assert len(nights) == 7
@@ -429,7 +429,7 @@ def test_seven_nights(
     assert drawn == [True, True, False, True, True, True, True], "an unchanged one has nothing to show"
     lines = [(night / "summary.md").read_text().splitlines()[0] for night in nights]
     assert [line.removeprefix("# dask (qemu): ").split()[0].rstrip(",") for line in lines] == [
-        *("FAILED", "promoted", "unchanged", "promoted", "FAILED", "HELD", "promoted")
+        *("FAILED", "promoted", "unchanged", "promoted", "FAILED", "ON", "promoted")
     ]
     assert "the package archive does not answer" in lines[4]
 

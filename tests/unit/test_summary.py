@@ -35,7 +35,7 @@ LOCAL = NightlyRun(
     location=f"/var/lib/ami-builder/state/images/dask/{DIGEST[:16]}/image.qcow2",
     places=(
         RegionResult(
-            place="this machine", id=DIGEST, ending=NightlyStatus.PROMOTED, text="stands in testing now"
+            place="this host", id=DIGEST, ending=NightlyStatus.PROMOTED, text="now current in testing"
         ),
     ),
     moved=("docker.io 26.1.5+dfsg1-9+b9 -> 26.1.5+dfsg1-9+b10",),
@@ -75,7 +75,7 @@ PARTLY = replace(
     exit_code=6,
     places=(
         RegionResult(
-            place="us-east-1", id="ami-1", ending=NightlyStatus.PROMOTED, text="stands in testing now"
+            place="us-east-1", id="ami-1", ending=NightlyStatus.PROMOTED, text="now current in testing"
         ),
         RegionResult(place="eu-west-1", id="", ending=NightlyStatus.FAILED, text="quota"),
     ),
@@ -86,24 +86,24 @@ UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(),
 @pytest.mark.parametrize(
     ("night", "line"),
     [
-        (LOCAL, "dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, before it 60057ffa60057ffa"),
+        (LOCAL, "dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, previously 60057ffa60057ffa"),
         (
             replace(LOCAL, before=""),
-            "dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, the first one there",
+            "dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, its first image",
         ),
         (UNCHANGED, "dask (qemu): unchanged, nothing was built for testing"),
         (
             HELD,
-            "dask (qemu): HELD for a person to decide, 3f9a2c1d3f9a2c1d is not promoted; "
+            "dask (qemu): ON HOLD, a person decides whether to promote 3f9a2c1d3f9a2c1d; "
             "testing stays at 60057ffa60057ffa",
         ),
         (
             replace(HELD, before=""),
-            "dask (qemu): HELD for a person to decide, 3f9a2c1d3f9a2c1d is not promoted; "
-            "nothing stands in testing",
+            "dask (qemu): ON HOLD, a person decides whether to promote 3f9a2c1d3f9a2c1d; "
+            "testing has no image",
         ),
         (FAILED, "dask (qemu): FAILED, provisioner 20 failed; testing stays at 60057ffa60057ffa"),
-        (replace(FAILED, before="", error=""), "dask (qemu): FAILED, for a reason that was not told"),
+        (replace(FAILED, before="", error=""), "dask (qemu): FAILED, for an unknown reason"),
         (
             BUSY,
             "dask (qemu): INCONCLUSIVE, the host was too busy to judge this image: 1 of 168 checks is "
@@ -112,9 +112,9 @@ UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(),
         (
             replace(BUSY, before=""),
             "dask (qemu): INCONCLUSIVE, the host was too busy to judge this image: 1 of 168 checks is "
-            "inconclusive; nothing stands in testing",
+            "inconclusive; testing has no image",
         ),
-        (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 places; FAILED in eu-west-1"),
+        (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 regions; FAILED in eu-west-1"),
     ],
 )
 def test_the_first_line_tells_it_all(night: NightlyRun, line: str) -> None:
@@ -125,20 +125,20 @@ def test_the_first_line_tells_it_all(night: NightlyRun, line: str) -> None:
 
 def test_the_message_of_a_held_night_says_why_and_what_to_do() -> None:
     assert summary.text(HELD).split("\n")[1:] == [
-        "Held back by:",
+        "On hold because of:",
         "• available memory at boot (2 GiB): 4.1% less",
-        "Packages that moved:",
+        "Changed packages:",
         "• docker.io 26.1.5+dfsg1-9+b9 -&gt; 26.1.5+dfsg1-9+b10",
         "`ami-builder diff 60057ffa60057ffa 3f9a2c1d3f9a2c1d` shows what changed; "
-        '`ami-builder promote 3f9a2c1d3f9a2c1d testing --reason "…"` lets it through.',
-        "night 20261124-033107-3f9a2c, 9:20 min, exit code 9",
+        '`ami-builder promote 3f9a2c1d3f9a2c1d testing --reason "…"` promotes it anyway.',
+        "nightly run 20261124-033107-3f9a2c, 9:20 min, exit code 9",
     ]
 
 
 def test_the_message_of_an_inconclusive_run_says_what_comes_next_and_nothing_of_a_defect() -> None:
     assert summary.text(BUSY).split("\n")[1:] == [
         "The image is kept, and the next nightly run verifies it again.",
-        "night 20261124-033107-3f9a2c, 9:20 min, exit code 10",
+        "nightly run 20261124-033107-3f9a2c, 9:20 min, exit code 10",
     ]
     assert "fail" not in f"{summary.text(BUSY)}{summary.markdown(BUSY)}".lower().replace(
         "build dask | failed", ""
@@ -167,35 +167,35 @@ def test_the_page() -> None:
     assert (
         summary.markdown(LOCAL)
         == f"""\
-# dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, before it 60057ffa60057ffa
+# dask (qemu): promoted to testing: 3f9a2c1d3f9a2c1d, previously 60057ffa60057ffa
 
 |  |  |
 | --- | --- |
-| night | 20261124-033107-3f9a2c |
-| began | 2026-11-24 03:31:07 UTC |
+| nightly run | 20261124-033107-3f9a2c |
+| started | 2026-11-24 03:31:07 UTC |
 | took | 9:20 min |
 | image | {LOCAL.location} |
-| made of | {DIGEST} |
-| in testing before | {OTHER} |
+| digest | {DIGEST} |
+| previous image of testing | {OTHER} |
 | exit code | 0 |
 
-## Where
+## Regions
 
-| place | ended | stands | because |
+| where | result | image | reason |
 | --- | --- | --- | --- |
-| this machine | promoted | 3f9a2c1d3f9a2c1d | stands in testing now |
+| this host | promoted | 3f9a2c1d3f9a2c1d | now current in testing |
 
-## Packages that moved
+## Changed packages
 
 - docker.io 26.1.5+dfsg1-9+b9 -&gt; 26.1.5+dfsg1-9+b10
 
-## Retired
+## Deprecated or deleted
 
 - deleted {OTHER}: older than 14 days
 
 ## Steps
 
-| step | ended | took |  |
+| step | result | took |  |
 | --- | --- | --- | --- |
 | build dask | passed | 9:20 min | 285.5 MiB |
 """
@@ -203,7 +203,7 @@ def test_the_page() -> None:
 
 
 def test_a_night_that_never_ended_and_a_clock_that_went_back() -> None:
-    assert "| took | not ended |" in summary.markdown(replace(LOCAL, ended=None))
+    assert "| took | not finished |" in summary.markdown(replace(LOCAL, ended=None))
     assert "| took | 0.0 s |" in summary.markdown(replace(LOCAL, ended=BEGAN - timedelta(hours=1)))
 
 
