@@ -1,6 +1,3 @@
-"""EC2: an account, the base AMI, instances, AMIs of ours, what was left behind.
-
-Importing a module of this package imports boto3, so import it where it is used.
-"""
+"""Everything about AWS. Its modules import boto3, which is slow: import them in the function that needs them."""
 
 from __future__ import annotations

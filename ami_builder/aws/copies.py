@@ -1,26 +1,30 @@
-"""Copies of an AMI of ours in other regions: made once whatever happens, found again, finished when whole."""
+"""Copies of an AMI in other regions: find the existing copy, or make exactly one and finish it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors
-from ami_builder.config.types import Destination
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.core.orphans import COPYING
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ami_builder.config.types import Destination
+
 _FAILED = frozenset({"failed", "error", "invalid"})
 _ATTEMPTS = 3
-# What is told of an AMI after it was made, and may change; a client token goes with the same tags only.
+# Tags that may change after an AMI was made. A client token is only valid for the same request, so a copy
+# is requested without them.
 _LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.MEASURED, tagging.REVOKED})
 
 
 def find(there: Account, source: images.Ami) -> images.Ami | None:
-    """Return the copy of an AMI in another region, finished or still on its way; None when there is none."""
+    """Return the copy of an AMI in another region, available or pending; None when there is none."""
     return _best(images.find_copies(there, source.id, source.name))
 
 
@@ -33,10 +37,10 @@ def copy(
     encrypt: bool = False,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> images.Ami:
-    """Return the finished copy of a finished AMI, with its tags as they stand now; made if there is none.
+    """Return the finished copy of a finished AMI with its current tags; make it when there is none.
 
-    `origin` is the region of the source. A copy that was begun by a run that is gone is waited for and
-    finished; one that failed makes room for the next. Raises CloudFailed with EC2's reason, TimedOut.
+    `origin` is the region of the source. A copy that a killed run began is waited for and finished; a failed
+    copy is deregistered and replaced. Raises CloudFailed with EC2's reason, TimedOut.
     """
     known = images.find_copies(there, source.id, source.name)
     spent = sorted(ami.id for ami in known if ami.state in _FAILED)
@@ -48,8 +52,8 @@ def copy(
     whole = images.wait_available(there, found.id, COPYING.total_seconds(), on_progress)
     if (encrypt or destination.kms_key) and not whole.encrypted:
         raise CloudFailed(
-            f"the copy {whole.id} of {source.id} is not encrypted, and is to be",
-            hint="deregister it: the next run makes another one",
+            f"the copy {whole.id} of {source.id} is not encrypted, but must be",
+            hint="deregister it; the next run makes another copy",
         )
     return _finished(there, whole, source)
 
@@ -68,40 +72,44 @@ def _made(
     encrypt: bool,
     spent: Sequence[str],
 ) -> images.Ami:
-    """Begin a copy, or return what this call began before: EC2 makes one for a token.
+    """Begin a copy, or return the one that the same call began before: EC2 makes one for each client token.
 
-    A token goes on naming what it made after that failed or was deregistered, so these are part of the next.
+    A token stays bound to a copy that failed or was deregistered, so their ids are part of the next token.
     """
     encrypted = encrypt or bool(destination.kms_key)
     settings: dict[str, Any] = {"Encrypted": True} if encrypted else {}
     if destination.kms_key:
         settings["KmsKeyId"] = destination.kms_key
-    gone = list(spent)
+    missing = list(spent)
     for _ in range(_ATTEMPTS):
         with aws_errors():
             made = there.ec2.copy_image(
                 Name=source.name,
                 SourceImageId=source.id,
                 SourceRegion=origin,
-                ClientToken=_token(source, there.region, encrypted, destination.kms_key, *gone),
+                ClientToken=_token(source, there.region, encrypted, destination.kms_key, *missing),
                 TagSpecifications=tagging.specifications(_own(source), "image", "snapshot"),
                 **settings,
             )
         try:
             return images.wait_visible(there, made["ImageId"])
         except TimedOut:
-            gone.append(made["ImageId"])
-    raise CloudFailed(f"EC2 says that it copies {source.id}, but shows no copy: {', '.join(gone)}")
+            missing.append(made["ImageId"])
+    raise CloudFailed(
+        f"EC2 accepted {_ATTEMPTS} requests to copy {source.id} to {there.region}, but shows no copy:"
+        f" {', '.join(missing)}",
+        hint="run the command again later",
+    )
 
 
 def _token(source: images.Ami, region: str, *more: object) -> str:
-    """Return the client token of a copy: 64 characters, the same on every machine."""
-    told = (source.tags.get(tagging.DIGEST, ""), source.tags.get(tagging.RUN, ""), source.id, region, *more)
-    return hashlib.sha256("\0".join(map(str, told)).encode()).hexdigest()
+    """Return the client token of a copy: 64 characters, the same on every host."""
+    parts = (source.tags.get(tagging.DIGEST, ""), source.tags.get(tagging.RUN, ""), source.id, region, *more)
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
 def _own(source: images.Ami) -> dict[str, str]:
-    """Return the tags that a copy has from its beginning, and its snapshots too: they never change."""
+    """Return the tags that a copy and its snapshots are created with; they never change."""
     ours = {
         key: value
         for key, value in source.tags.items()
@@ -111,20 +119,20 @@ def _own(source: images.Ami) -> dict[str, str]:
 
 
 def _finished(there: Account, found: images.Ami, source: images.Ami) -> images.Ami:
-    """Carry the tags of the source over, the verdict with them, and mark the copy as finished last."""
+    """Copy the source's tags, the verdict included, and mark the copy as finished last."""
     own = _own(source)
     wanted = {key: value for key, value in source.tags.items() if not key.startswith("aws:")} | own
-    lacking = {
+    missing = {
         key: value
         for key, value in wanted.items()
         if key != tagging.FINISHED and found.tags.get(key) != value
     }
-    # Ours first: who may only change what is ours may tag it then.
-    ours = {key: value for key, value in lacking.items() if key in own or key in _LATER}
-    for tags in (ours, {key: value for key, value in lacking.items() if key not in ours}):
+    # Ours first: the policy allows other tags only on an AMI that has a run's tag.
+    ours = {key: value for key, value in missing.items() if key in own or key in _LATER}
+    for tags in (ours, {key: value for key, value in missing.items() if key not in ours}):
         if tags:
             with aws_errors():
                 there.ec2.create_tags(Resources=[found.id], Tags=tagging.as_list(tags))
     if not found.finished:
         return images.finish(there, found.id, own)
-    return images.wait_visible(there, found.id) if lacking else found
+    return images.wait_visible(there, found.id) if missing else found

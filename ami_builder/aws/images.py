@@ -1,9 +1,8 @@
-"""AMIs of ours: found again, waited for, finished, judged, deregistered with their snapshots."""
+"""AMIs of this account: find, wait, finish, record a verdict, deprecate, deregister with their snapshots."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,20 +17,23 @@ from ami_builder.core.records import Measurement, Outcome
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
 _GIB = 1 << 30
 _POLL_SECONDS = 5.0
 _SEEN_SECONDS = 300.0
 _UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
-# EC2 takes 200 values a filter.
+# EC2's limit for the values of a filter.
 _VALUES = 200
 _PAGE = 1000
 _UNPROTECTED = ("disabled", "")
-_SOON = timedelta(minutes=2)  # EC2 takes a time to come, and drops its seconds
+# EC2 accepts only a time in the future, and drops its seconds.
+_SOON = timedelta(minutes=2)
 _PENDING = frozenset({"pending", "transient"})
-# What a region or its quotas lack, whatever the AMI is.
-_NOT_ITS_FAULT = frozenset(
+# Errors of the region, its quotas or its network, whatever the AMI.
+_UNRELATED = frozenset(
     {
         "InstanceLimitExceeded",
         "InsufficientInstanceCapacity",
@@ -51,52 +53,52 @@ class Ami:
     id: str
     name: str
     state: str
-    """`available`, `pending`, or why it will never be available."""
+    """`available`, `pending`, or a state from which it never becomes available."""
     reason: str
     created: datetime | None
     size: int
-    """Of its volumes, in bytes."""
+    """Size of its volumes, in bytes."""
     snapshots: tuple[str, ...]
     encrypted: bool
     public: bool
     protected: bool
     """Whether EC2 refuses to deregister it."""
     deprecated: datetime | None
-    """Since when it is, or from when on it will be."""
+    """When it was deprecated, or will be."""
     tags: Mapping[str, str]
 
     @property
     def finished(self) -> bool:
-        """True when all that makes it ours was done; what is not finished may be collected."""
+        """True when the build completed it; `gc` may delete an unfinished one."""
         return tagging.FINISHED in self.tags
 
     @property
     def pending(self) -> bool:
-        """True while it is on its way to being available."""
+        """True while it may still become available."""
         return self.state in _PENDING
 
     @property
     def verdict(self) -> tuple[Outcome, str] | None:
-        """How the checks ended, and the digest of those checks; None when they never ran."""
+        """The outcome of the checks and the digest of those checks; None when they never ran."""
         word, _, digest = self.tags.get(tagging.VERDICT, "").partition(" ")
         if not word:
             return None
-        # What nobody here knows is no pass.
+        # An unknown word is not a pass.
         return Outcome(word) if word in _VERDICTS else Outcome.FAILED, digest
 
     @property
     def measured(self) -> tuple[Measurement, ...]:
-        """What its first boots measured, on as many machines as the tag had room for."""
+        """The measurements of its first boots, of as many machines as fit in the tag."""
         return tagging.parse_measurements(self.tags.get(tagging.MEASURED, ""))
 
     @property
     def revoked(self) -> str | None:
-        """Why it must never stand in a channel again; None when it may."""
+        """Why it was revoked and must not be in a channel again; None when it was not."""
         return self.tags.get(tagging.REVOKED)
 
 
 def get(account: Account, ami: str) -> Ami | None:
-    """Return an AMI by its id; None when there is none, or EC2 does not show it yet."""
+    """Return an AMI by its id; None when it does not exist, or EC2 does not show it yet."""
     with aws_errors():
         try:
             images = account.ec2.describe_images(ImageIds=[ami])["Images"]
@@ -108,10 +110,9 @@ def get(account: Account, ami: str) -> Ami | None:
 
 
 def find_by_digest(account: Account, image: str, digest: str) -> Ami | None:
-    """Return our AMI of exactly this digest, or None; one that is still pending counts.
+    """Return our AMI of this digest, available or pending; prefer finished ones, then the newest.
 
-    One whose build was killed before it was tagged is found by its name. Finished ones come first, then the
-    newest.
+    Its name is searched too: a build that is killed may leave the AMI without tags.
     """
     tagged = _search(account, _tagged(tagging.IMAGE, image), _tagged(tagging.DIGEST, digest))
     named = _search(account, {"Name": "name", "Values": [tagging.ami_name_pattern(image, digest)]})
@@ -124,12 +125,12 @@ def find_by_digest(account: Account, image: str, digest: str) -> Ami | None:
 
 
 def find_by_name(account: Account, name: str) -> Ami | None:
-    """Return the AMI of a name, which no two of an account have in a region, in whatever state."""
+    """Return the AMI of a name, in any state; a name is unique within an account and region."""
     return next(iter(_search(account, {"Name": "name", "Values": [name]})), None)
 
 
 def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
-    """Return those of these AMIs that are there, by id."""
+    """Return those of the AMIs that exist, by id."""
     chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
     return {
         ami.id: ami for chunk in chunks for ami in _search(account, {"Name": "image-id", "Values": chunk})
@@ -137,12 +138,12 @@ def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
 
 
 def list_owned(account: Account) -> list[Ami]:
-    """Return every AMI of this account, whoever made it; also those that are disabled."""
+    """Return every AMI of this account, disabled ones too, whatever created it."""
     return _listed(account, Owners=["self"], IncludeDisabled=True)
 
 
 def list_shared(account: Account) -> list[Ami]:
-    """Return the AMIs of other accounts that this one was given to launch."""
+    """Return the AMIs of other accounts that are shared with this account."""
     return _listed(account, ExecutableUsers=["self"])
 
 
@@ -159,7 +160,7 @@ def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> list[snapsh
 
 
 def find_copies(account: Account, source: str, name: str) -> list[Ami]:
-    """Return the copies of another region's AMI, in whatever state; one without its tags by its name."""
+    """Return the copies of another region's AMI, by tag or by name, in any state."""
     tagged = _search(account, _tagged(tagging.COPY_OF, source))
     named = _search(account, {"Name": "name", "Values": [name]})
     found = {ami.id: ami for ami in [*tagged, *named] if ami.tags.get(tagging.COPY_OF, source) == source}
@@ -167,16 +168,16 @@ def find_copies(account: Account, source: str, name: str) -> list[Ami]:
 
 
 def deprecate(account: Account, ami: str) -> None:
-    """Deprecate an AMI: nobody new finds it, while who knows its id can launch it still."""
+    """Deprecate an AMI: searches no longer list it, but its id can still be launched."""
     with aws_errors():
         account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
 
 
 def wait_visible(account: Account, ami: str, seconds: float = math.inf) -> Ami:
-    """Wait until EC2 shows an AMI that was made a moment ago, whatever its state; raises TimedOut."""
+    """Wait until EC2 shows a new AMI, in any state; raises TimedOut."""
     return processes.wait_until(
         lambda: get(account, ami),
-        what=f"the appearance of {ami}",
+        what=f"finding the new AMI {ami}",
         timeout=min(seconds, _SEEN_SECONDS),
         interval=_POLL_SECONDS,
     )
@@ -185,9 +186,9 @@ def wait_visible(account: Account, ami: str, seconds: float = math.inf) -> Ami:
 def wait_available(
     account: Account, ami: str, seconds: float, on_progress: Callable[[str], None] = lambda _: None
 ) -> Ami:
-    """Wait until an AMI can be launched.
+    """Wait until an AMI is available.
 
-    Raises CloudFailed with EC2's reason when it never will be, TimedOut after `seconds`.
+    Raises CloudFailed with EC2's reason when its creation failed, TimedOut after `seconds`.
     """
     wait_visible(account, ami, seconds)
 
@@ -201,7 +202,7 @@ def wait_available(
         return found
 
     found = processes.wait_until(
-        settled, what=f"the completion of {ami}", timeout=seconds, interval=_POLL_SECONDS
+        settled, what=f"completing the AMI {ami}", timeout=seconds, interval=_POLL_SECONDS
     )
     if found.state != "available":
         raise CloudFailed(f"{ami} is {found.state}" + (f": {found.reason}" if found.reason else ""))
@@ -209,15 +210,15 @@ def wait_available(
 
 
 def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool = False) -> Ami:
-    """Make an available AMI what ours are, and mark it as finished last; calling it again changes nothing.
+    """Tag an available AMI and its snapshots, require IMDSv2, make it private or `public`, mark it finished.
 
-    Its tags also on its snapshots, IMDSv2 only, and private unless `public` publishes it to everyone.
-    Raises UsageError when an encrypted one is to be published, CloudFailed.
+    Calling it again changes nothing. Raises UsageError for a public AMI that is encrypted, CloudFailed.
     """
     found = _existing(account, ami)
     if public and found.encrypted:
         raise UsageError(
-            f"{ami} is encrypted, and an encrypted AMI can't be published", hint="build without aws.encrypt"
+            f"{ami} is encrypted, so it can't be public",
+            hint="build without aws.encrypt, or without --public",
         )
     with aws_errors():
         account.ec2.create_tags(Resources=[ami, *found.snapshots], Tags=tagging.as_list(tags))
@@ -236,31 +237,28 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
 def record_verdict(
     account: Account, ami: str, outcome: Outcome, checks_digest: str, measured: Sequence[Measurement] = ()
 ) -> None:
-    """Tag an AMI with how the checks of `checks_digest` ended on it, and what its first boots measured.
+    """Tag an AMI with the outcome of the checks of `checks_digest` and with its first boots' measurements.
 
-    Nothing stays of a verdict before.
+    This replaces an earlier verdict.
     """
-    told = {
+    verdict = {
         tagging.VERDICT: f"{outcome} {checks_digest}",
         tagging.MEASURED: tagging.format_measurements(measured),
     }
     with aws_errors():
-        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(told))
+        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(verdict))
 
 
 def revoke(account: Account, ami: str, reason: str) -> None:
-    """Tag an AMI with why it must never stand in a channel again; the first reason stays."""
+    """Tag an AMI as revoked, with the reason; an earlier reason is kept."""
     if _existing(account, ami).revoked is None:
         with aws_errors():
-            told = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
-            account.ec2.create_tags(Resources=[ami], Tags=told)
+            tag = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
+            account.ec2.create_tags(Resources=[ami], Tags=tag)
 
 
 def deregister(account: Account, ami: str) -> None:
-    """Deregister an AMI of ours and delete its snapshots, but for those that another AMI uses.
-
-    One that is gone already is fine.
-    """
+    """Deregister an AMI, which may be missing already, and delete its snapshots that no other AMI uses."""
     found = get(account, ami)
     if found is None:
         return
@@ -275,10 +273,10 @@ def deregister(account: Account, ami: str) -> None:
 
 
 def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping[str, str]) -> str:
-    """Ask EC2 whether an AMI could be launched in the default VPC, without launching it.
+    """Check with a dry run that an AMI can be launched in the default VPC.
 
-    Returns why that could not be told, such as lacking permissions or no default VPC; empty when it could be.
-    Raises CloudFailed when it can't be launched.
+    Returns why the dry run was inconclusive, such as missing permissions or no default VPC; else "".
+    Raises CloudFailed when the AMI can't be launched.
     """
     with aws_errors():
         try:
@@ -293,8 +291,8 @@ def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping
         except ClientError as error:
             code = code_of(error)
             if code in DENIED:
-                return "these credentials may not launch it"
-            if code in _NOT_ITS_FAULT:
+                return "these credentials do not allow it"
+            if code in _UNRELATED:
                 return code
             if code != "DryRunOperation":
                 raise
@@ -319,7 +317,7 @@ def _tagged(key: str, value: str) -> FilterTypeDef:
 
 def _existing(account: Account, ami: str) -> Ami:
     if (found := get(account, ami)) is None:
-        raise CloudFailed(f"there is no AMI {ami} in {account.region}")
+        raise CloudFailed(f"there is no AMI {ami} in {account.region}", hint="check the id and the region")
     return found
 
 

@@ -1,21 +1,20 @@
-"""One EC2 instance that lives as long as a context, and ends itself even when nobody is left to end it."""
+"""EC2 instances: one that lives as long as a context, and look-ups by id, client token and run."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import (
     ATTEMPTS,
+    NO_CAPACITY_HINT,
     Account,
     aws_errors,
     code_of,
@@ -29,15 +28,20 @@ from ami_builder.core.errors import BuildFailed, CloudFailed, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.core.records import Endpoint
-from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
     from types_boto3_ec2.type_defs import (
         EbsBlockDeviceTypeDef,
         InstanceTypeDef,
         RunInstancesRequestTypeDef,
     )
+
+    from ami_builder.state.ledger import Ledger, LedgerEntry
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _POLL_SECONDS = 2.0
@@ -47,7 +51,7 @@ _RUNNING_SECONDS = 300.0
 _SEEN_SECONDS = 60.0
 _TERMINATED_SECONDS = 600.0
 
-# What another type or another zone may have. Quotas and refusals are the same everywhere.
+# Errors that another instance type or zone may not have, unlike quotas and missing permissions.
 _NO_CAPACITY = frozenset(
     {"InsufficientInstanceCapacity", "InsufficientHostCapacity", "SpotMaxPriceTooLow", "Unsupported"}
 )
@@ -57,21 +61,21 @@ _ENDING = frozenset({"shutting-down", "terminated", "stopping", "stopped"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What to launch, and how it is reached."""
+    """What to launch, and how to reach it."""
 
     ami: str
     instance_types: tuple[str, ...]
-    """Tried in turn when EC2 has no capacity, each in all of `subnets`."""
+    """Tried in order while EC2 has no capacity, each in every one of `subnets`."""
     subnets: tuple[str, ...] = ()
-    """None: EC2 chooses one of the default VPC."""
+    """Empty: EC2 chooses a subnet of the default VPC."""
     security_group: str
     user_data: str
     public_key: str
     user: str
     lifetime: float
-    """After these seconds it ends itself."""
+    """Seconds after which the instance terminates itself."""
     disk_size: int = 0
-    """Bytes of its root volume; 0, or less than the AMI's: the AMI's."""
+    """Bytes of its root volume, at least the size of the AMI's."""
     instance_profile: str = ""
     connect: Connect = Connect.SSH
     ssh_port: int = 22
@@ -84,11 +88,11 @@ class _NoCapacity(Exception):
 
 
 class Instance:
-    """A running instance; the context yields its Endpoint, and terminates it, whatever happens.
+    """A context manager that launches an instance, returns its Endpoint, and always terminates it.
 
-    It returns once EC2 says that it runs, before the guest is up. Its console's log lands in
-    `directory`/console.log. Two of a run need different directories. Entering raises UsageError, CloudFailed,
-    BuildFailed, TimedOut.
+    The endpoint is returned when EC2 reports the state `running`, before the guest has booted. The console's
+    log is `directory`/console.log; each instance of a run needs its own directory. Entering raises
+    UsageError, CloudFailed, BuildFailed, TimedOut.
     """
 
     def __init__(
@@ -107,23 +111,24 @@ class Instance:
         self.instance_id = ""
         self.instance_type = ""
         self.memory = 0
-        """Bytes, as EC2 tells of the type."""
+        """Bytes of memory of the instance type."""
         self._entry: LedgerEntry | None = None
-        self._looked = 0.0
+        self._last_check = 0.0
 
     def __enter__(self) -> Endpoint:
         self._directory.mkdir(parents=True, exist_ok=True)
         self.console_log.touch()
         root, size = self._root()
         user_data = with_lifetime(self._launch.user_data, self._launch.lifetime, self._launch.public_key)
-        lacking: list[str] = []
-        for attempt, (kind, subnet) in enumerate(self._places()):
+        refused: list[str] = []
+        places = product(self._launch.instance_types, self._launch.subnets or ("",))
+        for attempt, (kind, subnet) in enumerate(places):
             self.memory = self._memory_of(kind)
             request = self._request(kind, subnet, attempt, root, size, user_data)
             try:
                 described = self._started(request)
             except _NoCapacity as full:
-                lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {full}")
+                refused.append(f"{kind}{f' in {subnet}' if subnet else ''}: {full}")
                 continue
             except BaseException as error:
                 self.__exit__(type(error), error, None)
@@ -131,9 +136,9 @@ class Instance:
             self.instance_type = kind
             return self._endpoint(described)
         raise CloudFailed(
-            f"EC2 has no capacity in {self._account.region} for any of these",
-            hint="name more aws.instance_types, or aws.subnets in other zones",
-            tail=tuple(lacking),
+            f"EC2 has no capacity in {self._account.region} for any of the configured instance types",
+            hint=NO_CAPACITY_HINT,
+            tail=tuple(refused),
         )
 
     def __exit__(
@@ -144,26 +149,26 @@ class Instance:
         try:
             self._remove()
         except CloudFailed:
-            # It stands in the ledger, and it ends itself: what went wrong first is what a person has to read.
+            # The instance is in the ledger and terminates itself; the first error matters more.
             if error is None:
                 raise
 
     def check_alive(self) -> None:
-        """Raise BuildFailed, with the end of the console, when the instance is ending or has ended."""
-        if time.monotonic() - self._looked < _ALIVE_SECONDS:
+        """Raise BuildFailed, with the end of the console's log, when the instance ends or has ended."""
+        if time.monotonic() - self._last_check < _ALIVE_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
         described = describe(self._account, self.instance_id)
         if described is None or described["State"]["Name"] in _ENDING:
             raise self._ended(described)
 
     def save_console(self) -> None:
-        """Write what EC2 has of the console to `console_log`; when it tells nothing, what was there stays."""
+        """Write the console's output to `console_log`; keep the file when EC2 returns nothing."""
         for latest in (True, False):
             try:
                 answer = self._account.ec2_once.get_console_output(InstanceId=self.instance_id, Latest=latest)
             except ClientError as error:
-                # Older types have no latest output.
+                # Older instance types do not support `Latest`.
                 if code_of(error) != "UnsupportedOperation":
                     return
             except BotoCoreError:
@@ -173,11 +178,8 @@ class Instance:
                     self.console_log.write_text(text, encoding="utf-8", errors="replace")
                 return
 
-    def _places(self) -> Iterator[tuple[str, str]]:
-        return product(self._launch.instance_types, self._launch.subnets or ("",))
-
     def _root(self) -> tuple[str, int]:
-        """Return the root device's name of the AMI, and the size that its volume is to have in GiB."""
+        """Return the AMI's root device name, and the size of the volume to create in GiB."""
         ami = self._launch.ami
         with aws_errors():
             try:
@@ -188,7 +190,8 @@ class Instance:
                 images = []
         if not images:
             raise UsageError(
-                f"there is no AMI {ami} in {self._account.region} that these credentials may use"
+                f"there is no AMI {ami} in {self._account.region} that these credentials can use",
+                hint="check the id and the region",
             )
         root = images[0].get("RootDeviceName", "")
         sizes = [
@@ -207,7 +210,10 @@ class Instance:
                     raise
                 found = []
         if not found:
-            raise UsageError(f"there is no instance type {kind} in {self._account.region}")
+            raise UsageError(
+                f"there is no instance type {kind} in {self._account.region}",
+                hint="change aws.instance_types or verify.instance_types",
+            )
         return found[0]["MemoryInfo"]["SizeInMiB"] * _MIB
 
     def _request(
@@ -247,7 +253,7 @@ class Instance:
         return request
 
     def _started(self, request: RunInstancesRequestTypeDef) -> InstanceTypeDef:
-        """Launch once and wait until it runs; raises _NoCapacity when another place may do."""
+        """Launch once and wait until the instance runs; raises _NoCapacity."""
         self._entry = self._ledger.intend(
             Resource.INSTANCE, self._account.region, run=self._run_id, token=request["ClientToken"]
         )
@@ -263,7 +269,7 @@ class Instance:
         self._entry = self._ledger.made(self._entry, self.instance_id)
         described = processes.wait_until(
             self._running,
-            what=f"the start of instance {self.instance_id}",
+            what=f"starting instance {self.instance_id}",
             timeout=_RUNNING_SECONDS,
             interval=_POLL_SECONDS,
             log=self.console_log,
@@ -276,9 +282,9 @@ class Instance:
         raise self._ended(described)
 
     def _run(self, request: RunInstancesRequestTypeDef) -> str:
-        """Call RunInstances, and again with the same token while it is unclear what came of it.
+        """Call RunInstances, and retry with the same token while its result is unknown.
 
-        botocore would do that too, but also for lack of capacity (HTTP 500), where the next place is better.
+        botocore retries too, but also for missing capacity (HTTP 500), where another type is better.
         """
         tried = 0
 
@@ -290,17 +296,21 @@ class Instance:
             except ClientError as error:
                 if tried == ATTEMPTS or is_definite(error) or code_of(error) in _NO_CAPACITY:
                     raise
-            except (HTTPClientError, ConnectionError):
+            except (HTTPClientError, BotoConnectionError):
                 if tried == ATTEMPTS:
                     raise
             return None
 
         return processes.wait_until(
-            launched, what="a launch", timeout=_LAUNCH_SECONDS, interval=_POLL_SECONDS, log=self.console_log
+            launched,
+            what="launching an instance",
+            timeout=_LAUNCH_SECONDS,
+            interval=_POLL_SECONDS,
+            log=self.console_log,
         )
 
     def _running(self) -> InstanceTypeDef | None:
-        """Return the instance once it runs, or once it never will."""
+        """Return the instance once it has left the state `pending`."""
         described = describe(self._account, self.instance_id)
         if described is None or described["State"]["Name"] == "pending":
             return None
@@ -322,16 +332,16 @@ class Instance:
     def _ended(self, described: InstanceTypeDef | None) -> BuildFailed:
         self.save_console()
         reason = described.get("StateReason", {}).get("Message", "") if described is not None else ""
-        state = described["State"]["Name"] if described is not None else "gone"
+        state = described["State"]["Name"] if described is not None else "missing"
         return BuildFailed(
-            f"the instance {self.instance_id} is {state}" + (f": {reason}" if reason else ""),
-            hint=f"did it switch itself off? It does so after {self._launch.lifetime:.0f} s (aws.lifetime)",
+            f"instance {self.instance_id} is {state}" + (f": {reason}" if reason else ""),
+            hint=f"it powers itself off after {self._launch.lifetime:.0f} s (aws.lifetime)",
             log=self.console_log,
             tail=processes.last_lines(self.console_log),
         )
 
     def _remove(self) -> None:
-        """Terminate what was launched, or may have been: the ledger says which."""
+        """Terminate the instance; look for it by its token when no answer told its id."""
         if self._entry is None or self._entry.deleted:
             return
         if not self._entry.id:
@@ -345,7 +355,7 @@ class Instance:
 
 
 def describe(account: Account, instance: str) -> InstanceTypeDef | None:
-    """Return an instance as EC2 describes it; None when EC2 doesn't know it (yet, or any more)."""
+    """Return an instance as EC2 describes it; None when EC2 does not show it yet, or any more."""
     with aws_errors():
         try:
             answer = account.ec2.describe_instances(InstanceIds=[instance])
@@ -357,19 +367,19 @@ def describe(account: Account, instance: str) -> InstanceTypeDef | None:
 
 
 def by_token(account: Account, run_id: str, token: str) -> str | None:
-    """Return the instance that a run launched with a client token, whether or not anybody heard of it."""
+    """Return the id of the instance that a run launched with a client token, or None."""
     found = (i["InstanceId"] for i in _search(account, run_id) if i.get("ClientToken") == token)
     return next(found, None)
 
 
 def of_run(account: Account, run_id: str) -> list[str]:
-    """Return the instances of a run that have not ended yet."""
+    """Return the ids of a run's instances that are not terminated or shutting down."""
     ended = {"shutting-down", "terminated"}
     return [i["InstanceId"] for i in _search(account, run_id) if i["State"]["Name"] not in ended]
 
 
 def require_imdsv2(account: Account, instance: str) -> None:
-    """Let an instance that somebody else has launched answer metadata requests of version 2 only."""
+    """Turn off IMDSv1 on an instance, for those that Packer launches."""
     with aws_errors():
         account.ec2.modify_instance_metadata_options(
             InstanceId=instance, HttpTokens="required", HttpPutResponseHopLimit=1
@@ -377,9 +387,9 @@ def require_imdsv2(account: Account, instance: str) -> None:
 
 
 def terminate(account: Account, instance: str) -> None:
-    """Terminate an instance and wait until it is; one that is gone is fine.
+    """Terminate an instance, which may be missing already, and wait until it has terminated.
 
-    Raises CloudFailed when it does not end within its bound.
+    Raises CloudFailed when it has not after 10 minutes.
     """
 
     def asked() -> bool:
@@ -396,11 +406,12 @@ def terminate(account: Account, instance: str) -> None:
         return found is None or found["State"]["Name"] == "terminated"
 
     with aws_errors():
-        # One that was made a moment ago may not be seen yet.
+        # EC2 may not show a new one yet.
         done = not poll(asked, seconds=_SEEN_SECONDS) or poll(ended, seconds=_TERMINATED_SECONDS)
     if not done:
         raise CloudFailed(
-            f"the instance {instance} does not end", hint="`ami-builder gc --apply` tries it again"
+            f"instance {instance} did not terminate within {_TERMINATED_SECONDS:.0f} s",
+            hint="run `ami-builder gc --apply` to try again",
         )
 
 

@@ -1,12 +1,10 @@
-"""Who may reach our instances: this machine's address, and a security group that lives as long as a run."""
+"""Network access to instances: this host's public address, the VPC, and a security group for each run."""
 
 from __future__ import annotations
 
 import ipaddress
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
@@ -15,10 +13,14 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.orphans import Resource
-from ami_builder.state.ledger import Ledger, LedgerEntry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
     from types_boto3_ec2.type_defs import FilterTypeDef, IpPermissionUnionTypeDef
+
+    from ami_builder.state.ledger import Ledger, LedgerEntry
 
 CHECKIP_URL = "https://checkip.amazonaws.com"
 
@@ -28,20 +30,19 @@ _DELETE_SECONDS = 300.0
 
 
 def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
-    """Return the configured networks, or else this machine's public address alone.
+    """Return the configured networks, or this host's public address when there are none.
 
-    Raises CloudFailed when nobody tells that address.
+    Raises CloudFailed when that address can't be determined.
     """
     if configured:
         return tuple(configured)
     try:
         with urllib.request.urlopen(CHECKIP_URL, timeout=_CHECKIP_SECONDS) as answer:
-            said = answer.read(64).decode("ascii").strip()
-        return (str(ipaddress.ip_network(said)),)
+            return (str(ipaddress.ip_network(answer.read(64).decode("ascii").strip())),)
     except (OSError, ValueError) as wrong:
         raise CloudFailed(
-            f"this machine's public address can't be found out: {wrong}",
-            hint="set aws.source_cidrs to the address that AWS sees this machine at, such as 203.0.113.7/32",
+            f"this host's public address can't be determined with {CHECKIP_URL}: {wrong}",
+            hint="set aws.source_cidrs to the address that instances see, such as 203.0.113.7/32",
         ) from wrong
 
 
@@ -54,19 +55,23 @@ def find_vpc(account: Account, subnet: str = "") -> str:
             except ClientError as error:
                 if not code_of(error).startswith("InvalidSubnetID"):
                     raise
-                raise UsageError(f"aws.subnets: there is no {subnet} in {account.region}") from error
+                raise UsageError(
+                    f"aws.subnets: there is no subnet {subnet} in {account.region}",
+                    hint="check the id and the region",
+                ) from error
         vpcs = account.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise UsageError(
-            f"there is no default VPC in {account.region}", hint="name aws.subnets that instances may run in"
+            f"there is no default VPC in {account.region}", hint="set aws.subnets to the subnets to launch in"
         )
     return vpcs[0]["VpcId"]
 
 
 class SecurityGroup:
-    """A run's security group; the context yields its id, and deletes it once nothing uses it any more.
+    """A context manager that creates a run's security group, returns its id, and deletes it when unused.
 
-    `cidrs` may reach `port` by TCP; without any there is no way in. Entering raises UsageError, CloudFailed.
+    It allows TCP from `cidrs` to `port`, and nothing when `cidrs` is empty. Entering raises UsageError,
+    CloudFailed.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class SecurityGroup:
         try:
             self._remove()
         except CloudFailed:
-            # It stands in the ledger; what went wrong first is what a person has to read.
+            # The group is in the ledger; the first error matters more.
             if error is None:
                 raise
 
@@ -125,7 +130,7 @@ class SecurityGroup:
             except ClientError as error:
                 if code_of(error) != "InvalidGroup.Duplicate":
                     raise
-                # An earlier attempt of this very call made it, and its answer was lost.
+                # An earlier attempt of this call created it, but its answer was lost.
                 if (found := self._look()) is None:
                     raise
                 return found
@@ -133,7 +138,10 @@ class SecurityGroup:
     def _open(self, group: str) -> None:
         with aws_errors():
             if not poll(lambda: self._authorize(group), seconds=_SEEN_SECONDS):
-                raise CloudFailed(f"EC2 does not show the security group {group} that it has made")
+                raise CloudFailed(
+                    f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
+                    hint="run the command again",
+                )
 
     def _authorize(self, group: str) -> bool:
         try:
@@ -154,8 +162,7 @@ class SecurityGroup:
         if self._entry is None or self._entry.deleted:
             return
         if not self._entry.id:
-            found = look_for(lambda: find_group(self._account, self._name, self._run_id))
-            if found is None:
+            if (found := self._look()) is None:
                 return
             self._entry = self._ledger.made(self._entry, found)
         delete_group(self._account, self._entry.id)
@@ -163,7 +170,7 @@ class SecurityGroup:
 
 
 def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
-    """Return the rule that lets `cidrs`, of either family, reach a TCP port."""
+    """Return a rule that allows IPv4 and IPv6 `cidrs` to reach a TCP port."""
     networks = [ipaddress.ip_network(cidr) for cidr in cidrs]
     return {
         "IpProtocol": "tcp",
@@ -177,7 +184,7 @@ def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
 
 
 def find_group(account: Account, name: str, run_id: str) -> str | None:
-    """Return the id of a run's security group by its name and its tag."""
+    """Return the id of a run's security group, found by name and tag, or None."""
     filters: list[FilterTypeDef] = [
         {"Name": "group-name", "Values": [name]},
         {"Name": f"tag:{tagging.RUN}", "Values": [run_id]},
@@ -188,9 +195,9 @@ def find_group(account: Account, name: str, run_id: str) -> str | None:
 
 
 def delete_group(account: Account, group: str) -> None:
-    """Delete a security group, and wait until nothing uses it first; one that is gone is fine.
+    """Wait until nothing uses a security group and delete it; it may be missing already.
 
-    Raises CloudFailed when something goes on using it.
+    Raises CloudFailed when it is still used after 5 minutes.
     """
 
     def deleted() -> bool:
@@ -207,6 +214,6 @@ def delete_group(account: Account, group: str) -> None:
         done = poll(deleted, seconds=_DELETE_SECONDS)
     if not done:
         raise CloudFailed(
-            f"the security group {group} can't be deleted: something still uses it",
-            hint="`ami-builder gc` shows what, and tries again",
+            f"security group {group} can't be deleted: it is still in use",
+            hint="`ami-builder gc` lists what is left; with --apply it tries again",
         )

@@ -1,9 +1,8 @@
-"""Finding what runs left in an account, by tag and by ledger, and removing it; never anything else."""
+"""Orphaned resources: find by tag and by ledger what runs left in an account, and delete that only."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +14,27 @@ from ami_builder.aws.session import Account, aws_errors, code_of, poll
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
-from ami_builder.state.ledger import LedgerEntry
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from types_boto3_ec2.type_defs import FilterTypeDef
+
+    from ami_builder.state.ledger import LedgerEntry
 
 _RELEASED_SECONDS = 300.0
 _ENDED = frozenset({"terminated"})
-# EC2 takes 200 values a filter.
+# EC2's limit for the values of a filter is 200.
 _CHUNK = 100
 _PAGE = 200
-# How EC2 describes a snapshot of CreateImage.
+# EC2's description of a snapshot that CreateImage made.
 _MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
 
 
 def find(account: Account, entries: Sequence[LedgerEntry] = ()) -> list[FoundResource]:
-    """Return what in this region carries our run tag, or stands in `entries` that are not gone.
+    """Return the resources of this region that carry a run's tag, or are open in the ledgers' `entries`.
 
-    Raises CloudFailed when any of it can't be listed, since a plan needs to know all.
+    Raises CloudFailed when any list can't be read, since a plan needs all of them.
     """
     open_entries = [entry for entry in entries if not entry.deleted and entry.region == account.region]
     found: dict[tuple[Resource, str], FoundResource] = {}
@@ -51,13 +53,13 @@ def find(account: Account, entries: Sequence[LedgerEntry] = ()) -> list[FoundRes
 
 
 def remove(account: Account, decision: Orphan) -> None:
-    """Delete one thing that the plan says is to go, and wait until it has; one that is gone is fine.
+    """Delete a resource as planned, and wait until it is deleted; it may be missing already.
 
-    Raises CloudFailed when it does not go.
+    Raises CloudFailed when it can't be deleted.
     """
     one = decision.found
     if decision.action is not Action.DELETE:
-        raise ValueError(f"{one.id} is to be kept: {decision.reason}")
+        raise ValueError(f"the plan keeps {one.id}: {decision.reason}")
     match one.kind:
         case Resource.INSTANCE:
             if (described := instances.describe(account, one.id)) is not None:
@@ -73,7 +75,7 @@ def remove(account: Account, decision: Orphan) -> None:
         case Resource.SNAPSHOT:
             _tag_snapshot(account, one.id, one.run_id)
             if not snapshots.delete(account, one.id):
-                raise CloudFailed(f"the snapshot {one.id} can't be deleted: an AMI uses it")
+                raise CloudFailed(f"snapshot {one.id} can't be deleted: an AMI uses it")
         case Resource.SECURITY_GROUP:
             network.delete_group(account, one.id)
 
@@ -131,18 +133,18 @@ def _delete_template(account: Account, template: str) -> None:
 def _instances(
     account: Account, entries: Sequence[LedgerEntry], templates: Sequence[FoundResource]
 ) -> Iterable[tuple[FoundResource, str]]:
-    """Yield instances of ours with their state, also those that have ended.
+    """Yield instances of runs with their state, terminated ones too.
 
-    Packer tags a spot instance only once it runs, but EC2 tells its template.
+    Packer tags a spot instance only once it runs, but EC2 tags it with its launch template at once.
     """
     ids = _by_id(entries, Resource.INSTANCE)
     runs = {one.id: one.run_id for one in templates}
-    for shown in (
+    for reservation in (
         *_listed(account, "describe_instances", "Reservations", _TAGGED),
         *_known(account, "describe_instances", "Reservations", "instance-id", ids),
         *_known(account, "describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
     ):
-        for one in shown["Instances"]:
+        for one in reservation["Instances"]:
             template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
             known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
             found = _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
@@ -170,7 +172,7 @@ def _volumes(account: Account) -> Iterable[FoundResource]:
 def _images_and_snapshots(
     account: Account, entries: Sequence[LedgerEntry], instances: Mapping[str, str]
 ) -> Iterable[FoundResource]:
-    """Yield AMIs and snapshots of ours; an untagged snapshot is ours when its AMI or its instance is.
+    """Yield AMIs and snapshots of runs; an untagged snapshot is a run's when its AMI or its instance is.
 
     Packer may be killed between deregistering an AMI and deleting its snapshots.
     """
@@ -202,8 +204,8 @@ def _images_and_snapshots(
         *_known(account, "describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
         *_known(account, "describe_snapshots", "Snapshots", "description", made_from, OwnerIds=["self"]),
     ):
-        if told := _MADE_FROM.match(one.get("Description", "")):
-            of_ours.setdefault(one["SnapshotId"], instances.get(told[1], ""))
+        if match := _MADE_FROM.match(one.get("Description", "")):
+            of_ours.setdefault(one["SnapshotId"], instances.get(match[1], ""))
         image_id = using.get(one["SnapshotId"], "")
         yield _found(
             account,
@@ -225,7 +227,7 @@ def _groups(account: Account, entries: Sequence[LedgerEntry]) -> Iterable[FoundR
         *_known(account, "describe_security_groups", "SecurityGroups", "group-name", names),
     ):
         known = {one["GroupId"]: ids.get(one["GroupId"]) or names.get(one["GroupName"], "")}
-        # A group has no date of its own.
+        # EC2 keeps no creation date of a security group.
         created = tagging.as_dict(one.get("Tags", [])).get(tagging.CREATED)
         yield _found(
             account,
@@ -253,7 +255,7 @@ def _listed(
 def _known(
     account: Account, call: str, key: str, name: str, values: Mapping[str, str], **more: Any
 ) -> list[Any]:
-    """Return those things that there are of the given ids or names."""
+    """Return the existing resources of the given ids or names."""
     wanted = list(values)
     chunks = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
     return [
@@ -266,8 +268,8 @@ def _known(
 def _found(
     account: Account,
     kind: Resource,
-    id: str,
-    shown: Mapping[str, Any],
+    resource_id: str,
+    described: Mapping[str, Any],
     runs: Mapping[str, str],
     created: datetime | None,
     *,
@@ -275,12 +277,12 @@ def _found(
     image: str = "",
     used_by: str = "",
 ) -> FoundResource:
-    tags = tagging.as_dict(shown.get("Tags", []))
+    tags = tagging.as_dict(described.get("Tags", []))
     return FoundResource(
         kind=kind,
-        id=id,
+        id=resource_id,
         region=account.region,
-        run_id=tags.get(tagging.RUN) or runs.get(id, ""),
+        run_id=tags.get(tagging.RUN) or runs.get(resource_id, ""),
         name=name or tags.get(tagging.NAME, ""),
         created=created,
         image=image,
@@ -315,7 +317,7 @@ def _delete_volume(account: Account, volume: str) -> None:
         try:
             account.ec2.delete_volume(VolumeId=volume)
         except ClientError as error:
-            # Its instance, which takes it along, may be ending still.
+            # Its instance, which deletes it too, may still be shutting down.
             if code_of(error) in {"VolumeInUse", "IncorrectState"}:
                 return False
             if code_of(error) != "InvalidVolume.NotFound":
@@ -325,4 +327,4 @@ def _delete_volume(account: Account, volume: str) -> None:
     with aws_errors():
         done = poll(deleted, seconds=_RELEASED_SECONDS)
     if not done:
-        raise CloudFailed(f"the volume {volume} can't be deleted: an instance still uses it")
+        raise CloudFailed(f"volume {volume} can't be deleted: an instance still uses it")

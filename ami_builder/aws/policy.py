@@ -1,41 +1,44 @@
-"""The IAM policies that ami-builder needs, each action held to what carries a run's tag where EC2 can."""
+"""The IAM policies that ami-builder needs, limited to resources with a run's tag where EC2 supports it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws import tags as tagging
-from ami_builder.config.schema import AwsSettings
 from ami_builder.core.options import Connect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ami_builder.config.schema import AwsSettings
 
 _RUN = tagging.RUN
 _ASKED: Mapping[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
-"""The call asks for a run's tag."""
+"""The request sets a run's tag."""
 _OURS: Mapping[str, Any] = {"Null": {f"aws:ResourceTag/{_RUN}": "false"}}
-"""The thing carries a run's tag."""
+"""The resource has a run's tag."""
 _KEYS: Mapping[str, Any] = {"ForAllValues:StringLike": {"aws:TagKeys": [tagging.NAME, f"{tagging.PREFIX}*"]}}
-"""No other tags than ours."""
+"""The request sets our tags only."""
 _NAMELESS: Mapping[str, Any] = {
     "Null": {f"aws:RequestTag/{_RUN}": "false", f"aws:ResourceTag/{tagging.NAME}": "true"},
     **_KEYS,
 }
-"""A run's tag is put on what has no name yet: on nobody else's thing that has one."""
+"""The request sets a run's tag on a resource without a Name, so not on one that somebody else named."""
 _FROM_TEMPLATE: Mapping[str, Any] = {
     "Null": {**_NAMELESS["Null"], f"aws:ResourceTag/{tagging.LAUNCH_TEMPLATE}": "false"},
     **_KEYS,
 }
-"""The same, on what was launched from a template."""
+"""The same, on an instance that was launched from a template."""
 
 LONGEST = 6144
-"""Characters of a managed policy, white space aside; AWS's quota."""
+"""AWS's limit for the characters of a managed policy, not counting white space."""
 
 _NO_ACCOUNT = frozenset({"image", "snapshot"})
 
 
 class Section(StrEnum):
-    """Which part of the work a policy is for."""
+    """A part of the work that a policy allows."""
 
     CHECK = "check"
     BUILD = "build"
@@ -50,7 +53,7 @@ class Section(StrEnum):
 def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str, Any]:
     """Return the policy for one part of the work, or for all.
 
-    `aws` narrows it to its region, and for AMIs and channels to those of its copies too; and adds what its
+    `aws` limits it to its region, and to those of its copies for AMIs and channels, and adds what its
     settings need: an instance profile, KMS keys, spot, Session Manager, an SSM parameter.
     """
     wanted = Section(section)
@@ -81,40 +84,40 @@ class _Statements:
         self._partition = next((p for s, p in starts.items() if self._region.startswith(s)), "aws")
 
     def check(self) -> Iterator[dict[str, Any]]:
-        """Yield what `check` asks beyond what the others do: everything else it tries with DryRun."""
+        """Yield what `check` needs beyond the other parts, whose calls it tries with DryRun."""
         yield self._look()
         yield _allow("Prices", ["pricing:GetProducts"], ["*"])
         if self._aws is not None and self._aws.instance_profile:
             yield self._profile()
 
     def build(self) -> Iterator[dict[str, Any]]:
-        """Yield what baking needs: Packer's amazon-ebs, and finishing the AMI."""
-        yield from self._machines("RunInstances")
+        """Yield what a bake needs: Packer's amazon-ebs, and finishing the AMI."""
+        yield from self._instances("RunInstances")
         yield _allow(
             "UseInstancesOfRuns",
             ["ec2:StopInstances", "ec2:ModifyInstanceMetadataOptions", "ec2:CreateImage"],
             self._ec2("instance"),
             _OURS,
         )
-        # Older Packer tags an AMI only after it was made.
+        # Old versions of Packer tag an AMI only after they made it.
         made = self._ec2("image", "snapshot")
         yield _allow("MakeImages", ["ec2:CreateImage"], made)
-        yield self._claim(made)
+        yield self._tag(made)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._ec2("image"), _OURS)
-        # One that is half made when a build is stopped.
-        yield self._remove(made)
+        # An unfinished AMI when a build is stopped.
+        yield self._delete(made)
         yield from self._optional()
 
     def verify(self) -> Iterator[dict[str, Any]]:
-        """Yield what proving an AMI on instances needs."""
-        yield from self._machines("RunInstances")
+        """Yield what verifying an AMI on instances needs."""
+        yield from self._instances("RunInstances")
         yield _allow("UseInstancesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
         yield from self._optional(baking=False)
 
     def copy(self) -> Iterator[dict[str, Any]]:
-        """Yield what bringing an AMI to other regions and sharing it needs."""
+        """Yield what copying an AMI to other regions and sharing it needs."""
         yield self._look()
         made = self._kept("image", "snapshot")
         yield _allow("CopyImagesOfRuns", ["ec2:CopyImage"], made, _OURS)
@@ -125,20 +128,20 @@ class _Statements:
             made,
             {"StringEquals": {"ec2:CreateAction": ["CopyImage"]}, **_KEYS},
         )
-        # One that was begun without its tags is known by its name.
-        yield self._claim(made)
+        # A copy that began without its tags is found by its name.
+        yield self._tag(made)
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
         yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._kept("image"), _OURS)
         yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
-        # One that failed makes room for the next.
-        yield self._remove(self._kept("image", "snapshot"))
+        # A failed copy is deleted before the next attempt.
+        yield self._delete(self._kept("image", "snapshot"))
         if self._aws is not None and (keys := [one for one in self._aws.copy_to if one.kms_key]):
             yield from self._keys("Copies", [self._key(one.kms_key, one.region) for one in keys])
             if self._aws.kms_key:
                 yield from self._keys("", [self._key(self._aws.kms_key, self._region)])
 
     def promote(self) -> Iterator[dict[str, Any]]:
-        """Yield what moving channels needs; SSM looks at an AMI with the caller's own permissions."""
+        """Yield what moving channels needs; SSM validates an AMI with the caller's permissions."""
         yield self._look()
         yield _allow(
             "MoveChannels",
@@ -159,7 +162,7 @@ class _Statements:
         yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._kept("image"), _OURS)
 
     def prune(self) -> Iterator[dict[str, Any]]:
-        """Yield what finding every use of an AMI needs, and retiring those of runs."""
+        """Yield what finding every reference to an AMI needs, and deprecating and deleting AMIs of runs."""
         yield self._look()
         lists = ["autoscaling:DescribeLaunchConfigurations", "ssm:DescribeParameters"]
         yield _allow("FindUses", lists, ["*"])
@@ -167,10 +170,10 @@ class _Statements:
         everything = self._everywhere("ssm", "*", "parameter/*")
         yield _allow("FindUsesByValue", [f"ssm:{action}" for action in reads], everything)
         yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._kept("image"), _OURS)
-        yield self._remove(self._kept("image", "snapshot"))
+        yield self._delete(self._kept("image", "snapshot"))
 
     def lifecycle(self) -> Iterator[dict[str, Any]]:
-        """Yield what collecting decisions and deregistering needs."""
+        """Yield what deleting orphaned resources needs."""
         yield self._look()
         yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
         if self._aws is not None and self._aws.spot:
@@ -178,15 +181,15 @@ class _Statements:
         templates = self._ec2("launch-template")
         yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], templates, _OURS)
         yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
-        yield self._claim(self._kept("image", "snapshot"))
-        yield self._remove(self._kept("image", "snapshot"))
+        yield self._tag(self._kept("image", "snapshot"))
+        yield self._delete(self._kept("image", "snapshot"))
         yield _allow("UseGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
 
     def _look(self) -> dict[str, Any]:
         return _allow("Look", ["ec2:Describe*"], ["*"])
 
-    def _machines(self, action: str) -> Iterator[dict[str, Any]]:
-        """Yield what launching and ending an instance in a security group of its own needs."""
+    def _instances(self, action: str) -> Iterator[dict[str, Any]]:
+        """Yield what launching and terminating an instance in its own security group needs."""
         yield self._look()
         yield _allow("Launch", [f"ec2:{action}"], self._ec2("instance", "volume"), _ASKED)
         yield _allow(
@@ -216,15 +219,15 @@ class _Statements:
         profile = self._arn_of("iam", "", "*", "instance-profile/*")
         return _allow("LookAtInstanceProfile", ["iam:GetInstanceProfile"], [profile])
 
-    def _claim(self, things: Sequence[str]) -> dict[str, Any]:
-        """Return what tags AMIs and snapshots that were made without tags; a run's must be among them."""
-        return _allow("TagImages", ["ec2:CreateTags"], things, _NAMELESS)
+    def _tag(self, resources: Sequence[str]) -> dict[str, Any]:
+        """Return what tagging AMIs and snapshots that were made without tags needs."""
+        return _allow("TagImages", ["ec2:CreateTags"], resources, _NAMELESS)
 
-    def _remove(self, things: Sequence[str]) -> dict[str, Any]:
-        return _allow("RemoveImagesOfRuns", ["ec2:DeregisterImage", "ec2:DeleteSnapshot"], things, _OURS)
+    def _delete(self, resources: Sequence[str]) -> dict[str, Any]:
+        return _allow("RemoveImagesOfRuns", ["ec2:DeregisterImage", "ec2:DeleteSnapshot"], resources, _OURS)
 
     def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
-        """Yield what only some settings need."""
+        """Yield what some settings need."""
         aws = self._aws
         if aws is None:
             return
@@ -234,12 +237,12 @@ class _Statements:
             parameter = self._arn_of("ssm", self._region, owner, f"parameter/{name}")
             yield _allow("ReadBaseParameter", ["ssm:GetParameter"], [parameter])
         if aws.instance_profile:
-            # A profile does not tell the name of its role; name it here to narrow this further.
+            # The profile's role is unknown here; a policy that names it is stricter.
             role = self._arn_of("iam", "", "*", "role/*")
             to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
             yield _allow("PassInstanceProfile", ["iam:PassRole"], [role], to_ec2)
             if baking:
-                # Packer looks whether there is one.
+                # Packer checks that the profile exists.
                 yield self._profile()
         if aws.connect is Connect.SESSION_MANAGER:
             tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
@@ -252,7 +255,7 @@ class _Statements:
         if aws.kms_key:
             yield from self._keys("", [self._key(aws.kms_key, self._region)])
         if aws.spot and baking:
-            # Packer makes a fleet from a launch template; it tags what comes of it afterwards.
+            # Packer creates a fleet from a launch template, and tags its resources later.
             template, machine = self._ec2("launch-template"), self._ec2("instance", "volume")
             places = self._ec2("fleet", "image", "subnet", "network-interface")
             yield _allow("SpotFleet", ["ec2:CreateFleet"], [*machine, *places])
@@ -261,7 +264,7 @@ class _Statements:
             yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
             yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
             yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
-            # Packer and we both do it, in either order.
+            # Both Packer and ami-builder do it, in either order.
             yield _allow("UseInstancesOfRuns", ["ec2:CreateTags"], self._ec2("instance"), _OURS)
             others = self._ec2("volume", "spot-instances-request")
             yield _allow("TagSpotRequests", ["ec2:CreateTags"], others, _NAMELESS)
@@ -277,7 +280,7 @@ class _Statements:
         return key if exact else self._arn_of("kms", region, "*", "key/*")
 
     def _kept(self, *kinds: str) -> list[str]:
-        """Return what `_ec2` does, in the regions of copies too."""
+        """Return the ARNs of `_ec2`, in the regions of copies too."""
         return [arn for kind in kinds for arn in self._everywhere("ec2", "", f"{kind}/*")]
 
     def _everywhere(self, service: str, account: str, resource: str) -> list[str]:
@@ -301,7 +304,7 @@ def _allow(
 
 
 def _merge(statements: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
-    """Add a statement, or its actions and resources to the one of the same name and condition."""
+    """Add a statement, or merge its actions and resources into the one of the same Sid and condition."""
     known = statements.setdefault(new["Sid"], new)
     for part in ("Action", "Resource"):
         known[part] += [one for one in new[part] if one not in known[part]]

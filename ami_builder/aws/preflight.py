@@ -1,12 +1,11 @@
-"""What would stop a build or a verification in an account, found without making anything there."""
+"""`ami-builder check --target aws`: find what would stop a build, and its cost, without creating anything."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
@@ -14,22 +13,26 @@ from ami_builder.aws import network, source_ami
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.aws.tags import Purpose
-from ami_builder.config.schema import AwsSettings, Image
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ami_builder.config.schema import AwsSettings, Image
+
 _GIB = 1 << 30
-_NOBODY = "0123456789abcdef0"
+_NO_ID = "0123456789abcdef0"
 _TOOLS = {"aws": "the AWS CLI", "session-manager-plugin": "the Session Manager plugin of the AWS CLI"}
 _INSTALL = (
     "see docs.aws.amazon.com/systems-manager/latest/userguide/session-manager-working-with-install-plugin"
 )
 
-# The Pricing API lives in a few regions only, and tells about all.
+# The Pricing API has endpoints in a few regions only; each has the prices of all regions.
 _PRICING_REGION = "us-east-1"
-# us-east-1's, which others differ from by a few cents: next to the instance they hardly count.
+# Prices in us-east-1. Other regions differ by a few cents, which hardly counts next to the instance.
 _GP3_GIB_MONTH = 0.08
 _SNAPSHOT_GIB_MONTH = 0.05
 _HOURS_A_MONTH = 730.0
@@ -37,18 +40,18 @@ _HOURS_A_MONTH = 730.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """US dollars."""
+    """Estimated cost in US dollars."""
 
     hour: float
-    """An instance's, on demand."""
+    """An hour of the instance, on demand."""
     run: float
-    """The instance and its disk, for as long as was asked."""
+    """The instance and its disk for the requested time."""
     month: float
-    """Keeping the AMI's snapshot for a month, if it were full."""
+    """A month of the AMI's snapshot, if the disk were full."""
 
 
 def check(image: Image) -> Iterator[Finding]:
-    """Look at credentials, base AMI, instance types, network, permissions and cost; nothing is made."""
+    """Check credentials, base AMI, instance types, network, permissions and cost; create nothing."""
     try:
         account = Account.open(image.aws.region)
         who = account.identity()
@@ -90,8 +93,8 @@ def _stops(name: str, bad: AmiBuilderError) -> Finding:
 
 
 def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
-    baking, proving = image.aws.instance_types, image.verify.instance_types
-    wanted = list(dict.fromkeys([*baking, *proving]))
+    baking, verifying = image.aws.instance_types, image.verify.instance_types
+    wanted = list(dict.fromkeys([*baking, *verifying]))
     try:
         with aws_errors():
             pages = account.ec2.get_paginator("describe_instance_type_offerings").paginate(
@@ -103,17 +106,17 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
         return
     for name, kinds, enough in (
         ("instance types to bake on", baking, any),
-        ("instance types to verify on", proving, all),
+        ("instance types to verify on", verifying, all),
     ):
-        lacking = [kind for kind in kinds if kind not in offered]
+        missing = [kind for kind in kinds if kind not in offered]
         if not enough(kind in offered for kind in kinds):
-            missing = UsageError(
-                f"{account.region} does not offer {', '.join(lacking)}",
+            error = UsageError(
+                f"{account.region} does not offer {', '.join(missing)}",
                 hint=f"change {'aws' if kinds is baking else 'verify'}.instance_types",
             )
-            yield _stops(name, missing)
-        elif lacking:
-            yield _note(name, f"{', '.join(kinds)}, of which {', '.join(lacking)} is not offered")
+            yield _stops(name, error)
+        elif missing:
+            yield _note(name, f"{', '.join(kinds)}, but {account.region} does not offer {', '.join(missing)}")
         else:
             yield _fine(name, ", ".join(kinds))
 
@@ -123,8 +126,8 @@ def _network(account: Account, aws: AwsSettings) -> Iterator[Finding]:
         vpcs = {network.find_vpc(account, subnet) for subnet in aws.subnets or ("",)}
         if len(vpcs) > 1:
             raise UsageError(
-                f"aws.subnets are of several VPCs: {', '.join(sorted(vpcs))}",
-                hint="name subnets of one VPC, where a security group can be used in all of them",
+                f"aws.subnets are in several VPCs: {', '.join(sorted(vpcs))}",
+                hint="use subnets of one VPC, since a security group belongs to one VPC",
             )
         yield _fine("network", ", ".join(aws.subnets or ("the default VPC",)))
         if aws.connect is Connect.SSH:
@@ -156,10 +159,13 @@ def _instance_profile(account: Account, aws: AwsSettings) -> Finding:
                 found = account.client("iam").get_instance_profile(InstanceProfileName=name)
             except ClientError as error:
                 if code_of(error) in DENIED:
-                    return _note("instance profile", f"{name}; these credentials may not look at it")
+                    return _note("instance profile", f"{name}; these credentials are not allowed to read it")
                 if code_of(error) != "NoSuchEntity":
                     raise
-                raise UsageError(f"aws.instance_profile: there is no instance profile {name}") from error
+                raise UsageError(
+                    f"aws.instance_profile: there is no instance profile {name}",
+                    hint="create it, or change aws.instance_profile",
+                ) from error
     except AmiBuilderError as bad:
         return _stops("instance profile", bad)
     roles = [role["RoleName"] for role in found["InstanceProfile"]["Roles"]]
@@ -167,7 +173,7 @@ def _instance_profile(account: Account, aws: AwsSettings) -> Finding:
 
 
 def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> Finding:
-    """Try each call that changes something with DryRun; what it would change need not exist for that."""
+    """Try each call that changes something with DryRun, which needs no existing resource."""
     refused = []
     tries = _tries(account, image, ami)
     try:
@@ -183,19 +189,19 @@ def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> Fin
     except AmiBuilderError as bad:
         return _stops("permissions", bad)
     if refused:
-        lacking = CloudFailed(
-            f"these calls would be refused: {', '.join(refused)}",
-            hint="`ami-builder iam-policy` prints all that is needed",
+        error = CloudFailed(
+            f"these credentials do not allow {', '.join(refused)}",
+            hint="`ami-builder iam-policy` prints a policy that does",
         )
-        return _stops("permissions", lacking)
-    return _fine("permissions", f"{len(tries)} calls tried, none would be refused")
+        return _stops("permissions", error)
+    return _fine("permissions", f"{len(tries)} calls tried with DryRun, all are allowed")
 
 
 def _try(call: Callable[[], object]) -> None:
     try:
         call()
     except ClientError as error:
-        # What EC2 says of ids that nobody has, once it has found the call allowed.
+        # EC2's answers to an allowed call: by design, or for ids that do not exist.
         if code_of(error) == "DryRunOperation" or "NotFound" in code_of(error):
             return
         raise
@@ -207,14 +213,14 @@ def _tries(
     ec2: Any = account.ec2
     tags = tagging.resource_tags(image.name, "0" * 64, "check", Purpose.BAKE)
     subnet = {"SubnetId": image.aws.subnets[0]} if image.aws.subnets else {}
-    instance, group = f"i-{_NOBODY}", f"sg-{_NOBODY}"
-    snapshot, volume, own = f"snap-{_NOBODY}", f"vol-{_NOBODY}", f"ami-{_NOBODY}"
+    instance, group = f"i-{_NO_ID}", f"sg-{_NO_ID}"
+    snapshot, volume, own = f"snap-{_NO_ID}", f"vol-{_NO_ID}", f"ami-{_NO_ID}"
 
     def of(name: str, **parameters: Any) -> tuple[str, Callable[[], object]]:
         action = "".join(word.capitalize() for word in name.split("_"))
         return f"ec2:{action}", lambda: getattr(ec2, name)(DryRun=True, **parameters)
 
-    template = f"lt-{_NOBODY}"
+    template = f"lt-{_NO_ID}"
     spot = [
         of(
             "create_launch_template",
@@ -290,8 +296,8 @@ def _lifetime(image: Image) -> Iterator[Finding]:
     if image.aws.lifetime <= longest:
         yield _note(
             "lifetime",
-            f"instances end themselves after {image.aws.lifetime:.0f} s, but may need {longest:.0f} s",
-            "make aws.lifetime longer than bake.timeout and verify.timeout",
+            f"instances power off after {image.aws.lifetime:.0f} s, but may need {longest:.0f} s",
+            "set aws.lifetime above bake.timeout and verify.timeout",
         )
 
 
@@ -304,14 +310,16 @@ def _cost(account: Account, image: Image, ami: source_ami.BaseAmi | None) -> Fin
     costs = [estimate_cost(account, kind, seconds / 3600, size) for kind, seconds, size in stages]
     known = [one for one in costs if one is not None]
     if len(known) < len(costs):
-        return _note("cost", "unknown: the Pricing API does not tell these credentials")
+        return _note("cost", "unknown: the Pricing API returned no price to these credentials")
     kept = known[0].month
     run = sum(one.run for one in known)
-    return _fine("cost", f"at most about ${run:.2f} a run on demand, and ${kept:.2f} a month to keep the AMI")
+    return _fine(
+        "cost", f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI"
+    )
 
 
 def estimate_cost(account: Account, instance_type: str, hours: float, disk_gib: float) -> Cost | None:
-    """Return what an instance with a disk costs for some hours; None where nobody tells the price."""
+    """Return the cost of an instance with a disk for some hours; None when its price is unknown."""
     wanted = {
         "instanceType": instance_type,
         "regionCode": account.region,

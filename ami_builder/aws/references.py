@@ -1,18 +1,20 @@
-"""What in a region needs an AMI or a snapshot: instances, templates, configurations, SSM parameters."""
+"""Find what in a region uses an AMI or a snapshot: instances, launch templates and configurations, SSM."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
 _NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
 _PINNED = re.compile(r"resolve:ssm:([^:]+):([^:]+)")
 _ENDED = "terminated"
-_AT_ONCE = 10  # parameters that SSM tells the values of in one call
+_AT_ONCE = 10  # SSM's limit of names in one GetParameters call
 _PAGES = {
     "describe_instances": 1000,
     "describe_launch_templates": 200,
@@ -24,16 +26,16 @@ _PAGES = {
 
 
 def find(account: Account) -> list[Reference]:
-    """Return every use of an AMI or a snapshot in this region; one call for each page of each list.
+    """Return every reference to an AMI or a snapshot in this region.
 
-    Raises CloudFailed when any list can't be read to its end, since what is not known may need an AMI.
-    Of parameters the current value counts, whatever the name and wherever in it an AMI's id stands; of those
-    that name an AMI also versions with a label, or that a launch template pins.
+    An id anywhere in a parameter's current value is a reference; so are ids in versions that have a label or
+    that a launch template pins. Raises CloudFailed when any list can't be read to its end, since an unknown
+    reference could cost somebody their AMI.
     """
     templates = list(_templates(account))
     return [
         *_instances(account),
-        *(Reference(id=id, by=by) for id, by in templates if id.startswith(("ami-", "snap-"))),
+        *(Reference(id=named, by=by) for named, by in templates if named.startswith(("ami-", "snap-"))),
         *_configurations(account),
         *_parameters(account, {pin.groups() for named, _ in templates if (pin := _PINNED.fullmatch(named))}),
     ]
@@ -48,13 +50,17 @@ def _instances(account: Account) -> Iterator[Reference]:
 
 
 def _templates(account: Account) -> Iterator[tuple[str, str]]:
-    """Yield what each version of each launch template names as image or disk, and the version in words."""
+    """Yield the images and snapshots that each version of each launch template names, with a description."""
     for template in _listed(account, "ec2", "describe_launch_templates", "LaunchTemplates"):
-        id, name = template["LaunchTemplateId"], template["LaunchTemplateName"]
+        template_id, name = template["LaunchTemplateId"], template["LaunchTemplateName"]
         for version in _listed(
-            account, "ec2", "describe_launch_template_versions", "LaunchTemplateVersions", LaunchTemplateId=id
+            account,
+            "ec2",
+            "describe_launch_template_versions",
+            "LaunchTemplateVersions",
+            LaunchTemplateId=template_id,
         ):
-            data, by = version["LaunchTemplateData"], f"used by launch template {name} ({id})"
+            data, by = version["LaunchTemplateData"], f"used by launch template {name} ({template_id})"
             for named in (data.get("ImageId", ""), *_disks(data)):
                 yield named, f"{by}, version {version['VersionNumber']}"
 
@@ -62,18 +68,18 @@ def _templates(account: Account) -> Iterator[tuple[str, str]]:
 def _configurations(account: Account) -> Iterator[Reference]:
     for one in _listed(account, "autoscaling", "describe_launch_configurations", "LaunchConfigurations"):
         by = f"used by launch configuration {one['LaunchConfigurationName']}"
-        yield from (Reference(id=id, by=by) for id in (one["ImageId"], *_disks(one)))
+        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *_disks(one)))
 
 
-def _disks(shown: Mapping[str, Any]) -> list[str]:
-    disks = (mapping.get("Ebs", {}) for mapping in shown.get("BlockDeviceMappings", []))
+def _disks(described: Mapping[str, Any]) -> list[str]:
+    disks = (mapping.get("Ebs", {}) for mapping in described.get("BlockDeviceMappings", []))
     return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
 
 
 def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterator[Reference]:
     described = _listed(account, "ssm", "describe_parameters", "Parameters")
     images = {one["Name"] for one in described if one.get("DataType") == "aws:ec2:image"}
-    # Nobody launches from a secret, and reading one needs its key.
+    # A secret can't be launched from, and reading one needs its key.
     names = [one["Name"] for one in described if one["Type"] != "SecureString"]
     for start in range(0, len(names), _AT_ONCE):
         with aws_errors("ssm"):
@@ -93,11 +99,11 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
 
 
 def _named(ids: Iterable[str], by: str) -> Iterator[Reference]:
-    return (Reference(id=id, by=by) for id in ids)
+    return (Reference(id=one, by=by) for one in ids)
 
 
 def _listed(account: Account, service: str, call: str, key: str, **more: Any) -> list[Any]:
     with aws_errors(service):
-        pages = account.client(service).get_paginator(call)
-        shown = pages.paginate(PaginationConfig={"PageSize": _PAGES[call]}, **more)
-        return [one for page in shown for one in page[key]]
+        paginator = account.client(service).get_paginator(call)
+        pages = paginator.paginate(PaginationConfig={"PageSize": _PAGES[call]}, **more)
+        return [one for page in pages for one in page[key]]

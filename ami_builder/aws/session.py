@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,8 @@ from ami_builder import __version__
 from ami_builder.core.errors import CloudFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from types_boto3_ec2.client import EC2Client
 
 ATTEMPTS = 10
@@ -30,6 +31,7 @@ _LOOK_SECONDS = 15.0
 
 T = TypeVar("T")
 
+NO_CAPACITY_HINT = "add aws.instance_types, or aws.subnets in other availability zones"
 _LOGIN = "log in again (`aws sso login`, or new keys), or choose another AWS_PROFILE"
 DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
 _EXPIRED = frozenset(
@@ -51,14 +53,14 @@ _ENCODED = re.compile(r"\s*Encoded authorization failure message:.*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Whose credentials are in use."""
+    """The account and the principal that the credentials belong to."""
 
     account: str
     arn: str
 
 
 class Account:
-    """One account in one region; threads may share it."""
+    """One account in one region, safe to share between threads."""
 
     def __init__(self, session: Any, region: str) -> None:
         self.region = region
@@ -68,49 +70,49 @@ class Account:
 
     @classmethod
     def open(cls, region: str = "") -> Account:
-        """Return the account of the standard chain's credentials; `region` empty: the chain's own too.
+        """Return the account of the default credential chain, in its default region unless `region` is given.
 
         Raises CloudFailed when there are no credentials, or no region.
         """
         with aws_errors():
-            # botocore reads AWS_DEFAULT_REGION alone; every other program of AWS reads this first.
+            # botocore reads only AWS_DEFAULT_REGION; other AWS tools read AWS_REGION first.
             core = botocore.session.get_session()
-            core.register_component("data_loader", _descriptions())
+            core.register_component("data_loader", _loader())
             session = boto3.session.Session(
                 botocore_session=core, region_name=region or os.environ.get("AWS_REGION") or None
             )
             credentials = session.get_credentials()
         if session.region_name is None:
             raise CloudFailed(
-                "no AWS region is set", hint="set aws.region in ami-builder.toml, or AWS_REGION"
+                "no AWS region is set", hint="set aws.region in ami-builder.toml, or the variable AWS_REGION"
             )
         if credentials is None:
             raise CloudFailed(
-                "there are no AWS credentials",
-                hint="set AWS_PROFILE, log in with `aws sso login`, or run where a role gives them",
+                "no AWS credentials found",
+                hint="set AWS_PROFILE, run `aws sso login`, or run on an instance with a role",
             )
         return cls(session, session.region_name)
 
     def in_region(self, region: str) -> Account:
         """Return the same account in another region."""
         other = Account(self._session, region)
-        other._lock = self._lock  # a session must not make two clients at once
+        other._lock = self._lock  # a session is not safe to create two clients at once
         return self if region == self.region else other
 
     @property
     def ec2(self) -> EC2Client:
-        """The client of EC2."""
+        """The EC2 client."""
         return self.client("ec2")  # type: ignore[no-any-return]
 
     @property
     def ec2_once(self) -> EC2Client:
-        """The client of EC2 that leaves it to its caller to try again."""
+        """An EC2 client that does not retry."""
         return self.client("ec2", attempts=1)  # type: ignore[no-any-return]
 
     def client(self, name: str, region: str = "", *, attempts: int = 0) -> Any:
-        """Return the client of a service in this region, or in another for those that live in one only.
+        """Return the client of a service, in this region unless `region` is given.
 
-        It makes up to `attempts` attempts at a call, 10 unless told.
+        A call is attempted `attempts` times; 0 means the default of 10.
         """
         key = (name, region or self.region, attempts or ATTEMPTS)
         with self._lock:
@@ -126,53 +128,57 @@ class Account:
             return self._clients[key]
 
     def endpoint(self, name: str) -> str:
-        """Return where a service is spoken to other than at AWS (AWS_ENDPOINT_URL); empty for AWS itself."""
+        """Return the URL that AWS_ENDPOINT_URL sets for a service; empty for AWS's own."""
         given = os.environ.get(f"AWS_ENDPOINT_URL_{name.upper()}") or os.environ.get("AWS_ENDPOINT_URL")
         return str(self.client(name).meta.endpoint_url) if given else ""
 
     def environment(self) -> dict[str, str]:
-        """Return what another program needs in its environment to be this account, whatever the chain was.
+        """Return environment variables with this account's credentials and region for another program.
 
-        Packer 1.6 knows less of the chain than boto3. Only ever hand it to a child, never to argv or a file.
+        Packer 1.6 does not know all of boto3's credential chain. Pass them to a child process only, never on
+        a command line or in a file.
         """
         with aws_errors("sts"):
-            found = self._session.get_credentials().get_frozen_credentials()
-        named = {
-            "AWS_ACCESS_KEY_ID": found.access_key,
-            "AWS_SECRET_ACCESS_KEY": found.secret_key,
-            "AWS_SESSION_TOKEN": found.token,
+            keys = self._session.get_credentials().get_frozen_credentials()
+        values = {
+            "AWS_ACCESS_KEY_ID": keys.access_key,
+            "AWS_SECRET_ACCESS_KEY": keys.secret_key,
+            "AWS_SESSION_TOKEN": keys.token,
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,
         }
-        given = {
+        endpoints = {
             k: v for k, v in os.environ.items() if k.startswith("AWS_ENDPOINT_URL") or k == "AWS_CA_BUNDLE"
         }
-        return given | {name: value for name, value in named.items() if value}
+        return endpoints | {name: value for name, value in values.items() if value}
 
     def identity(self) -> Identity:
-        """Ask AWS whose credentials these are; raises CloudFailed when it takes them for nobody's."""
+        """Ask AWS who these credentials belong to; raises CloudFailed when they are not valid."""
         with aws_errors("sts"):
             answer = self.client("sts").get_caller_identity()
         return Identity(account=answer["Account"], arn=answer["Arn"])
 
 
 @cache
-def _descriptions() -> Any:
-    """Return what reads the descriptions of services: one for all sessions, since EC2's is long."""
+def _loader() -> Any:
+    """Return one loader of service descriptions for all sessions, since EC2's takes long to read."""
     return botocore.session.get_session().get_component("data_loader")
 
 
 def code_of(error: ClientError) -> str:
-    """Return AWS's code of an error, such as `InvalidAMIID.NotFound`."""
+    """Return the AWS error code, such as `InvalidAMIID.NotFound`."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def is_definite(error: BaseException) -> bool:
-    """Tell whether an error says for sure that the call did nothing, rather than that no answer came."""
+    """Return whether an error means for certain that the call changed nothing.
+
+    A lost answer does not.
+    """
     cause = error if isinstance(error, ClientError) else error.__cause__
     if not isinstance(cause, ClientError):
         return False
-    # A repeated call that finds a duplicate may have found what its first attempt made.
+    # A retried call may find the duplicate that its first attempt made.
     if code_of(cause) in _THROTTLED or code_of(cause).endswith(".Duplicate"):
         return False
     return 400 <= cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500
@@ -180,7 +186,7 @@ def is_definite(error: BaseException) -> bool:
 
 @contextmanager
 def aws_errors(service: str = "ec2") -> Iterator[None]:
-    """Turn botocore's errors within into CloudFailed, which names the call and says what to do."""
+    """Turn botocore's errors into CloudFailed, which names the call and has a hint."""
     try:
         yield
     except ClientError as error:
@@ -190,34 +196,34 @@ def aws_errors(service: str = "ec2") -> Iterator[None]:
 
 
 def failure(error: ClientError, service: str = "ec2") -> CloudFailed:
-    """Return an error of AWS's as one of ours."""
+    """Return an AWS error as CloudFailed."""
     code = code_of(error)
-    said = error.response.get("Error", {}).get("Message", "")
+    text = error.response.get("Error", {}).get("Message", "")
     request = error.response.get("ResponseMetadata", {}).get("RequestId", "")
     call = f"{service}:{error.operation_name}"
-    message = _ENCODED.sub("", said).strip().rstrip(".")
+    message = _ENCODED.sub("", text).strip().rstrip(".")
     return CloudFailed(
         f"AWS refused {call}: {code}" + (f": {message}" if message else ""),
-        hint=_hint(code, call, said),
+        hint=_hint(code, call, text),
         tail=(f"request id {request}",) if request else (),
     )
 
 
-def _hint(code: str, call: str, said: str) -> str | None:
+def _hint(code: str, call: str, text: str) -> str | None:
     if code in DENIED:
-        named = _ACTION.search(said)
-        action = named[1] if named else call
-        return f"allow {action} to these credentials: `ami-builder iam-policy` prints all that is needed"
+        refused = _ACTION.search(text)
+        action = refused[1] if refused else call
+        return f"allow {action} for these credentials; `ami-builder iam-policy` prints the whole policy"
     if code in _EXPIRED:
-        return f"the credentials are not valid, or not any more: {_LOGIN}"
+        return f"the credentials are invalid or have expired: {_LOGIN}"
     if code in _THROTTLED:
-        return f"AWS limits the rate of calls and {ATTEMPTS} attempts were not enough: try again later"
+        return f"AWS throttled the call, also after {ATTEMPTS} attempts: try again later"
     if code == "InsufficientInstanceCapacity":
-        return "name more aws.instance_types, or aws.subnets in other zones"
+        return NO_CAPACITY_HINT
     if _QUOTA.search(code):
-        return "the account is at its quota: end what is not needed, or ask Service Quotas for more"
+        return "the account has reached a quota: delete what you do not need, or request an increase"
     if code in {"InternalError", "InternalFailure", "ServiceUnavailable", "Unavailable", "503", "500"}:
-        return "AWS failed: try again later; `ami-builder gc` shows what may have been left"
+        return "an error on AWS's side: try again later; `ami-builder gc` lists orphaned resources"
     return None
 
 
@@ -227,7 +233,7 @@ def _not_answered(error: BotoCoreError) -> CloudFailed:
         return CloudFailed(f"the AWS credentials can't be used: {error}", hint=_LOGIN)
     return CloudFailed(
         f"AWS did not answer: {error}",
-        hint="is the network up, the region's name right, and AWS_ENDPOINT_URL unset or right?",
+        hint="check the network, the region's name, and AWS_ENDPOINT_URL if it is set",
     )
 
 

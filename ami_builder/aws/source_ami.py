@@ -1,8 +1,7 @@
-"""The AMI that baking starts from, resolved once before the build."""
+"""Resolve `aws.source` to the AMI that a bake starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -13,6 +12,8 @@ from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from types_boto3_ec2.type_defs import ImageTypeDef
 
 ARCHITECTURE = "x86_64"
@@ -22,28 +23,28 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseAmi:
-    """What an AMI that baking starts from is."""
+    """The AMI that a bake starts from."""
 
     id: str
     name: str
     owner: str
     root_device: str
-    """Its root device's name, such as /dev/xvda."""
+    """Name of its root device, such as /dev/xvda."""
     size: int
-    """Of its root volume, in bytes."""
+    """Size of its root volume, in bytes."""
     architecture: str
     created: datetime
 
 
 def resolve(account: Account, source: str) -> BaseAmi:
-    """Return the AMI that `aws.source` means now: the newest of a pattern, a parameter's, or the one named.
+    """Return the AMI that `aws.source` is now: an id, the value of an SSM parameter, or a pattern's newest.
 
-    Raises UsageError when there is none or it can't be baked from, CloudFailed when AWS refuses.
+    Raises UsageError when there is none or it can't be the base of an image, CloudFailed.
     """
     if source.startswith("ami-"):
-        return _checked(account, _by_id(account, source, source), source)
+        return _checked(_by_id(account, source, source), source)
     if source.startswith("ssm:"):
-        return _checked(account, _by_id(account, _parameter(account, source[4:]), source), source)
+        return _checked(_by_id(account, _parameter(account, source[4:]), source), source)
     owner, _, pattern = source.partition("/")
     return _newest(account, owner, pattern, source)
 
@@ -71,22 +72,22 @@ def _owned(account: Account, owner: str, pattern: str) -> Sequence[ImageTypeDef]
 
 def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef]) -> str:
     if current:
-        return f" and can be baked from: {current[0].get('Name', '')} {_unfit(current[0])}"
+        return f" and is usable: {current[0].get('Name', '')} {_unfit(current[0])}"
     if available:
-        return f" any more: {available[0].get('Name', '')} is deprecated"
+        return f": {available[0].get('Name', '')} is deprecated"
     return ""
 
 
 def _near(account: Account, owner: str, pattern: str) -> str:
-    """Name what the owner has whose name begins alike, the newest first."""
+    """Return a hint with the owner's newest AMIs whose names begin alike."""
     stem = pattern.split("*")[0].split("?")[0]
     while len(stem) > 1:
         stem = stem[: len(stem) // 2]
         if images := _owned(account, owner, f"{stem}*"):
             newest = sorted(images, key=lambda image: image.get("CreationDate", ""), reverse=True)
             names = list(dict.fromkeys(image.get("Name", "") for image in newest))
-            return f"{owner} has, for one: {', '.join(names[:_SHOWN])}"
-    return f"is the owner {owner} right, and does it publish in {account.region}?"
+            return f"AMIs of {owner} with a similar name: {', '.join(names[:_SHOWN])}"
+    return f"check the owner {owner}, and whether it publishes in {account.region}"
 
 
 def _parameter(account: Account, name: str) -> str:
@@ -104,7 +105,9 @@ def _parameter(account: Account, name: str) -> str:
     except KeyError:
         value = ""
     if not str(value).startswith("ami-"):
-        raise UsageError(f"aws.source: the SSM parameter {name} holds no AMI id, but {value!r}")
+        raise UsageError(
+            f"aws.source: the SSM parameter {name} is {value!r}, but must be an AMI id (ami-...)"
+        )
     return str(value)
 
 
@@ -119,18 +122,18 @@ def _by_id(account: Account, ami: str, source: str) -> ImageTypeDef:
     if images:
         return images[0]
     raise UsageError(
-        f"aws.source: there is no AMI {ami} in {account.region} that these credentials may use",
+        f"aws.source: there is no AMI {ami} in {account.region} that these credentials can use",
         hint="AMI ids differ between regions" if source == ami else None,
     )
 
 
-def _checked(account: Account, image: ImageTypeDef, source: str) -> BaseAmi:
+def _checked(image: ImageTypeDef, source: str) -> BaseAmi:
     if image.get("State") != "available":
-        raise UsageError(f"aws.source: {source} is {image.get('State', 'gone')}, not available")
+        raise UsageError(f"aws.source: {source} is {image.get('State', 'missing')}, but must be available")
     if _deprecated(image):
         raise UsageError(
-            f"aws.source: {source} is deprecated since {image.get('DeprecationTime', '')}",
-            hint="an owner/name pattern takes the newest instead",
+            f"aws.source: {source} has been deprecated since {image.get('DeprecationTime', '')}",
+            hint="use an owner/name pattern, which selects the newest AMI",
         )
     if wrong := _unfit(image):
         raise UsageError(f"aws.source: {source} {wrong}")
@@ -138,16 +141,16 @@ def _checked(account: Account, image: ImageTypeDef, source: str) -> BaseAmi:
 
 
 def _deprecated(image: ImageTypeDef) -> bool:
-    told = image.get("DeprecationTime")
-    return bool(told) and _time(str(told)) <= datetime.now(UTC)
+    when = image.get("DeprecationTime")
+    return bool(when) and datetime.fromisoformat(str(when)) <= datetime.now(UTC)
 
 
 def _unfit(image: ImageTypeDef) -> str | None:
-    """Tell why an AMI can't be baked from."""
+    """Return why an AMI can't be the base of an image, or None."""
     if image.get("Architecture") != ARCHITECTURE:
         return f"is for {image.get('Architecture')}, not {ARCHITECTURE}"
     if image.get("RootDeviceType") == "instance-store":
-        return "has its root on an instance store, which no AMI can be made from"
+        return "has its root on an instance store, but EBS is needed"
     if image.get("Platform"):
         return f"runs {image.get('Platform')}, not Linux"
     return None
@@ -156,20 +159,13 @@ def _unfit(image: ImageTypeDef) -> str | None:
 def _base_ami(image: ImageTypeDef) -> BaseAmi:
     root = image.get("RootDeviceName", "")
     mappings = image.get("BlockDeviceMappings", [])
-    size = next(
-        (m.get("Ebs", {}).get("VolumeSize", 0) for m in mappings if m.get("DeviceName") == root),
-        0,
-    )
+    sizes = (m.get("Ebs", {}).get("VolumeSize", 0) for m in mappings if m.get("DeviceName") == root)
     return BaseAmi(
         id=image["ImageId"],
         name=image.get("Name", ""),
         owner=image.get("OwnerId", ""),
         root_device=root,
-        size=size * _GIB,
+        size=next(sizes, 0) * _GIB,
         architecture=image.get("Architecture", ""),
-        created=_time(image.get("CreationDate", "")),
+        created=datetime.fromisoformat(image.get("CreationDate", "")),
     )
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)

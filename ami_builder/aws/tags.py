@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ from ami_builder import __version__
 from ami_builder.core.records import FIRST_BOOT, Measurement
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from types_boto3_ec2.literals import ResourceTypeType
     from types_boto3_ec2.type_defs import TagSpecificationTypeDef, TagTypeDef
 
@@ -29,12 +30,12 @@ VERDICT = f"{PREFIX}verdict"
 MEASURED = f"{PREFIX}measured"
 REVOKED = f"{PREFIX}revoked"
 LAUNCH_TEMPLATE = "aws:ec2launchtemplate:id"
-"""EC2's own, on whatever was launched from a template."""
+"""EC2 sets it on instances that were launched from a template."""
 COPY_OF = f"{PREFIX}copy-of"
-"""The AMI, in another region, that this is a copy of."""
+"""The AMI in another region that this one was copied from."""
 
 LONGEST = 256
-"""Characters that EC2 takes as a tag's value."""
+"""The most characters in a tag's value (EC2's limit)."""
 _DIGEST_IN_NAME = 12
 
 # A tag's entry is `m6i.large=8589934592/8143204352/31.2/58.1/12.35/0.235`: total and available memory,
@@ -46,7 +47,7 @@ _MEASUREMENT = re.compile(rf"([a-z0-9][a-z0-9.-]{{0,31}})={_SIZE}/{_SIZE}/{_SECO
 
 
 class Purpose(StrEnum):
-    """What a thing in the account is for."""
+    """What a resource in the account is for."""
 
     BAKE = "bake"
     VERIFY = "verify"
@@ -56,7 +57,7 @@ class Purpose(StrEnum):
 def resource_tags(
     image: str, digest: str, run_id: str, purpose: Purpose, more: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the tags of one thing, all of them from the call that makes it."""
+    """Return the tags of one resource; the call that creates it sets all of them."""
     return {
         NAME: image if purpose is Purpose.IMAGE else f"ami-builder {purpose} {image}",
         IMAGE: image,
@@ -70,17 +71,17 @@ def resource_tags(
 
 
 def now() -> str:
-    """Return the time as it stands in tags, UTC."""
+    """Return the current time in the format of tags, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def ami_name(image: str, digest: str, run_id: str) -> str:
-    """Return the name under which an AMI is registered: unique, and found again without a tag."""
+    """Return the unique name of an AMI, by which it can be found before it is tagged."""
     return f"{image}-{digest[:_DIGEST_IN_NAME]}-{run_id}"
 
 
 def ami_name_pattern(image: str, digest: str) -> str:
-    """Return the pattern of `ami_name` over all runs."""
+    """Return a pattern that matches `ami_name` of any run."""
     return f"{image}-{digest[:_DIGEST_IN_NAME]}-*"
 
 
@@ -90,17 +91,17 @@ def group_name(run_id: str, purpose: Purpose) -> str:
 
 
 def as_list(tags: Mapping[str, str]) -> list[TagTypeDef]:
-    """Return tags as EC2 takes them."""
+    """Return tags in the format of EC2's requests."""
     return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 
 def as_dict(tags: Sequence[TagTypeDef]) -> dict[str, str]:
-    """Return tags as EC2 gives them."""
+    """Return the tags of an EC2 response as a dictionary."""
     return {tag.get("Key", ""): tag.get("Value", "") for tag in tags}
 
 
 def specifications(tags: Mapping[str, str], *kinds: ResourceTypeType) -> list[TagSpecificationTypeDef]:
-    """Return what a call that makes things takes, so that nothing exists without its tags."""
+    """Return TagSpecifications, so that a resource has its tags from the moment it exists."""
     return [{"ResourceType": kind, "Tags": as_list(tags)} for kind in kinds]
 
 

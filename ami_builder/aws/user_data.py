@@ -1,33 +1,36 @@
-"""What an instance gets as user data besides the caller's: a key to log in with, and a timer that ends it.
+"""User data for instances: the caller's, an ssh key, and a timer that powers the instance off.
 
-The timer is a transient unit, so it lives in memory alone and can't get into an AMI; a boot hook sets it anew
-at every boot. With InstanceInitiatedShutdownBehavior=terminate, the power-off ends the instance and its
-volume.
+The timer is a transient systemd unit: it is only in memory, so it can't get into an AMI, and a boot hook
+starts it again at every boot. With InstanceInitiatedShutdownBehavior=terminate, powering off terminates the
+instance and deletes its volume.
 """
 
 from __future__ import annotations
 
 import email
 import hashlib
-from email.message import Message
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
+from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import UsageError
 
+if TYPE_CHECKING:
+    from email.message import Message
+
 MAX_BYTES = 16 * 1024
-"""What RunInstances takes; EC2's documented quota."""
+"""EC2's limit for user data (its documentation)."""
 
 UNIT = "ami-builder-lifetime"
 
-# cloud-init runs it before sysinit.target, which timers and services by default wait for.
+# cloud-init runs it before sysinit.target, which timers and services wait for by default.
 _TIMER = """\
 #!/bin/sh
 exec systemd-run --quiet --unit={unit} --on-active={seconds}s \\
     --timer-property=AccuracySec=1s --timer-property=DefaultDependencies=no \\
     --property=DefaultDependencies=no systemctl --force poweroff
 """
-# Added to keys that the caller's own cloud-config brings, rather than put in their place.
+# Merged with the keys in the caller's own cloud-config, instead of replacing them.
 _KEY = """\
 #cloud-config
 merge_how: list(append)+dict(no_replace,recurse_list)+str()
@@ -37,14 +40,14 @@ ssh_authorized_keys:
 
 
 def lifetime_user_data(seconds: float) -> str:
-    """Return a shell script that powers the machine off `seconds` after it was booted, whatever happens."""
+    """Return a shell script that powers the instance off `seconds` after each boot."""
     return _TIMER.format(unit=UNIT, seconds=max(1, round(seconds)))
 
 
 def with_lifetime(user_data: str, seconds: float, public_key: str = "") -> str:
-    """Return user data of any of cloud-init's kinds with the timer, and with a key for the default user.
+    """Return user data of any cloud-init type with the timer, and with an ssh key for the default user.
 
-    Raises UsageError when that is more than EC2 takes.
+    Raises UsageError when it is too large for EC2.
     """
     parts: list[Message] = [MIMEText(lifetime_user_data(seconds), "cloud-boothook")]
     if user_data.strip():
@@ -58,8 +61,8 @@ def with_lifetime(user_data: str, seconds: float, public_key: str = "") -> str:
     text = joined.as_string()
     if (size := len(text.encode())) > MAX_BYTES:
         raise UsageError(
-            f"the user data has {size} bytes, and EC2 takes at most {MAX_BYTES}",
-            hint="have the machine fetch what is large",
+            f"the user data has {size} bytes, but EC2 accepts at most {MAX_BYTES}",
+            hint="let the instance download large files",
         )
     return text
 
@@ -67,10 +70,10 @@ def with_lifetime(user_data: str, seconds: float, public_key: str = "") -> str:
 def _part(user_data: str) -> Message:
     if user_data.lower().startswith(("content-type: multipart", "mime-version:")):
         return email.message_from_string(user_data)
-    # cloud-init tells the kind of plain text by its first line.
+    # cloud-init detects the type of plain text by its first line.
     return MIMEText(user_data, "plain")
 
 
 def _boundary(user_data: str) -> str:
-    # The same for the same text: a repeated RunInstances with one client token must not differ.
+    # Derived from the text: a RunInstances retried with its client token must be identical.
     return f"ami-builder-{hashlib.sha256(user_data.encode()).hexdigest()[:24]}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.instances import Instance, Launch
 from ami_builder.aws.network import SecurityGroup
-from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
-from ami_builder.state.ledger import Ledger
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ami_builder.aws.session import Account
+    from ami_builder.state.ledger import Ledger
+    from tests.fake_ec2.server import Cloud
 
 RUN = "20260101T000000Z-abcdef"
 DIGEST = "ab" * 32

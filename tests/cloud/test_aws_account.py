@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -13,6 +12,9 @@ from ami_builder.aws import source_ami
 from ami_builder.aws.session import Account, aws_errors, failure, is_definite
 from ami_builder.core.errors import CloudFailed, UsageError
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DEBIAN = "136693071363"
 

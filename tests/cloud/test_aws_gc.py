@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from moto.core.utils import utcnow
@@ -18,6 +18,9 @@ from ami_builder.core.orphans import FoundResource, Orphan, Resource, RunState, 
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
 from tests.fake_ec2.server import REGION, Cloud
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

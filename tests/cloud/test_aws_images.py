@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -18,7 +18,9 @@ from ami_builder.aws.tags import Purpose
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.records import Measurement, Outcome
 from tests.cloud.aws import DIGEST, RUN, make_ami, tags
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from tests.fake_ec2.server import Cloud
 
 NAME = tagging.ami_name("dask", DIGEST, RUN)
 

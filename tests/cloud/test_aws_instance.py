@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import email
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +17,10 @@ from ami_builder.core.options import Connect
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from tests.cloud.aws import KEY, RUN, group, instance, launch
 from tests.fake_ec2.server import REGION, Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)

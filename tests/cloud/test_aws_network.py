@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -18,7 +16,12 @@ from ami_builder.aws.session import Account
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.state.ledger import Ledger, read
 from tests.cloud.aws import RUN, group, instance, launch
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture

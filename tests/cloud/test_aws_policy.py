@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,7 +14,6 @@ from ami_builder.aws.policy import LONGEST, Section, document
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.cli import app as cli
-from ami_builder.config.schema import Image
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.options import Connect
@@ -24,9 +21,15 @@ from ami_builder.core.orphans import Resource, RunState, plan
 from ami_builder.core.records import Outcome, State
 from ami_builder.state.ledger import Ledger, read
 from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
-from tests.fake_ec2.policy import Enforced
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 from tests.sample_image import image as guest_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ami_builder.config.schema import Image
+    from tests.fake_ec2.policy import Enforced
 
 KEY = "AKIALEASTPRIVILEGE00"
 BASE = "136693071363/debian-13-amd64-*"

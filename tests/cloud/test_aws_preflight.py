@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.aws import preflight
 from ami_builder.aws.session import Account
-from ami_builder.config.schema import Image
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
 from tests.fake_ec2.server import REGION, Cloud
 from tests.fake_programs import fake
 from tests.sample_image import image as guest_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ami_builder.config.schema import Image
 
 BASE = "136693071363/debian-13-amd64-*"
 
