@@ -177,7 +177,7 @@ def wait_visible(account: Account, ami: str, seconds: float = math.inf) -> Ami:
     """Wait until EC2 shows a new AMI, in any state; raises TimedOut."""
     return processes.wait_until(
         lambda: get(account, ami),
-        what=f"finding the new AMI {ami}",
+        what=f"the appearance of {ami}",
         timeout=min(seconds, _SEEN_SECONDS),
         interval=_POLL_SECONDS,
     )
@@ -202,7 +202,7 @@ def wait_available(
         return found
 
     found = processes.wait_until(
-        settled, what=f"completing the AMI {ami}", timeout=seconds, interval=_POLL_SECONDS
+        settled, what=f"the completion of {ami}", timeout=seconds, interval=_POLL_SECONDS
     )
     if found.state != "available":
         raise CloudFailed(f"{ami} is {found.state}" + (f": {found.reason}" if found.reason else ""))

@@ -269,7 +269,7 @@ class Instance:
         self._entry = self._ledger.made(self._entry, self.instance_id)
         described = processes.wait_until(
             self._running,
-            what=f"starting instance {self.instance_id}",
+            what=f"the start of instance {self.instance_id}",
             timeout=_RUNNING_SECONDS,
             interval=_POLL_SECONDS,
             log=self.console_log,
@@ -303,7 +303,7 @@ class Instance:
 
         return processes.wait_until(
             launched,
-            what="launching an instance",
+            what="the launch of an instance",
             timeout=_LAUNCH_SECONDS,
             interval=_POLL_SECONDS,
             log=self.console_log,

@@ -190,7 +190,7 @@ def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> Fin
         return _stops("permissions", bad)
     if refused:
         error = CloudFailed(
-            f"these credentials do not allow {', '.join(refused)}",
+            f"these credentials do not allow: {', '.join(refused)}",
             hint="`ami-builder iam-policy` prints a policy that does",
         )
         return _stops("permissions", error)

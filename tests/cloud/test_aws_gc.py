@@ -265,7 +265,7 @@ def test_collecting_through_faults(
 
 def test_what_is_kept_is_never_removed(account: Account) -> None:
     one = FoundResource(kind=Resource.IMAGE, id="ami-1", region=REGION, run_id=RUN)
-    with pytest.raises(ValueError, match="ami-1 is to be kept: because"):
+    with pytest.raises(ValueError, match="because"):
         orphans.remove(account, Orphan(found=one, action=Action.KEEP, reason="because"))
 
 
@@ -278,7 +278,7 @@ def test_what_does_not_go_is_told(cloud: Cloud, account: Account, monkeypatch: p
     assert made["Instances"]
     (volume,) = cloud.left()["volume"]
     one = FoundResource(kind=Resource.VOLUME, id=volume, region=REGION, run_id=RUN)
-    with pytest.raises(CloudFailed, match=f"the volume {volume} can't be deleted"):
+    with pytest.raises(CloudFailed, match=f"{volume} can't be deleted"):
         orphans.remove(account, Orphan(found=one, action=Action.DELETE, reason="because"))
 
 

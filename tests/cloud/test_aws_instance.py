@@ -295,7 +295,7 @@ def test_what_does_not_end_is_told_and_stands_in_the_ledger(
     group_id = cloud.client().describe_security_groups()["SecurityGroups"][0]["GroupId"]
     running: dict[str, Any] = {"InstanceId": "i-1", "State": {"Name": "running"}}
     monkeypatch.setattr(instances, "_TERMINATED_SECONDS", 0.2)
-    with pytest.raises(CloudFailed, match="does not end"):  # noqa: SIM117
+    with pytest.raises(CloudFailed, match="did not terminate"):  # noqa: SIM117
         with instance(account, ledger, launch(cloud, group_id), tmp_path / "a"):
             monkeypatch.setattr(instances, "describe", lambda *_: running)
     assert not read(ledger.path)[-1].deleted
