@@ -1,3 +1,3 @@
-"""Everything about AWS. Its modules import boto3, which is slow: import them in the function that needs them."""
+"""Everything about AWS. Importing its modules imports boto3, which is slow: do it where they are used."""
 
 from __future__ import annotations
