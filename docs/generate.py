@@ -37,7 +37,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "exit-codes.md": NOTE + "\n".join(_exit_codes()),
         REFERENCE / "checks.md": NOTE + "\n".join(_checks()),
         ROOT / "ami-builder.toml": reference.example_file(),
-        ROOT / "ami_builder" / "config" / "ami-builder.schema.json": reference.schema_text(),
+        ROOT / "docs" / "ami-builder.schema.json": reference.schema_text(),
     }
 
 

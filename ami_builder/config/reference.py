@@ -92,7 +92,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """Return the JSON schema as it is committed in config/ami-builder.schema.json."""
+    """Return the JSON schema as it is committed in docs/ami-builder.schema.json."""
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -123,7 +123,7 @@ def _comment(text: str) -> list[str]:
 
 
 _HEAD = """\
-#:schema ami_builder/config/ami-builder.schema.json
+#:schema docs/ami-builder.schema.json
 
 # The VM images that `ami-builder build` makes. An empty table is a complete image: every setting has the
 # default that is written here. To change a setting, remove the `#` before it and change the value.

@@ -175,7 +175,7 @@ def test_the_shipped_file_documents_every_setting_with_its_default() -> None:
     ("command", "file", "made"),
     [
         ("example", resources.default_config(), reference.example_file()),
-        ("schema", Path(loading.__file__).with_name("ami-builder.schema.json"), reference.schema_text()),
+        ("schema", Path(__file__).parents[2] / "docs" / "ami-builder.schema.json", reference.schema_text()),
     ],
 )
 def test_the_committed_files_are_made_from_the_settings(command: str, file: Path, made: str) -> None:
