@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from ami_builder.core.records import Artifact, CheckResult, Outcome, TargetKind, Verdict
-from ami_builder.state.workspace import StoredImage, Workspace
+
+if TYPE_CHECKING:
+    from ami_builder.state.workspace import StoredImage, Workspace
 
 
 def stored(

@@ -51,7 +51,7 @@ def spilled(dask_worker: Any) -> int:
     return int(total.disk) if total is not None else 0
 
 
-def chunk(number: int, size: int) -> bytes:
+def chunk(_number: int, size: int) -> bytes:
     """Return `size` random bytes."""
     return os.urandom(BLOCK) * (size // BLOCK)
 

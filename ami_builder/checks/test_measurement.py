@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ami_builder.checks.context import Context
+from typing import TYPE_CHECKING
+
 from ami_builder.checks.machine_state import CLOCK_SECONDS, VARIABLE, ContainerState, MachineState, exact_size
+
+if TYPE_CHECKING:
+    from ami_builder.checks.context import Context
 
 MIB = 1 << 20
 

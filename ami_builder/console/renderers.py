@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING
@@ -14,6 +13,8 @@ from ami_builder.console.style import MARKS, STYLES, Mode, duration, marks, over
 from ami_builder.core.records import RunStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from rich.console import RenderableType
     from rich.text import Text
 
@@ -133,7 +134,7 @@ class _Plain:
 
     def _line(self, text: str, detail: str) -> None:
         detail = f" - {detail}" if detail else ""
-        print(f"{datetime.now():%H:%M:%S} {text}{detail}", file=self._out, flush=True)
+        print(f"{datetime.now().astimezone():%H:%M:%S} {text}{detail}", file=self._out, flush=True)
 
 
 class _GitHub(_Plain):

@@ -11,11 +11,13 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.core.orphans import Resource
 from ami_builder.state import jsonl
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE = "ledger.jsonl"
 """The name of a ledger in its run's directory."""

@@ -9,13 +9,15 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, MissingTool, TimedOut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PACKAGES: Mapping[str, str] = {
     "packer": "packer",

@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder import console, qemu
 from ami_builder.build import packer
 from ami_builder.config import loading
-from ami_builder.config.schema import Image
 from ami_builder.qemu import bake
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.workspace import Workspace
@@ -33,6 +32,11 @@ from tests.benchmarks import against, slow_host
 from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
 from tests.benchmarks.planning import planning_seconds
 from tests.vm.conftest import HOME, ROOT, booted, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ami_builder.config.schema import Image
 
 MEGABYTE = 1000**2
 

@@ -455,4 +455,4 @@ def _keep(output: Path, about: host.Host, builds: Sequence[Build]) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"{datetime.now():%H:%M:%S} against: {text}", file=sys.stderr, flush=True)
+    print(f"{datetime.now().astimezone():%H:%M:%S} against: {text}", file=sys.stderr, flush=True)

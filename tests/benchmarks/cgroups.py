@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import AmiBuilderError, TimedOut
 from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 PERIOD = 100_000
 """Microseconds in which a group may use its quota; the kernel's default."""

@@ -450,4 +450,4 @@ def _measure(image: Path, output: Path | None, jobs: Sequence[Job], ways: Mappin
 
 
 def _say(text: str) -> None:
-    print(f"{datetime.now():%H:%M:%S} slow-host: {text}", file=sys.stderr, flush=True)
+    print(f"{datetime.now().astimezone():%H:%M:%S} slow-host: {text}", file=sys.stderr, flush=True)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import UsageError
 from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 START_DASK = "/usr/local/sbin/start-dask"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.cloud.faulting import Place, good_run
 from tests.cloud.flow import in_haste, without_ssh
 from tests.fake_ec2.conftest import cloud, running_cloud
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.fake_ec2.server import Cloud
 
 __all__ = ["cloud", "running_cloud"]
 

@@ -9,17 +9,21 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.aws.tags import FINISHED
 from tests.cloud.flow import READ_SECONDS, Ran, captured
-from tests.fake_ec2.api_call import ApiCall
 from tests.fake_ec2.faults import Fault
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.fake_ec2.api_call import ApiCall
+    from tests.fake_ec2.server import Cloud
 
 BUILD = ("--set", "bake.timeout=100s", "build", "--target", "aws")
 LASTING = "lasting"

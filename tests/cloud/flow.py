@@ -7,23 +7,28 @@ In verification an instance is really launched and terminated, and then said to 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-import pytest
 import tenacity
 from botocore.retries import standard
 
 from ami_builder.aws import bake, images, instances, matrix, network, session
 from ami_builder.build import packer
-from ami_builder.build.guest import RenderedFile
 from ami_builder.cli import app as cli
-from ami_builder.config.schema import Image
 from ami_builder.core.records import CheckResult, Measurement, Outcome
 from ami_builder.system import processes
 from ami_builder.verify.machine import Machine, MachineResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path, PurePosixPath
+
+    import pytest
+
+    from ami_builder.build.guest import RenderedFile
+    from ami_builder.config.schema import Image
 
 NO_SSH = """
 build {

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from datetime import date
+from datetime import datetime
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tenacity
@@ -28,6 +28,9 @@ from tests.cloud.faulting import FAULTS, Cell, Leak, Missed, Place, Row, Verdict
 from tests.cloud.flow import in_haste, without_ssh
 from tests.cloud.stopping import SIGNALS, try_signal
 from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "reliability.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
@@ -103,7 +106,8 @@ def shown(page: str) -> tuple[list[str], dict[str, list[str]]]:
 
 def write(wanted: Sequence[Row], cells: Sequence[Cell]) -> None:
     """Write the table, and the number of its jobs, into the page."""
-    told = f"{len(cells)} jobs, all in one run on {date.today():%-d %B %Y}, none of which leaked anything:"
+    today = f"{datetime.now().astimezone():%-d %B %Y}"
+    told = f"{len(cells)} jobs, all in one run on {today}, none of which leaked anything:"
     told += f"\n\n{table(wanted, cells)}"
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]

@@ -8,8 +8,8 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -31,6 +31,9 @@ from tests.cloud.flow import READ_SECONDS, Ran, ami_builder, in_haste, without_s
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
 from tests.process.nights import die_after
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
 
 POWER_LOSS = "power loss"
 """SIGKILL to the command and to Packer; SIGKILL alone lets Packer clean up after itself."""

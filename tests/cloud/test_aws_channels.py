@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,8 +24,12 @@ from ami_builder.core.records import Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.cloud.aws import DIGEST, make_ami, tags
 from tests.fake_ec2.requests import refused
-from tests.fake_ec2.server import Cloud
 from tests.sample_image import image as guest_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.fake_ec2.server import Cloud
 
 KNOWN = ("testing", "stable")
 NAME = "/ami-builder/dask/x86_64/stable"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from moto.core.utils import utcnow
@@ -25,6 +23,10 @@ from tests.cloud.aws import make_ami, tags
 from tests.fake_ec2.fake_image import FakeImage
 from tests.fake_ec2.requests import refused
 from tests.fake_ec2.server import REGION, Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 KEY = "AKIALEASTPRIVILEGE00"
 LISTS = (

@@ -8,8 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -23,7 +22,6 @@ from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.aws.target import AwsTarget, named
 from ami_builder.build.channels import promote
-from ami_builder.build.target import Target
 from ami_builder.cli import app as cli
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
@@ -37,6 +35,11 @@ from tests.cloud.faulting import BOUND
 from tests.cloud.stopping import start
 from tests.fake_ec2.requests import image, refused
 from tests.fake_ec2.server import REGION, Cloud
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ami_builder.build.target import Target
 
 NAME = tagging.ami_name("dask", DIGEST, RUN)
 KEY = "AKIALEASTPRIVILEGE00"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ami_builder.aws import bake
 from tests.cloud.faulting import BUILD, Place, collect, fresh, only_the_ami, rebuilt
 from tests.cloud.flow import Ran, captured
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.fake_ec2.server import Cloud
 
 BAKE, PROVE = "m7i.large", "m5.large"
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.cloud import matrix
 from tests.cloud.faulting import FAULTS, Place, Verdict, rows
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.mark.long

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,9 +13,14 @@ from ami_builder.aws.target import AwsTarget
 from ami_builder.config import loading
 from ami_builder.core.records import Measurement
 from ami_builder.state.workspace import Workspace
-from ami_builder.verify.machine import MachineResult
 from tests.cloud.flow import SETTINGS, ami_builder, without_ssh
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ami_builder.verify.machine import MachineResult
 
 
 @pytest.fixture(autouse=True)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, NoReturn
-
-import pytest
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ami_builder.aws import matrix
-from ami_builder.config.schema import Image
 from ami_builder.core.errors import BuildFailed
-from ami_builder.verify.machine import Machine
 from tests.cloud.faulting import BUILD, Place, only_the_ami
 from tests.cloud.flow import captured
 from tests.cloud.stopping import POWER_LOSS, stopped
 from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
-from tests.fake_ec2.policy import Enforced
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pytest
+
+    from ami_builder.config.schema import Image
+    from ami_builder.verify.machine import Machine
+    from tests.fake_ec2.policy import Enforced
+    from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"
 

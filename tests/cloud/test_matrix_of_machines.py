@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,7 +22,11 @@ from ami_builder.verify import executor as cluster
 from tests.cloud.faulting import BUILD, collect, only_the_ami
 from tests.cloud.flow import captured, in_haste, without_ssh
 from tests.cloud.preload import GO
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.fake_ec2.server import Cloud
 
 ROOT = Path(__file__).parents[2]
 TYPES = ("m5.large", "m6i.large", "m7i.large")

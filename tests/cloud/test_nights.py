@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +18,9 @@ from tests.cloud.flow import captured, in_haste, without_ssh
 from tests.cloud.stopping import DIES_AFTER, start
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import REGION, Cloud
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COPIES = ("eu-west-1", "eu-central-1")
 PARAMETER = "/ami-builder/dask/x86_64/testing"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,7 +10,12 @@ from tests.cloud import matrix
 from tests.cloud.faulting import BUILD, Place, collect, only_the_ami
 from tests.cloud.flow import captured
 from tests.cloud.stopping import POWER_LOSS, SIGNALS, stopped
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.mark.long

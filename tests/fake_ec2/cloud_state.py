@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.instances import Instance, InstanceState
@@ -15,6 +13,10 @@ from moto.ssm.models import Parameter, ssm_backends
 
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.fake_image import NEWEST, FakeImage, debian
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterable
 
 DEBIAN_PARAMETER = "/aws/service/debian/release/13/latest/amd64"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moto.core.responses import ActionResult
-from moto.ec2.models.instances import Instance
 from moto.ec2.responses import EC2Response
 
 from tests.fake_ec2.api_call import Refused
-from tests.fake_ec2.cloud_state import CloudState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moto.ec2.models.instances import Instance
+
+    from tests.fake_ec2.cloud_state import CloudState
 
 MOST = 1000
 """The largest page, and the size of those that moto would cut at 100."""

@@ -13,22 +13,26 @@ import ipaddress
 import os
 import shutil
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moto.ec2.models.instance_types import INSTANCE_TYPES
-from moto.ec2.models.instances import Instance
 
-from ami_builder import qemu
 from ami_builder.core.options import Network
 from ami_builder.qemu import imds
 from ami_builder.system import processes
 from tests.fake_ec2.cloud_state import end, set_state
 from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT, FakeImage
 from tests.fake_ec2.instance_vm import InstanceVm, VmLaunch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from moto.ec2.models.instances import Instance
+
+    from ami_builder import qemu
 
 GIB = 1 << 30
 MOST_MIB = 2048

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moto.core.responses import ActionResult, EmptyResult
 from moto.ec2.models import ec2_backends
@@ -14,6 +13,9 @@ from moto.ec2.utils import random_ami_id
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.ec2_action import EC2Action
 from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class ImageActions(EC2Action):

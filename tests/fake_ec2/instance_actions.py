@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from moto.core.responses import ActionResult, EmptyResult
 from moto.core.utils import utcnow
 from moto.ec2.models.instance_types import INSTANCE_TYPES
-from moto.ec2.models.instances import Instance
 from moto.ec2.utils import random_fleet_id, random_spot_request_id
 
 from tests.fake_ec2.api_call import Refused
@@ -17,6 +15,11 @@ from tests.fake_ec2.cloud_state import set_state
 from tests.fake_ec2.ec2_action import EC2Action
 from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
 from tests.fake_ec2.image_actions import root_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moto.ec2.models.instances import Instance
 
 
 class InstanceActions(EC2Action):
@@ -89,7 +92,7 @@ class InstanceActions(EC2Action):
         self.params.clear()
         self.params |= settings
         reservation: Any = self.run_instances().result
-        return cast(Instance, reservation.instances[0])
+        return cast("Instance", reservation.instances[0])
 
     def describe_instances(self) -> ActionResult:
         """DescribeInstances."""

@@ -6,18 +6,21 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Network
-from ami_builder.core.records import Endpoint
 from ami_builder.qemu import imds
 from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ami_builder.core.records import Endpoint
 
 SHUTDOWN_SECONDS = 90.0
 """How long a guest may take to shut down, before its power is cut."""

@@ -9,13 +9,16 @@ The Pricing API has GetProducts, as far as one look-up of on-demand prices needs
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moto.ssm.models import ssm_backends
 
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, HttpAnswer, Refused
-from tests.fake_ec2.cloud_state import CloudState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tests.fake_ec2.cloud_state import CloudState
 
 
 def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpAnswer]) -> HttpAnswer:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.fake_ec2.server import Cloud
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.fake_ec2.server import Cloud
 
 RUN = {"ami-builder:run": "r1"}
 

@@ -24,10 +24,8 @@ import argparse
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -37,12 +35,15 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall
 from tests.fake_ec2.cloud_state import CloudOptions, CloudState, Hypervisor, base_ami
-from tests.fake_ec2.faults import Faults
-from tests.fake_ec2.policy import Enforced
 from tests.fake_ec2.shim import Shim
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from tests.fake_ec2.faults import Faults
     from tests.fake_ec2.hypervisor import VmHypervisor
+    from tests.fake_ec2.policy import Enforced
 
 ACCESS_KEY = "AKIATESTSTESTSTESTS0"
 """The access key that may do everything; 20 characters, as moto expects."""

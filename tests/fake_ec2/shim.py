@@ -8,8 +8,7 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moto.core.exceptions import ServiceException
 from moto.core.request import Request
@@ -23,6 +22,9 @@ from tests.fake_ec2.image_actions import ImageActions
 from tests.fake_ec2.instance_actions import InstanceActions
 from tests.fake_ec2.policy import Guard
 from tests.fake_ec2.touched_resources import touched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 CONTROL = "/_cloud/"
 

@@ -6,7 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -15,7 +15,9 @@ from botocore.exceptions import HTTPClientError
 
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.requests import launch, refused
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture

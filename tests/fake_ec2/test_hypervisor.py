@@ -7,9 +7,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,8 +17,12 @@ from ami_builder.system import processes
 from tests.fake_ec2.hypervisor import VmHypervisor
 from tests.fake_ec2.instance_vm import InstanceVm
 from tests.fake_ec2.requests import image, instance, launch
-from tests.fake_ec2.server import Cloud
 from tests.process.test_qemu import FAKE, qcow2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture

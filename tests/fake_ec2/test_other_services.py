@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tests.fake_ec2.server import Cloud
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.fake_ec2.server import Cloud
 
 NAME = "/ours/image"
 

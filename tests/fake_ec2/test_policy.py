@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError
 
 from tests.fake_ec2.requests import RUN, launch, refused, tagged
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALIMITEDLIMITED00"
 OURS = {"StringLike": {"aws:RequestTag/ami-builder:run": "*"}}

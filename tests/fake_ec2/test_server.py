@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
@@ -15,7 +15,9 @@ from tests.fake_ec2.api_call import ACCOUNT
 from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
 from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT
 from tests.fake_ec2.requests import RUN, image, instance, launch, refused, tagged
-from tests.fake_ec2.server import Cloud
+
+if TYPE_CHECKING:
+    from tests.fake_ec2.server import Cloud
 
 
 @pytest.fixture

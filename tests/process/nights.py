@@ -16,13 +16,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import time_machine
@@ -30,14 +28,19 @@ import time_machine
 from ami_builder.build.inputs import Inputs
 from ami_builder.cli import app as cli
 from ami_builder.cli import nightly as command
-from ami_builder.config.schema import Image
-from ami_builder.console import Step
 from ami_builder.core.errors import BuildFailed
 from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.journal import NightlyJournal
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.machine import MachineResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.context import ForkServerProcess
+
+    from ami_builder.config.schema import Image
+    from ami_builder.console import Step
 
 GIB = 1 << 30
 WORLD = "world.json"

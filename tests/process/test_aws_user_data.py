@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import email
 import subprocess
-from email.message import Message
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -15,6 +14,10 @@ from hypothesis import strategies as st
 from ami_builder.aws.user_data import MAX_BYTES, lifetime_user_data, with_lifetime
 from ami_builder.core.errors import UsageError
 from tests.fake_programs import calls, fake
+
+if TYPE_CHECKING:
+    from email.message import Message
+    from pathlib import Path
 
 KEY = "ssh-ed25519 AAAAC3Nz ami-builder"
 

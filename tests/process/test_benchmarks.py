@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +16,9 @@ from tests.benchmarks import against, cgroups, host, slow_host, slowdown, withou
 from tests.benchmarks.against import Kind, Phase, Side
 from tests.benchmarks.slow_host import Job, Outcome, Subject
 from tests.benchmarks.slowdown import Slowdown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 MIB = 1 << 20
 ZERO = 1_750_000_000.0

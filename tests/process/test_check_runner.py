@@ -8,9 +8,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import pytest
@@ -25,6 +25,9 @@ from ami_builder.core.units import Reserve
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from tests import fake_programs as programs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CONTEXT = runner.Context(
     nonce="5ecret",

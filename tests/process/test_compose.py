@@ -6,10 +6,9 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -17,11 +16,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ami_builder.build import guest
-from ami_builder.config.schema import Image
 from ami_builder.system.processes import wait_until
 from ami_builder.verify import journey
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ami_builder.config.schema import Image
 
 ROLES = ("local", "worker", "scheduler")
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +14,9 @@ from ami_builder.system import resources
 from ami_builder.verify import journey
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SBIN = resources.packer_dir() / "guest/usr/local/sbin"
 SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]

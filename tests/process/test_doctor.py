@@ -13,10 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,6 +23,9 @@ from ami_builder.cli import app as cli
 from ami_builder.core.units import GIB, MIB
 from ami_builder.doctor import client
 from tests.real_dask import dask, said, scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PRELOAD = Path(__file__).with_name("dask_machine.py")
 TOTAL, AVAILABLE = 8 * GIB, 7500 * MIB

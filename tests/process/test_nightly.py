@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import time_machine
@@ -23,6 +22,10 @@ from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal,
 from ami_builder.state.runs import NIGHT
 from ami_builder.state.workspace import Workspace, load
 from tests.process.nights import WORLD, World, begin, ended, install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 CONFIG = """
 [images.dask.lifecycle]

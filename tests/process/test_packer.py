@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +14,9 @@ from ami_builder.build.guest import RenderedFile
 from ami_builder.core.errors import BuildFailed, MissingTool
 from ami_builder.system import processes
 from tests.fake_programs import calls, fake
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 GUEST = {PurePosixPath("/usr/local/sbin/x"): RenderedFile(content=b"#!/bin/sh\n", mode=0o755)}
 

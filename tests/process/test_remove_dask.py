@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ami_builder.system import resources
 from tests.fake_programs import calls, fake
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DOCKER = """
 case $1 in

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.qemu.disks import nocloud_iso
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGNn it\'s "quoted": yes\n'
 USER_DATA = "#cloud-config\nruncmd: [echo é]\n"

@@ -8,21 +8,25 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ami_builder.build import guest as render
-from ami_builder.config.schema import Image
 from ami_builder.core.options import ContainerNetwork
 from ami_builder.core.units import Reserve
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ami_builder.config.schema import Image
 
 MEMINFO = Path(__file__).with_name("meminfo")
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -738,7 +742,7 @@ def test_unknown_free_space_is_said_and_does_not_stop_dask(machine: Machine) -> 
     started = machine.start(environment={"DASK_MAX_SPILL": "5"})
     assert "DASK_MAX_SPILL" not in started.environment
     assert started.exported == "1814532096"
-    assert "<3>start-dask: free space of" in started.output
+    assert "<3>start-dask: the free space of" in started.output
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +11,9 @@ from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed
 from ami_builder.qemu import traces
 from ami_builder.system import processes
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIB = 1 << 20
 MACHINE_ID = "0123456789abcdef0123456789abcdef"

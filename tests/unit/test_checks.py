@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -31,6 +31,9 @@ from ami_builder.core.options import Datasource, Role
 from ami_builder.core.units import Reserve
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 Text = dict[str, str]
 Change = Callable[[Text], object]

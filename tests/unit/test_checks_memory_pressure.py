@@ -6,22 +6,25 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.checks import check_names, plugin
-from ami_builder.checks.context import Context
 from ami_builder.checks.login_times import LoginTimes
 from ami_builder.checks.machine_state import Incomplete
 from ami_builder.checks.pressure_result import EndedBy, PressureResult
 from ami_builder.core import oom
 from tests.unit.test_checks import CONTEXT, MIB, Change, Text, put, sub
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import ModuleType
+
+    from ami_builder.checks.context import Context
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 # Both were recorded when a worker that leaked was tried twice, and only the time of each answer was kept,

@@ -6,13 +6,16 @@ import os
 import tempfile
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def test_an_entry_goes_through_its_life(tmp_path: Path) -> None:

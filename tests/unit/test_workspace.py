@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +22,9 @@ from ami_builder.core.records import (
     Verdict,
 )
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load, write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

@@ -12,17 +12,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder import qemu
 from ami_builder.config import loading
-from ami_builder.config.schema import Image
 from ami_builder.core.options import Network, Role
 from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.qemu import imds
@@ -30,6 +28,11 @@ from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes, ssh
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import journey, runner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ami_builder.config.schema import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("AMI_BUILDER_TEST_HOME", ROOT / ".cache" / "vm-tests"))

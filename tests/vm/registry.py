@@ -8,14 +8,17 @@ import json
 import shutil
 import tarfile
 import urllib.request
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ami_builder.system import processes
 from tests.vm.conftest import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PROGRAM = ROOT / ".cache" / "tools" / "usr" / "bin" / "docker-registry"
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"

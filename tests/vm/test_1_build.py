@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
 
 from ami_builder import qemu
 from ami_builder.qemu import traces
-from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 from tests.vm.conftest import GIB, ami_builder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ami_builder.state.workspace import Workspace
 
 pytestmark = pytest.mark.journey
 

@@ -7,16 +7,18 @@ units of `nightly`, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.system import processes
 from tests.experiment.user_data import UNLIMITED
 from tests.vm.conftest import ROOT, Booted, ami_builder, red
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 START_DASK = "/usr/local/sbin/start-dask"
 MEASURE_MEMORY = "/usr/local/sbin/measure-memory"

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +16,9 @@ from ami_builder.core.records import RunRecord, RunStatus
 from ami_builder.state.workspace import Workspace, load
 from ami_builder.system import processes
 from tests.vm.conftest import HOME, ROOT, ami_builder, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 # Another image than the one that the other tests share, from the same base and container.
 OTHER = ("--set", "memory.reserve=1MiB")

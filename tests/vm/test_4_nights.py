@@ -11,18 +11,21 @@ foreign way: HTTP, checksum, UEFI, a NoCloud seed for baking, and NoCloud again 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ami_builder.state.journal import unfinished
-from ami_builder.state.workspace import Workspace
 from tests.vm.conftest import GIB, ROOT, ami_builder
 from tests.vm.registry import push, registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ami_builder.state.workspace import Workspace
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.vm.conftest import ami_builder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 GIB = 1 << 30
 

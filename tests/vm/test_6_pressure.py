@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +12,9 @@ from ami_builder.checks.login_times import ANSWER, NEW_CONNECTION
 from ami_builder.system import processes, ssh
 from tests.experiment.user_data import UNLIMITED
 from tests.vm.conftest import DASK_SECONDS, Booted, red
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 COMPOSE_FILE = "/etc/dask/compose.yaml"
 SCOPES = "/etc/systemd/system/docker-.scope.d/kill-all.conf"

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder import qemu
-from ami_builder.config.schema import Image
 from ami_builder.core.options import Network
 from ami_builder.system import processes
 from tests.experiment.user_data import UNLIMITED
 from tests.real_dask import scheduler
 from tests.vm.conftest import GIB, Booted, ami_builder, booted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ami_builder.config.schema import Image
 
 VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
 LIMITS = {"healthy": (VARIABLE, "1.0"), "unlimited": ("0", "1.0"), "low": (VARIABLE, "0.5")}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +16,10 @@ from tests.conftest import WHOLE
 from tests.fake_ec2.hypervisor import VmHypervisor
 from tests.fake_ec2.server import Cloud
 from tests.vm.conftest import HOME, ROOT, ami_builder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 TYPE = "t3.small"
 MIB = 2048

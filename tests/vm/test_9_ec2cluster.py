@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from distributed import Client
 
 from ami_builder import qemu
-from ami_builder.config.schema import Image
 from ami_builder.core.options import Network
 from ami_builder.system.processes import wait_until
 from tests.real_dask import scheduler
 from tests.vm.conftest import HOME, ROOT, Booted, Instance, accelerator, running
 from tests.vm.ec2cluster import user_data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ami_builder.config.schema import Image
 
 IMAGE = "ami-builder/dask:1"
 DOCKER = ["docker", "run", "--net=host", IMAGE, "env"]

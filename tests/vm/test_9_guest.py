@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.build import guest as render
 from ami_builder.config.schema import Image, ImageSettings
 from tests.vm.conftest import Booted, Saved, guest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 SLEEPS = ["sh", "-c", "sleep 3600 # dask worker"]
 UP = "docker ps -q | grep -q ."
