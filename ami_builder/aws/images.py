@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,13 @@ from ami_builder.core.records import Measurement, Outcome
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
 _GIB = 1 << 30
 _POLL_SECONDS = 5.0
 _SEEN_SECONDS = 300.0
-_UNKNOWN = ("InvalidAMIID.NotFound", "InvalidAMIID.Unavailable")
 # EC2's limit for the values of a filter.
 _VALUES = 200
 _PAGE = 1000
@@ -99,14 +99,24 @@ class Ami:
 
 def get(account: Account, ami: str) -> Ami | None:
     """Return an AMI by its id; None when it does not exist, or EC2 does not show it yet."""
-    with aws_errors():
-        try:
-            images = account.ec2.describe_images(ImageIds=[ami])["Images"]
-        except ClientError as error:
-            if not code_of(error).startswith("InvalidAMIID"):
-                raise
-            return None
-    return _ami(images[0]) if images else None
+    found = describe(account, ami)
+    return None if found is None else _ami(found)
+
+
+def describe(account: Account, ami: str) -> ImageTypeDef | None:
+    """Return an AMI as EC2 describes it; None when it does not exist, or EC2 does not show it yet."""
+    found: list[ImageTypeDef] = []
+    with aws_errors(ignore=r"InvalidAMIID\..+"):
+        found = account.ec2.describe_images(ImageIds=[ami], IncludeDeprecated=True)["Images"]
+    return found[0] if found else None
+
+
+def root_volume(image: ImageTypeDef) -> tuple[str, int]:
+    """Return the name of an AMI's root device, and the size of its volume in GiB."""
+    root = image.get("RootDeviceName", "")
+    mappings = image.get("BlockDeviceMappings", [])
+    sizes = (m.get("Ebs", {}).get("VolumeSize", 0) for m in mappings if m.get("DeviceName") == root)
+    return root, next(sizes, 0)
 
 
 def find_by_digest(account: Account, image: str, digest: str) -> Ami | None:
@@ -262,12 +272,8 @@ def deregister(account: Account, ami: str) -> None:
     found = get(account, ami)
     if found is None:
         return
-    with aws_errors():
-        try:
-            account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
-        except ClientError as error:
-            if code_of(error) not in _UNKNOWN:
-                raise
+    with aws_errors(ignore=r"InvalidAMIID\.(NotFound|Unavailable)"):
+        account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
     for snapshot in found.snapshots:
         snapshots.delete(account, snapshot)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
+from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import (
     ATTEMPTS,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import (
         EbsBlockDeviceTypeDef,
         InstanceTypeDef,
+        InstanceTypeInfoTypeDef,
+        ReservationTypeDef,
         RunInstancesRequestTypeDef,
     )
 
@@ -181,34 +184,18 @@ class Instance:
     def _root(self) -> tuple[str, int]:
         """Return the AMI's root device name, and the size of the volume to create in GiB."""
         ami = self._launch.ami
-        with aws_errors():
-            try:
-                images = self._account.ec2.describe_images(ImageIds=[ami])["Images"]
-            except ClientError as error:
-                if not code_of(error).startswith("InvalidAMIID"):
-                    raise
-                images = []
-        if not images:
+        if (found := images.describe(self._account, ami)) is None:
             raise UsageError(
                 f"there is no AMI {ami} in {self._account.region} that these credentials can use",
                 hint="check the id and the region",
             )
-        root = images[0].get("RootDeviceName", "")
-        sizes = [
-            mapping.get("Ebs", {}).get("VolumeSize", 0)
-            for mapping in images[0].get("BlockDeviceMappings", [])
-            if mapping.get("DeviceName") == root
-        ]
-        return root, max([-(-self._launch.disk_size // _GIB), *sizes])
+        root, size = images.root_volume(found)
+        return root, max(-(-self._launch.disk_size // _GIB), size)
 
     def _memory_of(self, kind: str) -> int:
-        with aws_errors():
-            try:
-                found = self._account.ec2.describe_instance_types(InstanceTypes=[kind])["InstanceTypes"]  # type: ignore[list-item]
-            except ClientError as error:
-                if code_of(error) != "InvalidInstanceType":
-                    raise
-                found = []
+        found: list[InstanceTypeInfoTypeDef] = []
+        with aws_errors(ignore="InvalidInstanceType"):
+            found = self._account.ec2.describe_instance_types(InstanceTypes=[kind])["InstanceTypes"]  # type: ignore[list-item]
         if not found:
             raise UsageError(
                 f"there is no instance type {kind} in {self._account.region}",
@@ -356,14 +343,10 @@ class Instance:
 
 def describe(account: Account, instance: str) -> InstanceTypeDef | None:
     """Return an instance as EC2 describes it; None when EC2 does not show it yet, or any more."""
-    with aws_errors():
-        try:
-            answer = account.ec2.describe_instances(InstanceIds=[instance])
-        except ClientError as error:
-            if code_of(error) != "InvalidInstanceID.NotFound":
-                raise
-            return None
-    return next((i for r in answer["Reservations"] for i in r.get("Instances", [])), None)
+    found: list[ReservationTypeDef] = []
+    with aws_errors(ignore="InvalidInstanceID.NotFound"):
+        found = account.ec2.describe_instances(InstanceIds=[instance])["Reservations"]
+    return next((i for r in found for i in r.get("Instances", [])), None)
 
 
 def by_token(account: Account, run_id: str, token: str) -> str | None:

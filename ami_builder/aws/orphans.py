@@ -86,12 +86,8 @@ def tag(account: Account, resource: str, run_id: str) -> None:
     Permissions to delete depend on that tag, and a resource that only a name, a template or a ledger ties to
     the run may lack it.
     """
-    with aws_errors():
-        try:
-            account.ec2.create_tags(Resources=[resource], Tags=tagging.as_list({tagging.RUN: run_id}))
-        except ClientError as error:
-            if "NotFound" not in code_of(error):
-                raise
+    with aws_errors(ignore=".*NotFound.*"):
+        account.ec2.create_tags(Resources=[resource], Tags=tagging.as_list({tagging.RUN: run_id}))
 
 
 def delete_image(account: Account, ami: str, run_id: str) -> None:
@@ -122,12 +118,8 @@ def _tag_snapshot(account: Account, snapshot: str, run_id: str) -> None:
 
 
 def _delete_template(account: Account, template: str) -> None:
-    with aws_errors():
-        try:
-            account.ec2.delete_launch_template(LaunchTemplateId=template)
-        except ClientError as error:
-            if "NotFound" not in code_of(error):
-                raise
+    with aws_errors(ignore=".*NotFound.*"):
+        account.ec2.delete_launch_template(LaunchTemplateId=template)
 
 
 def _instances(
@@ -181,7 +173,7 @@ def _images_and_snapshots(
     using: dict[str, str] = {}
     ours: dict[str, FoundResource] = {}
     for image in every:
-        for snapshot in _snapshots_of(image):
+        for snapshot in snapshots.ids_of(image):
             using[snapshot] = image["ImageId"]
         tags = tagging.as_dict(image.get("Tags", []))
         known = ids.get(image["ImageId"]) or names.get(image.get("Name", ""))
@@ -298,11 +290,6 @@ def _by_id(entries: Sequence[LedgerEntry], kind: Resource) -> dict[str, str]:
 def _by_name(entries: Sequence[LedgerEntry], kind: Resource) -> dict[str, str]:
     named = ((entry.find.get("name", ""), entry) for entry in entries if entry.kind is kind)
     return {name: entry.find.get("run", "") for name, entry in named if name}
-
-
-def _snapshots_of(image: Mapping[str, Any]) -> list[str]:
-    disks = (mapping.get("Ebs", {}) for mapping in image.get("BlockDeviceMappings", []))
-    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
 
 
 def _time(text: str | None) -> datetime | None:

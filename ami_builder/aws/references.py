@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.aws import snapshots
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
 _NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
 _PINNED = re.compile(r"resolve:ssm:([^:]+):([^:]+)")
@@ -61,19 +62,14 @@ def _templates(account: Account) -> Iterator[tuple[str, str]]:
             LaunchTemplateId=template_id,
         ):
             data, by = version["LaunchTemplateData"], f"used by launch template {name} ({template_id})"
-            for named in (data.get("ImageId", ""), *_disks(data)):
+            for named in (data.get("ImageId", ""), *snapshots.ids_of(data)):
                 yield named, f"{by}, version {version['VersionNumber']}"
 
 
 def _configurations(account: Account) -> Iterator[Reference]:
     for one in _listed(account, "autoscaling", "describe_launch_configurations", "LaunchConfigurations"):
         by = f"used by launch configuration {one['LaunchConfigurationName']}"
-        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *_disks(one)))
-
-
-def _disks(described: Mapping[str, Any]) -> list[str]:
-    disks = (mapping.get("Ebs", {}) for mapping in described.get("BlockDeviceMappings", []))
-    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
+        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *snapshots.ids_of(one)))
 
 
 def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterator[Reference]:

@@ -185,12 +185,16 @@ def is_definite(error: BaseException) -> bool:
 
 
 @contextmanager
-def aws_errors(service: str = "ec2") -> Iterator[None]:
-    """Turn botocore's errors into CloudFailed, which names the call and has a hint."""
+def aws_errors(service: str = "ec2", *, ignore: str = "") -> Iterator[None]:
+    """Turn botocore's errors into CloudFailed, which names the call and has a hint.
+
+    Errors are ignored whose whole code matches the regular expression `ignore`.
+    """
     try:
         yield
     except ClientError as error:
-        raise failure(error, service) from error
+        if not (ignore and re.fullmatch(ignore, code_of(error))):
+            raise failure(error, service) from error
     except BotoCoreError as error:
         raise _not_answered(error) from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
@@ -11,8 +13,7 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Sequence
 
     from types_boto3_ec2.type_defs import SnapshotTypeDef
 
@@ -55,15 +56,17 @@ def list_tagged(account: Account) -> list[Snapshot]:
 
 def describe(account: Account, snapshots: Sequence[str]) -> list[SnapshotTypeDef]:
     """Return snapshots as EC2 describes them; an empty list unless EC2 shows all of them."""
-    if not snapshots:
-        return []
-    with aws_errors():
-        try:
-            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
-        except ClientError as error:
-            if code_of(error) != "InvalidSnapshot.NotFound":
-                raise
-            return []
+    found: list[SnapshotTypeDef] = []
+    if snapshots:
+        with aws_errors(ignore="InvalidSnapshot.NotFound"):
+            found = account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
+    return found
+
+
+def ids_of(described: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the snapshots in the block device mappings of an AMI or a launch template."""
+    disks = (mapping.get("Ebs", {}) for mapping in described.get("BlockDeviceMappings", []))
+    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
 
 
 def delete(account: Account, snapshot: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
+from ami_builder.aws import images
 from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.errors import UsageError
 
@@ -50,8 +51,7 @@ def resolve(account: Account, source: str) -> BaseAmi:
 
 
 def _newest(account: Account, owner: str, pattern: str, source: str) -> BaseAmi:
-    images = _owned(account, owner, pattern)
-    available = [image for image in images if image.get("State") == "available"]
+    available = [image for image in _owned(account, owner, pattern) if image.get("State") == "available"]
     current = [image for image in available if not _deprecated(image)]
     fitting = [image for image in current if _unfit(image) is None]
     if fitting:
@@ -83,8 +83,8 @@ def _near(account: Account, owner: str, pattern: str) -> str:
     stem = pattern.split("*")[0].split("?")[0]
     while len(stem) > 1:
         stem = stem[: len(stem) // 2]
-        if images := _owned(account, owner, f"{stem}*"):
-            newest = sorted(images, key=lambda image: image.get("CreationDate", ""), reverse=True)
+        if similar := _owned(account, owner, f"{stem}*"):
+            newest = sorted(similar, key=lambda image: image.get("CreationDate", ""), reverse=True)
             names = list(dict.fromkeys(image.get("Name", "") for image in newest))
             return f"AMIs of {owner} with a similar name: {', '.join(names[:_SHOWN])}"
     return f"check the owner {owner}, and whether it publishes in {account.region}"
@@ -112,15 +112,8 @@ def _parameter(account: Account, name: str) -> str:
 
 
 def _by_id(account: Account, ami: str, source: str) -> ImageTypeDef:
-    with aws_errors():
-        try:
-            images = account.ec2.describe_images(ImageIds=[ami], IncludeDeprecated=True)["Images"]
-        except ClientError as error:
-            if not code_of(error).startswith("InvalidAMIID"):
-                raise
-            images = []
-    if images:
-        return images[0]
+    if (found := images.describe(account, ami)) is not None:
+        return found
     raise UsageError(
         f"aws.source: there is no AMI {ami} in {account.region} that these credentials can use",
         hint="AMI ids differ between regions" if source == ami else None,
@@ -157,15 +150,13 @@ def _unfit(image: ImageTypeDef) -> str | None:
 
 
 def _base_ami(image: ImageTypeDef) -> BaseAmi:
-    root = image.get("RootDeviceName", "")
-    mappings = image.get("BlockDeviceMappings", [])
-    sizes = (m.get("Ebs", {}).get("VolumeSize", 0) for m in mappings if m.get("DeviceName") == root)
+    root, size = images.root_volume(image)
     return BaseAmi(
         id=image["ImageId"],
         name=image.get("Name", ""),
         owner=image.get("OwnerId", ""),
         root_device=root,
-        size=next(sizes, 0) * _GIB,
+        size=size * _GIB,
         architecture=image.get("Architecture", ""),
         created=datetime.fromisoformat(image.get("CreationDate", "")),
     )
