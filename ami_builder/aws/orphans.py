@@ -138,27 +138,22 @@ def _instances(
     ):
         for one in reservation["Instances"]:
             template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
-            known = {one["InstanceId"]: ids.get(one["InstanceId"]) or runs.get(template, "")}
-            found = _found(account, Resource.INSTANCE, one["InstanceId"], one, known, one.get("LaunchTime"))
+            run = ids.get(one["InstanceId"]) or runs.get(template, "")
+            found = _found(
+                account, Resource.INSTANCE, one["InstanceId"], one, run, created=one.get("LaunchTime")
+            )
             yield found, one["State"]["Name"]
 
 
 def _templates(account: Account) -> Iterable[FoundResource]:
     for one in _listed(account, "describe_launch_templates", "LaunchTemplates", _TAGGED):
-        yield _found(
-            account,
-            Resource.LAUNCH_TEMPLATE,
-            one["LaunchTemplateId"],
-            one,
-            {},
-            one.get("CreateTime"),
-            name=one["LaunchTemplateName"],
-        )
+        template, name, created = one["LaunchTemplateId"], one["LaunchTemplateName"], one.get("CreateTime")
+        yield _found(account, Resource.LAUNCH_TEMPLATE, template, one, name=name, created=created)
 
 
 def _volumes(account: Account) -> Iterable[FoundResource]:
     for one in _listed(account, "describe_volumes", "Volumes", _TAGGED):
-        yield _found(account, Resource.VOLUME, one["VolumeId"], one, {}, one.get("CreateTime"))
+        yield _found(account, Resource.VOLUME, one["VolumeId"], one, created=one.get("CreateTime"))
 
 
 def _images_and_snapshots(
@@ -175,19 +170,11 @@ def _images_and_snapshots(
     for image in every:
         for snapshot in snapshots.ids_of(image):
             using[snapshot] = image["ImageId"]
-        tags = tagging.as_dict(image.get("Tags", []))
-        known = ids.get(image["ImageId"]) or names.get(image.get("Name", ""))
-        if run_id := tags.get(tagging.RUN) or known:
-            ours[image["ImageId"]] = FoundResource(
-                kind=Resource.IMAGE,
-                id=image["ImageId"],
-                region=account.region,
-                run_id=run_id,
-                name=image.get("Name", ""),
-                created=datetime.fromisoformat(image["CreationDate"]) if image.get("CreationDate") else None,
-                finished=tagging.FINISHED in tags,
-                copied=tagging.COPY_OF in tags,
-            )
+        name, created = image.get("Name", ""), _time(image.get("CreationDate"))
+        run = ids.get(image["ImageId"]) or names.get(name, "")
+        found = _found(account, Resource.IMAGE, image["ImageId"], image, run, name=name, created=created)
+        if found.run_id:
+            ours[found.id] = found
     yield from ours.values()
     made_from = {f"Created by CreateImage({instance})*": run for instance, run in instances.items()}
     of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
@@ -204,8 +191,8 @@ def _images_and_snapshots(
             Resource.SNAPSHOT,
             one["SnapshotId"],
             one,
-            of_ours,
-            one.get("StartTime"),
+            of_ours.get(one["SnapshotId"], ""),
+            created=one.get("StartTime"),
             image=image_id,
             used_by="" if image_id in ours else image_id,
         )
@@ -218,18 +205,11 @@ def _groups(account: Account, entries: Sequence[LedgerEntry]) -> Iterable[FoundR
         *_known(account, "describe_security_groups", "SecurityGroups", "group-id", ids),
         *_known(account, "describe_security_groups", "SecurityGroups", "group-name", names),
     ):
-        known = {one["GroupId"]: ids.get(one["GroupId"]) or names.get(one["GroupName"], "")}
+        group, name = one["GroupId"], one["GroupName"]
+        run = ids.get(group) or names.get(name, "")
         # EC2 keeps no creation date of a security group.
-        created = tagging.as_dict(one.get("Tags", [])).get(tagging.CREATED)
-        yield _found(
-            account,
-            Resource.SECURITY_GROUP,
-            one["GroupId"],
-            one,
-            known,
-            _time(created),
-            name=one["GroupName"],
-        )
+        created = _time(tagging.as_dict(one.get("Tags", [])).get(tagging.CREATED))
+        yield _found(account, Resource.SECURITY_GROUP, group, one, run, name=name, created=created)
 
 
 _TAGGED: list[FilterTypeDef] = [{"Name": "tag-key", "Values": [tagging.RUN]}]
@@ -262,21 +242,23 @@ def _found(
     kind: Resource,
     resource_id: str,
     described: Mapping[str, Any],
-    runs: Mapping[str, str],
-    created: datetime | None,
+    run_id: str = "",
     *,
+    created: datetime | None,
     name: str = "",
     image: str = "",
     used_by: str = "",
 ) -> FoundResource:
+    """Return a resource; a tag of its own overrides `run_id`."""
     tags = tagging.as_dict(described.get("Tags", []))
     return FoundResource(
         kind=kind,
         id=resource_id,
         region=account.region,
-        run_id=tags.get(tagging.RUN) or runs.get(resource_id, ""),
+        run_id=tags.get(tagging.RUN) or run_id,
         name=name or tags.get(tagging.NAME, ""),
         created=created,
+        finished=kind is Resource.IMAGE and tagging.FINISHED in tags,
         image=image,
         used_by=used_by,
         copied=tagging.COPY_OF in tags,
