@@ -1,4 +1,4 @@
-"""From inputs to an AMI: the container's archive, then Packer's amazon-ebs in a security group of the run."""
+"""Bakes an AMI from inputs: the archive of the container, then amazon-ebs of Packer in a security group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance
-# Snapshots of large, encrypted volumes take their time.
+# For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
 
 _INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
@@ -40,8 +40,8 @@ _IMAGING = re.compile(r"Creating AMI ")
 _CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
 )
-# Packer asks a few things before it makes anything, and gives up at the first refusal; EC2 may not show our
-# security group yet.
+# Packer makes some calls before it creates anything, and never retries them; EC2 may not know our security
+# group yet.
 _TRANSIENT = re.compile(
     r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
     r"|status code: 50[0-9]|connection reset|EOF|i/o timeout|InvalidGroup\.NotFound"
@@ -72,7 +72,7 @@ class AwsInputs(Inputs):
 def bake_ami(
     inputs: AwsInputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
 ) -> images.Ami:
-    """Bake an AMI and finish it; nothing else of the run is left in the account.
+    """Bake an AMI and finish it. Nothing else of the run remains in the account.
 
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
@@ -91,7 +91,7 @@ def bake_ami(
 
 
 def finish(inputs: AwsInputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
-    """Wait for an AMI of ours and make it whole: tags on its snapshots, IMDSv2 only, private or `public`."""
+    """Wait for an AMI of ours and finish it: tags on its snapshots, IMDSv2 only, private or `public`."""
     images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
     run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
         tags.ami_name(inputs.image.name, inputs.digest, "")
@@ -112,14 +112,14 @@ class _Bake:
         self.imaging = False
 
     def drop(self) -> None:
-        """Deregister what is not finished yet, as far as that is allowed; else the ledger knows of it."""
+        """Deregister an unfinished AMI, if that is allowed; otherwise the ledger has it."""
         with suppress(AmiBuilderError):
             found = look_for(self._made) if self.imaging else self._made()
             if found is not None and not found.finished:
                 orphans.delete_image(self.account, found.id, self.run_id)
 
     def _made(self) -> images.Ami | None:
-        # By its name: another machine may have baked the same digest meanwhile.
+        # By name: another host may have baked the same digest.
         return images.find_by_name(self.account, self.name)
 
     def run(self, step: Step) -> images.Ami:
@@ -127,7 +127,7 @@ class _Bake:
         data = user_data.with_lifetime("", self.aws.lifetime, key.with_suffix(".pub").read_text())
         data_file = self.run_.work / "user-data"
         data_file.write_text(data)
-        lacking: list[str] = []
+        missing: list[str] = []
         for kind, subnet in product(self.aws.instance_types, self.aws.subnets or ("",)):
             try:
                 with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
@@ -135,7 +135,7 @@ class _Bake:
             except CloudFailed as failed:
                 if not _CAPACITY.search("\n".join((failed.message, *failed.tail))):
                     raise
-                lacking.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
+                missing.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
                 continue
             found = self._made()
             if found is None:
@@ -146,7 +146,7 @@ class _Bake:
         raise CloudFailed(
             f"EC2 has no capacity in {self.account.region} for any of these",
             hint="name more aws.instance_types, or aws.subnets in other zones",
-            tail=tuple(lacking),
+            tail=tuple(missing),
         )
 
     def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
@@ -172,12 +172,12 @@ class _Bake:
             retrying(self._build, variables, step)
 
     def _nothing_was_made(self, error: BaseException) -> bool:
-        """Tell whether Packer failed for a moment's reason, before there was an instance."""
+        """Return whether Packer failed for a transient reason, before there was an instance."""
         if not isinstance(error, CloudFailed) or self.instance:
             return False
-        said = "\n".join((error.message, *error.tail))
-        # EC2 answers a lack of capacity with HTTP 500 too: the next place is better.
-        return bool(_TRANSIENT.search(said)) and not _CAPACITY.search(said)
+        text = "\n".join((error.message, *error.tail))
+        # EC2 answers a lack of capacity with HTTP 500 too: try the next type or subnet instead.
+        return bool(_TRANSIENT.search(text)) and not _CAPACITY.search(text)
 
     def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
         stage = self.run_.directory / "packer"
@@ -191,9 +191,9 @@ class _Bake:
             packer.validate(stage, self.run_.log("packer"))
         else:
             packer.set_variables(stage, variables)
-        # Written before Packer asks for them; what they are called is known already.
+        # Written before Packer creates them.
         instance = self.ledger.intend(Resource.INSTANCE, self.account.region, run=self.run_id)
-        # Packer alone knows its name; it carries the run's tag.
+        # Only Packer knows its name, but it has the run's tag.
         template = (
             self.ledger.intend(Resource.LAUNCH_TEMPLATE, self.account.region, run=self.run_id)
             if self.aws.spot
@@ -202,7 +202,7 @@ class _Bake:
         image = self.ledger.intend(Resource.IMAGE, self.account.region, run=self.run_id, name=self.name)
         self.instance = self.ami = ""
 
-        def seen(line: str) -> None:
+        def read(line: str) -> None:
             self.imaging = self.imaging or _IMAGING.search(line) is not None
             if (found := _INSTANCE.search(line)) and not self.instance:
                 self.instance = found[1]
@@ -225,7 +225,7 @@ class _Bake:
                 console_log=log,
                 timeout=self.inputs.image.bake.timeout,
                 on_progress=step.update,
-                on_line=seen,
+                on_line=read,
                 env=self.account.environment(),
             )
         except BuildFailed as failed:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from ami_builder.state.workspace import StoredImage, Workspace
 
 LABEL = "current"
-"""Stands at the version that holds, and moves along: a label on the oldest of the 100 versions that SSM keeps
+"""A label on the current version. It has to move along: on the oldest of the 100 versions that SSM keeps it
 would make the next write fail."""
 
 _ARCHITECTURE = "x86_64"
-_HELD_SECONDS = 60.0
+_UPDATE_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _DESCRIPTION = 1024
 
@@ -40,6 +40,11 @@ class ChannelParameters:
     workspace: Workspace
     ami: Callable[[str], StoredImage]
     """Returns an AMI of the region by its id."""
+
+    @property
+    def folder(self) -> str:
+        """The beginning of the parameters' names."""
+        return f"/ami-builder/{self.image}/{_ARCHITECTURE}/"
 
     def locked(self) -> AbstractContextManager[object]:
         """Let no other process of this host move the channels; reading back shows what other hosts do."""
@@ -68,11 +73,24 @@ class ChannelParameters:
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel as far as SSM keeps them (100 versions), the oldest first."""
-        return entries(self.account, self.image, channel)
+        found: list[Any] = []
+        with aws_errors("ssm"):
+            pages = self.account.client("ssm").get_paginator("get_parameter_history")
+            try:
+                for page in pages.paginate(Name=self.folder + channel):
+                    found += page["Parameters"]
+            except ClientError as error:
+                if code_of(error) != "ParameterNotFound":
+                    raise
+                return ()
+        return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
 
     def used(self) -> tuple[str, ...]:
         """Return the channels that have a parameter."""
-        return used(self.account, self.image)
+        with aws_errors("ssm"):
+            pages = self.account.client("ssm").get_paginator("get_parameters_by_path")
+            found = [one for page in pages.paginate(Path=self.folder) for one in page["Parameters"]]
+        return tuple(one["Name"].rpartition("/")[2] for one in found)
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these AMIs are tagged as revoked, or were deregistered: none of them comes back."""
@@ -81,8 +99,39 @@ class ChannelParameters:
         return missing | {image_id: ami.revoked for image_id, ami in there.items() if ami.revoked is not None}
 
     def write(self, entry: ChannelEntry) -> None:
-        """Write the parameter, and wait until it has the new value."""
-        write(self.account, self.image, entry)
+        """Set the parameter and wait until it has the new value; delete it for an entry without an image.
+
+        Raises CloudFailed when SSM does not accept the AMI, or when someone else moves the channel too.
+        """
+        name = self.folder + entry.channel
+        if not entry.id:
+            _delete(self.account, name)
+            return
+        description = f"{entry.move}: {entry.reason}" if entry.reason else str(entry.move)
+        values: dict[str, Any] = {
+            "Name": name,
+            "Value": entry.id,
+            "Description": description[:_DESCRIPTION],
+            "Type": "String",
+            "DataType": "aws:ec2:image",
+        }
+        if before := _current(self.account, name):
+            values["Overwrite"] = True
+            # Versions that others wrote may have left the label behind.
+            _label(self.account, name, before[1])
+        else:
+            values |= {"Overwrite": False, "Tags": [{"Key": tagging.IMAGE, "Value": self.image}]}
+        version = 0
+        with aws_errors("ssm"):
+            try:
+                version = self.account.client("ssm").put_parameter(**values)["Version"]
+            except ClientError as error:
+                if code_of(error) == "ParameterMaxVersionLimitExceeded":
+                    raise _blocked(name) from error
+                # A call repeated after a lost answer finds its own parameter: reading it back decides.
+                if code_of(error) != "ParameterAlreadyExists":
+                    raise
+        _label(self.account, name, _read_back(self.account, name, entry.id, version))
 
     def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Tag the AMI, then write each parameter. A parameter without a current image is deleted."""
@@ -91,98 +140,35 @@ class ChannelParameters:
             self.write(entry)
 
 
-def folder(image: str) -> str:
-    """Return what the names of an image's parameters begin with."""
-    return f"/ami-builder/{image}/{_ARCHITECTURE}/"
-
-
-def used(account: Account, image: str) -> tuple[str, ...]:
-    """Return the channels of an image that have a parameter in this region."""
-    with aws_errors("ssm"):
-        pages = account.client("ssm").get_paginator("get_parameters_by_path").paginate(Path=folder(image))
-        return tuple(one["Name"].rpartition("/")[2] for page in pages for one in page["Parameters"])
-
-
-def entries(account: Account, image: str, channel: str) -> tuple[ChannelEntry, ...]:
-    """Return the moves of a channel as far as SSM remembers them (100 versions), the oldest first."""
-    found: list[Any] = []
-    with aws_errors("ssm"):
-        pages = account.client("ssm").get_paginator("get_parameter_history")
-        try:
-            for page in pages.paginate(Name=folder(image) + channel):
-                found += page["Parameters"]
-        except ClientError as error:
-            if code_of(error) != "ParameterNotFound":
-                raise
-            return ()
-    return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
-
-
-def write(account: Account, image: str, entry: ChannelEntry) -> None:
-    """Make a parameter hold what an entry says, and wait until it does; it goes when that is nothing.
-
-    Raises CloudFailed when SSM does not take the AMI, or when somebody else moves the channel meanwhile.
-    """
-    name = folder(image) + entry.channel
-    if not entry.id:
-        _delete(account, name)
-        return
-    said = f"{entry.move}: {entry.reason}" if entry.reason else str(entry.move)
-    made: dict[str, Any] = {
-        "Name": name,
-        "Value": entry.id,
-        "Description": said[:_DESCRIPTION],
-        "Type": "String",
-        "DataType": "aws:ec2:image",
-    }
-    told = [{"Key": tagging.IMAGE, "Value": image}]
-    more: dict[str, Any] = {"Overwrite": False, "Tags": told}
-    if before := _current(account, name):
-        more = {"Overwrite": True}
-        # Versions that others wrote since may have left it behind.
-        _label(account, name, before[1])
-    version = 0
-    with aws_errors("ssm"):
-        try:
-            version = account.client("ssm").put_parameter(**made, **more)["Version"]
-        except ClientError as error:
-            if code_of(error) == "ParameterMaxVersionLimitExceeded":
-                raise _blocked(name) from error
-            # Repeated after a lost answer, a call meets what it has made itself: reading it back will tell.
-            if code_of(error) != "ParameterAlreadyExists":
-                raise
-    _label(account, name, _read_back(account, name, entry.id, version))
-
-
 def _label(account: Account, name: str, version: int) -> None:
     with aws_errors("ssm"):
         account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
 
 
 def _read_back(account: Account, name: str, ami: str, version: int) -> int:
-    """Wait until a parameter holds an AMI, and return the version.
+    """Wait until a parameter has an AMI as its value, and return the version.
 
-    SSM looks at such a value only after it has answered, and drops a bad one without a word.
+    SSM validates such a value only after it has answered, and drops a bad one silently.
     """
 
-    def held() -> int | None:
+    def updated() -> int | None:
         value, at = _current(account, name) or ("", 0)
         if value == ami and at >= version:
             return at
         if at > version or (at and not version):
             raise CloudFailed(
-                f"{name} was moved to {value} by somebody else at the same time",
-                hint="`ami-builder history` tells who; then decide which image is to stand there",
+                f"{name} was moved to {value} by someone else at the same time",
+                hint="`ami-builder history` shows who; then decide which image should be current",
             )
         return None
 
     try:
         return processes.wait_until(
-            held, what=f"the update of {name}", timeout=_HELD_SECONDS, interval=_POLL_SECONDS
+            updated, what=f"the update of {name}", timeout=_UPDATE_SECONDS, interval=_POLL_SECONDS
         )
     except TimedOut as late:
         raise CloudFailed(
-            f"SSM has not taken {ami} for {name}: the channel stands where it stood",
+            f"SSM did not accept {ami} for {name}: the channel is unchanged",
             hint="these credentials, and SSM, must be able to describe that AMI in this region",
         ) from late
 
@@ -209,8 +195,8 @@ def _delete(account: Account, name: str) -> None:
 
 def _blocked(name: str) -> CloudFailed:
     return CloudFailed(
-        f"SSM keeps 100 versions of {name}, and somebody has put a label on the oldest",
-        hint=f"`aws ssm get-parameter-history --name {name}` shows it; take it off with"
+        f"SSM keeps 100 versions of {name}, and someone has put a label on the oldest",
+        hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
         " `aws ssm unlabel-parameter-version`",
     )
 
@@ -220,7 +206,7 @@ def _entry(channel: str, one: Any) -> ChannelEntry:
     by_us = word in list(Move)
     return ChannelEntry(
         channel=channel,
-        # Whoever writes a version by hand promotes.
+        # A version that a person wrote counts as a promotion.
         move=Move(word) if by_us else Move.PROMOTED,
         id=one["Value"],
         at=one["LastModifiedDate"],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
-# A snapshot is there before the AMI that it is made for is shown.
+# EC2 lists a snapshot before the AMI that it is made for.
 _LEAST_AGE = timedelta(days=1)
 
 
@@ -101,7 +101,7 @@ def _orphans(
                 region=account.region,
                 created=one.created,
                 size=one.size,
-                protected=protected or ("" if one.complete else "not complete: something still makes it"),
+                protected=protected or ("" if one.complete else "not complete yet"),
             )
         )
     decisions: list[Decision] = []
@@ -113,7 +113,7 @@ def _orphans(
         decisions += _unshared(
             candidates, uses, rules, lambda one: _shared(sharing.snapshot_users(account, one))
         )
-    return tuple(replace(one, reason=f"its AMI is gone; {one.reason}") for one in decisions)
+    return tuple(replace(one, reason=f"its AMI does not exist any more; {one.reason}") for one in decisions)
 
 
 def _unshared(
@@ -122,11 +122,11 @@ def _unshared(
     rules: RetentionPolicy,
     shared_with: Callable[[str], str],
 ) -> tuple[Decision, ...]:
-    """Plan, asking only of those that would go whom they are shared with, until none of these is shared."""
+    """Plan until no candidate for deletion is shared; ask AWS only about those, since each is a call."""
     asked: dict[str, str] = {}
     while True:
-        told = [replace(one, shared=one.shared or asked.get(one.id, "")) for one in candidates]
-        decisions = plan(told, needed, rules, datetime.now(UTC))
+        known = [replace(one, shared=one.shared or asked.get(one.id, "")) for one in candidates]
+        decisions = plan(known, needed, rules, datetime.now(UTC))
         doomed = [one.candidate.id for one in decisions if one.action is not Action.KEEP]
         if all(image_id in asked for image_id in doomed):
             return decisions
@@ -141,7 +141,7 @@ def _candidate(
     account: Account, ami: amis.Ami, name: str, been: Mapping[str, set[str]], protected: str = ""
 ) -> Candidate:
     if ami.state == "disabled":
-        protected = protected or "disabled: somebody wants to keep it without its being launched"
+        protected = protected or "disabled: someone wants to keep it, but not to launch it"
     return Candidate(
         id=ami.id,
         image=name,

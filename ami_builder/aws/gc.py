@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """One account's region, and the longest that an instance of ours may live there in seconds."""
+    """One region of an account, and the longest lifetime of our instances there, in seconds."""
 
     account: Account
     lifetime: float
 
 
 def find_orphans(regions: Sequence[Region], workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
-    """Plan what is to happen to everything of ours; nothing is changed. Raises CloudFailed."""
+    """Decide about everything that runs have made; change nothing. Raises CloudFailed."""
     workspace.ensure()
     entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
     runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
@@ -52,7 +52,7 @@ def remove_orphans(
 ) -> None:
     """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
 
-    What can't be deleted doesn't keep the rest from going; raises CloudFailed that names it at the end.
+    A failure does not keep the rest from being deleted. Raises CloudFailed at the end, with every failure.
     """
     workspace.sweep()
     accounts: Mapping[str, Account] = {region.account.region: region.account for region in regions}
@@ -68,13 +68,15 @@ def remove_orphans(
             failed.append(f"{what}: {refused.message}")
     if failed:
         raise CloudFailed(
-            f"{len(failed)} things could not be deleted", tail=tuple(failed), hint="run it again, or look why"
+            f"{len(failed)} resources could not be deleted",
+            tail=tuple(failed),
+            hint="run it again, or delete them yourself",
         )
     _close(workspace, accounts)
 
 
 def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
-    """Note as gone what ended runs have in their ledgers, now that none of it stands in the accounts."""
+    """Mark the entries of ended runs in their ledgers as deleted: the accounts have none of them any more."""
     for run in _runs(workspace):
         path = workspace.runs_dir / run / LEDGER
         if workspace.is_live(run) or not path.exists():
@@ -94,7 +96,7 @@ def _runs(workspace: Workspace) -> list[str]:
 
 
 def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> list[Region]:
-    """Return the regions of all images and of their copies, and those named besides; each once."""
+    """Return the regions of all images and of their copies, and the `extra` ones, each once."""
     lifetimes: dict[str, tuple[Account, float]] = {}
     named = [
         (region, image.aws.lifetime)

@@ -1,6 +1,6 @@
-"""A message to people by a webhook that takes Slack's JSON; what goes wrong is told, never raised.
+"""Posts a message to a webhook that takes Slack's JSON. Errors are returned, never raised.
 
-The URL is a secret: it comes from the environment or a file alone, and no message holds more of it than
+The URL is a secret: it comes from the environment or a file only, and error messages have no more of it than
 its host.
 """
 
@@ -33,10 +33,10 @@ _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 def notify_if_set(environ: Mapping[str, str], text: str) -> str:
-    """Send a text to the webhook that the environment names; return what went wrong, empty for nothing.
+    """Send a text to the webhook of the environment; return an error message, empty for success.
 
-    Without AMI_BUILDER_WEBHOOK the URL is the first line of the file that AMI_BUILDER_WEBHOOK_FILE names; an
-    empty one means that nobody is to be told.
+    Without AMI_BUILDER_WEBHOOK the URL is the first line of the file that AMI_BUILDER_WEBHOOK_FILE names.
+    Without any URL nothing is sent.
     """
     url = environ.get(VARIABLE, "").strip()
     if not url and (file := environ.get(FILE_VARIABLE)):
@@ -48,25 +48,25 @@ def notify_if_set(environ: Mapping[str, str], text: str) -> str:
 
 
 def notify(url: str, text: str, *, seconds: float = SECONDS, pause: wait_base = PAUSE) -> str:
-    """Post `{"text": text}`, up to three times; return what went wrong, empty for nothing.
+    """Post `{"text": text}`, up to three times; return an error message, empty for success.
 
-    It takes `seconds` in all and no longer, whatever the server or the name service do.
+    It takes at most `seconds` in all, whatever the server or the name service do.
     """
     try:
         parts = urlsplit(url)
         local = _is_loopback(parts.hostname or "")
-        shown = f"webhook {parts.scheme}://{_host(parts)}/…"
+        name = f"webhook {parts.scheme}://{_host(parts)}/…"
     except ValueError:
         return f"webhook: {VARIABLE} is not a URL"
     secure = parts.scheme == "https" or (parts.scheme == "http" and local)
     if not parts.hostname or not secure or "@" in parts.netloc:
         return f"webhook: {VARIABLE} must be an https:// URL, without a user"
-    said = [f"no answer within {seconds:g} s"]
-    # A thread, because neither a name that isn't resolved nor an answer in drops minds a socket's timeout.
-    thread = Thread(target=_post, args=(url, text, local, seconds, pause, said), daemon=True)
+    errors = [f"no answer within {seconds:g} s"]
+    # In a thread: a socket's timeout covers neither name resolution nor an answer that arrives in drops.
+    thread = Thread(target=_post, args=(url, text, local, seconds, pause, errors), daemon=True)
     thread.start()
     thread.join(seconds)
-    return f"{shown}: {said[-1]}" if said[-1] else ""
+    return f"{name}: {errors[-1]}" if errors[-1] else ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -76,8 +76,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(url: str, text: str, local: bool, seconds: float, pause: wait_base, said: list[str]) -> None:
-    """Add to `said` how it ended: empty when the message was taken."""
+def _post(url: str, text: str, local: bool, seconds: float, pause: wait_base, errors: list[str]) -> None:
+    """Append an error message to `errors`, empty for success."""
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
     if local:
         # Without TLS a proxy would read the URL.
@@ -101,9 +101,9 @@ def _post(url: str, text: str, local: bool, seconds: float, pause: wait_base, sa
     )
     try:
         retrying(once)
-        said.append("")
-    except Exception as failed:  # whatever it is, a night does not end for it
-        said.append(_reason(failed))
+        errors.append("")
+    except Exception as failed:  # a nightly run never fails because of its message
+        errors.append(_reason(failed))
 
 
 def _passes(failed: BaseException) -> bool:

@@ -2,24 +2,21 @@
 
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.disks import ImageInfo, check_image, create_overlay, image_info
-from ami_builder.qemu.machine import (
+from ami_builder.qemu.hardware import (
     DEFAULT_INSTANCE,
     DEFAULT_MAC,
-    THIS_MACHINE,
+    HOST_ADDRESS,
     Accelerator,
     Bus,
-    GuestStuck,
-    MachineDied,
-    VirtualMachine,
-    boot_again,
     firmware,
 )
+from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine, boot_again
 from ami_builder.qemu.traces import Match, search
 
 __all__ = [
     "DEFAULT_INSTANCE",
     "DEFAULT_MAC",
-    "THIS_MACHINE",
+    "HOST_ADDRESS",
     "Accelerator",
     "Bus",
     "GuestStuck",

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ami_builder.core.errors import TimedOut, UsageError
-from ami_builder.qemu.machine import QEMU, Accelerator, GuestStuck, MachineDied, VirtualMachine
+from ami_builder.qemu.hardware import QEMU, Accelerator
+from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.state.workspace import write_atomically
 from ami_builder.system import processes
 

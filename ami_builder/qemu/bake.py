@@ -12,7 +12,7 @@ from ami_builder.build.base_image import BaseDisk, base_disk
 from ami_builder.console import Step, size
 from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.qemu.disks import image_info, nocloud_iso
-from ami_builder.qemu.machine import Accelerator, firmware
+from ami_builder.qemu.hardware import Accelerator, firmware
 from ami_builder.qemu.traces import IDENTITY_FILE, require_clean
 from ami_builder.system import ssh
 from ami_builder.verify.executor import side_by_side

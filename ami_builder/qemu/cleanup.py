@@ -1,4 +1,4 @@
-"""`ami-builder prune` on this machine: which images and caches nothing needs, and their deletion."""
+"""`ami-builder prune` on this host: images, caches and records that nothing needs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 CACHES = ("base", "container")
 _DAY = timedelta(days=1)
-_RECORDS_STAY = 365 * _DAY
+_RECORDS_KEPT = 365 * _DAY
 _MOST_RECORDS = 1000
 
 
 def plan_cleanup(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
-    """Decide about every finished image and every cache on this machine; nothing is changed.
+    """Decide about every finished image, cache and record on this host; change nothing.
 
-    `images` are those of the configuration: what belongs to no other has no policy, and stays.
+    `images` are the configured ones; an image of another name has no policy, and is kept.
     """
     decisions: list[Decision] = []
     stored = [one for one in workspace.images() if one.artifact.target is TargetKind.QEMU]
@@ -60,11 +60,11 @@ def exclusive(workspace: Workspace, images: Mapping[str, Image]) -> Iterator[Non
 
 
 def delete(decisions: Sequence[Decision]) -> int:
-    """Delete what a plan says that was made while nothing could change, and return how much that was."""
-    doomed = [one for one in decisions if one.action is Action.DELETE]
-    for decision in doomed:
+    """Carry out a plan that was made under `exclusive`, and return how many folders were deleted."""
+    chosen = [one for one in decisions if one.action is Action.DELETE]
+    for decision in chosen:
         _delete(Path(decision.candidate.id))
-    return len(doomed)
+    return len(chosen)
 
 
 def _plan_images(
@@ -79,8 +79,8 @@ def _plan_images(
     revoked = record.revoked([one.artifact.digest for one in stored])
     used = {reference.id: reference.by for reference in references_of(record)}
     bases = {image.base.source: other for other, image in images.items() if image.base.source}
-    going = [run for run in _live(workspace) if run.image == name]
-    nights = {night.digest: night.id for night in unfinished(workspace)}
+    live = [run for run in _live(workspace) if run.image == name]
+    journals = {journal.digest: journal.id for journal in unfinished(workspace)}
     candidates, references = [], []
     for one in stored:
         image_id = str(one.directory)
@@ -99,15 +99,15 @@ def _plan_images(
             references.append(Reference(id=image_id, by=by))
         if other := bases.get(one.artifact.location):
             references.append(Reference(id=image_id, by=f"the base of image {other}"))
-        if night := nights.get(one.artifact.digest):
-            references.append(Reference(id=image_id, by=f"night {night} goes on with it"))
-        references += [Reference(id=image_id, by=f"run {run.run_id} is going") for run in going]
+        if journal := journals.get(one.artifact.digest):
+            references.append(Reference(id=image_id, by=f"nightly run {journal} continues with it"))
+        references += [Reference(id=image_id, by=f"run {run.run_id} is in progress") for run in live]
     rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
     return plan(candidates, references, rules, now)
 
 
 def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
-    """Decide about what a build can make again; each image may need its own."""
+    """Decide about what a build can make again; every image may need its own."""
     if not images:
         return ()
     settings = [image.lifecycle for image in images.values()]
@@ -128,17 +128,19 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
         for kind in CACHES
         for folder in sorted((workspace.cache / kind).glob("[!.]*/"))
     ]
-    going = _live(workspace)
-    references = [Reference(id=one.id, by=f"run {run.run_id} is going") for one in found for run in going]
+    live = _live(workspace)
+    references = [
+        Reference(id=one.id, by=f"run {run.run_id} is in progress") for one in found for run in live
+    ]
     return plan(found, references, rules, now)
 
 
 def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
-    """Return what may go of past runs and nights: all of it is small, and what stays would fill a table."""
-    rules = RetentionPolicy(keep=0, young=_RECORDS_STAY, grace=timedelta(0), most=_MOST_RECORDS)
+    """Return which folders of past runs to delete; the kept ones are left out, for there are many."""
+    rules = RetentionPolicy(keep=0, young=_RECORDS_KEPT, grace=timedelta(0), most=_MOST_RECORDS)
     runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
-    nights = [
-        _record("nights", folder)
+    nightly_runs = [
+        _record("nightly runs", folder)
         for folder in sorted(workspace.nightly_dir.glob("*/*/"))
         if not folder.is_symlink()
     ]
@@ -147,8 +149,10 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
     latest = {str(link.resolve()) for link in workspace.nightly_dir.glob("*/latest")}
-    references += [Reference(id=one.id, by="the last night") for one in nights if one.id in latest]
-    decisions = plan([*runs, *nights], references, rules, now)
+    references += [
+        Reference(id=one.id, by="the last nightly run") for one in nightly_runs if one.id in latest
+    ]
+    decisions = plan([*runs, *nightly_runs], references, rules, now)
     return tuple(one for one in decisions if one.action is not Action.KEEP)
 
 
@@ -164,11 +168,11 @@ def _record(kind: str, folder: Path) -> Candidate:
 
 def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Iterator[str]:
     if workspace.is_live(folder.name):
-        yield "it is going"
+        yield "it is in progress"
     if folder.name in made:
-        yield f"how {made[folder.name]} was made"
+        yield f"it made {made[folder.name]}"
     if any(not entry.deleted for entry in ledger.read(folder / ledger.FILE)):
-        yield "`ami-builder gc` looks for what it left"
+        yield "`ami-builder gc` needs its ledger"
 
 
 def _live(workspace: Workspace) -> list[RunRecord]:
@@ -178,14 +182,14 @@ def _live(workspace: Workspace) -> list[RunRecord]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a run that was killed left among the images of a name: it is none."""
+    """Remove unfinished images of killed runs from the images of a name."""
     for each in folder.glob("*/"):
         if not (each / "artifact.json").exists():
             shutil.rmtree(each)
 
 
 def _delete(folder: Path) -> None:
-    """Remove a folder; killed on the way, it is no image any more, nor a cache entry."""
+    """Remove a folder. If this is killed halfway, the rest is not taken for an image or a cache entry."""
     (folder / "artifact.json").unlink(missing_ok=True)
     aside = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A machine that boots an image the way EC2 would, on a throw-away overlay."""
+"""A VM that boots an image the way EC2 would, on a throw-away overlay."""
 
 from __future__ import annotations
 
@@ -7,100 +7,57 @@ import shlex
 import signal
 import socket
 import time
-import uuid
 from contextlib import ExitStack, suppress
-from enum import StrEnum
-from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import TYPE_CHECKING, TypeVar
 
-from ami_builder.core.errors import BuildFailed, MissingTool
+from ami_builder.core.errors import BuildFailed
 from ami_builder.core.options import Network
 from ami_builder.core.records import Endpoint
 from ami_builder.qemu.disks import create_overlay
+from ami_builder.qemu.hardware import (
+    DEFAULT_INSTANCE,
+    DEFAULT_MAC,
+    EC2_NETWORK,
+    QEMU,
+    SAME_ADDRESSES,
+    Accelerator,
+    Bus,
+    firmware,
+    smbios,
+)
 from ami_builder.qemu.monitor import FAILURES, Monitor
 from ami_builder.system import processes
 from ami_builder.verify.machine import Unresponsive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from types import TracebackType
 
 T = TypeVar("T")
 
-QEMU = "qemu-system-x86_64"
-DEFAULT_INSTANCE = "i-0123456789abcdef0"
-DEFAULT_MAC = "02:00:00:00:00:01"
 
 # Multi-threaded TCG makes a guest's kernel panic now and then, or hang before it.
 _BOOTS = 3
 _QUIT_SECONDS = 5.0
 _CONSOLE_LINES = 15
-# A gigabyte or two; on a busy disk that takes its time.
+# For a gigabyte or two on a busy disk.
 _SAVE_SECONDS = 300.0
 
-# A whole firmware for -bios, or code alone for a flash drive; variables that a guest sets live in its memory.
-_FIRMWARE = (
-    ("/usr/share/ovmf/OVMF.fd", "bios"),
-    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "pflash"),
-    ("/usr/share/OVMF/OVMF_CODE.fd", "pflash"),
-    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "pflash"),
-    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "pflash"),
-    ("/usr/share/qemu/edk2-x86_64-code.fd", "pflash"),
-    ("/usr/share/qemu/ovmf-x86_64-code.bin", "pflash"),
-    ("/opt/homebrew/share/qemu/edk2-x86_64-code.fd", "pflash"),
-)
-
-THIS_MACHINE = "169.254.169.2"
-"""What a guest whose network looks like EC2's calls the machine that it runs on."""
-# 169.254.169.254 has to lie in the guest's own network for QEMU to forward it.
-_EC2_NETWORK = f"net=169.254.169.0/24,host={THIS_MACHINE},dns=169.254.169.3,dhcpstart=169.254.169.20"
-
-# Features of a processor that cost more than they give where they are emulated.
-_SLOW_FLAGS = ("la57", "smap", "smep", "umip", "pku", "erms", "fsrm", "svm")
-# QEMU 7.2 translates a program again for each address that it is loaded to; 10.0 doesn't. systemd 252 and
-# later apply this early in the boot (credential sysctl.extra), older ones ignore it. It is not in the image.
-_SAME_ADDRESSES = "io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0"
 _PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
-# What a kernel says when the image is at fault; other panics under TCG are now and then the emulator's.
+# A kernel's message when the image is at fault; other panics under TCG may be caused by the emulator.
 _IMAGE_AT_FAULT = re.compile(rb"Unable to mount root|No working init|No init found|Requested init")
 _RESTARTING = b"reboot: Restarting system"
 _KERNEL = re.compile(rb"Linux version|\[ *\d+\.\d+\] |systemd\[1\]|Welcome to (?!GRUB)|\blogin: ")
-# Far longer than a boot takes; with "quiet" a kernel says nothing either.
+# Far longer than a boot takes: with "quiet" a kernel prints nothing either.
 _FIRMWARE_SECONDS = 300.0
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\x20-\x7e\n]")
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
 
 
-class Accelerator(StrEnum):
-    """What runs the guest's instructions."""
-
-    KVM = "kvm"
-    TCG = "tcg"
-
-    @property
-    def cpu(self) -> str:
-        """QEMU's processor model: all that the accelerator can give.
-
-        Emulated, every miss of the TLB walks the page tables in software: a fifth level costs a quarter. The
-        guards of user memory (SMAP and its like) end a block of translated code at each copy between kernel
-        and user: starting a process takes twice as long with them. Fast strings (ERMS, FSRM) go byte by byte,
-        half as fast as a loop. SVM makes the guest load KVM. None of it changes what is measured.
-        """
-        return "host" if self is Accelerator.KVM else f"max,{','.join(f'{flag}=off' for flag in _SLOW_FLAGS)}"
-
-
-class Bus(StrEnum):
-    """How the guest reaches its root disk."""
-
-    NVME = "nvme"
-    """As on EC2."""
-    VIRTIO = "virtio-blk-pci"
-    """For a machine that is to be saved."""
-
-
 class MachineDied(BuildFailed):
-    """QEMU ended or could not go on, through no fault of this machine's disk space."""
+    """QEMU ended or could not continue, for another reason than disk space."""
 
 
 class GuestStuck(MachineDied, Unresponsive):
@@ -125,16 +82,17 @@ def boot_again(boot: Callable[[int], T], again: Callable[[], bool]) -> T:
 
 
 class VirtualMachine:
-    """One booted VM on a throw-away overlay; the context yields its Endpoint, and leaves console.log.
+    """One booted VM on a throw-away overlay. The context yields its Endpoint, and leaves console.log.
 
-    With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and stays.
+    With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and is kept.
 
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
     NVMe. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed; it
     returns once QEMU runs, long before the guest is up.
 
-    With `saved`, a file that `save` has written, the guest does not boot: it goes on where it was saved, and
-    its clock does too. The disk has to be a copy of what it was then, and all settings but ports the same.
+    With `saved`, a file that `save` has written, the guest does not boot: it continues where it was saved,
+    and so does its clock. The disk has to be a copy of the disk at that time, and all settings but the ports
+    have to be the same.
     """
 
     def __init__(
@@ -184,7 +142,7 @@ class VirtualMachine:
             self._start()
             owned.callback(lambda: self._running.close())
             if self._saved is not None:
-                self._go_on()
+                self._resume()
             self._owned = owned.pop_all()
         return Endpoint(
             address="127.0.0.1",
@@ -195,7 +153,7 @@ class VirtualMachine:
         )
 
     def _start(self) -> None:
-        """Start QEMU's process; `_running` ends it."""
+        """Start QEMU; `_running` ends it."""
         with ExitStack() as running:
             ours, theirs = socket.socketpair()
             running.callback(ours.close)
@@ -218,47 +176,46 @@ class VirtualMachine:
         self.power_off()
 
     def power_off(self) -> None:
-        """Cut the machine's power and remove its overlay; calling it again does nothing."""
+        """Cut the power and remove the overlay. Calling it again does nothing."""
         self._owned.close()
 
     @property
     def pid(self) -> int:
         """QEMU's process."""
-        assert self._process is not None, "the machine runs only inside its context"
+        assert self._process is not None, "the VM runs only inside its context"
         return self._process.pid
 
     def expect_reboot(self) -> None:
-        """Prepare for a reboot that the guest is about to be asked for; `start_again` follows it.
+        """Prepare for a reboot of the guest, before it is requested; call `start_again` after it.
 
-        Under emulation a QEMU that starts its guest again needs ten times as long for firmware and boot
-        loader: both write over memory that the old system's translated code came from, and QEMU looks at
-        each such write. A new process has no such code, so QEMU ends at the reboot instead.
+        An emulated guest that reboots in the same QEMU process needs ten times as long for firmware and boot
+        loader: they overwrite memory that the old system's translated code came from, and QEMU checks each
+        such write. So QEMU ends at the reboot, and a new process without such code starts.
         """
         if self._accelerator is Accelerator.TCG:
-            self._tell("set-action", {"reboot": "shutdown"})
+            self._execute("set-action", {"reboot": "shutdown"})
 
     def start_again(self, timeout: float) -> None:
-        """Start QEMU again, on the same disk and ports, once the guest has gone down to reboot.
+        """Start QEMU again, with the same disk and ports, once the guest has shut down to reboot.
 
-        Does nothing under KVM, whose guest starts again in the same process. Raises BuildFailed when QEMU
-        can't start or fails, or the guest can't go on, and TimedOut when it has not gone down after `timeout`
-        seconds.
+        Does nothing under KVM, whose guest reboots in the same process. Raises BuildFailed when QEMU fails or
+        the guest can't continue, and TimedOut when it has not shut down after `timeout` seconds.
         """
         if self._accelerator is not Accelerator.TCG:
             return
         process = self._process
-        assert process is not None, "the machine runs only inside its context"
+        assert process is not None, "the VM runs only inside its context"
 
         def down() -> bool:
             try:
                 self.check_alive()
             except MachineDied:
-                # QEMU that has ended is what is waited for.
+                # Not if QEMU has ended, which is what this waits for.
                 if process.poll() is None:
                     raise
             return process.poll() is not None
 
-        processes.wait_until(down, what="the guest to go down", timeout=timeout, log=self.console_log)
+        processes.wait_until(down, what="the shutdown of the guest", timeout=timeout, log=self.console_log)
         if process.returncode != 0:
             raise self._ended()
         self._running.close()
@@ -266,15 +223,15 @@ class VirtualMachine:
         self._start()
 
     def press_power_button(self) -> None:
-        """Ask the guest to shut down, as ACPI does; when it has, QEMU ends, and `check_alive` raises."""
-        self._tell("system_powerdown")
+        """Ask the guest to shut down, as ACPI does. QEMU ends after that, and `check_alive` raises."""
+        self._execute("system_powerdown")
 
     def reset(self) -> None:
-        """Start the guest anew at once, as a reset button does."""
-        self._tell("system_reset")
+        """Restart the guest at once, as a reset button does."""
+        self._execute("system_reset")
 
-    def _tell(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
-        assert self._monitor is not None, "the machine runs only inside its context"
+    def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+        assert self._monitor is not None, "the VM runs only inside its context"
         try:
             self._monitor.execute(command, arguments)
         except FAILURES as error:
@@ -283,76 +240,76 @@ class VirtualMachine:
     def save(self, path: Path) -> None:
         """Stop the guest for good, and write its memory and its devices to a file for `saved`.
 
-        The file belongs to the disk as it is then. Raises BuildFailed; QEMU can't save a machine with an NVMe
-        disk.
+        The file belongs to the disk in its state of that time. Raises BuildFailed; QEMU can't save a VM with
+        an NVMe disk.
         """
-        assert self._monitor is not None, "the machine runs only inside its context"
+        assert self._monitor is not None, "the VM runs only inside its context"
         path.unlink(missing_ok=True)
         try:
             self._monitor.execute("stop")
-            # QEMU's own bound is meant for a network.
+            # QEMU's default limit is meant for a network.
             self._monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
             self._monitor.execute("migrate", {"uri": f"exec:cat >{shlex.quote(str(path))}"})
             processes.wait_until(self._written, what=f"saving {path}", timeout=_SAVE_SECONDS, interval=0.1)
         except FAILURES as error:
-            raise BuildFailed(f"the machine can't be saved: {error}", log=self._log) from error
+            raise BuildFailed(f"the VM can't be saved: {error}", log=self._log) from error
 
     def _written(self) -> bool:
         assert self._monitor is not None
-        told = self._monitor.execute("query-migrate")
-        assert isinstance(told, dict)
-        if told["status"] == "failed":
-            raise BuildFailed(f"the machine can't be saved: {told.get('error-desc')}", log=self._log)
-        return bool(told["status"] == "completed")
+        migration = self._monitor.execute("query-migrate")
+        assert isinstance(migration, dict)
+        if migration["status"] == "failed":
+            raise BuildFailed(f"the VM can't be saved: {migration.get('error-desc')}", log=self._log)
+        return bool(migration["status"] == "completed")
 
-    def _go_on(self) -> None:
-        """Wait until all that was saved is there, and let the guest go on."""
+    def _resume(self) -> None:
+        """Wait until the saved state is loaded, and let the guest continue."""
         processes.wait_until(
             lambda: self._state() != "inmigrate",
-            what="reading a saved machine",
+            what="loading a saved VM",
             timeout=_SAVE_SECONDS,
             interval=0.1,
             log=self._log,
         )
-        self._tell("cont")
+        self._execute("cont")
 
     def check_alive(self) -> None:
-        """Raise BuildFailed, with the end of the console, when the machine can't come up any more."""
-        assert self._process is not None, "the machine runs only inside its context"
+        """Raise BuildFailed, with the end of the console, if the VM can't come up any more."""
+        assert self._process is not None, "the VM runs only inside its context"
         if self._process.poll() is not None:
             raise self._ended()
         if panic := _PANIC.search(self._console()):
             raise self._panicked(panic[0])
         if self._hangs():
-            raise self._stuck(f"its console has said nothing for {_FIRMWARE_SECONDS:.0f} s")
+            raise self._stuck(f"its console was empty for {_FIRMWARE_SECONDS:.0f} s")
         state = self._state()
         if state == "internal-error":
             raise MachineDied(
-                f"the guest could not go on under {self._accelerator.upper()}",
+                f"the guest could not continue under {self._accelerator.upper()}",
                 hint="AMI_BUILDER_ACCELERATOR=tcg runs it without KVM, more slowly",
                 log=self.console_log,
                 tail=self._tail(),
             )
         if state == "io-error":
             raise BuildFailed(
-                "the machine stopped because its disk could not be written",
+                "the VM stopped because its disk could not be written",
                 hint=f"free some space in {self._directory}",
                 log=self.console_log,
                 tail=self._tail(),
             )
 
     def _hangs(self) -> bool:
-        """Tell whether an emulated machine has stopped before its kernel says anything.
+        """Return whether an emulated VM hangs before its kernel prints anything.
 
-        Emulated processors now and then wait for each other there for ever, after a reboot most of all.
+        Emulated processors sometimes wait for each other there forever, mostly after a reboot.
         """
         if self._accelerator is not Accelerator.TCG or self._saved is not None:
             return False
-        silent = time.time() - self.console_log.stat().st_mtime
-        return silent > _FIRMWARE_SECONDS and not _KERNEL.search(self._console().rpartition(_RESTARTING)[2])
+        seconds = time.time() - self.console_log.stat().st_mtime
+        return seconds > _FIRMWARE_SECONDS and not _KERNEL.search(self._console().rpartition(_RESTARTING)[2])
 
     def console_shows(self, pattern: re.Pattern[bytes]) -> bool:
-        """Tell whether the guest has written `pattern` to its serial console since it was started."""
+        """Return whether the guest has written `pattern` to its serial console since the start."""
         return pattern.search(self._console()) is not None
 
     def _console(self) -> bytes:
@@ -368,7 +325,7 @@ class VirtualMachine:
         except TimeoutError:
             return "busy"
         except FAILURES:
-            # The monitor is gone because QEMU is going.
+            # The monitor closed because QEMU is ending.
             with suppress(TimeoutExpired):
                 self._process.wait(_QUIT_SECONDS)
             raise self._ended() from None
@@ -384,13 +341,13 @@ class VirtualMachine:
             self._process.wait(_QUIT_SECONDS)
 
     def _forwarded(self) -> Mapping[int, int]:
-        """Ask QEMU which free ports it took: choosing them beforehand would race with other programs."""
+        """Return the free ports that QEMU took; choosing them in advance would race with other programs."""
         assert self._monitor is not None
-        told = self._monitor.execute("human-monitor-command", {"command-line": "info usernet"})
-        ports = {int(inside): int(outside) for outside, inside in _FORWARD.findall(str(told))}
+        usernet = self._monitor.execute("human-monitor-command", {"command-line": "info usernet"})
+        ports = {int(inside): int(outside) for outside, inside in _FORWARD.findall(str(usernet))}
         if missing := set(self._ports) - ports.keys():
             raise BuildFailed(
-                f"QEMU forwards no port for {sorted(missing)}", tail=tuple(str(told).splitlines())
+                f"QEMU forwards no port for {sorted(missing)}", tail=tuple(str(usernet).splitlines())
             )
         return ports
 
@@ -400,10 +357,10 @@ class VirtualMachine:
             self._process.wait(_QUIT_SECONDS)
         status = self._process.poll()
         if status == 0:
-            return MachineDied("the machine switched itself off", log=self.console_log, tail=self._tail())
-        said = self._log.read_text(errors="replace").strip().splitlines()[-processes.TAIL_LINES :]
+            return MachineDied("the VM switched itself off", log=self.console_log, tail=self._tail())
+        tail = self._log.read_text(errors="replace").strip().splitlines()[-processes.TAIL_LINES :]
         how = "does not answer" if status is None else _how(status)
-        return MachineDied(f"QEMU {how}", log=self._log, tail=tuple(said) or self._tail())
+        return MachineDied(f"QEMU {how}", log=self._log, tail=tuple(tail) or self._tail())
 
     def _panicked(self, line: bytes) -> GuestStuck:
         text = _printable(line)[0]
@@ -413,8 +370,8 @@ class VirtualMachine:
 
     def _stuck(self, why: str) -> GuestStuck:
         stuck = GuestStuck(
-            f"the emulated machine got stuck: {why}",
-            hint="multi-threaded emulation does this now and then: boot it again",
+            f"the emulated VM got stuck: {why}",
+            hint="multi-threaded emulation causes this sometimes: boot it again",
             log=self.console_log,
             tail=self._tail(),
         )
@@ -430,15 +387,15 @@ class VirtualMachine:
         argv += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi"]
         argv += ["-cpu", self._accelerator.cpu, "-smp", str(self._cpus), "-m", f"{self._memory}B"]
         if not kvm:
-            argv += ["-smbios", f"type=11,value={_SAME_ADDRESSES}"]
+            argv += ["-smbios", f"type=11,value={SAME_ADDRESSES}"]
         argv += firmware()
         argv += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
         argv += ["-chardev", f"file,id=console,append=on,path={_escaped(self.console_log)}"]
         argv += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
-        # No disk here has to survive a crash of the host, so the host's disk may take its time (unsafe).
+        # unsafe: no disk here has to survive a crash of the host, so nothing waits for the host's disk.
         root = f"if=none,id=root,format=qcow2,cache=unsafe,discard=unmap,file={_escaped(self._root)}"
         if self._writable:
-            # A bake overwrites its free space: zeros take none in the file.
+            # A bake overwrites free space with zeros, which then take no space in the file.
             root = f"detect-zeroes=unmap,{root}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
         argv += ["-drive", root, "-device", f"{self._bus},drive=root,serial={volume},bootindex=0"]
@@ -449,37 +406,15 @@ class VirtualMachine:
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]
         user = ["user", "id=net", "ipv6=off"]
         if self._imds_port is not None:
-            argv += _smbios(self._instance_id)
+            argv += smbios(self._instance_id)
             forwarder = f"{processes.find('socat')} STDIO TCP4:127.0.0.1:{self._imds_port}"
-            user += [_EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
+            user += [EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
         if self._network is Network.ISOLATED:
             user.append("restrict=on")
         # QEMU chooses free ports when it starts first, and takes them again after a reboot.
         user += [f"hostfwd=tcp:127.0.0.1:{here}-:{port}" for port, here in self._forwards.items()]
         argv += ["-netdev", ",".join(user)]
         return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={self._mac},romfile="]
-
-
-def firmware() -> tuple[str, str]:
-    """Return the QEMU flag and value that boot by UEFI; raises MissingTool where no firmware is installed."""
-    for name, kind in _FIRMWARE:
-        if Path(name).is_file():
-            if kind == "bios":
-                return "-bios", name
-            return "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={name}"
-    raise MissingTool("the UEFI firmware for QEMU (OVMF) is not installed", hint="apt-get install ovmf")
-
-
-def _smbios(instance_id: str) -> list[str]:
-    # cloud-init takes a machine for an instance when both begin with ec2 and are the same.
-    serial = f"ec2{str(uuid.uuid5(uuid.NAMESPACE_URL, instance_id))[3:]}"
-    system = f"type=1,manufacturer=Amazon EC2,product=m6i.large,uuid={serial},serial={serial}"
-    return [
-        "-smbios", "type=0,vendor=Amazon EC2,version=1.0",
-        "-smbios", system,
-        "-smbios", f"type=2,manufacturer=Amazon EC2,asset={instance_id}",
-        "-smbios", "type=3,manufacturer=Amazon EC2",
-    ]  # fmt: skip
 
 
 def _escaped(path: Path) -> str:

@@ -9,7 +9,7 @@ from ami_builder.build import preflight
 from ami_builder.build.preflight import GIB
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
-from ami_builder.qemu.machine import Accelerator, firmware
+from ami_builder.qemu.hardware import Accelerator, firmware
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,8 @@ from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.bake import bake
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.qemu.disks import image_info, nocloud_iso
-from ami_builder.qemu.machine import Accelerator, VirtualMachine, boot_again
+from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.machine import VirtualMachine, boot_again
 from ami_builder.state.workspace import StoredImage
 from ami_builder.system import host_load, ssh
 from ami_builder.verify.boot_progress import WAITING, reporting

@@ -39,7 +39,7 @@ KEY = "AKIALEASTPRIVILEGE00"
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(adapter, "_HELD_SECONDS", 0.5)
+    monkeypatch.setattr(adapter, "_UPDATE_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_what_ssm_drops_without_a_word_is_told(
     cloud.client().deregister_image(ImageId=second.artifact.location)
     monkeypatch.setattr(ChannelParameters, "revoked", lambda *_: {})
     monkeypatch.setattr(ChannelParameters, "find", lambda *_: second)
-    with pytest.raises(CloudFailed, match="the channel stands where it stood"):
+    with pytest.raises(CloudFailed, match="the channel is unchanged"):
         promote(channels, second, "stable", KNOWN)
     assert held(cloud) == first.artifact.location
 
@@ -166,7 +166,7 @@ def test_a_move_by_somebody_else_is_seen(
         return real(*told)
 
     monkeypatch.setattr(adapter, "_read_back", meanwhile)
-    with pytest.raises(CloudFailed, match=r"moved to .* by somebody else"):
+    with pytest.raises(CloudFailed, match=r"moved to .* by someone else"):
         promote(channels, second, "stable", KNOWN)
     assert (channels.entries("stable")[-1].move, channels.entries("stable")[-1].reason) == (
         Move.PROMOTED,

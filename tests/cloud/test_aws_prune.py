@@ -290,7 +290,7 @@ def test_an_orphan_that_is_needed_stays(
     plan = pruned(capsys, "--apply")
     assert plan[snapshot][0] == "keep"
     assert reason in plan[snapshot][1]
-    assert plan[free] == ("delete", "its AMI is gone; 100 days old, and nothing needs it")
+    assert plan[free] == ("delete", "its AMI does not exist any more; 100 days old, and nothing needs it")
     assert cloud.left()["snapshot"] == [snapshot]
 
 
@@ -321,7 +321,7 @@ def test_orphans_are_those_of_ours_that_no_ami_uses(
     assert [plan[one][0] for one in found] == ["delete", "delete", "keep", "keep"]
     assert "a later run deletes it: this one deletes 2 at most" in plan[found[2]][1]
     assert "no policy" in plan[other][1]
-    assert plan[fresh] == ("keep", "its AMI is gone; younger than 24 h")
+    assert plan[fresh] == ("keep", "its AMI does not exist any more; younger than 24 h")
     assert sorted(cloud.left()["snapshot"]) == sorted(set(before) - set(found[:2]))
 
 

@@ -117,7 +117,7 @@ def test_two_machines_that_begin_the_same_night_leave_one_image_in_each_channel(
         return [said for process, said in ends if process.exitcode != 0]
 
     # No lock is common to them: each bakes and finishes its own, and who comes too late to a channel says so.
-    unwell = [said for said in nights() if "by somebody else at the same time" not in said]
+    unwell = [said for said in nights() if "by someone else at the same time" not in said]
     assert not unwell, "\n".join(unwell)
     there = standing(cloud)
     assert set(there) == {REGION, *COPIES}

@@ -131,7 +131,7 @@ class _OneRun:
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
         key = ssh.generate_key(self.directory)
-        data = user_data(self.image, self.case.policy, f"tcp://{qemu.THIS_MACHINE}:{driver.port}")
+        data = user_data(self.image, self.case.policy, f"tcp://{qemu.HOST_ADDRESS}:{driver.port}")
         public_key = key.with_suffix(".pub").read_text().strip()
         endpoint = self.machine.boot(stack, self.directory, data, public_key)
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))

@@ -22,7 +22,15 @@ import pytest
 from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut, UsageError
 from ami_builder.core.options import Network
-from ami_builder.qemu import Accelerator, GuestStuck, MachineDied, VirtualMachine, accelerator, machine
+from ami_builder.qemu import (
+    Accelerator,
+    GuestStuck,
+    MachineDied,
+    VirtualMachine,
+    accelerator,
+    hardware,
+    machine,
+)
 from ami_builder.system import processes
 
 MIB = 1 << 20
@@ -312,7 +320,7 @@ def test_firmware_is_found_or_named(
 ) -> None:
     folder = fake()
     code = tmp_path / "code.fd"
-    monkeypatch.setattr(machine, "_FIRMWARE", ((str(code), "pflash"),))
+    monkeypatch.setattr(hardware, "_FIRMWARE", ((str(code), "pflash"),))
     with pytest.raises(MissingTool) as caught, build():
         pass
     assert "apt-get install ovmf" in str(caught.value.hint)
@@ -342,7 +350,7 @@ def refuse(name: str) -> Path:
     [
         ("print('no such device', file=sys.stderr); sys.exit(1)", "QEMU failed .exit status 1."),
         ("print('no such device', flush=True); os.abort()", "QEMU was ended by SIGABRT"),
-        ("print('no such device', flush=True); sys.exit(0)", "the machine switched itself off"),
+        ("print('no such device', flush=True); sys.exit(0)", "the VM switched itself off"),
     ],
 )
 def test_qemu_dies_at_once(
@@ -387,7 +395,7 @@ def test_a_healthy_machine_is_alive(fake: Fake, build: Callable[..., VirtualMach
 def test_internal_error(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
     fake(state="internal-error")
     it = build(accelerator=Accelerator.KVM)
-    with it, pytest.raises(MachineDied, match="could not go on under KVM") as caught:
+    with it, pytest.raises(MachineDied, match="could not continue under KVM") as caught:
         it.check_alive()
     assert "AMI_BUILDER_ACCELERATOR=tcg" in str(caught.value.hint)
 
@@ -650,7 +658,7 @@ def test_a_damaged_cache_is_made_anew(fake: Fake, choose: Choose, tmp_path: Path
     ("settings", "reason", "cached"),
     [
         ({"first": "os.abort()"}, "opens, but QEMU was ended by SIGABRT", True),
-        ({"state": "internal-error"}, "opens, but the guest could not go on under KVM", True),
+        ({"state": "internal-error"}, "opens, but the guest could not continue under KVM", True),
         ({"console": b"UEFI only"}, "said nothing", False),
         ({"console": b"\x1b[47mWelcome to GRUB!\r\n"}, "said nothing", False),
         (
@@ -814,7 +822,7 @@ def test_a_guest_that_does_not_go_down_in_time(
     it = build()
     with it:
         it.expect_reboot()
-        with pytest.raises(TimedOut, match="the guest to go down") as caught:
+        with pytest.raises(TimedOut, match="the shutdown of the guest") as caught:
             it.start_again(0.5)
         assert caught.value.log == tmp_path / "vm/console.log"
         [pid] = pids(folder)

@@ -141,7 +141,7 @@ def test_while_a_run_is_at_work_its_images_and_the_caches_stay(
         cache(workspace, f"base/{number}", 90 - number)
     with workspace.run("verify", "dask") as run:
         for action, reason in planned(capsys).values():
-            assert (action, reason) == ("keep", f"run {run.record.run_id} is going")
+            assert (action, reason) == ("keep", f"run {run.record.run_id} is in progress")
     assert planned(capsys)["a"][0] == planned(capsys)["0"][0] == "delete"
 
 

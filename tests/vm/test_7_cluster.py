@@ -48,7 +48,7 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
 
             machine = qemu.boot_again(boot, lambda: True)
             port = stack.enter_context(machine.forwarded(WORKER_PORT))
-            compose = _compose(image, name, address.replace("127.0.0.1", qemu.THIS_MACHINE), port)
+            compose = _compose(image, name, address.replace("127.0.0.1", qemu.HOST_ADDRESS), port)
             machine.root("systemctl is-system-running --wait", check=False)
             machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
             if name == "unlimited":

@@ -86,7 +86,7 @@ def test_each_way_to_start_a_container_has_the_limit(
     qemu.create_overlay(source, disk, image.verify.disk_size)
     rows: list[Row] = []
     with scheduler(tmp_path) as address, Client(address) as client:
-        ours = address.replace("127.0.0.1", qemu.THIS_MACHINE)
+        ours = address.replace("127.0.0.1", qemu.HOST_ADDRESS)
         sent = {
             name: user_data(image.container.reference, at) for name, at in ((SCHEDULER, None), (WORKER, ours))
         }
