@@ -25,13 +25,8 @@ PROGRESS = f"{ANSWER}.progress"
 
 NEW_CONNECTION = ("-o", "ControlPath=none", "-o", "ConnectTimeout=600")
 """Makes ssh log in: a command over the shared connection would not need sshd to start a session."""
-EVERY_SECONDS = 3.0
-"""From the end of a login to the next; each uses about 0.7 s of CPU time of an emulated VM."""
 AT_REST = 3
 """How many logins are timed before the pressure."""
-_PAUSE_AT_REST_SECONDS = 0.5
-_LOGIN_SECONDS = 60.0
-_TIMES_AT_REST = 20.0
 
 # Uses only the shell's own commands: each other process takes an emulated VM a tenth of a second.
 _ASK = f"""
@@ -97,12 +92,32 @@ def _waits(logins: Sequence[LoginAttempt]) -> list[Wait]:
     return waits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoginTiming:
+    """How often to log in, and how long to wait for a login; in seconds."""
+
+    every: float = 3.0
+    """From the end of a login to the next; each uses about 0.7 s of CPU time of an emulated VM."""
+    pause_at_rest: float = 0.5
+    """The same at rest."""
+    patience: float = 60.0
+    """The least time that a login gets."""
+    times_at_rest: float = 20.0
+    """Under pressure a login gets this many times the longest login at rest, if that is more."""
+
+
 class LoginMonitor:
     """Logs in repeatedly by ssh; `emulator` is the pid of the process that runs the VM here, or 0."""
 
-    def __init__(self, ssh: Sequence[str], emulator: int, on_progress: Callable[[str], None]) -> None:
-        self._ssh, self._emulator, self._on_progress = ssh, emulator, on_progress
-        self._patience = _LOGIN_SECONDS
+    def __init__(
+        self,
+        ssh: Sequence[str],
+        emulator: int,
+        on_progress: Callable[[str], None],
+        timing: LoginTiming = LoginTiming(),
+    ) -> None:
+        self._ssh, self._emulator, self._on_progress, self._timing = ssh, emulator, on_progress, timing
+        self._patience = timing.patience
         self._steal: tuple[int, int] | None = None
         self.watched = LoginTimes()
 
@@ -115,10 +130,10 @@ class LoginMonitor:
             return len(rest) >= AT_REST
 
         with suppress(TimedOut):
-            most = AT_REST * _LOGIN_SECONDS
-            processes.wait_until(enough, what="logins", timeout=most, interval=_PAUSE_AT_REST_SECONDS)
+            most = AT_REST * self._timing.patience
+            processes.wait_until(enough, what="logins", timeout=most, interval=self._timing.pause_at_rest)
         longest = max(login.seconds for login in self.watched.rest)
-        self._patience = max(_LOGIN_SECONDS, _TIMES_AT_REST * longest)
+        self._patience = max(self._timing.patience, self._timing.times_at_rest * longest)
 
     def until_end(self, seconds: float) -> None:
         """Log in repeatedly until memory_pressure.sh has ended or the time is over."""
@@ -129,7 +144,7 @@ class LoginMonitor:
             return self.watched.ended
 
         with suppress(TimedOut):
-            processes.wait_until(ended, what="the end", timeout=seconds, interval=EVERY_SECONDS)
+            processes.wait_until(ended, what="the end", timeout=seconds, interval=self._timing.every)
         after = host_load.load(self._emulator)
         self.watched.busy = (after.pressure - before.pressure) / max(1.0, time.monotonic() - began)
 

@@ -139,12 +139,12 @@ def _refuse_when_cancelled() -> None:
         raise Interrupted("stopped")
 
 
-def stop(process: subprocess.Popen[str], *, seconds: float = STOP_SECONDS) -> None:
-    """End a child's process group: SIGTERM first, so that it can clean up, SIGKILL after `seconds`."""
+def stop(process: subprocess.Popen[str], *, seconds: float | None = None) -> None:
+    """End a child's process group: SIGTERM first, so that it can clean up, SIGKILL after `seconds` (20)."""
     if process.poll() is None:
         _signal_group(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+            process.wait(STOP_SECONDS if seconds is None else seconds)
     # Children of the child may outlive it in the same group.
     _signal_group(process, signal.SIGKILL)
     process.wait()

@@ -11,19 +11,19 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @cache
-def root() -> Path:
+def root(package: Path = _PACKAGE) -> Path:
     """Return the folder that holds packer/, scripts/ and ami-builder.toml.
 
     An installed wheel has them in ami_builder/_shipped; a checkout has them beside the package.
     Raises AmiBuilderError when they are in neither place.
     """
-    shipped, checkout = _PACKAGE / "_shipped", _PACKAGE.parent
+    shipped, checkout = package / "_shipped", package.parent
     if (shipped / "packer").is_dir():
         return shipped
     if (checkout / "pyproject.toml").is_file() and (checkout / "packer").is_dir():
         return checkout
     raise AmiBuilderError(
-        f"the installation in {_PACKAGE} is incomplete: its packer/ folder is missing",
+        f"the installation in {package} is incomplete: its packer/ folder is missing",
         hint="reinstall it with pip, or run scripts/ami-builder in a complete clone",
     )
 

@@ -32,16 +32,15 @@ SSH_FAILED = 255
 
 REFUSED_SECONDS = 120.0
 """How long a refused login is retried at least: cloud-init creates the user during the boot."""
+REFUSED_PAUSE = 6.0
+"""Seconds between two refused logins: sshd >= 9.8 blocks an address that fails often (PerSourcePenalties)."""
 _TIMES_REFUSED = 2.0
 """The same as a multiple of the time until the first refusal, for slow machines."""
 
 # A socket's path has at most 107 bytes, and ssh appends 17 to it for a temporary name.
 _SOCKET_BYTES = 90
-_BANNER_SECONDS = 3.0
 _DOWN_SECONDS = 60.0
 _MASTER_SECONDS = 60.0
-# sshd >= 9.8 blocks an address for a while after several failed logins (PerSourcePenalties).
-_REFUSED_PAUSE = 6.0
 _CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
 
 
@@ -70,7 +69,16 @@ class Session:
     connection while it is open, and their own otherwise.
     """
 
-    def __init__(self, endpoint: Endpoint, *, key: Path, directory: Path) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        key: Path,
+        directory: Path,
+        refused_pause: float = REFUSED_PAUSE,
+        banner_timeout: float = 3.0,
+    ) -> None:
+        self._refused_pause, self._banner_timeout = refused_pause, banner_timeout
         self._endpoint = endpoint
         self._key = key.resolve()
         self._directory = directory.resolve()
@@ -122,7 +130,7 @@ class Session:
             if errors is None:
                 return True
             if self._endpoint.proxy_command:
-                next_try = time.monotonic() + _REFUSED_PAUSE
+                next_try = time.monotonic() + self._refused_pause
             if any(text in errors for text in _CHANGED):
                 raise BuildFailed(
                     "the machine's host key has changed",
@@ -132,7 +140,7 @@ class Session:
             if "Permission denied" in errors:
                 refused_since = refused_since or time.monotonic()
                 first_refused = first_refused or refused_since
-                next_try = time.monotonic() + _REFUSED_PAUSE
+                next_try = time.monotonic() + self._refused_pause
                 allowed = max(REFUSED_SECONDS, _TIMES_REFUSED * (first_refused - began))
                 if time.monotonic() - refused_since > allowed:
                     raise BuildFailed(
@@ -234,7 +242,7 @@ class Session:
             return True
         address = (self._endpoint.address, self._endpoint.port)
         try:
-            with socket.create_connection(address, timeout=_BANNER_SECONDS) as connection:
+            with socket.create_connection(address, timeout=self._banner_timeout) as connection:
                 return connection.recv(4) == b"SSH-"
         except OSError:
             return False

@@ -96,7 +96,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bake, "PAUSE", tenacity.wait_fixed(0.01))
     monkeypatch.setattr(bake, "ATTEMPTS", 2)
     monkeypatch.setattr(session, "_LOOK_SECONDS", 0.5)
-    monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 5.0})
+    monkeypatch.setattr(processes, "STOP_SECONDS", 5.0)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
     for module in (instances, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)

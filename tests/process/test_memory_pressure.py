@@ -125,16 +125,9 @@ class Machine:
         self.ssh = [str(fake(folder, "ssh", program)), "dask-vm", "--"]
         self.progress: list[str] = []
 
-    def monitor(self, emulator: int = 0) -> login_times.LoginMonitor:
-        return login_times.LoginMonitor(self.ssh, emulator, self.progress.append)
-
-
-@pytest.fixture(autouse=True)
-def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login_times, "EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(login_times, "_PAUSE_AT_REST_SECONDS", 0.01)
-    monkeypatch.setattr(login_times, "_LOGIN_SECONDS", 3.0)
-    monkeypatch.setattr(login_times, "_TIMES_AT_REST", 2.0)
+    def monitor(self, emulator: int = 0, patience: float = 3.0) -> login_times.LoginMonitor:
+        timing = login_times.LoginTiming(every=0.01, pause_at_rest=0.01, patience=patience, times_at_rest=2.0)
+        return login_times.LoginMonitor(self.ssh, emulator, self.progress.append, timing)
 
 
 def test_logins_go_on_until_the_end(tmp_path: Path) -> None:
@@ -170,13 +163,10 @@ def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
     assert len(seen.waits()) == 1, "it never answered, and that is one long wait"
 
 
-def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(tmp_path: Path) -> None:
     """On a host where one takes 3 s at rest, one under pressure may take 6."""
-    monkeypatch.setattr(login_times, "_LOGIN_SECONDS", 4.0)
     machine = Machine(tmp_path, "case $n in 2) sleep 3 ;; 5) sleep 4.5; end=end ;; esac")
-    watching = machine.monitor()
+    watching = machine.monitor(patience=4.0)
     watching.at_rest()
     assert len(watching.watched.rest) == login_times.AT_REST == 3
     watching.until_end(300)
@@ -255,7 +245,7 @@ def test_what_the_hypervisor_stole_since_the_last_login_is_denied_too(
     assert third.denied == 0
 
 
-def test_the_question_is_answered_by_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_question_is_answered_by_a_shell(tmp_path: Path) -> None:
     """dash, as on Debian; the files are written by memory_pressure.sh."""
     answer = tmp_path / "answer"
     question = login_times._ASK.replace(login_times.ANSWER, str(answer))

@@ -477,7 +477,7 @@ def test_the_console_of_an_earlier_machine_does_not_count(
 def test_a_stubborn_qemu_is_killed(
     fake: Fake, build: Callable[..., VirtualMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes.stop, "__kwdefaults__", {"seconds": 0.5})
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.5)
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 0.5)
     folder = fake(
         first="import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)",

@@ -72,12 +72,7 @@ def test_somebody_elses_folders_beside_an_installed_package_are_not_ours(package
     assert reported(package)[0] == package / "_shipped"
 
 
-def test_an_incomplete_installation_says_so(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_PACKAGE", package)
-    resources.root.cache_clear()
-    try:
-        with pytest.raises(AmiBuilderError, match="incomplete") as caught:
-            resources.root()
-        assert "reinstall" in str(caught.value.hint)
-    finally:
-        resources.root.cache_clear()
+def test_an_incomplete_installation_says_so(package: Path) -> None:
+    with pytest.raises(AmiBuilderError, match="incomplete") as caught:
+        resources.root(package)
+    assert "reinstall" in str(caught.value.hint)

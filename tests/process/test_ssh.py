@@ -106,7 +106,9 @@ def server(tmp_path: Path, key: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def make(server: Server, key: Path, tmp_path: Path) -> Callable[..., Session]:
-    def session(name: str = "session", *, port: int | None = None, user: str | None = None) -> Session:
+    def session(
+        name: str = "session", *, port: int | None = None, user: str | None = None, **options: float
+    ) -> Session:
         endpoint = Endpoint(
             address="127.0.0.1",
             port=port or server.port,
@@ -114,7 +116,7 @@ def make(server: Server, key: Path, tmp_path: Path) -> Callable[..., Session]:
             console_log=tmp_path / "console.log",
             ports={},
         )
-        return Session(endpoint, key=key, directory=tmp_path / name)
+        return Session(endpoint, key=key, directory=tmp_path / name, **options)
 
     return session
 
@@ -282,10 +284,7 @@ def test_another_machine_is_refused(make: Make, server: Server) -> None:
         later.wait(60)
 
 
-def test_a_refusal_is_forgiven_while_the_machine_boots(
-    make: Make, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ssh, "_REFUSED_PAUSE", 0.0)
+def test_a_refusal_is_forgiven_while_the_machine_boots(make: Make, server: Server) -> None:
     public = server.authorized.read_text()
     server.authorized.write_text("")
     calls = 0
@@ -296,17 +295,16 @@ def test_a_refusal_is_forgiven_while_the_machine_boots(
         if calls == 3:
             server.authorized.write_text(public)
 
-    with make() as session:
+    with make(refused_pause=0.0) as session:
         session.wait(60, alive)
         assert calls >= 3
         assert session.run("echo in").stdout == "in\n"
 
 
 def test_a_refusal_that_persists_is_told(make: Make, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssh, "_REFUSED_PAUSE", 0.0)
     monkeypatch.setattr(ssh, "REFUSED_SECONDS", 0.0)
     server.authorized.write_text("")
-    session = make()
+    session = make(refused_pause=0.0)
     with session, pytest.raises(BuildFailed, match=f"refuses the ssh key of {getpass.getuser()}") as caught:
         session.wait(60)
     assert "Permission denied" in caught.value.tail[-1]
@@ -349,7 +347,7 @@ def test_a_slow_machine_may_refuse_for_longer(
 ) -> None:
     """cloud-init makes the user while the machine boots: it takes as much longer as the boot does."""
     refusing = Refusing(monkeypatch, make(), greets)
-    assert seconds < refusing.refused_after() <= seconds + ssh._REFUSED_PAUSE + 1
+    assert seconds < refusing.refused_after() <= seconds + ssh.REFUSED_PAUSE + 1
 
 
 def test_the_first_refusal_is_the_measure(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +355,7 @@ def test_the_first_refusal_is_the_measure(make: Make, monkeypatch: pytest.Monkey
     refusing = Refusing(monkeypatch, make(), 10)
     denied = "Permission denied (publickey)."
     refusing.says = [(0, denied), (60, "Connection reset"), (1000, denied)]
-    assert 1000 + 120 < refusing.refused_after() + 10 <= 1000 + 120 + ssh._REFUSED_PAUSE + 1
+    assert 1000 + 120 < refusing.refused_after() + 10 <= 1000 + 120 + ssh.REFUSED_PAUSE + 1
 
 
 def test_a_key_that_is_taken_late_is_taken(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,8 +380,7 @@ def test_nobody_answers(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 no\r\n"])
-def test_a_port_that_is_not_ssh(make: Make, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
-    monkeypatch.setattr(ssh, "_BANNER_SECONDS", 0.2)
+def test_a_port_that_is_not_ssh(make: Make, says: bytes) -> None:
     taken: list[socket.socket] = []
 
     def serve() -> None:
@@ -398,7 +395,8 @@ def test_a_port_that_is_not_ssh(make: Make, monkeypatch: pytest.MonkeyPatch, say
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        with make(port=listener.getsockname()[1]) as session, pytest.raises(TimedOut):
+        port = listener.getsockname()[1]
+        with make(port=port, banner_timeout=0.2) as session, pytest.raises(TimedOut):
             session.wait(0.5)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
@@ -532,7 +530,6 @@ def test_a_machine_without_an_open_port_is_reached_through_a_program(
     )
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("AWS_PROFILE", "ours")
-    monkeypatch.setattr(ssh, "_REFUSED_PAUSE", 0.1)
     endpoint = Endpoint(
         address="i-0123456789abcdef0",
         port=2222,
@@ -541,7 +538,7 @@ def test_a_machine_without_an_open_port_is_reached_through_a_program(
         ports={},
         proxy_command="aws ssm start-session --target i-0123456789abcdef0 --parameters portNumber=%p",
     )
-    with Session(endpoint, key=key, directory=tmp_path / "session") as session:
+    with Session(endpoint, key=key, directory=tmp_path / "session", refused_pause=0.1) as session:
         session.wait(60)
         assert session.run("echo hello").stdout == "hello\n"
         session.fetch("echo there", tmp_path / "fetched")
