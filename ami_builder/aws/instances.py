@@ -23,6 +23,7 @@ from ami_builder.aws.session import (
     is_definite,
     look_for,
     poll,
+    poll_call,
 )
 from ami_builder.aws.user_data import with_lifetime
 from ami_builder.core.errors import BuildFailed, CloudFailed, UsageError
@@ -375,23 +376,17 @@ def terminate(account: Account, instance: str) -> None:
     Raises CloudFailed when it has not after 10 minutes.
     """
 
-    def asked() -> bool:
-        try:
-            account.ec2.terminate_instances(InstanceIds=[instance])
-        except ClientError as error:
-            if code_of(error) != "InvalidInstanceID.NotFound":
-                raise
-            return False
-        return True
-
     def ended() -> bool:
         found = describe(account, instance)
         return found is None or found["State"]["Name"] == "terminated"
 
-    with aws_errors():
-        # EC2 may not show a new one yet.
-        done = not poll(asked, seconds=_SEEN_SECONDS) or poll(ended, seconds=_TERMINATED_SECONDS)
-    if not done:
+    # EC2 may not show a new one yet.
+    exists = poll_call(
+        lambda: account.ec2.terminate_instances(InstanceIds=[instance]),
+        retry=r"InvalidInstanceID\.NotFound",
+        seconds=_SEEN_SECONDS,
+    )
+    if exists and not poll(ended, seconds=_TERMINATED_SECONDS):
         raise CloudFailed(
             f"instance {instance} did not terminate within {_TERMINATED_SECONDS:.0f} s",
             hint="run `ami-builder gc --apply` to try again",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from botocore.exceptions import ClientError
 
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll
+from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll_call
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.orphans import Resource
 
@@ -136,24 +136,18 @@ class SecurityGroup:
                 return found
 
     def _open(self, group: str) -> None:
-        with aws_errors():
-            if not poll(lambda: self._authorize(group), seconds=_SEEN_SECONDS):
-                raise CloudFailed(
-                    f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
-                    hint="run the command again",
-                )
-
-    def _authorize(self, group: str) -> bool:
-        try:
-            self._account.ec2.authorize_security_group_ingress(
-                GroupId=group, IpPermissions=[ingress_rule(self._cidrs, self._port)]
+        rules = [ingress_rule(self._cidrs, self._port)]
+        done = poll_call(
+            lambda: self._account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=rules),
+            retry=r"InvalidGroup\.NotFound",
+            ignore=r"InvalidPermission\.Duplicate",
+            seconds=_SEEN_SECONDS,
+        )
+        if not done:
+            raise CloudFailed(
+                f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
+                hint="run the command again",
             )
-        except ClientError as error:
-            if code_of(error) == "InvalidGroup.NotFound":
-                return False
-            if code_of(error) != "InvalidPermission.Duplicate":
-                raise
-        return True
 
     def _look(self) -> str | None:
         return look_for(lambda: find_group(self._account, self._name, self._run_id))
@@ -199,19 +193,12 @@ def delete_group(account: Account, group: str) -> None:
 
     Raises CloudFailed when it is still used after 5 minutes.
     """
-
-    def deleted() -> bool:
-        try:
-            account.ec2.delete_security_group(GroupId=group)
-        except ClientError as error:
-            if code_of(error) in {"DependencyViolation", "InvalidGroup.InUse"}:
-                return False
-            if code_of(error) not in {"InvalidGroup.NotFound", "InvalidGroupId.NotFound"}:
-                raise
-        return True
-
-    with aws_errors():
-        done = poll(deleted, seconds=_DELETE_SECONDS)
+    done = poll_call(
+        lambda: account.ec2.delete_security_group(GroupId=group),
+        retry=r"DependencyViolation|InvalidGroup\.InUse",
+        ignore=r"InvalidGroup(Id)?\.NotFound",
+        seconds=_DELETE_SECONDS,
+    )
     if not done:
         raise CloudFailed(
             f"security group {group} can't be deleted: it is still in use",

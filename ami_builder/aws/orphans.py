@@ -6,11 +6,9 @@ import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
-
 from ami_builder.aws import images, instances, network, snapshots
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, code_of, poll
+from ami_builder.aws.session import Account, aws_errors, poll_call
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
@@ -282,18 +280,12 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _delete_volume(account: Account, volume: str) -> None:
-    def deleted() -> bool:
-        try:
-            account.ec2.delete_volume(VolumeId=volume)
-        except ClientError as error:
-            # Its instance, which deletes it too, may still be shutting down.
-            if code_of(error) in {"VolumeInUse", "IncorrectState"}:
-                return False
-            if code_of(error) != "InvalidVolume.NotFound":
-                raise
-        return True
-
-    with aws_errors():
-        done = poll(deleted, seconds=_RELEASED_SECONDS)
+    # Its instance, which deletes it too, may still be shutting down.
+    done = poll_call(
+        lambda: account.ec2.delete_volume(VolumeId=volume),
+        retry="VolumeInUse|IncorrectState",
+        ignore=r"InvalidVolume\.NotFound",
+        seconds=_RELEASED_SECONDS,
+    )
     if not done:
         raise CloudFailed(f"volume {volume} can't be deleted: an instance still uses it")

@@ -256,10 +256,10 @@ class _Statements:
             yield from self._keys("", [self._key(aws.kms_key, self._region)])
         if aws.spot and baking:
             # Packer creates a fleet from a launch template, and tags its resources later.
-            template, machine = self._ec2("launch-template"), self._ec2("instance", "volume")
+            template, launched = self._ec2("launch-template"), self._ec2("instance", "volume")
             places = self._ec2("fleet", "image", "subnet", "network-interface")
-            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*machine, *places])
-            yield _allow("SpotLaunch", ["ec2:RunInstances"], machine)
+            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*launched, *places])
+            yield _allow("SpotLaunch", ["ec2:RunInstances"], launched)
             yield _allow("UseTemplatesOfRuns", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
             yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
             yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
