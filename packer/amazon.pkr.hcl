@@ -7,7 +7,7 @@ source "amazon-ebs" "image" {
   instance_type       = var.spot ? null : var.instance_type
   spot_instance_types = var.spot ? [var.instance_type] : null
   spot_price          = var.spot ? "auto" : null
-  # Of the launch template, from the call that makes it, and of the spot request.
+  # Tags of the launch template, at its creation, and of the spot request.
   spot_tags            = var.spot ? var.run_tags : null
   subnet_id            = var.subnet_id
   security_group_ids   = [var.security_group_id]
@@ -43,7 +43,7 @@ source "amazon-ebs" "image" {
   ssh_username         = var.ssh_username
   ssh_private_key_file = var.ssh_private_key_file
   ssh_timeout          = var.ssh_timeout
-  # sshd answers before cloud-init has made the user: refused logins say nothing yet.
+  # sshd answers before cloud-init has created the user, so refused logins are retried.
   ssh_handshake_attempts    = 1000
   ssh_clear_authorized_keys = true
 }

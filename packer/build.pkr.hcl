@@ -34,7 +34,7 @@ build {
     destination = "${var.records_directory}/identity.txt"
   }
 
-  # Last, since it removes what the steps before it needed.
+  # Last, because it removes what the earlier steps need.
   provisioner "shell" {
     execute_command = "sudo -n env {{ .Vars }} sh '{{ .Path }}'"
     script          = "${path.root}/provisioners/90-clean.sh"

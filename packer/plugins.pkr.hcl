@@ -1,5 +1,5 @@
-# Read by Packer 1.7 and later, which keeps its builders in plugins (`packer init`).
-# Packer 1.6 carries them inside and can't read this block: ami-builder leaves this file out there.
+# For Packer 1.7 and later, which has its builders in plugins (`packer init`).
+# Packer 1.6 has them built in and cannot read this block, so ami-builder leaves this file out.
 packer {
   required_plugins {
     amazon = {

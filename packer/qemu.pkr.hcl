@@ -8,10 +8,10 @@ source "qemu" "image" {
   disk_size    = var.disk_size
   format       = "qcow2"
 
-  # A baking machine that dies is thrown away, so its disk need not survive a crash.
+  # The disk of a build that crashes is thrown away.
   disk_cache   = "unsafe"
   disk_discard = "unmap"
-  # 90-clean.sh overwrites free space with zeros, which take no space then.
+  # 90-clean.sh overwrites free space with zeros, which then take no space.
   disk_detect_zeroes = "unmap"
   disk_interface     = "virtio"
   disk_compression   = true
@@ -26,13 +26,13 @@ source "qemu" "image" {
   net_device  = "virtio-net"
   qemuargs    = var.qemu_args
   headless    = true
-  boot_wait   = "-1s" # nothing is typed into a boot menu
+  boot_wait   = "-1s" # type nothing into a boot menu
 
   communicator         = "ssh"
   ssh_username         = var.ssh_username
   ssh_private_key_file = var.ssh_private_key_file
   ssh_timeout          = var.ssh_timeout
-  # sshd of a cloud image answers before cloud-init has made the user: refused logins say nothing yet.
+  # sshd answers before cloud-init has created the user, so refused logins are retried.
   ssh_handshake_attempts = 1000
   shutdown_command       = "sudo -n systemctl poweroff"
   shutdown_timeout       = "5m"

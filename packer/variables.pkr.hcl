@@ -12,7 +12,7 @@ variable "image_name" {
 
 variable "image_digest" {
   type        = string
-  description = "Digest of everything that goes into the image, sha256 in hexadecimal."
+  description = "SHA-256 digest of all inputs of the image, in hexadecimal."
   validation {
     condition     = regex_replace(var.image_digest, "^[0-9a-f]{64}$", "") == "" && var.image_digest != ""
     error_message = "The image_digest must be 64 hexadecimal digits."
@@ -21,7 +21,7 @@ variable "image_digest" {
 
 variable "run_id" {
   type        = string
-  description = "The run that every resource is tagged with."
+  description = "Id of the run, with which every resource is tagged."
   validation {
     condition     = length(var.run_id) > 0
     error_message = "The run_id must not be empty."
@@ -30,7 +30,7 @@ variable "run_id" {
 
 variable "uploads" {
   type        = list(string)
-  description = "What is brought to the machine: guest.tar with the guest's files, perhaps the container's archive."
+  description = "Files to upload: guest.tar with the guest's files, and perhaps the container archive."
   validation {
     condition     = length(var.uploads) > 0
     error_message = "The uploads must have guest.tar."
@@ -39,13 +39,13 @@ variable "uploads" {
 
 variable "packages" {
   type        = list(string)
-  description = "Packages that the image must have besides Docker; installed where the base lacks them."
+  description = "Packages besides Docker; installed if the base does not have them."
   default     = []
 }
 
 variable "container_reference" {
   type        = string
-  description = "Name under which the Dask container's image must be present."
+  description = "Name of the Dask container's image."
   validation {
     condition     = length(var.container_reference) > 0
     error_message = "The container_reference must not be empty."
@@ -54,24 +54,24 @@ variable "container_reference" {
 
 variable "container_archive" {
   type        = string
-  description = "Where the baking machine finds the container's archive; empty to pull the reference."
+  description = "Path of the container archive on the building machine; empty to pull the reference."
   default     = ""
 }
 
 variable "insecure_registry" {
   type        = string
-  description = "A host:port that is pulled from without TLS while baking; empty for none."
+  description = "host:port of a registry without TLS, during the build only; empty for none."
   default     = ""
 }
 
 variable "records_directory" {
   type        = string
-  description = "Where what 20-container.sh wrote down is kept on this machine: packages.txt and identity.txt."
+  description = "Folder on this host for the records of 20-container.sh: packages.txt and identity.txt."
 }
 
 variable "manifest_file" {
   type        = string
-  description = "Where Packer's manifest of this run is written."
+  description = "Path of Packer's manifest of this run."
 }
 
 variable "ssh_username" {
@@ -81,12 +81,12 @@ variable "ssh_username" {
 
 variable "ssh_private_key_file" {
   type        = string
-  description = "An ed25519 key made for this run (Packer 1.6 offers SHA-1 signatures for RSA keys)."
+  description = "An ed25519 key of this run (Packer 1.6 makes SHA-1 signatures with RSA keys)."
 }
 
 variable "ssh_timeout" {
   type        = string
-  description = "How long the baking machine may take until ssh answers, such as 10m."
+  description = "How long to wait for ssh, such as 10m."
   default     = "10m"
   validation {
     condition     = regex_replace(var.ssh_timeout, "^[0-9]+[smh]$", "") == "" && var.ssh_timeout != ""
@@ -96,13 +96,13 @@ variable "ssh_timeout" {
 
 variable "base_disk" {
   type        = string
-  description = "qemu: the disk image that baking starts from; Packer wants one even where it is not used."
+  description = "qemu: the base disk image; Packer requires a value even if it is not used."
   default     = "/dev/null"
 }
 
 variable "disk_size" {
   type        = string
-  description = "qemu: size of the image's disk, in MiB with a trailing M."
+  description = "qemu: size of the image's disk, in MiB with the suffix M."
   default     = "8192M"
   validation {
     condition     = regex_replace(var.disk_size, "^[0-9]+M$", "") == "" && var.disk_size != ""
@@ -112,13 +112,13 @@ variable "disk_size" {
 
 variable "output_directory" {
   type        = string
-  description = "qemu: a folder that does not exist yet, for the finished disk."
+  description = "qemu: folder of the finished disk, which must not exist."
   default     = "output"
 }
 
 variable "accelerator" {
   type        = string
-  description = "qemu: kvm or tcg, as found by trying a guest."
+  description = "qemu: kvm or tcg."
   default     = "tcg"
   validation {
     condition     = contains(["kvm", "tcg"], var.accelerator)
@@ -128,7 +128,7 @@ variable "accelerator" {
 
 variable "memory_mib" {
   type        = number
-  description = "qemu: memory of the baking machine, in MiB."
+  description = "qemu: memory of the building VM, in MiB."
   default     = 2048
   validation {
     condition     = var.memory_mib >= 512
@@ -138,7 +138,7 @@ variable "memory_mib" {
 
 variable "cpus" {
   type        = number
-  description = "qemu: processors of the baking machine."
+  description = "qemu: CPUs of the building VM."
   default     = 2
   validation {
     condition     = var.cpus >= 1
@@ -148,25 +148,25 @@ variable "cpus" {
 
 variable "qemu_args" {
   type        = list(list(string))
-  description = "qemu: further arguments (how to boot, the console's log, the container's archive as a disk)."
+  description = "qemu: further arguments (boot method, console log, the container archive as a disk)."
   default     = []
 }
 
 variable "region" {
   type        = string
-  description = "amazon-ebs: where the AMI is baked."
+  description = "amazon-ebs: region of the build."
   default     = "us-east-1"
 }
 
 variable "endpoint" {
   type        = string
-  description = "amazon-ebs: where EC2's API is, other than at AWS (AWS_ENDPOINT_URL)."
+  description = "amazon-ebs: address of an EC2 API other than AWS's (AWS_ENDPOINT_URL)."
   default     = ""
 }
 
 variable "poll_seconds" {
   type        = number
-  description = "amazon-ebs: how often EC2 is asked whether something is done."
+  description = "amazon-ebs: seconds between two requests for a state."
   default     = 5
   validation {
     condition     = var.poll_seconds >= 1
@@ -176,7 +176,7 @@ variable "poll_seconds" {
 
 variable "ami_name" {
   type        = string
-  description = "amazon-ebs: the AMI's name, which has the run in it, so that it is found without a tag."
+  description = "amazon-ebs: the AMI's name; it contains the run's id, so that the AMI can be found without a tag."
   default     = "ami-builder"
 }
 
@@ -188,13 +188,13 @@ variable "tags" {
 
 variable "run_tags" {
   type        = map(string)
-  description = "amazon-ebs: tags of what only lives while baking."
+  description = "amazon-ebs: tags of resources that exist only during the build."
   default     = {}
 }
 
 variable "source_ami" {
   type        = string
-  description = "amazon-ebs: the AMI that baking starts from, resolved before the build."
+  description = "amazon-ebs: the source AMI, resolved before the build."
   default     = "ami-00000000000000000"
   validation {
     condition     = regex_replace(var.source_ami, "^ami-[0-9a-f]+$", "") == "" && var.source_ami != ""
@@ -204,25 +204,25 @@ variable "source_ami" {
 
 variable "instance_type" {
   type        = string
-  description = "amazon-ebs: type of the baking instance."
+  description = "amazon-ebs: type of the building instance."
   default     = "m6i.large"
 }
 
 variable "spot" {
   type        = bool
-  description = "amazon-ebs: whether the baking instance is a spot instance."
+  description = "amazon-ebs: whether the building instance is a spot instance."
   default     = false
 }
 
 variable "subnet_id" {
   type        = string
-  description = "amazon-ebs: where the baking instance runs; empty for the default VPC."
+  description = "amazon-ebs: subnet of the building instance; empty for the default VPC."
   default     = ""
 }
 
 variable "security_group_id" {
   type        = string
-  description = "amazon-ebs: the run's own security group; Packer's temporary one would be open to the world."
+  description = "amazon-ebs: the run's security group; Packer's temporary one would be open to every address."
   default     = "sg-00000000000000000"
   validation {
     condition     = regex_replace(var.security_group_id, "^sg-[0-9a-f]+$", "") == "" && var.security_group_id != ""
@@ -232,13 +232,13 @@ variable "security_group_id" {
 
 variable "instance_profile" {
   type        = string
-  description = "amazon-ebs: the instance's profile; empty for none."
+  description = "amazon-ebs: instance profile; empty for none."
   default     = ""
 }
 
 variable "ssh_interface" {
   type        = string
-  description = "amazon-ebs: session_manager to open no port; empty for the instance's address."
+  description = "amazon-ebs: session_manager, or empty to connect to the instance's address."
   default     = ""
   validation {
     condition     = contains(["", "session_manager"], var.ssh_interface)
@@ -248,13 +248,13 @@ variable "ssh_interface" {
 
 variable "ssh_port" {
   type        = number
-  description = "Where ssh answers."
+  description = "Port of ssh."
   default     = 22
 }
 
 variable "user_data_file" {
   type        = string
-  description = "amazon-ebs: a key to log in with, and the timer that ends a lost instance."
+  description = "amazon-ebs: user data with the login key, and a timer that terminates a lost instance."
   default     = ""
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install Docker and Compose where they are missing, then the guest's files.
+# Install Docker and Compose if they are missing, then the guest's files.
 # Run by Packer as root, with
 #   PACKAGES  further packages that the image must have, such as agents
 # GUEST_ROOT and GUEST_ARCHIVE are for tests.
@@ -13,7 +13,7 @@ die() {
     exit 1
 }
 
-# The plugin as a file first: starting it takes an emulated machine seconds, and the container's start proves it.
+# Look for the plugin's file first: starting it takes seconds on an emulated VM.
 has_compose() {
     for directory in /usr/local/lib /usr/local/libexec /usr/lib /usr/libexec; do
         [ ! -x "${GUEST_ROOT:-}$directory/docker/cli-plugins/docker-compose" ] || return 0
@@ -23,12 +23,12 @@ has_compose() {
 
 apt() { apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq -y "$@" >&2; }
 
-# Succeeds when APT could install package $1 in a version that begins with a digit of $2.
+# Succeeds if APT can install package $1 in a version that begins with a digit of $2.
 offered() { apt-cache policy "$1" | grep -q "^  Candidate: [$2]"; }
 
 install_docker() {
     command -v apt-get >/dev/null ||
-        die "this base has no docker compose, and no apt-get to install it with: use a base that has Docker and Compose 2"
+        die "the base has no docker compose, and no apt-get to install it: use a base that has Docker and Compose 2"
     echo "10-guest: installing Docker and Compose"
     apt update
     packages=docker.io
@@ -38,14 +38,14 @@ install_docker() {
     elif offered docker-compose 2-9; then # Debian 13
         packages="$packages docker-compose"
     else
-        die "this base's packages have no Compose 2 (Debian 13 and Ubuntu 24.04 do): use another base, or one with Docker's own packages"
+        die "the base has no package of Compose 2: use Debian 13, Ubuntu 24.04, or a base with Docker's own packages"
     fi
     # shellcheck disable=SC2086 # one word for each package
     apt install --no-install-recommends $packages
-    has_compose || die "docker compose does not run after installing $packages"
+    has_compose || die "docker compose does not run after the installation of $packages"
 }
 
-# Print those of $PACKAGES that are not installed: our own base disk has them all.
+# Print the $PACKAGES that are not installed; our own base disk has them all.
 missing() {
     for package in ${PACKAGES:-}; do
         status=$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) || status=
@@ -55,7 +55,7 @@ missing() {
 
 install_packages() {
     command -v apt-get >/dev/null ||
-        die "this base has no apt-get to install base.packages with: $*"
+        die "the base has no apt-get to install base.packages: $*"
     echo "10-guest: installing $*"
     apt update
     apt install --no-install-recommends "$@"
@@ -69,16 +69,16 @@ lacking=$(missing)
 # shellcheck disable=SC2086 # one word for each package
 if [ -n "$lacking" ]; then install_packages $lacking; fi
 
-# A base with settings of its own for Docker keeps them.
+# A base with its own settings for Docker keeps them.
 set --
 if [ -e "${GUEST_ROOT:-}/etc/docker/daemon.json" ]; then
-    echo "10-guest: the base's own /etc/docker/daemon.json stays: container.network has no effect"
+    echo "10-guest: the base has its own /etc/docker/daemon.json, so container.network has no effect"
     set -- --exclude etc/docker/daemon.json
 fi
 tar --extract --file "$archive" "$@" --directory "${GUEST_ROOT:-/}" \
     --no-same-owner --preserve-permissions --no-overwrite-dir --keep-directory-symlink
 systemctl daemon-reload
-# Enabling what has a SysV script too starts perl, and packages enable Docker themselves.
+# Only if necessary: for a unit that also has a SysV script, `enable` starts perl. Packages enable Docker themselves.
 systemctl is-enabled --quiet docker.service || systemctl enable --quiet docker.service
-# 20-container.sh needs it, and it takes its time.
+# 20-container.sh needs Docker, which takes long to start.
 systemctl start --no-block docker.service

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Bring the Dask container's image into Docker, prove that it is there, enable Dask, and write down what was installed.
+# Load or pull the Dask container's image, check that Docker has it, enable Dask, and record the installed packages.
 # Run by Packer as root, with
 #   CONTAINER_REFERENCE  name:tag that Compose uses
 #   CONTAINER_ARCHIVE    file or disk with a `docker save` archive; empty: pull the reference
-#   INSECURE_REGISTRY    host:port that may be spoken to without TLS while baking; empty: none
+#   INSECURE_REGISTRY    host:port of a registry without TLS, during the build only; empty: none
 # DOCKER_CONFIG_FILE and RECORD are for tests.
 set -eu
 
@@ -22,7 +22,7 @@ restore() {
 
 allow_insecure() {
     mkdir -p "${config%/*}"
-    # Nothing of it may stay in the image, and all that was there does.
+    # The image must keep the base's configuration, and nothing of this one.
     [ ! -e "$config" ] || mv "$config" "$config.kept"
     trap restore EXIT
     trap 'exit 1' HUP INT TERM
@@ -30,28 +30,28 @@ allow_insecure() {
     systemctl reload docker.service
 }
 
-# Docker reads a changed configuration in its own time, and registries fail for moments.
+# Docker takes a while to read a changed configuration, and registries fail temporarily.
 pull() {
     for seconds in 2 5 15 0; do
         if docker pull --quiet "$CONTAINER_REFERENCE"; then return 0; fi
         sleep "$seconds"
     done
-    die "$CONTAINER_REFERENCE can't be pulled"
+    die "$CONTAINER_REFERENCE could not be pulled"
 }
 
 systemctl start docker.service
 if [ -n "${CONTAINER_ARCHIVE:-}" ]; then
     [ -r "$CONTAINER_ARCHIVE" ] || die "$CONTAINER_ARCHIVE can't be read"
-    docker load --quiet --input "$CONTAINER_ARCHIVE" || die "$CONTAINER_ARCHIVE can't be loaded"
+    docker load --quiet --input "$CONTAINER_ARCHIVE" || die "$CONTAINER_ARCHIVE could not be loaded"
 else
     if [ -n "${INSECURE_REGISTRY:-}" ]; then allow_insecure; fi
     pull
 fi
 
 id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
-    die "Docker has no image $CONTAINER_REFERENCE after loading: is that the name in the archive?"
+    die "Docker has no image $CONTAINER_REFERENCE after loading: check the name in the archive"
 
-# Not before: starting Docker starts what is enabled, and Dask must not run on the baking machine.
+# Not earlier: Docker's start would start Dask too, which must not run during the build.
 systemctl enable --quiet dask.service dask-memory.service dask-health.timer
 [ ! -e /etc/systemd/system/security-updates.service ] || systemctl enable --quiet security-updates.service
 
@@ -64,7 +64,7 @@ mkdir -p "${record%/*}"
     fi | LC_ALL=C sort
     echo "container:$CONTAINER_REFERENCE=$id"
 } >"$record"
-# What must not be left of this machine; the raw disk is searched for it.
+# The identity of this machine; the raw disk is searched for it.
 grep -hs . /etc/machine-id /etc/ssh/ssh_host_*.pub /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys \
     >"${record%/*}/identity.txt" || true
 echo "20-container: $CONTAINER_REFERENCE is $id"

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Take out what belongs to the machine that baked: keys, identity, state, logs, caches. Then prove it, and
-# overwrite what was deleted: an image is a copy of the disk, free blocks and all.
+# Delete everything that belongs to the building machine: keys, identity, state, logs, caches. Then check that it is
+# deleted, and overwrite the free space: an image is a copy of the disk, including free blocks.
 # Run by Packer as root, last. CLEAN_ROOT is for tests: every path below is relative to it.
 #
-# Packer's connection survives: sshd reads keys only when somebody logs in.
+# Packer's connection stays open: sshd reads keys only at a login.
 # The AppArmor cache stays on purpose: without it the first boot compiles every profile.
 set -eu
 
@@ -20,7 +20,7 @@ homes() {
     done <etc/passwd | sort -u
 }
 
-# Both cleaning and its proof use these lists; what a pattern does not match is not there.
+# Cleaning and its check use the same lists.
 identity() {
     printf '%s\n' etc/ssh/ssh_host_* var/lib/dbus/machine-id \
         var/lib/systemd/random-seed boot/efi/loader/random-seed var/lib/systemd/credential.secret \
@@ -53,15 +53,15 @@ remove() {
     done
 }
 
-# Not through a link: what it leads to has other uses.
+# Do not follow a link, whose target has other uses.
 shred_files() {
     while read -r path; do
         if [ -f "$path" ] && [ ! -L "$path" ]; then quietly shred -n 0 -z "$path"; fi
     done
 }
 
-# Names of deleted files stay in ext4's log until as much has been written to it. A file's data goes there too
-# when the file asks for that, but not with delayed allocation.
+# Names of deleted files stay in ext4's journal until it has been overwritten. Data goes to the journal too if a file
+# has that attribute, but not with delayed allocation.
 overwrite_log() {
     size=$(debugfs -R 'stat <8>' "$2" 2>/dev/null | sed -n 's/^User: .* Size: \([0-9]*\)$/\1/p')
     [ "${size:-0}" -gt 0 ] && mount -o remount,nodelalloc "$1" && : >"$zeros" && chattr +j "$zeros" &&
@@ -69,11 +69,11 @@ overwrite_log() {
         mount -o remount,delalloc "$1"
 }
 
-# Large direct writes, then small ones for the rest. The disk is full for a moment only, in the end. Blocks that
-# are promised to what programs have written lately are not given to anybody, and may be free again later: so all
-# is brought to the disk before, and the rest is taken twice.
+# Large direct writes, then small ones for the rest; the disk is full only for a moment at the end. Blocks that are
+# reserved for recently written data cannot be used and may be free later: so all data is written to disk first, and
+# the rest is filled twice.
 overwrite_free() {
-    # Blocks that ext4 keeps back from everybody, until it is mounted again.
+    # Blocks that ext4 reserves until it is mounted again.
     for reserve in sys/fs/ext4/*/reserved_clusters; do
         [ ! -e "$reserve" ] || echo 0 >"$reserve"
     done
@@ -86,11 +86,11 @@ overwrite_free() {
     rm -f "$zeros"
     case $last in
         *'No space left'*) ;;
-        *) echo "90-clean: the free space of $1 can't be overwritten: $last" >&2 && return 1 ;;
+        *) echo "90-clean: the free space of $1 could not be overwritten: $last" >&2 && return 1 ;;
     esac
 }
 
-# The file systems that are mounted here and below. A folder that is no mount point, as in tests, has none.
+# Print the file systems that are mounted here and below; none for a folder that is no mount point, as in tests.
 overwrite() {
     findmnt --submounts --raw --noheadings --output TARGET,SOURCE,FSTYPE "$PWD" | while read -r target source type; do
         case $type in
@@ -102,19 +102,19 @@ overwrite() {
         trap 'exit 1' HUP INT TERM
         case $type in
             ext[34]) overwrite_log "$target" "$source" ||
-                echo "90-clean: the log of $source can't be overwritten: it may name files that were deleted" >&2 ;;
+                echo "90-clean: the journal of $source could not be overwritten, and may contain names of deleted files" >&2 ;;
         esac
         rm -f "$zeros"
         overwrite_free "$target"
     done
 }
 
-# Stopping it writes a seed, as a shutdown would after the cleaning.
+# Its stop writes a seed, which a shutdown would otherwise write after the cleaning.
 quietly systemctl stop systemd-random-seed.service
-# Makes journald close its files on disk, so that their space is free.
+# journald closes its files on disk, so that their space becomes free.
 quietly journalctl --relinquish-var
 
-# In place, for file systems whose free space can't all be overwritten later.
+# Overwrite in place, for file systems whose free space cannot all be overwritten later.
 { identity && echo etc/machine-id; } | shred_files
 identity | remove
 state | remove
@@ -124,8 +124,8 @@ rm -rf var/log/journal/*
 # A program may still have its log open.
 find var/log -type f -exec truncate -s 0 {} +
 find var/log -type f -delete
-# Empty, not "uninitialized": the next boot makes a new one without the rest of systemd's first boot,
-# which would set every unit to the distribution's preset.
+# Empty, not "uninitialized": then the next boot makes a new id, but does not apply the distribution's presets to all
+# units.
 : >etc/machine-id
 
 left=$(
@@ -137,14 +137,14 @@ left=$(
     find var/lib/docker/containers -mindepth 1 -maxdepth 1 2>/dev/null || true
 )
 if [ -n "$left" ]; then
-    echo "90-clean: these must not be in the image:" >&2
+    echo "90-clean: the image must not contain these files:" >&2
     echo "$left" >&2
     exit 1
 fi
 
 if [ -d var/lib/dbus ]; then ln -s /etc/machine-id var/lib/dbus/machine-id; fi
-# A trim alone spares blocks that share a cluster of the disk with used ones, and EBS has none.
+# A trim is not enough: it skips blocks that share a cluster of the disk with used ones, and EBS has no trim.
 overwrite
 quietly fstrim --all --quiet-unsupported
 sync
-echo "90-clean: nothing of this machine is left"
+echo "90-clean: no files of this machine are left"

@@ -6,7 +6,7 @@ set -eu
 ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 systemctl -q enable systemd-networkd.service
 
-# Of no use in a cloud's machine, and each costs a boot a moment. An owner gets one back by `systemctl unmask`.
+# Units that a cloud instance does not need, and that delay the boot. `systemctl unmask` enables one again.
 systemctl -q mask \
     modprobe@configfs.service modprobe@dm_mod.service modprobe@drm.service modprobe@efi_pstore.service \
     modprobe@fuse.service modprobe@loop.service systemd-pstore.service systemd-udev-load-credentials.service \
@@ -19,16 +19,16 @@ for name in ssh gpt-auto hibernate-resume tpm2; do
     ln -s /dev/null "/etc/systemd/system-generators/systemd-$name-generator"
 done
 
-# AppArmor's own profiles are for a hundred desktop programs or only name what they allow, and compiling them was
-# the longest part of a boot. Docker loads its own; so do packages that are installed later.
+# AppArmor's own profiles are for about a hundred desktop programs, and compiling them was the longest part of a boot.
+# Docker loads its own profile, and so do packages that are installed later.
 for profile in /etc/apparmor.d/*; do
     [ ! -f "$profile" ] || ln -s "$profile" /etc/apparmor.d/disable/
 done
 
-# Docker uses the shim of version 2 alone, and not containerd's own client: 20 MB and more.
+# Docker uses only the shim of version 2, and not containerd's client: this saves more than 20 MB.
 rm -f /usr/bin/containerd-shim /usr/bin/containerd-shim-runc-v1 /usr/bin/ctr
 
-# Made anew on every machine.
+# Each machine makes its own.
 rm -f /etc/ssh/ssh_host_* /var/lib/systemd/random-seed /var/lib/dbus/machine-id
 : >/etc/machine-id
 rm -rf /var/log/*.log /var/log/apt/*

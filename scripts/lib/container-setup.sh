@@ -14,10 +14,10 @@ pip="$(echo /usr/share/python-wheels/pip-*.whl)/pip"
 /opt/dask/bin/python "$pip" --isolated -q --no-cache-dir install --no-index --no-deps \
     --require-hashes --no-compile --find-links /tmp/wheels -r /tmp/wheels/requirements.txt
 dpkg --purge python3-pip-whl >/dev/null
-# A sixth of the packages' size, and not used by what runs.
+# Unused at run time, and a sixth of the packages' size.
 find /opt/dask/lib -type d -name tests -prune -exec rm -rf {} +
 
-# .pyc files carry their source's time, so that comes first. Nobody can write them later: the user is not root.
+# .pyc files contain their source's time, so set it first. Python cannot write them later: the user is not root.
 find /opt/dask -exec touch -h -d "@$epoch" {} +
 python3 -m compileall -q -j 0 /opt/dask/lib
 # Debian compiles what it installs, apart from ...

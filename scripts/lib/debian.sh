@@ -25,7 +25,7 @@ clean_up() {
     rm -rf --one-file-system "$work"
 }
 
-# run COMMAND...: in a process group of its own, so that a signal to this script ends all of it at once.
+# run COMMAND...: run it in its own process group, so that a signal to this script ends all of it at once.
 run() {
     local status=0
     set -m
@@ -37,7 +37,7 @@ run() {
     return "$status"
 }
 
-# stop STATUS: what a signal leads to.
+# stop STATUS: end the process group and this script; called by the trap of a signal.
 stop() {
     trap '' HUP INT TERM
     if [ -n "$child" ]; then
@@ -47,7 +47,7 @@ stop() {
     exit "$1"
 }
 
-# as_root COMMAND...: as the owner of the files that bootstrap made; for others than root in a user namespace.
+# as_root COMMAND...: run it as the owner of the files that bootstrap made, in a user namespace unless this is root.
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
@@ -56,8 +56,8 @@ as_root() {
     fi
 }
 
-# A private folder for everything unfinished, removed on every way out. Not under $HOME, whose permissions
-# would keep mmdebstrap's user namespace out.
+# A private folder for unfinished files, removed at every exit. Not under $HOME, which mmdebstrap's user namespace may
+# not be able to read.
 make_work() {
     trap clean_up EXIT
     trap 'stop 129' HUP
@@ -80,7 +80,7 @@ sources() {
         "$1" /dev/null ${2:+"$2"} >"$work/sources.log" 2>&1 || true
     if [ ! -s "$work/sources.list" ]; then
         cat "$work/sources.log" >&2
-        fail "mmdebstrap knows no package source for $1; name one with --mirror URL"
+        fail "mmdebstrap has no package source for $1; give one with --mirror URL"
     fi
     cat "$work/sources.list"
 }
@@ -90,13 +90,13 @@ resolve() {
     local suite="$1" mirror="$2" lines root
     shift 2
     lines="$(sources "$suite" "$mirror")"
-    # The lists and the answers are kept: for an unchanged archive this costs three small requests.
+    # The package lists and the result are cached: for an unchanged archive this takes three small requests.
     root="$cache/apt/$(printf '%s' "$lines" | sha256sum | cut -c 1-16)"
     mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} \
         "$root"/var/{lib/apt/lists/partial,cache/apt/archives/partial,lib/dpkg}
     (
         flock 9
-        # Never written again: a newer file would make apt read all of its lists anew.
+        # Written only once: with a newer file apt would read all of its lists again.
         [ -e "$root/var/lib/dpkg/status" ] || : >"$root/var/lib/dpkg/status"
         printf '%s\n' "$lines" >"$root/etc/apt/sources.list"
         cat >"$root/apt.conf" <<EOF
@@ -110,9 +110,9 @@ APT::Sandbox::User "root";
 Acquire::Languages "none";
 EOF
         export APT_CONFIG="$root/apt.conf"
-        # Its caches only matter where something has changed: then the next call makes them.
+        # Its caches only help after a change, and then the next call makes them.
         apt-get -qq --error-on=any -o pkgCacheFile::Generate=false update >"$work/resolve.log" 2>&1 || exit
-        # With the same lists, which these name by their hashes, the same packages get the same answer.
+        # With the same lists, identified by these hashes, the same packages resolve to the same versions.
         known="$root/resolved/$({
             cat "$root"/var/lib/apt/lists/*Release
             stat -c '%n %s %Y' "$root"/var/lib/apt/lists/*_*
@@ -126,9 +126,9 @@ EOF
         cp "$work/resolved" "$work/known" && mv "$work/known" "$known"
     ) 9>"$root/lock" || {
         tail -n 20 "$work/resolve.log" >&2
-        fail "apt can't resolve the packages for $suite"
+        fail "apt could not resolve the packages for $suite"
     }
-    # Lines like: 'URL' NAME_VERSION_ARCHITECTURE.deb SIZE HASH. --simulate would take ten times as long.
+    # Lines: 'URL' NAME_VERSION_ARCHITECTURE.deb SIZE HASH. --simulate would take ten times as long.
     sed -n 's/^[^ ]* \([^_ ]*\)_\([^_ ]*\)_[^_ ]*\.deb .*/\1=\2/p' "$work/resolved" | sed 's/%3a/:/' | LC_ALL=C sort
 }
 
@@ -154,7 +154,7 @@ bootstrap() {
         --customize-hook="sync-out /var/cache/apt/archives '$work/debs'" \
         "$@" "$suite" "$work/root" ${mirror:+"$mirror"} ||
         fail "mmdebstrap could not install $suite"
-    # One rename a file: a build beside this one sees whole files only.
+    # Rename each file, so that a parallel build sees complete files only.
     mkdir "$debs/new.$$"
     cp -p "$work"/debs/*.deb "$debs/new.$$"
     touch "$debs/new.$$"/*.deb

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# Sets up what the scripts beside this folder need: system packages and the virtual environment. Where all is
-# there, that takes a few milliseconds: one look for each program, and one cmp of the lock with what is installed.
-# Stays within macOS's bash 3.2, so that it can say what is missing there too.
+# Installs what the scripts need: system packages and the virtual environment. If nothing is missing, this takes a few
+# milliseconds: a search for each program, and a comparison of the lock file with the installed one.
+# It uses only features of bash 3.2, so that it can report what is missing on macOS too.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 venv="$root/.venv"
 tools="$root/.cache/tools"
-# Where programs of the system administrator are, which other users' PATH leaves out.
+# Folders of the administrator's programs, which are not on other users' PATH.
 PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin"
 work=
 
-# set_up run|test: make sure that everything for that is there, and say what is done for it.
+# set_up run|test: install what is missing for that, and print what is installed.
 set_up() {
     local lock="$root/scripts/requirements.txt"
     [ "$1" = run ] || lock="$root/tests/requirements.txt"
@@ -40,7 +40,7 @@ set_up() {
 
 say() { printf '==> %s\n' "$*" >&2; }
 
-# stop: print what stdin holds and end with the status for a missing tool.
+# stop: print stdin and exit with the status for a missing tool.
 stop() {
     printf '%s: error: ' "${0##*/}" >&2
     cat >&2
@@ -49,7 +49,7 @@ stop() {
 
 clean_up() { [ -z "$work" ] || rm -rf "$work"; }
 
-# quietly COMMAND...: run it with its output in $work/log, which the caller shows when it fails.
+# quietly COMMAND...: run it with its output in $work/log, which the caller prints if it fails.
 quietly() { "$@" </dev/null >"$work/log" 2>&1 9<&-; }
 
 # look_for_programs run|test: fill `missing`, `packages` and `unpacked`.
@@ -79,7 +79,7 @@ lacks() {
     esac
 }
 
-# look_for_python: set `python` to an interpreter that is no virtual environment's; what it lacks is `missing`.
+# look_for_python: set `python` to an interpreter outside virtual environments, and add what it lacks to `missing`.
 look_for_python() {
     local each version
     python=
@@ -107,15 +107,15 @@ EOF
     fi
 }
 
-# install_packages: install `packages` and unpack `unpacked`; stops, with nothing changed, where one doesn't exist.
+# install_packages: install `packages` and unpack `unpacked`; if one does not exist, stop without a change.
 install_packages() {
     local absent apt as_root=() refreshed=false
-    # Not even APT's caches are to change before it is sure that this can succeed.
+    # Do not even change APT's caches before it is certain that this can succeed.
     apt=(-o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
     command -v apt-get >/dev/null || no_package ${packages[@]+"${packages[@]}"} ${unpacked[@]+"${unpacked[@]}"}
     absent="$(without_candidate)"
     if [ -n "$absent" ]; then
-        # The lists may be missing or old. New ones stay out of the system, which is not to change if this fails.
+        # The package lists may be missing or old. New ones are kept outside the system, which must not change on failure.
         refresh_lists
         absent="$(without_candidate)"
         # shellcheck disable=SC2086 # one package a word
@@ -129,7 +129,7 @@ As root: apt-get install --no-install-recommends ${packages[*]}
 EOF
         say "installing system packages: ${packages[*]}"
         install || {
-            # What the lists name may have been replaced since.
+            # Packages of the lists may have been replaced since.
             ! $refreshed && refresh_lists && install
         } || apt_failed
     fi
@@ -148,7 +148,7 @@ install() {
 unpack() {
     local file
     mkdir -p "$tools" "$work/debs"
-    # APT downloads as its own user where it can.
+    # APT downloads as its own user if it can.
     chmod 755 "$work" && chmod 777 "$work/debs"
     (cd "$work/debs" && quietly apt-get "${apt[@]}" -q download "${unpacked[@]}") || return
     for file in "$work"/debs/*.deb; do
@@ -156,10 +156,10 @@ unpack() {
     done
 }
 
-# refresh_lists: fetch APT's lists into a folder of our own and set `apt` to use them.
+# refresh_lists: fetch APT's lists into a separate folder, and set `apt` to use them.
 refresh_lists() {
     local lists="$work/lists"
-    say "fetching the lists of packages"
+    say "downloading the package lists"
     mkdir -p "$lists"
     chmod 755 "$work"
     refreshed=true
@@ -167,7 +167,7 @@ refresh_lists() {
     quietly apt-get "${apt[@]}" -q update || apt_failed 'Nothing has been changed.'
 }
 
-# without_candidate: print those of `packages` and `unpacked` that APT knows no version of.
+# without_candidate: print the `packages` and `unpacked` for which APT has no version.
 without_candidate() {
     local each known
     known=" $(LC_ALL=C apt-cache "${apt[@]}" policy \
@@ -181,25 +181,25 @@ without_candidate() {
     done
 }
 
-# no_package PACKAGE...: stop, naming what to install by hand.
+# no_package PACKAGE...: stop with a list of what to install by hand.
 no_package() {
     local each name=this
     # shellcheck source=/dev/null
     [ ! -e /etc/os-release ] || name="$(. /etc/os-release && echo "${PRETTY_NAME:-this}")"
     [ "$(uname)" != Darwin ] || name=macOS
     stop < <(
-        echo "programs are missing of which $name has no package. Nothing has been changed."
+        echo "some programs are missing, and $name has no package for them. Nothing has been changed."
         for each; do
             if [ "$each" = packer ]; then
                 echo "  Packer: install HashiCorp's official package, version 1.7 or newer:"
                 echo "    developer.hashicorp.com/packer/install"
                 echo "    ($(official_packer))"
             else
-                echo "  $each (so named in Debian)"
+                echo "  $each (its name in Debian)"
             fi
         done
         command -v apt-get >/dev/null ||
-            echo "Everything but Packer comes with Debian and Ubuntu: a virtual machine with one of them will do."
+            echo "Debian and Ubuntu have packages for everything but Packer; you can also use a virtual machine with one of them."
         echo "Then run this again. See the section \"Install\" of README.md."
     )
 }
@@ -216,18 +216,18 @@ official_packer() {
     fi
 }
 
-# apt_failed [REMARK]: show what APT said.
+# apt_failed [REMARK]: print APT's output and stop.
 apt_failed() {
     stop < <(
         echo "APT failed. ${1:-}"
         tail -n 15 "$work/log" | sed 's/^/  | /'
-        echo "Is this machine offline, or behind a proxy that APT (/etc/apt/apt.conf.d) doesn't know?"
+        echo "Check that this machine is online, and that APT's proxy is set (/etc/apt/apt.conf.d)."
         [ ${#packages[@]} -eq 0 ] ||
             echo "By hand: apt-get install --no-install-recommends ${packages[*]}"
     )
 }
 
-# venv_is_ready run|test LOCK: whether the virtual environment is whole, of this folder, and holds what LOCK pins.
+# venv_is_ready run|test LOCK: whether the virtual environment is complete, of this folder, and as in LOCK.
 venv_is_ready() {
     local home=
     [ -x "$venv/bin/python" ] && [ ! -e "$venv/.unfinished" ] || return
@@ -235,7 +235,7 @@ venv_is_ready() {
     [ "$home" = "$root" ] && cmp -s "$2" "$venv/.$1.lock"
 }
 
-# fill_venv run|test LOCK: install what LOCK pins, into a new environment if there is no whole one.
+# fill_venv run|test LOCK: install the packages of LOCK, into a new environment if there is no complete one.
 fill_venv() {
     local home="$root" packages_dir
     [ ! -e "$venv/.home" ] || read -r home <"$venv/.home"
@@ -250,16 +250,16 @@ fill_venv() {
     : >"$venv/.unfinished"
     rm -f "$venv"/.run.lock "$venv"/.test.lock
     say "installing Python packages ($(grep -c '^[a-z].*==' "$2"), pinned by ${2#"$root/"})"
-    # Python compiles what it imports, which is a small part of all this.
+    # Do not compile: Python compiles what it imports, which is a small part.
     quietly "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-input --no-compile \
         --only-binary :all: --require-hashes -r "$2" || python_failed
-    # The program runs from this folder; nothing of it is copied.
+    # The program runs from this folder, so nothing is copied.
     packages_dir="$("$venv/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     printf '%s\n' "$root" >"$packages_dir/ami-builder.pth"
     ln -sfn ../../scripts/ami-builder "$venv/bin/ami-builder"
     printf '%s\n' "$root" >"$venv/.home"
     cp "$2" "$venv/.$1.lock"
-    # The tests' lock holds all of the other one.
+    # The tests' lock file includes the other one.
     [ "$1" = run ] || cp "$root/scripts/requirements.txt" "$venv/.run.lock"
     rm "$venv/.unfinished"
 }
@@ -268,7 +268,7 @@ python_failed() {
     stop < <(
         echo "the virtual environment could not be made."
         tail -n 15 "$work/log" | sed 's/^/  | /'
-        echo "Is this machine offline, or behind a proxy? pip honours https_proxy, and PIP_INDEX_URL for a mirror."
-        echo "Run this again: it starts from where it is whole."
+        echo "Check that this machine is online. pip uses https_proxy, and PIP_INDEX_URL for a mirror."
+        echo "Then run this again: it continues with what is complete."
     )
 }

@@ -172,7 +172,7 @@ def test_free_space_that_cannot_be_overwritten_stops_the_bake(mounted: Path, pro
     fake(programs, "dd", f'[ "$3" != bs=4k ] || {{ : >"{zeros}"; echo broken >&2; exit 1; }}')
     done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
     assert done.returncode == 1
-    assert "can't be overwritten: broken" in done.stderr
+    assert "could not be overwritten: broken" in done.stderr
     assert not zeros.exists()
 
 
@@ -181,7 +181,7 @@ def test_a_log_that_cannot_be_overwritten_is_told(mounted: Path, programs: Path,
     fake(programs, broken, "exit 1")
     done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
     assert done.returncode == 0
-    assert "the log of /dev/vda1 can't be overwritten" in done.stderr
+    assert "the journal of /dev/vda1 could not be overwritten" in done.stderr
     assert len(calls(programs, "dd")) == 3
 
 
@@ -280,7 +280,7 @@ def test_a_base_keeps_its_own_settings_for_docker(tmp_path: Path, programs: Path
     done = _guest(tmp_path, programs, arcname)
     assert done.returncode == 0, done.stderr
     assert own.read_text() == '{"data-root": "/data/docker"}\n'
-    assert "/etc/docker/daemon.json stays: container.network has no effect" in done.stdout
+    assert "/etc/docker/daemon.json, so container.network has no effect" in done.stdout
     assert (tmp_path / "machine/etc/dask/compose.yaml").read_text() == "ours", "all the rest is ours"
 
 
@@ -301,7 +301,7 @@ def test_compose_that_is_no_program_is_none(tmp_path: Path, programs: Path) -> N
     plugin.chmod(0o644)
     done = _guest(tmp_path, programs)
     assert done.returncode == 1
-    assert "have no Compose 2" in done.stderr
+    assert "no package of Compose 2" in done.stderr
     assert calls(programs, "docker") == ["compose version"]
 
 
@@ -330,7 +330,7 @@ def test_a_foreign_base_gets_docker_and_compose_2(
     installs = [call for call in calls(programs, "apt-get") if " install " in call]
     if installed is None:
         assert installs == []
-        assert "have no Compose 2" in done.stderr
+        assert "no package of Compose 2" in done.stderr
     else:
         assert installs[0].endswith(f"install --no-install-recommends {installed}")
 
@@ -412,7 +412,7 @@ def test_a_failed_pull_is_tried_again_and_leaves_no_setting(docker: Path, tmp_pa
     done = _container(docker, tmp_path, INSECURE_REGISTRY="10.0.2.2:5000")
     assert done.returncode == 1
     assert len(calls(docker, "docker")) == 4
-    assert "a/b:1 can't be pulled" in done.stderr
+    assert "a/b:1 could not be pulled" in done.stderr
     assert not (tmp_path / "docker/daemon.json").exists()
 
 

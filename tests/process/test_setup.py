@@ -188,9 +188,9 @@ def test_without_apt_it_stops_and_names_the_official_package(checkout: Checkout)
     checkout.environ["OLD_PYTHON"] = "yes"
     status, _, err = checkout.run("build")
     assert status == 3
-    assert "of which macOS has no package. Nothing has been changed." in err
+    assert "macOS has no package for them. Nothing has been changed." in err
     assert "brew install hashicorp/tap/packer" in err
-    assert "  python3 (so named in Debian)\n" in err
+    assert "  python3 (its name in Debian)\n" in err
     assert not checkout.venv.exists()
 
 
@@ -227,7 +227,7 @@ def test_stale_lists_are_fetched_anew_once_and_then_apt_is_quoted(checkout: Chec
     status, _, err = checkout.run()
     assert status == 3
     assert "| E: Unable to fetch some archives" in err
-    assert "behind a proxy" in err
+    assert "proxy is set" in err
     kinds = [
         re.findall(r"install|update", line.replace("no-install", ""))[0] for line in checkout.calls("apt-get")
     ]
@@ -239,7 +239,7 @@ def test_an_interrupted_set_up_heals(checkout: Checkout) -> None:
     status, _, err = checkout.run()
     assert status == 3
     assert "| pip: the network is down" in err
-    assert "Is this machine offline" in err
+    assert "Check that this machine is online" in err
     (checkout.venv / "lib/half").touch()
     del checkout.environ["OFFLINE"]
     status, _, err = checkout.run()
