@@ -42,21 +42,12 @@ _PANELS = {
 """The groups of commands in the help, in this order."""
 
 
-def _arrange() -> None:
-    position = {
-        name: (panel, number) for panel, names in _PANELS.items() for number, name in enumerate(names)
-    }
-    panels = list(_PANELS)
-    for command in app.registered_commands:
-        assert command.callback is not None
-        command.name = command.name or command.callback.__name__
-        command.rich_help_panel = position[command.name][0]
-    app.registered_commands.sort(
-        key=lambda c: (panels.index(position[str(c.name)][0]), position[str(c.name)][1])
-    )
-
-
-_arrange()
+_panel_of = {name: panel for panel, names in _PANELS.items() for name in names}
+for _command in app.registered_commands:
+    assert _command.callback is not None
+    _command.name = _command.name or _command.callback.__name__
+    _command.rich_help_panel = _panel_of[_command.name]
+app.registered_commands.sort(key=lambda command: list(_panel_of).index(str(command.name)))
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
@@ -82,10 +73,9 @@ def run(arguments: Sequence[str]) -> int:
         return leaving.exit_code
     except typer.TyperException as wrong:
         # No message means no command was given, and the help has been printed instead.
-        if not wrong.format_message():
+        if not (message := wrong.format_message().replace("Value error, ", "")):
             return UsageError.exit_code
-        hint = "run `ami-builder --help` to see the commands and their flags"
-        return _fail(UsageError(wrong.format_message(), hint=hint))
+        return _fail(UsageError(message, hint="run `ami-builder --help` to see the commands and their flags"))
     except BrokenPipeError:
         # The reader of our output has closed the pipe, as in `ami-builder list | head -1`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import (
-    JsonFlag,
-    app,
-    failures,
-    load_config,
-    mode,
-    parse_choice,
-    plain,
-)
+from ami_builder.aws.policy import LONGEST, Section, document
+from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
 
@@ -128,12 +121,7 @@ def _destinations(words: Sequence[str], aws: AwsSettings) -> tuple[Destination, 
 
 @app.command("iam-policy")
 def iam_policy(
-    section: Annotated[
-        str,
-        typer.Argument(
-            metavar="[all|check|build|verify|copy|promote|prune|lifecycle]", help="What the policy allows."
-        ),
-    ] = "all",
+    section: Annotated[Section, typer.Argument(help="What the policy allows.")] = Section.ALL,
     image: Annotated[
         str | None,
         typer.Option(
@@ -142,9 +130,7 @@ def iam_policy(
     ] = None,
 ) -> None:
     """Print the least-privilege IAM policy for work in an AWS account."""
-    from ami_builder.aws.policy import LONGEST, Section, document
-
-    policy = document(parse_choice("iam-policy", section, Section), load_config().select(image).aws)
+    policy = document(section, load_config().select(image).aws)
     console.result(json.dumps(policy, indent=2))
     if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
         console.note(

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import (
-    JsonFlag,
-    TargetFlag,
-    app,
-    failures,
-    load_config,
-    mode,
-    plain,
-)
-from ami_builder.cli.targets import find_image, open_target, parse_target
+from ami_builder.cli.options import JsonFlag, TargetFlag, app, failures, load_config, mode, plain
+from ami_builder.cli.targets import find_image, open_target
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,7 +47,7 @@ RegionFlag = Annotated[
 def promote(
     image: ImageWord,
     channel: ChannelArgument,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     region: RegionFlag = None,
     reason: ReasonFlag = "",
     as_json: JsonFlag = False,
@@ -77,7 +70,7 @@ def promote(
 def rollback(
     channel: ChannelArgument,
     image: NamedFlag = None,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     region: RegionFlag = None,
     reason: ReasonFlag = "",
     as_json: JsonFlag = False,
@@ -93,7 +86,7 @@ def rollback(
     def move(targets: Sequence[Target], progress: Progress) -> Moves:
         return promotion.rollback(targets, chosen, channel, reason, progress)
 
-    home = open_target(chosen, parse_target(target))
+    home = open_target(chosen, target)
     _everywhere(chosen, home, region or (), move, as_json=as_json)
 
 
@@ -103,7 +96,7 @@ def revoke(
     reason: Annotated[
         str, typer.Option("--reason", help="Why; printed when someone tries to use the image.")
     ],
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove an image from every channel, with all its copies, and block it from being promoted again."""
@@ -121,7 +114,7 @@ def revoke(
 def history(
     channel: ChannelArgument,
     image: NamedFlag = None,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     region: RegionFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -133,7 +126,7 @@ def history(
     from ami_builder.build.target import require_all
 
     chosen = load_config().select(image)
-    home = open_target(chosen, parse_target(target))
+    home = open_target(chosen, target)
     with console.open_progress(console.Mode.QUIET) as progress:
         targets = promotion.chosen((home, *home.copies(chosen)), region or ())
         found = promotion.history(targets, chosen, channel, progress)

@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import (
-    JsonFlag,
-    TargetFlag,
-    app,
-    load_config,
-    mode,
-    open_workspace,
-    plain,
-)
-from ami_builder.cli.targets import opener, parse_target
+from ami_builder.cli.options import JsonFlag, TargetFlag, app, load_config, mode, open_workspace, plain
+from ami_builder.cli.targets import opener
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from ami_builder.core.cleanup import Decision
@@ -25,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def prune(
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     apply: Annotated[bool, typer.Option("--apply", help="Carry out the plan.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -35,15 +28,13 @@ def prune(
     and snapshots whose AMI no longer exists.
     """
     from ami_builder.build.cleanup import clean_up
-    from ami_builder.core.records import TargetKind
 
-    kind = parse_target(target)
     with console.open_progress(mode()) as progress:
-        decisions = clean_up(load_config().images, opener(kind), progress, apply=apply)
+        decisions = clean_up(load_config().images, opener(target), progress, apply=apply)
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    _print(decisions, apply, "" if kind is TargetKind.QEMU else f" --target {kind}")
+    _print(decisions, apply, "" if target is TargetKind.QEMU else f" --target {target}")
 
 
 def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import JsonFlag, app, mode, parse_seconds, plain
-from ami_builder.core.errors import ChecksFailed, TimedOut
+from ami_builder.cli.options import JsonFlag, app, mode, plain
+from ami_builder.core.errors import ChecksFailed, TimedOut, UsageError
+from ami_builder.core.units import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,10 @@ def doctor(
     from ami_builder.doctor.client import read_cluster
     from ami_builder.doctor.rules import Health, diagnose, summary
 
-    seconds = parse_seconds("--timeout", timeout)
+    try:
+        seconds = parse_duration(timeout)
+    except ValueError as invalid:
+        raise UsageError(f"--timeout {timeout}: {invalid}") from invalid
     with console.open_progress(mode()) as progress, progress.step("ask the workers", address) as step:
         workers = read_cluster(address, seconds)
         step.done(f"{sum(not worker.silent for worker in workers)} of {len(workers)} answered")

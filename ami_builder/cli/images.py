@@ -21,8 +21,10 @@ from ami_builder.cli.options import (
     plain,
     shared,
 )
-from ami_builder.cli.targets import find_image, open_target, parse_target
-from ami_builder.core.errors import Interrupted, UsageError
+from ami_builder.cli.targets import find_image, open_target
+from ami_builder.core.errors import Interrupted
+from ami_builder.core.options import Datasource
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from ami_builder.state.workspace import StoredImage
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 @app.command()
 def build(
     image: ImageArgument = None,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     verify: Annotated[bool, typer.Option(help="Boot the baked image and run the checks.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Bake again even if nothing changed.")] = False,
     refresh: Annotated[
@@ -51,9 +53,8 @@ def build(
     from ami_builder.build.build import build as build_image
     from ami_builder.verify.executor import open_executor
 
-    kind = parse_target(target)
     chosen = load_config().select(image)
-    home = open_target(chosen, kind, public=public, dask_scheduler=dask_scheduler)
+    home = open_target(chosen, target, public=public, dask_scheduler=dask_scheduler)
     if dask_scheduler is not None and verify:
         # Report a broken cluster before baking, not after.
         with open_executor(dask_scheduler, 1):
@@ -77,7 +78,7 @@ def verify(
             metavar="[IMAGE|PATH|AMI]", help="Name of a finished image, path of a disk image, or AMI id."
         ),
     ] = None,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     memory: Annotated[
         list[str] | None,
         typer.Option("--memory", metavar="SIZE", help="Memory of the VM, e.g. 2GiB; repeatable."),
@@ -93,7 +94,7 @@ def verify(
         ),
     ] = None,
     datasource: Annotated[
-        str | None, typer.Option("--datasource", help="How the VM gets its user data: ec2 or nocloud.")
+        Datasource | None, typer.Option("--datasource", help="How the VM gets its user data.")
     ] = None,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
@@ -138,7 +139,9 @@ def run_image(
     ] = None,
     user_data: Annotated[
         Path | None,
-        typer.Option("--user-data", help="User-data file to boot with, as a control plane would send it."),
+        typer.Option(
+            exists=True, dir_okay=False, help="User-data file to boot with, as a control plane would send it."
+        ),
     ] = None,
 ) -> None:
     """Boot an image in a local VM, as EC2 would, until Ctrl-C. Its disk changes are discarded."""
@@ -146,9 +149,7 @@ def run_image(
 
     if memory:
         shared.overrides["verify.memory"] = memory
-    if user_data is not None and not user_data.is_file():
-        raise UsageError(f"--user-data {user_data}: no such file")
-    chosen, stored, _ = find_image(image, "qemu")
+    chosen, stored, _ = find_image(image, TargetKind.QEMU)
     is_up = False
 
     def ready(launched: Launched) -> None:

@@ -19,9 +19,9 @@ from ami_builder.cli.options import (
     open_workspace,
     plain,
 )
-from ami_builder.cli.targets import channels_on_host, choose, parse_target, preflight
+from ami_builder.cli.targets import channels_on_host, choose, preflight
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Outcome
+from ami_builder.core.records import Outcome, State, TargetKind
 
 if TYPE_CHECKING:
     from ami_builder.core.diff import Difference, QuantityChange
@@ -54,13 +54,12 @@ def render(
 
 
 @app.command()
-def check(image: ImageArgument = None, target: TargetFlag = "qemu", as_json: JsonFlag = False) -> None:
+def check(
+    image: ImageArgument = None, target: TargetFlag = TargetKind.QEMU, as_json: JsonFlag = False
+) -> None:
     """Check what a build needs: configuration, tools, accelerator or account, memory, disk space."""
-    from ami_builder.core.records import State
-
-    kind = parse_target(target)
     config = load_config()
-    findings = tuple(preflight(config.select(image), kind))
+    findings = tuple(preflight(config.select(image), target))
     stopping = [f for f in findings if f.state is State.STOPS]
     if as_json:
         console.result_json({"ready": not stopping, "findings": plain(findings)})

@@ -19,7 +19,8 @@ from ami_builder.cli.options import (
     open_workspace,
     plain,
 )
-from ami_builder.cli.targets import open_target, opener, parse_target
+from ami_builder.cli.targets import open_target, opener
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ def nightly(
         list[str] | None,
         typer.Argument(metavar="IMAGE", help="Names of images in ami-builder.toml.  [default: all]"),
     ] = None,
-    target: TargetFlag = "qemu",
+    target: TargetFlag = TargetKind.QEMU,
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
@@ -78,18 +79,20 @@ def worst(codes: Sequence[int]) -> int:
     return min(codes, key=lambda code: milder.get(code, 0))
 
 
-def _run(images: Sequence[str], target: str, prune: bool, dask_scheduler: str | None) -> Sequence[Ended]:
+def _run(
+    images: Sequence[str], target: TargetKind, prune: bool, dask_scheduler: str | None
+) -> Sequence[Ended]:
     from ami_builder.nightly.run import nightly as go
 
-    config, kind = load_config(), parse_target(target)
+    config = load_config()
     chosen = [config.select(name) for name in dict.fromkeys(images or config.names)]
-    subjects = [(one, open_target(one, kind, dask_scheduler=dask_scheduler)) for one in chosen]
+    subjects = [(one, open_target(one, target, dask_scheduler=dask_scheduler)) for one in chosen]
     with console.open_progress(mode()) as progress:
         return go(
             subjects,
             open_workspace(),
             progress,
-            prune=partial(_prune, config.images, opener(kind)) if prune else None,
+            prune=partial(_prune, config.images, opener(target)) if prune else None,
             notify=_notify,
         )
 

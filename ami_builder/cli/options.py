@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ami_builder import __version__, console
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +27,6 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Print the configuration and its schema.", no_args_is_help=True)
 app.add_typer(config_app, name="config", rich_help_panel="Inspect")
-
-
-E = TypeVar("E", bound=StrEnum)
 
 
 class _Shared:
@@ -85,7 +82,7 @@ ImageArgument = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TargetFlag = Annotated[
-    str, typer.Option("--target", metavar="qemu|aws", help="Use a local disk image (qemu) or an AMI (aws).")
+    TargetKind, typer.Option("--target", help="Use a local disk image (qemu) or an AMI (aws).")
 ]
 
 
@@ -101,28 +98,6 @@ def open_workspace() -> Workspace:
     from ami_builder.state.workspace import Workspace
 
     return Workspace.open(os.environ)
-
-
-def parse_choice(flag: str, word: str, kind: type[E], hint: str | None = None) -> E:
-    """Return the enum member that a flag names. Raises UsageError with the nearest valid word."""
-    from ami_builder.core.errors import UsageError, did_you_mean
-
-    try:
-        return kind(word)
-    except ValueError as wrong:
-        expected = f"expected one of {', '.join(kind)}{did_you_mean(word, list(kind))}"
-        raise UsageError(f"{flag} {word}: {expected}", hint=hint) from wrong
-
-
-def parse_seconds(flag: str, text: str) -> float:
-    """Return a flag's duration in seconds. Raises UsageError."""
-    from ami_builder.core.errors import UsageError
-    from ami_builder.core.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as wrong:
-        raise UsageError(f"{flag} {text}: {wrong}") from wrong
 
 
 DaskFlag = Annotated[

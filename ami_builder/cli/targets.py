@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ami_builder.cli.options import load_config, open_workspace, parse_choice
+from ami_builder.cli.options import load_config, open_workspace
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.core.records import TargetKind
 
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 _AMI = re.compile(r"ami-[0-9a-f]{8,17}")
 _DISK_NAMES = (".qcow2", ".raw", ".img")
 _LEAST_DIGITS = 4
-
-
-def parse_target(text: str) -> TargetKind:
-    """Return the kind that --target names. Raises UsageError with the nearest valid word."""
-    hint = "qemu needs no account; aws uses the credentials of the standard AWS chain"
-    return parse_choice("--target", text, TargetKind, hint)
 
 
 def open_target(
@@ -89,7 +83,7 @@ def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]
 
 
 def find_image(
-    word: str | None, target: str, *, dask_scheduler: str | None = None
+    word: str | None, kind: TargetKind, *, dask_scheduler: str | None = None
 ) -> tuple[Image, StoredImage, Target]:
     """Return the finished image that a word names, with its settings and its home target.
 
@@ -100,7 +94,8 @@ def find_image(
     config = load_config()
     if word is not None and (os.sep in word or word.endswith(_DISK_NAMES)):
         return _disk(word, config, dask_scheduler)
-    kind = TargetKind.AWS if word is not None and _AMI.fullmatch(word) else parse_target(target)
+    if word is not None and _AMI.fullmatch(word):
+        kind = TargetKind.AWS
     known = [one for one in open_workspace().images() if one.artifact.target is kind]
     word = word or config.select().name
     foreign = _AMI.fullmatch(word) and not any(one.artifact.location == word for one in known)
