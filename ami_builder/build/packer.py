@@ -1,4 +1,4 @@
-"""Packer: which version is here, the staged template of a run, the bake."""
+"""Packer: its version, the staged template of a run, the bake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ami_builder.build.guest import RenderedFile
 
-# From here on Packer keeps its builders in plugins, and reads required_plugins.
+# Since this version Packer has its builders in plugins, and reads required_plugins.
 _PLUGINS_SINCE = (1, 7, 0)
 _OLDEST = (1, 6, 6)
 _INSTALL = "install Packer 1.6.6 or later: see developer.hashicorp.com/packer/install"
@@ -31,13 +31,13 @@ _INIT_SECONDS = 300.0
 
 _PROVISIONING = re.compile(r"Provisioning with shell script: .*/(?P<script>[\w.-]+)$")
 _STEP = re.compile(r"==> [\w.-]+: (?P<text>.+)$")
-# What a provisioner prints, and what Packer adds to a step.
+# The output of a provisioner, and details of a step.
 _OUTPUT = re.compile(r"^ {4}[\w.-]+: +(?P<text>\S.*)$")
 # Packer's name for a file with inline commands.
 _INLINE = "packer-shell"
 
 CONNECTED = "Connected to SSH!"
-"""What is reported as progress once the baking machine has booted."""
+"""Packer's message once the baking machine has booted; it is reported as progress."""
 
 VARIABLES_FILE = "run.auto.pkrvars.json"
 
@@ -46,10 +46,10 @@ Variable = str | int | bool | Sequence[str] | Sequence[Sequence[str]] | Mapping[
 
 @cache
 def version() -> tuple[int, ...]:
-    """Return Packer's version; raises MissingTool where there is none, or one too old for the template."""
+    """Return Packer's version. Raises MissingTool without Packer, or if it is too old for the template."""
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", processes.output(["packer", "version"], env=_environment()))
     if found is None:
-        raise MissingTool("`packer version` does not tell a version: this is another program", hint=_INSTALL)
+        raise MissingTool("`packer version` prints no version: this is another program", hint=_INSTALL)
     numbers = tuple(int(n) for n in found.groups())
     if numbers < _OLDEST:
         raise MissingTool(f"Packer {found[0]} is too old", hint=_INSTALL)
@@ -63,9 +63,9 @@ def stage(
     *,
     uploads: Sequence[Path] = (),
 ) -> None:
-    """Make the folder that Packer works in: what its version can read, the guest's files, the variables.
+    """Make the folder that Packer works in: the templates that its version can read, guest files, variables.
 
-    `uploads` are brought to the machine beside the guest's files. A bare `packer build .` in that folder does
+    `uploads` are copied to the machine with the guest's files. A bare `packer build .` in that folder does
     what `build` does.
     """
     directory.mkdir(parents=True)
@@ -75,19 +75,19 @@ def stage(
     shutil.copytree(packer_dir() / "provisioners", directory / "provisioners")
     archive = directory / "guest.tar"
     archive.write_bytes(guest_archive(guest))
-    # The file provisioner wants a path that holds wherever Packer is started.
+    # Absolute, so that the file provisioner finds it wherever Packer is started.
     set_variables(directory, {"uploads": [str(archive), *map(str, uploads)], **variables})
 
 
 def set_variables(directory: Path, variables: Mapping[str, Variable]) -> None:
-    """Give variables of a staged folder new values; the others keep theirs."""
+    """Set variables of a staged folder; the others keep their values."""
     file = directory / VARIABLES_FILE
     before = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**before, **variables}, indent=2) + "\n")
 
 
 def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
-    """Return a tar of the rendered files, the same bytes for the same files."""
+    """Return a tar archive of the rendered files: the same bytes for the same files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for path, file in sorted(guest.items()):
@@ -99,7 +99,7 @@ def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
 
 
 def validate(directory: Path, log: Path) -> None:
-    """Run `packer init` where there are plugins, then `packer validate`; raises BuildFailed."""
+    """Run `packer init` if this version has plugins, then `packer validate`. Raises BuildFailed."""
     if version() >= _PLUGINS_SINCE:
         processes.stream(
             ["packer", "init", "."],
@@ -130,16 +130,15 @@ def build(
     on_line: Callable[[str], None] = lambda _: None,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Bake: run `packer build` in a staged folder for one source, such as `qemu.image`.
+    """Run `packer build` in a staged folder for one source, such as `qemu.image`.
 
-    `env` is added to what Packer needs anyway; `on_line` sees every line of its output.
-
-    Raises BuildFailed that names the provisioner that failed, or shows the console when ssh never came.
+    `env` is added to Packer's own environment; `on_line` gets every line of its output. Raises BuildFailed,
+    with the name of the provisioner that failed, or the console if ssh never answered.
     """
-    bake = _Bake(on_progress)
+    output = _Output(on_progress)
 
-    def seen(line: str) -> None:
-        bake.line(line)
+    def read(line: str) -> None:
+        output.line(line)
         on_line(line)
 
     try:
@@ -150,15 +149,15 @@ def build(
             env={**_environment(), **(env or {})},
             cwd=directory,
             timeout=timeout,
-            on_line=seen,
+            on_line=read,
         )
     except AmiBuilderError as failed:
-        raise bake.explain(failed, console_log) from failed
+        raise output.explain(failed, console_log) from failed
 
 
 @dataclass(slots=True)
-class _Bake:
-    """What Packer's output tells about where it stands."""
+class _Output:
+    """Reads the progress of a bake from Packer's output."""
 
     on_progress: Callable[[str], None]
     provisioner: str | None = None

@@ -1,4 +1,4 @@
-"""What a machine is doing until ssh answers, by its console as far as that is written while it boots."""
+"""What a machine is doing until ssh answers, according to its console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WAITING = "waiting for ssh"
 SHUTTING_DOWN = "shutting down"
 
-# The first of them that a console shows is how far its machine has come.
+# In reverse order: the first one found on the console is the stage that the machine has reached.
 _STAGES = (
     ("login prompt", re.compile(rb"\blogin: ")),
     ("system services", re.compile(rb"systemd\[1\]|cloud-init\[\d+\]|Welcome to (?!GRUB)")),
@@ -26,7 +26,7 @@ _RESTART = re.compile(rb"reboot: Restarting system|BdsDxe: loading")
 
 
 def doing(console: bytes, *, reboot: bool) -> str:
-    """Return what a machine is doing, by its console since it was started or asked to reboot."""
+    """Return what a machine is doing, from its console since the start or the call to reboot."""
     if reboot:
         restarts = list(_RESTART.finditer(console))
         if not restarts:
@@ -41,8 +41,8 @@ def reporting(
 ) -> Callable[[], None]:
     """Return a function that calls `check`, then reports on `step` what the machine is doing.
 
-    `console` is read from its present end on. One that is empty at a reboot is not written while a machine
-    runs: an instance's is fetched on demand.
+    `console` is read from its current end on. If it is empty at a reboot, it is not written while the machine
+    runs: the console of an instance is fetched on demand.
     """
     start = console.stat().st_size if console.exists() else 0
     known = reboot and start > 0

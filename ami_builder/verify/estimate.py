@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from ami_builder.config.schema import Image
 
 LAST = 3
-"""How many earlier runs count: the last ones, since a host and what is built on it change."""
+"""How many of the last runs count: the host and the images change over time."""
 
 CACHED = "cached"
-"""The detail of a step that had nothing to do: how long it took says nothing."""
+"""The detail of a step that had nothing to do. Its duration is ignored."""
 
 BASE, CONTAINER = "base disk", "container"
-"""Steps that run side by side."""
+"""Steps that run in parallel."""
 
 # What the parts of a build take under emulation, in units of the seconds from the start of the bake until ssh
 # answered. Measured on 2026-11-28 with QEMU 7.2 and 2 processors, otherwise idle: 20 s, then 28 s for the
-# rest of the bake, 107 s for the phases, 45 s for memory pressure. To measure them again: record.json has the
-# steps, packer.log "Connected to SSH!".
+# rest of the bake, 107 s for the phases, 45 s for memory pressure. To measure them again, see the steps in
+# record.json, and "Connected to SSH!" in packer.log.
 _REST_OF_BAKE = 1.4
 _PHASES = 5.3
 """First boot, service restart and reboot, with their checks."""
@@ -49,11 +49,11 @@ _ROUND = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """How long something is going to take, and why."""
+    """How long a build or a verification will take, and the source of that."""
 
     seconds: float
     runs: int = 0
-    """How many earlier runs it comes from; 0: from the bake's boot."""
+    """How many earlier runs it is based on; 0 if it is based on the boot of the bake."""
     emulated: bool = False
 
     def __str__(self) -> str:
@@ -76,10 +76,10 @@ def of_build(
     verify: bool,
     emulated: bool | None,
 ) -> Estimate | None:
-    """Return how long a build takes whose inputs are resolved; None when a part of it is not known.
+    """Return how long a build with resolved inputs takes; None if that is unknown for a part of it.
 
-    `known` are the records of earlier runs, the last one last; `ready` are steps that have nothing to do, and
-    a `baked` image is only verified. `emulated` None: not known, or without meaning for the target.
+    `known` are the records of earlier runs, the last one last. `ready` are steps that have nothing to do. An
+    image that is `baked` is only verified. `emulated` is None if unknown, or if it does not apply.
     """
     fitting = _fitting(known, image, target, emulated)
     parts: dict[str, _Time | None] = {}
@@ -107,7 +107,7 @@ def of_build(
 def of_verification(
     known: Sequence[RunRecord], image: Image, target: TargetKind, *, emulated: bool | None
 ) -> Estimate | None:
-    """Return how long a verification takes; None when none on the same machines is known."""
+    """Return how long a verification takes; None without an earlier one on the same machines."""
     fitting = _fitting(known, image, target, emulated)
     time = _median(fitting, lambda record: _verification(record, image))
     if time is None:
@@ -116,9 +116,9 @@ def of_verification(
 
 
 def from_boot(image: Image, seconds: float, *, verify: bool, processors: int) -> Estimate | None:
-    """Return how long the rest of a build takes whose emulated VM took `seconds` until ssh answered.
+    """Return how long the rest of a build takes, if ssh answered on its emulated VM after `seconds`.
 
-    None for a base of somebody else's: its boot was never compared with the rest.
+    None for a cloud image, whose boot was never compared with the rest.
     """
     if image.base.source is not None:
         return None
@@ -134,7 +134,7 @@ def from_boot(image: Image, seconds: float, *, verify: bool, processors: int) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Time:
-    """What a part took, and in which runs."""
+    """How long a part took, and in which runs."""
 
     seconds: float
     runs: frozenset[str]
@@ -150,7 +150,7 @@ def _median(known: Sequence[RunRecord], of: Callable[[RunRecord], float | None])
 def _fitting(
     known: Sequence[RunRecord], image: Image, target: TargetKind, emulated: bool | None
 ) -> list[RunRecord]:
-    """Return the runs that did the same to its end, on the same kind of VM where that is known."""
+    """Return the successful runs of the same image and target, on the same kind of VM if that is known."""
     return [
         record
         for record in known
@@ -168,12 +168,12 @@ def _was_emulated(record: RunRecord) -> bool | None:
 
 
 def _parts(record: RunRecord) -> list[str]:
-    """Return the names of a build's parts, in their order."""
+    """Return the names of a build's parts, in order."""
     return list(dict.fromkeys(name for name, _ in _second(record)))
 
 
 def _part(record: RunRecord, name: str) -> float | None:
-    """Return what a part of a build took; None when it had nothing to do, or is no part of it."""
+    """Return how long a part of a build took; None if it had nothing to do, or does not exist."""
     done = [step.seconds for found, step in _second(record) if found == name and step.detail != CACHED]
     return sum(done) if done else None
 
@@ -186,7 +186,7 @@ def _second(record: RunRecord) -> Iterator[tuple[str, StepRecord]]:
 
 
 def _verification(record: RunRecord, image: Image) -> float | None:
-    """Return what the verification in a run took; None when there was none, or one on other machines."""
+    """Return how long the verification in a run took; None without one on the same machines."""
     names = [_last(step) for step in record.steps]
     machines = {name.removeprefix(_MACHINE) for name in names if name.startswith(_MACHINE)}
     settings = image.verify

@@ -1,4 +1,4 @@
-"""One machine's way through the phases: first boot, service restart, reboot, memory pressure."""
+"""Takes one machine through the phases: first boot, service restart, reboot, memory pressure."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SHORT_SECONDS = 60.0
 _PROMPT_BOOT_SECONDS = 60.0
 """From the start to a login by ssh, on EC2 and on a fast host without KVM."""
 _MOST_PATIENCE = 8.0
-# A fixed piece of work that a boot's CPU time is compared with: a shell, and processes that it starts. If it
-# changes, older records can't be compared any more.
+# A fixed piece of work that the CPU time of a boot is compared with: a shell, and processes that it starts.
+# If it changes, older records can't be compared any more.
 _IDLE = "sleep 3"
 _CONTROL = """
 i=0; while [ "$i" -lt 40000 ]; do i=$((i + 1)); done
 i=0; while [ "$i" -lt 40 ]; do /bin/true; i=$((i + 1)); done
 """
-# A worker's image has no scheduler here, so its own Compose file is proved in the role that needs none.
+# There is no scheduler for a worker here, so the image's own Compose file is verified in role local.
 _OWN_COMPOSE_FILE = """
 cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
 sed -i s/^DASK_ROLE=.*/DASK_ROLE=local/ /etc/dask/dask.env
@@ -89,7 +89,7 @@ class _Journey:
         self.results: list[CheckResult] = []
         self.measured: list[Measurement] = []
         self.patience = 1.0
-        """How many times longer than on a fast host everything may take before waiting for it stops."""
+        """How many times longer than on a fast host everything may take before it times out."""
 
     @property
     def timeout(self) -> float:
@@ -102,7 +102,7 @@ class _Journey:
             text = user_data(self.image, nonce=self.nonce)
             with step.step("start"):
                 endpoint = self.machine.start(stack, self.work, text, self.public_key)
-            # Not before: how long a cloud looks for room says nothing about the image.
+            # After the start: how long EC2 takes to launch an instance says nothing about the image.
             began = time.monotonic()
             session = stack.enter_context(ssh.Session(endpoint, key=self.key, directory=self.work / "ssh"))
             try:
@@ -110,15 +110,15 @@ class _Journey:
                     alive = reporting(self.machine.check_alive, child, endpoint.console_log)
                     session.wait(self.timeout, alive)
                     seconds = time.monotonic() - began
-                    # The boot is the control: what took three times as long here may go on doing so.
+                    # The boot is the control: if it took three times as long, so may everything else.
                     self.patience = min(_MOST_PATIENCE, max(1.0, seconds / _PROMPT_BOOT_SECONDS))
                     self._check(session, FIRST_BOOT, child, began, ssh_seconds=seconds)
                 with step.step("service restart, with the image's own Compose file") as child:
                     began = time.monotonic()
                     session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=self.timeout)
                     self._check(session, "restart", child, began)
-                # What is red already is red sooner without the longest steps; and a machine without the right
-                # limit may freeze for good under pressure, and its evidence with it.
+                # After a failure, skip the longest steps. A machine without the right limit may stall
+                # for good under memory pressure, and then its evidence can't be fetched.
                 if not self._failed():
                     with step.step("reboot", detail=SHUTTING_DOWN) as child:
                         began = time.monotonic()
@@ -171,10 +171,10 @@ class _Journey:
             )
 
     def _control(self, session: ssh.Session) -> float | None:
-        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest.
+        """Return the CPU seconds that the machine takes for a fixed piece of work, at rest; None if unknown.
 
-        What it uses while nothing is asked of it is not part of that: on a slow host the work takes long, and
-        all of Dask goes on beside it. None when that can't be known.
+        What an idle machine uses in the same time is subtracted: on a slow host the work takes long, and Dask
+        runs beside it.
         """
         (idle, idle_seconds), (work, work_seconds) = (
             self._used(session, script) for script in (_IDLE, _CONTROL)
@@ -195,7 +195,7 @@ class _Journey:
     def _judge(
         self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None
     ) -> None:
-        """Run the checks of a phase, and say on the step how they ended."""
+        """Run the checks of a phase, and report their results on the step."""
         settings = self.image.verify
         results = runner.run(
             files=[*runner.shipped(checks_dir()), *settings.checks],
@@ -231,20 +231,20 @@ class _Journey:
         return self._ended(Outcome.FAILED)
 
     def _ended(self, outcome: Outcome) -> bool:
-        """Tell whether any check so far ended like that."""
+        """Return whether any check so far had this outcome."""
         return any(result.outcome is outcome for result in self.results)
 
     def _keep_evidence(self, session: ssh.Session, step: Step) -> None:
-        """Fetch what tells why; a machine that doesn't answer any more must not hide the first error."""
+        """Fetch the logs of the machine. A failure to do so must not hide the first error."""
         for name, command in _EVIDENCE.items():
             step.update(f"fetching {name}")
             try:
-                # What a broken machine lacks must not keep the rest from being told.
+                # `true`, so that a missing file does not keep the rest from being fetched.
                 short = _SHORT_SECONDS * self.patience
                 session.fetch(f"{command}\ntrue", self.evidence / name, sudo=True, timeout=short)
-            except AmiBuilderError as gone:
-                (self.evidence / name).write_text(f"not available: {gone}\n")
-                if isinstance(gone, ssh.Unreachable):
+            except AmiBuilderError as failed:
+                (self.evidence / name).write_text(f"not available: {failed}\n")
+                if isinstance(failed, ssh.Unreachable):
                     return
 
     def _keep_console(self) -> None:
@@ -254,7 +254,7 @@ class _Journey:
 
 
 def summary(results: Sequence[CheckResult]) -> str:
-    """Return in one line how the checks of a phase ended, the worst alone."""
+    """Return the results of a phase in one line; only the failed checks if there are any."""
     for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
         if count := sum(result.outcome is outcome for result in results):
             return f"{count} of {len(results)} checks {outcome}"

@@ -1,4 +1,4 @@
-"""Runs the checks on a booted machine: pytest in a process of its own, with guards around it."""
+"""Runs the checks against a booted machine: pytest in a process of its own, with guards around it."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def shipped(folder: Path) -> tuple[Path, ...]:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the sha256 over what a verdict depends on: these files, those beside ours, pressure and host.
+    """Return the sha256 of what a verdict depends on: these files, our other checks, and what they import.
 
-    Raises UsageError when one can't be read.
+    Raises UsageError when a file can't be read.
     """
     folder = Path(ami_builder.__file__).parent / "checks"
     beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
@@ -74,17 +74,18 @@ def run(
     on_ready: Callable[[], None] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> tuple[CheckResult, ...]:
-    """Run check files on the machine `host` of `ssh_config` and return a result for every check.
+    """Run check files against the machine `host` of `ssh_config` and return a result for every check.
 
-    What keeps the checks from being believed (no checks, all skipped, another machine, pytest broken or
-    stopped) is a failed result whose name begins with `guard:`, never a pass. A check that the host was too
-    busy for is inconclusive, and the others go on. `directory` gets pytest's log,
-    JUnit XML and what the machine answered, each with the phase in its name. `timeout` is in seconds, for the
-    checks themselves: Dask gets `context.timeout` to come up, and its client as much again. `on_ready` is
-    called when the right machine's Dask has answered, before the first check; `on_progress` gets what a long
-    check is doing.
-    Raises UsageError when a file is missing, and what `alive`, asked again and again, says of a machine that
-    is gone: nothing is left to check then.
+    If the results can't be trusted (no checks, all skipped, another machine, pytest broken or stopped), there
+    is a failed result whose name begins with `guard:`. A check that the host was too busy for is
+    inconclusive, and the others continue.
+
+    `directory` gets pytest's log, JUnit XML and the machine's answers, each with the phase in its name.
+    `timeout` is in seconds, for the checks themselves: Dask has `context.timeout` to start, and its client
+    the same again. `on_ready` is called when Dask on the right machine has answered, before the first check.
+    `on_progress` gets what a long check is doing. `alive` is called repeatedly; its errors end the checks.
+
+    Raises UsageError when a file is missing, and what `alive` raises.
     """
     for path in files:
         if not path.exists():
@@ -92,7 +93,7 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     clean = directory.resolve() / f"checks-{phase}"
     clean.mkdir(exist_ok=True)
-    # Of its own, so that no pytest.ini or pyproject.toml of wherever the files live has a say.
+    # Our own, so that no pytest.ini or pyproject.toml beside the files has any effect.
     (clean / "pytest.ini").write_text("[pytest]\n")
     replace(context, phase=phase).write(clean / "context.json")
     tally = _Tally(
@@ -106,13 +107,13 @@ def run(
     receiver, sender = os.pipe()
     with (
         os.fdopen(receiver, encoding="utf-8", errors="replace") as events,
-        os.fdopen(sender, "w") as mouth,
+        os.fdopen(sender, "w") as writer,
         log.open("wb") as out,
     ):
         argv: list[str | Path] = [
             *(sys.executable, "-m", "pytest", "-v", "--color=no", "--tb=short", "--strict-markers"),
             *("-p", _PLUGIN, "-p", "no:cacheprovider", "-c", clean / "pytest.ini"),
-            # So that every check's name has its file in it, and every file its conftest.py.
+            # So that the name of every check contains its file, and every file gets its conftest.py.
             *("--rootdir=/", "--confcutdir=/"),
             *("--import-mode=importlib", f"--junitxml={directory.resolve() / f'junit-{phase}.xml'}"),
             f"--hosts={host if '://' in host else f'ssh://{host}'}",
@@ -124,7 +125,7 @@ def run(
         with processes.running(
             argv, env=_environment(clean), cwd=clean, stdout=out.fileno(), pass_fds=[sender]
         ) as process:
-            mouth.close()  # so that the events end with pytest
+            writer.close()  # so that the events end when pytest ends
             bound = 2 * context.timeout + timeout
             with _watched(process, bound, alive) as late:
                 for line in events:
@@ -136,7 +137,7 @@ def run(
 
 @dataclass(slots=True, kw_only=True)
 class _Tally:
-    """What pytest told so far, and whether it can be believed in the end."""
+    """The results that pytest has reported so far, and whether they can be trusted in the end."""
 
     phase: str
     machine: str
@@ -168,7 +169,7 @@ class _Tally:
                 self.finished = True
 
     def close(self, reason: str, log: Path) -> None:
-        """Add a failed guard where the results can't be believed; `reason` says why pytest ended badly."""
+        """Add a failed guard if the results can't be trusted; `reason` is why pytest ended badly."""
         failed = any(result.outcome is Outcome.FAILED for result in self.results)
         last = next((line for line in reversed(processes.last_lines(log)) if line.strip()), "no output")
         if any(result.name.startswith("guard:") for result in self.results):
@@ -199,7 +200,7 @@ class _Tally:
 
 
 def _reason(status: int) -> str:
-    """Say why an exit status of pytest is not that of a finished run; empty for 0."""
+    """Return the meaning of an exit status of pytest; empty for 0."""
     if status == 0:
         return ""
     if status == _FAILED:
@@ -209,8 +210,8 @@ def _reason(status: int) -> str:
 
 @contextmanager
 def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> Iterator[Event]:
-    """Stop `process` after `seconds`, which the event tells, or when `alive` raises, which is raised then."""
-    late, over, gone = Event(), Event(), list[Exception]()
+    """Stop `process` after `seconds` and set the event, or when `alive` raises, and raise that error."""
+    late, over, errors = Event(), Event(), list[Exception]()
 
     def watch() -> None:
         end = time.monotonic() + seconds
@@ -220,8 +221,8 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
                 break
             try:
                 alive()
-            except Exception as wrong:  # raised below: here it would end the watch alone
-                gone.append(wrong)
+            except Exception as wrong:  # raised below: here it would only end the thread
+                errors.append(wrong)
                 break
         else:
             return
@@ -234,12 +235,12 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
     finally:
         over.set()
         watcher.join()
-    if gone:
-        raise gone[0]
+    if errors:
+        raise errors[0]
 
 
 def _environment(clean: Path) -> dict[str, str]:
-    # A source checkout need not be installed for its plugin to be found.
+    # So that the plugin is found in a source checkout that is not installed.
     package = Path(ami_builder.__file__).resolve().parents[1]
     own = {
         ENVIRONMENT: str(clean / "context.json"),
@@ -250,7 +251,7 @@ def _environment(clean: Path) -> dict[str, str]:
 
 
 def _unshared(ssh_config: Path, clean: Path) -> Path:
-    """Return an ssh_config that differs in having no shared connection: ssh takes what it reads first."""
+    """Return a copy of an ssh_config without a shared connection: ssh uses the first value that it reads."""
     config = clean / "ssh_config-unshared"
     config.write_text(f'ControlMaster no\nControlPath none\nInclude "{ssh_config.resolve()}"\n')
     return config
