@@ -244,7 +244,7 @@ def test_a_revocation_that_was_killed_is_taken_up(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter, "write", killed)
+    monkeypatch.setattr(ChannelParameters, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         revoke(channels, second, "leaks")
     monkeypatch.undo()
