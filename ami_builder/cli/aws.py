@@ -121,7 +121,9 @@ def _destinations(words: Sequence[str], aws: AwsSettings) -> tuple[Destination, 
 
 @app.command("iam-policy")
 def iam_policy(
-    section: Annotated[Section, typer.Argument(help="What the policy allows.")] = Section.ALL,
+    section: Annotated[
+        Section, typer.Argument(metavar=f"[{'|'.join(Section)}]", help="What the policy allows.")
+    ] = Section.ALL,
     image: Annotated[
         str | None,
         typer.Option(

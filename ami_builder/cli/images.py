@@ -94,7 +94,8 @@ def verify(
         ),
     ] = None,
     datasource: Annotated[
-        Datasource | None, typer.Option("--datasource", help="How the VM gets its user data.")
+        Datasource | None,
+        typer.Option(metavar="|".join(Datasource), help="How the VM gets its user data."),
     ] = None,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,

@@ -82,7 +82,8 @@ ImageArgument = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TargetFlag = Annotated[
-    TargetKind, typer.Option("--target", help="Use a local disk image (qemu) or an AMI (aws).")
+    TargetKind,
+    typer.Option(metavar="|".join(TargetKind), help="Use a local disk image (qemu) or an AMI (aws)."),
 ]
 
 

@@ -8,7 +8,7 @@ import sys
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Literal
 
-from ami_builder.core.diff import Quantity, Unit, multiple
+from ami_builder.core.diff import Quantity, multiple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,12 +90,12 @@ def duration(seconds: float) -> str:
 
 def amount(quantity: Quantity, value: float) -> str:
     """Return a measured value with its unit."""
-    match quantity.unit:
-        case Unit.BYTES:
+    match quantity:
+        case Quantity.SIZE | Quantity.AVAILABLE:
             return size(int(value))
-        case Unit.CONTROLS:
+        case Quantity.BOOT:
             return multiple(value)
-        case Unit.SECONDS:
+        case Quantity.SSH | Quantity.DASK | Quantity.TIME:
             return duration(value)
 
 

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-
-
-class Unit(StrEnum):
-    """The unit of a quantity."""
-
-    BYTES = "bytes"
-    SECONDS = "seconds"
-    CONTROLS = "controls"
-    """Multiples of a fixed piece of work on the same machine."""
 
 
 class Quantity(StrEnum):
     """What was measured."""
 
     SIZE = "size"
-    """Of the image."""
+    """Of the image, in bytes."""
     AVAILABLE = "available memory at boot"
-    """In bytes, for each machine."""
+    """AVAILABLE_MEMORY_FOR_DASK of the first boot, in bytes, for each machine."""
     BOOT = "CPU time to boot"
-    """Of the first boot until a worker was registered, in multiples of the control, for each machine."""
+    """Of the first boot until a worker was registered, for each machine, in multiples of the control: a fixed
+    piece of work on the same machine."""
     SSH = "seconds to ssh"
     """Of the first boot, for each machine."""
     DASK = "seconds to Dask"
     """Of the first boot, for each machine."""
     TIME = "time"
     """Of each step of its run, in seconds."""
-
-    @property
-    def unit(self) -> Unit:
-        """Its unit."""
-        match self:
-            case Quantity.SIZE | Quantity.AVAILABLE:
-                return Unit.BYTES
-            case Quantity.BOOT:
-                return Unit.CONTROLS
-            case Quantity.SSH | Quantity.DASK | Quantity.TIME:
-                return Unit.SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +31,8 @@ class Side:
 
     packages: Mapping[str, str] | None
     """Name -> version, with the container. None if no list was kept."""
-    size: int
-    available: Mapping[str, int] = field(default_factory=dict)
-    """Machine -> AVAILABLE_MEMORY_FOR_DASK on its first boot."""
-    boot: Mapping[str, float] = field(default_factory=dict)
-    """Machine -> CPU time of its first boot, in multiples of a fixed piece of work on the same machine."""
-    ssh: Mapping[str, float] = field(default_factory=dict)
-    """Machine -> seconds from its first start until ssh answered."""
-    dask: Mapping[str, float] = field(default_factory=dict)
-    """Machine -> seconds from its first start until Dask answered."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Step -> how long it took."""
+    measured: Mapping[Quantity, Mapping[str, float]]
+    """Quantity -> machine, step or nothing -> value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +80,13 @@ def compare(before: Side, after: Side) -> Difference:
             for name in sorted({*before.packages, *after.packages})
             if before.packages.get(name) != after.packages.get(name)
         )
-    measured = [QuantityChange(quantity=Quantity.SIZE, name="", before=before.size, after=after.size)]
-    measured += _quantities(Quantity.AVAILABLE, before.available, after.available)
-    measured += _quantities(Quantity.BOOT, before.boot, after.boot)
-    measured += _quantities(Quantity.SSH, before.ssh, after.ssh)
-    measured += _quantities(Quantity.DASK, before.dask, after.dask)
-    measured += _quantities(Quantity.TIME, before.seconds, after.seconds)
+    measured = []
+    for quantity in Quantity:
+        old, new = before.measured.get(quantity, {}), after.measured.get(quantity, {})
+        measured += [
+            QuantityChange(quantity=quantity, name=name, before=old.get(name), after=new.get(name))
+            for name in dict.fromkeys([*old, *new])
+        ]
     return Difference(packages=packages, measured=tuple(measured))
 
 
@@ -130,12 +103,3 @@ def read_packages(lines: Iterable[str]) -> dict[str, str]:
 def multiple(value: float) -> str:
     """Return multiples of the control as `51.33 x control`."""
     return f"{value:.2f} x control"
-
-
-def _quantities(
-    quantity: Quantity, before: Mapping[str, float], after: Mapping[str, float]
-) -> list[QuantityChange]:
-    return [
-        QuantityChange(quantity=quantity, name=name, before=before.get(name), after=after.get(name))
-        for name in dict.fromkeys([*before, *after])
-    ]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from ami_builder.core.diff import Difference, PackageChange, Quantity, QuantityChange, Unit, multiple
+from ami_builder.console import amount
+from ami_builder.core.diff import Difference, PackageChange, Quantity, QuantityChange
 from ami_builder.core.errors import OnHold
-from ami_builder.core.units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,15 +159,7 @@ def _what(one: QuantityChange) -> str:
 
 
 def _format(one: QuantityChange, value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    match one.quantity.unit:
-        case Unit.BYTES:
-            return f"{value / GIB:.2f} GiB"
-        case Unit.CONTROLS:
-            return multiple(value)
-        case Unit.SECONDS:
-            return f"{value:.1f} s"
+    return "not measured" if value is None else amount(one.quantity, value)
 
 
 def _pattern(name: str, bounds: NightlySettings) -> str | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ami_builder.core.diff import Quantity, Unit
+from ami_builder.core.diff import Quantity
 from ami_builder.core.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def ticks(highest: float, most: int = _INTERVALS) -> tuple[float, ...]:
 
 def _unit(quantity: Quantity, highest: float) -> tuple[float, str]:
     """Return the unit for the labels, and its name, so that they are short."""
-    if quantity.unit is Unit.CONTROLS:
+    if quantity in (Quantity.SIZE, Quantity.AVAILABLE):
+        return (GIB, "GiB") if highest >= 4 * GIB else (MIB, "MiB")
+    if quantity is Quantity.BOOT:
         return 1, "x"
-    if quantity.unit is Unit.SECONDS:
-        return (60, "min") if highest >= 120 else (1, "s")
-    return (GIB, "GiB") if highest >= 4 * GIB else (MIB, "MiB")
+    return (60, "min") if highest >= 120 else (1, "s")

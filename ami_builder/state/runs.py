@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ami_builder.core.diff import Difference, Side, compare, read_packages
+from ami_builder.core.diff import Difference, Quantity, Side, compare, read_packages
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.core.records import FIRST_BOOT, NightlyRun, RunRecord, TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, load
@@ -144,12 +144,16 @@ def _side(stored: StoredImage, workspace: Workspace) -> Side:
     steps = run.steps if run is not None else ()
     return Side(
         packages=packages,
-        size=stored.artifact.size,
-        available={one.machine: one.available for one in first},
-        boot={one.machine: ratio for one in first if (ratio := one.boot_ratio) is not None},
-        ssh={one.machine: one.ssh_seconds for one in first if one.ssh_seconds is not None},
-        dask={one.machine: one.dask_seconds for one in first if one.dask_seconds is not None},
-        seconds={
-            "build" + one.name.removeprefix(mine): one.seconds for one in steps if one.name.startswith(mine)
+        measured={
+            Quantity.SIZE: {"": stored.artifact.size},
+            Quantity.AVAILABLE: {one.machine: one.available for one in first},
+            Quantity.BOOT: {one.machine: one.boot_ratio for one in first if one.boot_ratio is not None},
+            Quantity.SSH: {one.machine: one.ssh_seconds for one in first if one.ssh_seconds is not None},
+            Quantity.DASK: {one.machine: one.dask_seconds for one in first if one.dask_seconds is not None},
+            Quantity.TIME: {
+                "build" + one.name.removeprefix(mine): one.seconds
+                for one in steps
+                if one.name.startswith(mine)
+            },
         },
     )

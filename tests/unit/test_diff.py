@@ -29,8 +29,8 @@ GIB = 1 << 30
 
 
 def test_packages_that_moved() -> None:
-    before = Side(packages={"apt": "1", "bash": "5", "old": "2"}, size=100)
-    after = Side(packages={"apt": "2", "bash": "5", "new": "3"}, size=110)
+    before = Side(packages={"apt": "1", "bash": "5", "old": "2"}, measured={Quantity.SIZE: {"": 100}})
+    after = Side(packages={"apt": "2", "bash": "5", "new": "3"}, measured={Quantity.SIZE: {"": 110}})
     found = compare(before, after)
     assert found.packages == (
         PackageChange(name="apt", before="1", after="2"),
@@ -42,8 +42,15 @@ def test_packages_that_moved() -> None:
 
 
 def test_what_is_not_known_is_not_made_up() -> None:
-    known = Side(packages={}, size=0, available={"2 GiB": GIB}, seconds={"build": 2.0})
-    unknown = Side(packages=None, size=10)
+    known = Side(
+        packages={},
+        measured={
+            Quantity.SIZE: {"": 0},
+            Quantity.AVAILABLE: {"2 GiB": GIB},
+            Quantity.TIME: {"build": 2.0},
+        },
+    )
+    unknown = Side(packages=None, measured={Quantity.SIZE: {"": 10}})
     found = compare(known, unknown)
     assert found.packages is None
     assert [one.change for one in found.measured] == [None, None, None]
@@ -76,7 +83,7 @@ versions = st.text("0123:~+-.", min_size=1, max_size=4)
 def test_applying_what_moved_gives_the_other(before: dict[str, str], after: dict[str, str]) -> None:
     lines = [f"{name}={version}" for name, version in before.items()]
     assert read_packages(lines) == before
-    found = compare(Side(packages=before, size=1), Side(packages=after, size=1)).packages
+    found = compare(Side(packages=before, measured={}), Side(packages=after, measured={})).packages
     assert found is not None
     applied = {**before, **{one.name: one.after for one in found}}
     assert {name: version for name, version in applied.items() if version is not None} == after

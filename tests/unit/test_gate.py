@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -26,14 +27,25 @@ BOUNDS = NightlySettings(
     size_drift_percent=20,
     hold_packages=("linux-image-*",),
 )
-BASE = Side(
-    packages={"apt": "1", "linux-image-6.12": "6.12.1"},
+
+
+def changed(side: Side, *, size: int | None = None, **measured: Mapping[str, float]) -> Side:
+    """Return what is recorded with other values of some quantities."""
+    values: dict[Quantity, Mapping[str, float]] = {
+        Quantity[name.upper()]: measured[name] for name in measured
+    }
+    values |= {} if size is None else {Quantity.SIZE: {"": size}}
+    return replace(side, measured={**side.measured, **values})
+
+
+BASE = changed(
+    Side(packages={"apt": "1", "linux-image-6.12": "6.12.1"}, measured={}),
     size=GIB,
     available={"2 GiB": 1700 * MIB},
     boot={"2 GiB": 50.0},
     ssh={"2 GiB": 60.0},
     dask={"2 GiB": 90.0},
-    seconds={"build": 100.0},
+    time={"build": 100.0},
 )
 
 
@@ -45,23 +57,23 @@ def _texts(after: Side, before: Side = BASE, bounds: NightlySettings = BOUNDS) -
     ("after", "text"),
     [
         (
-            replace(BASE, available={"2 GiB": 1557 * MIB}),
-            "available memory at boot on 2 GiB fell from 1.66 GiB to 1.52 GiB (-8.4 %, bound 3 %)",
+            changed(BASE, available={"2 GiB": 1557 * MIB}),
+            "available memory at boot on 2 GiB fell from 1.66 GiB to 1.521 GiB (-8.4 %, bound 3 %)",
         ),
         (
-            replace(BASE, available={"2 GiB": 0}),
-            "available memory at boot on 2 GiB fell from 1.66 GiB to 0.00 GiB (-100.0 %, bound 3 %)",
+            changed(BASE, available={"2 GiB": 0}),
+            "available memory at boot on 2 GiB fell from 1.66 GiB to 0 B (-100.0 %, bound 3 %)",
         ),
         (
-            replace(BASE, boot={"2 GiB": 80.0}),
+            changed(BASE, boot={"2 GiB": 80.0}),
             "CPU time to boot on 2 GiB rose from 50.00 x control to 80.00 x control (+60.0 %, bound 50 %)",
         ),
         (
-            replace(BASE, size=GIB * 5 // 4),
-            "the image's size rose from 1.00 GiB to 1.25 GiB (+25.0 %, bound 20 %)",
+            changed(BASE, size=GIB * 5 // 4),
+            "the image's size rose from 1 GiB to 1.25 GiB (+25.0 %, bound 20 %)",
         ),
         (
-            replace(BASE, available={"4 GiB": 3 * GIB}, boot={}, ssh={}, dask={}),
+            changed(BASE, available={"4 GiB": 3 * GIB}, boot={}, ssh={}, dask={}),
             "2 GiB was measured before (1.66 GiB available at boot) but not now",
         ),
         (
@@ -86,18 +98,18 @@ def test_what_holds(after: Side, text: str) -> None:
 @pytest.mark.parametrize(
     "after",
     [
-        replace(BASE, available={"2 GiB": 1700 * MIB * 97 // 100}),
-        replace(BASE, boot={"2 GiB": 75.0}),
+        changed(BASE, available={"2 GiB": 1700 * MIB * 97 // 100}),
+        changed(BASE, boot={"2 GiB": 75.0}),
         # A busy host makes those longer.
-        replace(BASE, ssh={"2 GiB": 6000.0}, dask={"2 GiB": 9000.0}),
-        replace(BASE, size=GIB * 6 // 5),
-        replace(BASE, size=1),
-        replace(BASE, seconds={"build": 10000.0}),
+        changed(BASE, ssh={"2 GiB": 6000.0}, dask={"2 GiB": 9000.0}),
+        changed(BASE, size=GIB * 6 // 5),
+        changed(BASE, size=1),
+        changed(BASE, time={"build": 10000.0}),
         replace(BASE, packages={"apt": "2", "linux-image-6.12": "6.12.1"}),
-        replace(BASE, available={"2 GiB": 1700 * MIB, "4 GiB": 1}),
+        changed(BASE, available={"2 GiB": 1700 * MIB, "4 GiB": 1}),
         replace(BASE, packages=None),
-        replace(BASE, ssh={}),
-        replace(BASE, boot={}),
+        changed(BASE, ssh={}),
+        changed(BASE, boot={}),
     ],
 )
 def test_what_does_not_hold(after: Side) -> None:
@@ -106,31 +118,31 @@ def test_what_does_not_hold(after: Side) -> None:
 
 def test_a_bound_of_zero_is_to_the_byte_and_shows_it() -> None:
     exact = replace(BOUNDS, memory_drift_percent=0)
-    (text,) = _texts(replace(BASE, available={"2 GiB": 1700 * MIB - 1}), bounds=exact)
+    (text,) = _texts(changed(BASE, available={"2 GiB": 1700 * MIB - 1}), bounds=exact)
     assert "fell from 1,782,579,200 to 1,782,579,199" in text
 
 
 def test_what_can_not_be_compared_is_said() -> None:
-    unknown = Side(packages=None, size=0)
+    unknown = Side(packages=None, measured={Quantity.SIZE: {"": 0}})
     assert not_compared(compare(BASE, BASE)) == ()
     assert _texts(BASE, before=unknown) == []
     assert not_compared(compare(unknown, BASE)) == (
-        "the image's size can't be compared: 0.00 GiB before, 1.00 GiB now",
+        "the image's size can't be compared: 0 B before, 1 GiB now",
         "available memory at boot on 2 GiB can't be compared: not measured before, 1.66 GiB now",
         "packages are not compared: one of the images has no list here",
     )
     assert not_compared(compare(unknown, unknown)) == (
-        "the image's size can't be compared: 0.00 GiB before, 0.00 GiB now",
+        "the image's size can't be compared: 0 B before, 0 B now",
         "available memory at boot is not compared: neither image was measured here",
         "packages are not compared: one of the images has no list here",
     )
-    assert not_compared(compare(BASE, replace(BASE, ssh={}, dask={}))) == ()
+    assert not_compared(compare(BASE, changed(BASE, ssh={}, dask={}))) == ()
 
 
 def test_a_boot_that_can_not_be_compared_is_said_once_for_each_machine() -> None:
-    two = replace(BASE, available={"2 GiB": 1700 * MIB, "4 GiB": 3 * GIB}, boot={"4 GiB": 40.0})
-    neither = replace(two, boot={})
-    assert not_compared(compare(BASE, replace(BASE, boot={}))) == (
+    two = changed(BASE, available={"2 GiB": 1700 * MIB, "4 GiB": 3 * GIB}, boot={"4 GiB": 40.0})
+    neither = changed(two, boot={})
+    assert not_compared(compare(BASE, changed(BASE, boot={}))) == (
         "CPU time to boot on 2 GiB can't be compared: 50.00 x control before, not measured now",
     )
     assert not_compared(compare(neither, two)) == (
@@ -140,15 +152,15 @@ def test_a_boot_that_can_not_be_compared_is_said_once_for_each_machine() -> None
     assert _texts(two, before=neither) == _texts(neither, before=two) == []
     # What is said of the machine is enough.
     assert not_compared(compare(BASE, two)) == (
-        "available memory at boot on 4 GiB can't be compared: not measured before, 3.00 GiB now",
+        "available memory at boot on 4 GiB can't be compared: not measured before, 3 GiB now",
         "CPU time to boot on 2 GiB can't be compared: 50.00 x control before, not measured now",
     )
 
 
 def test_what_moved_is_named_with_the_likeliest_first() -> None:
     names = ["apt", "zlib", "docker.io", "linux-image-6.12", "container:dask:1", "libhold1"]
-    before = Side(packages=dict.fromkeys(names, "1"), size=1)
-    after = Side(packages={**dict.fromkeys(names[1:], "2"), "bash": "5"}, size=1)
+    before = Side(packages=dict.fromkeys(names, "1"), measured={})
+    after = Side(packages={**dict.fromkeys(names[1:], "2"), "bash": "5"}, measured={})
     difference, bounds = compare(before, after), replace(BOUNDS, hold_packages=("libhold*",))
     assert moved(difference, bounds) == (
         "libhold1 changed from 1 to 2",
@@ -170,7 +182,7 @@ def test_a_hold_says_which_package_moved() -> None:
     require_close(compare(BASE, BASE), BOUNDS)
     packages = {"apt": "2", "linux-image-6.12": "6.12.2"}
     with pytest.raises(OnHold) as caught:
-        require_close(compare(BASE, replace(BASE, size=2 * GIB, packages=packages)), BOUNDS)
+        require_close(compare(BASE, replace(changed(BASE, size=2 * GIB), packages=packages)), BOUNDS)
     assert [line[:16] for line in caught.value.tail] == [
         "the image's size",
         "linux-image-6.12",
@@ -191,12 +203,16 @@ packages = st.none() | st.dictionaries(
 sides = st.builds(
     Side,
     packages=packages,
-    size=whole,
-    available=st.dictionaries(machines, whole),
-    boot=st.dictionaries(machines, times),
-    ssh=st.dictionaries(machines, times),
-    dask=st.dictionaries(machines, times),
-    seconds=st.dictionaries(st.just("build"), times),
+    measured=st.fixed_dictionaries(
+        {
+            Quantity.SIZE: st.fixed_dictionaries({"": whole}),
+            Quantity.AVAILABLE: st.dictionaries(machines, whole),
+            Quantity.BOOT: st.dictionaries(machines, times),
+            Quantity.SSH: st.dictionaries(machines, times),
+            Quantity.DASK: st.dictionaries(machines, times),
+            Quantity.TIME: st.dictionaries(st.just("build"), times),
+        }
+    ),
 )
 percents = st.integers(0, 1000)
 bounds = st.builds(
@@ -232,15 +248,16 @@ def test_a_wider_bound_never_holds_more(
 
 @given(sides, sides, bounds)
 def test_an_improvement_never_holds(before: Side, after: Side, bound: NightlySettings) -> None:
-    better = Side(
+    old, new = before.measured, after.measured
+    available, boot = new[Quantity.AVAILABLE], new[Quantity.BOOT]
+    better = replace(
+        changed(
+            after,
+            available={name: max(v, available.get(name, 0)) for name, v in old[Quantity.AVAILABLE].items()},
+            boot={name: min(v, boot.get(name, v)) for name, v in old[Quantity.BOOT].items()},
+            size=int(min(old[Quantity.SIZE][""], new[Quantity.SIZE][""])),
+        ),
         packages=before.packages,
-        size=min(before.size, after.size),
-        available={
-            name: max(value, after.available.get(name, 0)) for name, value in before.available.items()
-        },
-        boot={name: min(value, after.boot.get(name, value)) for name, value in before.boot.items()},
-        ssh=after.ssh,
-        dask=after.dask,
     )
     assert judge(compare(before, better), bound) == ()
 
@@ -258,12 +275,13 @@ def test_every_quantity_of_before_is_judged_or_said(
     gone = {
         drift.name for drift in held if drift.quantity is Quantity.AVAILABLE and "but not now" in drift.text
     }
-    assert gone == set(before.available) - set(after.available)
+    old, new = (set(side.measured[Quantity.AVAILABLE]) for side in (before, after))
+    assert gone == old - new
     lines = not_compared(difference)
     judged = {one.name for one in held if one.quantity is Quantity.BOOT}
-    for machine in set(before.available) & set(after.available):
+    for machine in old & new:
         told = [line for line in lines if line.startswith(f"CPU time to boot on {machine} ")]
-        values = before.boot.get(machine), after.boot.get(machine)
+        values = [side.measured[Quantity.BOOT].get(machine) for side in (before, after)]
         assert len(told) == (None in values or values[0] == 0)
         assert not (told and machine in judged)
     assert ("packages" in " ".join(lines)) == (difference.packages is None)
@@ -277,9 +295,7 @@ def test_the_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -
     assert cli.run(["diff", "aaaa", "bbbb", "--gate"]) == 9
     gated = capsys.readouterr()
     assert gated.out == plain.out
-    assert (
-        "available memory at boot on 2 GiB fell from 1.00 GiB to 0.90 GiB (-10.0 %, bound 3 %)" in gated.err
-    )
+    assert "available memory at boot on 2 GiB fell from 1 GiB to 921.6 MiB (-10.0 %, bound 3 %)" in gated.err
     assert "apt changed from 1 to 2" in gated.err
     assert cli.run(["diff", "bbbb", "aaaa", "--gate"]) == 0
     assert "error" not in capsys.readouterr().err
