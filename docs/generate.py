@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from ami_builder.cli.app import app  # noqa: E402
 from ami_builder.config import reference  # noqa: E402
+from ami_builder.config.schema import SETTINGS  # noqa: E402
 from ami_builder.core import errors  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -128,19 +129,17 @@ def _settings() -> Iterator[str]:
     yield "With several images, `default_image` at the top of the file names the one that commands use when"
     yield "none is named.\n"
     table = None
-    for entry in reference.entries():
-        if entry.table != table:
-            table = entry.table
+    for key, setting in SETTINGS.items():
+        if setting.table != table:
+            table = setting.table
             yield f"## {table or 'images.NAME'}\n"
             if table:
                 yield f"`[images.NAME.{table}]`: {_cell(reference.table_description(table))}\n"
-        yield f"### {entry.table}.{entry.key}\n" if entry.table else f"### {entry.key}\n"
-        yield f"{_prose(entry.description)}\n"
-        yield f"- Value: {_prose(entry.type).removeprefix('a list of: ')}" + (
-            ", in a list" if entry.type.startswith("a list of: ") else ""
-        )
-        yield f"- Default: `{entry.default}`"
-        yield f"- Example: `{entry.key} = {entry.example}`\n"
+        yield f"### {key}\n"
+        yield f"{_prose(reference.descriptions()[key])}\n"
+        yield f"- Value: {_prose(setting.expected)}" + (", in a list" if setting.is_list else "")
+        yield f"- Default: `{reference.to_toml(setting.dump(setting.default))}`"
+        yield f"- Example: `{setting.name} = {reference.to_toml(setting.example)}`\n"
 
 
 def _exit_codes() -> Iterator[str]:

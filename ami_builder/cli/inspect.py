@@ -225,7 +225,7 @@ def _amount(measured: QuantityChange, value: float | None) -> str:
 def config_show(image: ImageArgument = None, as_json: JsonFlag = False) -> None:
     """Print every setting with its value and its origin."""
     config = load_config()
-    settings = config.origins(config.select(image).name)
+    settings = config.settings[config.select(image).name]
     if as_json:
         console.result_json({"settings": plain(settings)})
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -63,14 +63,18 @@ class Config:
     default_image: str | None
     images: Mapping[str, Image]
     settings: Mapping[str, tuple[SettingValue, ...]]
+    """Of each image: every setting, and where its value came from."""
 
     def select(self, name: str | None = None) -> Image:
         """Return the named image, or without a name the default one; raises UsageError with the names."""
-        return self.images[_choose(self.names, self.default_image, name, self.path)]
-
-    def origins(self, name: str) -> tuple[SettingValue, ...]:
-        """Return every setting of an image, and where its value came from; raises UsageError."""
-        return self.settings[_choose(self.names, self.default_image, name, self.path)]
+        chosen = name or self.default_image or (self.names[0] if len(self.names) == 1 else None)
+        known = f"the images in {_short(self.path)} are: {', '.join(self.names)}"
+        if chosen is None:
+            hint = f"{known}; default_image sets one"
+            raise UsageError("no image was named, and there are several", hint=hint)
+        if chosen not in self.names:
+            raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, self.names)}", hint=known)
+        return self.images[chosen]
 
 
 class _Origin(NamedTuple):
@@ -363,13 +367,3 @@ def _short(path: Path) -> str:
     """Return a path relative to the current folder, if it is in it."""
     here, there = Path.cwd(), path.absolute()
     return str(there.relative_to(here) if there.is_relative_to(here) else there)
-
-
-def _choose(names: Sequence[str], default: str | None, name: str | None, file: Path) -> str:
-    chosen = name or default or (names[0] if len(names) == 1 else None)
-    known = f"the images in {_short(file)} are: {', '.join(names)}"
-    if chosen is None:
-        raise UsageError("no image was named, and there are several", hint=f"{known}; default_image sets one")
-    if chosen not in names:
-        raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, names)}", hint=known)
-    return chosen

@@ -6,8 +6,7 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -18,37 +17,6 @@ from ami_builder.config import schema
 from ami_builder.config.schema import SETTINGS, ConfigFile, ImageSettings
 
 _WIDTH = 110
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SettingDoc:
-    """One setting, for the reference page."""
-
-    table: str
-    """Such as `memory`; empty for `description`."""
-    key: str
-    """Such as `reserve`."""
-    type: str
-    """What to write, such as `a duration`."""
-    default: str
-    """As TOML has it."""
-    example: str
-    """As TOML has it."""
-    description: str
-    """Sentences, with `code` in backticks."""
-
-
-def entries() -> Iterator[SettingDoc]:
-    """Yield every setting of an image, in the order of the tables."""
-    for key, setting in SETTINGS.items():
-        yield SettingDoc(
-            table=setting.table,
-            key=setting.name,
-            type=setting.expected,
-            default=to_toml(setting.dump(setting.default)),
-            example=to_toml(setting.example),
-            description=_descriptions()[key],
-        )
 
 
 def table_description(table: str) -> str:
@@ -63,12 +31,15 @@ def to_toml(value: object) -> str:
 
 def example_file() -> str:
     """Return the shipped ami-builder.toml: every setting, commented out, with its default."""
-    lines, table = [_HEAD], None
-    for entry in entries():
-        if entry.table != table:
-            table = entry.table
-            lines += ["", *_comment(table_description(table)), f"[images.dask.{table}]"] if table else []
-        lines += [*_comment(entry.description), f"#{entry.key} = {entry.default}"]
+    lines, table = [_HEAD], ""
+    for key, setting in SETTINGS.items():
+        if setting.table != table:
+            table = setting.table
+            lines += ["", *_comment(table_description(table)), f"[images.dask.{table}]"]
+        lines += [
+            *_comment(descriptions()[key]),
+            f"#{setting.name} = {to_toml(setting.dump(setting.default))}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -81,11 +52,11 @@ def json_schema() -> dict[str, Any]:
         cls = tables.get(setting.table, ImageSettings)
         made["$defs"][cls.__name__]["description"] = _summary(cls)
         field = made["$defs"][cls.__name__]["properties"][setting.name]
-        field |= {"default": setting.dump(setting.default), "description": _descriptions()[key]}
+        field |= {"default": setting.dump(setting.default), "description": descriptions()[key]}
     for name in tables:  # the default of a table is an empty one
         del made["$defs"]["ImageSettings"]["properties"][name]["default"]
     for name, field in made["properties"].items():
-        field["description"] = _descriptions()[f"ConfigFile.{name}"]
+        field["description"] = descriptions()[f"ConfigFile.{name}"]
         field.pop("default", None)
     made["properties"]["images"]["additionalProperties"] = False
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
@@ -97,8 +68,8 @@ def schema_text() -> str:
 
 
 @cache
-def _descriptions() -> Mapping[str, str]:
-    """Return the docstring of every setting, by its key; of the file's own keys by `ConfigFile.images`."""
+def descriptions() -> Mapping[str, str]:
+    """Return what each setting is about, by its key; of the file's own keys by `ConfigFile.images`."""
     classes = {type(getattr(ImageSettings(), table)).__name__: f"{table}." for table in schema.TABLES}
     classes |= {"ImageSettings": "", "ConfigFile": "ConfigFile."}
     found = {}

@@ -317,9 +317,9 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What to write, such as `a duration`."""
+        """What to write, such as `a duration`, as the value or as an item of a list."""
         if isinstance(self.type, t.ValueType):
-            return f"a list of: {self.type.expected}" if self.is_list else self.type.expected
+            return self.type.expected
         return "true or false" if self.type is bool else ", ".join(f"`{one}`" for one in self._options)
 
     @property
