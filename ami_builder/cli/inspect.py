@@ -117,10 +117,10 @@ def show(
     workspace, config = open_workspace(), load_config()
     stored = choose(workspace.images(), image, config.names)
     artifact, verdict = stored.artifact, stored.verdict
-    stands = channels_on_host([stored]).get(artifact.digest, ())
+    current_in = channels_on_host([stored]).get(artifact.digest, ())
     run = workspace.runs_dir / artifact.run_id
     if as_json:
-        console.result_json({**image_object(stored), "channels": stands, "run": run})
+        console.result_json({**image_object(stored), "channels": current_in, "run": run})
         return
     rows = [
         ("image", artifact.image),
@@ -131,7 +131,7 @@ def show(
         ("created", f"{artifact.created:%Y-%m-%d %H:%M}Z"),
         ("size", console.size(artifact.size)),
         # The channels of AMIs are in their accounts: see `history`.
-        *([("channels", ", ".join(stands) or "none")] if not artifact.region else []),
+        *([("channels", ", ".join(current_in) or "none")] if not artifact.region else []),
         ("verdict", _verdict_word(stored)),
     ]
     if verdict is not None:
@@ -180,16 +180,16 @@ def diff(
     bounds = config.select(other.artifact.image).nightly if gate else None
     found = compare_images(one, other, workspace)
     if as_json:
-        told = {
+        answer = {
             "before": plain(one.artifact),
             "after": plain(other.artifact),
             "packages": plain(found.packages),
         }
-        told["measured"] = [{**plain(each), "change": each.change} for each in found.measured]
+        answer["measured"] = [{**plain(each), "change": each.change} for each in found.measured]
         if bounds is not None:
-            told["held"] = plain(judge(found, bounds))
-            told["not_compared"] = plain(not_compared(found))
-        console.result_json(told)
+            answer["held"] = plain(judge(found, bounds))
+            answer["not_compared"] = plain(not_compared(found))
+        console.result_json(answer)
     else:
         _print_difference(one, other, found)
         for line in not_compared(found):

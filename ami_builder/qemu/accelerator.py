@@ -1,4 +1,4 @@
-"""Whether machines run under KVM here, found out by running one."""
+"""Whether VMs run under KVM on this host, found out by running one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ami_builder.state.workspace import write_atomically
 from ami_builder.system import processes
 
 KVM_SECONDS = 60.0
-"""How long a guest may take under KVM to reach its userspace; a working one takes about ten."""
+"""How long a guest may take under KVM until its userspace runs; it usually takes about ten seconds."""
 
 _DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -23,10 +23,11 @@ _USERSPACE = re.compile(rb"systemd\[1\]|Welcome to (?!GRUB)|Freeing unused kerne
 
 
 def choose_accelerator(disk: Path, *, cache: Path, directory: Path) -> tuple[Accelerator, str]:
-    """Return how to run machines here and why, in one line; boots `disk` under KVM once a boot of this host.
+    """Return how to run VMs on this host, and the reason in one line.
 
-    KVM that opens may still not run an ordinary kernel (nested in some clouds), so only a guest that came up
-    counts. AMI_BUILDER_ACCELERATOR=kvm|tcg decides without a try; `cache` is a file that keeps the answer.
+    /dev/kvm may open and still not run an ordinary kernel (nested in some clouds), so this boots `disk` under
+    KVM, once for each boot of this host: `cache` is a file that keeps the answer.
+    AMI_BUILDER_ACCELERATOR=kvm|tcg decides without a try.
     """
     decided = known_accelerator(cache)
     if decided is not None:
@@ -39,11 +40,14 @@ def choose_accelerator(disk: Path, *, cache: Path, directory: Path) -> tuple[Acc
 
 
 def known_accelerator(cache: Path) -> tuple[Accelerator, str] | None:
-    """Return what is known without booting anything; None when only a try can tell."""
+    """Return what is known without booting anything; None if only a try can decide."""
     if wanted := os.environ.get("AMI_BUILDER_ACCELERATOR"):
         if wanted not in tuple(Accelerator):
-            raise UsageError(f"AMI_BUILDER_ACCELERATOR is {wanted!r}", hint="it may be kvm or tcg")
-        return Accelerator(wanted), f"{wanted.upper()}, as AMI_BUILDER_ACCELERATOR says"
+            raise UsageError(
+                f"AMI_BUILDER_ACCELERATOR is {wanted!r}, expected kvm or tcg",
+                hint="unset it to let a try decide",
+            )
+        return Accelerator(wanted), f"{wanted.upper()}, set by AMI_BUILDER_ACCELERATOR"
     try:
         os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -56,7 +60,7 @@ def known_accelerator(cache: Path) -> tuple[Accelerator, str] | None:
 
 
 def _host() -> dict[str, str]:
-    """Return what the answer holds for: this boot of the host, and this QEMU."""
+    """Return what the answer is valid for: this boot of the host, and this QEMU."""
     return {
         "boot": _BOOT_ID.read_text().strip(),
         "qemu": processes.output([QEMU, "--version"]).splitlines()[0],
@@ -80,6 +84,6 @@ def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
     except MachineDied as error:
         return Accelerator.TCG, f"TCG (slow): /dev/kvm opens, but {error.message}", True
     except TimedOut:
-        reason = f"TCG (slow): a guest under KVM said nothing on its console for {KVM_SECONDS:.0f} s"
+        reason = f"TCG (slow): a guest under KVM printed nothing to its console for {KVM_SECONDS:.0f} s"
         return Accelerator.TCG, reason, False
     return Accelerator.KVM, "KVM: a guest has run on it", True

@@ -1,7 +1,7 @@
-"""EC2's instance metadata service, version 2 only, on a loopback port.
+"""An emulation of EC2's instance metadata service, version 2 only, on a loopback port.
 
-It answers what EC2 answers to an instance launched with `HttpTokens=required` and refuses what EC2 refuses,
-so that an image which finds its key and user data here finds them on an instance. What it does not imitate:
+It gives the same answers as EC2 to an instance launched with `HttpTokens=required`, and refuses the same
+requests: an image that finds its key and user data here finds them on an instance. It does not emulate:
 
 - the hop limit (the address is reached through QEMU's user network, so there are no hops to count);
 - throttling, and the 503 that EC2 answers while an instance is being set up;
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 MAX_USER_DATA = 16 * 1024
-"""Bytes of user data that RunInstances takes; EC2's documented quota."""
+"""The maximum size of user data in bytes; EC2's documented quota."""
 MAX_TOKEN_SECONDS = 21_600
-"""Longest life of a token; EC2's documented bound."""
+"""The maximum lifetime of a token; EC2's documented limit."""
 
 VERSIONS = (
     "1.0", "2007-01-19", "2007-03-01", "2007-08-29", "2007-10-10", "2007-12-15", "2008-02-01", "2008-09-01",
@@ -47,13 +47,13 @@ _STOP_SECONDS = 0.02
 
 
 def new_instance_id() -> str:
-    """Return an instance id that was not used before, so that cloud-init sees a new instance."""
+    """Return a new instance id, so that cloud-init sees a new instance."""
     return f"i-0{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceMetadata:
-    """What one instance is told about itself; raises UsageError for user data that EC2 would refuse."""
+    """The metadata of one instance. Raises UsageError for user data that EC2 would refuse."""
 
     instance_id: str
     public_key: str | None = None
@@ -86,7 +86,7 @@ class InstanceMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as it is logged: never a header, a token or a body."""
+    """A logged request, without its headers, token and body."""
 
     method: str
     path: str
@@ -94,7 +94,7 @@ class Request:
 
 
 class MetadataServer:
-    """Serve one instance's metadata on a free port of 127.0.0.1 while the context lasts."""
+    """Serves one instance's metadata on a free port of 127.0.0.1 while the context lasts."""
 
     def __init__(self, metadata: InstanceMetadata, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._pages = _pages(metadata)
@@ -137,20 +137,20 @@ class MetadataServer:
             self._requests.append(Request(method, path, status))
 
     def new_token(self, seconds: int) -> str:
-        """Return a token that is good for `seconds`."""
+        """Return a token that is valid for `seconds`."""
         token = secrets.token_urlsafe(40) + "=="
         with self._lock:
             self._tokens[token] = self._clock() + seconds
         return token
 
     def knows(self, token: str | None) -> bool:
-        """Tell whether `token` was given out here and has not expired."""
+        """Return whether this server issued `token`, and it has not expired."""
         with self._lock:
             expires = self._tokens.get(token or "")
         return expires is not None and self._clock() < expires
 
     def lookup(self, path: str) -> bytes | None:
-        """Return what is at `path`: a leaf's bytes, a folder's listing (slash or not), or None."""
+        """Return the content of `path`: the bytes of a leaf, the listing of a folder, or None."""
         parts = [part for part in path.split("/") if part]
         if not parts:
             return "\n".join(VERSIONS).encode()
@@ -164,7 +164,7 @@ class MetadataServer:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Leave a guest that hangs up in the middle of an answer (a reboot) without a traceback."""
+        """Print no traceback when a guest hangs up in the middle of an answer, as in a reboot."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, allow="GET, HEAD")
             return
         if "X-Forwarded-For" in self.headers:
-            # A proxy that was tricked into asking says so; EC2 gives it no token.
+            # A proxy that was tricked into the request sends this header; EC2 gives it no token.
             self._refuse(HTTPStatus.FORBIDDEN)
             return
         wanted = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", "").strip()
@@ -232,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         # A request line that could not be parsed has neither method nor path; a query may hold anything.
         path = getattr(self, "path", "-").partition("?")[0]
-        # Before the answer: whoever has read it finds the request in the log.
+        # Before the answer: a client that has read it finds the request in the log.
         self.service.record(self.command or "-", quote(path, safe="/%:=")[:_LOGGED_PATH], status.value)
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -309,7 +309,7 @@ def _pages(it: InstanceMetadata) -> dict[str, bytes]:
     if it.user_data:
         pages["user-data"] = it.user_data
     pages |= _listings(pages)
-    # Two listings of EC2's differ from the rest: keys are numbered and named, a version's have no slashes.
+    # Two of EC2's listings differ from the rest: keys are numbered and named, and a version's has no slashes.
     if it.public_key is not None:
         pages["meta-data/public-keys/"] = f"0={it.key_name}".encode()
     pages["/"] = pages["/"].replace(b"/", b"")

@@ -1,4 +1,4 @@
-"""QEMU's monitor (QMP), without its being asynchronous."""
+"""QEMU's monitor (QMP), with synchronous calls."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-# Without a handler, Python's last resort would print the library's view of a dying QEMU on stderr.
+# Without a handler, Python would print the library's messages about a dying QEMU to stderr.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 FAILURES = (QMPError, OSError)
-"""What any use of the monitor may raise: QEMU refused, has gone, or does not answer (TimeoutError)."""
+"""What any use of the monitor may raise: QEMU refused, has ended, or does not answer (TimeoutError)."""
 
 _ANSWER_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 
 
 class Monitor:
-    """QEMU's monitor over one end of a socket pair: no path, so nothing to clean up or to be too long."""
+    """QEMU's monitor over one end of a socket pair, which has no path to clean up, or to be too long."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
@@ -54,5 +54,5 @@ class Monitor:
         *,
         seconds: float = _ANSWER_SECONDS,
     ) -> object:
-        """Run one monitor command; raises QMPError when QEMU refuses or has gone, or TimeoutError."""
+        """Run one monitor command. Raises QMPError when QEMU refuses or has ended, and TimeoutError."""
         return self._runner.run(asyncio.wait_for(self._client.execute(command, arguments), seconds))
