@@ -659,8 +659,8 @@ def test_a_damaged_cache_is_made_anew(fake: Fake, choose: Choose, tmp_path: Path
     [
         ({"first": "os.abort()"}, "opens, but QEMU was ended by SIGABRT", True),
         ({"state": "internal-error"}, "opens, but the guest could not continue under KVM", True),
-        ({"console": b"UEFI only"}, "said nothing", False),
-        ({"console": b"\x1b[47mWelcome to GRUB!\r\n"}, "said nothing", False),
+        ({"console": b"UEFI only"}, "printed nothing", False),
+        ({"console": b"\x1b[47mWelcome to GRUB!\r\n"}, "printed nothing", False),
         (
             {"console": b"Kernel panic - not syncing: what"},
             "kernel panicked: Kernel panic - not syncing: what",
