@@ -9,6 +9,7 @@ line runs whole.
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ FOLDERS = {"vm": "vm", "cloud": "cloud", "fake_ec2": "cloud"}
 """The marker of all tests in a folder."""
 TIERS = {"fast": ("vm", "long", "cloud"), "journey": ("vm", "long"), "all": ()}
 """Which markers a tier leaves out; the first that applies counts."""
+PROGRAMS = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 WHOLE = "AMI_BUILDER_TEST_WHOLE"
 """Environment variable: with it, no tier leaves out tests marked `whole`."""
 LEFT_OUT = pytest.StashKey[Counter[str]]()
@@ -58,10 +60,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and leave out those of other tiers."""
+    """Mark tests by their folder, skip those whose programs are missing, leave out those of other tiers."""
     for item in items:
         if marker := FOLDERS.get(item.path.relative_to(HERE).parts[0]):
             item.add_marker(marker)
+        programs = [str(program) for marker in item.iter_markers("needs") for program in marker.args]
+        if missing := [program for program in programs if shutil.which(program, path=PROGRAMS) is None]:
+            item.add_marker(
+                pytest.mark.skip(f"not installed: {', '.join(missing)} (scripts/test installs it)")
+            )
     tier = config.getoption("tier") or ("all" if _named(config) else "fast")
     without = (*(() if WHOLE in os.environ else ("whole",)), *TIERS[tier])
     kept, left = [], []

@@ -73,7 +73,7 @@ def test_user_data_of_several_parts_stays_so() -> None:
 
 
 def test_what_ec2_would_not_take_is_refused() -> None:
-    with pytest.raises(UsageError, match=f"EC2 takes at most {MAX_BYTES}"):
+    with pytest.raises(UsageError, match=f"at most {MAX_BYTES}"):
         with_lifetime("#cloud-config\n" + "#" * MAX_BYTES, 60)
 
 

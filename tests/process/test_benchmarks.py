@@ -319,6 +319,7 @@ def test_without_an_emulator_nothing_was_slowed_down(tmp_path: Path) -> None:
     assert not done.as_it_should
 
 
+@pytest.mark.needs("mke2fs", "sfdisk", "qemu-img")
 def test_the_image_without_the_limit(tmp_path: Path) -> None:
     root = tmp_path / "root"
     texts = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from tests.fake_programs import calls, fake
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+pytestmark = pytest.mark.needs("packer")
 
 GUEST = {PurePosixPath("/usr/local/sbin/x"): RenderedFile(content=b"#!/bin/sh\n", mode=0o755)}
 
@@ -180,8 +181,6 @@ def test_progress_tells_that_the_machine_has_booted(tmp_path: Path, monkeypatch:
 
 
 def test_a_staged_folder_does_not_depend_on_time(tmp_path: Path) -> None:
-    if shutil.which("packer") is None:
-        pytest.skip("packer is not installed")
     for name in ("a", "b"):
         packer.stage(tmp_path / name, GUEST, {"uploads": ["x"]})
     for file in (tmp_path / "a").rglob("*"):

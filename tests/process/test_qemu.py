@@ -33,6 +33,8 @@ from ami_builder.qemu import (
 )
 from ami_builder.system import processes
 
+pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
+
 MIB = 1 << 20
 
 # Speaks the monitor's protocol on the descriptor that it is given, forwards the ports that it is asked for.

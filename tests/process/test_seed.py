@@ -14,6 +14,8 @@ from ami_builder.qemu.disks import nocloud_iso
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.needs("xorriso")
+
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGNn it\'s "quoted": yes\n'
 USER_DATA = "#cloud-config\nruncmd: [echo é]\n"
 

@@ -519,6 +519,7 @@ def test_ssh_is_never_given_a_terminal_or_a_shell_of_ours(make: Make) -> None:
             assert session.run(f"printf %s {shlex.quote(text)}").stdout == text
 
 
+@pytest.mark.needs("socat")
 def test_a_machine_without_an_open_port_is_reached_through_a_program(
     server: Server, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

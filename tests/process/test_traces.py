@@ -15,6 +15,8 @@ from ami_builder.system import processes
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
+
 MIB = 1 << 20
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 KINDS = ("ed25519", "rsa", "ecdsa")

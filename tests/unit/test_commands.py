@@ -137,6 +137,7 @@ def test_render_shows_and_writes_the_guest(
     assert str(script) in capsys.readouterr().out
 
 
+@pytest.mark.needs("packer", "qemu-img")
 def test_check_names_what_is_missing(
     workspace: Workspace,
     capsys: pytest.CaptureFixture[str],
@@ -216,6 +217,7 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.needs("packer", "qemu-img")
 def test_a_corrupt_base_stops_before_packer(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

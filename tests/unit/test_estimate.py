@@ -301,6 +301,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
 
 
 @pytest.mark.parametrize(("wanted", "known"), [("tcg", True), ("kvm", False), ("neither", None)])
+@pytest.mark.needs("qemu-img")
 def test_whether_machines_are_emulated_never_fails(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, wanted: str, known: bool | None
 ) -> None:
@@ -312,6 +313,7 @@ def inputs(digest: str) -> Inputs:
     return Inputs(image=dask(), guest={}, base_digest="b", container_digest="c", digest=digest * 64)
 
 
+@pytest.mark.needs("qemu-img")
 def test_a_build_says_how_long_it_takes_by_its_boot_and_then_by_earlier_runs(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
