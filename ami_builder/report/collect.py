@@ -16,40 +16,10 @@ from ami_builder.state.runs import RecordedNightlyRun, RecordedRun, compare_imag
 from ami_builder.state.workspace import Workspace, dump, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 PAGE = "report.html"
 _COMMANDS = {"build": "Build", "verify": "Verification"}
-
-_ENDINGS: Mapping[NightlyStatus, tuple[Tone, str, str]] = {
-    NightlyStatus.UNCHANGED: (
-        Tone.IDLE,
-        "Unchanged",
-        "The inputs are those of the current image of {}, so nothing was built.",
-    ),
-    NightlyStatus.PROMOTED: (
-        Tone.GOOD,
-        "Promoted",
-        "The image passed all checks and is now the current image of {}.",
-    ),
-    NightlyStatus.HELD: (
-        Tone.WARN,
-        "On hold",
-        "The image was not promoted to {}. A person has to decide.",
-    ),
-    NightlyStatus.INCONCLUSIVE: (
-        Tone.UNSURE,
-        "Inconclusive",
-        "Nothing was promoted to {}. The next nightly run verifies the image again.",
-    ),
-    NightlyStatus.PARTLY: (
-        Tone.BAD,
-        "Promoted in part",
-        "The image is now the current one of {}, but not in every region.",
-    ),
-    NightlyStatus.FAILED: (Tone.BAD, "Failed", "Nothing was promoted to {}."),
-}
 
 
 def write_page(
@@ -98,13 +68,7 @@ def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspa
         steps=sections.bars(sections.steps(run)),
         links=sections.links([run.directory], path),
     )
-    page = _with_verdict(page, run)
-    if build is None or build.baked is None:
-        return page
-    artifact = build.baked.artifact
-    earlier = runs.builds(known, artifact.image, artifact.target, build.when)
-    before = next((one for one in reversed(earlier) if one.record.digest != artifact.digest), None)
-    return _with_difference(replace(page, trends=sections.trends(earlier)), before, build, workspace)
+    return _with_images(_with_verdict(page, run), build, known, workspace)
 
 
 def _run_ended(run: RecordedRun, workspace: Workspace) -> tuple[Tone, str, str]:
@@ -138,8 +102,8 @@ def _of_nightly_run(
     one: RecordedNightlyRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path
 ) -> Page:
     record = one.night
-    tone, word, sentence = _ENDINGS[record.ending]
-    run = _run_of(one, known)
+    tone, word, sentence = _night_ended(record)
+    run, build = _run_of(one, known), _builder(known, record.digest, one.when)
     # An earlier run is not part of the time of this nightly run.
     mine = sections.steps(run) if run is not None and run.when >= record.started else ()
     ended = (record.ended - record.started).total_seconds() if record.ended else None
@@ -147,10 +111,10 @@ def _of_nightly_run(
         title=f"Nightly run of image {record.image}",
         tone=tone,
         word=word,
-        sentence=f"{sentence.format(record.channel)} {record.error}".rstrip(),
+        sentence=f"{sentence} {record.error}".rstrip(),
         facts=(
             Fact(name="Channel", text=record.channel),
-            *_image_facts(record.digest, _builder(known, record.digest, one.when)),
+            *_image_facts(record.digest, build),
             *([Fact(name="Current before", text=record.before, exact=True)] if record.before else []),
             *_time_facts(record.started, ended),
             Fact(name="Nightly run", text=record.id, exact=True),
@@ -162,16 +126,34 @@ def _of_nightly_run(
     )
     if run is None:
         return page
-    page = _with_verdict(page, run)
-    build = _builder(known, record.digest, one.when)
-    if build is None or build.baked is None:
-        return page
-    artifact = build.baked.artifact
-    page = replace(
-        page, trends=sections.trends(runs.builds(known, artifact.image, artifact.target, build.when))
-    )
-    before = next((each for each in reversed(known) if record.before and _is(each, record.before)), None)
-    return _with_difference(page, before, build, workspace)
+    return _with_images(_with_verdict(page, run), build, known, workspace, record.before)
+
+
+def _night_ended(record: NightlyRun) -> tuple[Tone, str, str]:
+    channel = record.channel
+    match record.ending:
+        case NightlyStatus.UNCHANGED:
+            return (
+                Tone.IDLE,
+                "Unchanged",
+                f"Nothing was built: the current image of {channel} has these inputs.",
+            )
+        case NightlyStatus.PROMOTED:
+            return (
+                Tone.GOOD,
+                "Promoted",
+                f"The image passed all checks and is now the current one of {channel}.",
+            )
+        case NightlyStatus.HELD:
+            return Tone.WARN, "On hold", f"The image was not promoted to {channel}. A person has to decide."
+        case NightlyStatus.INCONCLUSIVE:
+            sentence = f"Nothing was promoted to {channel}. The next nightly run verifies the image again."
+            return Tone.UNSURE, "Inconclusive", sentence
+        case NightlyStatus.PARTLY:
+            sentence = f"The image is now the current one of {channel}, but not in every region."
+            return Tone.BAD, "Promoted in part", sentence
+        case NightlyStatus.FAILED:
+            return Tone.BAD, "Failed", f"Nothing was promoted to {channel}."
 
 
 def _run_of(one: RecordedNightlyRun, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
@@ -189,10 +171,6 @@ def _builder(known: tuple[RecordedRun, ...], digest: str | None, until: datetime
     """Return the last run that built the image with a digest."""
     made = [run for run in known if run.baked and run.record.digest == digest and run.when <= until]
     return made[-1] if made else None
-
-
-def _is(run: RecordedRun, name: str) -> bool:
-    return run.baked is not None and name in (run.baked.artifact.digest, run.baked.artifact.location)
 
 
 def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, ...]:
@@ -226,12 +204,26 @@ def _with_verdict(page: Page, run: RecordedRun) -> Page:
     )
 
 
-def _with_difference(
-    page: Page, before: RecordedRun | None, after: RecordedRun, workspace: Workspace
+def _with_images(
+    page: Page,
+    build: RecordedRun | None,
+    known: tuple[RecordedRun, ...],
+    workspace: Workspace,
+    before: str | None = None,
 ) -> Page:
-    if before is None or before.baked is None or after.baked is None:
+    """Return the page with the trends of an image's builds, and with what changed since an earlier image.
+
+    That is the image with the digest or location `before` (empty: none), else the last other build.
+    """
+    if build is None or build.baked is None:
         return page
-    if before.baked.artifact.digest == after.baked.artifact.digest:
-        return page
-    difference = compare_images(before.baked, after.baked, workspace)
-    return replace(page, before=before.baked.artifact.digest, difference=difference)
+    new = build.baked.artifact
+    builds = runs.builds(known, new.image, new.target, build.when)
+    page = replace(page, trends=sections.trends(builds))
+    for run in reversed(builds if before is None else known):
+        if (old := run.baked) is None or old.artifact.digest == new.digest:
+            continue
+        if before is None or before in (old.artifact.digest, old.artifact.location):
+            difference = compare_images(old, build.baked, workspace)
+            return replace(page, before=old.artifact.digest, difference=difference)
+    return page

@@ -16,10 +16,9 @@ from ami_builder.core.records import Outcome
 from ami_builder.report.plot import plot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from ami_builder.core.diff import QuantityChange
-    from ami_builder.report.page import Check, Page, Trend
+    from ami_builder.report.page import Page, Trend
 
 _TEMPLATE = "page.html.j2"
 _PHASES = {
@@ -57,7 +56,7 @@ def environment(*folders: Path) -> jinja2.Environment:
         "width": lambda value: f"{value:.2f}%",
         "phase": lambda name: _PHASES.get(name, name),
         "paragraph": _paragraph,
-        "amount": _amount,
+        "amount": amount,
         "groups": _groups,
         "counts": _counts,
         "machines": _machines,
@@ -76,21 +75,19 @@ def _paragraph(text: str) -> Markup:
     return Markup("\n").join(line for each in text.strip().splitlines() if (line := clean(each)))
 
 
-def _amount(measured: QuantityChange, value: float | None) -> str:
-    return "–" if value is None else amount(measured.quantity, value)
-
-
-def _groups(checks: Iterable[Check]) -> Mapping[str, list[tuple[str, Check]]]:
+def _groups(
+    checks: Mapping[str, Sequence[Outcome | None]],
+) -> Mapping[str, list[tuple[str, Sequence[Outcome | None]]]]:
     """Return the checks by the part of their names before the colon."""
-    found: dict[str, list[tuple[str, Check]]] = {}
-    for check in checks:
-        group, _, name = check.name.partition(": ")
-        found.setdefault(group, []).append((name or group, check))
+    found: dict[str, list[tuple[str, Sequence[Outcome | None]]]] = {}
+    for check, outcomes in checks.items():
+        group, _, name = check.partition(": ")
+        found.setdefault(group, []).append((name or group, outcomes))
     return found
 
 
-def _counts(checks: Iterable[Check]) -> str:
-    found = Counter(outcome for check in checks for outcome in check.outcomes)
+def _counts(checks: Mapping[str, Sequence[Outcome | None]]) -> str:
+    found = Counter(outcome for outcomes in checks.values() for outcome in outcomes)
     return ", ".join(f"{found[outcome]} {outcome}" for outcome in Outcome if found[outcome])
 
 
@@ -101,10 +98,10 @@ def _machines(columns: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
 
 def _description(trend: Trend) -> str:
     """Describe the plot of a trend, for readers who can't see it."""
-    values = [point.value for point in trend.points]
+    values = [value for _, value in trend.points]
     short = [amount(trend.quantity, value) for value in values]
     lowest, highest = short[values.index(min(values))], short[values.index(max(values))]
-    first, last = trend.points[0].when, trend.points[-1].when
+    first, last = trend.points[0][0], trend.points[-1][0]
     return (
         f"{short[-1]} now, {short[-2]} in the previous build; between {lowest} and {highest} "
         f"in {len(values)} builds from {first:%Y-%m-%d} to {last:%Y-%m-%d}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ami_builder.core.diff import Difference, Quantity
-    from ami_builder.core.records import NightlyRun, Outcome
+    from ami_builder.core.records import NightlyRun, Outcome, StepRecord
 
 
 class Tone(StrEnum):
@@ -34,15 +34,6 @@ class Fact:
     text: str
     exact: bool = False
     """Whether people copy it, like a digest or a path."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A file beside the page."""
-
-    text: str
-    href: str
-    """Relative to the page, quoted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,40 +75,13 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """The outcomes of one check in the order of `Page.columns`; None where it did not run."""
-
-    name: str
-    outcomes: tuple[Outcome | None, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBar:
-    """One step: its nesting depth, its start relative to the first step, and its duration."""
-
-    name: str
-    depth: int
-    begin: float
-    seconds: float
-    status: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """The value of one build."""
-
-    when: datetime
-    value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Trend:
     """One quantity over at least two builds of an image, the oldest first."""
 
     title: str
     quantity: Quantity
-    points: tuple[Point, ...]
+    points: tuple[tuple[datetime, float], ...]
+    """The time of each build, and its value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,16 +100,18 @@ class Page:
     failures: tuple[Failure, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     """The machine and the phase of each column of `checks`."""
-    checks: tuple[Check, ...] = ()
-    steps: tuple[StepBar, ...] = ()
+    checks: Mapping[str, tuple[Outcome | None, ...]] = field(default_factory=dict)
+    """Check -> its outcome in each column; None where it did not run."""
+    steps: tuple[tuple[int, StepRecord], ...] = ()
+    """Nesting depth and step, which begins relative to the first one and is named within the outer one."""
     trends: tuple[Trend, ...] = ()
     before: str = ""
     """The digest of the image that `difference` compares with."""
     difference: Difference | None = None
-    links: Mapping[str, tuple[Link, ...]]
-    """Folder -> its files."""
+    links: Mapping[str, Mapping[str, str]]
+    """Folder -> file -> its address, relative to the page and quoted."""
 
     @property
     def length(self) -> float:
         """The time from the first step's start to the last one's end; never 0."""
-        return max((step.begin + step.seconds for step in self.steps), default=0.0) or 1.0
+        return max((step.began + step.seconds for _, step in self.steps), default=0.0) or 1.0

@@ -21,24 +21,17 @@ _INTERVALS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gridline:
-    """A horizontal line with its label."""
-
-    y: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
     """The curve of a trend, one point for each build at equal distances, above its gridlines."""
 
     points: tuple[tuple[float, float], ...]
-    gridlines: tuple[Gridline, ...]
+    gridlines: tuple[tuple[float, str], ...]
+    """The height of each, and its label."""
 
 
 def plot(trend: Trend) -> Plot:
     """Return the plot of a trend. Its scale starts at zero, so that a change of one percent looks small."""
-    values = [point.value for point in trend.points]
+    values = [value for _, value in trend.points]
     highest = max(values)
     unit, name = _unit(trend.quantity, highest)
     top = highest * 1.1 if highest > unit / 1e6 else unit
@@ -49,10 +42,7 @@ def plot(trend: Trend) -> Plot:
     step = (RIGHT - LEFT - 2 * _MARGIN) / max(1, len(values) - 1)
     return Plot(
         points=tuple((round(LEFT + _MARGIN + n * step, 1), y(value)) for n, value in enumerate(values)),
-        gridlines=tuple(
-            Gridline(y=y(tick * unit), label=f"{tick:g} {name}" if tick else "0")
-            for tick in ticks(top / unit)
-        ),
+        gridlines=tuple((y(tick * unit), f"{tick:g} {name}" if tick else "0") for tick in ticks(top / unit)),
     )
 
 

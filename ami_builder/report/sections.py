@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -19,10 +20,11 @@ from ami_builder.core.records import (
     StepRecord,
     Verdict,
 )
-from ami_builder.report.page import ChainNumber, Check, Failure, Link, Point, Start, StepBar, Trend
+from ami_builder.report.page import ChainNumber, Failure, Start, Trend
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from ami_builder.state.runs import RecordedRun
@@ -41,13 +43,10 @@ def columns(verdict: Verdict) -> tuple[tuple[str, str], ...]:
     return tuple((m, p) for m in machines for p in phases if (m, p) in there)
 
 
-def checks(verdict: Verdict) -> tuple[Check, ...]:
+def checks(verdict: Verdict) -> Mapping[str, tuple[Outcome | None, ...]]:
     """Return every check with its outcome at each start in `columns`."""
     found = {(r.name, r.machine, r.phase): r.outcome for r in verdict.results}
-    return tuple(
-        Check(name=name, outcomes=tuple(found.get((name, *start)) for start in columns(verdict)))
-        for name in dict.fromkeys(result.name for result in verdict.results)
-    )
+    return {r.name: tuple(found.get((r.name, *start)) for start in columns(verdict)) for r in verdict.results}
 
 
 def failures(verdict: Verdict) -> tuple[Failure, ...]:
@@ -162,11 +161,11 @@ def steps(run: RecordedRun) -> tuple[StepRecord, ...]:
 
 def took(run: RecordedRun) -> float | None:
     """Return how long a run took, in seconds; None if it has no steps."""
-    return max((bar.begin + bar.seconds for bar in bars(steps(run))), default=None)
+    return max((step.began + step.seconds for _, step in bars(steps(run))), default=None)
 
 
-def bars(steps: Sequence[StepRecord]) -> tuple[StepBar, ...]:
-    """Return the steps as a tree."""
+def bars(steps: Sequence[StepRecord]) -> tuple[tuple[int, StepRecord], ...]:
+    """Return the steps as a tree, each with its depth and its start relative to the first step."""
     first = min((step.began for step in steps), default=0.0)
     inside: dict[str, list[StepRecord]] = {}
     known = {step.name for step in steps}
@@ -174,16 +173,10 @@ def bars(steps: Sequence[StepRecord]) -> tuple[StepBar, ...]:
         parent = step.name.rpartition(_INSIDE)[0]
         inside.setdefault(parent if parent in known else "", []).append(step)
 
-    def walk(parent: str, depth: int) -> Iterator[StepBar]:
+    def walk(parent: str, depth: int) -> Iterator[tuple[int, StepRecord]]:
         for step in inside.pop(parent, ()):
-            yield StepBar(
-                name=step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name,
-                depth=depth,
-                begin=step.began - first,
-                seconds=step.seconds,
-                status=str(step.status),
-                detail=step.detail,
-            )
+            name = step.name.removeprefix(f"{parent}{_INSIDE}") if parent else step.name
+            yield depth, replace(step, name=name, began=step.began - first)
             yield from walk(step.name, depth + 1)
 
     return tuple(walk("", 0))
@@ -191,21 +184,21 @@ def bars(steps: Sequence[StepRecord]) -> tuple[StepBar, ...]:
 
 def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
     """Return size, memory for Dask, boot time and build time over the builds of an image."""
-    size = [Point(when=run.when, value=run.baked.artifact.size) for run in builds if run.baked]
+    size = [(run.when, float(run.baked.artifact.size)) for run in builds if run.baked]
     time = [
-        Point(when=run.when, value=seconds)
+        (run.when, seconds)
         for run in builds
         if run.record.status is RunStatus.PASSED and (seconds := took(run)) is not None
     ]
-    memory: dict[str, list[Point]] = {}
-    boots: dict[str, list[Point]] = {}
+    memory: dict[str, list[tuple[datetime, float]]] = {}
+    boots: dict[str, list[tuple[datetime, float]]] = {}
     for run in builds:
         for one in run.record.verdict.measured if run.record.verdict else ():
             if one.phase != FIRST_BOOT:
                 continue
-            memory.setdefault(one.machine, []).append(Point(when=run.when, value=one.available))
+            memory.setdefault(one.machine, []).append((run.when, one.available))
             if (ratio := one.boot_ratio) is not None:
-                boots.setdefault(one.machine, []).append(Point(when=run.when, value=ratio))
+                boots.setdefault(one.machine, []).append((run.when, ratio))
     named = [(f"Memory for Dask on {machine}", Quantity.AVAILABLE, memory[machine]) for machine in memory]
     named += [(f"CPU time to boot on {machine}", Quantity.BOOT, boots[machine]) for machine in boots]
     named += [("Size of the image", Quantity.SIZE, size), ("Time to build and verify", Quantity.TIME, time)]
@@ -216,18 +209,15 @@ def trends(builds: Sequence[RecordedRun]) -> tuple[Trend, ...]:
     )
 
 
-def links(directories: Sequence[Path], page: Path) -> Mapping[str, tuple[Link, ...]]:
+def links(directories: Sequence[Path], page: Path) -> Mapping[str, Mapping[str, str]]:
     """Return the logs and the evidence in these folders, with links relative to the page."""
-    found: dict[str, tuple[Link, ...]] = {}
+    found: dict[str, Mapping[str, str]] = {}
     for directory in directories:
         folders = [directory, directory / "logs", *sorted(directory.glob("machines/*/"))]
         for folder in folders:
             files = sorted(file for file in folder.glob("*") if file.suffix in _EVIDENCE and file.is_file())
             if files:
                 name = f"{directory.name}/{folder.relative_to(directory)}".removesuffix("/.")
-                found[name] = tuple(Link(text=file.name, href=_href(file, page)) for file in files)
+                addresses = [quote(os.fsencode(os.path.relpath(file, page.parent))) for file in files]
+                found[name] = {file.name: address for file, address in zip(files, addresses, strict=True)}
     return found
-
-
-def _href(file: Path, page: Path) -> str:
-    return quote(os.fsencode(os.path.relpath(file, page.parent)))

@@ -34,7 +34,7 @@ from ami_builder.core.records import (
 )
 from ami_builder.report import html, sections
 from ami_builder.report.collect import save_nightly_run, write_page
-from ami_builder.report.page import ChainNumber, Page, Point, Tone, Trend
+from ami_builder.report.page import ChainNumber, Page, Tone, Trend
 from ami_builder.report.plot import BOTTOM, TOP, plot, ticks
 from ami_builder.state import runs
 from ami_builder.state.runs import RecordedNightlyRun
@@ -569,14 +569,14 @@ def test_the_same_record_gives_the_same_bytes(workspace: Workspace) -> None:
 
 
 def trend(quantity: Quantity, *values: float) -> Trend:
-    return Trend(title="t", quantity=quantity, points=tuple(Point(when=DAY, value=value) for value in values))
+    return Trend(title="t", quantity=quantity, points=tuple((DAY, value) for value in values))
 
 
 def test_a_plot_starts_at_zero_and_has_round_labels() -> None:
     drawn = plot(trend(Quantity.SIZE, 280 << 20, 290 << 20, 300 << 20))
-    assert [line.label for line in drawn.gridlines] == ["0", "100 MiB", "200 MiB", "300 MiB"]
-    assert drawn.gridlines[0].y == BOTTOM
-    assert drawn.points[-1][1] == drawn.gridlines[-1].y > TOP
+    assert [label for _, label in drawn.gridlines] == ["0", "100 MiB", "200 MiB", "300 MiB"]
+    assert drawn.gridlines[0][0] == BOTTOM
+    assert drawn.points[-1][1] == drawn.gridlines[-1][0] > TOP
     distances = [after[0] - before[0] for before, after in pairwise(drawn.points)]
     assert distances[0] > 0
     assert distances[0] == pytest.approx(distances[1], abs=0.2)
@@ -654,16 +654,16 @@ step_lists = st.lists(
 @given(step_lists)
 def test_every_step_is_shown_once_below_what_it_is_inside(steps: list[StepRecord]) -> None:
     bars = sections.bars(steps)
-    assert sorted(bar.seconds for bar in bars) == sorted(step.seconds for step in steps)
-    assert all(bar.begin >= 0 for bar in bars)
-    depths = [bar.depth for bar in bars]
+    assert sorted(bar.seconds for _, bar in bars) == sorted(step.seconds for step in steps)
+    assert all(bar.began >= 0 for _, bar in bars)
+    depths = [depth for depth, _ in bars]
     assert all(after <= before + 1 for before, after in pairwise([-1, *depths]))
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(0, 2**50), min_size=2, max_size=5))
 def test_any_trend_can_be_drawn(values: list[float]) -> None:
-    points = tuple(Point(when=DAY, value=value) for value in values)
+    points = tuple((DAY, value) for value in values)
     page = Page(
         title="t",
         tone=Tone.GOOD,
