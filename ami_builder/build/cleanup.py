@@ -7,8 +7,9 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ami_builder.build.target import at_each, require_all
+from ami_builder.build.target import TargetOutcome, require_all
 from ami_builder.core.cleanup import Action, RetentionPolicy
+from ami_builder.core.errors import CloudFailed
 from ami_builder.verify.executor import side_by_side
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from ami_builder.build.target import Target
     from ami_builder.config.schema import Image, LifecycleSettings
-    from ami_builder.console import Progress, Step
+    from ami_builder.console import Progress
     from ami_builder.core.cleanup import Decision
 
 KEEP_ALL = RetentionPolicy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
@@ -66,13 +67,15 @@ def clean_up(
 
 def remove_orphans(images: Mapping[str, Image], home: Callable[[Image], Target], progress: Progress) -> None:
     """Remove what killed runs have left at every target of the images. Raises CloudFailed."""
-    groups = _by_target(images, home)
-    mine = {target.name: group for target, group in groups}
-
-    def act(target: Target, _: Step) -> None:
-        target.remove_orphans(mine[target.name], progress)
-
-    require_all(at_each([target for target, _ in groups], act, progress))
+    outcomes: list[TargetOutcome[None]] = []
+    for target, mine in _by_target(images, home):
+        error: CloudFailed | None = None
+        try:
+            target.remove_orphans(mine, progress)
+        except CloudFailed as failed:
+            error = failed
+        outcomes.append(TargetOutcome(target=target.name, value=None, error=error))
+    require_all(outcomes)
 
 
 def _by_target(

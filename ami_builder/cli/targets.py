@@ -1,6 +1,7 @@
 """Opens targets by the name of their kind, and finds the images that words name.
 
-This is the one module that asks which kind a target is. Only the `aws` kind imports boto3.
+This is the one module that asks which kind a target is; commands about one kind alone (such as `run`, `copy`
+and `gc`) import that kind. Only `aws` imports boto3.
 """
 
 from __future__ import annotations
