@@ -61,7 +61,7 @@ def channels(opened: Callable[[], ChannelParameters]) -> ChannelParameters:
     return opened()
 
 
-def proved(
+def verified(
     cloud: Cloud, channels: ChannelParameters, name: str, *, outcome: Outcome | None = Outcome.PASSED
 ) -> StoredImage:
     """Return a finished AMI whose checks ended like that; None: they never ran."""
@@ -82,7 +82,7 @@ def held(cloud: Cloud, name: str = NAME) -> str | None:
 
 
 def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: ChannelParameters) -> None:
-    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN, "the first")
     assert held(cloud) == first.artifact.location
     (parameter,) = (
@@ -108,7 +108,7 @@ def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: ChannelPara
 def test_an_update_is_waited_for(cloud: Cloud, channels: ChannelParameters) -> None:
     cloud.options.parameter_reads = 3
     for name in "ab":
-        one = proved(cloud, channels, name)
+        one = verified(cloud, channels, name)
         promote(channels, one, "stable", KNOWN)
         assert held(cloud) == one.artifact.location
 
@@ -116,7 +116,7 @@ def test_an_update_is_waited_for(cloud: Cloud, channels: ChannelParameters) -> N
 def test_what_ssm_drops_without_a_word_is_told(
     cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN)
     monkeypatch.setattr(ChannelParameters, "id_of", lambda *_: second.artifact.location)
     cloud.client().deregister_image(ImageId=second.artifact.location)
@@ -128,7 +128,7 @@ def test_what_ssm_drops_without_a_word_is_told(
 
 
 def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: ChannelParameters) -> None:
-    pair = [proved(cloud, channels, name) for name in "ab"]
+    pair = [verified(cloud, channels, name) for name in "ab"]
     promote(channels, pair[0], "stable", KNOWN)
     ssm = cloud.client("ssm")
     written = {"Name": NAME, "Value": pair[0].artifact.location, "DataType": "aws:ec2:image"}
@@ -154,7 +154,7 @@ def test_more_versions_than_ssm_keeps_never_block(cloud: Cloud, channels: Channe
 def test_a_move_by_somebody_else_is_seen(
     cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN)
     real = adapter._read_back
 
@@ -177,7 +177,7 @@ def test_a_move_by_somebody_else_is_seen(
 @pytest.mark.parametrize("fault", ["throttle", "http500", "lost_response", "duplicated", "reset"])
 @pytest.mark.parametrize("action", ["PutParameter", "LabelParameterVersion", "GetParameter"])
 def test_moving_through_faults(cloud: Cloud, channels: ChannelParameters, action: str, fault: str) -> None:
-    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     for one in (first, second):
         cloud.faults.add(action, fault)
         promote(channels, one, "stable", KNOWN)
@@ -198,12 +198,12 @@ def test_what_was_not_proved_is_refused(
     cloud: Cloud, channels: ChannelParameters, outcome: Outcome | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        promote(channels, proved(cloud, channels, "a", outcome=outcome), "stable", KNOWN)
+        promote(channels, verified(cloud, channels, "a", outcome=outcome), "stable", KNOWN)
     assert held(cloud) is None
 
 
 def test_only_finished_images_of_this_name(cloud: Cloud, channels: ChannelParameters) -> None:
-    one = proved(cloud, channels, "a")
+    one = verified(cloud, channels, "a")
     account = channels.account
     account.ec2.create_tags(
         Resources=[one.artifact.location], Tags=[{"Key": "ami-builder:image", "Value": "other"}]
@@ -216,7 +216,7 @@ def test_only_finished_images_of_this_name(cloud: Cloud, channels: ChannelParame
 
 
 def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: ChannelParameters) -> None:
-    first, second, third = (proved(cloud, channels, name) for name in "abc")
+    first, second, third = (verified(cloud, channels, name) for name in "abc")
     for one in (first, second, third):
         promote(channels, one, "stable", KNOWN)
     promote(channels, third, "testing", KNOWN)
@@ -227,7 +227,7 @@ def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: ChannelParame
         promote(channels, third, "stable", KNOWN)
     assert revoke(channels, third, "again").entries == ()
     # One that was deregistered is not gone back to either.
-    promote(channels, proved(cloud, channels, "d"), "stable", KNOWN)
+    promote(channels, verified(cloud, channels, "d"), "stable", KNOWN)
     cloud.client().deregister_image(ImageId=second.artifact.location)
     rollback(channels, "stable", KNOWN)
     assert held(cloud) == first.artifact.location
@@ -237,7 +237,7 @@ def test_what_was_revoked_never_comes_back(cloud: Cloud, channels: ChannelParame
 def test_a_revocation_that_was_killed_is_taken_up(
     cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (proved(cloud, channels, name) for name in "ab")
+    first, second = (verified(cloud, channels, name) for name in "ab")
     for one in (first, second):
         promote(channels, one, "stable", KNOWN)
 
@@ -258,7 +258,7 @@ def test_least_privilege(
     cloud: Cloud, opened: Callable[[], ChannelParameters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = opened()
-    first, second = (proved(cloud, free, name) for name in "ab")
+    first, second = (verified(cloud, free, name) for name in "ab")
     allowed = cloud.enforce(document(Section.PROMOTE), KEY)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     channels = opened()
@@ -283,7 +283,7 @@ def test_the_commands(
 ) -> None:
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AMI_BUILDER_CONFIG", str(Path(__file__).parents[2] / "ami-builder.toml"))
-    first, second = proved(cloud, channels, "a"), proved(cloud, channels, "b")
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     # One that this machine has built is known by its name, any other by its id.
     channels.workspace.store_remote(first.artifact, None)
     assert cli.run(["promote", "dask", "stable", "--target", "aws"]) == 0

@@ -53,7 +53,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def aged(cloud: Cloud, name: str, days: float = 100, *, deprecated: float | None = None) -> str:
-    """Make a finished and proved AMI of ours that looks old."""
+    """Make a finished and verified AMI of ours that looks old."""
     account = Account.open()
     ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
     images.finish(account, ami, tags(Purpose.IMAGE))

@@ -73,8 +73,8 @@ def test_build_and_verify(
     made = cloud.count("RunInstances")
     assert captured(*BUILD).out.splitlines()[-1] == ami
     assert cloud.count("RunInstances") == made, "unchanged"
-    proved = captured("verify", ami)
-    assert proved.status == 0, proved.err
+    verified = captured("verify", ami)
+    assert verified.status == 0, verified.err
     monkeypatch.setattr(matrix, "verify_machine", _lost)
     assert captured("verify", ami).status == BuildFailed.exit_code
     assert held.refused == []

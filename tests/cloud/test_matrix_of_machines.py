@@ -1,4 +1,4 @@
-"""An AMI proved over regions and instance types, by threads and by a real Dask cluster of processes."""
+"""An AMI verified over regions and instance types, by threads and by a real Dask cluster of processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Crew:
 
     address: str
     go: Path
-    """Machines that workers prove run until this is there."""
+    """Machines that workers verify run until this is there."""
     environment: dict[str, str]
     folder: Path
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -123,7 +123,7 @@ def _home(crew: Crew, cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def built() -> str:
-    """Bake an AMI and return its id; nothing is proved."""
+    """Bake an AMI and return its id; nothing is verified."""
     ran = captured(*BUILD, "--no-verify", "--force")
     assert ran.status == 0, ran.err
     return ran.out.splitlines()[-1]
@@ -170,7 +170,7 @@ def answer(*arguments: str) -> Any:
     return json.loads(ran.out)
 
 
-def test_threads_prove_every_type_in_every_region(cloud: Cloud, crew: Crew) -> None:
+def test_threads_verify_every_type_in_every_region(cloud: Cloud, crew: Crew) -> None:
     ami = built()
     copy = copied(cloud, ami)
     told = answer("verify", "--target", "aws", *FLAGS, "--region", OTHER, "--region", "us-east-1")
@@ -205,7 +205,7 @@ def test_one_type_without_capacity_does_not_hide_the_others(cloud: Cloud, crew: 
         if call.action == "TerminateInstances"
         for instance in call.params["InstanceIds"]
     }
-    assert len(ended) == 1 + 2, "Packer's, and the others were proved to their end"
+    assert len(ended) == 1 + 2, "Packer's, and the others were verified to their end"
     assert verdict_tag(cloud, ami, "us-east-1") == "none"
     only_the_ami(cloud)
 
@@ -218,7 +218,7 @@ def test_a_cluster_without_workers_is_told_at_once(cloud: Cloud, crew: Crew) -> 
     assert launches(cloud) == []
 
 
-def test_a_killed_worker_s_cell_is_proved_by_another(cloud: Cloud, crew: Crew) -> None:
+def test_a_killed_worker_s_job_is_verified_by_another(cloud: Cloud, crew: Crew) -> None:
     ami = built()
     crew.muster(2)
     killed = crew.workers[-1]
@@ -265,7 +265,7 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
     crew.wait_for_calls(wanted=0)
     crew.go.touch()
     wait_until(lambda: cloud.left().keys() == {"image", "snapshot"}, what="the worker's end", timeout=BOUND)
-    assert len(launches(cloud)) == 1, "the other cells were cancelled"
+    assert len(launches(cloud)) == 1, "the other jobs were cancelled"
 
 
 def test_workers_with_another_version_are_refused(
@@ -279,16 +279,16 @@ def test_workers_with_another_version_are_refused(
     assert cloud.count("RunInstances") == 0, "before anything is baked"
 
 
-def test_the_records_of_cells_stand_beside_that_of_their_run(cloud: Cloud, crew: Crew) -> None:
+def test_the_records_of_jobs_stand_beside_that_of_their_run(cloud: Cloud, crew: Crew) -> None:
     crew.muster(1)
     crew.go.touch()
     ami = built()
     told = answer("verify", ami, "--instance-type", TYPES[0], "--dask-scheduler", crew.address)
     assert told["passed"]
     workspace = Workspace.open({"AMI_BUILDER_HOME": crew.environment["AMI_BUILDER_HOME"]})
-    (cell,) = sorted(workspace.runs_dir.glob("*.*"))[-1:]
-    run = workspace.runs_dir / cell.name.partition(".")[0]
+    (job,) = sorted(workspace.runs_dir.glob("*.*"))[-1:]
+    run = workspace.runs_dir / job.name.partition(".")[0]
     record = json.loads((run / "machines" / TYPES[0] / "record.json").read_text())
-    assert record["run_id"] == cell.name
+    assert record["run_id"] == job.name
     assert record["status"] == RunStatus.PASSED
     assert record["steps"][0]["name"] == f"{TYPES[0]} in us-east-1"

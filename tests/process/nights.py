@@ -121,7 +121,7 @@ class FakeTarget(QemuTarget):
         outcome = Outcome.PASSED if world.passes else Outcome.FAILED
         if world.busy:
             outcome = Outcome.INCONCLUSIVE
-        proofs = []
+        results = []
         for memory in image.verify.memory:
             machine = f"{memory // GIB} GiB"
             result = CheckResult(
@@ -133,8 +133,8 @@ class FakeTarget(QemuTarget):
                 message="x",
             )
             one = Measurement(machine=machine, phase="boot", total=memory, available=world.available)
-            proofs.append(MachineResult(results=(result,), measured=(one,)))
-        return proofs
+            results.append(MachineResult(results=(result,), measured=(one,)))
+        return results
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

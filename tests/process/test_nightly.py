@@ -132,7 +132,7 @@ def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_aga
         assert said in str(failed["error"])
         assert standing(record) == before
     meet(folder, World(inputs="two"))
-    # What was baked is proved again, not baked again.
+    # What was baked is verified again, not baked again.
     assert night(capsys)["ending"] == "promoted"
     assert len(bakes(folder)) == 3
     assert standing(record) != before

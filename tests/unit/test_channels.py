@@ -1,4 +1,4 @@
-"""Channels: only what was proved, back to the one before, never what was revoked; the same for a journal."""
+"""Channels: only verified images get there, rollbacks go back one, revoked images stay out."""
 
 from __future__ import annotations
 

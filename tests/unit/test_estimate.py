@@ -28,7 +28,7 @@ from ami_builder.verify.journey import verify_machine
 from ami_builder.verify.machine import MachineResult
 from tests.fake_programs import fake
 from tests.sample_image import GIB, image
-from tests.unit.test_prove import Guest
+from tests.unit.test_journey import Guest
 
 TCG = "TCG (slow): /dev/kvm: No such file or directory"
 SLOW = ": without KVM the VM is emulated, which is slow"

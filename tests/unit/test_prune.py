@@ -253,7 +253,7 @@ class Record:
         artifact = Artifact(
             image="dask", target=TargetKind.QEMU, location=id, digest=id, created=NOW, run_id="r", size=0
         )
-        return StoredImage(artifact=artifact, verdict=proof(id), directory=None)
+        return StoredImage(artifact=artifact, verdict=passed_verdict(id), directory=None)
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         return tuple(entry for entry in self.moves if entry.channel == channel)
@@ -272,7 +272,7 @@ class Record:
         self.moves += entries
 
 
-def proof(digest: str) -> Verdict:
+def passed_verdict(digest: str) -> Verdict:
     result = CheckResult(
         name="x", phase="boot", machine="2 GiB", outcome=Outcome.PASSED, seconds=1, message=""
     )

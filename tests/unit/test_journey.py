@@ -109,7 +109,7 @@ class Guest:
 
 @dataclass
 class Session:
-    """What prove asks of ssh."""
+    """What the journey asks of ssh."""
 
     guest: Guest
     config: Path
@@ -148,7 +148,7 @@ class Session:
 
 
 @pytest.fixture
-def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MachineResult]]:
+def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MachineResult]]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
     with workspace.run("verify", "dask") as run, open_progress(mode=Mode.QUIET) as progress:
 
@@ -172,7 +172,7 @@ def proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         yield way
 
 
-def test_each_start_has_its_own_times(proved: Callable[[Guest], MachineResult]) -> None:
+def test_each_start_has_its_own_times(verified: Callable[[Guest], MachineResult]) -> None:
     def one(
         phase: str, ssh_seconds: float | None, dask_seconds: float, control: float | None = None
     ) -> Measurement:
@@ -188,7 +188,7 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], MachineResult]) 
             control_seconds=control,
         )
 
-    assert proved(Guest()).measured == (
+    assert verified(Guest()).measured == (
         one("boot", SSH, SSH + DASK, CONTROL * (CPUS - IDLE)),
         one("restart", None, RESTART + DASK),
         one("reboot", REBOOT, REBOOT + DASK),
@@ -196,25 +196,25 @@ def test_each_start_has_its_own_times(proved: Callable[[Guest], MachineResult]) 
 
 
 def test_the_boot_that_came_up_is_measured_and_none_before_it(
-    proved: Callable[[Guest], MachineResult],
+    verified: Callable[[Guest], MachineResult],
 ) -> None:
     guest = Guest(panics=2)
-    proof = proved(guest)
+    found = verified(guest)
     assert guest.phases == ["boot", "restart", "reboot", "pressure"]
-    assert proof.measured[0].ssh_seconds == SSH
+    assert found.measured[0].ssh_seconds == SSH
 
 
-def test_a_dask_that_does_not_answer_has_no_time(proved: Callable[[Guest], MachineResult]) -> None:
-    proof = proved(Guest(answers=False))
-    assert [one.dask_seconds for one in proof.measured] == [None, None]
-    assert [one.ssh_seconds for one in proof.measured] == [SSH, None]
-    assert {result.outcome for result in proof.results} == {Outcome.FAILED}
+def test_a_dask_that_does_not_answer_has_no_time(verified: Callable[[Guest], MachineResult]) -> None:
+    found = verified(Guest(answers=False))
+    assert [one.dask_seconds for one in found.measured] == [None, None]
+    assert [one.ssh_seconds for one in found.measured] == [SSH, None]
+    assert {result.outcome for result in found.results} == {Outcome.FAILED}
 
 
-def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], MachineResult]) -> None:
-    proof = proved(Guest(cpu=False))
-    assert {(one.cpu_seconds, one.control_seconds) for one in proof.measured} == {(None, None)}
-    assert [one.dask_seconds for one in proof.measured] == [SSH + DASK, RESTART + DASK, REBOOT + DASK]
+def test_cpu_time_that_is_not_known_is_not_measured(verified: Callable[[Guest], MachineResult]) -> None:
+    found = verified(Guest(cpu=False))
+    assert {(one.cpu_seconds, one.control_seconds) for one in found.measured} == {(None, None)}
+    assert [one.dask_seconds for one in found.measured] == [SSH + DASK, RESTART + DASK, REBOOT + DASK]
 
 
 @pytest.mark.parametrize(
@@ -222,12 +222,12 @@ def test_cpu_time_that_is_not_known_is_not_measured(proved: Callable[[Guest], Ma
     [(5.0, 1.0), (60.0, 1.0), (90.0, 1.5), (180.0, 3.0), (480.0, 8.0), (2000.0, 8.0)],
 )
 def test_a_slow_boot_gives_all_that_follows_more_time(
-    proved: Callable[..., MachineResult], ssh_seconds: float, times: float
+    verified: Callable[..., MachineResult], ssh_seconds: float, times: float
 ) -> None:
     """Up to eight times as much; it is no longer than before where the boot is fast."""
     of = image()
     guest = Guest(ssh=ssh_seconds, outcome=Outcome.INCONCLUSIVE)
-    proved(guest, of)
+    verified(guest, of)
     timeout = of.verify.timeout
     assert guest.allowed == {
         "ssh": timeout,
@@ -244,16 +244,16 @@ def test_a_slow_boot_gives_all_that_follows_more_time(
     assert {context.timeout for context in guest.contexts} == {timeout * times}
 
 
-def test_a_boot_that_is_tried_again_is_measured_again(proved: Callable[[Guest], MachineResult]) -> None:
+def test_a_boot_that_is_tried_again_is_measured_again(verified: Callable[[Guest], MachineResult]) -> None:
     """How slow the one was that panicked says nothing about this one."""
     guest = Guest(panics=1)
-    proved(guest)
+    verified(guest)
     assert guest.allowed["checks after boot"] == image().verify.timeout
 
 
-def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], MachineResult]) -> None:
+def test_the_checks_know_the_process_that_runs_the_vm(verified: Callable[[Guest], MachineResult]) -> None:
     guest = Guest()
-    proved(guest)
+    verified(guest)
     assert {context.emulator for context in guest.contexts} == {4711}
 
 
@@ -262,22 +262,22 @@ def test_the_checks_know_the_process_that_runs_the_vm(proved: Callable[[Guest], 
     [(Guest(answers=False), True, ["boot", "restart"]), (Guest(), False, ["boot", "restart", "reboot"])],
 )
 def test_the_long_steps_are_for_machines_that_passed_and_pressure_can_be_left_out(
-    proved: Callable[..., MachineResult], guest: Guest, pressure: bool, phases: list[str]
+    verified: Callable[..., MachineResult], guest: Guest, pressure: bool, phases: list[str]
 ) -> None:
     """A machine whose limit is wrong may freeze for good: it is red already."""
     of = image()
-    proved(guest, replace(of, verify=replace(of.verify, pressure=pressure)))
+    verified(guest, replace(of, verify=replace(of.verify, pressure=pressure)))
     assert guest.phases == phases
 
 
 @pytest.mark.parametrize("outcome", [Outcome.INCONCLUSIVE, Outcome.PASSED])
 def test_an_inconclusive_check_is_no_failure_and_leaves_evidence(
-    proved: Callable[[Guest], MachineResult], outcome: Outcome
+    verified: Callable[[Guest], MachineResult], outcome: Outcome
 ) -> None:
     guest = Guest(outcome=outcome)
-    proof = proved(guest)
+    found = verified(guest)
     assert guest.phases == ["boot", "restart", "reboot", "pressure"], "the way goes on"
-    assert {result.outcome for result in proof.results} == {outcome}
+    assert {result.outcome for result in found.results} == {outcome}
     assert ("journal.txt" in guest.fetched) == (outcome is Outcome.INCONCLUSIVE)
 
 
