@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import JsonFlag, TargetFlag, app, failures, load_config, mode, plain
+from ami_builder.cli.options import ImageWord, JsonFlag, TargetFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_image, open_target
+from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
     from ami_builder.build.target import Target
     from ami_builder.config.schema import Image
     from ami_builder.console import Progress
-    from ami_builder.core.channels import ChannelEntry
 
-ImageWord = Annotated[
-    str,
-    typer.Argument(
-        metavar="IMAGE", help="Image name (its newest image), first digits of a digest, path, or AMI id."
-    ),
-]
 ChannelArgument = Annotated[
     str, typer.Argument(metavar="CHANNEL", help="Name of a channel in lifecycle.channels.")
 ]
@@ -200,7 +194,6 @@ def _plain(moved: ChannelMove) -> dict[str, Any]:
 
 def _note_revoked(moved: ChannelMove, where: str = "") -> None:
     """Print which image became current because another one was revoked."""
-    from ami_builder.core.channels import Move
     from ami_builder.nightly.summary import short
 
     for entry in moved.entries:

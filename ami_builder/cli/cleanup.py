@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ami_builder import console
 from ami_builder.cli.options import JsonFlag, TargetFlag, app, load_config, mode, open_workspace, plain
 from ami_builder.cli.targets import opener
+from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.records import TargetKind
-
-if TYPE_CHECKING:
-    from ami_builder.core.cleanup import Decision
 
 
 @app.command()
@@ -38,8 +36,6 @@ def prune(
 
 
 def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
-    from ami_builder.core.cleanup import Action
-
     to_do = {Action.DELETE: "to delete", Action.DEPRECATE: "to deprecate"}
     done = {Action.DELETE: "deleted", Action.DEPRECATE: "deprecated"}
     words = done if apply else to_do
@@ -78,7 +74,6 @@ def gc(
 ) -> None:
     """Find resources that killed runs left in the AWS account, by ledger and tag. --apply deletes them."""
     from ami_builder.aws.gc import every_region, find_orphans, remove_orphans
-    from ami_builder.core.cleanup import Action
 
     regions = every_region(load_config().images.values(), more or ())
     workspace = open_workspace()

@@ -103,14 +103,13 @@ def verify(
     """Boot a finished image on fresh machines and run the checks."""
     from ami_builder.build.verify import located, verify_images
 
-    if memory:
-        shared.overrides["verify.memory"] = ",".join(memory)
-    if instance_type:
-        shared.overrides["verify.instance_types"] = ",".join(instance_type)
-    if datasource:
-        shared.overrides["verify.datasource"] = datasource
-    if region:
-        shared.overrides["aws.region"] = region[0]
+    flags = {
+        "verify.memory": ",".join(memory or ()),
+        "verify.instance_types": ",".join(instance_type or ()),
+        "verify.datasource": datasource,
+        "aws.region": region[0] if region else None,
+    }
+    shared.overrides |= {key: value for key, value in flags.items() if value}
     chosen, stored, home = find_image(image, target, dask_scheduler=dask_scheduler)
     copies = located(home.elsewhere(region or ()), chosen, stored)
     with console.open_progress(mode()) as progress:

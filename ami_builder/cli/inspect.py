@@ -10,6 +10,7 @@ import typer
 from ami_builder import console
 from ami_builder.cli.options import (
     ImageArgument,
+    ImageWord,
     JsonFlag,
     TargetFlag,
     app,
@@ -105,12 +106,7 @@ def list_images(as_json: JsonFlag = False) -> None:
 
 @app.command()
 def show(
-    image: Annotated[
-        str,
-        typer.Argument(
-            metavar="IMAGE", help="Image name (its newest image), first digits of a digest, path, or AMI id."
-        ),
-    ],
+    image: ImageWord,
     as_json: JsonFlag = False,
 ) -> None:
     """Show one finished image: location, origin, verdict and channels."""

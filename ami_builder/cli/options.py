@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,17 +30,17 @@ config_app = typer.Typer(help="Print the configuration and its schema.", no_args
 app.add_typer(config_app, name="config", rich_help_panel="Inspect")
 
 
+@dataclass(slots=True, kw_only=True)
 class _Shared:
     """The flags that come before a command."""
 
     config: Path | None = None
-    overrides: dict[str, str]
+    overrides: dict[str, str] = field(default_factory=dict)
     quiet: bool = False
     debug: bool = False
 
 
 shared = _Shared()
-shared.overrides = {}
 
 
 def _version(wanted: bool) -> None:
@@ -79,6 +80,12 @@ def _flags(
 ImageArgument = Annotated[
     str | None,
     typer.Argument(metavar="[IMAGE]", help="Name of an image in ami-builder.toml.", show_default=False),
+]
+ImageWord = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGE", help="Image name (its newest image), first digits of a digest, path, or AMI id."
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 TargetFlag = Annotated[

@@ -253,36 +253,30 @@ def _unread(worker: Worker) -> Diagnosis:
 
 
 def _judge(worker: Worker, reading: Reading, domains: Sequence[_Domain]) -> Diagnosis:
+    health, reason, advised = _health(reading, domains)
+    return Diagnosis(
+        worker=worker,
+        health=health,
+        reason=reason,
+        advised=advised,
+        excess=reading.limit - advised if reading.limit and advised is not None else None,
+        warnings=tuple(_warnings(reading, domains)),
+    )
+
+
+def _health(reading: Reading, domains: Sequence[_Domain]) -> tuple[Health, str, int | None]:
+    """Return the verdict on a limit, with the reason and the limit to set."""
     tightest = min(domains, key=lambda domain: domain.share(reading))
     share = _pages(tightest.share(reading), reading.page)
-    warnings = tuple(_warnings(reading, domains))
     if not reading.limit:
-        reason = f"Dask has no limit; set its share of {tightest.name}"
-        return Diagnosis(
-            worker=worker, health=Health.MISSING, reason=reason, advised=share, warnings=warnings
-        )
-    exceeded = [domain for domain in domains if domain.exceeded_by(reading)]
-    if exceeded:
-        return Diagnosis(
-            worker=worker,
-            health=Health.TOO_HIGH,
-            reason=_excess(exceeded[0]),
-            advised=share,
-            excess=reading.limit - share,
-            warnings=warnings,
-        )
+        return Health.MISSING, f"Dask has no limit; set its share of {tightest.name}", share
+    if exceeded := [domain for domain in domains if domain.exceeded_by(reading)]:
+        return Health.TOO_HIGH, _excess(exceeded[0]), share
     binding = min(domains, key=lambda domain: domain.room(reading))
     advised = _pages(reading.limit + binding.room(reading), reading.page)
     if advised - reading.limit > max(LEAST_RAISE, tightest.share(reading) / 10):
-        return Diagnosis(
-            worker=worker,
-            health=Health.TOO_LOW,
-            reason=f"{binding.name} has room for more",
-            advised=advised,
-            excess=reading.limit - advised,
-            warnings=warnings,
-        )
-    return Diagnosis(worker=worker, health=Health.RIGHT, reason=f"fits {tightest.name}", warnings=warnings)
+        return Health.TOO_LOW, f"{binding.name} has room for more", advised
+    return Health.RIGHT, f"fits {tightest.name}", None
 
 
 def _excess(domain: _Domain) -> str:

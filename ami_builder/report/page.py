@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from ami_builder.core.diff import Difference, Quantity
@@ -64,17 +64,6 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A failed or inconclusive check, with all starts that have the same message."""
-
-    name: str
-    outcome: Outcome
-    message: str
-    starts: tuple[tuple[str, str], ...]
-    """Machine and phase."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Trend:
     """One quantity over at least two builds of an image, the oldest first."""
 
@@ -97,7 +86,8 @@ class Page:
     nightly: NightlyRun | None = None
     """Only for the page of a nightly run."""
     starts: tuple[Start, ...] = ()
-    failures: tuple[Failure, ...] = ()
+    failures: Mapping[tuple[Outcome, str, str], Sequence[tuple[str, str]]] = field(default_factory=dict)
+    """Outcome, name and message of a check that did not pass -> the machine and the phase of each start."""
     columns: tuple[tuple[str, str], ...] = ()
     """The machine and the phase of each column of `checks`."""
     checks: Mapping[str, tuple[Outcome | None, ...]] = field(default_factory=dict)

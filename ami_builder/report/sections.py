@@ -20,7 +20,7 @@ from ami_builder.core.records import (
     StepRecord,
     Verdict,
 )
-from ami_builder.report.page import ChainNumber, Failure, Start, Trend
+from ami_builder.report.page import ChainNumber, Start, Trend
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -49,18 +49,18 @@ def checks(verdict: Verdict) -> Mapping[str, tuple[Outcome | None, ...]]:
     return {r.name: tuple(found.get((r.name, *start)) for start in columns(verdict)) for r in verdict.results}
 
 
-def failures(verdict: Verdict) -> tuple[Failure, ...]:
-    """Return the failed checks, then the inconclusive ones, each in the order in which they ran."""
+def failures(verdict: Verdict) -> Mapping[tuple[Outcome, str, str], Sequence[tuple[str, str]]]:
+    """Return the failed checks, then the inconclusive ones, each in the order in which they ran.
+
+    Starts at which a check has the same message are together.
+    """
     found: dict[tuple[Outcome, str, str], list[tuple[str, str]]] = {}
     for outcome in (Outcome.FAILED, Outcome.INCONCLUSIVE):
         for result in verdict.results:
             if result.outcome is outcome:
                 key = (outcome, result.name, result.message)
                 found.setdefault(key, []).append((result.machine, result.phase))
-    return tuple(
-        Failure(name=name, outcome=outcome, message=message, starts=tuple(starts))
-        for (outcome, name, message), starts in found.items()
-    )
+    return found
 
 
 def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
