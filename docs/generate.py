@@ -99,7 +99,7 @@ def _parameters(command: Any) -> Iterator[str]:
                 name += " " + _code(each.metavar or each.name.upper())
         help_text = (each.help or "").rstrip()
         default = each.default
-        if isinstance(default, str | int) and not isinstance(default, bool) and "[default" not in help_text:
+        if isinstance(default, str | int) and not isinstance(default, bool) and default != "":
             help_text += f" Default: `{default}`."
         if getattr(each, "multiple", False) and "repeat" not in help_text:
             help_text += " Can be repeated."

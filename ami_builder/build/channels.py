@@ -199,7 +199,10 @@ def _require_verified(stored: StoredImage) -> None:
             f"{artifact.location}: its verification was inconclusive, so it can't be promoted", hint=again
         )
     if not verdict.passed:
-        raise UsageError(f"{artifact.location} failed its checks, so it can't be promoted", hint=again)
+        raise UsageError(
+            f"{artifact.location} failed its checks, so it can't be promoted",
+            hint=f"`ami-builder verify {artifact.location}` runs them again and prints those that fail",
+        )
 
 
 def _require_unrevoked(channels: ChannelStore, image_id: str) -> None:

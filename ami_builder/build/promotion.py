@@ -25,11 +25,13 @@ Moves = list[TargetOutcome["ChannelMove | None"]]
 def chosen(targets: Sequence[Target], regions: Sequence[str]) -> list[Target]:
     """Return the targets with these names, in that order; all targets for none. Raises UsageError."""
     known = {target.name: target for target in targets}
+    if regions and not targets[0].region:
+        raise UsageError(f"--region {regions[0]}: a local image has no region", hint="add --target aws")
     for region in regions:
         if region not in known:
             raise UsageError(
-                f"--region {region}: the image is not promoted there; it is in {', '.join(known)}",
-                hint="with --target aws, aws.region and aws.copy_to name the regions",
+                f"--region {region}: the image is not promoted there; expected one of {', '.join(known)}",
+                hint="aws.region and aws.copy_to in ami-builder.toml name the regions",
             )
     return [known[region] for region in dict.fromkeys(regions)] or list(targets)
 
@@ -55,7 +57,7 @@ def promote(
             )
         known = image.lifecycle.channels
         moved = channels.promote(target.channels(image), found, channel, known, reason)
-        step.done(f"{found.name} is {'' if moved.entries else 'already '}current in {channel}")
+        step.done(f"{_label(found)} is {'' if moved.entries else 'already '}current in {channel}")
         return moved
 
     return first_alone(targets, act, progress)
@@ -73,7 +75,7 @@ def rollback(targets: Sequence[Target], image: Image, channel: str, reason: str,
             step.done("left as it is: another image is current, or none")
             return None
         moved = channels.rollback(target.channels(image), channel, image.lifecycle.channels, reason)
-        step.done(f"{moved.stored.name} is current in {channel} again")
+        step.done(f"{_label(moved.stored)} is current in {channel} again")
         return moved
 
     return first_alone(targets, act, progress)
@@ -114,6 +116,11 @@ def history(
         return channels.current(store, channel), entries
 
     return first_alone(targets, act, progress)
+
+
+def _label(stored: StoredImage) -> str:
+    """Return an AMI's id, or the first digits of a local image's digest, as `list` prints them."""
+    return stored.name if stored.artifact.region else f"{stored.artifact.image} {stored.artifact.digest[:16]}"
 
 
 def _current_digest(target: Target, image: Image, channel: str) -> str:

@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from ami_builder import console
 
@@ -42,6 +43,27 @@ _PANELS = {
 """The groups of commands in the help, in this order."""
 
 
+def _plain_flags(parameters: list[Any]) -> list[Any]:
+    """Leave out the type of a flag that takes no value, which typer's help prints as `<bool>`."""
+    for each in parameters:
+        if getattr(each, "is_flag", False):
+            each.metavar = ""
+    return parameters
+
+
+class _Command(typer.core.TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain_flags(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain_flags(super().get_params(ctx))
+
+
+app.info.cls = config_app.info.cls = _Group
+for _command in [*app.registered_commands, *config_app.registered_commands]:
+    _command.cls = _Command
 _panel_of = {name: panel for panel, names in _PANELS.items() for name in names}
 for _command in app.registered_commands:
     assert _command.callback is not None
@@ -75,7 +97,9 @@ def run(arguments: Sequence[str]) -> int:
         # No message means no command was given, and the help has been printed instead.
         if not (message := wrong.format_message().replace("Value error, ", "")):
             return UsageError.exit_code
-        return _fail(UsageError(message, hint="run `ami-builder --help` to see the commands and their flags"))
+        context = getattr(wrong, "ctx", None)
+        command = context.command_path if context is not None else "ami-builder"
+        return _fail(UsageError(message, hint=f"see `{command} --help`"))
     except BrokenPipeError:
         # The reader of our output has closed the pipe, as in `ami-builder list | head -1`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

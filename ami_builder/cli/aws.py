@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ami_builder.state.workspace import StoredImage
 
 AmiArgument = Annotated[
-    str | None, typer.Argument(metavar="[IMAGE|AMI]", help="Image name (its newest AMI), or AMI id.")
+    str | None, typer.Argument(metavar="IMAGE|AMI", help="Image name (its newest AMI), or AMI id.")
 ]
 
 
@@ -122,7 +122,8 @@ def _destinations(words: Sequence[str], aws: AwsSettings) -> tuple[Destination, 
 @app.command("iam-policy")
 def iam_policy(
     section: Annotated[
-        Section, typer.Argument(metavar=f"[{'|'.join(Section)}]", help="What the policy allows.")
+        Section,
+        typer.Argument(metavar="SECTION", help=f"What the policy allows: {', '.join(Section)}."),
     ] = Section.ALL,
     image: Annotated[
         str | None,

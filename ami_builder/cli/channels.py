@@ -27,10 +27,10 @@ ChannelArgument = Annotated[
 NamedFlag = Annotated[
     str | None,
     typer.Option(
-        "--image", metavar="IMAGE", help="Image whose channel is meant, if there are several images."
+        "--image", metavar="IMAGE", help="Name of an image in ami-builder.toml; needed if there are several."
     ),
 ]
-ReasonFlag = Annotated[str, typer.Option("--reason", help="The reason that `history` prints.")]
+ReasonFlag = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; `history` prints it.")]
 RegionFlag = Annotated[
     list[str] | None,
     typer.Option("--region", metavar="REGION", help="With --target aws: only in this region; repeatable."),
@@ -71,7 +71,7 @@ def rollback(
 ) -> None:
     """Make the previous image of a channel current again.
 
-    AMIs are rolled back in every region whose current image is that of the first region.
+    An AMI is also rolled back in every other region where the same image is current.
     """
     from ami_builder.build import promotion
 
@@ -88,12 +88,13 @@ def rollback(
 def revoke(
     image: ImageWord,
     reason: Annotated[
-        str, typer.Option("--reason", help="Why; printed when someone tries to use the image.")
+        str,
+        typer.Option("--reason", metavar="TEXT", help="Why; printed when someone tries to use the image."),
     ],
     target: TargetFlag = TargetKind.QEMU,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove an image from every channel, with all its copies, and block it from being promoted again."""
+    """Remove an image and its copies from every channel, and refuse to promote it again."""
     from ami_builder.build import promotion
 
     chosen, stored, home = find_image(image, target)
@@ -125,6 +126,8 @@ def history(
         targets = promotion.chosen((home, *home.copies(chosen)), region or ())
         found = promotion.history(targets, chosen, channel, progress)
     moves = [(one.target, *one.value) for one in found if one.value is not None]
+    if not as_json and not any(entries for _, _, entries in moves):
+        console.note(f"no image was ever current in channel {channel}")
     _print_history(moves, region=home.region, as_json=as_json)
     require_all(found)
 

@@ -22,8 +22,8 @@ def prune(
 ) -> None:
     """Plan which images, caches or AMIs to delete, with a reason for each. --apply deletes them.
 
-    With --target aws the plan covers every region of aws.region and aws.copy_to,
-    and snapshots whose AMI no longer exists.
+    With --target aws the plan covers aws.region and all regions of aws.copy_to,
+    and includes snapshots whose AMI no longer exists.
     """
     from ami_builder.build.cleanup import clean_up
 
@@ -67,7 +67,9 @@ def gc(
     more: Annotated[
         list[str] | None,
         typer.Option(
-            "--region", help="Another region to search, besides those in ami-builder.toml; repeatable."
+            "--region",
+            metavar="REGION",
+            help="Another region to search, besides those in ami-builder.toml; repeatable.",
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -75,17 +75,23 @@ def verify(
     image: Annotated[
         str | None,
         typer.Argument(
-            metavar="[IMAGE|PATH|AMI]", help="Name of a finished image, path of a disk image, or AMI id."
+            metavar="IMAGE|PATH|AMI", help="Name of a finished image, path of a disk image, or AMI id."
         ),
     ] = None,
     target: TargetFlag = TargetKind.QEMU,
     memory: Annotated[
         list[str] | None,
-        typer.Option("--memory", metavar="SIZE", help="Memory of the VM, e.g. 2GiB; repeatable."),
+        typer.Option(
+            "--memory", metavar="SIZE", help="With --target qemu: memory of the VM, e.g. 2GiB; repeatable."
+        ),
     ] = None,
     instance_type: Annotated[
         list[str] | None,
-        typer.Option("--instance-type", metavar="TYPE", help="Instance type to verify on; repeatable."),
+        typer.Option(
+            "--instance-type",
+            metavar="TYPE",
+            help="With --target aws: instance type to verify on; repeatable.",
+        ),
     ] = None,
     region: Annotated[
         list[str] | None,
@@ -95,21 +101,18 @@ def verify(
     ] = None,
     datasource: Annotated[
         Datasource | None,
-        typer.Option(metavar="|".join(Datasource), help="How the VM gets its user data."),
+        typer.Option(metavar="|".join(Datasource), help="With --target qemu: how the VM gets its user data."),
     ] = None,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Boot a finished image on fresh machines and run the checks."""
+    """Boot a finished image on new VMs or instances, and run the checks."""
     from ami_builder.build.verify import located, verify_images
 
-    flags = {
-        "verify.memory": ",".join(memory or ()),
-        "verify.instance_types": ",".join(instance_type or ()),
-        "verify.datasource": datasource,
-        "aws.region": region[0] if region else None,
-    }
-    shared.overrides |= {key: value for key, value in flags.items() if value}
+    shared.override("verify.memory", "--memory", ",".join(memory or ()))
+    shared.override("verify.instance_types", "--instance-type", ",".join(instance_type or ()))
+    shared.override("verify.datasource", "--datasource", datasource)
+    shared.override("aws.region", "--region", region[0] if region else None)
     chosen, stored, home = find_image(image, target, dask_scheduler=dask_scheduler)
     copies = located(home.elsewhere(region or ()), chosen, stored)
     with console.open_progress(mode()) as progress:
@@ -132,7 +135,7 @@ def verify(
 def run_image(
     image: Annotated[
         str | None,
-        typer.Argument(metavar="[IMAGE|PATH]", help="Name of a finished image, or path of a disk image."),
+        typer.Argument(metavar="IMAGE|PATH", help="Name of a finished image, or path of a disk image."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="Memory of the VM, e.g. 4GiB.")
@@ -140,15 +143,14 @@ def run_image(
     user_data: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="User-data file to boot with, as a control plane would send it."
+            exists=True, dir_okay=False, metavar="FILE", help="User data for cloud-init, as a file."
         ),
     ] = None,
 ) -> None:
     """Boot an image in a local VM, as EC2 would, until Ctrl-C. Its disk changes are discarded."""
     from ami_builder.qemu.target import Launched, launch
 
-    if memory:
-        shared.overrides["verify.memory"] = memory
+    shared.override("verify.memory", "--memory", memory)
     chosen, stored, _ = find_image(image, TargetKind.QEMU)
     is_up = False
 

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 def render(
     image: ImageArgument = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the files to this new folder.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Write the files to this new folder."),
     ] = None,
 ) -> None:
-    """Print the guest's files as the image will contain them, or write them to a folder."""
+    """Print the files that ami-builder puts into an image, or write them to a folder."""
     from ami_builder.build.guest import guest
 
     files = guest(load_config().select(image))
@@ -58,7 +59,7 @@ def render(
 def check(
     image: ImageArgument = None, target: TargetFlag = TargetKind.QEMU, as_json: JsonFlag = False
 ) -> None:
-    """Check what a build needs: configuration, tools, accelerator or account, memory, disk space."""
+    """Check what a build needs: configuration, tools, KVM or AWS account, memory, disk space."""
     config = load_config()
     findings = tuple(preflight(config.select(image), target))
     stopping = [f for f in findings if f.state is State.STOPS]
@@ -86,6 +87,8 @@ def list_images(as_json: JsonFlag = False) -> None:
             }
         )
         return
+    if not images:
+        console.note("no finished image yet; run `ami-builder build`")
     console.table(
         ("image", "target", "digest", "created", "size", "verdict", "channels", "where"),
         [
@@ -158,7 +161,7 @@ def diff(
         str, typer.Argument(metavar="A", help="Image name, first digits of a digest, path, or AMI id.")
     ],
     after: Annotated[
-        str, typer.Argument(metavar="B", help="The image to compare with A. More in B counts as plus.")
+        str, typer.Argument(metavar="B", help="Image to compare with A. A plus means that B has more.")
     ],
     gate: Annotated[
         bool,
@@ -190,6 +193,8 @@ def diff(
         _print_difference(one, other, found)
         for line in not_compared(found):
             console.note(line)
+        if one.artifact.digest == other.artifact.digest:
+            console.note(f"{before} and {after} are the same image")
     if bounds is not None:
         require_close(found, bounds)
 

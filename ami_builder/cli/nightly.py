@@ -1,4 +1,4 @@
-"""The command that a timer runs every run."""
+"""The command that a timer runs every night."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ if TYPE_CHECKING:
 def nightly(
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="IMAGE", help="Names of images in ami-builder.toml.  [default: all]"),
+        typer.Argument(metavar="IMAGE", help="Names of images in ami-builder.toml. Default: all."),
     ] = None,
     target: TargetFlag = TargetKind.QEMU,
     prune: Annotated[bool, typer.Option(help="Delete what nothing needs, as `prune` and `gc` do.")] = True,
     dask_scheduler: DaskFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Build, verify, compare, copy, share, promote and prune what changed since the last nightly run.
+    """Build and verify images whose inputs changed, copy and promote them, and delete old images.
 
+    A new image that differs too much from the current one is put on hold instead.
     A run that was killed continues where it stopped. The result is posted
-    to the Slack-compatible webhook of AMI_BUILDER_WEBHOOK.
+    to the Slack-compatible webhook whose URL is in AMI_BUILDER_WEBHOOK.
 
     Exit codes: 0 promoted or unchanged, 4 the build failed, 5 checks failed,
     6 the cloud or a region failed, 7 timed out, 8 another nightly run is active,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ami-builder",
-    help="Bake VM images for Dask with the right memory limit, and verify them on a booted machine.",
+    help="Build VM images for Dask with the right memory limit, and verify them on a booted VM or instance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,8 +36,17 @@ class _Shared:
 
     config: Path | None = None
     overrides: dict[str, str] = field(default_factory=dict)
+    """Settings from flags."""
+    flags: dict[str, str] = field(default_factory=dict)
+    """The flag of each override that is not from --set."""
     quiet: bool = False
     debug: bool = False
+
+    def override(self, key: str, flag: str, text: str | None) -> None:
+        """Set a setting from a command's own flag, if that was given."""
+        if text:
+            self.overrides[key] = text
+            self.flags[key] = flag
 
 
 shared = _Shared()
@@ -53,7 +62,12 @@ def _version(wanted: bool) -> None:
 def _flags(
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help="Configuration file.  [default: the nearest ami-builder.toml]"),
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            help="Configuration file. Default: the nearest ami-builder.toml.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -62,7 +76,7 @@ def _flags(
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when a command fails.")] = False,
     version: Annotated[  # noqa: ARG001 - its callback prints it
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -70,7 +84,7 @@ def _flags(
     shared.config = config
     shared.quiet = quiet
     shared.debug = debug
-    shared.overrides = {}
+    shared.overrides, shared.flags = {}, {}
     if settings:
         from ami_builder.config.loading import overrides_from
 
@@ -79,7 +93,7 @@ def _flags(
 
 ImageArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[IMAGE]", help="Name of an image in ami-builder.toml.", show_default=False),
+    typer.Argument(metavar="IMAGE", help="Name of an image in ami-builder.toml.", show_default=False),
 ]
 ImageWord = Annotated[
     str,
@@ -98,7 +112,7 @@ def load_config() -> Config:
     """Read the configuration and apply the overrides given as flags."""
     from ami_builder.config.loading import load
 
-    return load(shared.config, environ=os.environ, overrides=shared.overrides)
+    return load(shared.config, environ=os.environ, overrides=shared.overrides, flags=shared.flags)
 
 
 def open_workspace() -> Workspace:
@@ -113,7 +127,7 @@ DaskFlag = Annotated[
     typer.Option(
         "--dask-scheduler",
         metavar="ADDRESS",
-        help="With --target aws: run the verification on this Dask cluster's workers, e.g. tcp://10.0.0.7:8786.",
+        help="With --target aws: run the checks from the workers of this Dask cluster, e.g. tcp://10.0.0.7:8786.",
     ),
 ]
 

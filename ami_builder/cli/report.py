@@ -17,15 +17,18 @@ def report(
     subject: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
-            help="A run or nightly run: its id, the beginning of it, or its folder.  [default: the last one]",
+            metavar="RUN",
+            help="Id of a run or nightly run, or its first characters, or its folder. Default: the last run.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write to this file.  [default: beside the record]"
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write to this file. Default: report.html in the run's folder.",
         ),
     ] = None,
 ) -> None:

@@ -140,7 +140,8 @@ def choose(
     for test in tests:
         found = [one for one in images if test(one)]
         if found and len({one.artifact.digest for one in found}) > 1 and test is tests[-1]:
-            raise UsageError(f"{word}: several digests begin like that", hint="give more digits")
+            begin = ", ".join(dict.fromkeys(one.artifact.digest[:16] for one in found))
+            raise UsageError(f"{word}: several digests begin like that: {begin}", hint="give more digits")
         if found:
             return found[-1]
     if word in names:
@@ -151,7 +152,8 @@ def choose(
     digests = [one.artifact.digest[: max(len(word), _LEAST_DIGITS)] for one in images]
     raise UsageError(
         f"there is no image {word}{did_you_mean(word, [*names, *digests])}",
-        hint="name an image, or the first digits of a digest, as `ami-builder list` prints them",
+        hint=f"give the name of an image ({', '.join(names)}), or at least {_LEAST_DIGITS} digits of a digest"
+        " from `ami-builder list`",
     )
 
 

@@ -116,11 +116,13 @@ def load(
     image: str | None = None,
     environ: Mapping[str, str],
     overrides: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """Read the configuration; raises UsageError that reports every mistake with its position.
 
     With `image`, only that image is made and only its files are checked; without, all of them. Environment
-    and `overrides` (`memory.reserve` -> `5%`) apply to each image that is made.
+    and `overrides` (`memory.reserve` -> `5%`) apply to each image that is made. `flags` has the flags of
+    overrides that did not come from --set (`verify.memory` -> `--memory`), for messages.
     """
     file = find(path, environ)
     raw, lines = _read(
@@ -143,13 +145,13 @@ def load(
 
     defaults = _layer(content.defaults, raw.get("defaults", {}), partial(in_file, "defaults"))
     variables = _text_layer(mistakes, _from_environment(mistakes, environ))
-    flags = _text_layer(mistakes, _from_flags(mistakes, overrides or {}))
+    overridden = _text_layer(mistakes, _from_flags(mistakes, overrides or {}, flags))
     images, values = {}, {}
     for name, own in content.images.items():
         if image not in (None, name):
             continue
         layer = _layer(own, raw["images"][name], partial(in_file, "images", name))
-        given = {**defaults, **layer, **variables, **flags}
+        given = {**defaults, **layer, **variables, **overridden}
         images[name] = ImageSettings().overlaid({key: one.value for key, one in given.items()})
         mistakes.check(images[name], given, in_file("images", name))
         values[name] = tuple(
@@ -178,7 +180,7 @@ def overrides_from(items: Iterable[str]) -> dict[str, str]:
     pairs = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             raise UsageError(
                 f"{FLAG} {item}: expected KEY=VALUE", hint=f"for example {FLAG} memory.reserve=5%"
             )
@@ -280,7 +282,8 @@ def _message(path: KeyPath, details: ErrorDetails) -> str:
         case "dataclass_type" | "dict_type":
             return "expected a table"
         case "tuple_type":
-            return 'expected a list such as ["…", "…"]'
+            item = details["input"] if isinstance(details["input"], str) else "…"
+            return f"expected a list such as {_brief([item])}"
         case _:
             return details["msg"]
 
@@ -310,13 +313,18 @@ def _from_environment(mistakes: _Mistakes, environ: Mapping[str, str]) -> dict[s
     return found
 
 
-def _from_flags(mistakes: _Mistakes, overrides: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _from_flags(
+    mistakes: _Mistakes, overrides: Mapping[str, str], flags: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
     found = {}
     for key, text in overrides.items():
         if key in SETTINGS:
-            found[key] = (FLAG, text)
+            found[key] = (flags.get(key, FLAG), text)
         else:
-            mistakes.add(_Origin(FLAG, key), f"unknown setting{did_you_mean(key, SETTINGS)}")
+            inside = [each for each in SETTINGS if each.startswith(f"{key}.")]
+            unknown = f"unknown setting{did_you_mean(key, SETTINGS)}"
+            table = f"a table, not a setting; expected one of {', '.join(inside)}"
+            mistakes.add(_Origin(FLAG, key), table if inside else unknown)
     return found
 
 

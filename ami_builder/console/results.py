@@ -41,7 +41,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows as a table on a terminal, and tab-separated without a heading for other programs."""
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        _out("\n".join("\t".join(row) for row in texts))
+        if texts:
+            _out("\n".join("\t".join(row) for row in texts))
         return
     from rich import box
     from rich.table import Table

@@ -76,10 +76,12 @@ async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker,
         try:
             known = await asyncio.wait_for(_identity(scheduler), seconds)
         except OSError as failed:
-            why = str(failed).strip() or "no answer"
+            # distributed repeats the address and the time limit.
+            text = str(failed).strip()
+            why = "" if not text or text.startswith("Timed out") else f": {text}"
             hint = "check that a scheduler listens there; for TLS, see `ami-builder doctor --help`"
             took = seconds - max(0.0, end - time.monotonic())
-            raise TimedOut(f"{address} did not answer within {took:.0f} s: {why}", hint=hint) from failed
+            raise TimedOut(f"{address} did not answer within {took:.0f} s{why}", hint=hint) from failed
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
         answers = await _answers(scheduler, list(known), end)

@@ -2,7 +2,8 @@
 
 resolve -> skip if the current images are of these inputs -> build and verify -> compare with the current
 image -> copy to every target, share -> promote -> clean up -> report. Each step is noted when it is done, so
-a nightly run that was killed continues where it stopped.
+a nightly run that was killed continues where it stopped. A region that fails does not stop the others: its
+channel is unchanged, and the next run tries it again.
 """
 
 from __future__ import annotations

@@ -34,7 +34,10 @@ def image_info(path: Path) -> ImageInfo:
             hint=f"convert it: qemu-img convert -O qcow2 {path} {path.stem}.qcow2",
         )
     if kind == "raw" and not _has_partition_table(path):
-        raise UsageError(f"{path} is not a disk image", hint="it is not qcow2, and has no partition table")
+        raise UsageError(
+            f"{path} is not a disk image: it is not qcow2, and has no partition table",
+            hint="give the path of a qcow2 or raw disk image",
+        )
     if "backing-filename" in info or "data-file" in info.get("format-specific", {}).get("data", {}):
         raise UsageError(
             f"{path} is not a complete image: it refers to another file",

@@ -43,7 +43,7 @@ def _accelerator(workspace: Workspace) -> Finding:
         return Finding(
             name="accelerator",
             state=State.NOTE,
-            found="/dev/kvm opens; the first build tries whether a guest runs on it",
+            found="/dev/kvm can be opened; the first build tests whether a VM runs with it",
         )
     return Finding(
         name="accelerator",

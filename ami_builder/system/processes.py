@@ -198,10 +198,15 @@ def stream(
         raise TimedOut(f"{what} took longer than {timeout:.0f} s", log=log, tail=last_lines(log))
     if status != 0:
         tail = last_lines(log)
-        full = any("No space left on device" in line for line in tail)
+        # If the disk is full, the log may lack the message too.
+        full = any("No space left on device" in line for line in tail) or _is_full(log.parent)
         raise error(
             f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail
         )
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:

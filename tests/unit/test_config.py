@@ -530,7 +530,7 @@ memory = 7
             "ami-builder.toml:10: images.dask.dask.spil_percent: unknown key; did you mean spill_percent?",
             'ami-builder.toml:11: images.dask.dask.after[1] = "agent": expected a systemd unit with its'
             " ending, not Dask's own",
-            'ami-builder.toml:16: images.dask.verify.memory = "2GiB": expected a list such as ["…", "…"]',
+            'ami-builder.toml:16: images.dask.verify.memory = "2GiB": expected a list such as ["2GiB"]',
             'ami-builder.toml:17: images.dask.verify.disk_size = "4GiB": expected at least base.disk_size,'
             " which is 8GiB",
             f"ami-builder.toml:18: images.dask.verify.checks = {value}: expected a file, but {missing}"
