@@ -70,7 +70,7 @@ class Config:
         chosen = name or self.default_image or (self.names[0] if len(self.names) == 1 else None)
         known = f"the images in {_short(self.path)} are: {', '.join(self.names)}"
         if chosen is None:
-            hint = f"{known}; default_image sets one"
+            hint = f"name one, or set default_image; {known}"
             raise UsageError("no image was named, and there are several", hint=hint)
         if chosen not in self.names:
             raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, self.names)}", hint=known)
