@@ -9,7 +9,7 @@ import typer
 from ami_builder import console
 from ami_builder.cli.options import ImageWord, JsonFlag, TargetFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_image, open_target
-from ami_builder.core.channels import ChannelEntry, Move
+from ami_builder.core.channels import Move
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def history(
     """
     from ami_builder.build import promotion
     from ami_builder.build.target import require_all
+    from ami_builder.nightly.summary import short
 
     chosen = load_config().select(image)
     home = open_target(chosen, target)
@@ -128,37 +129,22 @@ def history(
     moves = [(one.target, *one.value) for one in found if one.value is not None]
     if not as_json and not any(entries for _, _, entries in moves):
         console.note(f"no image was ever current in channel {channel}")
-    _print_history(moves, region=home.region, as_json=as_json)
-    require_all(found)
-
-
-def _print_history(
-    found: Sequence[tuple[str, str, Sequence[ChannelEntry]]], *, region: str, as_json: bool
-) -> None:
-    """Print the current image and the moves of a channel, for each target."""
-    from ami_builder.nightly.summary import short
-
     if as_json:
-        rows = [
+        found_in = [
             {"region": name, "standing": current or None, "entries": plain(entries)}
-            for name, current, entries in found
+            for name, current, entries in moves
         ]
-        first = {key: value for key, value in rows[0].items() if key != "region"}
-        console.result_json({**first, "regions": rows} if region else first)
-        return
-    several = len(found) > 1
-    columns = ("when", "what", "image", "who", "why")
-    console.table(
-        ("where", *columns) if several else columns,
-        [
-            (
-                *([name] if several else []),
-                *(f"{e.at:%Y-%m-%d %H:%M}Z", e.move, short(e.id) or "nothing", e.by, e.reason),
-            )
-            for name, _, entries in found
+        whole = {key: value for key, value in found_in[0].items() if key != "region"}
+        console.result_json({**whole, "regions": found_in} if home.region else whole)
+    else:
+        rows = [
+            (name, f"{e.at:%Y-%m-%d %H:%M}Z", e.move, short(e.id) or "nothing", e.by, e.reason)
+            for name, _, entries in moves
             for e in entries
-        ],
-    )
+        ]
+        first = 0 if len(moves) > 1 else 1  # without the only target
+        console.table(("where", "when", "what", "image", "who", "why")[first:], [row[first:] for row in rows])
+    require_all(found)
 
 
 def _everywhere(
@@ -172,6 +158,7 @@ def _everywhere(
     """Move a channel at every target of an image, and print one line for each."""
     from ami_builder.build.promotion import chosen
     from ami_builder.build.target import require_all
+    from ami_builder.nightly.summary import short
 
     every = (home, *home.copies(image))
     with console.open_progress(mode()) as progress:
@@ -187,19 +174,12 @@ def _everywhere(
         locations = [(name, moved.stored.artifact.location) for name, moved in done]
         console.result([f"{name}\t{location}" if several else location for name, location in locations])
     for name, moved in done:
-        _note_revoked(moved, f"{name}: " if several else "")
+        for entry in moved.entries:
+            if entry.move is Move.REVOKED:
+                where, now = f"{name}: " if several else "", short(entry.id) or "no image is current"
+                console.note(f"{where}channel {entry.channel}: {now}")
     require_all(moves)
 
 
 def _plain(moved: ChannelMove) -> dict[str, Any]:
     return {"artifact": plain(moved.stored.artifact), "entries": plain(moved.entries)}
-
-
-def _note_revoked(moved: ChannelMove, where: str = "") -> None:
-    """Print which image became current because another one was revoked."""
-    from ami_builder.nightly.summary import short
-
-    for entry in moved.entries:
-        if entry.move is Move.REVOKED:
-            now = short(entry.id) or "no image is current"
-            console.note(f"{where}channel {entry.channel}: {now}")

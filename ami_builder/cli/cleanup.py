@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from ami_builder import console
 from ami_builder.cli.options import JsonFlag, TargetFlag, app, load_config, mode, open_workspace, plain
-from ami_builder.cli.targets import opener
+from ami_builder.cli.targets import open_target
 from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.records import TargetKind
 
@@ -28,7 +29,7 @@ def prune(
     from ami_builder.build.cleanup import clean_up
 
     with console.open_progress(mode()) as progress:
-        decisions = clean_up(load_config().images, opener(target), progress, apply=apply)
+        decisions = clean_up(load_config().images, partial(open_target, kind=target), progress, apply=apply)
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return

@@ -19,7 +19,7 @@ from ami_builder.cli.options import (
     open_workspace,
     plain,
 )
-from ami_builder.cli.targets import open_target, opener
+from ami_builder.cli.targets import open_target
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _run(
             subjects,
             open_workspace(),
             progress,
-            prune=partial(_prune, config.images, opener(target)) if prune else None,
+            prune=partial(_prune, config.images, partial(open_target, kind=target)) if prune else None,
             notify=_notify,
         )
 

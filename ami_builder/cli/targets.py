@@ -55,11 +55,6 @@ def open_aws(image: Image, *, public: bool = False, dask_scheduler: str | None =
     return AwsTarget.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
 
 
-def opener(kind: TargetKind) -> Callable[[Image], Target]:
-    """Return what opens the home target of any image."""
-    return lambda image: open_target(image, kind)
-
-
 def preflight(image: Image, kind: TargetKind) -> Iterator[Finding]:
     """Yield what a build needs. This works where the target can't be opened, such as without credentials."""
     if kind is TargetKind.AWS:

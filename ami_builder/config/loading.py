@@ -84,13 +84,8 @@ class _Origin(NamedTuple):
     """The key as written there."""
 
 
-class _Given(NamedTuple):
-    value: object
-    origin: _Origin
-
-
-_Layer: TypeAlias = Mapping[str, _Given]
-"""The settings of one level of precedence, by key."""
+_Layer: TypeAlias = Mapping[str, tuple[object, _Origin]]
+"""The settings of one level of precedence: key -> value and origin."""
 Model = TypeVar("Model", ConfigFile, ImageSettings)
 
 
@@ -152,13 +147,13 @@ def load(
             continue
         layer = _layer(own, raw["images"][name], partial(in_file, "images", name))
         given = {**defaults, **layer, **variables, **overridden}
-        images[name] = ImageSettings().overlaid({key: one.value for key, one in given.items()})
+        images[name] = ImageSettings().overlaid({key: value for key, (value, _) in given.items()})
         mistakes.check(images[name], given, in_file("images", name))
         values[name] = tuple(
             SettingValue(
                 key=key,
                 value=setting.dump(images[name].get(key)),
-                origin=given[key].origin.position if key in given else "default",
+                origin=given[key][1].position if key in given else "default",
             )
             for key, setting in SETTINGS.items()
         )
@@ -252,8 +247,8 @@ class _Mistakes:
         for keys, message in conflicts.find(settings):
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
                 # A default is not a mistake: report the position of a setting that it conflicts with.
-                position = next((given[key].origin.position for key in keys if key in given), image.position)
-                key = given[keys[0]].origin.key if keys[0] in given else f"{image.key}.{keys[0]}"
+                position = next((given[key][1].position for key in keys if key in given), image.position)
+                key = given[keys[0]][1].key if keys[0] in given else f"{image.key}.{keys[0]}"
                 self.add(_Origin(position, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
 
     def stop(self) -> None:
@@ -331,7 +326,7 @@ def _from_flags(
 def _layer(settings: ImageSettings, raw: Mapping[str, Any], where: Callable[..., _Origin]) -> _Layer:
     """Return the settings that `raw` has, with their values from `settings`."""
     return {
-        key: _Given(settings.get(key), where(*key.split(".")))
+        key: (settings.get(key), where(*key.split(".")))
         for key, setting in SETTINGS.items()
         if setting.name in (raw.get(setting.table, {}) if setting.table else raw)
     }

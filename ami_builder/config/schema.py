@@ -269,16 +269,14 @@ class ImageSettings(_Table):
             base = replace(base, packages=(*base.packages, "unattended-upgrades"))
         pulled = container.source is ContainerSource.REGISTRY
         requirements = None if pulled else container.requirements or resources.requirements()
-        settings = {one.name: getattr(self, one.name) for one in fields(ImageSettings)}
-        return Image(
-            name=name,
-            **settings
-            | {
-                "base": base,
-                "container": replace(container, requirements=requirements),
-                "nightly": replace(self.nightly, channel=self.nightly.channel or self.lifecycle.channels[0]),
-            },
+        channel = self.nightly.channel or self.lifecycle.channels[0]
+        whole = replace(
+            self,
+            base=base,
+            container=replace(container, requirements=requirements),
+            nightly=replace(self.nightly, channel=channel),
         )
+        return Image(name=name, **{one.name: getattr(whole, one.name) for one in fields(whole)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

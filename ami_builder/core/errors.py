@@ -87,30 +87,20 @@ class Interrupted(BaseException):
     Not an Exception, because code that retries after errors, such as botocore's, would swallow it.
     """
 
-    exit_code: ClassVar[int] = 130
+    exit_code = 130
+    hint: str | None = None
+    log: Path | None = None
+    tail: tuple[str, ...] = ()
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
-        self.hint: str | None = None
-        self.log: Path | None = None
-        self.tail: tuple[str, ...] = ()
-
-
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """Return the option that is nearest to `word`, or None if none is near."""
-    from difflib import get_close_matches
-
-    plain = {_plain(option): option for option in options}
-    found = get_close_matches(_plain(word), plain, n=1)
-    return plain[found[0]] if found else None
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return `; did you mean …?` with the nearest option, or nothing."""
-    option = nearest(word, options)
-    return f"; did you mean {option}?" if option else ""
+    from difflib import get_close_matches
 
-
-def _plain(word: str) -> str:
-    return word.lower().replace("-", "_")
+    plain = {option.lower().replace("-", "_"): option for option in options}
+    found = get_close_matches(word.lower().replace("-", "_"), plain, n=1)
+    return f"; did you mean {plain[found[0]]}?" if found else ""

@@ -11,7 +11,7 @@ from ami_builder.core.cleanup import Action
 
 
 class Resource(StrEnum):
-    """The kinds of resources that ami-builder creates in an account."""
+    """The kinds of resources that ami-builder creates in an account. Users come first: they are deleted first."""
 
     INSTANCE = "instance"
     LAUNCH_TEMPLATE = "launch-template"
@@ -27,15 +27,7 @@ MARGIN = timedelta(hours=1)
 COPYING = timedelta(hours=2)
 """How long a copy to another region can take."""
 
-ORDER = (
-    Resource.INSTANCE,
-    Resource.LAUNCH_TEMPLATE,
-    Resource.VOLUME,
-    Resource.IMAGE,
-    Resource.SNAPSHOT,
-    Resource.SECURITY_GROUP,
-)
-"""The order of deletion: users of a resource before the resource."""
+ORDER = tuple(Resource)
 
 
 class RunState(StrEnum):
@@ -84,18 +76,13 @@ def plan(
     using them: they are kept until they are older than `lifetime` (seconds) and a margin. If in doubt a
     resource is kept.
     """
-    kept_images = {
-        one.id: reason
-        for one in found
-        if one.kind is Resource.IMAGE
-        for action, reason in [_decide(one, runs, now, lifetime)]
-        if action is Action.KEEP
-    }
-    orphans = []
+    orphans, kept = [], dict[str, str]()
     for one in sorted(found, key=lambda one: (ORDER.index(one.kind), one.created is not None, one.id)):
         action, reason = _decide(one, runs, now, lifetime)
-        if action is Action.DELETE and one.kind is Resource.SNAPSHOT and one.image in kept_images:
-            action, reason = Action.KEEP, f"belongs to {one.image}: {kept_images[one.image]}"
+        if action is Action.DELETE and one.kind is Resource.SNAPSHOT and one.image in kept:
+            action, reason = Action.KEEP, f"belongs to {one.image}: {kept[one.image]}"
+        if action is Action.KEEP:
+            kept[one.id] = reason
         orphans.append(Orphan(found=one, action=action, reason=reason))
     return tuple(orphans)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ami_builder.core.errors import nearest
+from ami_builder.core.errors import did_you_mean
 from ami_builder.core.units import (
     DURATION_PATTERN,
     PERCENT_PATTERN,
@@ -202,7 +202,7 @@ def test_garbage_is_a_value_error(parse: Callable[[object], object], written: ob
 
 
 def test_the_nearest_word() -> None:
-    assert nearest("Memmory", ["memory", "dask"]) == "memory"
-    assert nearest("spill-percent", ["spill_percent", "workers"]) == "spill_percent"
-    assert nearest("zebra", ["memory", "dask"]) is None
-    assert nearest("anything", []) is None
+    assert did_you_mean("Memmory", ["memory", "dask"]) == "; did you mean memory?"
+    assert did_you_mean("spill-percent", ["spill_percent", "workers"]) == "; did you mean spill_percent?"
+    assert did_you_mean("zebra", ["memory", "dask"]) == ""
+    assert did_you_mean("anything", []) == ""
