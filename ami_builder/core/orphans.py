@@ -11,7 +11,7 @@ from ami_builder.core.cleanup import Action
 
 
 class Resource(StrEnum):
-    """The kinds of resources that ami-builder creates in an account. Users come first: they are deleted first."""
+    """The kinds of resources that ami-builder creates in an account, users before what they use."""
 
     INSTANCE = "instance"
     LAUNCH_TEMPLATE = "launch-template"
