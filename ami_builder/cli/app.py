@@ -17,16 +17,7 @@ import typer.core
 from ami_builder import console
 
 # Importing them registers their commands.
-from ami_builder.cli import (  # noqa: F401
-    aws,
-    channels,
-    cleanup,
-    doctor,
-    images,
-    inspect,
-    nightly,
-    report,
-)
+from ami_builder.cli import aws, channels, cleanup, doctor, images, inspect, nightly, report  # noqa: F401
 from ami_builder.cli.options import app, config_app, shared
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 from ami_builder.system import processes

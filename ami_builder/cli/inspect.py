@@ -114,7 +114,7 @@ def show(
 ) -> None:
     """Show one finished image: location, origin, verdict and channels."""
     workspace, config = open_workspace(), load_config()
-    stored = choose(workspace.images(), image, config.names)
+    stored = choose(workspace.images(), image, config.images)
     artifact, verdict = stored.artifact, stored.verdict
     current_in = channels_on_host([stored]).get(artifact.digest, ())
     run = workspace.runs_dir / artifact.run_id
@@ -174,7 +174,7 @@ def diff(
     from ami_builder.state.runs import compare_images
 
     workspace, config = open_workspace(), load_config()
-    images, names = workspace.images(), config.names
+    images, names = workspace.images(), config.images
     one, other = choose(images, before, names), choose(images, after, names)
     bounds = config.select(other.artifact.image).nightly if gate else None
     found = compare_images(one, other, workspace)

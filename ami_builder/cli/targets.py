@@ -16,7 +16,7 @@ from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from ami_builder.aws.target import AwsTarget
     from ami_builder.build.target import Target
@@ -95,7 +95,7 @@ def find_image(
     known = [one for one in open_workspace().images() if one.artifact.target is kind]
     word = word or config.select().name
     foreign = _AMI.fullmatch(word) and not any(one.artifact.location == word for one in known)
-    stored = None if foreign else choose(known, word, config.names, kind)
+    stored = None if foreign else choose(known, word, config.images, kind)
     image = config.select(stored.artifact.image if stored is not None else None)
     if kind is TargetKind.AWS:
         home = open_aws(image, dask_scheduler=dask_scheduler)
@@ -120,7 +120,7 @@ def find_ami(word: str | None) -> tuple[Image, StoredImage, Target]:
 def choose(
     images: Sequence[StoredImage],
     word: str,
-    names: Sequence[str],
+    names: Collection[str],
     kind: TargetKind = TargetKind.QEMU,
 ) -> StoredImage:
     """Return the image that a word means: the newest of a name, or the one whose digest begins like that.

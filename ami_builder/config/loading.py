@@ -55,11 +55,9 @@ class SettingValue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The images that were requested, with valid settings."""
+    """The images of a file, with valid settings."""
 
     path: Path
-    names: tuple[str, ...]
-    """Of every image in the file, requested or not."""
     default_image: str | None
     images: Mapping[str, Image]
     settings: Mapping[str, tuple[SettingValue, ...]]
@@ -67,13 +65,13 @@ class Config:
 
     def select(self, name: str | None = None) -> Image:
         """Return the named image, or without a name the default one; raises UsageError with the names."""
-        chosen = name or self.default_image or (self.names[0] if len(self.names) == 1 else None)
-        known = f"the images in {_short(self.path)} are: {', '.join(self.names)}"
+        chosen = name or self.default_image or (next(iter(self.images)) if len(self.images) == 1 else None)
+        known = f"the images in {_short(self.path)} are: {', '.join(self.images)}"
         if chosen is None:
             hint = f"name one, or set default_image; {known}"
             raise UsageError("no image was named, and there are several", hint=hint)
-        if chosen not in self.names:
-            raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, self.names)}", hint=known)
+        if chosen not in self.images:
+            raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, self.images)}", hint=known)
         return self.images[chosen]
 
 
@@ -108,15 +106,13 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path:
 def load(
     path: Path | None,
     *,
-    image: str | None = None,
     environ: Mapping[str, str],
     overrides: Mapping[str, str] | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """Read the configuration; raises UsageError that reports every mistake with its position.
 
-    With `image`, only that image is made and only its files are checked; without, all of them. Environment
-    and `overrides` (`memory.reserve` -> `5%`) apply to each image that is made. `flags` has the flags of
+    Environment and `overrides` (`memory.reserve` -> `5%`) apply to each image. `flags` has the flags of
     overrides that did not come from --set (`verify.memory` -> `--memory`), for messages.
     """
     file = find(path, environ)
@@ -143,8 +139,6 @@ def load(
     overridden = _text_layer(mistakes, _from_flags(mistakes, overrides or {}, flags))
     images, values = {}, {}
     for name, own in content.images.items():
-        if image not in (None, name):
-            continue
         layer = _layer(own, raw["images"][name], partial(in_file, "images", name))
         given = {**defaults, **layer, **variables, **overridden}
         images[name] = ImageSettings().overlaid({key: value for key, (value, _) in given.items()})
@@ -158,16 +152,12 @@ def load(
             for key, setting in SETTINGS.items()
         )
     mistakes.stop()
-    config = Config(
+    return Config(
         path=file,
-        names=tuple(content.images),
         default_image=content.default_image or None,
         images=MappingProxyType({name: settings.image(name) for name, settings in images.items()}),
         settings=MappingProxyType(values),
     )
-    if image is not None:
-        config.select(image)
-    return config
 
 
 def overrides_from(items: Iterable[str]) -> dict[str, str]:

@@ -47,10 +47,8 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON schema of ami-builder.toml as users write it, for editors."""
     made = TypeAdapter(ConfigFile).json_schema()
     tables = {name: type(getattr(ImageSettings(), name)) for name in schema.TABLES}
-    made["description"] = _summary(ConfigFile)
     for key, setting in SETTINGS.items():
         cls = tables.get(setting.table, ImageSettings)
-        made["$defs"][cls.__name__]["description"] = _summary(cls)
         field = made["$defs"][cls.__name__]["properties"][setting.name]
         field |= {"default": setting.dump(setting.default), "description": descriptions()[key]}
     for name in tables:  # the default of a table is an empty one

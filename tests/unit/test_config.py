@@ -130,13 +130,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded(
     text: str,
     *,
-    image: str | None = None,
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> Config:
     """Load `text` as ./ami-builder.toml."""
     Path("ami-builder.toml").write_text(text, encoding="utf-8")
-    return loading.load(None, image=image, environ=environ or {}, overrides=flags)
+    return loading.load(None, environ=environ or {}, overrides=flags)
 
 
 def mistakes(text: str, **more: Any) -> list[str]:
@@ -467,16 +466,6 @@ def test_which_image_is_meant() -> None:
     with pytest.raises(UsageError, match=r"there is no image dsk; did you mean dask\?") as caught:
         loaded(two).select("dsk")
     assert "dask, gpu" in str(caught.value.hint)
-    with pytest.raises(UsageError, match=r"there is no image dsk; did you mean dask\?"):
-        loaded(two, image="dsk")
-
-
-def test_only_the_named_image_is_made_and_its_files_looked_for() -> None:
-    text = '[images.dask]\n[images.broken.base]\nsource = "missing.qcow2"\n'
-    read = loaded(text, image="dask")
-    assert (tuple(read.images), read.names) == (("dask",), ("dask", "broken"))
-    assert len(mistakes(text)) == 1
-    assert len(mistakes(text, image="broken")) == 1
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------
@@ -800,7 +789,7 @@ def test_what_is_no_toml(content: bytes, message: str, here: Path) -> None:
 
 
 def test_a_byte_order_mark_is_no_mistake() -> None:
-    assert loaded("\ufeff[images.dask]").names == ("dask",)
+    assert loaded("\ufeff[images.dask]").images.keys() == {"dask"}
 
 
 def test_what_can_not_be_read(here: Path) -> None:
@@ -987,8 +976,7 @@ def test_whatever_is_written_ends_in_images_or_a_usage_error(
     environ = {f"AMI_BUILDER_{key.upper().replace('.', '__')}": text for key, text in variables.items()}
     with suppress(UsageError):
         read = loading.load(None, environ=environ, overrides=flags)
-        assert read.names
-        assert set(read.images) == set(read.names)
+        assert read.images
 
 
 def test_what_needs_no_configuration_does_not_pay_for_pydantic() -> None:
