@@ -60,7 +60,7 @@ def promote(
         step.done(f"{_label(found)} is {'' if moved.entries else 'already '}current in {channel}")
         return moved
 
-    return first_alone(targets, act, progress)
+    return first_alone(targets, act, progress, "promote")
 
 
 def rollback(targets: Sequence[Target], image: Image, channel: str, reason: str, progress: Progress) -> Moves:
@@ -78,7 +78,7 @@ def rollback(targets: Sequence[Target], image: Image, channel: str, reason: str,
         step.done(f"{_label(moved.stored)} is current in {channel} again")
         return moved
 
-    return first_alone(targets, act, progress)
+    return first_alone(targets, act, progress, "rollback")
 
 
 def revoke(
@@ -98,7 +98,7 @@ def revoke(
         step.done(f"removed from {', '.join(e.channel for e in moved.entries) or 'no channel'}")
         return moved
 
-    moves = at_each(targets, act, progress)
+    moves = at_each(targets, act, progress, "revoke")
     for one in moves:
         if isinstance(one.error, UsageError):
             raise one.error
@@ -115,7 +115,7 @@ def history(
         entries = channels.history(store, channel, image.lifecycle.channels)
         return channels.current(store, channel), entries
 
-    return first_alone(targets, act, progress)
+    return first_alone(targets, act, progress, "history")
 
 
 def _label(stored: StoredImage) -> str:

@@ -146,13 +146,16 @@ class TargetOutcome(Generic[T]):
 
 
 def at_each(
-    targets: Sequence[Target], act: Callable[[Target, Step], T], progress: Progress | Step
+    targets: Sequence[Target], act: Callable[[Target, Step], T], progress: Progress | Step, what: str = ""
 ) -> list[TargetOutcome[T]]:
-    """Call `act` for all targets in parallel. One that fails does not end the others."""
+    """Call `act` for all targets in parallel. One that fails does not end the others.
+
+    A step of the progress has the name of its target, with `what` is done there if that is given.
+    """
 
     def one(target: Target) -> TargetOutcome[T]:
         try:
-            with progress.step(target.name) as step:
+            with progress.step(_step_name(target, what)) as step:
                 return TargetOutcome(target=target.name, value=act(target, step))
         except AmiBuilderError as failed:
             return TargetOutcome(target=target.name, value=None, error=failed)
@@ -161,13 +164,17 @@ def at_each(
 
 
 def first_alone(
-    targets: Sequence[Target], act: Callable[[Target, Step], T], progress: Progress
+    targets: Sequence[Target], act: Callable[[Target, Step], T], progress: Progress, what: str
 ) -> list[TargetOutcome[T]]:
     """Call `act` for the first target, whose errors are raised, and then for the others in parallel."""
     first, *others = targets
-    with progress.step(first.name) as step:
+    with progress.step(_step_name(first, what)) as step:
         done = TargetOutcome(target=first.name, value=act(first, step))
-    return [done, *at_each(others, act, progress)]
+    return [done, *at_each(others, act, progress, what)]
+
+
+def _step_name(target: Target, what: str) -> str:
+    return f"{what} ({target.name})" if what else target.name
 
 
 def require_all(outcomes: Sequence[TargetOutcome[T]]) -> None:

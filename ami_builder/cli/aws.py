@@ -59,7 +59,7 @@ def copy(
         return target.receive(chosen, stored, step)
 
     with console.open_progress(mode()) as progress:
-        outcomes = at_each(others, receive, progress)
+        outcomes = at_each(others, receive, progress, "copy")
     done = [one.value.artifact for one in outcomes if one.value is not None]
     if as_json:
         console.result_json({"copies": plain(done), "failed": failures(outcomes)})
@@ -89,7 +89,7 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
         return found.artifact.location, target.share(chosen, found, step)
 
     with console.open_progress(mode()) as progress:
-        outcomes = at_each((home, *home.copies(chosen)), share, progress)
+        outcomes = at_each((home, *home.copies(chosen)), share, progress, "share")
     done = [(one.target, *one.value) for one in outcomes if one.value is not None]
     if as_json:
         rows = [{"region": region, "ami": ami, **plain(shared)} for region, ami, shared in done]
