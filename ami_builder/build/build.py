@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ami_builder.build.inputs import Inputs
+from ami_builder.build.target import Target
 from ami_builder.build.verify import Located, verify
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress, Step
 from ami_builder.state import runs
+from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify import estimate
 from ami_builder.verify.verdict import is_verified, require_passed
-
-if TYPE_CHECKING:
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.build.target import Target
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.state.workspace import Run, StoredImage, Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

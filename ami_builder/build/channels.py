@@ -5,19 +5,16 @@ from __future__ import annotations
 import getpass
 import os
 import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ami_builder.core.channels import ChannelEntry, Move, stack, taken_back
 from ami_builder.core.cleanup import Reference
 from ami_builder.core.errors import UsageError, did_you_mean
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-
-    from ami_builder.state.workspace import StoredImage
+from ami_builder.state.workspace import StoredImage
 
 
 class ChannelStore(Protocol):

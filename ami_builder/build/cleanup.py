@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
 
-from ami_builder.build.target import TargetOutcome, require_all
-from ami_builder.core.cleanup import Action, RetentionPolicy
+from ami_builder.build.target import Target, TargetOutcome, require_all
+from ami_builder.config.schema import Image, LifecycleSettings
+from ami_builder.console import Progress
+from ami_builder.core.cleanup import Action, Decision, RetentionPolicy
 from ami_builder.core.errors import CloudFailed
 from ami_builder.verify.executor import side_by_side
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from ami_builder.build.target import Target
-    from ami_builder.config.schema import Image, LifecycleSettings
-    from ami_builder.console import Progress
-    from ami_builder.core.cleanup import Decision
 
 KEEP_ALL = RetentionPolicy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ami_builder.build.recipe import Recipe, debian_recipe
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Step
-    from ami_builder.state.workspace import Run, Workspace
+from ami_builder.config.schema import Image
+from ami_builder.console import Step
+from ami_builder.state.workspace import Run, Workspace
 
 KIND = "container"
 

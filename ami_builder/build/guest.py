@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
+from ami_builder.config.schema import Image
 from ami_builder.system import resources, templates
-
-if TYPE_CHECKING:
-    from ami_builder.config.schema import Image
 
 SUFFIX = ".j2"
 

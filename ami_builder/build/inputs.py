@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import PurePosixPath
 
 from pydantic import TypeAdapter
 
 from ami_builder.build import container
 from ami_builder.build.guest import RenderedFile, guest
 from ami_builder.config.schema import Image
+from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import packer_dir
 from ami_builder.verify.executor import side_by_side
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from collections.abc import Set as AbstractSet
-    from pathlib import PurePosixPath
-
-    from ami_builder.state.workspace import Workspace
 
 RECIPE_VERSION = 1
 """Part of the digest. Raise it when a change of this program's code alters what an image contains and nothing

@@ -11,16 +11,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
 
+from ami_builder.build.guest import RenderedFile
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, MissingTool
 from ami_builder.system import processes
 from ami_builder.system.resources import packer_dir
-
-if TYPE_CHECKING:
-    from pathlib import Path, PurePosixPath
-
-    from ami_builder.build.guest import RenderedFile
 
 # Since this version Packer has its builders in plugins, and reads required_plugins.
 _PLUGINS_SINCE = (1, 7, 0)

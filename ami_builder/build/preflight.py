@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.build import packer
+from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, MissingTool
 from ami_builder.core.options import Listen, Role
 from ami_builder.core.records import Finding, State
+from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from ami_builder.config.schema import Image
-    from ami_builder.state.workspace import Workspace
 
 GIB = 1 << 30
 # A base disk, a container, a bake in progress and its compressed result.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from ami_builder.build import channels
-from ami_builder.build.target import TargetOutcome, at_each, first_alone
+from ami_builder.build.channels import ChannelMove
+from ami_builder.build.target import Target, TargetOutcome, at_each, first_alone
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress, Step
+from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import CloudFailed, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ami_builder.build.channels import ChannelMove
-    from ami_builder.build.target import Target
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.core.channels import ChannelEntry
-    from ami_builder.state.workspace import StoredImage
+from ami_builder.state.workspace import StoredImage
 
 Moves = list[TargetOutcome["ChannelMove | None"]]
 """The outcome at each target, home first: a move, or None where nothing was to be moved."""

@@ -6,16 +6,13 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ami_builder.state.workspace import Workspace, write_atomically
 from ami_builder.system import processes
 from ami_builder.system.resources import scripts_dir
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 # Builds of one day use the same package versions; `--refresh` and nightly runs ask again.
 RESOLVED_FOR_SECONDS = 12 * 3600

@@ -16,26 +16,23 @@ and never ask which kind one is. Only `cli.targets` does, where it opens a targe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
+from ami_builder.build.channels import ChannelStore
+from ami_builder.build.inputs import Inputs
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress, Step
+from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import AmiBuilderError, CloudFailed
+from ami_builder.core.records import TargetKind, Verdict
+from ami_builder.state.workspace import Run, StoredImage
 from ami_builder.verify.executor import side_by_side
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from ami_builder.build.channels import ChannelStore
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.core.cleanup import Decision
-    from ami_builder.core.records import TargetKind, Verdict
-    from ami_builder.state.workspace import Run, StoredImage
-    from ami_builder.verify.machine import MachineResult
+from ami_builder.verify.machine import MachineResult
 
 T = TypeVar("T")
 

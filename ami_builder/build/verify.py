@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from ami_builder.build.target import TargetOutcome, at_each
+from ami_builder.build.target import Target, TargetOutcome, at_each
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress, Step
 from ami_builder.core.errors import AmiBuilderError, UsageError
+from ami_builder.core.records import CheckResult, Measurement, Verdict
 from ami_builder.state import runs
+from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify import estimate
 from ami_builder.verify.verdict import replaces, require_passed, verdict_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from ami_builder.build.target import Target
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.core.records import CheckResult, Measurement, Verdict
-    from ami_builder.state.workspace import Run, StoredImage, Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

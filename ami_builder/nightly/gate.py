@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
+from ami_builder.config.schema import NightlySettings
 from ami_builder.console import amount
 from ami_builder.core.diff import Difference, PackageChange, Quantity, QuantityChange
 from ami_builder.core.errors import OnHold
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ami_builder.config.schema import NightlySettings
 
 MOST_PACKAGES = 12
 """How many of the changed packages are named; the rest is counted."""

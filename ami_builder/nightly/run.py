@@ -8,14 +8,19 @@ channel is unchanged, and the next run tries it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ami_builder.build import channels
 from ami_builder.build.build import Options, build_from, resolve
+from ami_builder.build.inputs import Inputs
+from ami_builder.build.target import Target
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, Inconclusive, Locked, OnHold
 from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult
@@ -27,16 +32,8 @@ from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
 from ami_builder.verify.executor import side_by_side
 from ami_builder.verify.verdict import is_verified
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.build.target import Target
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress
-
-    Prune = Callable[[Progress], Sequence[Decision]]
-    """Plans and deletes for all images. Raises Locked and CloudFailed."""
+Prune = Callable[[Progress], Sequence[Decision]]
+"""Plans and deletes for all images. Raises Locked and CloudFailed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

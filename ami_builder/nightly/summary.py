@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from ami_builder.console import duration
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.records import NightlyRun, NightlyStatus
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 _LONGEST_LIST = 10
 _LONGEST_LINE = 300

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.build import container, packer
 from ami_builder.build.base_image import BaseDisk, base_disk
+from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
 from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.qemu.disks import image_info, nocloud_iso
 from ami_builder.qemu.hardware import Accelerator, firmware
 from ami_builder.qemu.traces import IDENTITY_FILE, require_clean
+from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
 from ami_builder.verify.executor import side_by_side
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.state.workspace import Run, Workspace
 
 MIB = 1 << 20
 

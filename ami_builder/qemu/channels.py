@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from filelock import FileLock
 
@@ -12,11 +13,6 @@ from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, dump, load
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

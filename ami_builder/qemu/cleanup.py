@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
+from ami_builder.config.schema import Image
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.records import RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import StoredImage, Workspace, load
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from ami_builder.config.schema import Image
 
 CACHES = ("base", "container")
 _DAY = timedelta(days=1)

@@ -17,17 +17,14 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from types import TracebackType
 from urllib.parse import quote
 
 from ami_builder.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from types import TracebackType
 
 MAX_USER_DATA = 16 * 1024
 """The maximum size of user data in bytes; EC2's documented quota."""

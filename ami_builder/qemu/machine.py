@@ -7,9 +7,12 @@ import shlex
 import signal
 import socket
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from subprocess import Popen, TimeoutExpired
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TypeVar
 
 from ami_builder.core.errors import BuildFailed
 from ami_builder.core.options import Network
@@ -29,11 +32,6 @@ from ami_builder.qemu.hardware import (
 from ami_builder.qemu.monitor import FAILURES, Monitor
 from ami_builder.system import processes
 from ami_builder.verify.machine import Unresponsive
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-    from types import TracebackType
 
 T = TypeVar("T")
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 from qemu.qmp import QMPClient, QMPError
-
-if TYPE_CHECKING:
-    import socket
-    from collections.abc import Mapping
-    from types import TracebackType
 
 # Without a handler, Python would print the library's messages about a dying QEMU to stderr.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())

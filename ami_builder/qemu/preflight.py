@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from ami_builder.build import preflight
 from ami_builder.build.preflight import GIB
+from ami_builder.config.schema import Image
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.hardware import Accelerator, firmware
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ami_builder.config.schema import Image
-    from ami_builder.state.workspace import Workspace
+from ami_builder.state.workspace import Workspace
 
 _BUILD_TOOLS = ("qemu-system-x86_64", "qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
 _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ami_builder.build import base_image
-from ami_builder.build.inputs import gather
+from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
-from ami_builder.console import size
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress, Step, size
+from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import AmiBuilderError, UsageError
 from ami_builder.core.options import Datasource, Network
-from ami_builder.core.records import Artifact, TargetKind
+from ami_builder.core.records import Artifact, Endpoint, TargetKind, Verdict
 from ami_builder.qemu import cleanup, imds
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.bake import bake
@@ -25,24 +28,12 @@ from ami_builder.qemu.channels import ChannelFile
 from ami_builder.qemu.disks import image_info, nocloud_iso
 from ami_builder.qemu.hardware import Accelerator
 from ami_builder.qemu.machine import VirtualMachine, boot_again
-from ami_builder.state.workspace import StoredImage
+from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.system import host_load, ssh
 from ami_builder.verify.boot_progress import WAITING, reporting
 from ami_builder.verify.executor import side_by_side
 from ami_builder.verify.journey import verify_machine
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.core.cleanup import Decision
-    from ami_builder.core.records import Endpoint, Verdict
-    from ami_builder.state.workspace import Run, Workspace
-    from ami_builder.verify.machine import MachineResult
+from ami_builder.verify.machine import MachineResult
 
 _LOOK_SECONDS = 2.0
 _SCHEDULER, _DASHBOARD = 8786, 8787

@@ -11,15 +11,12 @@ import errno
 import os
 import re
 import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import BuildFailed
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
 
 IDENTITY_FILE = "identity.txt"
 """Written by 20-container.sh on the baking machine: its machine-id, its host keys, and who may log in."""

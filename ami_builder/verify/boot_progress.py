@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from ami_builder.console import Step
+from ami_builder.console import Step
 
 WAITING = "waiting for ssh"
 SHUTTING_DOWN = "shutting down"

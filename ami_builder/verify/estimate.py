@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
+from ami_builder.config.schema import Image
 from ami_builder.console import size
 from ami_builder.core.records import RunRecord, RunStatus, StepRecord, TargetKind
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
-
-    from ami_builder.config.schema import Image
 
 LAST = 3
 """How many of the last runs count: the host and the images change over time."""

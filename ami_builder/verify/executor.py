@@ -6,6 +6,7 @@ import logging
 import pkgutil
 import threading
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -22,8 +23,6 @@ from ami_builder.core.errors import (
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from distributed import Client
 
 P = ParamSpec("P")

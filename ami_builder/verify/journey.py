@@ -5,9 +5,12 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from ami_builder.config.schema import Image
+from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Measurement, Outcome
@@ -16,13 +19,6 @@ from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from ami_builder.verify.boot_progress import SHUTTING_DOWN, WAITING, reporting
 from ami_builder.verify.machine import Machine, MachineResult, Unresponsive
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Step
 
 _SHORT_SECONDS = 60.0
 _PROMPT_BOOT_SECONDS = 60.0

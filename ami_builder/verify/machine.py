@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.core.errors import BuildFailed
+from ami_builder.core.records import CheckResult, Endpoint, Measurement
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import ExitStack
-    from pathlib import Path
-
-    from ami_builder.core.records import CheckResult, Endpoint, Measurement
+if TYPE_CHECKING:  # `list` needs no ssh
     from ami_builder.system.ssh import Session
 
 

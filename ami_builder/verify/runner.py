@@ -8,21 +8,18 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from subprocess import Popen
 from threading import Event
-from typing import TYPE_CHECKING
 
 import ami_builder
 from ami_builder.checks.context import ENVIRONMENT, Context
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from subprocess import Popen
 
 __all__ = ["Context", "digest", "run", "shipped"]
 

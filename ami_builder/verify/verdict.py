@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ami_builder.config.schema import VerifySettings
+from ami_builder.config.schema import Image, VerifySettings
 from ami_builder.core.errors import ChecksFailed, Inconclusive
 from ami_builder.core.records import Outcome, TargetKind, Verdict
+from ami_builder.state.workspace import StoredImage
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from ami_builder.config.schema import Image
-    from ami_builder.state.workspace import StoredImage
-    from ami_builder.verify.machine import MachineResult
+from ami_builder.verify.machine import MachineResult
 
 # The settings that do not affect a kind's machines.
 _IRRELEVANT = {
