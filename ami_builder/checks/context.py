@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ami_builder.core.options import Datasource, Role
 from ami_builder.core.records import FIRST_BOOT
 from ami_builder.core.units import Reserve
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
 """The environment variable that names the JSON file."""

@@ -7,16 +7,13 @@ to be timed together with the CPU time that the host gives the VM.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.oom import Wait
 from ami_builder.system import host_load, processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 ANSWER = "/run/ami-builder-pressure"
 """Where memory_pressure.sh writes its results; the last line is `end`."""

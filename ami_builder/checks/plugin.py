@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import pytest
 import testinfra  # type: ignore[import-untyped]
@@ -36,9 +37,6 @@ from ami_builder.checks.machine_state import (
 from ami_builder.checks.pressure_result import PressureResult
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this has no result because another check failed."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import pytest
 
+from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import MachineState, exact_size
 from ami_builder.core.options import Datasource
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from ami_builder.checks.context import Context
 
 pytestmark = pytest.mark.first_boot
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import CLOCK_SECONDS, VARIABLE, ContainerState, MachineState, exact_size
-
-if TYPE_CHECKING:
-    from ami_builder.checks.context import Context
 
 MIB = 1 << 20
 

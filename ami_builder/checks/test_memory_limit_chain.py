@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
+from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import (
     VARIABLE,
     ContainerState,
@@ -15,9 +14,6 @@ from ami_builder.checks.machine_state import (
     exact_size,
 )
 from ami_builder.core.options import Role
-
-if TYPE_CHECKING:
-    from ami_builder.checks.context import Context
 
 
 def test_variable_was_measured(machine: MachineState) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from ami_builder.checks.context import Context
+from ami_builder.checks.login_times import LoginTimes
 from ami_builder.checks.machine_state import exact_size
 from ami_builder.checks.plugin import BLOCKED, INCONCLUSIVE
 from ami_builder.checks.pressure_result import EndedBy, PressureResult
 from ami_builder.core import oom
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ami_builder.checks.context import Context
-    from ami_builder.checks.login_times import LoginTimes
 
 pytestmark = pytest.mark.pressure
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import pytest
 
+from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import (
     CLOCK_SECONDS,
     VARIABLE,
@@ -15,9 +15,6 @@ from ami_builder.checks.machine_state import (
     WorkersAnswer,
 )
 from ami_builder.core.options import Role
-
-if TYPE_CHECKING:
-    from ami_builder.checks.context import Context
 
 AFTER = ("docker.service", "multi-user.target", "dask-memory.service")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from ami_builder.console.style import clean
 from ami_builder.core.errors import Inconclusive, Interrupted
 from ami_builder.core.records import RunStatus, StepRecord
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 NOTE = "step: "
 """How an exception's note with the innermost step begins."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import IO, TYPE_CHECKING
@@ -13,8 +14,6 @@ from ami_builder.console.style import MARKS, STYLES, Mode, duration, marks, over
 from ami_builder.core.records import RunStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from rich.console import RenderableType
     from rich.text import Text
 

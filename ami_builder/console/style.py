@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Literal
 
 from ami_builder.core.diff import Quantity, multiple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import Console
 
 MARKS = {

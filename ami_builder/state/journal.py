@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from ami_builder.core.records import TargetKind
 from ami_builder.state import jsonl
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from ami_builder.core.records import TargetKind
-    from ami_builder.state.workspace import Workspace
+from ami_builder.state.workspace import Workspace
 
 _LATEST = "latest"
 _FILE = "journal.jsonl"

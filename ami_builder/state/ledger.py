@@ -11,13 +11,11 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ami_builder.core.orphans import Resource
 from ami_builder.state import jsonl
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FILE = "ledger.jsonl"
 """The name of a ledger in its run's directory."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.core.diff import Difference, Quantity, Side, compare, read_packages
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.core.records import FIRST_BOOT, NightlyRun, RunRecord, TargetKind
 from ami_builder.state.workspace import StoredImage, Workspace, load
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 RECORD = "record.json"
 NIGHT = "night.json"

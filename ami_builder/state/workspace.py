@@ -14,11 +14,12 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path, user_state_path
@@ -26,9 +27,6 @@ from pydantic import TypeAdapter
 
 from ami_builder.core.errors import Inconclusive, Interrupted, Locked, UsageError
 from ami_builder.core.records import Artifact, RunRecord, RunStatus, TargetKind, Verdict
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 T = TypeVar("T")
 

@@ -9,15 +9,13 @@ import subprocess
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, MissingTool, TimedOut
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PACKAGES: Mapping[str, str] = {
     "packer": "packer",

@@ -9,20 +9,16 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 from ami_builder.core.errors import BuildFailed, TimedOut
+from ami_builder.core.records import Endpoint
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
-
-    from ami_builder.core.records import Endpoint
-    from ami_builder.system.processes import Completed
+from ami_builder.system.processes import Completed
 
 HOST = "dask-vm"
 """The machine's name in the generated ssh_config."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jinja2
 
 from ami_builder.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def environment(folder: Path) -> jinja2.Environment:
