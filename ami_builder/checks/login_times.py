@@ -59,14 +59,6 @@ class LoginTimes:
     busy: float = 0.0
     """The part of the time under pressure in which some process of the host waited for a CPU, 0 to 1."""
 
-    def waits(self) -> list[Wait]:
-        """Return how long each login under pressure took, with the failed attempts before it."""
-        return _waits(self.logins)
-
-    def waits_at_rest(self) -> list[Wait]:
-        """Return the same of those at rest."""
-        return _waits(self.rest)
-
     @classmethod
     def read(cls, recorded: Mapping[str, object]) -> LoginTimes:
         """Read what `dataclasses.asdict` wrote."""
@@ -77,16 +69,17 @@ class LoginTimes:
         return cls(rest=rest, logins=logins, ended=bool(recorded["ended"]), busy=float(str(recorded["busy"])))
 
 
-def _waits(logins: Sequence[LoginAttempt]) -> list[Wait]:
-    waits: list[Wait] = []
+def waits(logins: Sequence[LoginAttempt]) -> list[Wait]:
+    """Return how long each login took, with the failed attempts before it."""
+    found: list[Wait] = []
     began, denied = None, 0.0
     for number, login in enumerate(logins):
         began = login.began if began is None else began
         denied += login.denied
         if not login.failed or number == len(logins) - 1:
-            waits.append(Wait(seconds=login.began + login.seconds - began, denied=denied))
+            found.append(Wait(seconds=login.began + login.seconds - began, denied=denied))
             began, denied = None, 0.0
-    return waits
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,6 @@ class Mount:
 
     point: PurePosixPath
     type: str
-    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,10 +282,8 @@ class WorkersAnswer:
                 for w in answer
             )
         except (IndexError, KeyError, ValueError, TypeError):
-            last = [line for line in stderr.splitlines() if line.strip() and not line.startswith("xargs:")][
-                -1:
-            ]
-            return cls(workers=(), error=last[0] if last else f"the client ended with status {status}")
+            lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("xargs:")]
+            return cls(workers=(), error=lines[-1] if lines else f"the client ended with status {status}")
         return cls(workers=workers, error="")
 
 
@@ -312,5 +309,4 @@ def _levels(text: str) -> tuple[CgroupLevel, ...]:
 def _mount(line: str) -> Mount:
     # proc_pid_mountinfo(5): id parent major:minor root point options [optional…] - type source options
     left, _, right = line.partition(" - ")
-    kind, source, *_ = right.split(" ")
-    return Mount(point=PurePosixPath(left.split(" ")[4]), type=kind, source=source)
+    return Mount(point=PurePosixPath(left.split(" ")[4]), type=right.split(" ")[0])

@@ -315,34 +315,6 @@ def _run(config: pytest.Config) -> _CheckSession:
     return run
 
 
-def container_of(machine: MachineState) -> ContainerState:
-    """Return the running Dask container; without one, the check is blocked."""
-    if machine.container is None:
-        pytest.skip(f"{BLOCKED}no Dask container is running")
-    return machine.container
-
-
-def variable_of(machine: MachineState) -> int:
-    """Return the measured bytes; without them, the check is blocked."""
-    if machine.variable is None:
-        pytest.skip(f"{BLOCKED}AVAILABLE_MEMORY_FOR_DASK was not measured")
-    return machine.variable
-
-
-def dask_of(machine: MachineState) -> SchedulerAnswer:
-    """Return the scheduler's answer; without one, the check is blocked."""
-    if machine.dask.error:
-        pytest.skip(f"{BLOCKED}Dask's scheduler gave no answer")
-    return machine.dask
-
-
-def answered(client: WorkersAnswer) -> WorkersAnswer:
-    """Return the workers' answer; without one, the check is blocked."""
-    if client.error:
-        pytest.skip(f"{BLOCKED}Dask's client got no answer")
-    return client
-
-
 @pytest.fixture(scope="session")
 def host(request: pytest.FixtureRequest) -> testinfra.host.Host:
     """The booted machine, as testinfra shows it; use `with host.sudo():` for what only root may see."""
@@ -377,14 +349,18 @@ def note(record_property: Callable[[str, object], None]) -> Callable[[str], None
 
 @pytest.fixture(scope="session")
 def container(machine: MachineState) -> ContainerState:
-    """The running Dask container."""
-    return container_of(machine)
+    """The running Dask container; without one, the check is blocked."""
+    if machine.container is None:
+        pytest.skip(f"{BLOCKED}no Dask container is running")
+    return machine.container
 
 
 @pytest.fixture(scope="session")
 def variable(machine: MachineState) -> int:
-    """AVAILABLE_MEMORY_FOR_DASK as measured, in bytes."""
-    return variable_of(machine)
+    """AVAILABLE_MEMORY_FOR_DASK as measured, in bytes; without it, the check is blocked."""
+    if machine.variable is None:
+        pytest.skip(f"{BLOCKED}AVAILABLE_MEMORY_FOR_DASK was not measured")
+    return machine.variable
 
 
 @pytest.fixture(scope="session")
@@ -396,11 +372,15 @@ def client(request: pytest.FixtureRequest) -> WorkersAnswer:
 
 @pytest.fixture(scope="session")
 def dask(machine: MachineState) -> SchedulerAnswer:
-    """The workers and their limits, as the scheduler's HTTP server lists them."""
-    return dask_of(machine)
+    """The workers as the scheduler's HTTP server lists them; without its answer, the check is blocked."""
+    if machine.dask.error:
+        pytest.skip(f"{BLOCKED}Dask's scheduler gave no answer")
+    return machine.dask
 
 
 @pytest.fixture(scope="session")
 def workers(client: WorkersAnswer) -> WorkersAnswer:
-    """The workers' memory thresholds, read through Dask's client; on the first boot only."""
-    return answered(client)
+    """The answer of `client`; without one, the check is blocked."""
+    if client.error:
+        pytest.skip(f"{BLOCKED}Dask's client got no answer")
+    return client

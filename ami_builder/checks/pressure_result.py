@@ -9,10 +9,10 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-from ami_builder.checks.login_times import LoginTimes
+from ami_builder.checks.login_times import LoginTimes, waits
 from ami_builder.checks.machine_state import Incomplete, Sections, numbers, unreclaimable
 from ami_builder.core import oom
-from ami_builder.core.oom import Constraint, Kill
+from ami_builder.core.oom import Kill
 
 BESIDE_SECONDS = 1.0
 """A kill this soon after another has the same cause: no worker has restarted by then.
@@ -154,12 +154,6 @@ class PressureResult:
         ]
         return min(by)[1] if by else EndedBy.UNKNOWN
 
-    def kills_outside(self) -> tuple[Kill, ...]:
-        """Return the OOM kills that were system-wide, or of a process outside the container."""
-        return tuple(
-            kill for kill in self.kills if kill.constraint is Constraint.GLOBAL or not kill.inside(self.memcg)
-        )
-
     def double_kill(self) -> str:
         """Return a text on a process that the kernel killed right after another in the container, or nothing.
 
@@ -167,21 +161,13 @@ class PressureResult:
         on emulated VMs, in three of about twenty runs. The image does not cause this.
         """
         inside = [kill for kill in self.kills if kill.inside(self.memcg)]
-        at_rest = sorted(wait.seconds for wait in self.watched.waits_at_rest())
+        at_rest = sorted(wait.seconds for wait in waits(self.watched.rest))
         bound = max(BESIDE_SECONDS, at_rest[len(at_rest) // 2] if at_rest else 0.0)
         for first, second in pairwise(inside):
             seconds = second.seconds - first.seconds
             if seconds < bound:
                 return f"the kernel killed {second.task} {seconds:.2f} s after {first.task}, in the container"
         return ""
-
-    def changed_services(self) -> tuple[str, ...]:
-        """Return the services that ran before and have failed, ended or restarted since."""
-        return tuple(
-            name
-            for name, service in self.before.items()
-            if service.active == "active" and not service.same(self.after.get(name))
-        )
 
 
 def _processes(text: str) -> dict[int, int]:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, Self
+from typing import Self
 
 from ami_builder.console.style import clean
 from ami_builder.core.errors import Inconclusive, Interrupted
@@ -21,10 +21,10 @@ BEAT_SECONDS = 1.0
 _JOIN_SECONDS = 5.0
 
 
-class Renderer(Protocol):
-    """Shows steps as they start, change and end; called by one thread at a time."""
+class Renderer:
+    """Shows steps as they start, change and end; called by one thread at a time. This one shows nothing."""
 
-    beats: bool
+    beats = False
     """Whether `beat` does anything."""
 
     def started(self, step: Step) -> None:
@@ -59,10 +59,10 @@ class Progress:
         *,
         beat_seconds: float | None = BEAT_SECONDS,
     ) -> None:
-        self._renderer = renderer
+        self.renderer = renderer
         self.clock = clock
         self._beat_seconds = beat_seconds if renderer.beats else None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._closed = threading.Event()
         self._beating: threading.Thread | None = None
         self._steps: list[Step] = []
@@ -82,17 +82,17 @@ class Progress:
     def close(self) -> None:
         """Stop drawing, so that later output is not overwritten."""
         self._closed.set()
-        with self._lock:
-            self._renderer.close()
+        with self.lock:
+            self.renderer.close()
         # Outside the lock, because its last beat may be waiting for the lock.
         if self._beating is not None:
             self._beating.join(_JOIN_SECONDS)
 
     def beat(self) -> None:
         """Let the renderer print that steps are still running, if that is due."""
-        with self._lock:
+        with self.lock:
             if not self._closed.is_set():
-                self._renderer.beat()
+                self.renderer.beat()
 
     def _beat_until_closed(self, seconds: float) -> None:
         while not self._closed.wait(seconds):
@@ -109,17 +109,17 @@ class Progress:
     @property
     def steps(self) -> tuple[StepRecord, ...]:
         """All steps so far in the order in which they started, nested ones as `parent > child`."""
-        with self._lock:
+        with self.lock:
             return tuple(step.record(since=self._steps[0].started) for step in self._steps)
 
     @contextmanager
     def run(self, step: Step) -> Iterator[Step]:
         """Start a step, and end it with the block's outcome."""
-        with self._lock:
+        with self.lock:
             self._steps.append(step)
             if step.parent is not None:
                 step.parent.children.append(step)
-            self._renderer.started(step)
+            self.renderer.started(step)
         status = RunStatus.FAILED
         try:
             yield step
@@ -133,24 +133,12 @@ class Progress:
                 exc.add_note(f"{NOTE}{step.path}")
             raise
         finally:
-            with self._lock:
+            with self.lock:
                 step.status = status
                 step.ended = self.clock()
                 if status is RunStatus.PASSED:
                     step.detail = step.result
-                self._renderer.ended(step)
-
-    def change(self, step: Step, detail: str) -> None:
-        """Set the current detail of a step."""
-        with self._lock:
-            step.detail = clean(detail)
-            self._renderer.updated(step)
-
-    def announce(self, step: Step, text: str) -> None:
-        """Set the announcement of a step."""
-        with self._lock:
-            step.announced = clean(text)
-            self._renderer.announced(step)
+                self.renderer.ended(step)
 
 
 class Step:
@@ -174,11 +162,15 @@ class Step:
 
     def update(self, detail: str) -> None:
         """Set the current detail; cheap enough for every line of a log."""
-        self._progress.change(self, detail)
+        with self._progress.lock:
+            self.detail = clean(detail)
+            self._progress.renderer.updated(self)
 
     def announce(self, text: str) -> None:
         """Print a text at once; a terminal shows it as long as the step runs."""
-        self._progress.announce(self, text)
+        with self._progress.lock:
+            self.announced = clean(text)
+            self._progress.renderer.announced(self)
 
     def done(self, detail: str) -> None:
         """Set the result of the step, such as `cached`; it replaces the detail when the step passes."""

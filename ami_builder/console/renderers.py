@@ -47,30 +47,8 @@ def open_progress(
         case Mode.GITHUB:
             renderer = _GitHub(out)
         case Mode.QUIET:
-            renderer = _Quiet()
+            renderer = Renderer()
     return Progress(renderer, clock, beat_seconds=beat_seconds)
-
-
-class _Quiet:
-    beats = False
-
-    def started(self, step: Step) -> None:
-        pass
-
-    def updated(self, step: Step) -> None:
-        pass
-
-    def announced(self, step: Step) -> None:
-        pass
-
-    def ended(self, step: Step) -> None:
-        pass
-
-    def beat(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,7 +62,7 @@ class _Printed:
     """How many lines in a row had no new detail."""
 
 
-class _Plain:
+class _Plain(Renderer):
     """Prints a line with the time of day when a step starts and ends, and some in between."""
 
     beats = True
@@ -165,7 +143,7 @@ class _GitHub(_Plain):
             self._outcomes.clear()
 
 
-class _Live:
+class _Live(Renderer):
     """Draws a tree of steps several times a second; the last picture stays."""
 
     beats = False
@@ -192,18 +170,6 @@ class _Live:
             self._top.append(step)
         if not self._live.is_started and not self._closed:
             self._live.start()
-
-    def updated(self, step: Step) -> None:
-        pass
-
-    def announced(self, step: Step) -> None:
-        pass
-
-    def ended(self, step: Step) -> None:
-        pass
-
-    def beat(self) -> None:
-        pass
 
     def close(self) -> None:
         self._closed = True

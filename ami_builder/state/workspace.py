@@ -92,7 +92,7 @@ class Run:
         self.work = directory / "work"
         for folder in (self.logs, self.work):
             folder.mkdir(parents=True)
-        self.save()
+        self.update()
 
     def log(self, name: str) -> Path:
         """Return the path of a log of this run."""
@@ -101,10 +101,6 @@ class Run:
     def update(self, **changes: Any) -> None:
         """Change fields of the record and write it."""
         self.record = replace(self.record, **changes)
-        self.save()
-
-    def save(self) -> None:
-        """Write the record."""
         dump(self.record, self.directory / "record.json")
 
 
@@ -177,8 +173,7 @@ class Workspace:
             steps=(),
         )
         run = Run(directory, record)
-        alive = FileLock(directory / ".alive")
-        with alive:
+        with FileLock(directory / ".alive"):
             try:
                 yield run
             except (Interrupted, KeyboardInterrupt, SystemExit) as stopped:
@@ -224,31 +219,23 @@ class Workspace:
 
     @staticmethod
     def _is_dead(directory: Path) -> bool:
-        lock = FileLock(directory / ".alive")
         try:
-            with lock.acquire(timeout=0):
+            with FileLock(directory / ".alive").acquire(timeout=0):
                 return True
         except (Timeout, OSError):
             return False
 
     def lock(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
         """Hold the build lock of an image and target; raises Locked with its holder."""
-        return self._locked(
-            f"{image}.{target}",
-            f"image {image!r} is being built for {target}",
-            "wait until it ends",
-        )
+        return self._locked(f"{image}.{target}", f"image {image!r} is being built for {target}")
 
     def lock_nightly_run(self, image: str, target: TargetKind) -> AbstractContextManager[None]:
         """Hold the lock of nightly runs of an image and target; raises Locked with its holder."""
-        return self._locked(
-            f"{image}.{target}.night",
-            f"a nightly run of image {image!r} for {target} is in progress",
-            "wait until it ends",
-        )
+        what = f"a nightly run of image {image!r} for {target} is in progress"
+        return self._locked(f"{image}.{target}.night", what)
 
     @contextmanager
-    def _locked(self, name: str, what: str, hint: str) -> Iterator[None]:
+    def _locked(self, name: str, what: str) -> Iterator[None]:
         self.ensure()
         path = self.state / "locks" / f"{name}.lock"
         holder = path.with_suffix(".json")
@@ -261,7 +248,7 @@ class Workspace:
                 text = f"process {who['pid']}, since {who['since']}"
             except (OSError, ValueError, KeyError):
                 text = "another process"
-            raise Locked(f"{what} ({text})", hint=hint) from busy
+            raise Locked(f"{what} ({text})", hint="wait until it ends") from busy
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))
@@ -285,9 +272,8 @@ class Workspace:
             half = final.parent / f".{digest}.half"
             shutil.rmtree(half, ignore_errors=True)
             half.mkdir()
-            alive = FileLock(half / ".alive")
             try:
-                with alive:
+                with FileLock(half / ".alive"):
                     make(half)
                 (half / ".alive").unlink(missing_ok=True)
                 half.rename(final)

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
-from types import TracebackType
+from subprocess import TimeoutExpired
 
 from ami_builder.core.errors import BuildFailed, TimedOut
 from ami_builder.core.records import Endpoint
@@ -100,9 +99,7 @@ class Session:
             self._owned = owned.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._owned.close()
 
     def wait(self, timeout: float, alive: Callable[[], None] = lambda: None) -> None:
@@ -182,11 +179,13 @@ class Session:
                 tempfile.TemporaryFile() as err,
                 processes.running(argv, env=self._env, stdout=out.fileno(), stderr=err.fileno()) as process,
             ):
-                status = _waited(process, timeout, what=f"`{command}` on the machine")
+                status = process.wait(timeout)
                 err.seek(0)
                 self._judge(command, status, err.read().decode(errors="replace"), check=True)
-        except BaseException:
+        except BaseException as wrong:
             path.unlink(missing_ok=True)
+            if isinstance(wrong, TimeoutExpired):
+                raise TimedOut(f"`{command}` on the machine took longer than {timeout:.0f} s") from wrong
             raise
 
     def boot_id(self) -> str:
@@ -324,10 +323,3 @@ class Session:
 def _quoted(path: Path) -> str:
     # ssh_config expands % in paths.
     return '"' + str(path).replace("%", "%%") + '"'
-
-
-def _waited(process: Popen[str], timeout: float, *, what: str) -> int:
-    try:
-        return process.wait(timeout)
-    except TimeoutExpired as late:
-        raise TimedOut(f"{what} took longer than {timeout:.0f} s") from late

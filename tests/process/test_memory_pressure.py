@@ -160,7 +160,7 @@ def test_a_watch_that_never_ends_ends_in_time(tmp_path: Path) -> None:
     assert {login.failed for login in seen.logins} == {"exit status 255"}
     last = seen.logins[-1]
     assert 0.2 <= last.began + last.seconds - seen.logins[0].began < 60
-    assert len(seen.waits()) == 1, "it never answered, and that is one long wait"
+    assert len(login_times.waits(seen.logins)) == 1, "it never answered, and that is one long wait"
 
 
 def test_logins_at_rest_are_a_few_and_say_how_long_one_may_take(tmp_path: Path) -> None:
@@ -288,9 +288,8 @@ def test_attempts_that_failed_are_part_of_a_wait(
     logins: list[login_times.LoginAttempt], waits: list[tuple[float, float]]
 ) -> None:
     expected = [Wait(seconds=seconds, denied=denied) for seconds, denied in waits]
-    assert login_times.LoginTimes(logins=logins).waits() == expected
-    assert login_times.LoginTimes(rest=logins).waits_at_rest() == expected
-    assert login_times.LoginTimes().waits() == []
+    assert login_times.waits(logins) == expected
+    assert login_times.waits([]) == []
 
 
 def test_a_watch_crosses_unharmed() -> None:

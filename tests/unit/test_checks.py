@@ -138,10 +138,10 @@ def judge(text: Text, answer: Told, context: Context = CONTEXT) -> dict[str, str
         "machine": lambda: machine,
         "context": lambda: context,
         "client": lambda: client,
-        "container": partial(plugin.container_of, machine),
-        "variable": partial(plugin.variable_of, machine),
-        "dask": partial(plugin.dask_of, machine),
-        "workers": partial(plugin.answered, client),
+        "container": partial(inspect.unwrap(plugin.container), machine),
+        "variable": partial(inspect.unwrap(plugin.variable), machine),
+        "dask": partial(inspect.unwrap(plugin.dask), machine),
+        "workers": partial(inspect.unwrap(plugin.workers), client),
     }
     failed: dict[str, str] = {}
     for name, check, given in each_check():

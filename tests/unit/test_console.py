@@ -379,7 +379,7 @@ def test_a_terminal_shows_the_seconds_the_latest_detail_and_what_was_said() -> N
             clock.now += 75
             child.update("waiting for Dask")
             clear(out)
-            progress._renderer._live.refresh()  # type: ignore[attr-defined]
+            progress.renderer._live.refresh()  # type: ignore[attr-defined]
             rows = [line.rstrip() for line in out.text.splitlines() if line.strip()]
     assert re.search(r"build +about 4 min on this host; TCG \(slow\) +1:15 min$", rows[0])
     assert re.search(r"reboot +waiting for Dask +1:15 min$", rows[1])
@@ -437,12 +437,12 @@ def test_a_low_terminal_folds_what_is_done(monkeypatch: pytest.MonkeyPatch) -> N
                     pass
             out.seek(0)
             out.truncate()
-            progress._renderer._live.refresh()  # type: ignore[attr-defined]
+            progress.renderer._live.refresh()  # type: ignore[attr-defined]
             assert "… 5 more" in out.text
             assert "provisioner 3" not in out.text
         out.seek(0)
         out.truncate()
-        progress._renderer._live.refresh()  # type: ignore[attr-defined]
+        progress.renderer._live.refresh()  # type: ignore[attr-defined]
         assert "provisioner" not in out.text
     assert "provisioner 3" in out.text, "in the end all are shown"
 
