@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ami_builder.aws import tags as tagging
+from ami_builder.config.schema import AwsSettings
 from ami_builder.core.options import Connect
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from ami_builder.config.schema import AwsSettings
-
 _RUN = tagging.RUN
-_ASKED: Mapping[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
+_ASKED: dict[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
 """The request sets a run's tag."""
-_OURS: Mapping[str, Any] = {"Null": {f"aws:ResourceTag/{_RUN}": "false"}}
+_OURS: dict[str, Any] = {"Null": {f"aws:ResourceTag/{_RUN}": "false"}}
 """The resource has a run's tag."""
-_KEYS: Mapping[str, Any] = {"ForAllValues:StringLike": {"aws:TagKeys": [tagging.NAME, f"{tagging.PREFIX}*"]}}
+_KEYS: dict[str, Any] = {"ForAllValues:StringLike": {"aws:TagKeys": [tagging.NAME, f"{tagging.PREFIX}*"]}}
 """The request sets our tags only."""
-_NAMELESS: Mapping[str, Any] = {
+_NAMELESS: dict[str, Any] = {
     "Null": {f"aws:RequestTag/{_RUN}": "false", f"aws:ResourceTag/{tagging.NAME}": "true"},
     **_KEYS,
 }
 """The request sets a run's tag on a resource without a Name, so not on one that somebody else named."""
-_FROM_TEMPLATE: Mapping[str, Any] = {
+_FROM_TEMPLATE: dict[str, Any] = {
     "Null": {**_NAMELESS["Null"], f"aws:ResourceTag/{tagging.LAUNCH_TEMPLATE}": "false"},
     **_KEYS,
 }
 """The same, on an instance that was launched from a template."""
+_FOR_AWS: dict[str, Any] = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
+_MOVES = (
+    "ssm:GetParameter GetParameterHistory GetParametersByPath PutParameter AddTagsToResource"
+    " LabelParameterVersion DeleteParameter"
+)
+_READS = "ssm:GetParameters GetParametersByPath GetParameterHistory"
 
 LONGEST = 6144
 """AWS's limit for the characters of a managed policy, not counting white space."""
-
-_NO_ACCOUNT = frozenset({"image", "snapshot"})
 
 
 class Section(StrEnum):
@@ -50,6 +51,16 @@ class Section(StrEnum):
     ALL = "all"
 
 
+class _Row(NamedTuple):
+    sid: str
+    """Rows of the same Sid become one statement."""
+    sections: str
+    actions: str
+    """A service, and its calls."""
+    resources: list[str]
+    condition: dict[str, Any] | None = None
+
+
 def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str, Any]:
     """Return the policy for one part of the work, or for all.
 
@@ -57,254 +68,152 @@ def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str
     settings need: an instance profile, KMS keys, spot, Session Manager, an SSM parameter.
     """
     wanted = Section(section)
-    parts = _Statements(aws)
     statements: dict[str, dict[str, Any]] = {}
-    for one, make in (
-        (Section.CHECK, parts.check),
-        (Section.BUILD, parts.build),
-        (Section.VERIFY, parts.verify),
-        (Section.COPY, parts.copy),
-        (Section.PROMOTE, parts.promote),
-        (Section.PRUNE, parts.prune),
-        (Section.LIFECYCLE, parts.lifecycle),
-    ):
-        if wanted in (one, Section.ALL):
-            for statement in make():
-                _merge(statements, statement)
+    for row in _rows(aws or AwsSettings()):
+        if wanted is not Section.ALL and wanted not in row.sections.split():
+            continue
+        new = {"Sid": row.sid, "Effect": "Allow", "Action": [], "Resource": []}
+        statement = statements.setdefault(
+            row.sid, new | ({"Condition": row.condition} if row.condition else {})
+        )
+        service, _, calls = row.actions.partition(":")
+        actions = [f"{service}:{call}" for call in calls.split()]
+        for part, more in (("Action", actions), ("Resource", row.resources)):
+            statement[part] += [one for one in more if one not in statement[part]]
     return {"Version": "2012-10-17", "Statement": list(statements.values())}
 
 
-class _Statements:
-    def __init__(self, aws: AwsSettings | None) -> None:
-        self._aws = aws
-        self._region = aws.region if aws is not None and aws.region else "*"
-        copies = [one.region for one in aws.copy_to] if aws is not None else []
-        self._regions = [self._region] if self._region == "*" else [self._region, *copies]
-        starts = {"cn-": "aws-cn", "us-gov-": "aws-us-gov"}
-        self._partition = next((p for s, p in starts.items() if self._region.startswith(s)), "aws")
-
-    def check(self) -> Iterator[dict[str, Any]]:
-        """Yield what `check` needs beyond the other parts, whose calls it tries with DryRun."""
-        yield self._look()
-        yield _allow("Prices", ["pricing:GetProducts"], ["*"])
-        if self._aws is not None and self._aws.instance_profile:
-            yield self._profile()
-
-    def build(self) -> Iterator[dict[str, Any]]:
-        """Yield what a bake needs: Packer's amazon-ebs, and finishing the AMI."""
-        yield from self._instances("RunInstances")
-        yield _allow(
-            "UseInstancesOfRuns",
-            ["ec2:StopInstances", "ec2:ModifyInstanceMetadataOptions", "ec2:CreateImage"],
-            self._ec2("instance"),
-            _OURS,
-        )
+def _rows(aws: AwsSettings) -> Iterator[_Row]:
+    """Yield what each part of the work needs with these settings."""
+    arns = _Arns(aws)
+    here, kept = arns.ec2, arns.kept
+    instance, group, template = here("instance"), here("security-group"), here("launch-template")
+    image, copied = here("image", "snapshot"), kept("image", "snapshot")
+    every = " ".join(Section)
+    made = here("instance", "volume", "network-interface", "security-group", "image", "snapshot")
+    makers = ["RunInstances", "CreateSecurityGroup", "CreateImage"]
+    if aws.spot:
+        made, makers = made + template, [*makers, "CreateLaunchTemplate"]
+    removing = "ec2:DeregisterImage DeleteSnapshot"
+    launched_from = here("image", "snapshot", "subnet", "network-interface")
+    yield from (
+        _Row("Look", every, "ec2:Describe*", ["*"]),
+        _Row("Prices", "check", "pricing:GetProducts", ["*"]),
+        _Row("Launch", "build verify", "ec2:RunInstances", here("instance", "volume"), _ASKED),
+        _Row("LaunchFrom", "build verify", "ec2:RunInstances", launched_from),
+        _Row("UseGroupsOfRuns", "build verify", "ec2:RunInstances", group, _OURS),
+        _Row("UseGroupsOfRuns", "build verify", "ec2:AuthorizeSecurityGroupIngress", group, _OURS),
+        _Row("UseGroupsOfRuns", "build verify lifecycle", "ec2:DeleteSecurityGroup", group, _OURS),
+        _Row("MakeGroups", "build verify", "ec2:CreateSecurityGroup", group, _ASKED),
+        _Row("MakeGroupsIn", "build verify", "ec2:CreateSecurityGroup", here("vpc")),
+        _Row("TagWhatIsMade", "build verify", "ec2:CreateTags", made, _created_by(*makers)),
+        _Row("UseInstancesOfRuns", "build verify lifecycle", "ec2:TerminateInstances", instance, _OURS),
+        _Row("UseInstancesOfRuns", "verify", "ec2:GetConsoleOutput", instance, _OURS),
+        _Row("UseInstancesOfRuns", "build", "ec2:StopInstances CreateImage", instance, _OURS),
+        _Row("UseInstancesOfRuns", "build", "ec2:ModifyInstanceMetadataOptions", instance, _OURS),
         # Old versions of Packer tag an AMI only after they made it.
-        made = self._ec2("image", "snapshot")
-        yield _allow("MakeImages", ["ec2:CreateImage"], made)
-        yield self._tag(made)
-        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
-        yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._ec2("image"), _OURS)
+        _Row("MakeImages", "build", "ec2:CreateImage", image),
+        _Row("TagImages", "build", "ec2:CreateTags", image, _NAMELESS),
+        _Row("ChangeImagesOfRuns", "build", "ec2:CreateTags ModifyImageAttribute", image, _OURS),
+        _Row("ChangeImagesOfRuns", "verify", "ec2:CreateTags", here("image"), _OURS),
         # An unfinished AMI when a build is stopped.
-        yield self._delete(made)
-        yield from self._optional()
-
-    def verify(self) -> Iterator[dict[str, Any]]:
-        """Yield what verifying an AMI on instances needs."""
-        yield from self._instances("RunInstances")
-        yield _allow("UseInstancesOfRuns", ["ec2:GetConsoleOutput"], self._ec2("instance"), _OURS)
-        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._ec2("image"), _OURS)
-        yield from self._optional(baking=False)
-
-    def copy(self) -> Iterator[dict[str, Any]]:
-        """Yield what copying an AMI to other regions and sharing it needs."""
-        yield self._look()
-        made = self._kept("image", "snapshot")
-        yield _allow("CopyImagesOfRuns", ["ec2:CopyImage"], made, _OURS)
-        yield _allow("MakeCopies", ["ec2:CopyImage"], made, _ASKED)
-        yield _allow(
-            "TagCopies",
-            ["ec2:CreateTags"],
-            made,
-            {"StringEquals": {"ec2:CreateAction": ["CopyImage"]}, **_KEYS},
-        )
+        _Row("RemoveImagesOfRuns", "build", removing, image, _OURS),
+        _Row("CopyImagesOfRuns", "copy", "ec2:CopyImage", copied, _OURS),
+        _Row("MakeCopies", "copy", "ec2:CopyImage", copied, _ASKED),
+        _Row("TagCopies", "copy", "ec2:CreateTags", copied, _created_by("CopyImage")),
         # A copy that began without its tags is found by its name.
-        yield self._tag(made)
-        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], made, _OURS)
-        yield _allow("ChangeImagesOfRuns", ["ec2:ModifyImageAttribute"], self._kept("image"), _OURS)
-        yield _allow("ShareSnapshotsOfRuns", ["ec2:ModifySnapshotAttribute"], self._kept("snapshot"), _OURS)
+        _Row("TagImages", "copy lifecycle", "ec2:CreateTags", copied, _NAMELESS),
+        _Row("ChangeImagesOfRuns", "copy", "ec2:CreateTags ModifyImageAttribute", copied, _OURS),
+        _Row("ChangeImagesOfRuns", "promote", "ec2:CreateTags", kept("image"), _OURS),
+        _Row("ShareSnapshotsOfRuns", "copy", "ec2:ModifySnapshotAttribute", kept("snapshot"), _OURS),
         # A failed copy is deleted before the next attempt.
-        yield self._delete(self._kept("image", "snapshot"))
-        if self._aws is not None and (keys := [one for one in self._aws.copy_to if one.kms_key]):
-            yield from self._keys("Copies", [self._key(one.kms_key, one.region) for one in keys])
-            if self._aws.kms_key:
-                yield from self._keys("", [self._key(self._aws.kms_key, self._region)])
-
-    def promote(self) -> Iterator[dict[str, Any]]:
-        """Yield what moving channels needs; SSM validates an AMI with the caller's permissions."""
-        yield self._look()
-        yield _allow(
-            "MoveChannels",
-            [
-                f"ssm:{action}"
-                for action in (
-                    "GetParameter",
-                    "GetParameterHistory",
-                    "GetParametersByPath",
-                    "PutParameter",
-                    "AddTagsToResource",
-                    "LabelParameterVersion",
-                    "DeleteParameter",
-                )
-            ],
-            self._everywhere("ssm", "*", "parameter/ami-builder/*"),
-        )
-        yield _allow("ChangeImagesOfRuns", ["ec2:CreateTags"], self._kept("image"), _OURS)
-
-    def prune(self) -> Iterator[dict[str, Any]]:
-        """Yield what finding every reference to an AMI needs, and deprecating and deleting AMIs of runs."""
-        yield self._look()
-        lists = ["autoscaling:DescribeLaunchConfigurations", "ssm:DescribeParameters"]
-        yield _allow("FindUses", lists, ["*"])
-        reads = ["GetParameters", "GetParametersByPath", "GetParameterHistory"]
-        everything = self._everywhere("ssm", "*", "parameter/*")
-        yield _allow("FindUsesByValue", [f"ssm:{action}" for action in reads], everything)
-        yield _allow("DeprecateImagesOfRuns", ["ec2:EnableImageDeprecation"], self._kept("image"), _OURS)
-        yield self._delete(self._kept("image", "snapshot"))
-
-    def lifecycle(self) -> Iterator[dict[str, Any]]:
-        """Yield what deleting orphaned resources needs."""
-        yield self._look()
-        yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
-        if self._aws is not None and self._aws.spot:
-            yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
-        templates = self._ec2("launch-template")
-        yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], templates, _OURS)
-        yield _allow("DeleteVolumesOfRuns", ["ec2:DeleteVolume"], self._ec2("volume"), _OURS)
-        yield self._tag(self._kept("image", "snapshot"))
-        yield self._delete(self._kept("image", "snapshot"))
-        yield _allow("UseGroupsOfRuns", ["ec2:DeleteSecurityGroup"], self._ec2("security-group"), _OURS)
-
-    def _look(self) -> dict[str, Any]:
-        return _allow("Look", ["ec2:Describe*"], ["*"])
-
-    def _instances(self, action: str) -> Iterator[dict[str, Any]]:
-        """Yield what launching and terminating an instance in its own security group needs."""
-        yield self._look()
-        yield _allow("Launch", [f"ec2:{action}"], self._ec2("instance", "volume"), _ASKED)
-        yield _allow(
-            "LaunchFrom",
-            [f"ec2:{action}"],
-            self._ec2("image", "snapshot", "subnet", "network-interface"),
-        )
-        yield _allow("UseGroupsOfRuns", [f"ec2:{action}"], self._ec2("security-group"), _OURS)
-        yield _allow("MakeGroups", ["ec2:CreateSecurityGroup"], self._ec2("security-group"), _ASKED)
-        yield _allow("MakeGroupsIn", ["ec2:CreateSecurityGroup"], self._ec2("vpc"))
-        calls = [action, "CreateSecurityGroup", "CreateImage"]
-        made = self._ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot")
-        if self._aws is not None and self._aws.spot:
-            calls.append("CreateLaunchTemplate")
-            made += self._ec2("launch-template")
-        condition = {"StringEquals": {"ec2:CreateAction": calls}, **_KEYS}
-        yield _allow("TagWhatIsMade", ["ec2:CreateTags"], made, condition)
-        yield _allow("UseInstancesOfRuns", ["ec2:TerminateInstances"], self._ec2("instance"), _OURS)
-        yield _allow(
-            "UseGroupsOfRuns",
-            ["ec2:AuthorizeSecurityGroupIngress", "ec2:DeleteSecurityGroup"],
-            self._ec2("security-group"),
-            _OURS,
-        )
-
-    def _profile(self) -> dict[str, Any]:
-        profile = self._arn_of("iam", "", "*", "instance-profile/*")
-        return _allow("LookAtInstanceProfile", ["iam:GetInstanceProfile"], [profile])
-
-    def _tag(self, resources: Sequence[str]) -> dict[str, Any]:
-        """Return what tagging AMIs and snapshots that were made without tags needs."""
-        return _allow("TagImages", ["ec2:CreateTags"], resources, _NAMELESS)
-
-    def _delete(self, resources: Sequence[str]) -> dict[str, Any]:
-        return _allow("RemoveImagesOfRuns", ["ec2:DeregisterImage", "ec2:DeleteSnapshot"], resources, _OURS)
-
-    def _optional(self, *, baking: bool = True) -> Iterator[dict[str, Any]]:
-        """Yield what some settings need."""
-        aws = self._aws
-        if aws is None:
-            return
-        if aws.source.startswith("ssm:") and baking:
-            name = aws.source[4:].lstrip("/")
-            owner = "" if name.startswith("aws/service/") else "*"
-            parameter = self._arn_of("ssm", self._region, owner, f"parameter/{name}")
-            yield _allow("ReadBaseParameter", ["ssm:GetParameter"], [parameter])
-        if aws.instance_profile:
-            # The profile's role is unknown here; a policy that names it is stricter.
-            role = self._arn_of("iam", "", "*", "role/*")
-            to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
-            yield _allow("PassInstanceProfile", ["iam:PassRole"], [role], to_ec2)
-            if baking:
-                # Packer checks that the profile exists.
-                yield self._profile()
-        if aws.connect is Connect.SESSION_MANAGER:
-            tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
-            yield _allow("Connect", ["ssm:StartSession"], self._ec2("instance"), tagged)
-            documents = [self._arn_of("ssm", self._region, "", "document/AWS-StartSSHSession")]
-            documents.append(self._arn_of("ssm", self._region, "", "document/AWS-StartPortForwardingSession"))
-            yield _allow("ConnectBySsh", ["ssm:StartSession"], documents)
-            sessions = [self._arn_of("ssm", self._region, "*", "session/*")]
-            yield _allow("EndConnections", ["ssm:TerminateSession", "ssm:ResumeSession"], sessions)
-        if aws.kms_key:
-            yield from self._keys("", [self._key(aws.kms_key, self._region)])
-        if aws.spot and baking:
-            # Packer creates a fleet from a launch template, and tags its resources later.
-            template, launched = self._ec2("launch-template"), self._ec2("instance", "volume")
-            places = self._ec2("fleet", "image", "subnet", "network-interface")
-            yield _allow("SpotFleet", ["ec2:CreateFleet"], [*launched, *places])
-            yield _allow("SpotLaunch", ["ec2:RunInstances"], launched)
-            yield _allow("UseTemplatesOfRuns", ["ec2:CreateFleet", "ec2:RunInstances"], template, _OURS)
-            yield _allow("MakeTemplates", ["ec2:CreateLaunchTemplate"], template, _ASKED)
-            yield _allow("UseTemplatesOfRuns", ["ec2:DeleteLaunchTemplate"], template, _OURS)
-            yield _allow("TagSpotInstances", ["ec2:CreateTags"], self._ec2("instance"), _FROM_TEMPLATE)
+        _Row("RemoveImagesOfRuns", "copy prune lifecycle", removing, copied, _OURS),
+        # SSM validates an AMI with the caller's permissions.
+        _Row("MoveChannels", "promote", _MOVES, arns.everywhere("ssm", "*", "parameter/ami-builder/*")),
+        _Row("FindUses", "prune", "autoscaling:DescribeLaunchConfigurations", ["*"]),
+        _Row("FindUses", "prune", "ssm:DescribeParameters", ["*"]),
+        _Row("FindUsesByValue", "prune", _READS, arns.everywhere("ssm", "*", "parameter/*")),
+        _Row("DeprecateImagesOfRuns", "prune", "ec2:EnableImageDeprecation", kept("image"), _OURS),
+        _Row("UseTemplatesOfRuns", "lifecycle", "ec2:DeleteLaunchTemplate", template, _OURS),
+        _Row("DeleteVolumesOfRuns", "lifecycle", "ec2:DeleteVolume", here("volume"), _OURS),
+    )
+    if aws.source.startswith("ssm:"):
+        name = aws.source[4:].lstrip("/")
+        parameter = arns.of("ssm", "" if name.startswith("aws/service/") else "*", f"parameter/{name}")
+        yield _Row("ReadBaseParameter", "build", "ssm:GetParameter", [parameter])
+    if aws.instance_profile:
+        # The profile's role is unknown here; a policy that names it is stricter.
+        role = arns.of("iam", "*", "role/*", region="")
+        to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
+        yield _Row("PassInstanceProfile", "build verify", "iam:PassRole", [role], to_ec2)
+        # Packer checks that the profile exists.
+        profile = arns.of("iam", "*", "instance-profile/*", region="")
+        yield _Row("LookAtInstanceProfile", "check build", "iam:GetInstanceProfile", [profile])
+    if aws.connect is Connect.SESSION_MANAGER:
+        tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
+        documents = [arns.of("ssm", "", f"document/AWS-Start{by}Session") for by in ("SSH", "PortForwarding")]
+        session = [arns.of("ssm", "*", "session/*")]
+        yield _Row("Connect", "build verify", "ssm:StartSession", instance, tagged)
+        yield _Row("ConnectBySsh", "build verify", "ssm:StartSession", documents)
+        yield _Row("EndConnections", "build verify", "ssm:TerminateSession ResumeSession", session)
+    copies = [arns.key(one.kms_key, one.region) for one in aws.copy_to if one.kms_key]
+    own = [arns.key(aws.kms_key)] if aws.kms_key else []
+    for of, keys, sections in (
+        ("Copies", copies, "copy"),
+        ("", own, "build verify copy" if copies else "build verify"),
+    ):
+        if keys:
+            yield _Row(f"UseKey{of}", sections, "kms:DescribeKey Decrypt ReEncrypt* GenerateDataKey*", keys)
+            yield _Row(f"LetEc2UseKey{of}", sections, "kms:CreateGrant", keys, _FOR_AWS)
+    if aws.spot:
+        # Packer creates a fleet from a launch template, and tags its resources later.
+        launched = here("instance", "volume")
+        fleet = [*launched, *here("fleet", "image", "subnet", "network-interface")]
+        requests = here("volume", "spot-instances-request")
+        fleet_calls = "ec2:CreateFleet RunInstances DeleteLaunchTemplate"
+        yield from (
+            _Row("SpotFleet", "build", "ec2:CreateFleet", fleet),
+            _Row("SpotLaunch", "build", "ec2:RunInstances", launched),
+            _Row("UseTemplatesOfRuns", "build", fleet_calls, template, _OURS),
+            _Row("MakeTemplates", "build", "ec2:CreateLaunchTemplate", template, _ASKED),
+            _Row("TagSpotInstances", "build lifecycle", "ec2:CreateTags", instance, _FROM_TEMPLATE),
             # Both Packer and ami-builder do it, in either order.
-            yield _allow("UseInstancesOfRuns", ["ec2:CreateTags"], self._ec2("instance"), _OURS)
-            others = self._ec2("volume", "spot-instances-request")
-            yield _allow("TagSpotRequests", ["ec2:CreateTags"], others, _NAMELESS)
+            _Row("UseInstancesOfRuns", "build", "ec2:CreateTags", instance, _OURS),
+            _Row("TagSpotRequests", "build", "ec2:CreateTags", requests, _NAMELESS),
+        )
 
-    def _keys(self, of: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-        uses = [f"kms:{use}" for use in ("DescribeKey", "Decrypt", "ReEncrypt*", "GenerateDataKey*")]
-        yield _allow(f"UseKey{of}", uses, keys)
-        for_aws = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
-        yield _allow(f"LetEc2UseKey{of}", ["kms:CreateGrant"], keys, for_aws)
 
-    def _key(self, key: str, region: str) -> str:
+class _Arns:
+    """ARNs of the resources that a policy names, limited to the configured regions."""
+
+    def __init__(self, aws: AwsSettings) -> None:
+        self._region = aws.region or "*"
+        self._regions = [aws.region, *(one.region for one in aws.copy_to)] if aws.region else ["*"]
+        starts = {"cn-": "aws-cn", "us-gov-": "aws-us-gov"}
+        self._partition = next((p for s, p in starts.items() if aws.region.startswith(s)), "aws")
+
+    def of(self, service: str, account: str, resource: str, region: str | None = None) -> str:
+        """Return one ARN, of the AMI's own region unless `region` is given."""
+        where = self._region if region is None else region
+        return f"arn:{self._partition}:{service}:{where}:{account}:{resource}"
+
+    def everywhere(self, service: str, account: str, resource: str) -> list[str]:
+        """Return the ARN in the regions of copies too."""
+        return [self.of(service, account, resource, region) for region in self._regions]
+
+    def ec2(self, *kinds: str) -> list[str]:
+        """Return the ARNs of all resources of these kinds. AMIs and snapshots have no account in theirs."""
+        return [self.of("ec2", "" if kind in ("image", "snapshot") else "*", f"{kind}/*") for kind in kinds]
+
+    def kept(self, *kinds: str) -> list[str]:
+        """Return the ARNs of AMIs or snapshots, in the regions of copies too."""
+        return [arn for kind in kinds for arn in self.everywhere("ec2", "", f"{kind}/*")]
+
+    def key(self, key: str, region: str | None = None) -> str:
+        """Return the ARN of a KMS key; of all keys of its region for an id or an alias."""
         exact = key.startswith("arn:") and ":alias/" not in key
-        return key if exact else self._arn_of("kms", region, "*", "key/*")
-
-    def _kept(self, *kinds: str) -> list[str]:
-        """Return the ARNs of `_ec2`, in the regions of copies too."""
-        return [arn for kind in kinds for arn in self._everywhere("ec2", "", f"{kind}/*")]
-
-    def _everywhere(self, service: str, account: str, resource: str) -> list[str]:
-        return [self._arn_of(service, region, account, resource) for region in self._regions]
-
-    def _ec2(self, *kinds: str) -> list[str]:
-        return [
-            self._arn_of("ec2", self._region, "" if kind in _NO_ACCOUNT else "*", f"{kind}/*")
-            for kind in kinds
-        ]
-
-    def _arn_of(self, service: str, region: str, account: str, resource: str) -> str:
-        return f"arn:{self._partition}:{service}:{region}:{account}:{resource}"
+        return key if exact else self.of("kms", "*", "key/*", region)
 
 
-def _allow(
-    sid: str, actions: Sequence[str], resources: Sequence[str], condition: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    statement = {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
-    return statement | ({"Condition": dict(condition)} if condition else {})
-
-
-def _merge(statements: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
-    """Add a statement, or merge its actions and resources into the one of the same Sid and condition."""
-    known = statements.setdefault(new["Sid"], new)
-    for part in ("Action", "Resource"):
-        known[part] += [one for one in new[part] if one not in known[part]]
+def _created_by(*calls: str) -> dict[str, Any]:
+    return {"StringEquals": {"ec2:CreateAction": list(calls)}, **_KEYS}
