@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
 import tenacity
 
-from ami_builder.aws import images, instances, network, orphans, tags, user_data
+from ami_builder.aws import images, instances, network, orphans, source_ami, tags, user_data
 from ami_builder.aws.session import Account, look_for
 from ami_builder.build import container, packer
 from ami_builder.build.inputs import Inputs
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ami_builder.aws.source_ami import BaseAmi
     from ami_builder.console import Step
     from ami_builder.state.workspace import Run, Workspace
 
@@ -50,27 +48,8 @@ ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AwsInputs(Inputs):
-    """Inputs whose base is an AMI."""
-
-    base_ami: BaseAmi
-
-    @classmethod
-    def of(cls, inputs: Inputs, base_ami: BaseAmi) -> AwsInputs:
-        """Return inputs together with what is known about their base AMI."""
-        return cls(
-            image=inputs.image,
-            guest=inputs.guest,
-            base_digest=inputs.base_digest,
-            container_digest=inputs.container_digest,
-            digest=inputs.digest,
-            base_ami=base_ami,
-        )
-
-
 def bake_ami(
-    inputs: AwsInputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
+    inputs: Inputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
 ) -> images.Ami:
     """Bake an AMI and finish it. Nothing else of the run remains in the account.
 
@@ -90,7 +69,7 @@ def bake_ami(
     return done
 
 
-def finish(inputs: AwsInputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
+def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
     """Wait for an AMI of ours and finish it: tags on its snapshots, IMDSv2 only, private or `public`."""
     images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
     run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
@@ -100,9 +79,10 @@ def finish(inputs: AwsInputs, account: Account, ami: images.Ami, step: Step, *, 
 
 
 class _Bake:
-    def __init__(self, inputs: AwsInputs, account: Account, archive: Path | None, run: Run) -> None:
+    def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
         self.inputs, self.account, self.run_ = inputs, account, run
-        self.aws, self.base = inputs.image.aws, inputs.base_ami
+        self.aws = inputs.image.aws
+        self.base = source_ami.resolve(account, inputs.base_digest)
         self.archive = archive
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
@@ -291,11 +271,11 @@ class _Bake:
         }
 
 
-def _image_tags(inputs: AwsInputs, run_id: str) -> Mapping[str, str]:
-    return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_ami.id})
+def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
+    return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_digest})
 
 
 def _tags(
-    inputs: AwsInputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
+    inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
 ) -> Mapping[str, str]:
     return tags.resource_tags(inputs.image.name, inputs.digest, run_id, purpose, more)

@@ -73,23 +73,18 @@ class ChannelParameters:
 
     def entries(self, channel: str) -> tuple[ChannelEntry, ...]:
         """Return the moves of a channel as far as SSM keeps them (100 versions), the oldest first."""
-        found: list[Any] = []
-        with aws_errors("ssm"):
-            pages = self.account.client("ssm").get_paginator("get_parameter_history")
-            try:
-                for page in pages.paginate(Name=self.folder + channel):
-                    found += page["Parameters"]
-            except ClientError as error:
-                if code_of(error) != "ParameterNotFound":
-                    raise
-                return ()
+        found = self.account.listed(
+            "get_parameter_history",
+            "Parameters",
+            service="ssm",
+            ignore="ParameterNotFound",
+            Name=self.folder + channel,
+        )
         return tuple(_entry(channel, one) for one in sorted(found, key=lambda one: int(one["Version"])))
 
     def used(self) -> tuple[str, ...]:
         """Return the channels that have a parameter."""
-        with aws_errors("ssm"):
-            pages = self.account.client("ssm").get_paginator("get_parameters_by_path")
-            found = [one for page in pages.paginate(Path=self.folder) for one in page["Parameters"]]
+        found = self.account.listed("get_parameters_by_path", "Parameters", service="ssm", Path=self.folder)
         return tuple(one["Name"].rpartition("/")[2] for one in found)
 
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
@@ -105,7 +100,8 @@ class ChannelParameters:
         """
         name = self.folder + entry.channel
         if not entry.id:
-            _delete(self.account, name)
+            with aws_errors("ssm", ignore="ParameterNotFound"):
+                self.account.client("ssm").delete_parameter(Name=name)
             return
         description = f"{entry.move}: {entry.reason}" if entry.reason else str(entry.move)
         values: dict[str, Any] = {
@@ -174,23 +170,10 @@ def _read_back(account: Account, name: str, ami: str, version: int) -> int:
 
 
 def _current(account: Account, name: str) -> tuple[str, int] | None:
-    with aws_errors("ssm"):
-        try:
-            found = account.client("ssm").get_parameter(Name=name)["Parameter"]
-        except ClientError as error:
-            if code_of(error) != "ParameterNotFound":
-                raise
-            return None
-    return found["Value"], int(found["Version"])
-
-
-def _delete(account: Account, name: str) -> None:
-    with aws_errors("ssm"):
-        try:
-            account.client("ssm").delete_parameter(Name=name)
-        except ClientError as error:
-            if code_of(error) != "ParameterNotFound":
-                raise
+    with aws_errors("ssm", ignore="ParameterNotFound"):
+        found = account.client("ssm").get_parameter(Name=name)["Parameter"]
+        return found["Value"], int(found["Version"])
+    return None
 
 
 def _blocked(name: str) -> CloudFailed:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from ami_builder.aws import images as amis
-from ami_builder.aws import references, sharing, snapshots, tags
+from ami_builder.aws import references, sharing, tags
 from ami_builder.build.channels import ChannelStore
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
@@ -79,7 +79,7 @@ def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress
                 amis.deprecate(account, image_id)
         elif decision.action is Action.DELETE and image_id.startswith("snap-"):
             with progress.step(f"delete {image_id}"):
-                if not snapshots.delete(account, image_id):
+                if not amis.delete_snapshot(account, image_id):
                     raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
         elif decision.action is Action.DELETE:
             with progress.step(f"deregister {image_id}"):
@@ -92,16 +92,16 @@ def _orphans(
     """Decide about the snapshots of ours that no AMI uses any more."""
     found: dict[str, list[Candidate]] = defaultdict(list)
     for one in amis.list_orphan_snapshots(account, owned):
-        name = one.tags.get(tags.IMAGE, "")
-        protected = "" if name in images else _NO_POLICY
+        name = tags.as_dict(one.get("Tags", [])).get(tags.IMAGE, "")
+        protected = "" if one.get("State") == "completed" else "not complete yet"
         found[name].append(
             Candidate(
-                id=one.id,
+                id=one["SnapshotId"],
                 image=name,
                 region=account.region,
-                created=one.created,
-                size=one.size,
-                protected=protected or ("" if one.complete else "not complete yet"),
+                created=one.get("StartTime"),
+                size=one.get("VolumeSize", 0) * amis.GIB,
+                protected=protected if name in images else _NO_POLICY,
             )
         )
     decisions: list[Decision] = []

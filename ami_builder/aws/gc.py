@@ -12,7 +12,7 @@ from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
-from ami_builder.state.ledger import Ledger, LedgerEntry, read
+from ami_builder.state.ledger import Ledger, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ def find_orphans(regions: Sequence[Region], workspace: Workspace, progress: Prog
     decisions: list[Orphan] = []
     for region in regions:
         with progress.step(f"look in {region.account.region}") as step:
-            found = orphans.find(region.account, _of(entries, region))
+            found = orphans.find(region.account, entries)
             planned = plan(found, runs, datetime.now(UTC), region.lifetime)
             step.done(
                 f"{len(planned)} found, {sum(one.action is Action.DELETE for one in planned)} to delete"
@@ -85,10 +85,6 @@ def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
         for entry in read(path):
             if not entry.deleted and entry.region in accounts:
                 ledger.deleted(entry)
-
-
-def _of(entries: Sequence[LedgerEntry], region: Region) -> list[LedgerEntry]:
-    return [entry for entry in entries if entry.region == region.account.region]
 
 
 def _runs(workspace: Workspace) -> list[str]:

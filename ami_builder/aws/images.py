@@ -1,16 +1,13 @@
-"""AMIs of this account: find, wait, finish, record a verdict, deprecate, deregister with their snapshots."""
+"""AMIs of this account and their snapshots: find, wait, finish, record a verdict, deprecate, delete."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
-
-from ami_builder.aws import snapshots
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.core.errors import CloudFailed, UsageError
@@ -18,16 +15,11 @@ from ami_builder.core.records import Measurement, Outcome
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
-_GIB = 1 << 30
+GIB = 1 << 30
 _POLL_SECONDS = 5.0
 _SEEN_SECONDS = 300.0
-# EC2's limit for the values of a filter.
-_VALUES = 200
-_PAGE = 1000
 _UNPROTECTED = ("disabled", "")
 # EC2 accepts only a time in the future, and drops its seconds.
 _SOON = timedelta(minutes=2)
@@ -141,10 +133,8 @@ def find_by_name(account: Account, name: str) -> Ami | None:
 
 def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     """Return those of the AMIs that exist, by id."""
-    chunks = [list(ids[start : start + _VALUES]) for start in range(0, len(ids), _VALUES)]
-    return {
-        ami.id: ami for chunk in chunks for ami in _search(account, {"Name": "image-id", "Values": chunk})
-    }
+    found = account.matching("describe_images", "Images", "image-id", ids, Owners=["self"])
+    return {one["ImageId"]: _ami(one) for one in found}
 
 
 def list_owned(account: Account) -> list[Ami]:
@@ -152,21 +142,17 @@ def list_owned(account: Account) -> list[Ami]:
     return _listed(account, Owners=["self"], IncludeDisabled=True)
 
 
-def list_shared(account: Account) -> list[Ami]:
-    """Return the AMIs of other accounts that are shared with this account."""
-    return _listed(account, ExecutableUsers=["self"])
-
-
-def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> list[snapshots.Snapshot]:
+def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> Sequence[Mapping[str, Any]]:
     """Return the snapshots with a run's tag that no AMI uses, neither one of `owned` nor one shared with us.
 
     `owned` must be every AMI of the account. Raises CloudFailed when a list can't be read.
     """
     used = {snapshot for ami in owned for snapshot in ami.snapshots}
-    found = [one for one in snapshots.list_tagged(account) if one.id not in used]
-    if found:
-        used = {snapshot for ami in list_shared(account) for snapshot in ami.snapshots}
-    return [one for one in found if one.id not in used]
+    tagged = [{"Name": "tag-key", "Values": [tagging.RUN]}]
+    found = account.listed("describe_snapshots", "Snapshots", OwnerIds=["self"], Filters=tagged)
+    if found := [one for one in found if one["SnapshotId"] not in used]:
+        used = {snapshot for ami in _listed(account, ExecutableUsers=["self"]) for snapshot in ami.snapshots}
+    return [one for one in found if one["SnapshotId"] not in used]
 
 
 def find_copies(account: Account, source: str, name: str) -> list[Ami]:
@@ -275,7 +261,33 @@ def deregister(account: Account, ami: str) -> None:
     with aws_errors(ignore=r"InvalidAMIID\.(NotFound|Unavailable)"):
         account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
     for snapshot in found.snapshots:
-        snapshots.delete(account, snapshot)
+        delete_snapshot(account, snapshot)
+
+
+def describe_snapshots(account: Account, snapshots: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+    """Return snapshots as EC2 describes them; none unless EC2 shows all of them."""
+    if snapshots:
+        with aws_errors(ignore="InvalidSnapshot.NotFound"):
+            return account.ec2.describe_snapshots(SnapshotIds=list(snapshots))["Snapshots"]
+    return ()
+
+
+def snapshot_ids(described: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the snapshots in the block device mappings of an AMI or a launch template."""
+    disks = (mapping.get("Ebs", {}) for mapping in described.get("BlockDeviceMappings", []))
+    return [disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")]
+
+
+def delete_snapshot(account: Account, snapshot: str) -> bool:
+    """Delete a snapshot, which may be missing already; return False when an AMI uses it."""
+    try:
+        with aws_errors(ignore="InvalidSnapshot.NotFound"):
+            account.ec2.delete_snapshot(SnapshotId=snapshot)
+    except CloudFailed as failed:
+        if code_of(failed) != "InvalidSnapshot.InUse":
+            raise
+        return False
+    return True
 
 
 def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping[str, str]) -> str:
@@ -284,8 +296,8 @@ def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping
     Returns why the dry run was inconclusive, such as missing permissions or no default VPC; else "".
     Raises CloudFailed when the AMI can't be launched.
     """
-    with aws_errors():
-        try:
+    try:
+        with aws_errors(ignore="DryRunOperation"):
             account.ec2.run_instances(
                 DryRun=True,
                 ImageId=ami,
@@ -294,14 +306,13 @@ def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping
                 MaxCount=1,
                 TagSpecifications=tagging.specifications(tags, "instance", "volume"),
             )
-        except ClientError as error:
-            code = code_of(error)
-            if code in DENIED:
-                return "these credentials do not allow it"
-            if code in _UNRELATED:
-                return code
-            if code != "DryRunOperation":
-                raise
+    except CloudFailed as failed:
+        code = code_of(failed)
+        if code in DENIED:
+            return "these credentials do not allow it"
+        if code not in _UNRELATED:
+            raise
+        return code
     return ""
 
 
@@ -310,11 +321,7 @@ def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
 
 
 def _listed(account: Account, **which: Any) -> list[Ami]:
-    with aws_errors():
-        pages = account.ec2.get_paginator("describe_images").paginate(
-            **which, PaginationConfig={"PageSize": _PAGE}
-        )
-        return [_ami(image) for page in pages for image in page["Images"]]
+    return [_ami(image) for image in account.listed("describe_images", "Images", **which)]
 
 
 def _tagged(key: str, value: str) -> FilterTypeDef:
@@ -328,10 +335,8 @@ def _existing(account: Account, ami: str) -> Ami:
 
 
 def _progress(account: Account, ami: Ami) -> str:
-    return (
-        ", ".join(one.get("Progress") or "0%" for one in snapshots.describe(account, ami.snapshots))
-        or "not started"
-    )
+    found = describe_snapshots(account, ami.snapshots)
+    return ", ".join(one.get("Progress") or "0%" for one in found) or "not started"
 
 
 def _ami(image: ImageTypeDef) -> Ami:
@@ -343,8 +348,8 @@ def _ami(image: ImageTypeDef) -> Ami:
         state=image.get("State", "available"),
         reason=image.get("StateReason", {}).get("Message", ""),
         created=datetime.fromisoformat(created) if created else None,
-        size=sum(disk.get("VolumeSize", 0) for disk in disks) * _GIB,
-        snapshots=tuple(disk["SnapshotId"] for disk in disks if disk.get("SnapshotId")),
+        size=sum(disk.get("VolumeSize", 0) for disk in disks) * GIB,
+        snapshots=tuple(snapshot_ids(image)),
         encrypted=any(disk.get("Encrypted", False) for disk in disks),
         public=image.get("Public", False),
         protected=image.get("DeregistrationProtection", "disabled") not in _UNPROTECTED,

@@ -394,11 +394,8 @@ def terminate(account: Account, instance: str) -> None:
 
 
 def _search(account: Account, run_id: str) -> Sequence[InstanceTypeDef]:
-    with aws_errors():
-        pages = account.ec2.get_paginator("describe_instances").paginate(
-            Filters=[{"Name": f"tag:{tagging.RUN}", "Values": [run_id]}]
-        )
-        return [i for page in pages for r in page["Reservations"] for i in r.get("Instances", [])]
+    found = account.matching("describe_instances", "Reservations", f"tag:{tagging.RUN}", [run_id])
+    return [i for reservation in found for i in reservation.get("Instances", [])]
 
 
 def _proxy_command(instance: str, region: str) -> str:

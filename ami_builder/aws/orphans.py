@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ami_builder.aws import images, instances, network, snapshots
+from ami_builder.aws import images, instances, network
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, poll_call
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from types_boto3_ec2.type_defs import FilterTypeDef
-
-    from ami_builder.state.ledger import LedgerEntry
+from ami_builder.state.ledger import LedgerEntry
 
 _RELEASED_SECONDS = 300.0
 _ENDED = frozenset({"terminated"})
-# EC2's limit for the values of a filter is 200.
-_CHUNK = 100
-_PAGE = 200
 # EC2's description of a snapshot that CreateImage made.
 _MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
 
@@ -72,7 +64,7 @@ def remove(account: Account, decision: Orphan) -> None:
             delete_image(account, one.id, one.run_id)
         case Resource.SNAPSHOT:
             _tag_snapshot(account, one.id, one.run_id)
-            if not snapshots.delete(account, one.id):
+            if not images.delete_snapshot(account, one.id):
                 raise CloudFailed(f"snapshot {one.id} can't be deleted: an AMI uses it")
         case Resource.SECURITY_GROUP:
             network.delete_group(account, one.id)
@@ -104,13 +96,14 @@ def delete_image(account: Account, ami: str, run_id: str) -> None:
 
 def delete_templates(account: Account, run_id: str) -> None:
     """Delete the launch templates that Packer makes for a run's spot instances."""
-    wanted: list[FilterTypeDef] = [{"Name": f"tag:{tagging.RUN}", "Values": [run_id]}]
-    for one in _listed(account, "describe_launch_templates", "LaunchTemplates", wanted):
+    for one in account.matching(
+        "describe_launch_templates", "LaunchTemplates", f"tag:{tagging.RUN}", [run_id]
+    ):
         _delete_template(account, one["LaunchTemplateId"])
 
 
 def _tag_snapshot(account: Account, snapshot: str, run_id: str) -> None:
-    for one in snapshots.describe(account, [snapshot]):
+    for one in images.describe_snapshots(account, [snapshot]):
         if tagging.RUN not in tagging.as_dict(one.get("Tags", [])):
             tag(account, snapshot, run_id)
 
@@ -130,9 +123,9 @@ def _instances(
     ids = _by_id(entries, Resource.INSTANCE)
     runs = {one.id: one.run_id for one in templates}
     for reservation in (
-        *_listed(account, "describe_instances", "Reservations", _TAGGED),
-        *_known(account, "describe_instances", "Reservations", "instance-id", ids),
-        *_known(account, "describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
+        *_tagged(account, "describe_instances", "Reservations"),
+        *account.matching("describe_instances", "Reservations", "instance-id", ids),
+        *account.matching("describe_instances", "Reservations", f"tag:{tagging.LAUNCH_TEMPLATE}", runs),
     ):
         for one in reservation["Instances"]:
             template = tagging.as_dict(one.get("Tags", [])).get(tagging.LAUNCH_TEMPLATE, "")
@@ -144,13 +137,13 @@ def _instances(
 
 
 def _templates(account: Account) -> Iterable[FoundResource]:
-    for one in _listed(account, "describe_launch_templates", "LaunchTemplates", _TAGGED):
+    for one in _tagged(account, "describe_launch_templates", "LaunchTemplates"):
         template, name, created = one["LaunchTemplateId"], one["LaunchTemplateName"], one.get("CreateTime")
         yield _found(account, Resource.LAUNCH_TEMPLATE, template, one, name=name, created=created)
 
 
 def _volumes(account: Account) -> Iterable[FoundResource]:
-    for one in _listed(account, "describe_volumes", "Volumes", _TAGGED):
+    for one in _tagged(account, "describe_volumes", "Volumes"):
         yield _found(account, Resource.VOLUME, one["VolumeId"], one, created=one.get("CreateTime"))
 
 
@@ -162,11 +155,11 @@ def _images_and_snapshots(
     Packer may be killed between deregistering an AMI and deleting its snapshots.
     """
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
-    every = _listed(account, "describe_images", "Images", [], Owners=["self"])
+    every = account.listed("describe_images", "Images", Owners=["self"])
     using: dict[str, str] = {}
     ours: dict[str, FoundResource] = {}
     for image in every:
-        for snapshot in snapshots.ids_of(image):
+        for snapshot in images.snapshot_ids(image):
             using[snapshot] = image["ImageId"]
         name, created = image.get("Name", ""), _time(image.get("CreationDate"))
         run = ids.get(image["ImageId"]) or names.get(name, "")
@@ -177,9 +170,9 @@ def _images_and_snapshots(
     made_from = {f"Created by CreateImage({instance})*": run for instance, run in instances.items()}
     of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
     for one in (
-        *_listed(account, "describe_snapshots", "Snapshots", _TAGGED, OwnerIds=["self"]),
-        *_known(account, "describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
-        *_known(account, "describe_snapshots", "Snapshots", "description", made_from, OwnerIds=["self"]),
+        *_tagged(account, "describe_snapshots", "Snapshots", OwnerIds=["self"]),
+        *account.matching("describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
+        *account.matching("describe_snapshots", "Snapshots", "description", made_from, OwnerIds=["self"]),
     ):
         if match := _MADE_FROM.match(one.get("Description", "")):
             of_ours.setdefault(one["SnapshotId"], instances.get(match[1], ""))
@@ -199,9 +192,9 @@ def _images_and_snapshots(
 def _groups(account: Account, entries: Sequence[LedgerEntry]) -> Iterable[FoundResource]:
     ids, names = _by_id(entries, Resource.SECURITY_GROUP), _by_name(entries, Resource.SECURITY_GROUP)
     for one in (
-        *_listed(account, "describe_security_groups", "SecurityGroups", _TAGGED),
-        *_known(account, "describe_security_groups", "SecurityGroups", "group-id", ids),
-        *_known(account, "describe_security_groups", "SecurityGroups", "group-name", names),
+        *_tagged(account, "describe_security_groups", "SecurityGroups"),
+        *account.matching("describe_security_groups", "SecurityGroups", "group-id", ids),
+        *account.matching("describe_security_groups", "SecurityGroups", "group-name", names),
     ):
         group, name = one["GroupId"], one["GroupName"]
         run = ids.get(group) or names.get(name, "")
@@ -210,29 +203,9 @@ def _groups(account: Account, entries: Sequence[LedgerEntry]) -> Iterable[FoundR
         yield _found(account, Resource.SECURITY_GROUP, group, one, run, name=name, created=created)
 
 
-_TAGGED: list[FilterTypeDef] = [{"Name": "tag-key", "Values": [tagging.RUN]}]
-
-
-def _listed(
-    account: Account, call: str, key: str, filters: Sequence[FilterTypeDef], **more: Any
-) -> list[Any]:
-    paginator: Any = account.ec2.get_paginator(call)  # type: ignore[call-overload]
-    with aws_errors():
-        pages = paginator.paginate(Filters=list(filters), PaginationConfig={"PageSize": _PAGE}, **more)
-        return [one for page in pages for one in page[key]]
-
-
-def _known(
-    account: Account, call: str, key: str, name: str, values: Mapping[str, str], **more: Any
-) -> list[Any]:
-    """Return the existing resources of the given ids or names."""
-    wanted = list(values)
-    chunks = [wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK)]
-    return [
-        one
-        for chunk in chunks
-        for one in _listed(account, call, key, [{"Name": name, "Values": chunk}], **more)
-    ]
+def _tagged(account: Account, call: str, key: str, **more: Any) -> list[Any]:
+    """Return the resources that carry a run's tag."""
+    return account.matching(call, key, "tag-key", [tagging.RUN], **more)
 
 
 def _found(

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
-
-from botocore.exceptions import ClientError
+from functools import partial
+from typing import Any
 
 from ami_builder.aws import network, source_ami
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.aws.tags import Purpose
-from ami_builder.core.errors import AmiBuilderError, CloudFailed, UsageError
+from ami_builder.build.preflight import found, stops
+from ami_builder.config.schema import AwsSettings, Image
+from ami_builder.core.errors import CloudFailed, MissingTool, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from ami_builder.config.schema import AwsSettings, Image
 
 _GIB = 1 << 30
 _NO_ID = "0123456789abcdef0"
@@ -38,202 +34,158 @@ _SNAPSHOT_GIB_MONTH = 0.05
 _HOURS_A_MONTH = 730.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Estimated cost in US dollars."""
-
-    hour: float
-    """An hour of the instance, on demand."""
-    run: float
-    """The instance and its disk for the requested time."""
-    month: float
-    """A month of the AMI's snapshot, if the disk were full."""
-
-
 def check(image: Image) -> Iterator[Finding]:
     """Check credentials, base AMI, instance types, network, permissions and cost; create nothing."""
-    try:
-        account = Account.open(image.aws.region)
-        who = account.identity()
-    except AmiBuilderError as bad:
-        yield _stops("AWS account", bad)
+    aws = image.aws
+    accounts: list[Account] = []
+    bases: list[source_ami.BaseAmi] = []
+
+    def account() -> str:
+        accounts.append(Account.open(aws.region))
+        return f"{accounts[0].identity()} in {accounts[0].region}"
+
+    def base() -> str:
+        ami = source_ami.resolve(here, aws.source)
+        bases.append(ami)
+        return f"{ami.id}, {ami.name}, {ami.size / _GIB:g} GiB"
+
+    yield (opened := found("AWS account", account))
+    if opened.state is State.STOPS:
         return
-    yield _fine("AWS account", f"{who.arn} in {account.region}")
-    try:
-        ami: source_ami.BaseAmi | None = source_ami.resolve(account, image.aws.source)
-    except AmiBuilderError as bad:
-        ami = None
-        yield _stops("base AMI", bad)
-    else:
-        assert ami is not None
-        yield _fine("base AMI", f"{ami.id}, {ami.name}, {ami.size / _GIB:g} GiB")
-    yield from _instance_types(account, image)
-    yield from _network(account, image.aws)
-    yield from _tools(image.aws)
-    if image.aws.instance_profile:
-        yield _instance_profile(account, image.aws)
-    if ami is not None:
-        yield _permissions(account, image, ami)
-    yield from _lifetime(image)
-    yield _cost(account, image, ami)
-
-
-def _fine(name: str, found: str) -> Finding:
-    return Finding(name=name, state=State.OK, found=found)
-
-
-def _note(name: str, found: str, hint: str = "") -> Finding:
-    return Finding(name=name, state=State.NOTE, found=found, hint=hint)
-
-
-def _stops(name: str, bad: AmiBuilderError) -> Finding:
-    return Finding(
-        name=name, state=State.STOPS, found=bad.message, hint=bad.hint or "", exit_code=bad.exit_code
-    )
+    here = accounts[0]
+    yield found("base AMI", base)
+    yield from _instance_types(here, image)
+    yield (network_found := found("network", lambda: _network(here, aws)))
+    if aws.connect is Connect.SSH and network_found.state is State.OK:
+        cidrs = network.source_cidrs
+        yield found("ssh is open to", lambda: f"{', '.join(cidrs(aws.source_cidrs))}, port {aws.ssh_port}")
+    if aws.connect is Connect.SESSION_MANAGER:
+        yield from (found(tool, partial(_tool, tool)) for tool in _TOOLS)
+    if aws.instance_profile:
+        yield found("instance profile", lambda: _instance_profile(here, aws))
+    if bases:
+        yield found("permissions", lambda: _permissions(here, image, bases[0]))
+    longest = max(image.bake.timeout, image.verify.timeout)
+    if aws.lifetime <= longest:
+        yield Finding(
+            name="lifetime",
+            state=State.NOTE,
+            found=f"instances power off after {aws.lifetime:.0f} s, but may need {longest:.0f} s",
+            hint="set aws.lifetime above bake.timeout and verify.timeout",
+        )
+    yield _cost(here, image, max((image.base.disk_size, *(ami.size for ami in bases))))
 
 
 def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
     baking, verifying = image.aws.instance_types, image.verify.instance_types
-    wanted = list(dict.fromkeys([*baking, *verifying]))
     try:
-        with aws_errors():
-            pages = account.ec2.get_paginator("describe_instance_type_offerings").paginate(
-                Filters=[{"Name": "instance-type", "Values": wanted}]
-            )
-            offered = {one["InstanceType"] for page in pages for one in page["InstanceTypeOfferings"]}
+        known = account.matching(
+            "describe_instance_type_offerings",
+            "InstanceTypeOfferings",
+            "instance-type",
+            dict.fromkeys([*baking, *verifying]),
+        )
     except CloudFailed as bad:
-        yield _stops("instance types", bad)
+        yield stops("instance types", bad)
         return
-    for name, kinds, enough in (
-        ("instance types to bake on", baking, any),
-        ("instance types to verify on", verifying, all),
+    offered = {one["InstanceType"] for one in known}
+    for name, setting, kinds, enough in (
+        ("instance types to bake on", "aws", baking, any),
+        ("instance types to verify on", "verify", verifying, all),
     ):
-        missing = [kind for kind in kinds if kind not in offered]
+        missing = ", ".join(kind for kind in kinds if kind not in offered)
         if not enough(kind in offered for kind in kinds):
             error = UsageError(
-                f"{account.region} does not offer {', '.join(missing)}",
-                hint=f"change {'aws' if kinds is baking else 'verify'}.instance_types",
+                f"{account.region} does not offer {missing}", hint=f"change {setting}.instance_types"
             )
-            yield _stops(name, error)
+            yield stops(name, error)
         elif missing:
-            yield _note(name, f"{', '.join(kinds)}, but {account.region} does not offer {', '.join(missing)}")
+            text = f"{', '.join(kinds)}, but {account.region} does not offer {missing}"
+            yield Finding(name=name, state=State.NOTE, found=text)
         else:
-            yield _fine(name, ", ".join(kinds))
+            yield Finding(name=name, state=State.OK, found=", ".join(kinds))
 
 
-def _network(account: Account, aws: AwsSettings) -> Iterator[Finding]:
+def _network(account: Account, aws: AwsSettings) -> str:
+    vpcs = {network.find_vpc(account, subnet) for subnet in aws.subnets or ("",)}
+    if len(vpcs) > 1:
+        raise UsageError(
+            f"aws.subnets are in several VPCs: {', '.join(sorted(vpcs))}",
+            hint="use subnets of one VPC, since a security group belongs to one VPC",
+        )
+    return ", ".join(aws.subnets or ("the default VPC",))
+
+
+def _tool(tool: str) -> str:
     try:
-        vpcs = {network.find_vpc(account, subnet) for subnet in aws.subnets or ("",)}
-        if len(vpcs) > 1:
-            raise UsageError(
-                f"aws.subnets are in several VPCs: {', '.join(sorted(vpcs))}",
-                hint="use subnets of one VPC, since a security group belongs to one VPC",
-            )
-        yield _fine("network", ", ".join(aws.subnets or ("the default VPC",)))
-        if aws.connect is Connect.SSH:
-            cidrs = network.source_cidrs(aws.source_cidrs)
-            yield _fine("ssh is open to", f"{', '.join(cidrs)}, port {aws.ssh_port}")
-    except AmiBuilderError as bad:
-        yield _stops("network", bad)
+        return str(processes.find(tool))
+    except MissingTool as missing:
+        raise MissingTool(f"{_TOOLS[tool]} is not installed", hint=_INSTALL) from missing
 
 
-def _tools(aws: AwsSettings) -> Iterator[Finding]:
-    for tool, name in _TOOLS.items() if aws.connect is Connect.SESSION_MANAGER else ():
-        try:
-            yield _fine(tool, str(processes.find(tool)))
-        except AmiBuilderError as bad:
-            yield Finding(
-                name=tool,
-                state=State.STOPS,
-                found=f"{name} is not installed",
-                hint=_INSTALL,
-                exit_code=bad.exit_code,
-            )
-
-
-def _instance_profile(account: Account, aws: AwsSettings) -> Finding:
+def _instance_profile(account: Account, aws: AwsSettings) -> str | Finding:
     name = aws.instance_profile.rpartition("/")[2]
     try:
         with aws_errors("iam"):
-            try:
-                found = account.client("iam").get_instance_profile(InstanceProfileName=name)
-            except ClientError as error:
-                if code_of(error) in DENIED:
-                    return _note("instance profile", f"{name}; these credentials are not allowed to read it")
-                if code_of(error) != "NoSuchEntity":
-                    raise
-                raise UsageError(
-                    f"aws.instance_profile: there is no instance profile {name}",
-                    hint="create it, or change aws.instance_profile",
-                ) from error
-    except AmiBuilderError as bad:
-        return _stops("instance profile", bad)
-    roles = [role["RoleName"] for role in found["InstanceProfile"]["Roles"]]
-    return _fine("instance profile", f"{name} with role {', '.join(roles) or '(none)'}")
+            profile = account.client("iam").get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
+    except CloudFailed as failed:
+        if code_of(failed) in DENIED:
+            text = f"{name}; these credentials are not allowed to read it"
+            return Finding(name="instance profile", state=State.NOTE, found=text)
+        if code_of(failed) != "NoSuchEntity":
+            raise
+        raise UsageError(
+            f"aws.instance_profile: there is no instance profile {name}",
+            hint="create it, or change aws.instance_profile",
+        ) from failed
+    return f"{name} with role {', '.join(role['RoleName'] for role in profile['Roles']) or '(none)'}"
 
 
-def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> Finding:
+def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> str:
     """Try each call that changes something with DryRun, which needs no existing resource."""
     refused = []
     tries = _tries(account, image, ami)
-    try:
-        for action, call in tries:
-            try:
-                with aws_errors():
-                    _try(call)
-            except CloudFailed as bad:
-                cause = bad.__cause__
-                if not isinstance(cause, ClientError) or code_of(cause) not in DENIED:
-                    raise
-                refused.append(action)
-    except AmiBuilderError as bad:
-        return _stops("permissions", bad)
+    for name, parameters in tries:
+        try:
+            # EC2's answers to an allowed call: by design, or for ids that do not exist.
+            with aws_errors(ignore=".*NotFound.*|DryRunOperation"):
+                getattr(account.ec2, name)(DryRun=True, **parameters)
+        except CloudFailed as failed:
+            if code_of(failed) not in DENIED:
+                raise
+            refused.append("ec2:" + "".join(word.capitalize() for word in name.split("_")))
     if refused:
-        error = CloudFailed(
+        raise CloudFailed(
             f"these credentials do not allow: {', '.join(refused)}",
             hint="`ami-builder iam-policy` prints a policy that does",
         )
-        return _stops("permissions", error)
-    return _fine("permissions", f"{len(tries)} calls tried with DryRun, all are allowed")
+    return f"{len(tries)} calls tried with DryRun, all are allowed"
 
 
-def _try(call: Callable[[], object]) -> None:
-    try:
-        call()
-    except ClientError as error:
-        # EC2's answers to an allowed call: by design, or for ids that do not exist.
-        if code_of(error) == "DryRunOperation" or "NotFound" in code_of(error):
-            return
-        raise
-
-
-def _tries(
-    account: Account, image: Image, ami: source_ami.BaseAmi
-) -> Sequence[tuple[str, Callable[[], object]]]:
-    ec2: Any = account.ec2
+def _tries(account: Account, image: Image, ami: source_ami.BaseAmi) -> Sequence[tuple[str, dict[str, Any]]]:
+    """Return the calls to try, with their parameters."""
     tags = tagging.resource_tags(image.name, "0" * 64, "check", Purpose.BAKE)
     subnet = {"SubnetId": image.aws.subnets[0]} if image.aws.subnets else {}
-    instance, group = f"i-{_NO_ID}", f"sg-{_NO_ID}"
+    instance, group, template = f"i-{_NO_ID}", f"sg-{_NO_ID}", f"lt-{_NO_ID}"
+    group_name = tagging.group_name("check", Purpose.BAKE)
+    ami_name = tagging.ami_name(image.name, "0" * 64, "check")
+    from_template = {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
     snapshot, volume, own = f"snap-{_NO_ID}", f"vol-{_NO_ID}", f"ami-{_NO_ID}"
 
-    def of(name: str, **parameters: Any) -> tuple[str, Callable[[], object]]:
-        action = "".join(word.capitalize() for word in name.split("_"))
-        return f"ec2:{action}", lambda: getattr(ec2, name)(DryRun=True, **parameters)
+    def of(name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
+        return name, parameters
 
-    template = f"lt-{_NO_ID}"
     spot = [
         of(
             "create_launch_template",
-            LaunchTemplateName=tagging.group_name("check", Purpose.BAKE),
+            LaunchTemplateName=group_name,
             LaunchTemplateData={"ImageId": ami.id},
             TagSpecifications=tagging.specifications(tags, "launch-template"),
         ),
         of(
             "create_fleet",
             Type="instant",
-            LaunchTemplateConfigs=[
-                {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
-            ],
+            LaunchTemplateConfigs=[from_template],
             TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
         ),
     ]
@@ -251,7 +203,7 @@ def _tries(
         ),
         of(
             "create_security_group",
-            GroupName=tagging.group_name("check", Purpose.BAKE),
+            GroupName=group_name,
             Description="ami-builder check",
             VpcId=network.find_vpc(account, *image.aws.subnets[:1]),
             TagSpecifications=tagging.specifications(tags, "security-group"),
@@ -264,12 +216,12 @@ def _tries(
         of("stop_instances", InstanceIds=[instance]),
         of("modify_instance_metadata_options", InstanceId=instance, HttpTokens="required"),
         of("get_console_output", InstanceId=instance),
-        of("create_image", InstanceId=instance, Name=tagging.ami_name(image.name, "0" * 64, "check")),
+        of("create_image", InstanceId=instance, Name=ami_name),
         of("create_tags", Resources=[own], Tags=tagging.as_list(tags)),
         of("modify_image_attribute", ImageId=own, ImdsSupport={"Value": "v2.0"}),
         of(
             "copy_image",
-            Name=tagging.ami_name(image.name, "0" * 64, "check"),
+            Name=ami_name,
             SourceImageId=own,
             SourceRegion=account.region,
             TagSpecifications=tagging.specifications(tags, "image", "snapshot"),
@@ -291,35 +243,27 @@ def _tries(
     ]
 
 
-def _lifetime(image: Image) -> Iterator[Finding]:
-    longest = max(image.bake.timeout, image.verify.timeout)
-    if image.aws.lifetime <= longest:
-        yield _note(
-            "lifetime",
-            f"instances power off after {image.aws.lifetime:.0f} s, but may need {longest:.0f} s",
-            "set aws.lifetime above bake.timeout and verify.timeout",
-        )
-
-
-def _cost(account: Account, image: Image, ami: source_ami.BaseAmi | None) -> Finding:
-    disk = max(image.base.disk_size, ami.size if ami is not None else 0) / _GIB
+def _cost(account: Account, image: Image, disk: int) -> Finding:
+    """Return what a run costs, and what its AMI does, with a disk of that many bytes, were it full."""
+    verify = image.verify
     stages = [(image.aws.instance_types[0], image.bake.timeout, disk)]
-    stages += [
-        (kind, image.verify.timeout, image.verify.disk_size / _GIB) for kind in image.verify.instance_types
-    ]
-    costs = [estimate_cost(account, kind, seconds / 3600, size) for kind, seconds, size in stages]
-    known = [one for one in costs if one is not None]
-    if len(known) < len(costs):
-        return _note("cost", "unknown: the Pricing API returned no price to these credentials")
-    kept = known[0].month
-    run = sum(one.run for one in known)
-    return _fine(
-        "cost", f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI"
+    stages += [(kind, verify.timeout, verify.disk_size) for kind in verify.instance_types]
+    run = 0.0
+    for kind, seconds, size in stages:
+        if (price := hourly_price(account, kind)) is None:
+            text = "unknown: the Pricing API returned no price to these credentials"
+            return Finding(name="cost", state=State.NOTE, found=text)
+        run += seconds / 3600 * (price + size / _GIB * _GP3_GIB_MONTH / _HOURS_A_MONTH)
+    kept = disk / _GIB * _SNAPSHOT_GIB_MONTH
+    return Finding(
+        name="cost",
+        state=State.OK,
+        found=f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI",
     )
 
 
-def estimate_cost(account: Account, instance_type: str, hours: float, disk_gib: float) -> Cost | None:
-    """Return the cost of an instance with a disk for some hours; None when its price is unknown."""
+def hourly_price(account: Account, instance_type: str) -> float | None:
+    """Return the price of an instance type on demand, in US dollars per hour; None when it is unknown."""
     wanted = {
         "instanceType": instance_type,
         "regionCode": account.region,
@@ -337,11 +281,7 @@ def estimate_cost(account: Account, instance_type: str, hours: float, disk_gib: 
             )
     except CloudFailed:
         return None
-    hour = next((price for text in answer["PriceList"] if (price := _on_demand(json.loads(text)))), None)
-    if hour is None:
-        return None
-    disk = disk_gib * _GP3_GIB_MONTH / _HOURS_A_MONTH
-    return Cost(hour=hour, run=hours * (hour + disk), month=disk_gib * _SNAPSHOT_GIB_MONTH)
+    return next((price for text in answer["PriceList"] if (price := _on_demand(json.loads(text)))), None)
 
 
 def _on_demand(product: dict[str, Any]) -> float | None:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from ami_builder.aws import snapshots
+from ami_builder.aws import images
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 _NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
 _PINNED = re.compile(r"resolve:ssm:([^:]+):([^:]+)")
 _ENDED = "terminated"
 _AT_ONCE = 10  # SSM's limit of names in one GetParameters call
-_PAGES = {
-    "describe_instances": 1000,
-    "describe_launch_templates": 200,
-    "describe_launch_template_versions": 200,
-    "describe_launch_configurations": 100,
-    "describe_parameters": 50,
-    "get_parameter_history": 50,
-}
 
 
 def find(account: Account) -> list[Reference]:
@@ -43,7 +33,7 @@ def find(account: Account) -> list[Reference]:
 
 
 def _instances(account: Account) -> Iterator[Reference]:
-    for reservation in _listed(account, "ec2", "describe_instances", "Reservations"):
+    for reservation in account.listed("describe_instances", "Reservations"):
         for one in reservation["Instances"]:
             state = one["State"]["Name"]
             if state != _ENDED:
@@ -52,29 +42,29 @@ def _instances(account: Account) -> Iterator[Reference]:
 
 def _templates(account: Account) -> Iterator[tuple[str, str]]:
     """Yield the images and snapshots that each version of each launch template names, with a description."""
-    for template in _listed(account, "ec2", "describe_launch_templates", "LaunchTemplates"):
+    for template in account.listed("describe_launch_templates", "LaunchTemplates"):
         template_id, name = template["LaunchTemplateId"], template["LaunchTemplateName"]
-        for version in _listed(
-            account,
-            "ec2",
+        for version in account.listed(
             "describe_launch_template_versions",
             "LaunchTemplateVersions",
             LaunchTemplateId=template_id,
         ):
             data, by = version["LaunchTemplateData"], f"used by launch template {name} ({template_id})"
-            for named in (data.get("ImageId", ""), *snapshots.ids_of(data)):
+            for named in (data.get("ImageId", ""), *images.snapshot_ids(data)):
                 yield named, f"{by}, version {version['VersionNumber']}"
 
 
 def _configurations(account: Account) -> Iterator[Reference]:
-    for one in _listed(account, "autoscaling", "describe_launch_configurations", "LaunchConfigurations"):
+    for one in account.listed(
+        "describe_launch_configurations", "LaunchConfigurations", service="autoscaling"
+    ):
         by = f"used by launch configuration {one['LaunchConfigurationName']}"
-        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *snapshots.ids_of(one)))
+        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *images.snapshot_ids(one)))
 
 
 def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterator[Reference]:
-    described = _listed(account, "ssm", "describe_parameters", "Parameters")
-    images = {one["Name"] for one in described if one.get("DataType") == "aws:ec2:image"}
+    described = account.listed("describe_parameters", "Parameters", service="ssm")
+    named = {one["Name"] for one in described if one.get("DataType") == "aws:ec2:image"}
     # A secret can't be launched from, and reading one needs its key.
     names = [one["Name"] for one in described if one["Type"] != "SecureString"]
     for start in range(0, len(names), _AT_ONCE):
@@ -83,10 +73,10 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
         for one in answer["Parameters"]:
             found = _NAMED.findall(one["Value"])
             if found:
-                images.add(one["Name"])
+                named.add(one["Name"])
             yield from _named(found, f"named by SSM parameter {one['Name']}")
-    for name in sorted(images):
-        for version in _listed(account, "ssm", "get_parameter_history", "Parameters", Name=name):
+    for name in sorted(named):
+        for version in account.listed("get_parameter_history", "Parameters", service="ssm", Name=name):
             number = str(version["Version"])
             if version.get("Labels") or (name, number) in pinned:
                 yield from _named(
@@ -96,10 +86,3 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
 
 def _named(ids: Iterable[str], by: str) -> Iterator[Reference]:
     return (Reference(id=one, by=by) for one in ids)
-
-
-def _listed(account: Account, service: str, call: str, key: str, **more: Any) -> list[Any]:
-    with aws_errors(service):
-        paginator = account.client(service).get_paginator(call)
-        pages = paginator.paginate(PaginationConfig={"PageSize": _PAGES[call]}, **more)
-        return [one for page in pages for one in page[key]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,14 +20,22 @@ from ami_builder import __version__
 from ami_builder.core.errors import CloudFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from types_boto3_ec2.client import EC2Client
 
 ATTEMPTS = 10
 _CONNECT_SECONDS = 10
 _READ_SECONDS = 60
 _LOOK_SECONDS = 15.0
+_VALUES = 200
+PAGES = {
+    "ec2": 1000,
+    "describe_launch_templates": 200,
+    "describe_launch_template_versions": 200,
+    "autoscaling": 100,
+    "ssm": 50,
+    "get_parameters_by_path": 10,
+}
+"""The most entries of a page that AWS accepts: of a call, or else of any call of a service."""
 
 T = TypeVar("T")
 
@@ -49,14 +57,6 @@ _THROTTLED = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingExcepti
 _QUOTA = re.compile(r"LimitExceeded$|QuotaExceeded$")
 _ACTION = re.compile(r"not authorized to perform:? ([a-z0-9-]+:[A-Za-z]+)")
 _ENCODED = re.compile(r"\s*Encoded authorization failure message:.*", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """The account and the principal that the credentials belong to."""
-
-    account: str
-    arn: str
 
 
 class Account:
@@ -152,11 +152,32 @@ class Account:
         }
         return endpoints | {name: value for name, value in values.items() if value}
 
-    def identity(self) -> Identity:
-        """Ask AWS who these credentials belong to; raises CloudFailed when they are not valid."""
+    def identity(self) -> str:
+        """Return the ARN that these credentials belong to; raises CloudFailed when they are not valid."""
         with aws_errors("sts"):
-            answer = self.client("sts").get_caller_identity()
-        return Identity(account=answer["Account"], arn=answer["Arn"])
+            return str(self.client("sts").get_caller_identity()["Arn"])
+
+    def listed(
+        self, call: str, key: str, *, service: str = "ec2", ignore: str = "", **parameters: Any
+    ) -> list[Any]:
+        """Return the entries of all pages of a list; none when the error's code matches `ignore`.
+
+        Raises CloudFailed when the list can't be read to its end.
+        """
+        found: list[Any] = []
+        size = PAGES.get(call) or PAGES[service]
+        with aws_errors(service, ignore=ignore):
+            pages = self.client(service).get_paginator(call)
+            for page in pages.paginate(PaginationConfig={"PageSize": size}, **parameters):
+                found += page[key]
+        return found
+
+    def matching(self, call: str, key: str, name: str, values: Iterable[str], **parameters: Any) -> list[Any]:
+        """Return the entries of an EC2 list that have one of the values; EC2's limit for a filter is 200."""
+        wanted = list(values)
+        chunks = [wanted[start : start + _VALUES] for start in range(0, len(wanted), _VALUES)]
+        filters = [[{"Name": name, "Values": chunk}] for chunk in chunks]
+        return [one for each in filters for one in self.listed(call, key, Filters=each, **parameters)]
 
 
 @cache
@@ -165,9 +186,10 @@ def _loader() -> Any:
     return botocore.session.get_session().get_component("data_loader")
 
 
-def code_of(error: ClientError) -> str:
-    """Return the AWS error code, such as `InvalidAMIID.NotFound`."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+def code_of(error: BaseException) -> str:
+    """Return the AWS error code of a ClientError or of its CloudFailed, such as `InvalidAMIID.NotFound`."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    return str(cause.response.get("Error", {}).get("Code", "")) if isinstance(cause, ClientError) else ""
 
 
 def is_definite(error: BaseException) -> bool:
@@ -266,7 +288,7 @@ def poll_call(call: Callable[[], object], *, retry: str, ignore: str = "", secon
             with aws_errors(ignore=ignore):
                 call()
         except CloudFailed as failed:
-            if isinstance(cause := failed.__cause__, ClientError) and re.fullmatch(retry, code_of(cause)):
+            if re.fullmatch(retry, code_of(failed)):
                 return False
             raise
         return True

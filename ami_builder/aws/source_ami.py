@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import ClientError
-
 from ami_builder.aws import images
 from ami_builder.aws.session import Account, aws_errors, code_of
-from ami_builder.core.errors import UsageError
+from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,13 +26,10 @@ class BaseAmi:
 
     id: str
     name: str
-    owner: str
     root_device: str
     """Name of its root device, such as /dev/xvda."""
     size: int
     """Size of its root volume, in bytes."""
-    architecture: str
-    created: datetime
 
 
 def resolve(account: Account, source: str) -> BaseAmi:
@@ -63,11 +58,8 @@ def _newest(account: Account, owner: str, pattern: str, source: str) -> BaseAmi:
 
 
 def _owned(account: Account, owner: str, pattern: str) -> Sequence[ImageTypeDef]:
-    with aws_errors():
-        pages = account.ec2.get_paginator("describe_images").paginate(
-            Owners=[owner], Filters=[{"Name": "name", "Values": [pattern]}], IncludeDeprecated=True
-        )
-        return [image for page in pages for image in page["Images"]]
+    named = [{"Name": "name", "Values": [pattern]}]
+    return account.listed("describe_images", "Images", Owners=[owner], Filters=named, IncludeDeprecated=True)
 
 
 def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef]) -> str:
@@ -93,22 +85,19 @@ def _near(account: Account, owner: str, pattern: str) -> str:
 def _parameter(account: Account, name: str) -> str:
     try:
         with aws_errors("ssm"):
-            try:
-                value = account.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]
-            except ClientError as error:
-                if code_of(error) != "ParameterNotFound":
-                    raise
-                raise UsageError(
-                    f"aws.source: there is no SSM parameter {name} in {account.region}",
-                    hint="`aws ssm get-parameters-by-path --recursive --path /aws/service/debian` lists them",
-                ) from error
-    except KeyError:
-        value = ""
-    if not str(value).startswith("ami-"):
+            value = str(account.client("ssm").get_parameter(Name=name)["Parameter"].get("Value", ""))
+    except CloudFailed as failed:
+        if code_of(failed) != "ParameterNotFound":
+            raise
+        raise UsageError(
+            f"aws.source: there is no SSM parameter {name} in {account.region}",
+            hint="`aws ssm get-parameters-by-path --recursive --path /aws/service/debian` lists them",
+        ) from failed
+    if not value.startswith("ami-"):
         raise UsageError(
             f"aws.source: the SSM parameter {name} is {value!r}, but must be an AMI id (ami-...)"
         )
-    return str(value)
+    return value
 
 
 def _by_id(account: Account, ami: str, source: str) -> ImageTypeDef:
@@ -154,9 +143,6 @@ def _base_ami(image: ImageTypeDef) -> BaseAmi:
     return BaseAmi(
         id=image["ImageId"],
         name=image.get("Name", ""),
-        owner=image.get("OwnerId", ""),
         root_device=root,
         size=size * _GIB,
-        architecture=image.get("Architecture", ""),
-        created=datetime.fromisoformat(image.get("CreationDate", "")),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from botocore.exceptions import ClientError
 
 from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, source_ami, tags
-from ami_builder.aws.bake import AwsInputs, bake_ami, finish
+from ami_builder.aws.bake import bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
 from ami_builder.aws.session import Account, code_of
@@ -75,21 +75,14 @@ class AwsTarget:
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
-        found: list[source_ami.BaseAmi] = []
-
-        def base() -> str:
-            found.append(source_ami.resolve(self.account, image.aws.source))
-            return found[0].id
-
-        inputs = gather(
+        return gather(
             image,
             self.workspace,
-            base,
+            lambda: source_ami.resolve(self.account, image.aws.source).id,
             resolved={"source", "suite", "mirror", "checksum"},
             more=f" {image.aws.encrypt} {image.aws.kms_key}",
             refresh=refresh,
         )
-        return AwsInputs.of(inputs, found[0])
 
     def find(self, image: Image, digest: str) -> StoredImage | None:
         """Return the finished AMI with exactly this digest, no matter which host baked it."""
@@ -103,7 +96,6 @@ class AwsTarget:
     ) -> StoredImage:
         """Bake an AMI. Unless `again`, finish the one that a killed run has made."""
         del on_boot
-        assert isinstance(inputs, AwsInputs)
         packages: Path | None = None
         ami = None if again else images.find_by_digest(self.account, inputs.image.name, inputs.digest)
         if ami is not None:

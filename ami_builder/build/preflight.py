@@ -45,18 +45,19 @@ def tools(names: Sequence[str]) -> Iterator[Finding]:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
 
 
-def found(name: str, look: Callable[[], str]) -> Finding:
+def found(name: str, look: Callable[[], str | Finding]) -> Finding:
     """Return what `look` returns, or the error that it raises, which stops a build."""
     try:
-        return Finding(name=name, state=State.OK, found=look())
+        result = look()
     except AmiBuilderError as failed:
-        return Finding(
-            name=name,
-            state=State.STOPS,
-            found=failed.message,
-            hint=failed.hint or "",
-            exit_code=failed.exit_code,
-        )
+        return stops(name, failed)
+    return result if isinstance(result, Finding) else Finding(name=name, state=State.OK, found=result)
+
+
+def stops(name: str, failed: AmiBuilderError) -> Finding:
+    """Return an error that stops a build."""
+    hint, exit_code = failed.hint or "", failed.exit_code
+    return Finding(name=name, state=State.STOPS, found=failed.message, hint=hint, exit_code=exit_code)
 
 
 def disk_space(workspace: Workspace) -> Finding:

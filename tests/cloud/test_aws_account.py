@@ -26,9 +26,7 @@ def test_the_account_is_the_chains(cloud: Cloud, monkeypatch: pytest.MonkeyPatch
     assert Account.open().region == REGION, "AWS_REGION goes first, as for AWS's own programs"
     monkeypatch.delenv("AWS_REGION")
     assert Account.open().region == "eu-west-3"
-    who = Account.open().identity()
-    assert who.account == "123456789012"
-    assert who.arn.startswith("arn:aws:sts::123456789012:")
+    assert Account.open().identity().startswith("arn:aws:sts::123456789012:")
 
 
 def test_what_is_missing_is_named(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +145,10 @@ def test_credentials_are_in_no_message(cloud: Cloud) -> None:
 def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
     newest = cloud.base_ami()
     found = source_ami.resolve(Account.open(), newest if source == "AMI" else source)
-    assert (found.id, found.owner, found.architecture) == (newest, DEBIAN, "x86_64")
+    assert found.id == newest
     assert found.name.startswith("debian-13-amd64-")
     assert found.root_device == "/dev/xvda"
     assert found.size == 8 << 30
-    assert found.created.tzinfo is not None
 
 
 def refused(source: str) -> UsageError:

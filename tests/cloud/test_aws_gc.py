@@ -214,7 +214,7 @@ def test_many_pages_are_read(cloud: Cloud, account: Account, monkeypatch: pytest
             Description="x",
             TagSpecifications=tagging.specifications(tags(), "security-group"),
         )
-    monkeypatch.setattr(orphans, "_PAGE", 5)
+    monkeypatch.setattr(session, "PAGES", dict.fromkeys(session.PAGES, 5))
     assert len(orphans.find(account)) == 12
     assert cloud.count("DescribeSecurityGroups") == 3
 

@@ -11,7 +11,7 @@ from moto.core.utils import utcnow
 from moto.ec2.utils import random_ami_id
 
 from ami_builder.aws import channels as adapter
-from ami_builder.aws import images, references
+from ami_builder.aws import images, references, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.policy import Section, document
 from ami_builder.aws.session import Account
@@ -395,7 +395,7 @@ def test_no_more_calls_than_pages(cloud: Cloud, monkeypatch: pytest.MonkeyPatch)
         cloud.client("autoscaling").create_launch_configuration(
             LaunchConfigurationName=f"c{number}", ImageId=cloud.base_ami(), InstanceType="t3.small"
         )
-    monkeypatch.setattr(references, "_PAGES", dict.fromkeys(references._PAGES, 5))
+    monkeypatch.setattr(session, "PAGES", dict.fromkeys(session.PAGES, 5))
     before = len(cloud.calls)
     found = references.find(Account.open())
     # Debian's parameter is the 13th, and names the base.
