@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tenacity
 
 from ami_builder.aws import images, instances, network, orphans, source_ami, tags, user_data
-from ami_builder.aws.session import Account, look_for
+from ami_builder.aws.session import NO_CAPACITY_HINT, Account, look_for
 from ami_builder.build import container, packer
 from ami_builder.build.inputs import Inputs
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
@@ -125,20 +125,18 @@ class _Bake:
             return found
         raise CloudFailed(
             f"EC2 has no capacity in {self.account.region} for any of these",
-            hint="name more aws.instance_types, or aws.subnets in other zones",
+            hint=NO_CAPACITY_HINT,
             tail=tuple(missing),
         )
 
     def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
-        through_ssm = self.aws.connect is Connect.SESSION_MANAGER
-        group = network.SecurityGroup(
+        group = network.security_group(
             self.account,
             self.ledger,
+            self.aws,
             run_id=self.run_id,
             purpose=tags.Purpose.BAKE,
             tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
-            cidrs=() if through_ssm else network.source_cidrs(self.aws.source_cidrs),
-            port=self.aws.ssh_port,
             subnet=subnet,
         )
         with group as group_id:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ami_builder.aws import network, tags
-from ami_builder.aws.instances import Instance, Launch
+from ami_builder.aws.machine import Ec2Machine
 from ami_builder.aws.session import Account
 from ami_builder.console import Mode, Step, open_progress
 from ami_builder.core.errors import AmiBuilderError, Interrupted
-from ami_builder.core.options import Connect
 from ami_builder.core.records import Outcome
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger
@@ -26,90 +25,16 @@ from ami_builder.verify.executor import threads
 from ami_builder.verify.journey import verify_machine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ami_builder.config.schema import Image
-    from ami_builder.core.records import Artifact, Endpoint, StepRecord
+    from ami_builder.core.records import Artifact, StepRecord
     from ami_builder.state.workspace import Run, StoredImage
-    from ami_builder.system.ssh import Session
     from ami_builder.verify.machine import MachineResult
 
 _EVIDENCE_BYTES = 1 << 20
 _NOT_PASSED = (Outcome.FAILED, Outcome.INCONCLUSIVE)
 _FOLLOW_SECONDS = 0.2
-
-
-@dataclass(slots=True, kw_only=True)
-class Ec2Machine:
-    """An EC2 instance of an AMI."""
-
-    name: str
-    image: Image
-    ami: str
-    account: Account
-    ledger: Ledger
-    group: str
-    run_id: str
-    tags: Mapping[str, str]
-    memory: int = field(default=0, init=False)
-    _instance: Instance | None = field(default=None, init=False)
-
-    def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
-        """Launch it. It ends itself after aws.lifetime, whatever happens on this host."""
-        aws = self.image.aws
-        launch = Launch(
-            ami=self.ami,
-            instance_types=(self.name,),
-            subnets=aws.subnets,
-            security_group=self.group,
-            user_data=user_data,
-            public_key=public_key,
-            user=self.image.base.ssh_user,
-            lifetime=aws.lifetime,
-            disk_size=self.image.verify.disk_size,
-            instance_profile=aws.instance_profile,
-            connect=aws.connect,
-            ssh_port=aws.ssh_port,
-            encrypt=aws.encrypt,
-            kms_key=aws.kms_key,
-        )
-        self._instance = Instance(
-            self.account, self.ledger, launch, run_id=self.run_id, tags=self.tags, directory=directory
-        )
-        endpoint = stack.enter_context(self._instance)
-        self.memory = self._instance.memory
-        return endpoint
-
-    def check_alive(self) -> None:
-        """Raise BuildFailed when the instance is ending."""
-        assert self._instance is not None, "it was not started"
-        self._instance.check_alive()
-
-    def reboot(self, session: Session, timeout: float, alive: Callable[[], None]) -> None:
-        """Reboot the instance from inside, and wait for a login."""
-        session.reboot(timeout, alive)
-
-    def cpu_seconds(self, session: Session) -> float | None:
-        """Return the CPU seconds that the instance has used since it was started, or rebooted.
-
-        proc_stat(5): all but idle, iowait, steal, and guest time, which is in user time already.
-        """
-        done = session.run("head -n 1 /proc/stat; getconf CLK_TCK", check=False)
-        fields = done.stdout.split()
-        if done.status or len(fields) < 10:
-            return None
-        user, nice, system, _, _, irq, softirq = (int(field) for field in fields[1:8])
-        return (user + nice + system + irq + softirq) / int(fields[-1])
-
-    @property
-    def emulator(self) -> int:
-        """None: no process of this host runs an instance."""
-        return 0
-
-    def save_console(self) -> None:
-        """Fetch what EC2 has of the console."""
-        if self._instance is not None and self._instance.instance_id:
-            self._instance.save_console()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,25 +167,19 @@ def _machine(job: Job, run: Run) -> Iterator[Ec2Machine]:
     run_id = run.record.run_id
     ledger = Ledger(run.directory / LEDGER)
     aws = job.image.aws
-    tagged = tags.resource_tags(job.image.name, job.artifact.digest, run_id, tags.Purpose.VERIFY)
-    group = network.SecurityGroup(
-        account,
-        ledger,
-        run_id=run_id,
-        purpose=tags.Purpose.VERIFY,
-        tags=tagged,
-        cidrs=() if aws.connect is Connect.SESSION_MANAGER else network.source_cidrs(aws.source_cidrs),
-        port=aws.ssh_port,
-        subnet=aws.subnets[0] if aws.subnets else "",
-    )
-    with group as group_id:
+    subnet = aws.subnets[0] if aws.subnets else ""
+    purpose = tags.Purpose.VERIFY
+    tagged = tags.resource_tags(job.image.name, job.artifact.digest, run_id, purpose)
+    with network.security_group(
+        account, ledger, aws, run_id=run_id, purpose=purpose, tags=tagged, subnet=subnet
+    ) as group:
         yield Ec2Machine(
             name=job.instance_type,
             image=job.image,
             ami=job.artifact.location,
             account=account,
             ledger=ledger,
-            group=group_id,
+            group=group,
             run_id=run_id,
             tags=tagged,
         )

@@ -5,22 +5,20 @@ from __future__ import annotations
 import ipaddress
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
-
-from botocore.exceptions import ClientError
 
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll_call
+from ami_builder.config.schema import AwsSettings
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
+from ami_builder.state.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from types import TracebackType
-
     from types_boto3_ec2.type_defs import FilterTypeDef, IpPermissionUnionTypeDef
-
-    from ami_builder.state.ledger import Ledger, LedgerEntry
 
 CHECKIP_URL = "https://checkip.amazonaws.com"
 
@@ -48,17 +46,14 @@ def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
 
 def find_vpc(account: Account, subnet: str = "") -> str:
     """Return the VPC of a subnet, or the default one; raises UsageError when there is none."""
+    if subnet:
+        with aws_errors(ignore=r"InvalidSubnetID\..+"):
+            return account.ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
+        raise UsageError(
+            f"aws.subnets: there is no subnet {subnet} in {account.region}",
+            hint="check the id and the region",
+        )
     with aws_errors():
-        if subnet:
-            try:
-                return account.ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
-            except ClientError as error:
-                if not code_of(error).startswith("InvalidSubnetID"):
-                    raise
-                raise UsageError(
-                    f"aws.subnets: there is no subnet {subnet} in {account.region}",
-                    hint="check the id and the region",
-                ) from error
         vpcs = account.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise UsageError(
@@ -67,100 +62,100 @@ def find_vpc(account: Account, subnet: str = "") -> str:
     return vpcs[0]["VpcId"]
 
 
-class SecurityGroup:
-    """A context manager that creates a run's security group, returns its id, and deletes it when unused.
+@contextmanager
+def security_group(
+    account: Account,
+    ledger: Ledger,
+    aws: AwsSettings,
+    *,
+    run_id: str,
+    purpose: tagging.Purpose,
+    tags: Mapping[str, str],
+    subnet: str = "",
+) -> Iterator[str]:
+    """Create a run's security group, yield its id, and delete it once nothing uses it.
 
-    It allows TCP from `cidrs` to `port`, and nothing when `cidrs` is empty. Entering raises UsageError,
+    It allows TCP to the port of ssh from `source_cidrs`, and nothing for Session Manager. Raises UsageError,
     CloudFailed.
     """
+    name = tagging.group_name(run_id, purpose)
+    cidrs = () if aws.connect is Connect.SESSION_MANAGER else source_cidrs(aws.source_cidrs)
+    vpc = find_vpc(account, subnet)
+    entry = ledger.intend(Resource.SECURITY_GROUP, account.region, run=run_id, name=name, vpc=vpc)
 
-    def __init__(
-        self,
-        account: Account,
-        ledger: Ledger,
-        *,
-        run_id: str,
-        purpose: tagging.Purpose,
-        tags: Mapping[str, str],
-        cidrs: Sequence[str],
-        port: int = 22,
-        subnet: str = "",
-    ) -> None:
-        self._account, self._ledger = account, ledger
-        self._run_id, self._tags = run_id, tags
-        self._name = tagging.group_name(run_id, purpose)
-        self._cidrs, self._port, self._subnet = tuple(cidrs), port, subnet
-        self._entry: LedgerEntry | None = None
-
-    def __enter__(self) -> str:
-        vpc = find_vpc(self._account, self._subnet)
-        self._entry = self._ledger.intend(
-            Resource.SECURITY_GROUP, self._account.region, run=self._run_id, name=self._name, vpc=vpc
-        )
-        try:
-            self._entry = self._ledger.made(self._entry, self._create(vpc))
-            if self._cidrs:
-                self._open(self._entry.id)
-        except BaseException as error:
-            if is_definite(error) and not self._entry.id:
-                self._entry = self._ledger.deleted(self._entry)
-            self.__exit__(type(error), error, None)
-            raise
-        return self._entry.id
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._remove()
-        except CloudFailed:
-            # The group is in the ledger; the first error matters more.
-            if error is None:
-                raise
-
-    def _create(self, vpc: str) -> str:
-        with aws_errors():
-            try:
-                return self._account.ec2.create_security_group(
-                    GroupName=self._name,
-                    Description=f"ami-builder, run {self._run_id}",
-                    VpcId=vpc,
-                    TagSpecifications=tagging.specifications(self._tags, "security-group"),
-                )["GroupId"]
-            except ClientError as error:
-                if code_of(error) != "InvalidGroup.Duplicate":
-                    raise
-                # An earlier attempt of this call created it, but its answer was lost.
-                if (found := self._look()) is None:
-                    raise
-                return found
-
-    def _open(self, group: str) -> None:
-        rules = [ingress_rule(self._cidrs, self._port)]
-        done = poll_call(
-            lambda: self._account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=rules),
-            retry=r"InvalidGroup\.NotFound",
-            ignore=r"InvalidPermission\.Duplicate",
-            seconds=_SEEN_SECONDS,
-        )
-        if not done:
-            raise CloudFailed(
-                f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
-                hint="run the command again",
-            )
-
-    def _look(self) -> str | None:
-        return look_for(lambda: find_group(self._account, self._name, self._run_id))
-
-    def _remove(self) -> None:
-        if self._entry is None or self._entry.deleted:
+    def remove() -> None:
+        nonlocal entry
+        if entry.deleted:
             return
-        if not self._entry.id:
-            if (found := self._look()) is None:
+        if not entry.id:
+            if (found := _look(account, name, run_id)) is None:
                 return
-            self._entry = self._ledger.made(self._entry, found)
-        delete_group(self._account, self._entry.id)
-        self._entry = self._ledger.deleted(self._entry)
+            entry = ledger.made(entry, found)
+        delete_group(account, entry.id)
+        ledger.deleted(entry)
+
+    try:
+        try:
+            entry = ledger.made(entry, _create(account, name, run_id, vpc, tags))
+        except BaseException as error:
+            if is_definite(error):
+                entry = ledger.deleted(entry)
+            raise
+        if cidrs:
+            _open(account, entry.id, ingress_rule(cidrs, aws.ssh_port))
+        yield entry.id
+    except BaseException:
+        # The group is in the ledger; the first error matters more.
+        with suppress(CloudFailed):
+            remove()
+        raise
+    remove()
+
+
+def _create(account: Account, name: str, run_id: str, vpc: str, tags: Mapping[str, str]) -> str:
+    try:
+        with aws_errors():
+            return account.ec2.create_security_group(
+                GroupName=name,
+                Description=f"ami-builder, run {run_id}",
+                VpcId=vpc,
+                TagSpecifications=tagging.specifications(tags, "security-group"),
+            )["GroupId"]
+    except CloudFailed as failed:
+        # An earlier attempt of this call created it, but its answer was lost.
+        found = _look(account, name, run_id) if code_of(failed) == "InvalidGroup.Duplicate" else None
+        if found is None:
+            raise
+        return found
+
+
+def _look(account: Account, name: str, run_id: str) -> str | None:
+    """Return the id of a run's security group, found by name and tag, or None."""
+    filters: list[FilterTypeDef] = [
+        {"Name": "group-name", "Values": [name]},
+        {"Name": f"tag:{tagging.RUN}", "Values": [run_id]},
+    ]
+
+    def find() -> str | None:
+        with aws_errors():
+            groups = account.ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
+        return groups[0]["GroupId"] if groups else None
+
+    return look_for(find)
+
+
+def _open(account: Account, group: str, rule: IpPermissionUnionTypeDef) -> None:
+    done = poll_call(
+        lambda: account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule]),
+        retry=r"InvalidGroup\.NotFound",
+        ignore=r"InvalidPermission\.Duplicate",
+        seconds=_SEEN_SECONDS,
+    )
+    if not done:
+        raise CloudFailed(
+            f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
+            hint="run the command again",
+        )
 
 
 def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
@@ -175,17 +170,6 @@ def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
             {"CidrIpv6": str(n), "Description": "ssh of a run"} for n in networks if n.version == 6
         ],
     }
-
-
-def find_group(account: Account, name: str, run_id: str) -> str | None:
-    """Return the id of a run's security group, found by name and tag, or None."""
-    filters: list[FilterTypeDef] = [
-        {"Name": "group-name", "Values": [name]},
-        {"Name": f"tag:{tagging.RUN}", "Values": [run_id]},
-    ]
-    with aws_errors():
-        groups = account.ec2.describe_security_groups(Filters=filters)["SecurityGroups"]
-    return groups[0]["GroupId"] if groups else None
 
 
 def delete_group(account: Account, group: str) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.instances import Instance, Launch
-from ami_builder.aws.network import SecurityGroup
+from ami_builder.aws.machine import Ec2Machine
+from ami_builder.aws.network import find_vpc, security_group
 from ami_builder.aws.tags import Purpose
+from ami_builder.config.schema import AwsSettings
+from ami_builder.core.options import Connect
+from ami_builder.core.orphans import Resource
+from tests.sample_image import image
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ami_builder.aws.session import Account
+    from ami_builder.core.records import Endpoint
     from ami_builder.state.ledger import Ledger
     from tests.fake_ec2.server import Cloud
 
+USER_DATA = "#cloud-config\nhostname: dask\n"
 RUN = "20260101T000000Z-abcdef"
 DIGEST = "ab" * 32
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE9xampleexampleexampleexampleexampleexampl ami-builder"
@@ -32,35 +40,73 @@ def group(
     *,
     run_id: str = RUN,
     cidrs: tuple[str, ...] = ("127.0.0.1/32",),
-    **more: Any,
-) -> SecurityGroup:
-    """Return a security group of the run."""
-    return SecurityGroup(
-        account, ledger, run_id=run_id, purpose=Purpose.VERIFY, tags=tags(run_id=run_id), cidrs=cidrs, **more
+    port: int = 22,
+    subnet: str = "",
+) -> AbstractContextManager[str]:
+    """Return a security group of the run; without `cidrs` one that Session Manager needs."""
+    connect = Connect.SSH if cidrs else Connect.SESSION_MANAGER
+    aws = AwsSettings(source_cidrs=cidrs, ssh_port=port, connect=connect)
+    return security_group(
+        account,
+        ledger,
+        aws,
+        run_id=run_id,
+        purpose=Purpose.VERIFY,
+        tags=tags(run_id=run_id),
+        subnet=subnet,
     )
 
 
-def launch(cloud: Cloud, security_group: str, **changes: Any) -> Launch:
-    """Return an ordinary launch of the base AMI."""
-    return Launch(
-        **{
-            "ami": cloud.base_ami(),
-            "instance_types": ("m6i.large",),
-            "security_group": security_group,
-            "user_data": "#cloud-config\nhostname: dask\n",
-            "public_key": KEY,
-            "user": "admin",
-            "lifetime": 7200.0,
-            **changes,
-        }
+def left_group(account: Account, ledger: Ledger, run_id: str = RUN) -> str:
+    """Return the security group that a killed run left."""
+    name, vpc = tagging.group_name(run_id, Purpose.VERIFY), find_vpc(account)
+    entry = ledger.intend(Resource.SECURITY_GROUP, account.region, run=run_id, name=name, vpc=vpc)
+    specifications = tagging.specifications(tags(run_id=run_id), "security-group")
+    made = account.ec2.create_security_group(
+        GroupName=name, Description="left", VpcId=vpc, TagSpecifications=specifications
     )
+    return ledger.made(entry, made["GroupId"]).id
+
+
+Launch = dict[str, Any]
+"""What Ec2Machine is told of the image."""
+
+
+def launch(cloud: Cloud, security_group: str, *, ami: str = "", **aws: Any) -> Launch:
+    """Return an ordinary launch of the base AMI, with some settings of `aws`."""
+    plain = image()
+    return {
+        "name": "m6i.large",
+        "ami": ami or cloud.base_ami(),
+        "group": security_group,
+        "image": replace(plain, aws=replace(plain.aws, **aws)),
+    }
+
+
+class Instance(Ec2Machine):
+    """A machine that a `with` starts and ends."""
+
+    def __init__(self, directory: Path, **more: Any) -> None:
+        super().__init__(**more)
+        self.directory, self._stack = directory, ExitStack()
+
+    def __enter__(self) -> Endpoint:
+        with ExitStack() as stack:
+            endpoint = self.start(stack, self.directory, USER_DATA, KEY)
+            self._stack = stack.pop_all()
+        return endpoint
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def instance(
     account: Account, ledger: Ledger, launch: Launch, directory: Path, run_id: str = RUN
 ) -> Instance:
     """Return an instance of the run."""
-    return Instance(account, ledger, launch, run_id=run_id, tags=tags(run_id=run_id), directory=directory)
+    return Instance(
+        directory, account=account, ledger=ledger, run_id=run_id, tags=tags(run_id=run_id), **launch
+    )
 
 
 def make_template(cloud: Cloud, name: str, **tags: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from moto.core.utils import utcnow
 
-from ami_builder.aws import images, instances, network, orphans, session
+from ami_builder.aws import images, instances, machine, network, orphans, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -16,7 +16,7 @@ from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource, RunState, plan
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
-from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
+from tests.cloud.aws import DIGEST, RUN, instance, launch, left_group, make_ami, make_template, tags
 from tests.fake_ec2.server import REGION, Cloud
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
-    monkeypatch.setattr(instances, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(session, "_LOOK_SECONDS", 0.2)
     monkeypatch.setattr(instances, "_SEEN_SECONDS", 2.0)
     return Account.open()
@@ -50,7 +50,7 @@ def collect(
 
 
 def test_what_a_killed_run_left_goes(cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path) -> None:
-    made = group(account, ledger).__enter__()
+    made = left_group(account, ledger)
     instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
     make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
     make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))
@@ -118,8 +118,8 @@ def test_finished_images_living_runs_and_other_machines_keep_theirs(
 ) -> None:
     ami = make_ami(cloud, "finished", **tags(Purpose.IMAGE))
     images.finish(account, ami, tags(Purpose.IMAGE))
-    group(account, ledger, run_id="live").__enter__()
-    group(account, ledger, run_id="theirs").__enter__()
+    left_group(account, ledger, run_id="live")
+    left_group(account, ledger, run_id="theirs")
     before = cloud.left()
     decisions = collect(account, runs={RUN: RunState.ENDED, "live": RunState.LIVE})
     assert {left.action for left in decisions} == {Action.KEEP}
@@ -254,7 +254,7 @@ def test_where_one_list_fails_nothing_is_planned(
 def test_collecting_through_faults(
     cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path, action: str, fault: str
 ) -> None:
-    made = group(account, ledger).__enter__()
+    made = left_group(account, ledger)
     instance(account, ledger, launch(cloud, made), tmp_path / "m").__enter__()
     make_ami(cloud, tagging.ami_name("dask", DIGEST, RUN), **tags(Purpose.IMAGE))
     make_template(cloud, "packer-fleet-launch-template-1", **tags(Purpose.BAKE))

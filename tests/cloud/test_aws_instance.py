@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.aws import instances, network, session
-from ami_builder.aws.instances import Instance, Launch
+from ami_builder.aws import instances, machine, network, session
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
-from tests.cloud.aws import KEY, RUN, group, instance, launch
+from tests.cloud.aws import KEY, RUN, USER_DATA, Instance, Launch, group, instance, launch
 from tests.fake_ec2.server import REGION, Cloud
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut short what real clouds need."""
-    monkeypatch.setattr(instances, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(instances, "_ALIVE_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "_ALIVE_SECONDS", 0.0)
     monkeypatch.setattr(session, "_LOOK_SECONDS", 1.0)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 3.0)
 
@@ -62,7 +61,7 @@ def test_what_is_launched(
     subject = instance(account, ledger, ordinary, tmp_path / "machine")
     with subject as endpoint:
         assert subject.instance_id.startswith("i-")
-        assert (subject.instance_type, subject.memory) == ("m6i.large", 8 << 30)
+        assert subject.memory == 8 << 30
         assert endpoint.address.startswith("127.77.")
         assert (endpoint.port, endpoint.user, endpoint.proxy_command) == (22, "admin", "")
         assert endpoint.ports == {22: 22}
@@ -86,7 +85,7 @@ def test_what_is_launched(
         sent = email.message_from_bytes(base64.b64decode(request["UserData"]))
         texts = [str(part.get_payload()) for part in sent.walk() if not part.is_multipart()]
         assert "--on-active=7200s" in texts[0]
-        assert texts[1] == ordinary.user_data
+        assert texts[1] == USER_DATA
         assert KEY in texts[2]
     assert cloud.left().keys() == {"security-group"}
 
@@ -96,9 +95,9 @@ def test_a_larger_disk_encryption_profile_subnet_and_port(
 ) -> None:
     subnet = account.ec2.describe_subnets()["Subnets"][0]["SubnetId"]
     cloud.client("iam").create_instance_profile(InstanceProfileName="ours")
-    special = replace(
-        ordinary,
-        disk_size=(10 << 30) + 1,
+    special = launch(
+        cloud,
+        ordinary["group"],
         encrypt=True,
         kms_key="alias/ours",
         instance_profile="ours",
@@ -106,6 +105,8 @@ def test_a_larger_disk_encryption_profile_subnet_and_port(
         connect=Connect.SESSION_MANAGER,
         ssh_port=2222,
     )
+    verify = replace(special["image"].verify, disk_size=(10 << 30) + 1)
+    special["image"] = replace(special["image"], verify=verify)
     subject = instance(account, ledger, special, tmp_path / "machine")
     with subject as endpoint:
         (request,) = requests(cloud)
@@ -123,16 +124,11 @@ def test_where_there_is_no_capacity_the_next_place_is_tried(
     cloud: Cloud, account: Account, ledger: Ledger, ordinary: Launch, tmp_path: Path
 ) -> None:
     first, second = (s["SubnetId"] for s in account.ec2.describe_subnets()["Subnets"][:2])
-    cloud.options.no_capacity = {("m6i.large", "*"), ("m5.large", first)}
-    wanted = replace(ordinary, instance_types=("m6i.large", "m5.large"), subnets=(first, second))
-    subject = instance(account, ledger, wanted, tmp_path / "machine")
-    with subject:
-        assert subject.instance_type == "m5.large"
-        places = [(r["InstanceType"], r["SubnetId"]) for r in requests(cloud)]
-        assert places == [
-            ("m6i.large", first), ("m6i.large", second), ("m5.large", first), ("m5.large", second)
-        ]  # fmt: skip
-        assert len({r["ClientToken"] for r in requests(cloud)}) == 4
+    cloud.options.no_capacity = {("m6i.large", first)}
+    wanted = launch(cloud, ordinary["group"], subnets=(first, second))
+    with instance(account, ledger, wanted, tmp_path / "machine"):
+        assert [r["SubnetId"] for r in requests(cloud)] == [first, second]
+        assert len({r["ClientToken"] for r in requests(cloud)}) == 2
 
 
 def test_no_capacity_anywhere(
@@ -148,13 +144,13 @@ def test_no_capacity_anywhere(
 def test_a_quota_is_no_matter_of_the_place(
     cloud: Cloud, account: Account, ledger: Ledger, ordinary: Launch, tmp_path: Path
 ) -> None:
-    wanted = replace(ordinary, ami="ami-0123456789abcdef0")
+    wanted = ordinary | {"ami": "ami-0123456789abcdef0"}
     with pytest.raises(UsageError, match="there is no AMI ami-0123456789abcdef0"):
         instance(account, ledger, wanted, tmp_path / "machine").__enter__()
-    wanted = replace(ordinary, instance_types=("m6i.larger", "m6i.large"))
+    wanted = ordinary | {"name": "m6i.larger"}
     with pytest.raises(UsageError, match=r"no instance type m6i\.larger"):
         instance(account, ledger, wanted, tmp_path / "machine").__enter__()
-    wanted = replace(ordinary, security_group="sg-0123456789abcdef0")
+    wanted = ordinary | {"group": "sg-0123456789abcdef0"}
     with pytest.raises(CloudFailed, match="RunInstances"):
         instance(account, ledger, wanted, tmp_path / "machine").__enter__()
 
@@ -175,7 +171,7 @@ def test_one_fault_leaves_nothing_and_stops_nothing(
 def test_a_fault_that_stays_leaves_nothing_either(
     cloud: Cloud, ledger: Ledger, ordinary: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.aws.instances.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.machine.ATTEMPTS", 2)
     cloud.faults.add("RunInstances", "lost_response", times=None)
     with pytest.raises(CloudFailed, match="AWS did not answer"):
         instance(Account.open(), ledger, ordinary, tmp_path / "machine").__enter__()
@@ -185,7 +181,7 @@ def test_a_fault_that_stays_leaves_nothing_either(
 def test_what_is_not_found_stands_in_the_ledger(
     cloud: Cloud, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ami_builder.aws.instances.ATTEMPTS", 2)
+    monkeypatch.setattr("ami_builder.aws.machine.ATTEMPTS", 2)
     group_id = cloud.client().describe_security_groups()["SecurityGroups"][0]["GroupId"]
     cloud.options.hidden_describes = 1000
     cloud.faults.add("RunInstances", "lost_response", times=None)
@@ -271,7 +267,7 @@ def test_an_instance_that_never_runs(
     pending = True
     described: dict[str, Any] = {"InstanceId": "i-1", "State": {"Name": "terminated"}}
     with monkeypatch.context() as patch:
-        patch.setattr(instances, "_RUNNING_SECONDS", 0.1)
+        patch.setattr(machine, "_RUNNING_SECONDS", 0.1)
         patch.setattr(Instance, "_running", lambda _: None if pending else described)
         with pytest.raises(TimedOut, match="the start of instance"):
             instance(account, ledger, ordinary, tmp_path / "a").__enter__()

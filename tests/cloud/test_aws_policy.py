@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.aws import images, instances, orphans, preflight, session
+from ami_builder.aws import images, instances, machine, orphans, preflight, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.policy import LONGEST, Section, document
 from ami_builder.aws.session import Account
@@ -20,7 +20,7 @@ from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource, RunState, plan
 from ami_builder.core.records import Outcome, State
 from ami_builder.state.ledger import Ledger, read
-from tests.cloud.aws import DIGEST, RUN, group, instance, launch, make_ami, make_template, tags
+from tests.cloud.aws import DIGEST, RUN, group, instance, launch, left_group, make_ami, make_template, tags
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 from tests.sample_image import image as guest_image
 
@@ -37,7 +37,7 @@ BASE = "136693071363/debian-13-amd64-*"
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instances, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(instances, "_SEEN_SECONDS", 1.0)
     monkeypatch.setattr(session, "_LOOK_SECONDS", 0.2)
@@ -96,7 +96,7 @@ def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     everything = Account.open()
-    made = group(everything, ledger).__enter__()
+    made = left_group(everything, ledger)
     instance(everything, ledger, launch(cloud, made), tmp_path / "m").__enter__()
     cloud.client().create_volume(
         AvailabilityZone=f"{REGION}a", Size=1, TagSpecifications=tagging.specifications(tags(), "volume")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from ami_builder import qemu
-from ami_builder.aws.matrix import Ec2Machine
+from ami_builder.aws.machine import Ec2Machine
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import Endpoint
