@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
@@ -158,9 +157,7 @@ class Ec2Machine:
                     self.console_log.write_text(text, encoding="utf-8", errors="replace")
                 return
 
-    def _exit(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _exit(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:
             self.save_console()
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import tenacity
 from botocore.retries import standard
 
-from ami_builder.aws import bake, images, instances, matrix, network, session
+from ami_builder.aws import bake, images, instances, machine, matrix, network, session
 from ami_builder.build import packer
 from ami_builder.cli import app as cli
 from ami_builder.core.records import CheckResult, Measurement, Outcome
@@ -98,7 +98,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_LOOK_SECONDS", 0.5)
     monkeypatch.setattr(processes, "STOP_SECONDS", 5.0)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
-    for module in (instances, images):
+    for module in (machine, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
     for module in (instances, network):
         monkeypatch.setattr(module, "_SEEN_SECONDS", 2.0)
