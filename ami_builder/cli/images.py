@@ -22,7 +22,7 @@ from ami_builder.cli.options import (
     shared,
 )
 from ami_builder.cli.targets import find_image, open_target
-from ami_builder.core.errors import Interrupted
+from ami_builder.core.errors import Interrupted, UsageError
 from ami_builder.core.options import Datasource
 from ami_builder.core.records import TargetKind
 
@@ -114,6 +114,13 @@ def verify(
     shared.override("verify.datasource", "--datasource", datasource)
     shared.override("aws.region", "--region", region[0] if region else None)
     chosen, stored, home = find_image(image, target, dask_scheduler=dask_scheduler)
+    if home.region:
+        useless, of = {"--memory": memory, "--datasource": datasource}, "a local disk image"
+    else:
+        useless, of = {"--instance-type": instance_type}, "an AMI"
+    if flag := next((flag for flag, value in useless.items() if value), None):
+        where = stored.artifact.location
+        raise UsageError(f"{flag}: it is for {of}, but {where} is not one", hint=f"leave out {flag}")
     copies = located(home.elsewhere(region or ()), chosen, stored)
     with console.open_progress(mode()) as progress:
         verified = verify_images(chosen, copies, open_workspace(), progress)

@@ -234,3 +234,13 @@ def test_a_corrupt_base_stops_before_packer(
     shown = capsys.readouterr().err
     assert "base.qcow2" in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("flag", "word"), [("--instance-type", "m6i.large")])
+def test_verify_refuses_flags_of_another_target(
+    flag: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk.qcow2"
+    disk.touch()
+    assert cli.run(["verify", str(disk), flag, word]) == 2
+    assert f"{flag}: it is for an AMI" in capsys.readouterr().err
