@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import tenacity
 
@@ -13,19 +14,14 @@ from ami_builder.aws import images, instances, network, orphans, source_ami, tag
 from ami_builder.aws.session import NO_CAPACITY_HINT, Account, look_for
 from ami_builder.build import container, packer
 from ami_builder.build.inputs import Inputs
+from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, LedgerEntry
+from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from ami_builder.console import Step
-    from ami_builder.state.workspace import Run, Workspace
 
 _GIB = 1 << 30
 _UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from botocore.exceptions import ClientError
 from filelock import FileLock
@@ -13,13 +15,8 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.system import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
-
-    from ami_builder.state.workspace import StoredImage, Workspace
 
 LABEL = "current"
 """A label on the current version. It has to move along: on the oldest of the 100 versions that SSM keeps it
@@ -123,7 +120,11 @@ class ChannelParameters:
                 version = self.account.client("ssm").put_parameter(**values)["Version"]
             except ClientError as error:
                 if code_of(error) == "ParameterMaxVersionLimitExceeded":
-                    raise _blocked(name) from error
+                    raise CloudFailed(
+                        f"SSM keeps 100 versions of {name}, and someone has put a label on the oldest",
+                        hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
+                        " `aws ssm unlabel-parameter-version`",
+                    ) from error
                 # A call repeated after a lost answer finds its own parameter: reading it back decides.
                 if code_of(error) != "ParameterAlreadyExists":
                     raise
@@ -174,14 +175,6 @@ def _current(account: Account, name: str) -> tuple[str, int] | None:
         found = account.client("ssm").get_parameter(Name=name)["Parameter"]
         return found["Value"], int(found["Version"])
     return None
-
-
-def _blocked(name: str) -> CloudFailed:
-    return CloudFailed(
-        f"SSM keeps 100 versions of {name}, and someone has put a label on the oldest",
-        hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
-        " `aws ssm unlabel-parameter-version`",
-    )
 
 
 def _entry(channel: str, one: Any) -> ChannelEntry:

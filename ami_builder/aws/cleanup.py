@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 from ami_builder.aws import images as amis
 from ami_builder.aws import references, sharing, tags
+from ami_builder.aws.session import Account
 from ami_builder.build.channels import ChannelStore
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.errors import CloudFailed
 from ami_builder.state.journal import unfinished
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from ami_builder.aws.session import Account
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress
-    from ami_builder.state.workspace import Workspace
+from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
 # EC2 lists a snapshot before the AMI that it is made for.

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors
+from ami_builder.config.types import Destination
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.core.orphans import COPYING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from ami_builder.config.types import Destination
 
 _FAILED = frozenset({"failed", "error", "invalid"})
 _ATTEMPTS = 3

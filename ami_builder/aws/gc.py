@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from ami_builder.aws import orphans
 from ami_builder.aws.session import Account
+from ami_builder.config.schema import Image
+from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, read
+from ami_builder.state.workspace import Workspace
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress
-    from ami_builder.state.workspace import Workspace
+Regions = Mapping[Account, float]
+"""Each region of an account, with the longest lifetime of our instances there, in seconds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """One region of an account, and the longest lifetime of our instances there, in seconds."""
-
-    account: Account
-    lifetime: float
-
-
-def find_orphans(regions: Sequence[Region], workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
+def find_orphans(regions: Regions, workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
     """Decide about everything that runs have made; change nothing. Raises CloudFailed."""
     workspace.ensure()
     entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
     runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
     decisions: list[Orphan] = []
-    for region in regions:
-        with progress.step(f"look in {region.account.region}") as step:
-            found = orphans.find(region.account, entries)
-            planned = plan(found, runs, datetime.now(UTC), region.lifetime)
+    for account, lifetime in regions.items():
+        with progress.step(f"look in {account.region}") as step:
+            planned = plan(orphans.find(account, entries), runs, datetime.now(UTC), lifetime)
             step.done(
                 f"{len(planned)} found, {sum(one.action is Action.DELETE for one in planned)} to delete"
             )
@@ -48,14 +37,14 @@ def find_orphans(regions: Sequence[Region], workspace: Workspace, progress: Prog
 
 
 def remove_orphans(
-    decisions: Sequence[Orphan], regions: Sequence[Region], workspace: Workspace, progress: Progress
+    decisions: Sequence[Orphan], regions: Regions, workspace: Workspace, progress: Progress
 ) -> None:
     """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
 
     A failure does not keep the rest from being deleted. Raises CloudFailed at the end, with every failure.
     """
     workspace.sweep()
-    accounts: Mapping[str, Account] = {region.account.region: region.account for region in regions}
+    accounts = {account.region: account for account in regions}
     failed: list[str] = []
     for one in decisions:
         if one.action is not Action.DELETE:
@@ -91,9 +80,9 @@ def _runs(workspace: Workspace) -> list[str]:
     return sorted(path.name for path in workspace.runs_dir.glob("*/"))
 
 
-def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> list[Region]:
+def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> Regions:
     """Return the regions of all images and of their copies, and the `extra` ones, each once."""
-    lifetimes: dict[str, tuple[Account, float]] = {}
+    found: dict[str, tuple[Account, float]] = {}
     named = [
         (region, image.aws.lifetime)
         for image in images
@@ -102,6 +91,6 @@ def every_region(images: Iterable[Image], extra: Sequence[str] = ()) -> list[Reg
     longest = max((lifetime for _, lifetime in named), default=0.0)
     for region, lifetime in [*named, *((name, longest) for name in extra)]:
         opened = Account.open(region)
-        _, known = lifetimes.get(opened.region, (opened, 0.0))
-        lifetimes[opened.region] = (opened, max(known, lifetime))
-    return [Region(account=opened, lifetime=lifetime) for opened, lifetime in lifetimes.values()]
+        _, known = found.get(opened.region, (opened, 0.0))
+        found[opened.region] = (opened, max(known, lifetime))
+    return dict(found.values())

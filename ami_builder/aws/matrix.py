@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ami_builder.aws import network, tags
 from ami_builder.aws.machine import Ec2Machine
 from ami_builder.aws.session import Account
+from ami_builder.config.schema import Image
 from ami_builder.console import Mode, Step, open_progress
 from ami_builder.core.errors import AmiBuilderError, Interrupted
-from ami_builder.core.records import Outcome
+from ami_builder.core.records import Artifact, Outcome, StepRecord
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger
-from ami_builder.state.workspace import Workspace, write_atomically
+from ami_builder.state.workspace import Run, StoredImage, Workspace, write_atomically
 from ami_builder.system import processes
 from ami_builder.verify import executor as cluster
 from ami_builder.verify.executor import threads
 from ami_builder.verify.journey import verify_machine
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from ami_builder.config.schema import Image
-    from ami_builder.core.records import Artifact, StepRecord
-    from ami_builder.state.workspace import Run, StoredImage
-    from ami_builder.verify.machine import MachineResult
+from ami_builder.verify.machine import MachineResult
 
 _EVIDENCE_BYTES = 1 << 20
 _NOT_PASSED = (Outcome.FAILED, Outcome.INCONCLUSIVE)

@@ -73,18 +73,15 @@ def check(image: Image) -> Iterator[Finding]:
             found=f"instances power off after {aws.lifetime:.0f} s, but may need {longest:.0f} s",
             hint="set aws.lifetime above bake.timeout and verify.timeout",
         )
-    yield _cost(here, image, max((image.base.disk_size, *(ami.size for ami in bases))))
+    disk = max([image.base.disk_size, *(ami.size for ami in bases)])
+    yield found("cost", lambda: _cost(here, image, disk))
 
 
 def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
     baking, verifying = image.aws.instance_types, image.verify.instance_types
     try:
-        known = account.matching(
-            "describe_instance_type_offerings",
-            "InstanceTypeOfferings",
-            "instance-type",
-            dict.fromkeys([*baking, *verifying]),
-        )
+        call, wanted = "describe_instance_type_offerings", dict.fromkeys([*baking, *verifying])
+        known = account.matching(call, "InstanceTypeOfferings", "instance-type", wanted)
     except CloudFailed as bad:
         yield stops("instance types", bad)
         return
@@ -95,10 +92,8 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
     ):
         missing = ", ".join(kind for kind in kinds if kind not in offered)
         if not enough(kind in offered for kind in kinds):
-            error = UsageError(
-                f"{account.region} does not offer {missing}", hint=f"change {setting}.instance_types"
-            )
-            yield stops(name, error)
+            hint = f"change {setting}.instance_types"
+            yield stops(name, UsageError(f"{account.region} does not offer {missing}", hint=hint))
         elif missing:
             text = f"{', '.join(kinds)}, but {account.region} does not offer {missing}"
             yield Finding(name=name, state=State.NOTE, found=text)
@@ -243,7 +238,7 @@ def _tries(account: Account, image: Image, ami: source_ami.BaseAmi) -> Sequence[
     ]
 
 
-def _cost(account: Account, image: Image, disk: int) -> Finding:
+def _cost(account: Account, image: Image, disk: int) -> str | Finding:
     """Return what a run costs, and what its AMI does, with a disk of that many bytes, were it full."""
     verify = image.verify
     stages = [(image.aws.instance_types[0], image.bake.timeout, disk)]
@@ -255,11 +250,7 @@ def _cost(account: Account, image: Image, disk: int) -> Finding:
             return Finding(name="cost", state=State.NOTE, found=text)
         run += seconds / 3600 * (price + size / _GIB * _GP3_GIB_MONTH / _HOURS_A_MONTH)
     kept = disk / _GIB * _SNAPSHOT_GIB_MONTH
-    return Finding(
-        name="cost",
-        state=State.OK,
-        found=f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI",
-    )
+    return f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI"
 
 
 def hourly_price(account: Account, instance_type: str) -> float | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.aws.images import Ami
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.build.target import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from types_boto3_ec2.type_defs import LaunchPermissionTypeDef
-
-    from ami_builder.aws.images import Ami
 
 
 def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -11,8 +12,6 @@ from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from types_boto3_ec2.type_defs import ImageTypeDef
 
 ARCHITECTURE = "x86_64"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -11,8 +12,6 @@ from ami_builder import __version__
 from ami_builder.core.records import FIRST_BOOT, Measurement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from types_boto3_ec2.literals import ResourceTypeType
     from types_boto3_ec2.type_defs import TagSpecificationTypeDef, TagTypeDef
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
-
-from botocore.exceptions import ClientError
+from pathlib import Path
 
 from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, source_ami, tags
 from ami_builder.aws.bake import bake_ami, finish
@@ -16,25 +15,17 @@ from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
 from ami_builder.aws.session import Account, code_of
 from ami_builder.build import preflight as shared_preflight
-from ami_builder.build.inputs import gather
+from ami_builder.build.inputs import Inputs, gather
+from ami_builder.build.target import Shared
+from ami_builder.config.schema import Image
 from ami_builder.config.types import Destination
+from ami_builder.console import Progress, Step
+from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
-from ami_builder.core.records import Artifact, CheckResult, Measurement, Outcome, TargetKind, Verdict
-from ami_builder.state.workspace import StoredImage
+from ami_builder.core.records import Artifact, CheckResult, Finding, Measurement, Outcome, TargetKind, Verdict
+from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.executor import open_executor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from ami_builder.build.inputs import Inputs
-    from ami_builder.build.target import Shared
-    from ami_builder.config.schema import Image
-    from ami_builder.console import Progress, Step
-    from ami_builder.core.cleanup import Decision
-    from ami_builder.core.records import Finding
-    from ami_builder.state.workspace import Run, Workspace
-    from ami_builder.verify.machine import MachineResult
+from ami_builder.verify.machine import MachineResult
 
 # The answers of a region that the account has not enabled, to valid credentials.
 _NOT_ENABLED = frozenset(
@@ -215,11 +206,9 @@ class AwsTarget:
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Remove what killed runs have left in this region, as far as no other host may still use it."""
-        lifetime = max(image.aws.lifetime for image in images.values())
-        regions = [gc.Region(account=self.account, lifetime=lifetime)]
-        gc.remove_orphans(
-            gc.find_orphans(regions, self.workspace, progress), regions, self.workspace, progress
-        )
+        regions = {self.account: max(image.aws.lifetime for image in images.values())}
+        found = gc.find_orphans(regions, self.workspace, progress)
+        gc.remove_orphans(found, regions, self.workspace, progress)
 
     def ami(self, image: Image, ami: str) -> StoredImage:
         """Return an AMI by its id, ours or not. Raises UsageError when there is none."""
@@ -303,8 +292,8 @@ def named(region: str) -> Iterator[None]:
     try:
         yield
     except (CloudFailed, TimedOut) as failed:
-        cause, hint = failed.__cause__, failed.hint
-        if isinstance(cause, ClientError) and code_of(cause) in _NOT_ENABLED:
+        hint = failed.hint
+        if code_of(failed) in _NOT_ENABLED:
             hint = f"is {region} enabled for this account? If so, {hint}" if hint else None
         raise type(failed)(
             f"{region}: {failed.message}", hint=hint, log=failed.log, tail=failed.tail

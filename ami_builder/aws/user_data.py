@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import email
 import hashlib
+from email.message import Message
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
-from typing import TYPE_CHECKING
 
 from ami_builder.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from email.message import Message
 
 MAX_BYTES = 16 * 1024
 """EC2's limit for user data (its documentation)."""

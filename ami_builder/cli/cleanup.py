@@ -89,9 +89,7 @@ def gc(
         console.result_json({"applied": apply, "plan": plain(orphans)})
         return
     if not orphans:
-        console.note(
-            f"no resource of ami-builder in {', '.join(region.account.region for region in regions)}"
-        )
+        console.note(f"no resource of ami-builder in {', '.join(account.region for account in regions)}")
         return
     done = "deleted" if apply else "to delete"
     console.table(

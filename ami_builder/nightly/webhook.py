@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
@@ -54,10 +54,10 @@ def notify(url: str, text: str, *, seconds: float = SECONDS, pause: wait_base = 
     """
     try:
         parts = urlsplit(url)
-        local = _is_loopback(parts.hostname or "")
-        name = f"webhook {parts.scheme}://{_host(parts)}/…"
+        port = f":{parts.port}" if parts.port else ""
     except ValueError:
         return f"webhook: {VARIABLE} is not a URL"
+    local = _is_loopback(parts.hostname or "")
     secure = parts.scheme == "https" or (parts.scheme == "http" and local)
     if not parts.hostname or not secure or "@" in parts.netloc:
         return f"webhook: {VARIABLE} must be an https:// URL, without a user"
@@ -66,7 +66,7 @@ def notify(url: str, text: str, *, seconds: float = SECONDS, pause: wait_base = 
     thread = Thread(target=_post, args=(url, text, local, seconds, pause, errors), daemon=True)
     thread.start()
     thread.join(seconds)
-    return f"{name}: {errors[-1]}" if errors[-1] else ""
+    return f"webhook {parts.scheme}://{parts.hostname}{port}/…: {errors[-1]}" if errors[-1] else ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -124,12 +124,6 @@ def _reason(failed: BaseException) -> str:
     if isinstance(cause, TimeoutError):
         return "no answer in time"
     return (isinstance(cause, OSError) and cause.strerror) or type(cause).__name__
-
-
-def _host(parts: SplitResult) -> str:
-    """Return host and port; raises ValueError for a bad port."""
-    host = parts.hostname or ""
-    return f"{host}:{parts.port}" if parts.port else host
 
 
 def _is_loopback(host: str) -> bool:
