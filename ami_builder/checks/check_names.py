@@ -1,8 +1,5 @@
 """The name and message of a check, from pytest's reports."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,7 @@ def message_of(report: pytest.TestReport | pytest.CollectReport) -> str:
         return str(longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(longrepr, "reprcrash", None)
     text = crash.message if crash is not None else str(longrepr)
-    lines: Iterable[str] = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line), "no message")
-    if crash is None:  # a file that can't be imported: its last line is the error
-        first = [line.strip() for line in text.splitlines() if line.strip()][-1].removeprefix("E").strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    # The last line about a file that can't be imported is the error.
+    first = lines[0] if crash is not None else lines[-1].removeprefix("E").strip()
     return first.removeprefix("AssertionError: ").removeprefix("Failed: ")

@@ -1,10 +1,9 @@
 """What the checks need to know about the machine; pytest gets it as a JSON file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from ami_builder.core.options import Datasource, Role
 from ami_builder.core.records import FIRST_BOOT
@@ -48,7 +47,7 @@ class Context:
         path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Context:
+    def read(cls, path: Path) -> Self:
         """Read a context; raises OSError, ValueError, KeyError or TypeError if the file is not one."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields["reserve"] = Reserve(**fields["reserve"])

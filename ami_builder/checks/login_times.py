@@ -4,10 +4,8 @@ This module uses `system`, where the other checks use `core` alone: it starts ss
 to be timed together with the CPU time that the host gives the VM.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -58,15 +56,6 @@ class LoginTimes:
     """Whether memory_pressure.sh has ended."""
     busy: float = 0.0
     """The part of the time under pressure in which some process of the host waited for a CPU, 0 to 1."""
-
-    @classmethod
-    def read(cls, recorded: Mapping[str, object]) -> LoginTimes:
-        """Read what `dataclasses.asdict` wrote."""
-        rest, logins = (
-            [LoginAttempt(**each) for each in recorded[name]]  # type: ignore[attr-defined]
-            for name in ("rest", "logins")
-        )
-        return cls(rest=rest, logins=logins, ended=bool(recorded["ended"]), busy=float(str(recorded["busy"])))
 
 
 def waits(logins: Sequence[LoginAttempt]) -> list[Wait]:

@@ -1,14 +1,12 @@
 """The state of a machine after Dask has started, parsed from wait_for_dask.sh and machine_state.sh."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 PROJECT = "dask"
@@ -58,12 +56,6 @@ def unreclaimable(stat: Mapping[str, int]) -> int:
     return stat.get("anon", 0) + stat.get("shmem", 0) + stat.get("sock", 0) + kernel
 
 
-def seconds(timestamp: str) -> float:
-    """Return Docker's RFC 3339 time, which has nine decimals and ends in Z, as seconds since 1970."""
-    whole, _, fraction = timestamp.removesuffix("Z").partition(".")
-    return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerState:
     """A container, as `docker inspect` describes it; sizes are bytes."""
@@ -88,7 +80,7 @@ class ContainerState:
     health_check: tuple[str, ...]
 
     @classmethod
-    def parse(cls, inspected: Mapping[str, Any]) -> ContainerState:
+    def parse(cls, inspected: Mapping[str, Any]) -> Self:
         """Read one element of `docker inspect`."""
         host, state, config = inspected["HostConfig"], inspected["State"], inspected["Config"]
         return cls(
@@ -96,7 +88,7 @@ class ContainerState:
             name=inspected["Name"].lstrip("/"),
             project=(config.get("Labels") or {}).get("com.docker.compose.project", ""),
             running=state["Running"],
-            created=seconds(inspected["Created"]),
+            created=datetime.fromisoformat(inspected["Created"]).timestamp(),
             memory=host["Memory"],
             memory_swap=host["MemorySwap"],
             reservation=host["MemoryReservation"],
@@ -134,6 +126,43 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ListedWorker:
+    """One worker, as the scheduler's HTTP server describes it."""
+
+    address: str
+    memory_limit: int
+    """Bytes; 0 for none."""
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerAnswer:
+    """The answer of the scheduler's HTTP server at /json/identity.json."""
+
+    workers: tuple[ListedWorker, ...]
+    error: str
+    """Why there is no answer; empty when there is one."""
+
+    @classmethod
+    def parse(cls, answer: str) -> Self:
+        """Read an HTTP response; `error` has the reason if that fails."""
+        head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
+        status = (head.splitlines() or ["nothing"])[0].strip()
+        try:
+            workers = tuple(
+                ListedWorker(
+                    address=address,
+                    memory_limit=int(worker["memory_limit"] or 0),
+                    directory=str(worker["local_directory"]),
+                )
+                for address, worker in sorted(json.loads(body)["workers"].items())
+            )
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return cls(workers=(), error=f"http://127.0.0.1:8787/json/identity.json answers {status!r}")
+        return cls(workers=workers, error="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineState:
     """The state after one start; sizes are bytes. `text` keeps the sections that only one check reads."""
 
@@ -153,11 +182,12 @@ class MachineState:
     levels: tuple[CgroupLevel, ...]
     mounts: tuple[Mount, ...]
     meminfo: Mapping[str, int]
-    memory_stat: Mapping[str, int]
+    unreclaimable: int
+    """How many bytes the end of the Dask container would free."""
     dask: SchedulerAnswer
 
     @classmethod
-    def parse(cls, text: Sections) -> MachineState:
+    def parse(cls, text: Sections) -> Self:
         """Read the sections of both scripts; raises Incomplete when one is missing."""
         if "end" not in text or "memory.stat" not in text:
             raise Incomplete("the machine's answer stops half-way")
@@ -179,7 +209,7 @@ class MachineState:
                 levels=_levels(text["cgroups"]),
                 mounts=tuple(_mount(line) for line in text["mounts"].splitlines() if " - " in line),
                 meminfo=numbers(text["meminfo"]),
-                memory_stat=numbers(text["memory.stat"]),
+                unreclaimable=unreclaimable(numbers(text["memory.stat"])),
                 dask=SchedulerAnswer.parse(text.get("identity", "")),
             )
         except (KeyError, ValueError, TypeError) as wrong:
@@ -195,53 +225,15 @@ class MachineState:
         running = [c for c in self.containers if c.project == PROJECT and c.running]
         return next((c for c in running if c.id == self.main_container), running[0] if running else None)
 
-    @property
-    def unreclaimable(self) -> int:
-        """How many bytes the end of the Dask container would free."""
-        return unreclaimable(self.memory_stat)
+    def own(self, file: str) -> str:
+        """Return a memory.* file of the container's own cgroup; empty when it has none."""
+        return self.levels[0].get(file) if self.levels else ""
 
     def mount_of(self, directory: str) -> Mount | None:
         """Return the mount that a path in the container is on."""
         path = PurePosixPath(directory)
         over = [m for m in self.mounts if path == m.point or m.point in path.parents]
         return max(over, key=lambda m: len(m.point.parts), default=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedWorker:
-    """One worker, as the scheduler's HTTP server describes it."""
-
-    address: str
-    memory_limit: int
-    """Bytes; 0 for none."""
-    directory: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerAnswer:
-    """The answer of the scheduler's HTTP server at /json/identity.json."""
-
-    workers: tuple[ListedWorker, ...]
-    error: str
-    """Why there is no answer; empty when there is one."""
-
-    @classmethod
-    def parse(cls, answer: str) -> SchedulerAnswer:
-        """Read an HTTP response; `error` has the reason if that fails."""
-        head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
-        status = (head.splitlines() or ["nothing"])[0].strip()
-        try:
-            workers = tuple(
-                ListedWorker(
-                    address=address,
-                    memory_limit=int(worker["memory_limit"] or 0),
-                    directory=str(worker["local_directory"]),
-                )
-                for address, worker in sorted(json.loads(body)["workers"].items())
-            )
-        except (KeyError, ValueError, TypeError, AttributeError):
-            return cls(workers=(), error=f"http://127.0.0.1:8787/json/identity.json answers {status!r}")
-        return cls(workers=workers, error="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +258,7 @@ class WorkersAnswer:
     """Why there is no answer; empty when there is one."""
 
     @classmethod
-    def parse(cls, stdout: str, stderr: str, status: int) -> WorkersAnswer:
+    def parse(cls, stdout: str, stderr: str, status: int) -> Self:
         """Read the line of JSON that ask_workers.py prints; `error` has the reason if that fails."""
         try:
             answer = json.loads(stdout.strip().splitlines()[-1])["workers"]

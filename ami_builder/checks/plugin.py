@@ -5,8 +5,6 @@ To run checks by hand, set PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 and AMI_BUILDER_CHEC
 replaces testinfra's: `host` is never the machine that pytest runs on, and is identified before any check.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -233,7 +231,7 @@ class _CheckSession:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Refuse files without checks, leave out checks of other phases, and run those of the client last."""
         wanted = {Path(argument.split("::")[0]).resolve() for argument in config.args}
-        empty = [path for path in sorted(wanted) if not any(_within(item.path, path) for item in items)]
+        empty = [path for path in sorted(wanted) if not any(item.path.is_relative_to(path) for item in items)]
         if empty and not config.option.collectonly and not self.unreadable:
             self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
         phase = self.read_context().phase
@@ -303,10 +301,6 @@ def _in_phase(item: pytest.Item, phase: str) -> bool:
 
 def _text(script: str) -> str:
     return (_HERE / script).read_text(encoding="utf-8")
-
-
-def _within(path: Path, folder: Path) -> bool:
-    return path == folder or folder in path.parents
 
 
 def _run(config: pytest.Config) -> _CheckSession:

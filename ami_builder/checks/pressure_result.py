@@ -1,13 +1,11 @@
 """What a machine under memory pressure reported: memory_pressure.sh, memory_pressure.py and the logins."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from ami_builder.checks.login_times import LoginTimes, waits
 from ami_builder.checks.machine_state import Incomplete, Sections, numbers, unreclaimable
@@ -43,7 +41,7 @@ class ServiceState:
     restarts: str
     invocation: str
 
-    def same(self, later: ServiceState | None) -> bool:
+    def same(self, later: Self | None) -> bool:
         """Return whether the service still runs unchanged; one that D-Bus started may end by itself."""
         if later is None or later.result != "success":
             return False
@@ -94,7 +92,7 @@ class PressureResult:
     """Why this is the second attempt; empty for the first."""
 
     @classmethod
-    def parse(cls, text: Sections, watched: LoginTimes) -> PressureResult:
+    def parse(cls, text: Sections, watched: LoginTimes) -> Self:
         """Read the sections of memory_pressure.sh; raises Incomplete when one is missing or can't be read."""
         if "end" not in text:
             last = list(text)[-1] if text else "nothing"

@@ -1,7 +1,5 @@
 """The Compose file starts without a limit on an older image, or after a failed measurement."""
 
-from __future__ import annotations
-
 import json
 import re
 

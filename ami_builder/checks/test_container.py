@@ -1,7 +1,5 @@
 """Nothing in the container's settings raises, lowers or bypasses the limit."""
 
-from __future__ import annotations
-
 import pytest
 
 from ami_builder.checks.machine_state import (
@@ -16,11 +14,6 @@ IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 UNBOUNDED = {"json-file"}
 
 
-def own(machine: MachineState, file: str) -> str:
-    """Return a memory.* file of the container's own cgroup; empty when it has none."""
-    return machine.levels[0].get(file) if machine.levels else ""
-
-
 def test_one_container_runs(machine: MachineState) -> None:
     """Two containers with the whole limit each may use twice the memory; without one, there is no Dask."""
     names = [c.name for c in machine.containers if c.project == PROJECT and c.running]
@@ -30,20 +23,18 @@ def test_one_container_runs(machine: MachineState) -> None:
 
 def test_no_soft_limit(machine: MachineState, container: ContainerState) -> None:
     """Above memory.high the kernel slows a container down, and Dask takes memory.high for its limit."""
-    assert own(machine, "high") == "max", (
-        f"memory.high of {container.name} is {own(machine, 'high')}, not max"
-    )
+    assert machine.own("high") == "max", f"memory.high of {container.name} is {machine.own('high')}, not max"
 
 
 def test_no_memory_low(machine: MachineState, container: ContainerState) -> None:
     """Dask takes memory.low (Docker's memory reservation) for its limit."""
-    low = own(machine, "low")
+    low = machine.own("low")
     assert low == "0", f"memory.low of {container.name} is {low}, not 0 (reservation {container.reservation})"
 
 
 def test_no_memory_min(machine: MachineState, container: ContainerState) -> None:
     """The system cannot reclaim memory that is reserved for the container."""
-    assert own(machine, "min") == "0", f"memory.min of {container.name} is {own(machine, 'min')}, not 0"
+    assert machine.own("min") == "0", f"memory.min of {container.name} is {machine.own('min')}, not 0"
 
 
 def test_no_swap_by_docker(container: ContainerState) -> None:
@@ -55,8 +46,8 @@ def test_no_swap_by_docker(container: ContainerState) -> None:
 
 def test_no_swap_by_the_kernel(machine: MachineState, container: ContainerState) -> None:
     """The kernel enforces memory.swap.max; a kernel without swap has no such file."""
-    assert own(machine, "swap.max") in ("0", ""), (
-        f"memory.swap.max of {container.name} is {own(machine, 'swap.max')}, not 0"
+    assert machine.own("swap.max") in ("0", ""), (
+        f"memory.swap.max of {container.name} is {machine.own('swap.max')}, not 0"
     )
 
 
@@ -76,7 +67,7 @@ def test_not_privileged(container: ContainerState) -> None:
 
 def test_no_parent_has_a_lower_limit(machine: MachineState, container: ContainerState) -> None:
     """A lower limit of a parent slice applies, but Dask does not see it and spills too late."""
-    limit = int(own(machine, "max")) if own(machine, "max").isdigit() else float("inf")
+    limit = int(machine.own("max")) if machine.own("max").isdigit() else float("inf")
     lower = [
         f"memory.{file} of {level.path} is {level.get(file)}"
         for level in machine.levels[1:]

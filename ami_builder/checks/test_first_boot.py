@@ -1,7 +1,5 @@
 """At its first boot a machine finds no traces of the build: no keys, ids, logs or files."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The measured value is of this start, was taken before Dask ran, and is what was available then."""
 
-from __future__ import annotations
-
 from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import CLOCK_SECONDS, VARIABLE, ContainerState, MachineState, exact_size
 

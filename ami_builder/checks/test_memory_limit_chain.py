@@ -1,7 +1,5 @@
 """The chain of equal numbers: the variable, Docker, the kernel and Dask's workers have the same limit."""
 
-from __future__ import annotations
-
 import pytest
 
 from ami_builder.checks.context import Context
@@ -40,7 +38,7 @@ def test_variable_is_whole_pages(machine: MachineState, variable: int) -> None:
 
 def test_container_has_a_limit(machine: MachineState, container: ContainerState) -> None:
     """A container without a limit looks healthy until memory runs out."""
-    maximum = machine.levels[0].get("max") if machine.levels else "missing"
+    maximum = machine.own("max") or "missing"
     assert maximum.isdigit(), (
         f"container {container.name} runs without a memory limit: memory.max is {maximum}"
     )
@@ -71,7 +69,7 @@ def test_kernel_enforces_the_variable(
     machine: MachineState, container: ContainerState, variable: int
 ) -> None:
     """The kernel enforces memory.max of the cgroup that the container's processes are in."""
-    maximum = machine.levels[0].get("max") if machine.levels else "missing"
+    maximum = machine.own("max") or "missing"
     assert maximum == str(variable), (
         f"memory.max of container {container.name} is {maximum}, {VARIABLE} is {variable}"
     )

@@ -1,7 +1,5 @@
 """When memory runs out, Dask spills or one worker is restarted, and nothing else is affected."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

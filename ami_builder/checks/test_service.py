@@ -1,7 +1,5 @@
 """dask.service measured and started Dask, and everything that starts containers sees the value."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -76,7 +76,17 @@ class _Plain(Renderer):
         self._line(f"{step.path} ...", step.detail)
 
     def updated(self, step: Step) -> None:
-        self._print_if_due(step)
+        last = self._printed.get(step)
+        if last is None:
+            return
+        news = step.detail != last.detail
+        repeats = 0 if news else last.repeats
+        if step.seconds - last.at < QUIET_SECONDS[min(repeats, len(QUIET_SECONDS) - 1)]:
+            return
+        self._printed[step] = _Printed(
+            at=step.seconds, detail=step.detail, repeats=0 if news else repeats + 1
+        )
+        self._line(f"{step.path} ... {duration(step.seconds)}", step.detail)
 
     def announced(self, step: Step) -> None:
         self._line(f"{step.path}: {step.announced}", "")
@@ -91,23 +101,10 @@ class _Plain(Renderer):
 
     def beat(self) -> None:
         for step in [step for step in self._printed if step.is_leaf]:
-            self._print_if_due(step)
+            self.updated(step)
 
     def close(self) -> None:
         self._out.flush()
-
-    def _print_if_due(self, step: Step) -> None:
-        last = self._printed.get(step)
-        if last is None:
-            return
-        news = step.detail != last.detail
-        repeats = 0 if news else last.repeats
-        if step.seconds - last.at < QUIET_SECONDS[min(repeats, len(QUIET_SECONDS) - 1)]:
-            return
-        self._printed[step] = _Printed(
-            at=step.seconds, detail=step.detail, repeats=0 if news else repeats + 1
-        )
-        self._line(f"{step.path} ... {duration(step.seconds)}", step.detail)
 
     def _line(self, text: str, detail: str) -> None:
         detail = f" - {detail}" if detail else ""

@@ -1,7 +1,5 @@
 """The journal of a nightly run: each finished step is on disk, so that a killed run can continue."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import threading

@@ -1,10 +1,9 @@
 """Append-only files with one JSON object a line; a written line survives a killed process."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from typing import Any
 def append(path: Path, line: dict[str, Any]) -> None:
     """Append a line and return once it is on disk. Only this user can read the file."""
     new = not path.exists()
-    with open(path, "a+b", opener=_private) as file:
+    with open(path, "a+b", opener=partial(os.open, mode=0o600)) as file:
         # An incomplete line of a killed process stays a line of its own.
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
@@ -42,7 +41,3 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict):
             yield line
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

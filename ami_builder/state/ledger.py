@@ -5,14 +5,11 @@ Every entry that is not deleted may be an orphaned resource of a killed run; `fi
 resource whose id is missing.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ami_builder.core.orphans import Resource
 from ami_builder.state import jsonl
@@ -82,24 +79,20 @@ def read(path: Path) -> tuple[LedgerEntry, ...]:
     entries: dict[int, LedgerEntry] = {}
     for line in jsonl.read(path):
         try:
-            _apply(line, entries)
+            number = line["number"]
+            match line["event"]:
+                case "intended":
+                    entries[number] = LedgerEntry(
+                        number=number,
+                        kind=Resource(line["kind"]),
+                        region=line["region"],
+                        intended=datetime.fromisoformat(line["at"]),
+                        find=dict(line["find"]),
+                    )
+                case "made":
+                    entries[number] = replace(entries[number], id=line["id"])
+                case "gone":
+                    entries[number] = replace(entries[number], deleted=True)
         except (ValueError, KeyError, TypeError):
             continue
     return tuple(entries.values())
-
-
-def _apply(line: dict[str, Any], entries: dict[int, LedgerEntry]) -> None:
-    number = line["number"]
-    match line["event"]:
-        case "intended":
-            entries[number] = LedgerEntry(
-                number=number,
-                kind=Resource(line["kind"]),
-                region=line["region"],
-                intended=datetime.fromisoformat(line["at"]),
-                find=dict(line["find"]),
-            )
-        case "made":
-            entries[number] = replace(entries[number], id=line["id"])
-        case "gone":
-            entries[number] = replace(entries[number], deleted=True)

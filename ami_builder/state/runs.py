@@ -1,7 +1,5 @@
 """The recorded runs and nightly runs of the workspace, and how a word on the command line names one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path

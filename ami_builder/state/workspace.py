@@ -7,8 +7,6 @@ state/nights/<name>.<target>/    one folder a nightly run: journal and summary; 
 state/locks/                     one build and one nightly run at a time for an image and target
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
@@ -19,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path, user_state_path
@@ -112,7 +110,7 @@ class Workspace:
     state: Path
 
     @classmethod
-    def open(cls, environ: Mapping[str, str]) -> Workspace:
+    def open(cls, environ: Mapping[str, str]) -> Self:
         """Return the user's workspace; `AMI_BUILDER_HOME` puts all of it into one folder."""
         home = environ.get("AMI_BUILDER_HOME")
         if home:
@@ -198,7 +196,7 @@ class Workspace:
     def sweep(self) -> tuple[str, ...]:
         """Remove the working files of killed runs, and return the ids of the runs."""
         swept: list[str] = []
-        for directory in sorted(self.runs_dir.glob("*/")) if self.runs_dir.is_dir() else ():
+        for directory in sorted(self.runs_dir.glob("*/")):
             record = load(RunRecord, directory / "record.json")
             if (record is not None and record.status is not RunStatus.RUNNING) or not self._is_dead(
                 directory
@@ -211,10 +209,9 @@ class Workspace:
                     directory / "record.json",
                 )
             swept.append(directory.name)
-        for kind in ((self.cache / k) for k in ("base", "container", "resolved")):
-            for half in kind.glob(".*.half") if kind.is_dir() else ():
-                if self._is_dead(half):
-                    shutil.rmtree(half, ignore_errors=True)
+        for half in self.cache.glob("*/.*.half"):
+            if self._is_dead(half):
+                shutil.rmtree(half, ignore_errors=True)
         return tuple(swept)
 
     @staticmethod

@@ -3,8 +3,6 @@
 The values are read from /proc; they are 0 or missing without /proc, or after the process has ended.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

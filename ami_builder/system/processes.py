@@ -1,7 +1,5 @@
 """Find programs, start processes, wait; no other module starts a process or sleeps."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -149,10 +147,8 @@ def stop(process: subprocess.Popen[str], *, seconds: float | None = None) -> Non
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
 
 
 def stream(
@@ -197,14 +193,11 @@ def stream(
     if status != 0:
         tail = last_lines(log)
         # If the disk is full, the log may lack the message too.
-        full = any("No space left on device" in line for line in tail) or _is_full(log.parent)
+        full = any("No space left on device" in line for line in tail)
+        full = full or shutil.disk_usage(log.parent).free < 1 << 20
         raise error(
             f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail
         )
-
-
-def _is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:

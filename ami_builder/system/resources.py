@@ -1,7 +1,5 @@
 """The paths of files that are shipped with the program, in a checkout or an installed package."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

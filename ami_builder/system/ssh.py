@@ -1,7 +1,5 @@
 """Logins by the system's ssh, without the user's own configuration, keys and connections."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import Self
 
 from ami_builder.core.errors import BuildFailed, TimedOut
 from ami_builder.core.records import Endpoint
@@ -85,7 +84,7 @@ class Session:
         credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         self._env = processes.environment(credentials) if endpoint.proxy_command else None
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         with ExitStack() as owned:
             self._directory.mkdir(parents=True, exist_ok=True)
             if len(os.fsencode(self._socket)) > _SOCKET_BYTES:
@@ -164,7 +163,7 @@ class Session:
         Raises BuildFailed with its stderr if it fails and `check` is set, Unreachable if ssh itself fails
         (status 255, whatever `check` says), TimedOut after `timeout` seconds.
         """
-        argv = self._argv(self._as_root(command) if sudo else command)
+        argv = self._argv(command, sudo=sudo)
         what = f"`{command}` on the machine"
         done = processes.capture(argv, what=what, env=self._env, stdin=stdin, timeout=timeout)
         self._judge(command, done.status, done.stderr, check=check)
@@ -172,7 +171,7 @@ class Session:
 
     def fetch(self, command: str, path: Path, *, sudo: bool = False, timeout: float = 300.0) -> None:
         """Write a command's output to the file `path`; raises as `run` does, and then removes the file."""
-        argv = self._argv(self._as_root(command) if sudo else command)
+        argv = self._argv(command, sudo=sudo)
         try:
             with (
                 path.open("wb") as out,
@@ -247,9 +246,9 @@ class Session:
         errors = self._directory / "ssh.log"
         with ExitStack() as owned:
             with errors.open("wb") as log:
-                master = owned.enter_context(
-                    processes.running(self._argv(None), env=self._env, stdout=log.fileno())
-                )
+                # The shared connection itself, a child that ends with this process.
+                argv = ["ssh", "-F", str(self.config), "-M", "-N", HOST]
+                master = owned.enter_context(processes.running(argv, env=self._env, stdout=log.fileno()))
 
             def settled() -> bool:
                 return self._socket.exists() or master.poll() is not None
@@ -264,16 +263,10 @@ class Session:
                 self.drop()
         return errors.read_text(errors="replace")
 
-    def _argv(self, command: str | None) -> list[str]:
-        # Without a command: the shared connection itself, a child that ends with this process.
-        if command is None:
-            return ["ssh", "-F", str(self.config), "-M", "-N", HOST]
+    def _argv(self, command: str, *, sudo: bool) -> list[str]:
+        if sudo and self._endpoint.user != "root":
+            command = f"sudo -n -- sh -c {shlex.quote(command)}"
         return ["ssh", "-F", str(self.config), HOST, "--", command]
-
-    def _as_root(self, command: str) -> str:
-        if self._endpoint.user == "root":
-            return command
-        return f"sudo -n -- sh -c {shlex.quote(command)}"
 
     def _judge(self, command: str, status: int, stderr: str, *, check: bool) -> None:
         tail = tuple(stderr.strip().splitlines()[-processes.TAIL_LINES :])

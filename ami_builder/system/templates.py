@@ -1,7 +1,5 @@
 """Jinja templates for shell, YAML and units; an error names the template and its line."""
 
-from __future__ import annotations
-
 import traceback
 from pathlib import Path
 

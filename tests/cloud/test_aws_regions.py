@@ -25,7 +25,7 @@ from ami_builder.build.channels import promote
 from ami_builder.cli import app as cli
 from ami_builder.config import loading
 from ami_builder.config.schema import Image
-from ami_builder.console import Progress
+from ami_builder.console.progress import Progress, Renderer
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
@@ -111,19 +111,8 @@ def opened(configured: Image, tmp_path: Path) -> tuple[AwsTarget, ...]:
 
 
 def received(target: AwsTarget, configured: Image, stored: StoredImage) -> StoredImage:
-    with Progress(_Silent()) as progress, progress.step("receive") as step:
+    with Progress(Renderer()) as progress, progress.step("receive") as step:
         return target.receive(configured, stored, step)
-
-
-class _Silent:
-    beats = False
-
-    def started(self, step: object) -> None: ...
-    def updated(self, step: object) -> None: ...
-    def announced(self, step: object) -> None: ...
-    def ended(self, step: object) -> None: ...
-    def beat(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def test_ten_regions_at_once(cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:

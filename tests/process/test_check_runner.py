@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import TypeAdapter
 
 from ami_builder import qemu
 from ami_builder.checks.login_times import AT_REST, LoginTimes
@@ -460,7 +461,7 @@ def test_under_pressure_only_the_checks_of_that_run(fake: Fake) -> None:
     logins = (fake.folder / "logins").read_text().splitlines()
     assert all("-o ControlPath=none" in line for line in logins), "a shared connection needs no sshd"
     told = json.loads((fake.evidence / "pressed-pressure.json").read_text())
-    watched = LoginTimes.read(told["watched"])
+    watched = TypeAdapter(LoginTimes).validate_python(told["watched"])
     assert (len(watched.rest), len(watched.logins)) == (AT_REST, 1)
     assert len(logins) == AT_REST + 1
     assert watched.ended

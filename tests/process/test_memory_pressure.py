@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -290,10 +289,3 @@ def test_attempts_that_failed_are_part_of_a_wait(
     expected = [Wait(seconds=seconds, denied=denied) for seconds, denied in waits]
     assert login_times.waits(logins) == expected
     assert login_times.waits([]) == []
-
-
-def test_a_watch_crosses_unharmed() -> None:
-    seen = login_times.LoginTimes(
-        rest=[login(1, 2, 0.5)], logins=[login(5, 6, 0, "no"), login(12, 1)], ended=True, busy=0.25
-    )
-    assert login_times.LoginTimes.read(json.loads(json.dumps(asdict(seen)))) == seen

@@ -422,8 +422,9 @@ def test_fetch(make: Make, tmp_path: Path) -> None:
 
 def test_root_needs_no_sudo(make: Make) -> None:
     command = "echo 'a b' > /x; \"$y\""
-    assert make(user="root")._as_root(command) == command
-    assert shlex.split(make(user="admin")._as_root(command)) == ["sudo", "-n", "--", "sh", "-c", command]
+    assert make(user="root")._argv(command, sudo=True)[-1] == command
+    sudo = make(user="admin")._argv(command, sudo=True)[-1]
+    assert shlex.split(sudo) == ["sudo", "-n", "--", "sh", "-c", command]
 
 
 class Rebooting:

@@ -24,7 +24,6 @@ from ami_builder.checks.machine_state import (
     SchedulerAnswer,
     WorkersAnswer,
     numbers,
-    seconds,
     sections,
 )
 from ami_builder.core.options import Datasource, Role
@@ -861,11 +860,6 @@ def test_half_an_answer_is_none(missing: str) -> None:
 
 def test_sections_are_read_as_the_scripts_print_them() -> None:
     assert sections("noise\n\036a b\n1\n2\n\n\036c\n\n\036d\nx") == {"a b": "1\n2\n", "c": "", "d": "x"}
-
-
-def test_docker_times_have_nine_decimals() -> None:
-    assert seconds("2026-11-23T15:33:01.123456789Z") == pytest.approx(1795447981.1234567)
-    assert seconds("2026-11-23T15:33:01Z") == 1795447981
 
 
 def test_the_scheduler_lists_each_worker_with_its_limit() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from ami_builder.checks import check_names, plugin
 from ami_builder.checks.login_times import LoginTimes
@@ -57,7 +58,7 @@ def each_check() -> Iterator[tuple[str, Callable[..., object]]]:
 
 def parse(recorded: dict[str, Any]) -> PressureResult:
     text = {name: value for name, value in recorded.items() if name != "watched"}
-    return PressureResult.parse(text, LoginTimes.read(recorded["watched"]))
+    return PressureResult.parse(text, TypeAdapter(LoginTimes).validate_python(recorded["watched"]))
 
 
 def judge(

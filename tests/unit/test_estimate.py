@@ -17,6 +17,7 @@ from ami_builder.build.build import Options
 from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
+from ami_builder.console.progress import Renderer
 from ami_builder.core.records import Artifact, RunRecord, RunStatus, StepRecord, TargetKind
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state import runs
@@ -227,14 +228,11 @@ def test_the_boot_of_another_base_gives_nothing() -> None:
 
 
 @dataclass
-class Said:
+class Said(Renderer):
     """A renderer that keeps what steps say, and whose clock moves as the fake Packer boots and bakes."""
 
     guest: Guest
-    beats: bool = False
     lines: list[str] = field(default_factory=list)
-
-    def started(self, step: Step) -> None: ...
 
     def updated(self, step: Step) -> None:
         self.guest.now += {"Waiting for SSH to become available...": 20, "Converting hard drive...": 40}.get(
@@ -243,12 +241,6 @@ class Said:
 
     def announced(self, step: Step) -> None:
         self.lines.append(f"{step.path}: {step.announced}")
-
-    def ended(self, step: Step) -> None: ...
-
-    def beat(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
