@@ -299,7 +299,6 @@ class Ec2Machine:
             port=aws.ssh_port,
             user=self.image.base.ssh_user,
             console_log=self.console_log,
-            ports={22: aws.ssh_port},
             proxy_command=proxy,
         )
 

@@ -65,7 +65,11 @@ def promote(
     _require_verified(stored)
     image_id = channels.id_of(stored)
     with channels.locked():
-        _require_unrevoked(channels, image_id)
+        if (why := channels.revoked([image_id]).get(image_id)) is not None:
+            raise UsageError(
+                f"{image_id} was revoked and can't be promoted again: {why}",
+                hint="build an image with other inputs",
+            )
         # Since it was chosen it may have been pruned or verified again.
         if (found := channels.find(image_id)) is None:
             raise UsageError(
@@ -199,12 +203,4 @@ def _require_verified(stored: StoredImage) -> None:
         raise UsageError(
             f"{artifact.location} failed its checks, so it can't be promoted",
             hint=f"`ami-builder verify {artifact.location}` runs them again and prints those that fail",
-        )
-
-
-def _require_unrevoked(channels: ChannelStore, image_id: str) -> None:
-    for reason in channels.revoked([image_id]).values():
-        raise UsageError(
-            f"{image_id} was revoked and can't be promoted again: {reason}",
-            hint="build an image with other inputs",
         )

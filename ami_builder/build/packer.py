@@ -96,23 +96,16 @@ def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
 
 def validate(directory: Path, log: Path) -> None:
     """Run `packer init` if this version has plugins, then `packer validate`. Raises BuildFailed."""
-    if version() >= _PLUGINS_SINCE:
+    init = [("init", _INIT_SECONDS)] if version() >= _PLUGINS_SINCE else []
+    for command, seconds in (*init, ("validate", _VALIDATE_SECONDS)):
         processes.stream(
-            ["packer", "init", "."],
+            ["packer", command, "."],
             log=log,
-            what="packer init",
+            what=f"packer {command}",
             env=_environment(),
             cwd=directory,
-            timeout=_INIT_SECONDS,
+            timeout=seconds,
         )
-    processes.stream(
-        ["packer", "validate", "."],
-        log=log,
-        what="packer validate",
-        env=_environment(),
-        cwd=directory,
-        timeout=_VALIDATE_SECONDS,
-    )
 
 
 def build(

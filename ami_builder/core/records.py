@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -47,8 +46,6 @@ class Endpoint:
     port: int
     user: str
     console_log: Path
-    ports: Mapping[int, int]
-    """Port inside the machine -> port at `address` that reaches it."""
     proxy_command: str = ""
     """ssh's ProxyCommand; empty for none."""
 

@@ -69,7 +69,7 @@ def _host() -> dict[str, str]:
 
 def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
     machine = VirtualMachine(
-        disk=disk, directory=directory, memory=1 << 30, cpus=2, accelerator=Accelerator.KVM, user="", ports=()
+        disk=disk, directory=directory, memory=1 << 30, cpus=2, accelerator=Accelerator.KVM, user=""
     )
 
     def up() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ami_builder.build import container, packer
@@ -37,14 +36,6 @@ _KERNEL_COMMAND_LINE = " ".join(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Baked:
-    """The result of Packer, in the run's work folder."""
-
-    disk: Path
-    packages: Path
-
-
 def bake(
     inputs: Inputs,
     workspace: Workspace,
@@ -52,10 +43,10 @@ def bake(
     step: Step,
     *,
     on_boot: Callable[[float], None] = lambda _: None,
-) -> Baked:
+) -> Path:
     """Make or find base and container, then bake on the accelerator that a guest has really run on.
 
-    `on_boot` gets the seconds until ssh answered on an emulated VM.
+    Returns the disk. `on_boot` gets the seconds until ssh answered on an emulated VM.
     """
     base, archive = _ingredients(inputs, workspace, run, step)
     image_info(base.disk)
@@ -101,25 +92,21 @@ def bake(
         public_key = Path(str(variables["ssh_private_key_file"])).with_suffix(".pub").read_text()
         contents = require_clean(disk, f"{identity}\n{public_key}", run.work)
         child.done(f"none of {contents}")
-    return Baked(disk=disk, packages=run.directory / "packages.txt")
+    return disk
 
 
 def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:
     """Return the base disk and the container's archive, made in parallel or found in the cache."""
-    found: dict[str, BaseDisk | Path | None] = {}
 
-    def base() -> None:
+    def base() -> BaseDisk | Path | None:
         with step.step("base disk") as child:
-            found["base"] = base_disk(inputs.image, inputs.base_digest, workspace, run, child)
+            return base_disk(inputs.image, inputs.base_digest, workspace, run, child)
 
-    def archived() -> None:
+    def archived() -> BaseDisk | Path | None:
         with step.step("container") as child:
-            found["container"] = container.archive(
-                inputs.image, inputs.container_digest, workspace, run, child
-            )
+            return container.archive(inputs.image, inputs.container_digest, workspace, run, child)
 
-    side_by_side([base, archived])
-    made, archive = found["base"], found["container"]
+    made, archive = side_by_side([base, archived])
     assert isinstance(made, BaseDisk)
     assert not isinstance(archive, BaseDisk)
     return made, archive

@@ -115,12 +115,7 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
         size=sum(one.size for one in settings) if all(one.size for one in settings) else 0,
     )
     found = [
-        Candidate(
-            id=str(folder),
-            image=f"cache {kind}",
-            created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
-            size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        )
+        _candidate(f"cache {kind}", folder)
         for kind in CACHES
         for folder in sorted((workspace.cache / kind).glob("[!.]*/"))
     ]
@@ -134,9 +129,9 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
 def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     """Return which folders of past runs to delete; the kept ones are left out, for there are many."""
     rules = RetentionPolicy(keep=0, young=_RECORDS_KEPT, grace=timedelta(0), most=_MOST_RECORDS)
-    runs = [_record("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
+    runs = [_candidate("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
     nightly_runs = [
-        _record("nightly runs", folder)
+        _candidate("nightly runs", folder)
         for folder in sorted(workspace.nightly_dir.glob("*/*/"))
         if not folder.is_symlink()
     ]
@@ -152,13 +147,12 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     return tuple(one for one in decisions if one.action is not Action.KEEP)
 
 
-def _record(kind: str, folder: Path) -> Candidate:
-    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+def _candidate(kind: str, folder: Path) -> Candidate:
     return Candidate(
         id=str(folder),
         image=kind,
         created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
-        size=sum(file.st_size for file in files),
+        size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     )
 
 

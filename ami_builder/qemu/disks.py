@@ -13,11 +13,10 @@ from ami_builder.system import processes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageInfo:
-    """What qemu-img knows about a disk image; sizes in bytes."""
+    """The format of a disk image, and the size of the disk in bytes."""
 
     format: str
     virtual_size: int
-    actual_size: int
 
 
 def image_info(path: Path) -> ImageInfo:
@@ -43,27 +42,13 @@ def image_info(path: Path) -> ImageInfo:
             f"{path} is not a complete image: it refers to another file",
             hint=f"make it complete: qemu-img convert -O qcow2 {path} {path.stem}-whole.qcow2",
         )
-    return ImageInfo(
-        format=kind, virtual_size=int(info["virtual-size"]), actual_size=int(info["actual-size"])
-    )
+    return ImageInfo(format=kind, virtual_size=int(info["virtual-size"]))
 
 
 def _has_partition_table(path: Path) -> bool:
     # qemu-img calls any file raw. A bootable disk has the MBR's signature, GPT disks too.
     with path.open("rb") as file:
         return file.read(512)[510:] == b"\x55\xaa"
-
-
-def check_image(path: Path) -> ImageInfo:
-    """Check the structure of a disk image. Raises UsageError when it is damaged."""
-    info = image_info(path)
-    if info.format == "qcow2":
-        done = processes.capture(["qemu-img", "check", "-U", path], what=f"checking {path}", timeout=600)
-        # 3: clusters are leaked, which costs space only.
-        if done.status not in (0, 3):
-            tail = tuple((done.stdout + done.stderr).strip().splitlines()[-processes.TAIL_LINES :])
-            raise UsageError(f"{path} is damaged", hint="fetch or build it again", tail=tail)
-    return info
 
 
 def create_overlay(backing: Path, path: Path, size: int | None = None) -> None:

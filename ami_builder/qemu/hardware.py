@@ -10,7 +10,7 @@ from ami_builder.core.errors import MissingTool
 
 QEMU = "qemu-system-x86_64"
 DEFAULT_INSTANCE = "i-0123456789abcdef0"
-DEFAULT_MAC = "02:00:00:00:00:01"
+MAC = "02:00:00:00:00:01"
 
 # A whole firmware for -bios, or code alone for a flash drive; variables that a guest sets live in its memory.
 _FIRMWARE = (
@@ -52,15 +52,6 @@ class Accelerator(StrEnum):
         as fast as a loop. SVM makes the guest load KVM. The checks measure none of these.
         """
         return "host" if self is Accelerator.KVM else f"max,{','.join(f'{flag}=off' for flag in _SLOW_FLAGS)}"
-
-
-class Bus(StrEnum):
-    """How the guest reaches its root disk."""
-
-    NVME = "nvme"
-    """As on EC2."""
-    VIRTIO = "virtio-blk-pci"
-    """For a VM that is to be saved: QEMU can't save NVMe."""
 
 
 def firmware() -> tuple[str, str]:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from urllib.parse import quote
 
 from ami_builder.core.errors import UsageError
 
@@ -39,7 +38,6 @@ VERSIONS = (
 )  # fmt: skip
 
 _SOCKET_SECONDS = 30.0
-_LOGGED_PATH = 256
 _STOP_SECONDS = 0.02
 
 
@@ -81,15 +79,6 @@ class InstanceMetadata:
         return f"ip-{self.local_ipv4.replace('.', '-')}.{domain}"
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A logged request, without its headers, token and body."""
-
-    method: str
-    path: str
-    status: int
-
-
 class MetadataServer:
     """Serves one instance's metadata on a free port of 127.0.0.1 while the context lasts."""
 
@@ -97,7 +86,6 @@ class MetadataServer:
         self._pages = _pages(metadata)
         self._clock = clock
         self._tokens: dict[str, float] = {}
-        self._requests: list[Request] = []
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
 
@@ -121,17 +109,6 @@ class MetadataServer:
         """The loopback port that QEMU's forwarder connects to."""
         assert self._server is not None, "the server runs only inside its context"
         return int(self._server.server_address[1])
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        """All requests so far, in the order in which they were answered."""
-        with self._lock:
-            return tuple(self._requests)
-
-    def record(self, method: str, path: str, status: int) -> None:
-        """Log one answered request."""
-        with self._lock:
-            self._requests.append(Request(method, path, status))
 
     def new_token(self, seconds: int) -> str:
         """Return a token that is valid for `seconds`."""
@@ -227,10 +204,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: HTTPStatus, body: bytes, kind: str, extra: Mapping[str, str] | None = None
     ) -> None:
-        # A request line that could not be parsed has neither method nor path; a query may hold anything.
-        path = getattr(self, "path", "-").partition("?")[0]
-        # Before the answer: a client that has read it finds the request in the log.
-        self.service.record(self.command or "-", quote(path, safe="/%:=")[:_LOGGED_PATH], status.value)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -242,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep the standard library from writing to stderr; `requests` is the log."""
+        """Keep the standard library from writing to stderr."""
 
 
 def _pages(it: InstanceMetadata) -> dict[str, bytes]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
@@ -20,12 +19,11 @@ from ami_builder.core.records import Endpoint
 from ami_builder.qemu.disks import create_overlay
 from ami_builder.qemu.hardware import (
     DEFAULT_INSTANCE,
-    DEFAULT_MAC,
     EC2_NETWORK,
+    MAC,
     QEMU,
     SAME_ADDRESSES,
     Accelerator,
-    Bus,
     firmware,
     smbios,
 )
@@ -40,8 +38,6 @@ T = TypeVar("T")
 _BOOTS = 3
 _QUIT_SECONDS = 5.0
 _CONSOLE_LINES = 15
-# For a gigabyte or two on a busy disk.
-_SAVE_SECONDS = 300.0
 
 _PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]*")
 # A kernel's message when the image is at fault; other panics under TCG may be caused by the emulator.
@@ -51,7 +47,7 @@ _KERNEL = re.compile(rb"Linux version|\[ *\d+\.\d+\] |systemd\[1\]|Welcome to (?
 # Far longer than a boot takes: with "quiet" a kernel prints nothing either.
 _FIRMWARE_SECONDS = 300.0
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[^\x20-\x7e\n]")
-_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)")
+_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+22\s")
 
 
 class MachineDied(BuildFailed):
@@ -87,10 +83,6 @@ class VirtualMachine:
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
     NVMe. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed; it
     returns once QEMU runs, long before the guest is up.
-
-    With `saved`, a file that `save` has written, the guest does not boot: it continues where it was saved,
-    and so does its clock. The disk has to be a copy of the disk at that time, and all settings but the ports
-    have to be the same.
     """
 
     def __init__(
@@ -106,18 +98,14 @@ class VirtualMachine:
         imds_port: int | None = None,
         seed: Path | None = None,
         network: Network = Network.ISOLATED,
-        ports: Sequence[int] = (),
         instance_id: str = DEFAULT_INSTANCE,
-        mac: str = DEFAULT_MAC,
         writable: bool = False,
-        bus: Bus = Bus.NVME,
-        saved: Path | None = None,
     ) -> None:
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
-        self._writable, self._bus, self._saved = writable, bus, saved
+        self._writable = writable
         self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
-        self._imds_port, self._network, self._ports = imds_port, network, (22, *ports)
-        self._user, self._instance_id, self._mac = user, instance_id, mac
+        self._imds_port, self._network = imds_port, network
+        self._user, self._instance_id = user, instance_id
         self._directory = directory
         self._root = disk if writable else directory / "overlay.qcow2"
         self._log = directory / "qemu.log"
@@ -127,7 +115,7 @@ class VirtualMachine:
         self._running = ExitStack()
         self._process: Popen[str] | None = None
         self._monitor: Monitor | None = None
-        self._forwards: Mapping[int, int] = dict.fromkeys(self._ports, 0)
+        self._ssh_port = 0
 
     def __enter__(self) -> Endpoint:
         with ExitStack() as owned:
@@ -139,15 +127,9 @@ class VirtualMachine:
             self._console_start = self.console_log.stat().st_size
             self._start()
             owned.callback(lambda: self._running.close())
-            if self._saved is not None:
-                self._resume()
             self._owned = owned.pop_all()
         return Endpoint(
-            address="127.0.0.1",
-            port=self._forwards[22],
-            user=self._user,
-            console_log=self.console_log,
-            ports=self._forwards,
+            address="127.0.0.1", port=self._ssh_port, user=self._user, console_log=self.console_log
         )
 
     def _start(self) -> None:
@@ -162,7 +144,7 @@ class VirtualMachine:
                 )
             try:
                 self._monitor = running.enter_context(Monitor(ours))
-                self._forwards = self._forwarded()
+                self._ssh_port = self._forwarded()
             except FAILURES as error:
                 raise self._ended() from error
             running.callback(self._quit)
@@ -171,10 +153,6 @@ class VirtualMachine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.power_off()
-
-    def power_off(self) -> None:
-        """Cut the power and remove the overlay. Calling it again does nothing."""
         self._owned.close()
 
     @property
@@ -191,10 +169,10 @@ class VirtualMachine:
         such write. So QEMU ends at the reboot, and a new process without such code starts.
         """
         if self._accelerator is Accelerator.TCG:
-            self._execute("set-action", {"reboot": "shutdown"})
+            self.execute("set-action", {"reboot": "shutdown"})
 
     def start_again(self, timeout: float) -> None:
-        """Start QEMU again, with the same disk and ports, once the guest has shut down to reboot.
+        """Start QEMU again, with the same disk and ssh port, once the guest has shut down to reboot.
 
         Does nothing under KVM, whose guest reboots in the same process. Raises BuildFailed when QEMU fails or
         the guest can't continue, and TimedOut when it has not shut down after `timeout` seconds.
@@ -217,59 +195,15 @@ class VirtualMachine:
         if process.returncode != 0:
             raise self._ended()
         self._running.close()
-        self._saved = None  # it boots now
         self._start()
 
-    def press_power_button(self) -> None:
-        """Ask the guest to shut down, as ACPI does. QEMU ends after that, and `check_alive` raises."""
-        self._execute("system_powerdown")
-
-    def reset(self) -> None:
-        """Restart the guest at once, as a reset button does."""
-        self._execute("system_reset")
-
-    def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Run a command of QEMU's monitor and return its result. Raises BuildFailed."""
         assert self._monitor is not None, "the VM runs only inside its context"
         try:
-            self._monitor.execute(command, arguments)
+            return self._monitor.execute(command, arguments)
         except FAILURES as error:
             raise self._ended() from error
-
-    def save(self, path: Path) -> None:
-        """Stop the guest for good, and write its memory and its devices to a file for `saved`.
-
-        The file belongs to the disk in its state of that time. Raises BuildFailed; QEMU can't save a VM with
-        an NVMe disk.
-        """
-        assert self._monitor is not None, "the VM runs only inside its context"
-        path.unlink(missing_ok=True)
-        try:
-            self._monitor.execute("stop")
-            # QEMU's default limit is meant for a network.
-            self._monitor.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
-            self._monitor.execute("migrate", {"uri": f"exec:cat >{shlex.quote(str(path))}"})
-            processes.wait_until(self._written, what=f"saving {path}", timeout=_SAVE_SECONDS, interval=0.1)
-        except FAILURES as error:
-            raise BuildFailed(f"the VM can't be saved: {error}", log=self._log) from error
-
-    def _written(self) -> bool:
-        assert self._monitor is not None
-        migration = self._monitor.execute("query-migrate")
-        assert isinstance(migration, dict)
-        if migration["status"] == "failed":
-            raise BuildFailed(f"the VM can't be saved: {migration.get('error-desc')}", log=self._log)
-        return bool(migration["status"] == "completed")
-
-    def _resume(self) -> None:
-        """Wait until the saved state is loaded, and let the guest continue."""
-        processes.wait_until(
-            lambda: self._state() != "inmigrate",
-            what="loading a saved VM",
-            timeout=_SAVE_SECONDS,
-            interval=0.1,
-            log=self._log,
-        )
-        self._execute("cont")
 
     def check_alive(self) -> None:
         """Raise BuildFailed, with the end of the console, if the VM can't come up any more."""
@@ -301,7 +235,7 @@ class VirtualMachine:
 
         Emulated processors sometimes wait for each other there forever, mostly after a reboot.
         """
-        if self._accelerator is not Accelerator.TCG or self._saved is not None:
+        if self._accelerator is not Accelerator.TCG:
             return False
         seconds = time.time() - self.console_log.stat().st_mtime
         return seconds > _FIRMWARE_SECONDS and not _KERNEL.search(self._console().rpartition(_RESTARTING)[2])
@@ -338,16 +272,13 @@ class VirtualMachine:
         with suppress(TimeoutExpired):
             self._process.wait(_QUIT_SECONDS)
 
-    def _forwarded(self) -> Mapping[int, int]:
-        """Return the free ports that QEMU took; choosing them in advance would race with other programs."""
+    def _forwarded(self) -> int:
+        """Return the free port that QEMU took for ssh; one chosen in advance might be taken by then."""
         assert self._monitor is not None
         usernet = self._monitor.execute("human-monitor-command", {"command-line": "info usernet"})
-        ports = {int(inside): int(outside) for outside, inside in _FORWARD.findall(str(usernet))}
-        if missing := set(self._ports) - ports.keys():
-            raise BuildFailed(
-                f"QEMU forwards no port for {sorted(missing)}", tail=tuple(str(usernet).splitlines())
-            )
-        return ports
+        if (found := _FORWARD.search(str(usernet))) is None:
+            raise BuildFailed("QEMU forwards no port for ssh", tail=tuple(str(usernet).splitlines()))
+        return int(found[1])
 
     def _ended(self) -> MachineDied:
         assert self._process is not None
@@ -396,9 +327,7 @@ class VirtualMachine:
             # A bake overwrites free space with zeros, which then take no space in the file.
             root = f"detect-zeroes=unmap,{root}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
-        argv += ["-drive", root, "-device", f"{self._bus},drive=root,serial={volume},bootindex=0"]
-        if self._saved is not None:
-            argv += ["-incoming", f"exec:cat {shlex.quote(str(self._saved))}"]
+        argv += ["-drive", root, "-device", f"nvme,drive=root,serial={volume},bootindex=0"]
         if self._seed is not None:
             seed = f"if=none,id=seed,format=raw,readonly=on,file={_escaped(self._seed)}"
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]
@@ -409,10 +338,10 @@ class VirtualMachine:
             user += [EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
         if self._network is Network.ISOLATED:
             user.append("restrict=on")
-        # QEMU chooses free ports when it starts first, and takes them again after a reboot.
-        user += [f"hostfwd=tcp:127.0.0.1:{here}-:{port}" for port, here in self._forwards.items()]
+        # QEMU chooses a free port when it starts first, and takes it again after a reboot.
+        user.append(f"hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22")
         argv += ["-netdev", ",".join(user)]
-        return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={self._mac},romfile="]
+        return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
 
 
 def _escaped(path: Path) -> str:

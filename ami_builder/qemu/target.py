@@ -95,10 +95,6 @@ class QemuMachine:
         )
         return stack.enter_context(self._vm)
 
-    def waited(self) -> dict[int, float]:
-        """Return for how many seconds each of its threads has waited for a processor of this host."""
-        return host_load.cpu_waits(self.vm.pid)
-
     def check_alive(self) -> None:
         """Raise BuildFailed when the VM can't come up any more."""
         self.vm.check_alive()
@@ -169,17 +165,17 @@ class QemuTarget:
     ) -> StoredImage:
         """Bake a disk and put it among the finished images. A killed run never leaves a finished one."""
         del again
-        baked = bake(inputs, self.workspace, run, step, on_boot=on_boot)
+        disk = bake(inputs, self.workspace, run, step, on_boot=on_boot)
         artifact = Artifact(
             image=inputs.image.name,
             target=self.kind,
-            location=str(baked.disk),
+            location=str(disk),
             digest=inputs.digest,
             created=datetime.now(UTC),
             run_id=run.record.run_id,
-            size=baked.disk.stat().st_size,
+            size=disk.stat().st_size,
         )
-        return self.workspace.store(artifact, baked.disk, baked.packages)
+        return self.workspace.store(artifact, disk, run.directory / "packages.txt")
 
     def verify(
         self, image: Image, stored: StoredImage, run: Run, step: Step, evidence: Path

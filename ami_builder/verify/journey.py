@@ -189,7 +189,7 @@ class _Journey:
         return used, time.monotonic() - began
 
     def _judge(
-        self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] | None = None
+        self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] = lambda: None
     ) -> None:
         """Run the checks of a phase, and report their results on the step."""
         settings = self.image.verify

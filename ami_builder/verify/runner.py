@@ -66,10 +66,9 @@ def run(
     directory: Path,
     timeout: float,
     alive: Callable[[], None] = lambda: None,
-    share_connection: bool = True,
-    on_result: Callable[[CheckResult], None] | None = None,
-    on_ready: Callable[[], None] | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_result: Callable[[CheckResult], None] = lambda _: None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[CheckResult, ...]:
     """Run check files against the machine `host` of `ssh_config` and return a result for every check.
 
@@ -114,7 +113,7 @@ def run(
             *("--rootdir=/", "--confcutdir=/"),
             *("--import-mode=importlib", f"--junitxml={directory.resolve() / f'junit-{phase}.xml'}"),
             f"--hosts={host if '://' in host else f'ssh://{host}'}",
-            f"--ssh-config={ssh_config if share_connection else _unshared(ssh_config, clean)}",
+            f"--ssh-config={ssh_config}",
             f"--events={sender}",
             f"--record={directory.resolve()}",
             *(path.resolve() for path in files),
@@ -138,9 +137,9 @@ class _Tally:
 
     phase: str
     machine: str
-    on_result: Callable[[CheckResult], None] | None
-    on_ready: Callable[[], None] | None
-    on_progress: Callable[[str], None] | None
+    on_result: Callable[[CheckResult], None]
+    on_ready: Callable[[], None]
+    on_progress: Callable[[str], None]
     results: list[CheckResult] = field(default_factory=list)
     expected: int = 0
     checks: int = 0
@@ -152,11 +151,9 @@ class _Tally:
             case "collected":
                 self.expected = event["count"]
             case "ready":
-                if self.on_ready is not None:
-                    self.on_ready()
+                self.on_ready()
             case "progress":
-                if self.on_progress is not None:
-                    self.on_progress(event["text"])
+                self.on_progress(event["text"])
             case "result":
                 self.checks += 1
                 self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])
@@ -192,8 +189,7 @@ class _Tally:
             message=message,
         )
         self.results.append(result)
-        if self.on_result is not None:
-            self.on_result(result)
+        self.on_result(result)
 
 
 def _reason(status: int) -> str:
@@ -245,13 +241,6 @@ def _environment(clean: Path) -> dict[str, str]:
         "PYTHONPATH": str(package),
     }
     return processes.environment(own)
-
-
-def _unshared(ssh_config: Path, clean: Path) -> Path:
-    """Return a copy of an ssh_config without a shared connection: ssh uses the first value that it reads."""
-    config = clean / "ssh_config-unshared"
-    config.write_text(f'ControlMaster no\nControlPath none\nInclude "{ssh_config.resolve()}"\n')
-    return config
 
 
 def _expanded(files: Sequence[Path]) -> Iterator[Path]:

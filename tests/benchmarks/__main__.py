@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ami_builder import console, qemu
+from ami_builder import console
 from ami_builder.build import packer
 from ami_builder.config import loading
 from ami_builder.qemu import bake
+from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.workspace import Workspace
 from tests.benchmarks import against, slow_host
@@ -280,7 +281,7 @@ def main() -> None:
         "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help=", ".join(BENCHMARKS)
     )
     names = parser.parse_args().names or list(BENCHMARKS)
-    accelerator = qemu.known_accelerator(HOME / "cache" / "accelerator.json")
+    accelerator = known_accelerator(HOME / "cache" / "accelerator.json")
     version = ".".join(map(str, packer.version()))
     sys.stderr.write(f"{os.cpu_count()} processors, Packer {version}, {accelerator}\n")
     print("| what | measured | compared | must reach |\n|---|---|---|---|")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ami_builder import qemu
+from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.system import processes
 from tests.vm.conftest import HOME
 
@@ -100,5 +100,5 @@ def _qemu() -> str:
 
 
 def _accelerator(cache: Path) -> str:
-    known = qemu.known_accelerator(cache)
+    known = known_accelerator(cache)
     return "KVM or TCG (a build finds out)" if known is None else known[0].upper()

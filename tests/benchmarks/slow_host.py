@@ -28,10 +28,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ami_builder import qemu
 from ami_builder.config import loading
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.records import PRESSURE, TargetKind
+from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
@@ -431,7 +431,7 @@ def _measure(image: Path, output: Path | None, jobs: Sequence[Job], ways: Mappin
     # Before the host is slowed down, and once for all runs: no workspace has to try KVM by itself.
     accelerator = FOLDER / "cache" / "accelerator.json"
     with tempfile.TemporaryDirectory() as folder:
-        chosen, _ = qemu.choose_accelerator(image, cache=accelerator, directory=Path(folder))
+        chosen, _ = choose_accelerator(image, cache=accelerator, directory=Path(folder))
     os.environ[_ACCELERATOR] = str(chosen)
     about = host.describe(accelerator)
     try:

@@ -64,7 +64,6 @@ def test_what_is_launched(
         assert subject.memory == 8 << 30
         assert endpoint.address.startswith("127.77.")
         assert (endpoint.port, endpoint.user, endpoint.proxy_command) == (22, "admin", "")
-        assert endpoint.ports == {22: 22}
         assert endpoint.console_log == tmp_path / "machine" / "console.log"
         subject.check_alive()
         entry = read(ledger.path)[-1]

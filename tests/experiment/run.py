@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
 from ami_builder.core.options import Datasource, Network
+from ami_builder.qemu.hardware import HOST_ADDRESS, Accelerator
+from ami_builder.qemu.machine import boot_again
 from ami_builder.qemu.target import QemuMachine
 from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
@@ -49,7 +50,7 @@ class Setup:
 
     image: Image
     disk: Path
-    accelerator: qemu.Accelerator
+    accelerator: Accelerator
     timeout: float
     """For the work of one run, in seconds."""
 
@@ -76,7 +77,7 @@ def make(case: Case, setup: Setup, run: Run, step: Step) -> tuple[Result, Trace]
         return True
 
     try:
-        return qemu.boot_again(boot, again)
+        return boot_again(boot, again)
     except AmiBuilderError as failed:
         _keep_logs(made[-1].directory, run.directory / "machines" / case.name, failed)
         raise
@@ -123,15 +124,15 @@ class _OneRun:
             with _logins(session) as seen:
                 # After the login: its time is not part of the work.
                 began = self._uptime(session)
-                waited = self.machine.waited()
+                waited = host_load.cpu_waits(self.machine.emulator)
                 ended = self._work(driver, memory)
-                cpu_steal = host_load.longest_wait(waited, self.machine.waited())
+                cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.machine.emulator))
             return self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
         key = ssh.generate_key(self.directory)
-        data = user_data(self.image, self.case.policy, f"tcp://{qemu.HOST_ADDRESS}:{driver.port}")
+        data = user_data(self.image, self.case.policy, f"tcp://{HOST_ADDRESS}:{driver.port}")
         public_key = key.with_suffix(".pub").read_text().strip()
         endpoint = self.machine.boot(stack, self.directory, data, public_key)
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError, Locked
+from ami_builder.qemu.accelerator import choose_accelerator
+from ami_builder.qemu.disks import image_info
 from ami_builder.state import jsonl
 from ami_builder.state.workspace import Run, StoredImage, Workspace, dump, load
 from ami_builder.verify.executor import side_by_side
@@ -95,7 +96,7 @@ def run_series(
         failed: list[tuple[Case, AmiBuilderError]] = []
         if missing:
             require_distributed()
-            qemu.image_info(stored.path)
+            image_info(stored.path)
             with workspace.run(EXPERIMENT, image.name, stored.artifact.digest) as run:
                 failed = _make_all(image, stored, missing, wanted, folder, workspace, run, progress)
         found = read_results(folder)
@@ -123,7 +124,7 @@ def _make_all(
     began, lock = time.monotonic(), threading.Lock()
     failed: list[tuple[Case, AmiBuilderError]] = []
     with progress.step("choose the accelerator") as step:
-        accelerator, reason = qemu.choose_accelerator(
+        accelerator, reason = choose_accelerator(
             stored.path, cache=workspace.cache / "accelerator.json", directory=run.work
         )
         step.done(reason)

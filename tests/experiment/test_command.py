@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.state.workspace import Workspace
 from tests.experiment import __main__ as cli
 from tests.experiment import series
@@ -62,8 +62,8 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machines:
     stored(workspace, "a")
     found = Machines()
     monkeypatch.setattr(series, "make", found.make)
-    monkeypatch.setattr(qemu, "image_info", lambda _: None)
-    monkeypatch.setattr(qemu, "choose_accelerator", lambda *_, **__: (qemu.Accelerator.TCG, "TCG"))
+    monkeypatch.setattr(series, "image_info", lambda _: None)
+    monkeypatch.setattr(series, "choose_accelerator", lambda *_, **__: (Accelerator.TCG, "TCG"))
     return found
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from moto.ec2.models.instances import Instance
 
-    from ami_builder import qemu
+    from ami_builder.qemu.hardware import Accelerator
 
 GIB = 1 << 30
 MOST_MIB = 2048
@@ -58,7 +58,7 @@ class VmHypervisor:
         *,
         base: Path,
         directory: Path,
-        accelerator: qemu.Accelerator,
+        accelerator: Accelerator,
         memory: Mapping[str, int] | None = None,
         network: Network = Network.ISOLATED,
         port: int | None = None,

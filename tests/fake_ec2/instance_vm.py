@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ami_builder import qemu
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Network
 from ami_builder.qemu import imds
+from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.machine import GuestStuck, VirtualMachine
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class VmLaunch:
     port: int
     memory: int
     cpus: int
-    accelerator: qemu.Accelerator
+    accelerator: Accelerator
     network: Network
     directory: Path
     metadata: imds.InstanceMetadata
@@ -70,7 +71,7 @@ class InstanceVm(threading.Thread):
         self.volume = volume
         self._launch, self._owner = launch, owner
         self._asked: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
-        self._machine: qemu.VirtualMachine | None = None
+        self._machine: VirtualMachine | None = None
         self._endpoint: Endpoint | None = None
         self._power = ExitStack()
         self._relay = ExitStack()
@@ -115,7 +116,7 @@ class InstanceVm(threading.Thread):
                 if was_on:
                     self._boot(imds_port)
             case "reset" if self._machine is not None:
-                self._machine.reset()
+                self._machine.execute("system_reset")
         return self._look(imds_port)
 
     def _look(self, imds_port: int) -> bool:
@@ -123,7 +124,7 @@ class InstanceVm(threading.Thread):
             return False
         try:
             self._machine.check_alive()
-        except qemu.GuestStuck as panic:
+        except GuestStuck as panic:
             if not panic.boot_again:
                 return False
             # Emulation's fault: an instance would have come up.
@@ -137,7 +138,7 @@ class InstanceVm(threading.Thread):
 
     def _boot(self, imds_port: int) -> None:
         launch = self._launch
-        machine = qemu.VirtualMachine(
+        machine = VirtualMachine(
             disk=self.volume,
             writable=True,
             directory=launch.directory,
@@ -147,7 +148,6 @@ class InstanceVm(threading.Thread):
             user="",
             imds_port=imds_port,
             network=launch.network,
-            ports=(),
             instance_id=launch.instance_id,
         )
         self._endpoint = self._power.enter_context(machine)
@@ -161,7 +161,7 @@ class InstanceVm(threading.Thread):
             return
         deadline = time.monotonic() + SHUTDOWN_SECONDS
         try:
-            self._machine.press_power_button()
+            self._machine.execute("system_powerdown")
             while time.monotonic() < deadline:
                 self._machine.check_alive()
                 time.sleep(_LOOK_SECONDS)

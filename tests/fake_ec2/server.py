@@ -214,12 +214,12 @@ def main() -> None:
 
 
 def _machines(asked: argparse.Namespace) -> VmHypervisor:
-    from ami_builder import qemu
     from ami_builder.core.options import Network
+    from ami_builder.qemu.accelerator import choose_accelerator
     from tests.fake_ec2.hypervisor import VmHypervisor
 
     directory = Path(tempfile.mkdtemp(prefix="cloud-"))
-    accelerator, reason = qemu.choose_accelerator(
+    accelerator, reason = choose_accelerator(
         asked.instances, cache=directory / "accelerator.json", directory=directory
     )
     print(f"# {reason}", flush=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.qemu import Accelerator
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.system import processes
 from tests.fake_ec2.hypervisor import VmHypervisor
 from tests.fake_ec2.instance_vm import InstanceVm

@@ -16,13 +16,13 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import TypeAdapter
 
-from ami_builder import qemu
 from ami_builder.checks.login_times import AT_REST, LoginTimes
 from ami_builder.checks.machine_state import ANSWERS, Sections, sections
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Datasource, Role
 from ami_builder.core.records import CheckResult, Outcome, Verdict
 from ami_builder.core.units import Reserve
+from ami_builder.qemu.machine import MachineDied
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from tests import fake_programs as programs
@@ -126,7 +126,6 @@ class Fake:
         context: runner.Context = CONTEXT,
         timeout: float = 60,
         alive: Callable[[], None] = lambda: None,
-        share_connection: bool = True,
     ) -> tuple[CheckResult, ...]:
         return runner.run(
             files=files,
@@ -137,7 +136,6 @@ class Fake:
             directory=self.evidence,
             timeout=timeout,
             alive=alive,
-            share_connection=share_connection,
             on_result=self.seen.append,
             on_ready=lambda: self.ready_after.append(len(self.seen)),
             on_progress=self.progress.append,
@@ -769,9 +767,9 @@ def test_a_machine_that_is_gone_ends_it_at_once(fake: Fake, monkeypatch: pytest.
 
     def alive() -> None:
         if fake.seen:
-            raise qemu.MachineDied("the guest's kernel panicked")
+            raise MachineDied("the guest's kernel panicked")
 
-    with pytest.raises(qemu.MachineDied, match="panicked"):
+    with pytest.raises(MachineDied, match="panicked"):
         fake.run(own, alive=alive)
     assert [result.name for result in fake.seen] == ["own: a"]
 
@@ -785,22 +783,6 @@ def test_own_settings_of_a_folder_have_no_say(fake: Fake) -> None:
 def test_a_conftest_cannot_take_checks_away_unseen(fake: Fake) -> None:
     (fake.folder / "conftest.py").write_text("def pytest_collection_modifyitems(items):\n    items.clear()\n")
     assert "none in" in guard(fake.run(fake.file(GOOD)))
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_connection_is_shared_unless_told_otherwise(fake: Fake, share: bool) -> None:
-    fake.run(fake.file(GOOD), share_connection=share)
-    argv = (fake.folder / "argv").read_text()
-    assert "ControlMaster" not in argv
-    own = fake.evidence / "checks-boot" / "ssh_config-unshared"
-    assert own.exists() is not share
-    assert (str(own) in argv) is not share
-    if not share:
-        assert own.read_text().splitlines() == [
-            "ControlMaster no",
-            "ControlPath none",
-            f'Include "{fake.folder}/ssh_config"',
-        ]
 
 
 def test_digest_follows_content(tmp_path: Path) -> None:

@@ -114,7 +114,6 @@ def make(server: Server, key: Path, tmp_path: Path) -> Callable[..., Session]:
             port=port or server.port,
             user=user or getpass.getuser(),
             console_log=tmp_path / "console.log",
-            ports={},
         )
         return Session(endpoint, key=key, directory=tmp_path / name, **options)
 
@@ -537,7 +536,6 @@ def test_a_machine_without_an_open_port_is_reached_through_a_program(
         port=2222,
         user=getpass.getuser(),
         console_log=tmp_path / "console.log",
-        ports={},
         proxy_command="aws ssm start-session --target i-0123456789abcdef0 --parameters portNumber=%p",
     )
     with Session(endpoint, key=key, directory=tmp_path / "session", refused_pause=0.1) as session:

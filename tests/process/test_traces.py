@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.core.errors import BuildFailed
 from ami_builder.qemu import traces
+from ami_builder.qemu.traces import search
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def test_a_find_on_a_border_is_found_once(tmp_path: Path, where: int) -> None:
         file.write(b"\xff" * 48 * MIB)
         file.seek(at)
         file.write(b"needle, and a longer needle")
-    found = qemu.search(raw, [b"needle, and a longer", b"needle, and"], tmp_path)
+    found = search(raw, [b"needle, and a longer", b"needle, and"], tmp_path)
     assert [one.offset for one in found] == [at, at]
 
 
@@ -119,6 +119,6 @@ def test_what_an_overlay_hides_is_not_searched(tmp_path: Path) -> None:
     below = _disk(tmp_path / "below.qcow2", b"needle")
     above = tmp_path / "above.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, above], check=True)
-    assert [one.offset for one in qemu.search(above, [b"needle"], tmp_path)] == [5 * MIB + 4096]
+    assert [one.offset for one in search(above, [b"needle"], tmp_path)] == [5 * MIB + 4096]
     subprocess.run(["qemu-io", "-c", f"write -z {5 * MIB} 64k", above], check=True, capture_output=True)
-    assert qemu.search(above, [b"needle"], tmp_path) == []
+    assert search(above, [b"needle"], tmp_path) == []

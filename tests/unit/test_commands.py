@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder import __version__, qemu
+from ami_builder import __version__
 from ami_builder.build import build as build_module
 from ami_builder.cli import app as cli
 from ami_builder.core.errors import Interrupted
 from ami_builder.core.records import Outcome
 from ami_builder.qemu import target
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 from tests.stored_images import stored
@@ -224,10 +225,10 @@ def test_a_corrupt_base_stops_before_packer(
     base = tmp_path / "base.qcow2"
     base.write_bytes(b"QFI\xfb" + b"\0" * 2000)
 
-    def no_trial(*_: object, **__: object) -> tuple[qemu.Accelerator, str]:
+    def no_trial(*_: object, **__: object) -> tuple[Accelerator, str]:
         raise AssertionError("nothing may boot")
 
-    monkeypatch.setattr(qemu, "choose_accelerator", no_trial)
+    monkeypatch.setattr("ami_builder.qemu.bake.choose_accelerator", no_trial)
     settings = ["--set", f"base.source={base}", "--set", "base.ssh_user=debian"]
     settings += ["--set", "container.source=registry", "--set", "container.reference=127.0.0.1:1/dask:1"]
     assert cli.run([*settings, "build"]) in {2, 4}

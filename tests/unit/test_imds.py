@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ami_builder.core.errors import UsageError
-from ami_builder.qemu.imds import MAX_TOKEN_SECONDS, MAX_USER_DATA, InstanceMetadata, MetadataServer, Request
+from ami_builder.qemu.imds import MAX_TOKEN_SECONDS, MAX_USER_DATA, InstanceMetadata, MetadataServer
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGNnVmE0 someone"
 USER_DATA = b"#cloud-config\n\x00\xff binary \r\n"
@@ -276,7 +276,6 @@ def test_user_data_has_the_bound_of_ec2() -> None:
 )
 def test_requests_that_no_client_makes(server: MetadataServer, request_: bytes, status: bytes) -> None:
     assert raw(server, request_).split(b" ")[1] == status
-    assert server.requests[-1].status == int(status)
 
 
 def test_a_client_that_hangs_up_leaves_no_trace(
@@ -286,21 +285,6 @@ def test_a_client_that_hangs_up_leaves_no_trace(
         raw(server, data)
     assert get(server, "/latest/meta-data/ami-id")[0] == 200
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_log_has_requests_and_no_secrets(server: MetadataServer) -> None:
-    secret = token(server)
-    ask(server, "GET", "/latest/user-data", {TOKEN: secret})
-    ask(server, "GET", f"/latest/meta-data/?token={secret}")
-    raw(server, b"GET /a\x1b[31mred HTTP/1.0\r\n\r\n")
-    assert server.requests == (
-        Request("PUT", "/latest/api/token", 200),
-        Request("GET", "/latest/user-data", 200),
-        Request("GET", "/latest/meta-data/", 401),
-        Request("GET", "/a%1B%5B31mred", 401),
-    )
-    assert secret not in repr(server.requests)
-    assert "binary" not in repr(server.requests)
 
 
 def test_it_listens_on_loopback_only_and_stops() -> None:

@@ -15,7 +15,7 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Mode, open_progress
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import CheckResult, Endpoint, Measurement, Outcome
-from ami_builder.qemu import GuestStuck, boot_again
+from ami_builder.qemu.machine import GuestStuck, boot_again
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import ssh
 from ami_builder.system.ssh import Session as RealSession
@@ -63,9 +63,7 @@ class Guest:
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         self.now += LAUNCH
         self.began = self.now
-        return Endpoint(
-            address="127.0.0.1", port=22, user="admin", console_log=directory / "console.log", ports={}
-        )
+        return Endpoint(address="127.0.0.1", port=22, user="admin", console_log=directory / "console.log")
 
     def check_alive(self) -> None: ...
 

@@ -9,19 +9,19 @@ from typing import Any, cast
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.aws.machine import Ec2Machine
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import TimedOut
 from ami_builder.core.records import Endpoint
 from ami_builder.qemu import target
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.qemu.target import QemuMachine
 from ami_builder.state.ledger import Ledger
 from ami_builder.system import host_load, ssh
 from ami_builder.system.processes import Completed
 from tests.sample_image import GIB, image
 
-TCG, KVM = qemu.Accelerator.TCG, qemu.Accelerator.KVM
+TCG, KVM = Accelerator.TCG, Accelerator.KVM
 
 
 class Host:
@@ -38,12 +38,12 @@ class Host:
 class Qemu:
     """A VM, of which only the process is there."""
 
-    def __init__(self, of: Host, accelerator: qemu.Accelerator) -> None:
+    def __init__(self, of: Host, accelerator: Accelerator) -> None:
         self.host, self.accelerator, self.pid = of, accelerator, 100
         of.used[self.pid] = 0.0
 
     def __enter__(self) -> Endpoint:
-        return Endpoint(address="127.0.0.1", port=22, user="admin", console_log=Path("console.log"), ports={})
+        return Endpoint(address="127.0.0.1", port=22, user="admin", console_log=Path("console.log"))
 
     def __exit__(self, *_: object) -> None: ...
 
@@ -91,8 +91,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Host:
 @pytest.fixture
 def local(
     here: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[[qemu.Accelerator], tuple[QemuMachine, ssh.Session]]:
-    def start(accelerator: qemu.Accelerator) -> tuple[QemuMachine, ssh.Session]:
+) -> Callable[[Accelerator], tuple[QemuMachine, ssh.Session]]:
+    def start(accelerator: Accelerator) -> tuple[QemuMachine, ssh.Session]:
         monkeypatch.setattr(target, "VirtualMachine", lambda **_: Qemu(here, accelerator))
         machine = QemuMachine(image=image(), disk=tmp_path / "disk", accelerator=accelerator, memory=2 * GIB)
         with ExitStack() as stack:
@@ -102,12 +102,12 @@ def local(
     return start
 
 
-Local = Callable[[qemu.Accelerator], tuple[QemuMachine, ssh.Session]]
+Local = Callable[[Accelerator], tuple[QemuMachine, ssh.Session]]
 
 
 @pytest.mark.parametrize("accelerator", [TCG, KVM])
 def test_a_boots_cpu_seconds_are_those_of_its_process(
-    local: Local, here: Host, accelerator: qemu.Accelerator
+    local: Local, here: Host, accelerator: Accelerator
 ) -> None:
     machine, session = local(accelerator)
     here.used[machine.emulator] = 134.5

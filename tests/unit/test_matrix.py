@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.aws import matrix
 from ami_builder.aws.matrix import Job, JobResult, jobs_of, require_results, run_job, run_jobs
 from ami_builder.build.verify import Located, verify_images
@@ -43,6 +42,7 @@ from ami_builder.core.records import (
     TargetKind,
     Verdict,
 )
+from ami_builder.qemu.machine import GuestStuck, MachineDied
 from ami_builder.state.workspace import StoredImage, Workspace, load
 from ami_builder.system import ssh
 from ami_builder.verify import executor as cluster
@@ -352,8 +352,8 @@ def test_checks_of_the_user_travel_with_what_lies_beside_them(
 
 ERRORS = [
     *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, AmiBuilderError)),
-    qemu.MachineDied,
-    qemu.GuestStuck,
+    MachineDied,
+    GuestStuck,
     ssh.Unreachable,
 ]
 

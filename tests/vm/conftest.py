@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.config import loading
 from ami_builder.core.options import Network, Role
 from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.qemu import imds
+from ami_builder.qemu.accelerator import choose_accelerator
+from ami_builder.qemu.disks import create_overlay
+from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.machine import VirtualMachine, boot_again
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes, ssh
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import journey, runner
+from tests.saved_vm import SavedVm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -112,7 +116,7 @@ def image() -> Image:
 class Booted:
     """A machine of the built image, and how to check it again and again."""
 
-    machine: qemu.VirtualMachine
+    machine: VirtualMachine
     session: ssh.Session
     context: runner.Context
     directory: Path
@@ -125,15 +129,20 @@ class Booted:
         self, name: str, *, phase: str = "restart", shared: bool = True, timeout: float = DASK_SECONDS
     ) -> dict[str, CheckResult]:
         """Run the shipped checks and return their results by name."""
+        config = self.session.config
+        if not shared:
+            # ssh uses the first value that it reads.
+            own = f'ControlMaster no\nControlPath none\nInclude "{config.resolve()}"\n'
+            config = self.directory / "ssh_config-unshared"
+            config.write_text(own)
         results = runner.run(
             files=runner.shipped(checks_dir()),
-            ssh_config=self.session.config,
+            ssh_config=config,
             host=ssh.HOST,
             phase=phase,
             context=replace(self.context, timeout=timeout),
             directory=self.directory / name,
             timeout=timeout,
-            share_connection=shared,
         )
         return {result.name: result for result in results}
 
@@ -182,15 +191,16 @@ def running(
     disk: Path,
     directory: Path,
     *,
-    accelerator: qemu.Accelerator,
+    accelerator: Accelerator,
     memory: int = 2 * GIB,
     network: Network = Network.ISOLATED,
+    kind: type[VirtualMachine] = VirtualMachine,
     **more: Any,
 ) -> Iterator[Booted]:
-    """Start a VM and wait for ssh; `more` are other settings of qemu.VirtualMachine."""
+    """Start a VM and wait for ssh; `more` are other settings of VirtualMachine."""
     with ExitStack() as stack:
         server = stack.enter_context(imds.MetadataServer(instance.metadata))
-        machine = qemu.VirtualMachine(
+        machine = kind(
             disk=disk,
             directory=directory / "machine",
             memory=memory,
@@ -231,10 +241,10 @@ def booted(image: Image, disk: Path, directory: Path, **more: Any) -> Iterator[B
         yield machine
 
 
-def accelerator(disk: Path, directory: Path) -> qemu.Accelerator:
+def accelerator(disk: Path, directory: Path) -> Accelerator:
     """Return what the build chose, or choose."""
     cache = HOME / "cache" / "accelerator.json"
-    return qemu.choose_accelerator(disk, cache=cache, directory=directory)[0]
+    return choose_accelerator(disk, cache=cache, directory=directory)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +252,7 @@ class Saved:
     """A VM that has come up once and was saved with its memory, for all tests that break one."""
 
     instance: Instance
-    accelerator: qemu.Accelerator
+    accelerator: Accelerator
     disk: Path
     """An overlay of the built image, of a few megabytes."""
     memory: Path
@@ -252,7 +262,7 @@ def savable(
     image: Image, it: Saved, disk: Path, directory: Path, **more: Any
 ) -> AbstractContextManager[Booted]:
     """Start the VM that is to be saved, or one that goes on, on a disk that takes its writes."""
-    more |= {"accelerator": it.accelerator, "bus": qemu.Bus.VIRTIO, "writable": True}
+    more |= {"accelerator": it.accelerator, "kind": SavedVm, "writable": True}
     return running(image, it.instance, disk, directory, **more)
 
 
@@ -274,16 +284,17 @@ def saved(
             disk=folder / "disk.qcow2",
             memory=folder / "memory",
         )
-        qemu.create_overlay(source, found.disk, image.verify.disk_size)
+        create_overlay(source, found.disk, image.verify.disk_size)
         with savable(image, found, found.disk, folder) as machine:
             machine.root("systemctl is-system-running --wait", check=False)
             machine.root("until dask-health; do sleep 1; done; systemctl stop dask; sync")
             # A login would be missing its other end.
             machine.session.drop()
+            assert isinstance(machine.machine, SavedVm)
             machine.machine.save(found.memory)
         return found
 
-    saved = qemu.boot_again(boot, lambda: True)
+    saved = boot_again(boot, lambda: True)
     yield saved
     saved.memory.unlink()
 

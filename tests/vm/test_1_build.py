@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.qemu import traces
+from ami_builder.qemu.traces import search
 from ami_builder.system import processes
 from tests.vm.conftest import GIB, ami_builder
 
@@ -43,7 +44,7 @@ def test_the_build_is_verified_on_every_start(built: Mapping[str, Any]) -> None:
 def test_the_image_is_small_and_sound(built: Mapping[str, Any]) -> None:
     disk = Path(built["artifact"]["location"])
     assert disk.stat().st_size == built["artifact"]["size"] < 700 * MEGABYTE
-    qemu.check_image(disk)
+    subprocess.run(["qemu-img", "check", "-q", disk], check=True)
     packages = (disk.parent / "packages.txt").read_text()
     for name in ("docker.io=", "cloud-init=", "linux-image-cloud-amd64="):
         assert f"\n{name}" in packages
@@ -107,7 +108,7 @@ def test_no_secret_is_in_the_raw_disk(built: Mapping[str, Any], workspace: Works
     assert "ssh-ed25519 " in identity
     assert traces.require_clean(disk, identity, tmp_path) >= 6
     variable, key = b"AVAILABLE_MEMORY_FOR_DASK", b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk"
-    assert {found.content for found in qemu.search(disk, [variable, key], tmp_path)} == {variable}
+    assert {found.content for found in search(disk, [variable, key], tmp_path)} == {variable}
 
 
 def test_the_disk_holds_no_trace_of_the_builder(built: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.core.options import Network
+from ami_builder.qemu.hardware import HOST_ADDRESS
+from ami_builder.qemu.machine import boot_again
 from ami_builder.system import processes
 from tests.experiment.user_data import UNLIMITED
 from tests.real_dask import scheduler
@@ -46,9 +47,9 @@ def test_each_worker_of_a_cluster_is_judged_by_its_own_machine(
                 where.mkdir(parents=True)
                 return stack.enter_context(booted(image, disk, where, memory=GIB, network=Network.NAT))
 
-            machine = qemu.boot_again(boot, lambda: True)
+            machine = boot_again(boot, lambda: True)
             port = stack.enter_context(machine.forwarded(WORKER_PORT))
-            compose = _compose(image, name, address.replace("127.0.0.1", qemu.HOST_ADDRESS), port)
+            compose = _compose(image, name, address.replace("127.0.0.1", HOST_ADDRESS), port)
             machine.root("systemctl is-system-running --wait", check=False)
             machine.session.run("cat >/etc/dask/compose.yaml", sudo=True, stdin=json.dumps(compose))
             if name == "unlimited":

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder import qemu
 from ami_builder.build import base_image
 from ami_builder.config import loading
 from ami_builder.qemu import traces
+from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.state.workspace import Workspace
 from tests.conftest import WHOLE
 from tests.fake_ec2.hypervisor import VmHypervisor
@@ -40,9 +40,7 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[VmHypervisor]:
     log = tmp_path / "base.log"
     digest = base.resolve(workspace, log, refresh=False)
     disk = base.make(workspace, digest, "disk.qcow2", log, lambda line: None) / "disk.qcow2"
-    accelerator, _ = qemu.choose_accelerator(
-        disk, cache=workspace.cache / "accelerator.json", directory=tmp_path
-    )
+    accelerator, _ = choose_accelerator(disk, cache=workspace.cache / "accelerator.json", directory=tmp_path)
     with VmHypervisor(
         base=disk, directory=tmp_path / "cloud", accelerator=accelerator, memory={TYPE: MIB}
     ) as machines:

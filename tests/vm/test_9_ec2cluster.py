@@ -14,8 +14,9 @@ import pytest
 import yaml
 from distributed import Client
 
-from ami_builder import qemu
 from ami_builder.core.options import Network
+from ami_builder.qemu.disks import create_overlay
+from ami_builder.qemu.hardware import HOST_ADDRESS
 from ami_builder.system.processes import wait_until
 from tests.real_dask import scheduler
 from tests.vm.conftest import HOME, ROOT, Booted, Instance, accelerator, running
@@ -83,10 +84,10 @@ def test_each_way_to_start_a_container_has_the_limit(
     cloud-init runs the command once for an instance. After the reboot it is typed by hand.
     """
     source, disk = Path(built["artifact"]["location"]), tmp_path / "disk.qcow2"
-    qemu.create_overlay(source, disk, image.verify.disk_size)
+    create_overlay(source, disk, image.verify.disk_size)
     rows: list[Row] = []
     with scheduler(tmp_path) as address, Client(address) as client:
-        ours = address.replace("127.0.0.1", qemu.HOST_ADDRESS)
+        ours = address.replace("127.0.0.1", HOST_ADDRESS)
         sent = {
             name: user_data(image.container.reference, at) for name, at in ((SCHEDULER, None), (WORKER, ours))
         }
