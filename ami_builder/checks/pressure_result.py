@@ -70,7 +70,6 @@ class PressureResult:
     memcg: str
     limit: int | None
     """The container's; None without one."""
-    total: int
     beside: int
     """Memory of everything in the container but its workers, when they are back and idle."""
     scheduler: int
@@ -106,7 +105,6 @@ class PressureResult:
             return cls(
                 memcg=text["memcg"].strip(),
                 limit=None if limit == "max" else int(limit),
-                total=numbers(text["meminfo"])["MemTotal"],
                 beside=unreclaimable(numbers(text["memory.stat"])) - workers,
                 scheduler=own.get(dask.get("scheduler", 0), 0),
                 idle=workers,

@@ -9,10 +9,10 @@ import pytest
 from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import MachineState, exact_size
 from ami_builder.core.options import Datasource
+from ami_builder.core.units import MIB
 
 pytestmark = pytest.mark.first_boot
 
-MIB = 1 << 20
 CLOUD_IDS = {Datasource.EC2: "aws", Datasource.NOCLOUD: "nocloud"}
 
 

@@ -2,8 +2,7 @@
 
 from ami_builder.checks.context import Context
 from ami_builder.checks.machine_state import CLOCK_SECONDS, VARIABLE, ContainerState, MachineState, exact_size
-
-MIB = 1 << 20
+from ami_builder.core.units import MIB
 
 
 def available_now(machine: MachineState, context: Context) -> int:

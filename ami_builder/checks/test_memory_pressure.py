@@ -12,11 +12,10 @@ from ami_builder.checks.machine_state import exact_size
 from ami_builder.checks.plugin import BLOCKED, INCONCLUSIVE
 from ami_builder.checks.pressure_result import EndedBy, PressureResult
 from ami_builder.core import oom
+from ami_builder.core.units import GIB, MIB
 
 pytestmark = pytest.mark.pressure
 
-MIB = 1 << 20
-GIB = 1 << 30
 KILLED = 137
 """Exit status of what the kernel killed."""
 

@@ -25,7 +25,6 @@ class LedgerEntry:
     number: int
     kind: Resource
     region: str
-    intended: datetime
     find: Mapping[str, str] = field(default_factory=dict)
     """How to find it without an id: `run`, `name`, `token` …"""
     id: str = ""
@@ -44,9 +43,7 @@ class Ledger:
     def intend(self, kind: Resource, region: str, **find: str) -> LedgerEntry:
         """Record a resource before the call that creates it, and how it can be found."""
         with self._lock:
-            entry = LedgerEntry(
-                number=self._next, kind=kind, region=region, intended=datetime.now(UTC), find=dict(find)
-            )
+            entry = LedgerEntry(number=self._next, kind=kind, region=region, find=dict(find))
             self._next += 1
             jsonl.append(
                 self.path,
@@ -55,7 +52,7 @@ class Ledger:
                     "number": entry.number,
                     "kind": str(kind),
                     "region": region,
-                    "at": entry.intended.isoformat(),
+                    "at": datetime.now(UTC).isoformat(),
                     "find": dict(find),
                 },
             )
@@ -86,7 +83,6 @@ def read(path: Path) -> tuple[LedgerEntry, ...]:
                         number=number,
                         kind=Resource(line["kind"]),
                         region=line["region"],
-                        intended=datetime.fromisoformat(line["at"]),
                         find=dict(line["find"]),
                     )
                 case "made":

@@ -257,7 +257,6 @@ def output(
     *,
     what: str | None = None,
     env: Mapping[str, str] | None = None,
-    stdin: str | None = None,
     timeout: float = 60.0,
     error: type[AmiBuilderError] = BuildFailed,
 ) -> str:
@@ -271,8 +270,7 @@ def output(
         done = subprocess.run(
             [str(a) for a in argv],
             env=environment() if env is None else dict(env),
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
