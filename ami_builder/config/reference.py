@@ -74,12 +74,9 @@ def descriptions() -> Mapping[str, str]:
     for cls in ast.parse(inspect.getsource(schema)).body:
         if isinstance(cls, ast.ClassDef) and cls.name in classes:
             for field, docstring in pairwise(cls.body):
-                match field, docstring:
-                    case (
-                        ast.AnnAssign(target=ast.Name(id=name)),
-                        ast.Expr(value=ast.Constant(value=str(text))),
-                    ):
-                        found[classes[cls.name] + name] = " ".join(text.split())
+                if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+                    text = ast.literal_eval(docstring.value)
+                    found[classes[cls.name] + ast.unparse(field.target)] = " ".join(text.split())
     return found
 
 

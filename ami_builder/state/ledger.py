@@ -89,6 +89,8 @@ def read(path: Path) -> tuple[LedgerEntry, ...]:
                     entries[number] = replace(entries[number], id=line["id"])
                 case "gone":
                     entries[number] = replace(entries[number], deleted=True)
+                case _:  # of a later version
+                    continue
         except (ValueError, KeyError, TypeError):
             continue
     return tuple(entries.values())

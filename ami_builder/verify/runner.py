@@ -161,6 +161,8 @@ class _Tally:
                 self._result(event["name"], Outcome.FAILED, event["message"])
             case "finished":
                 self.finished = True
+            case other:
+                raise ValueError(f"unknown event {other!r}")
 
     def close(self, reason: str, log: Path) -> None:
         """Add a failed guard if the results can't be trusted; `reason` is why pytest ended badly."""
