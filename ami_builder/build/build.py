@@ -1,7 +1,5 @@
 """`ami-builder build`: returns the verified image if nothing has changed, else bakes and verifies one."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The rules of channels: which image is the current one of `stable`, say. Only verified images get there."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import platform

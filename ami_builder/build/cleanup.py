@@ -1,7 +1,5 @@
 """Cleaning up at all targets of the configured images: one plan for all, then its execution."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta

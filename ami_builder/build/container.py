@@ -1,7 +1,5 @@
 """The image of the Dask container: built here as an archive, or pulled from a registry while baking."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Renders the files that land in the image."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 

@@ -1,7 +1,5 @@
 """The inputs of an image, and their digest."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet

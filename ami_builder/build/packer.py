@@ -1,7 +1,5 @@
 """Packer: its version, the staged template of a run, the bake."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

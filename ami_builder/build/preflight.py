@@ -1,7 +1,5 @@
 """The part of `ami-builder check` that all targets share: open settings, tools, disk space."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

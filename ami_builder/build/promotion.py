@@ -1,7 +1,5 @@
 """One move of a channel at every target where the image is promoted: its home, and its copies."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ami_builder.build import channels

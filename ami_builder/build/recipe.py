@@ -1,7 +1,5 @@
 """Recipes: results of the scripts in scripts/, cached by the digest of everything that goes into them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

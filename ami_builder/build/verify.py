@@ -1,7 +1,5 @@
 """`ami-builder verify`: boots finished images and keeps a verdict with each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What puts a promotion on hold: how much a new image can differ from the current one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -6,8 +6,6 @@ a nightly run that was killed continues where it stopped. A region that fails do
 channel is unchanged, and the next run tries it again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Texts about a nightly run for people: one line, a chat message, and a page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Whether VMs run under KVM on this host, found out by running one."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Bakes a disk from inputs: base and container in parallel, then Packer, then a search of the raw disk."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The channels of images on this host: one file beside the images of a name, replaced at each move."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace

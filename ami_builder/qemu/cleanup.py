@@ -1,7 +1,5 @@
 """`ami-builder prune` on this host: images, caches and records that nothing needs."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

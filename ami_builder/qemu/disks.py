@@ -1,7 +1,5 @@
 """Disk images, as qemu-img sees them, and the NoCloud seed."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass

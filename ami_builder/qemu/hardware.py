@@ -1,7 +1,5 @@
 """The hardware that a VM has: processor, firmware, root disk, and the looks of an EC2 instance."""
 
-from __future__ import annotations
-
 import uuid
 from enum import StrEnum
 from pathlib import Path

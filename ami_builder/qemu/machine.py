@@ -1,7 +1,5 @@
 """A VM that boots an image the way EC2 would, on a throw-away overlay."""
 
-from __future__ import annotations
-
 import re
 import signal
 import socket

@@ -1,7 +1,5 @@
 """`ami-builder check` on this host: what would stop a build, found without building."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

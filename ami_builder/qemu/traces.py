@@ -4,8 +4,6 @@ They are searched for one by one, because every image has some private keys: Gnu
 their tests. The raw bytes also have deleted files and the file system's journal.
 """
 
-from __future__ import annotations
-
 import base64
 import errno
 import os

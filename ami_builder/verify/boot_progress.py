@@ -1,7 +1,5 @@
 """What a machine is doing until ssh answers, according to its console."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How long a build or a verification takes on this host: from earlier runs, or from the bake's boot."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Takes one machine through the phases: first boot, service restart, reboot, memory pressure."""
 
-from __future__ import annotations
-
 import secrets
 import shutil
 import time

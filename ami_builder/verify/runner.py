@@ -1,7 +1,5 @@
 """Runs the checks against a booted machine: pytest in a process of its own, with guards around it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

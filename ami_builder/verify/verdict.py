@@ -1,7 +1,5 @@
 """Verdicts on images: what they are bound to, whether they still hold, and the errors for bad ones."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
