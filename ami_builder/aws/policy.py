@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ami_builder.aws import tags as tagging
-from ami_builder.config.schema import AwsSettings
 from ami_builder.core.options import Connect
+
+if TYPE_CHECKING:  # `--help` needs no pydantic
+    from ami_builder.config.schema import AwsSettings
 
 _RUN = tagging.RUN
 _ASKED: dict[str, Any] = {"Null": {f"aws:RequestTag/{_RUN}": "false"}}
@@ -67,6 +69,8 @@ def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str
     `aws` limits it to its region, and to those of its copies for AMIs and channels, and adds what its
     settings need: an instance profile, KMS keys, spot, Session Manager, an SSM parameter.
     """
+    from ami_builder.config.schema import AwsSettings
+
     wanted = Section(section)
     statements: dict[str, dict[str, Any]] = {}
     for row in _rows(aws or AwsSettings()):
