@@ -148,8 +148,7 @@ def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> Sequence[Ma
     `owned` must be every AMI of the account. Raises CloudFailed when a list can't be read.
     """
     used = {snapshot for ami in owned for snapshot in ami.snapshots}
-    tagged = [{"Name": "tag-key", "Values": [tagging.RUN]}]
-    found = account.listed("describe_snapshots", "Snapshots", OwnerIds=["self"], Filters=tagged)
+    found = account.matching("describe_snapshots", "Snapshots", "tag-key", [tagging.RUN], OwnerIds=["self"])
     if found := [one for one in found if one["SnapshotId"] not in used]:
         used = {snapshot for ami in _listed(account, ExecutableUsers=["self"]) for snapshot in ami.snapshots}
     return [one for one in found if one["SnapshotId"] not in used]

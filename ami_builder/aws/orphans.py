@@ -155,10 +155,9 @@ def _images_and_snapshots(
     Packer may be killed between deregistering an AMI and deleting its snapshots.
     """
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
-    every = account.listed("describe_images", "Images", Owners=["self"])
     using: dict[str, str] = {}
     ours: dict[str, FoundResource] = {}
-    for image in every:
+    for image in account.listed("describe_images", "Images", Owners=["self"]):
         for snapshot in images.snapshot_ids(image):
             using[snapshot] = image["ImageId"]
         name, created = image.get("Name", ""), _time(image.get("CreationDate"))

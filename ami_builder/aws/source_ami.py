@@ -37,9 +37,9 @@ def resolve(account: Account, source: str) -> BaseAmi:
     Raises UsageError when there is none or it can't be the base of an image, CloudFailed.
     """
     if source.startswith("ami-"):
-        return _checked(_by_id(account, source, source), source)
+        return _checked(account, source, source)
     if source.startswith("ssm:"):
-        return _checked(_by_id(account, _parameter(account, source[4:]), source), source)
+        return _checked(account, _parameter(account, source[4:]), source)
     owner, _, pattern = source.partition("/")
     return _newest(account, owner, pattern, source)
 
@@ -99,16 +99,12 @@ def _parameter(account: Account, name: str) -> str:
     return value
 
 
-def _by_id(account: Account, ami: str, source: str) -> ImageTypeDef:
-    if (found := images.describe(account, ami)) is not None:
-        return found
-    raise UsageError(
-        f"aws.source: there is no AMI {ami} in {account.region} that these credentials can use",
-        hint="AMI ids differ between regions" if source == ami else None,
-    )
-
-
-def _checked(image: ImageTypeDef, source: str) -> BaseAmi:
+def _checked(account: Account, ami: str, source: str) -> BaseAmi:
+    if (image := images.describe(account, ami)) is None:
+        raise UsageError(
+            f"aws.source: there is no AMI {ami} in {account.region} that these credentials can use",
+            hint="AMI ids differ between regions" if source == ami else None,
+        )
     if image.get("State") != "available":
         raise UsageError(f"aws.source: {source} is {image.get('State', 'missing')}, but must be available")
     if _deprecated(image):

@@ -51,7 +51,9 @@ def with_lifetime(user_data: str, seconds: float, public_key: str = "") -> str:
         parts.append(_part(user_data))
     if public_key:
         parts.append(MIMEText(_KEY.format(public_key=public_key.strip()), "cloud-config"))
-    joined = MIMEMultipart(boundary=_boundary(user_data))
+    # Derived from the text: a RunInstances retried with its client token must be identical.
+    boundary = hashlib.sha256(user_data.encode()).hexdigest()[:24]
+    joined = MIMEMultipart(boundary=f"ami-builder-{boundary}")
     for part in parts:
         del part["MIME-Version"]
         joined.attach(part)
@@ -69,8 +71,3 @@ def _part(user_data: str) -> Message:
         return email.message_from_string(user_data)
     # cloud-init detects the type of plain text by its first line.
     return MIMEText(user_data, "plain")
-
-
-def _boundary(user_data: str) -> str:
-    # Derived from the text: a RunInstances retried with its client token must be identical.
-    return f"ami-builder-{hashlib.sha256(user_data.encode()).hexdigest()[:24]}"
