@@ -121,7 +121,9 @@ def verify(
     if flag := next((flag for flag, value in useless.items() if value), None):
         where = stored.artifact.location
         raise UsageError(f"{flag}: it is for {of}, but {where} is not one", hint=f"leave out {flag}")
-    copies = located(home.elsewhere(region or ()), chosen, stored)
+    # Without --region the AMI is verified where it is, which may not be where images are baked now.
+    where_it_is = [stored.artifact.region] if stored.artifact.region else []
+    copies = located(home.elsewhere(region or where_it_is), chosen, stored)
     with console.open_progress(mode()) as progress:
         verified = verify_images(chosen, copies, open_workspace(), progress)
     if as_json:

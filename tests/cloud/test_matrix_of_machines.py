@@ -192,6 +192,14 @@ def test_a_region_without_the_ami_is_named(cloud: Cloud, crew: Crew) -> None:
     assert f"--region {OTHER}" in ran.err
 
 
+def test_without_a_region_an_ami_is_verified_where_it_is(cloud: Cloud, crew: Crew) -> None:
+    """Not where images are baked now: the setting may have changed since."""
+    ami = built()
+    told = answer("--set", f"aws.region={OTHER}", "verify", "--target", "aws", *FLAGS)
+    assert [(one["region"], one["ami"]) for one in told["amis"]] == [("us-east-1", ami)]
+    assert verdict_tag(cloud, ami, "us-east-1") == "passed"
+
+
 def test_one_type_without_capacity_does_not_hide_the_others(cloud: Cloud, crew: Crew) -> None:
     ami = built()
     cloud.options.no_capacity = {("m5.large", "*")}
