@@ -1,3 +1,3 @@
-"""Bake VM images for Dask whose memory limit is right, and prove it on a booted machine."""
+"""Build VM images for Dask with the right memory limit, and verify them on a booted VM or instance."""
 
 __version__ = "0.1.0"

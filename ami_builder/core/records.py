@@ -209,7 +209,7 @@ class RegionResult:
     """The result of a nightly run in one region."""
 
     place: str
-    """`this machine` or the region."""
+    """`this host` or the region; `this machine` in records of older versions."""
     id: str
     """The image's digest or AMI id there; empty if it did not get there."""
     ending: NightlyStatus
