@@ -159,7 +159,8 @@ def _night_ended(record: NightlyRun) -> tuple[Tone, str, str]:
 def _run_of(one: RecordedNightlyRun, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
     """Return the run that a nightly run made, else the run that verified the image it found."""
     record = one.night
-    same = [run for run in known if record.digest and run.record.digest == record.digest]
+    # A part of a run (one machine of an AMI) has no verdict.
+    same = [r for r in known if record.digest and r.record.digest == record.digest and not r.is_part]
     about = [run for run in same if run.when <= one.when]
     noted = (NightlyJournal(one.directory).find(NightlyStep.BUILT) or {}).get("run")
     verified = [run for run in about if run.record.verdict is not None]

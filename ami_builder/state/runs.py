@@ -31,6 +31,11 @@ class RecordedRun:
         return self.record.started
 
     @property
+    def is_part(self) -> bool:
+        """Whether it is one machine of another run, with whose id its own begins (`Workspace.run`)."""
+        return "." in self.id
+
+    @property
     def baked(self) -> StoredImage | None:
         """The image that this run made, as recorded then; it may have changed or be deleted since."""
         artifact = self.record.artifact
@@ -86,15 +91,24 @@ def nightly_runs(workspace: Workspace) -> tuple[RecordedNightlyRun, ...]:
 def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNightlyRun:
     """Return the run or nightly run whose id begins with a word, or whose folder it names.
 
-    Without a word, return the last one. Raises UsageError with the most similar id.
+    Without a word, return the last one. A part of a run is found by more than the run's own id. Raises
+    UsageError with the most similar id.
     """
-    known: list[RecordedRun | RecordedNightlyRun] = [*runs(workspace), *nightly_runs(workspace)]
+    recorded = runs(workspace)
+    parts = [run for run in recorded if run.is_part]
+    whole: list[RecordedRun | RecordedNightlyRun] = [
+        *(run for run in recorded if not run.is_part),
+        *nightly_runs(workspace),
+    ]
+    known = [*whole, *parts]
     if word is None:
         if not known:
             raise UsageError("no run is recorded yet", hint="`ami-builder build` builds an image")
-        return max(known, key=lambda one: one.when)
+        return max(whole or known, key=lambda one: one.when)
     begin = Path(word).resolve().name if Path(word).is_dir() else word
-    matching = [one for one in known if begin and one.id.startswith(begin)]
+    # The id of a run is the beginning of those of its parts too.
+    matching = [one for one in whole if begin and one.id.startswith(begin)]
+    matching = matching or [one for one in parts if begin and one.id.startswith(begin)]
     if len(matching) == 1:
         return matching[0]
     if matching:

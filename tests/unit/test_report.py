@@ -629,6 +629,22 @@ def test_the_command_takes_the_last_or_what_is_named(
     assert ask()[1] == str(directory / "report.html")
 
 
+def test_a_run_of_several_machines_comes_before_its_parts(workspace: Workspace) -> None:
+    """Each machine of an AMI has a record too, which starts later and has no verdict."""
+    run = build(workspace, 0)
+    part = replace(
+        run.record, run_id=f"{run.id}.0a1b2c", verdict=None, started=run.when + timedelta(minutes=1)
+    )
+    dump(part, workspace.runs_dir / part.run_id / "record.json")
+    for word in (None, run.id, run.id[:8]):
+        assert runs.find(workspace, word) == run
+    assert runs.find(workspace, part.run_id[:-1]).id == part.run_id
+    told = night(run)
+    directory = workspace.nightly_dir / "dask.aws" / told.id
+    save_nightly_run(told, directory, workspace)
+    assert "all equal" in Parsed((directory / "report.html").read_text()).text
+
+
 def test_of_a_night_a_run_shows_its_own_steps(workspace: Workspace) -> None:
     run = build(workspace, 0)
     other = StepRecord(name="build other", seconds=500.0, status=RunStatus.PASSED)
