@@ -113,7 +113,6 @@ def _make(
             evidence = run.directory / "machines"
             at = Located(target=target, stored=stored)
             stored, verdict = verify(inputs.image, at, run, child, evidence)
-        run.update(verdict=verdict)
         require_passed(verdict, evidence, f"ami-builder verify {stored.artifact.location}")
     return stored
 

@@ -89,6 +89,7 @@ def verify(image: Image, at: Located, run: Run, step: Step, evidence: Path) -> t
     up.
     """
     verdict = verdict_of(image, at.stored, at.target.verify(image, at.stored, run, step, evidence))
+    run.update(verdict=verdict)  # first, as keeping it can fail
     if not replaces(verdict, at.stored.verdict):
         return at.stored, verdict
     return at.target.keep_verdict(at.stored, verdict), verdict

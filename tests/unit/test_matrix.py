@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import socket
@@ -287,6 +288,17 @@ def test_an_inconclusive_region_is_named_with_what_to_run_again(tmp_path: Path) 
     )
     kept = [verdict.outcome for one in regions for verdict in one.kept]
     assert kept == [Outcome.PASSED, Outcome.INCONCLUSIVE]
+
+
+def test_a_verdict_that_can_not_be_kept_is_in_the_record_of_the_run(tmp_path: Path) -> None:
+    class Refused(Region):
+        def keep_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
+            raise CloudFailed("no permission to tag")
+
+    with pytest.raises(CloudFailed, match="no permission"):
+        verify([Refused(name="machines")], tmp_path)
+    (record,) = (tmp_path / "state" / "runs").glob("*/record.json")
+    assert json.loads(record.read_text())["verdict"]["results"]
 
 
 def test_a_job_is_a_run_of_its_own_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
