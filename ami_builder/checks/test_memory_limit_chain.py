@@ -52,7 +52,7 @@ def test_docker_has_the_variable(container: ContainerState, variable: int) -> No
 
 
 def test_systemd_has_the_variable(machine: MachineState, variable: int) -> None:
-    """systemd limits every container that does not ask for a limit itself, whoever starts it."""
+    """systemd limits every container that does not ask for a limit itself, however it was started."""
     assert f"MemoryMax={variable}" in machine.lines("scope"), (
         f"docker-.scope.d/10-dask.conf has {machine.lines('scope') or 'nothing'}, {VARIABLE} is {variable}"
     )
