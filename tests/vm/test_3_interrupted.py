@@ -101,7 +101,7 @@ def test_a_second_build_is_refused_and_kill_9_leaves_no_machine(
         _wait_for_packer(workspace, runs, tmp_path / "log")
         second = ami_builder(*OTHER, "build")
         assert second.status == 8
-        assert f"process {process.pid} " in second.stderr
+        assert f"(process {process.pid}, " in second.stderr
         assert process.poll() is None, "it was not waited for"
         process.kill()
         process.wait()
