@@ -203,7 +203,7 @@ def check_ended(ran: Ran, seconds: float, allowed: Sequence[int]) -> None:
     """Raise Leak unless a command ended as documented, in time, and with words for people."""
     if ran.status not in allowed:
         raise Leak(f"exit status {ran.status}: {ran.err}")
-    if "Traceback" in ran.err or "internal error" in ran.err:
+    if "Traceback" in ran.err or "this is an internal error" in ran.err:
         raise Leak(ran.err)
     if seconds > BOUND:
         raise Leak(f"it took {seconds:.0f} s: {ran.err}")
