@@ -1,4 +1,4 @@
-"""The command that a timer runs every night."""
+"""The unattended pipeline, as a command for a timer."""
 
 from __future__ import annotations
 

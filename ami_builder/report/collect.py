@@ -38,12 +38,12 @@ def write_page(
 
 def save_nightly_run(record: NightlyRun, directory: Path, workspace: Workspace) -> None:
     """Write the record of a nightly run, and its page if anything happened. A failing page raises nothing."""
-    dump(record, directory / runs.NIGHT)
+    dump(record, directory / runs.NIGHTLY_RECORD)
     if record.ending is NightlyStatus.UNCHANGED:
         # Its page would repeat the previous one. `ami-builder report` can still make it.
         return
     try:
-        write_page(RecordedNightlyRun(night=record, directory=directory), workspace)
+        write_page(RecordedNightlyRun(record=record, directory=directory), workspace)
     except Exception as wrong:
         # The promotion has already happened: a page that can't be made must not fail the nightly run.
         console.note(
@@ -101,7 +101,7 @@ def _counted(verdict: Verdict) -> str:
 def _of_nightly_run(
     one: RecordedNightlyRun, known: tuple[RecordedRun, ...], workspace: Workspace, path: Path
 ) -> Page:
-    record = one.night
+    record = one.record
     tone, word, sentence = _night_ended(record)
     run, build = _run_of(one, known), _builder(known, record.digest, one.when)
     # An earlier run is not part of the time of this nightly run.
@@ -158,7 +158,7 @@ def _night_ended(record: NightlyRun) -> tuple[Tone, str, str]:
 
 def _run_of(one: RecordedNightlyRun, known: tuple[RecordedRun, ...]) -> RecordedRun | None:
     """Return the run that a nightly run made, else the run that verified the image it found."""
-    record = one.night
+    record = one.record
     # A part of a run (one machine of an AMI) has no verdict.
     same = [r for r in known if record.digest and r.record.digest == record.digest and not r.is_part]
     about = [run for run in same if run.when <= one.when]

@@ -96,14 +96,14 @@ def open_journal(workspace: Workspace, image: str, target: TargetKind, digest: s
 
 
 def _new(folder: Path) -> NightlyJournal:
-    night = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    night.mkdir(parents=True)
+    directory = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    directory.mkdir(parents=True)
     aside = folder / f".{_LATEST}.{os.getpid()}"
     aside.unlink(missing_ok=True)
-    aside.symlink_to(night.name)
+    aside.symlink_to(directory.name)
     # This link names the last one, because the clock may have jumped.
     aside.replace(folder / _LATEST)
-    return NightlyJournal(night)
+    return NightlyJournal(directory)
 
 
 def unfinished(workspace: Workspace) -> Iterator[NightlyJournal]:

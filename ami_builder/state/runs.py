@@ -10,7 +10,7 @@ from ami_builder.core.records import FIRST_BOOT, NightlyRun, RunRecord, TargetKi
 from ami_builder.state.workspace import StoredImage, Workspace, load
 
 RECORD = "record.json"
-NIGHT = "night.json"
+NIGHTLY_RECORD = "night.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +48,18 @@ class RecordedRun:
 class RecordedNightlyRun:
     """A nightly run's record and folder."""
 
-    night: NightlyRun
+    record: NightlyRun
     directory: Path
 
     @property
     def id(self) -> str:
         """The nightly run's id."""
-        return self.night.id
+        return self.record.id
 
     @property
     def when(self) -> datetime:
         """Its end, which is later than the runs that it started."""
-        return self.night.ended or self.night.started
+        return self.record.ended or self.record.started
 
 
 def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
@@ -80,10 +80,10 @@ def run_records(workspace: Workspace) -> tuple[RunRecord, ...]:
 def nightly_runs(workspace: Workspace) -> tuple[RecordedNightlyRun, ...]:
     """Return every nightly run that has ended, oldest first."""
     found = [
-        RecordedNightlyRun(night=night, directory=path.parent)
-        for path in workspace.nightly_dir.glob(f"*/*/{NIGHT}")
+        RecordedNightlyRun(record=record, directory=path.parent)
+        for path in workspace.nightly_dir.glob(f"*/*/{NIGHTLY_RECORD}")
         # `latest` names one of the others.
-        if not path.parent.is_symlink() and (night := load(NightlyRun, path)) is not None
+        if not path.parent.is_symlink() and (record := load(NightlyRun, path)) is not None
     ]
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 

@@ -30,7 +30,7 @@ from tests.cloud.faulting import (
 from tests.cloud.flow import READ_SECONDS, Ran, ami_builder, in_haste, without_ssh
 from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
-from tests.process.nights import die_after
+from tests.process.nightly_host import die_after
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess

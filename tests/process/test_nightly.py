@@ -19,9 +19,9 @@ from ami_builder.cli.nightly import worst
 from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal, unfinished
-from ami_builder.state.runs import NIGHT
+from ami_builder.state.runs import NIGHTLY_RECORD
 from ami_builder.state.workspace import Workspace, load
-from tests.process.nights import WORLD, World, begin, ended, install
+from tests.process.nightly_host import WORLD, World, begin, ended, install
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -396,7 +396,7 @@ def test_seven_nights(
         assert ended(begin(folder, at=one.at, dies_after=one.dies_after)) == one.status, one
         if not one.ending:
             continue
-        last = load(NightlyRun, workspace.nightly_dir / "dask.qemu" / "latest" / NIGHT)
+        last = load(NightlyRun, workspace.nightly_dir / "dask.qemu" / "latest" / NIGHTLY_RECORD)
         assert last is not None
         assert (last.ending, last.exit_code) == (one.ending, one.status)
         digests |= {one.world.inputs: last.digest} if last.digest else {}

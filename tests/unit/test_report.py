@@ -411,7 +411,7 @@ def test_how_a_night_ended(workspace: Workspace, ending: NightlyStatus) -> None:
     if ending is NightlyStatus.UNCHANGED:
         # Whoever wants a page of nothing new asks for it.
         assert not (directory / "report.html").exists()
-        write_page(RecordedNightlyRun(night=told, directory=directory), workspace)
+        write_page(RecordedNightlyRun(record=told, directory=directory), workspace)
     page = Parsed((directory / "report.html").read_text())
     for text in (
         "eu-west-1",
