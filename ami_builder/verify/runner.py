@@ -13,11 +13,11 @@ from pathlib import Path
 from subprocess import Popen
 from threading import Event
 
-import ami_builder
 from ami_builder.checks.context import ENVIRONMENT, Context
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.system import processes
+from ami_builder.system.resources import checks_dir
 
 __all__ = ["Context", "digest", "run", "shipped"]
 
@@ -41,7 +41,7 @@ def digest(files: Sequence[Path]) -> str:
 
     Raises UsageError when a file can't be read.
     """
-    folder = Path(ami_builder.__file__).parent / "checks"
+    folder = checks_dir()
     beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
     beside |= {folder.parent / "core" / "oom.py", folder.parent / "system" / "host_load.py"}
     total = hashlib.sha256()
@@ -234,7 +234,7 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
 
 def _environment(clean: Path) -> dict[str, str]:
     # So that the plugin is found in a source checkout that is not installed.
-    package = Path(ami_builder.__file__).resolve().parents[1]
+    package = checks_dir().parents[1]
     own = {
         ENVIRONMENT: str(clean / "context.json"),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
