@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -315,16 +315,21 @@ class Workspace:
         return replace(stored, verdict=verdict)
 
     def images(self) -> tuple[StoredImage, ...]:
-        """Return all finished images, oldest first."""
-        found: list[StoredImage] = []
+        """Return all finished images, oldest first.
+
+        EC2 knows the time of an AMI to the second alone, so of two in one second the later record counts.
+        """
+        found: list[tuple[datetime, int, StoredImage]] = []
         for record in self.images_dir.glob("*/*/artifact.json"):
             artifact = load(Artifact, record)
             if artifact is None:
                 continue
             if artifact.target is not TargetKind.QEMU or (record.parent / IMAGE_FILE).exists():
                 verdict = load(Verdict, record.parent / "verdict.json")
-                found.append(StoredImage(artifact=artifact, verdict=verdict, directory=record.parent))
-        return tuple(sorted(found, key=lambda s: s.artifact.created))
+                stored = StoredImage(artifact=artifact, verdict=verdict, directory=record.parent)
+                with suppress(FileNotFoundError):  # another process has just deleted the image
+                    found.append((artifact.created, record.stat().st_mtime_ns, stored))
+        return tuple(stored for *_, stored in sorted(found, key=lambda one: one[:2]))
 
     def image(self, name: str, digest: str) -> StoredImage | None:
         """Return the finished image of exactly this digest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -199,6 +200,15 @@ def test_a_second_build_is_told_who_holds_the_lock(workspace: Workspace) -> None
         pass
     with workspace.lock("dask", TargetKind.QEMU):
         pass
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_of_two_amis_of_one_second_the_later_record_is_the_newer(workspace: Workspace, order: str) -> None:
+    for place, letter in enumerate(order):
+        stored = workspace.store_remote(replace(_artifact(letter * 64), target=TargetKind.AWS), None)
+        assert stored.directory is not None
+        os.utime(stored.directory / "artifact.json", (place, place))
+    assert "".join(one.artifact.digest[0] for one in workspace.images()) == order
 
 
 def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
