@@ -181,8 +181,8 @@ def test_the_workflow_asks_for_no_more_than_it_needs() -> None:
 
 
 def test_workflows_pin_each_action_to_a_commit() -> None:
-    for workflow in WORKFLOW.parent.glob("*.yml"):
-        used = re.findall(r"uses: (.*)", workflow.read_text())
+    for workflow in (*WORKFLOW.parent.glob("*.yml"), ROOT / "action.yml"):
+        used = re.findall(r"^[^#\n]*uses: (.*)", workflow.read_text(), re.MULTILINE)
         assert used, workflow
         assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}   # v\d+\.\d+\.\d+", one) for one in used), used
 
@@ -198,7 +198,7 @@ def test_the_night_ends_before_its_credentials_and_its_job() -> None:
 
 def test_state_and_report_are_kept_however_a_night_ends() -> None:
     restored, saved = _step("actions/cache/restore"), _step("actions/cache/save")
-    assert restored["with"]["path"] == saved["with"]["path"] == "/var/lib/ami-builder/state"
+    assert restored["with"]["path"] == saved["with"]["path"] == "${{ env.AMI_BUILDER_HOME }}/state"
     assert restored["with"]["key"] == saved["with"]["key"]
     assert saved["with"]["key"].startswith(restored["with"]["restore-keys"])
     for kept in (saved, _step("upload-artifact"), _step("Collect the report")):
