@@ -268,7 +268,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build in the account needs: tools, disk space, and all that the account must allow."""
     yield from shared_preflight.open_settings(image)
     recipe = ("mmdebstrap",) if image.container.requirements else ()
-    yield from shared_preflight.tools(("ssh", "ssh-keygen", "setpriv", *recipe))
+    yield from shared_preflight.tools(("ssh", "ssh-keygen", *recipe))
     yield shared_preflight.disk_space(workspace)
     yield from preflight.check(image)
 

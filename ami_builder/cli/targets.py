@@ -68,12 +68,15 @@ def preflight(image: Image, kind: TargetKind) -> Iterator[Finding]:
 
 def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
     """Return the channels of this host in which images are current, by digest. The account is not asked."""
+    names = {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}
+    if not names:
+        return {}
     from ami_builder.build.channels import all_current
     from ami_builder.qemu.channels import ChannelFile
 
     workspace = open_workspace()
     found: dict[str, tuple[str, ...]] = {}
-    for name in {one.artifact.image for one in images}:
+    for name in names:
         found |= all_current(ChannelFile(workspace=workspace, image=name))
     return found
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -49,15 +50,20 @@ _UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
 
 def find(program: str) -> Path:
     """Return the path of `program`; raises MissingTool with the package that contains it."""
-    search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    found = shutil.which(program, path=search)
+    found = _search(program)
     if found is None:
         package = PACKAGES.get(program, program)
         raise MissingTool(
             f"{program} is not installed",
             hint=f"run apt-get install {package}, or scripts/ami-builder, which installs what is missing",
         )
-    return Path(found)
+    return found
+
+
+def _search(program: str) -> Path | None:
+    search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    found = shutil.which(program, path=search)
+    return Path(found) if found is not None else None
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -84,12 +90,13 @@ def running(
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a child process in its own session, and stop it when the block ends.
 
-    If this process is killed (kill -9), the child gets SIGTERM, so that no child outlives it.
+    If this process is killed (kill -9), Linux sends the child SIGTERM, so that no child outlives it. On
+    other systems, and without util-linux, a child may then run on; `gc` finds what one leaves in an account.
     """
     _refuse_when_cancelled()
     find(str(argv[0]))
     process = subprocess.Popen(
-        [str(find("setpriv")), "--pdeathsig", "TERM", "--", *(str(a) for a in argv)],
+        [*_ending_with_parent(), *(str(a) for a in argv)],
         env=environment() if env is None else dict(env),
         cwd=cwd,
         stdin=stdin,
@@ -113,6 +120,15 @@ def running(
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
+
+
+def _ending_with_parent() -> list[str]:
+    """Return the words before a command that let it end with this process; none where that is impossible."""
+    setpriv = _search("setpriv") if sys.platform == "linux" else None
+    # BusyBox's has no such option.
+    if setpriv is None or setpriv.resolve().name == "busybox":
+        return []
+    return [str(setpriv), "--pdeathsig", "TERM", "--"]
 
 
 def cancel() -> None:
@@ -147,7 +163,8 @@ def stop(process: subprocess.Popen[str], *, seconds: float | None = None) -> Non
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
+    # macOS refuses (EPERM) where a group's processes have all ended, but were not waited for.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
 

@@ -31,8 +31,8 @@ REFUSED_PAUSE = 6.0
 _TIMES_REFUSED = 2.0
 """The same as a multiple of the time until the first refusal, for slow machines."""
 
-# A socket's path has at most 107 bytes, and ssh appends 17 to it for a temporary name.
-_SOCKET_BYTES = 90
+# A socket's path has at most 103 bytes (macOS; 107 on Linux), and ssh appends 17 to it for a temporary name.
+_SOCKET_BYTES = 86
 _DOWN_SECONDS = 60.0
 _MASTER_SECONDS = 60.0
 _CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")

@@ -15,6 +15,7 @@ import pytest
 from ami_builder.core.errors import BuildFailed, Interrupted, MissingTool, TimedOut
 from ami_builder.system import processes
 from ami_builder.verify.executor import side_by_side
+from tests.fake_programs import fake
 
 
 def _alive(pid: int) -> bool:
@@ -119,6 +120,20 @@ def test_kill_9_leaves_no_child(tmp_path: Path) -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     processes.wait_until(lambda: not _alive(child), what="the child's end", timeout=60, interval=0.05)
+
+
+@pytest.mark.parametrize("setpriv", [None, "busybox"])
+def test_a_child_runs_where_nothing_can_end_it_with_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setpriv: str | None
+) -> None:
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    if setpriv:
+        # Its setpriv knows no --pdeathsig.
+        fake(tmp_path, setpriv, "exit 1")
+        (tmp_path / "setpriv").symlink_to(tmp_path / setpriv)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = processes.capture(["sh", "-c", "echo here"], what="a child")
+    assert (done.status, done.stdout) == (0, "here\n")
 
 
 def test_wait_until_is_bounded() -> None:
