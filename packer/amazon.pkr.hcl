@@ -47,3 +47,133 @@ source "amazon-ebs" "image" {
   ssh_handshake_attempts    = 1000
   ssh_clear_authorized_keys = true
 }
+
+variable "region" {
+  type        = string
+  description = "Region of the build."
+  default     = "us-east-1"
+}
+
+variable "endpoint" {
+  type        = string
+  description = "Address of an EC2 API other than AWS's (AWS_ENDPOINT_URL)."
+  default     = ""
+}
+
+variable "poll_seconds" {
+  type        = number
+  description = "Seconds between two requests for a state."
+  default     = 5
+  validation {
+    condition     = var.poll_seconds >= 1
+    error_message = "The poll_seconds must be at least 1."
+  }
+}
+
+variable "ami_name" {
+  type        = string
+  description = "The AMI's name; it contains the run's id, so that the AMI can be found without a tag."
+  default     = "ami-builder"
+}
+
+variable "tags" {
+  type        = map(string)
+  description = "Tags of the AMI and its snapshots."
+  default     = {}
+}
+
+variable "run_tags" {
+  type        = map(string)
+  description = "Tags of resources that exist only during the build."
+  default     = {}
+}
+
+variable "source_ami" {
+  type        = string
+  description = "The source AMI, resolved before the build."
+  default     = "ami-00000000000000000"
+  validation {
+    condition     = regex_replace(var.source_ami, "^ami-[0-9a-f]+$", "") == "" && var.source_ami != ""
+    error_message = "The source_ami must be an AMI id."
+  }
+}
+
+variable "instance_type" {
+  type        = string
+  description = "Type of the building instance."
+  default     = "m6i.large"
+}
+
+variable "spot" {
+  type        = bool
+  description = "Whether the building instance is a spot instance."
+  default     = false
+}
+
+variable "subnet_id" {
+  type        = string
+  description = "Subnet of the building instance; empty for the default VPC."
+  default     = ""
+}
+
+variable "security_group_id" {
+  type        = string
+  description = "The run's security group; Packer's temporary one would be open to every address."
+  default     = "sg-00000000000000000"
+  validation {
+    condition     = regex_replace(var.security_group_id, "^sg-[0-9a-f]+$", "") == "" && var.security_group_id != ""
+    error_message = "The security_group_id must be the id of a security group."
+  }
+}
+
+variable "instance_profile" {
+  type        = string
+  description = "Instance profile; empty for none."
+  default     = ""
+}
+
+variable "ssh_interface" {
+  type        = string
+  description = "How to connect: session_manager, or empty to connect to the instance's address."
+  default     = ""
+  validation {
+    condition     = contains(["", "session_manager"], var.ssh_interface)
+    error_message = "The ssh_interface must be empty or session_manager."
+  }
+}
+
+variable "ssh_port" {
+  type        = number
+  description = "Port of ssh."
+  default     = 22
+}
+
+variable "user_data_file" {
+  type        = string
+  description = "User data with the login key, and a timer that terminates a lost instance."
+  default     = ""
+}
+
+variable "root_device" {
+  type        = string
+  description = "The source AMI's root device."
+  default     = "/dev/xvda"
+}
+
+variable "volume_size" {
+  type        = number
+  description = "Size of the AMI's disk, in GiB."
+  default     = 8
+}
+
+variable "encrypt" {
+  type        = bool
+  description = "Whether the AMI's snapshot is encrypted."
+  default     = false
+}
+
+variable "kms_key" {
+  type        = string
+  description = "The key that encrypts it; empty for the account's default key."
+  default     = ""
+}

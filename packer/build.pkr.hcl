@@ -1,5 +1,6 @@
 build {
-  sources = ["source.qemu.image", "source.amazon-ebs.image"]
+  # ami-builder puts the source of one target here.
+  sources = []
 
   provisioner "file" {
     sources = var.uploads

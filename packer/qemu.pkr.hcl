@@ -37,3 +37,60 @@ source "qemu" "image" {
   shutdown_command       = "sudo -n systemctl poweroff"
   shutdown_timeout       = "5m"
 }
+
+variable "base_disk" {
+  type        = string
+  description = "The base disk image."
+}
+
+variable "disk_size" {
+  type        = string
+  description = "Size of the image's disk, in MiB with the suffix M."
+  default     = "8192M"
+  validation {
+    condition     = regex_replace(var.disk_size, "^[0-9]+M$", "") == "" && var.disk_size != ""
+    error_message = "The disk_size must be whole MiB, such as 8192M."
+  }
+}
+
+variable "output_directory" {
+  type        = string
+  description = "Folder of the finished disk, which must not exist."
+  default     = "output"
+}
+
+variable "accelerator" {
+  type        = string
+  description = "Accelerator: kvm or tcg."
+  default     = "tcg"
+  validation {
+    condition     = contains(["kvm", "tcg"], var.accelerator)
+    error_message = "The accelerator must be kvm or tcg."
+  }
+}
+
+variable "memory_mib" {
+  type        = number
+  description = "Memory of the building VM, in MiB."
+  default     = 2048
+  validation {
+    condition     = var.memory_mib >= 512
+    error_message = "The memory_mib must be at least 512."
+  }
+}
+
+variable "cpus" {
+  type        = number
+  description = "CPUs of the building VM."
+  default     = 2
+  validation {
+    condition     = var.cpus >= 1
+    error_message = "The cpus must be at least 1."
+  }
+}
+
+variable "qemu_args" {
+  type        = list(list(string))
+  description = "Further arguments (boot method, console log, the container archive as a disk)."
+  default     = []
+}

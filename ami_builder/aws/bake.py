@@ -12,7 +12,7 @@ import tenacity
 
 from ami_builder.aws import images, instances, network, orphans, source_ami, tags, user_data
 from ami_builder.aws.session import NO_CAPACITY_HINT, Account, look_for
-from ami_builder.build import container, packer
+from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
@@ -24,6 +24,20 @@ from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
 
 _GIB = 1 << 30
+
+SOURCE = packer.Source(
+    type="amazon-ebs",
+    template="amazon.pkr.hcl",
+    # 1.3.9 is what Packer 1.9 to 1.13 find; later releases are published for 1.14 and later alone.
+    plugin=plugins.Plugin(name="amazon", oldest=(1, 3, 9)),
+    newer="""\
+metadata_options {
+  http_endpoint               = "enabled"
+  http_tokens                 = "required"
+  http_put_response_hop_limit = 1
+}
+""",
+)
 _UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance
 # For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
@@ -158,6 +172,7 @@ class _Bake:
         if not stage.exists():
             packer.stage(
                 stage,
+                SOURCE,
                 self.inputs.guest,
                 variables,
                 uploads=[self.archive] if self.archive is not None else [],
@@ -181,11 +196,12 @@ class _Bake:
             if (found := _INSTANCE.search(line)) and not self.instance:
                 self.instance = found[1]
                 self.ledger.made(instance, self.instance)
-                # Packer 1.6 can't ask for these when it launches.
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
                         orphans.tag(self.account, self.instance, self.run_id)
-                    instances.require_imdsv2(self.account, self.instance)
+                    if not plugins.has_plugins():
+                        # 1.6.6 can't ask for it at the launch.
+                        instances.require_imdsv2(self.account, self.instance)
             elif (found := _IMAGE.search(line)) and not self.ami:
                 self.ami = found[1]
                 self.ledger.made(image, self.ami)
@@ -194,7 +210,6 @@ class _Bake:
         try:
             packer.build(
                 stage,
-                only="amazon-ebs.image",
                 log=log,
                 console_log=log,
                 timeout=self.inputs.image.bake.timeout,

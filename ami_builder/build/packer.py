@@ -1,25 +1,22 @@
-"""Packer: its version, the staged template of a run, the bake."""
+"""Packer: the staged template of a run, and the bake."""
 
 import io
 import json
 import re
 import shutil
 import tarfile
+import textwrap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path, PurePosixPath
 
+from ami_builder.build import plugins
 from ami_builder.build.guest import RenderedFile
-from ami_builder.core.errors import AmiBuilderError, BuildFailed, MissingTool
+from ami_builder.core.errors import AmiBuilderError, BuildFailed
 from ami_builder.system import processes
 from ami_builder.system.resources import packer_dir
 
-# Since this version Packer has its builders in plugins, and reads required_plugins.
-_PLUGINS_SINCE = (1, 7, 0)
-_OLDEST = (1, 6, 6)
-_INSTALL = "install Packer 1.6.6 or later: see developer.hashicorp.com/packer/install"
 _VALIDATE_SECONDS = 60.0
 _INIT_SECONDS = 300.0
 
@@ -33,39 +30,65 @@ _INLINE = "packer-shell"
 CONNECTED = "Connected to SSH!"
 """Packer's message once the baking machine has booted; it is reported as progress."""
 
+BUILD = "build.pkr.hcl"
+SHARED_VARIABLES = "variables.pkr.hcl"
+# In BUILD; a build block of one target has that target's source alone, for Packer refuses a file with a type
+# whose plugin is missing.
+_SOURCE_GOES_HERE = "sources = []"
 VARIABLES_FILE = "run.auto.pkrvars.json"
 
 Variable = str | int | bool | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str]
 
 
-@cache
-def version() -> tuple[int, ...]:
-    """Return Packer's version. Raises MissingTool without Packer, or if it is too old for the template."""
-    found = re.search(r"(\d+)\.(\d+)\.(\d+)", processes.output(["packer", "version"], env=_environment()))
-    if found is None:
-        raise MissingTool("`packer version` prints no version: this is another program", hint=_INSTALL)
-    numbers = tuple(int(n) for n in found.groups())
-    if numbers < _OLDEST:
-        raise MissingTool(f"Packer {found[0]} is too old", hint=_INSTALL)
-    return numbers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A target's part of the template: the builder of Packer that makes its machine."""
+
+    type: str
+    """As Packer names it, such as `qemu`."""
+    template: str
+    """The file in packer/ that configures it."""
+    plugin: plugins.Plugin
+    """What has the builder in it, except in Packer 1.6.6."""
+    newer: str = ""
+    """Attributes that 1.6.6 does not know, as HCL."""
+
+    @property
+    def name(self) -> str:
+        """Its name in Packer's templates and messages."""
+        return f"{self.type}.image"
+
+    def in_build(self) -> str:
+        """Return the block that makes a build use it."""
+        body = (
+            f"{{\n{textwrap.indent(self.newer, ' ' * 4)}  }}"
+            if self.newer and plugins.has_plugins()
+            else "{}"
+        )
+        return f'source "source.{self.name}" {body}'
 
 
 def stage(
     directory: Path,
+    source: Source,
     guest: Mapping[PurePosixPath, RenderedFile],
     variables: Mapping[str, Variable],
     *,
     uploads: Sequence[Path] = (),
 ) -> None:
-    """Make the folder that Packer works in: the templates that its version can read, guest files, variables.
+    """Make the folder that Packer works in: a target's template for this Packer, guest files, variables.
 
     `uploads` are copied to the machine with the guest's files. A bare `packer build .` in that folder does
     what `build` does.
     """
     directory.mkdir(parents=True)
-    for template in sorted(packer_dir().glob("*.pkr.hcl")):
-        if template.name != "plugins.pkr.hcl" or version() >= _PLUGINS_SINCE:
-            shutil.copy(template, directory)
+    for template in (SHARED_VARIABLES, source.template):
+        shutil.copy(packer_dir() / template, directory)
+    before, place, after = (packer_dir() / BUILD).read_text().partition(_SOURCE_GOES_HERE)
+    assert place
+    (directory / BUILD).write_text(before + source.in_build() + after)
+    if plugins.has_plugins():
+        (directory / "plugin.pkr.hcl").write_text(source.plugin.block)
     shutil.copytree(packer_dir() / "provisioners", directory / "provisioners")
     archive = directory / "guest.tar"
     archive.write_bytes(guest_archive(guest))
@@ -94,13 +117,13 @@ def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
 
 def validate(directory: Path, log: Path) -> None:
     """Run `packer init` if this version has plugins, then `packer validate`. Raises BuildFailed."""
-    init = [("init", _INIT_SECONDS)] if version() >= _PLUGINS_SINCE else []
+    init = [("init", _INIT_SECONDS)] if plugins.has_plugins() else []
     for command, seconds in (*init, ("validate", _VALIDATE_SECONDS)):
         processes.stream(
             ["packer", command, "."],
             log=log,
             what=f"packer {command}",
-            env=_environment(),
+            env=plugins.environment(),
             cwd=directory,
             timeout=seconds,
         )
@@ -109,7 +132,6 @@ def validate(directory: Path, log: Path) -> None:
 def build(
     directory: Path,
     *,
-    only: str,
     log: Path,
     console_log: Path,
     timeout: float,
@@ -117,7 +139,7 @@ def build(
     on_line: Callable[[str], None] = lambda _: None,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Run `packer build` in a staged folder for one source, such as `qemu.image`.
+    """Run `packer build` in a staged folder.
 
     `env` is added to Packer's own environment; `on_line` gets every line of its output. Raises BuildFailed,
     with the name of the provisioner that failed, or the console if ssh never answered.
@@ -130,10 +152,10 @@ def build(
 
     try:
         processes.stream(
-            ["packer", "build", "-color=false", "-timestamp-ui", f"-only={only}", "."],
+            ["packer", "build", "-color=false", "-timestamp-ui", "."],
             log=log,
             what="packer build",
-            env={**_environment(), **(env or {})},
+            env={**plugins.environment(), **(env or {})},
             cwd=directory,
             timeout=timeout,
             on_line=read,
@@ -178,7 +200,3 @@ class _Output:
             )
         where = f"provisioner {self.provisioner} failed" if self.provisioner else "packer build failed"
         return kind(where, hint=failed.hint, log=failed.log, tail=tuple(self.lines))
-
-
-def _environment() -> dict[str, str]:
-    return processes.environment({"CHECKPOINT_DISABLE": "1", "PACKER_NO_COLOR": "1"})

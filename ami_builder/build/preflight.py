@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ami_builder.build import packer
+from ami_builder.build import plugins
 from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, MissingTool
 from ami_builder.core.options import Listen, Role
@@ -38,7 +38,7 @@ def open_settings(image: Image) -> Iterator[Finding]:
 
 def tools(names: Sequence[str]) -> Iterator[Finding]:
     """Yield where Packer and these tools are; a missing one stops a build."""
-    yield found("packer", lambda: ".".join(str(n) for n in packer.version()))
+    yield found("packer", lambda: plugins.dotted(plugins.version()))
     for name in names:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
 

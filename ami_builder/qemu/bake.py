@@ -4,7 +4,7 @@ import base64
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ami_builder.build import container, packer
+from ami_builder.build import container, packer, plugins
 from ami_builder.build.base_image import BaseDisk, base_disk
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
@@ -17,6 +17,10 @@ from ami_builder.system import ssh
 from ami_builder.verify.executor import side_by_side
 
 MIB = 1 << 20
+
+SOURCE = packer.Source(
+    type="qemu", template="qemu.pkr.hcl", plugin=plugins.Plugin(name="qemu", oldest=(1, 1, 0))
+)
 
 # The archive's disk as the baking machine sees it; 20-container.sh loads it from there.
 _ARCHIVE_DEVICE = "/dev/disk/by-id/virtio-container"
@@ -72,11 +76,10 @@ def bake(
                 on_boot(child.seconds)
 
         stage = run.directory / "packer"
-        packer.stage(stage, inputs.guest, variables)
+        packer.stage(stage, SOURCE, inputs.guest, variables)
         packer.validate(stage, run.log("packer"))
         packer.build(
             stage,
-            only="qemu.image",
             log=run.log("packer"),
             console_log=console_log,
             timeout=inputs.image.bake.timeout,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ami_builder import console
-from ami_builder.build import packer
+from ami_builder.build import plugins
 from ami_builder.config import loading
 from ami_builder.qemu import bake
 from ami_builder.qemu.accelerator import known_accelerator
@@ -176,7 +176,7 @@ def baking() -> Sequence[Row]:
             bake.bake(inputs, workspace, run, step)
         ours = next(s.seconds for s in progress.steps if s.name.endswith("bake with Packer"))
         output = run.work / "bare"
-        argv = ["packer", "build", "-only=qemu.image", f"-var=output_directory={output}", "."]
+        argv = ["packer", "build", f"-var=output_directory={output}", "."]
         theirs = _seconds(
             lambda: subprocess.run(
                 argv,
@@ -282,7 +282,7 @@ def main() -> None:
     )
     names = parser.parse_args().names or list(BENCHMARKS)
     accelerator = known_accelerator(HOME / "cache" / "accelerator.json")
-    version = ".".join(map(str, packer.version()))
+    version = ".".join(map(str, plugins.version()))
     sys.stderr.write(f"{os.cpu_count()} processors, Packer {version}, {accelerator}\n")
     print("| what | measured | compared | must reach |\n|---|---|---|---|")
     for name in names:

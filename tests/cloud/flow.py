@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from ami_builder.build.guest import RenderedFile
     from ami_builder.config.schema import Image
 
-NO_SSH = """
-build {
-  sources = ["source.amazon-ebs.image"]
-}
-"""
 SETTINGS = (
     *("--set", "container.source=registry"),
     *("--set", "container.reference=registry.example/team/dask:1"),
@@ -49,18 +44,19 @@ def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] =
 
     def staged(
         directory: Path,
+        source: packer.Source,
         guest: Mapping[PurePosixPath, RenderedFile],
         variables: Mapping[str, packer.Variable],
         *,
         uploads: Sequence[Path] = (),
     ) -> None:
-        stage(directory, guest, {**variables, "poll_seconds": 1}, uploads=uploads)
+        stage(directory, source, guest, {**variables, "poll_seconds": 1}, uploads=uploads)
         template = directory / "amazon.pkr.hcl"
         text = template.read_text()
         assert '"ssh"' in text
         text = text.replace('"ssh"', f'"none"\n  max_retries = {PACKER_RETRIES}')
         template.write_text(text)
-        (directory / "build.pkr.hcl").write_text(NO_SSH)
+        (directory / "build.pkr.hcl").write_text(f"build {{\n  {source.in_build()}\n}}\n")
 
     def verified(image: Image, machine: Machine, *, work: Path, **_: object) -> MachineResult:
         with ExitStack() as stack:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder.build import packer
+from ami_builder.aws.bake import SOURCE as AMAZON
+from ami_builder.build import packer, plugins
 from ami_builder.build.guest import RenderedFile
 from ami_builder.core.errors import BuildFailed, MissingTool
+from ami_builder.qemu.bake import SOURCE as QEMU
 from ami_builder.system import processes
-from tests.fake_programs import calls, fake
+from tests.fake_programs import fake
+from tests.packer_plugins import needs_plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,16 +27,23 @@ GUEST = {PurePosixPath("/usr/local/sbin/x"): RenderedFile(content=b"#!/bin/sh\n"
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    packer.version.cache_clear()
+    plugins.version.cache_clear()
     yield
-    packer.version.cache_clear()
+    plugins.version.cache_clear()
 
 
-def _variables(folder: Path) -> dict[str, packer.Variable]:
-    for name in ("key", "base.qcow2"):
-        (folder / name).touch()
+@pytest.fixture(params=[QEMU, AMAZON], ids=["qemu", "amazon"])
+def source(request: pytest.FixtureRequest) -> packer.Source:
+    """Each target's source; the test is skipped if its plugin is missing."""
+    wanted: packer.Source = request.param
+    needs_plugin(wanted)
+    return wanted
+
+
+def _variables(folder: Path, source: packer.Source) -> dict[str, packer.Variable]:
+    (folder / "base.qcow2").touch()
     processes.output(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "id"])
-    return {
+    shared: dict[str, packer.Variable] = {
         "image_name": "dask",
         "image_digest": "0" * 64,
         "run_id": "r1",
@@ -42,86 +52,111 @@ def _variables(folder: Path) -> dict[str, packer.Variable]:
         "manifest_file": str(folder / "manifest.json"),
         "ssh_username": "root",
         "ssh_private_key_file": str(folder / "id"),
-        "base_disk": str(folder / "base.qcow2"),
-        "qemu_args": [["-serial", "file:console.log"]],
     }
+    own: dict[str, dict[str, packer.Variable]] = {
+        "qemu": {
+            "base_disk": str(folder / "base.qcow2"),
+            "qemu_args": [["-serial", "file:console.log"]],
+        },
+        "amazon-ebs": {
+            "region": "us-east-1",
+            "ami_name": "dask-1",
+            "source_ami": "ami-0123456789abcdef0",
+            "security_group_id": "sg-0123456789abcdef0",
+        },
+    }
+    return shared | own[source.type]
 
 
-def test_the_real_packer_takes_the_template(tmp_path: Path) -> None:
-    """Both sources validate; `packer fmt` has nothing to change."""
+def test_packer_accepts_the_template(tmp_path: Path, source: packer.Source) -> None:
+    """`packer validate` passes with no other plugin than the target's; `packer fmt` has nothing to change."""
     stage = tmp_path / "stage"
-    packer.stage(stage, GUEST, _variables(tmp_path))
+    packer.stage(stage, source, GUEST, _variables(tmp_path, source))
     packer.validate(stage, tmp_path / "packer.log")
-    processes.output(["packer", "fmt", "-check", "-diff", str(stage)])
+    processes.output(["packer", "fmt", "-check", "-diff", str(stage)], env=plugins.environment())
 
 
-@pytest.mark.parametrize("more", [{}, {"spot": True}, {"encrypt": True, "kms_key": "alias/x"}])
-def test_the_real_packer_takes_it_for_an_ami(tmp_path: Path, more: dict[str, packer.Variable]) -> None:
-    """What only the other source needs is not asked for."""
-    variables = {**_variables(tmp_path), "source_ami": "ami-0123456789abcdef0", **more}
-    for name in ("base_disk", "qemu_args"):
-        del variables[name]
-    packer.stage(tmp_path / "stage", GUEST, variables)
+@pytest.mark.parametrize("more", [{"spot": True}, {"encrypt": True, "kms_key": "alias/x"}])
+def test_packer_accepts_what_an_ami_can_have(tmp_path: Path, more: dict[str, packer.Variable]) -> None:
+    needs_plugin(AMAZON)
+    packer.stage(tmp_path / "stage", AMAZON, GUEST, {**_variables(tmp_path, AMAZON), **more})
     packer.validate(tmp_path / "stage", tmp_path / "packer.log")
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "complaint"),
+    ("source", "name", "value", "complaint"),
     [
-        ("image_name", "Dask!", "lower-case letters"),
-        ("image_digest", "123", "64 hexadecimal digits"),
-        ("disk_size", "8GiB", "whole MiB"),
-        ("accelerator", "hvf", "kvm or tcg"),
-        ("memory_mib", 100, "at least 512"),
-        ("source_ami", "x", "AMI id"),
-        ("security_group_id", "", "security group"),
-        ("ssh_interface", "public_dns", "session_manager"),
-        ("uploads", [], "guest.tar"),
+        (QEMU, "image_name", "Dask!", "lower-case letters"),
+        (QEMU, "image_digest", "123", "64 hexadecimal digits"),
+        (QEMU, "disk_size", "8GiB", "whole MiB"),
+        (QEMU, "accelerator", "hvf", "kvm or tcg"),
+        (QEMU, "memory_mib", 100, "at least 512"),
+        (QEMU, "uploads", [], "guest.tar"),
+        (AMAZON, "source_ami", "x", "AMI id"),
+        (AMAZON, "security_group_id", "", "security group"),
+        (AMAZON, "ssh_interface", "public_dns", "session_manager"),
     ],
+    indirect=["source"],
+    ids=lambda value: value.type if isinstance(value, packer.Source) else None,
 )
 def test_the_template_refuses_bad_values(
-    tmp_path: Path, name: str, value: packer.Variable, complaint: str
+    tmp_path: Path, source: packer.Source, name: str, value: packer.Variable, complaint: str
 ) -> None:
     stage = tmp_path / "stage"
-    packer.stage(stage, GUEST, {**_variables(tmp_path), name: value})
+    packer.stage(stage, source, GUEST, {**_variables(tmp_path, source), name: value})
     with pytest.raises(BuildFailed, match="packer validate failed"):
         packer.validate(stage, tmp_path / "packer.log")
-    assert complaint in (tmp_path / "packer.log").read_text()
+    # Packer wraps its messages at the width of a terminal.
+    assert complaint in " ".join((tmp_path / "packer.log").read_text().split())
 
 
-@pytest.mark.parametrize(("version", "has_plugins"), [("1.6.6", False), ("1.7.0", True), ("1.14.2", True)])
-def test_plugins_are_for_those_who_read_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, has_plugins: bool
-) -> None:
-    fake(tmp_path / "bin", "packer", f"echo Packer v{version}")
+def _is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    fake(tmp_path / "bin", "packer", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    packer.stage(tmp_path / "stage", GUEST, {})
-    assert (tmp_path / "stage" / "plugins.pkr.hcl").exists() is has_plugins
-    packer.validate(tmp_path / "stage", tmp_path / "packer.log")
-    assert ("init ." in calls(tmp_path / "bin", "packer")) is has_plugins
 
 
 @pytest.mark.parametrize(
-    ("answer", "complaint"), [("Packer v1.5.1", "too old"), ("cracklib", "another program")]
+    ("version", "newer"), [("1.6.6", False), ("1.9.0", True), ("1.14.3", True), ("1.16.0", True)]
+)
+def test_a_stage_has_what_this_packer_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, newer: bool
+) -> None:
+    _is(tmp_path, monkeypatch, f"echo Packer v{version}")
+    for source, other in ((AMAZON, QEMU), (QEMU, AMAZON)):
+        stage = tmp_path / source.type
+        packer.stage(stage, source, GUEST, {})
+        text = "".join(file.read_text() for file in stage.glob("*.pkr.hcl"))
+        assert f'source "source.{source.name}"' in text
+        assert other.type not in text, "its plugin may be missing"
+        assert (f'version = "{source.plugin.versions}"' in text) is newer
+        assert ("metadata_options" in text) is (newer and source is AMAZON)
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ("Packer v1.5.1", "too old"),
+        ("Packer v1.7.0", "can't install the plugins"),
+        ("Packer v1.8.7", "can't install the plugins"),
+        ("cracklib", "another program"),
+    ],
 )
 def test_a_wrong_packer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, complaint: str
 ) -> None:
     # Fedora's cracklib brings another program named packer.
-    fake(tmp_path / "bin", "packer", f"echo {answer}")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    with pytest.raises(MissingTool, match=complaint):
-        packer.version()
+    _is(tmp_path, monkeypatch, f"echo {answer}")
+    with pytest.raises(MissingTool, match=complaint) as error:
+        plugins.version()
+    assert "install Packer 1.14 or later" in (error.value.hint or "")
 
 
 def _build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list[str]:
-    fake(tmp_path / "bin", "packer", script)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    _is(tmp_path, monkeypatch, script)
     shown: list[str] = []
     (tmp_path / "console.log").write_text("GRUB\nKernel panic - no root\n")
     packer.build(
         tmp_path,
-        only="qemu.image",
         log=tmp_path / "packer.log",
         console_log=tmp_path / "console.log",
         timeout=30,
@@ -182,7 +217,7 @@ def test_progress_tells_that_the_machine_has_booted(tmp_path: Path, monkeypatch:
 
 def test_a_staged_folder_does_not_depend_on_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        packer.stage(tmp_path / name, GUEST, {"uploads": ["x"]})
+        packer.stage(tmp_path / name, QEMU, GUEST, {"uploads": ["x"]})
     for file in (tmp_path / "a").rglob("*"):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()

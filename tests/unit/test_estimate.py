@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ami_builder.build import build, packer, verify
+from ami_builder.build import build, plugins, verify
 from ami_builder.build.build import Options
 from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
@@ -279,7 +279,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
     """A host with a fake Packer, and the base and the container of `INPUTS` in its cache."""
     fake(tmp_path / "bin", "packer", PACKER)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    packer.version.cache_clear()
+    plugins.version.cache_clear()
     made = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
     made.ensure()
     base, container = made.cache / "base" / "b", made.cache / "container" / "c"
@@ -289,7 +289,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         file.touch()
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base / "disk.qcow2", "1M"], check=True)
     yield made
-    packer.version.cache_clear()
+    plugins.version.cache_clear()
 
 
 @pytest.mark.parametrize(("wanted", "known"), [("tcg", True), ("kvm", False), ("neither", None)])
