@@ -7,7 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 venv="$root/.venv"
 tools="$root/.cache/tools"
 # Folders of the administrator's programs, which are not on other users' PATH.
-PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin"
+PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin:$tools/packer/bin"
 work=
 
 # set_up run|test: install what is missing for that, and print what is installed.
@@ -16,6 +16,7 @@ set_up() {
     [ "$1" = run ] || lock="$root/tests/requirements.txt"
     look_for_programs "$1"
     if [ ${#missing[@]} -eq 0 ] && venv_is_ready "$1" "$lock"; then
+        name_plugins
         return
     fi
     trap clean_up EXIT
@@ -36,6 +37,14 @@ set_up() {
     exec 9<&-
     clean_up
     trap - EXIT INT TERM
+    name_plugins
+}
+
+# name_plugins: let set-up's own Packer find its plugins. Packer 1.11 and later look into one folder only.
+name_plugins() {
+    if [ -z "${PACKER_PLUGIN_PATH:-}" ] && [ "$(command -v packer)" = "$tools/packer/bin/packer" ]; then
+        export PACKER_PLUGIN_PATH="$tools/packer/plugins"
+    fi
 }
 
 say() { printf '==> %s\n' "$*" >&2; }
@@ -63,10 +72,19 @@ look_for_programs() {
                 section="$program"
                 [ "$1" = test ] || [ "$section" = '[run]' ] || break
                 ;;
+            packer) packer_is_ready || lacks "$section" packer packer ;;
             /*) [ -e "$program" ] || lacks "$section" "$program" "$package" ;;
             *) command -v "$program" >/dev/null || lacks "$section" "$program" "$package" ;;
         esac
     done <"$root/scripts/packages.txt"
+}
+
+# packer_is_ready: whether there is a Packer; that of set-up must be the pinned one.
+packer_is_ready() {
+    case "$(command -v packer)" in
+        '') return 1 ;;
+        "$tools/packer/bin/packer") cmp -s "$root/scripts/packer.txt" "$tools/packer/packer.txt" ;;
+    esac
 }
 
 # lacks SECTION PROGRAM PACKAGE
@@ -109,24 +127,30 @@ EOF
 
 # install_packages: install `packages` and unpack `unpacked`; if one does not exist, stop without a change.
 install_packages() {
-    local absent apt as_root=() refreshed=false
+    local absent apt as_root=() refreshed=false fetch=false
     # Do not even change APT's caches before it is certain that this can succeed.
     apt=(-o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
-    command -v apt-get >/dev/null || no_package ${packages[@]+"${packages[@]}"} ${unpacked[@]+"${unpacked[@]}"}
     absent="$(without_candidate)"
-    if [ -n "$absent" ]; then
+    if [ -n "$absent" ] && command -v apt-get >/dev/null; then
         # The package lists may be missing or old. New ones are kept outside the system, which must not change on failure.
         refresh_lists
         absent="$(without_candidate)"
-        # shellcheck disable=SC2086 # one package a word
-        [ -z "$absent" ] || no_package $absent
     fi
+    case " $absent" in
+        *' packer '*) leave_out_packer ;;
+    esac
+    # shellcheck disable=SC2086 # one package a word
+    [ -z "$absent" ] || no_package $absent
     if [ ${#packages[@]} -gt 0 ]; then
         [ "$(id -u)" = 0 ] || as_root=(sudo '--preserve-env=http_proxy,https_proxy,no_proxy')
         [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || stop <<EOF
 system packages are missing, and without sudo only root can install them. Nothing has been changed.
 As root: apt-get install --no-install-recommends ${packages[*]}
 EOF
+    fi
+    # The network is used before the system changes, unless that brings Python first.
+    ! $fetch || [ -z "$python" ] || fetch_packer 'Nothing has been changed.'
+    if [ ${#packages[@]} -gt 0 ]; then
         say "installing system packages: ${packages[*]}"
         install || {
             # Packages of the lists may have been replaced since.
@@ -138,6 +162,28 @@ EOF
         unpack || apt_failed
     fi
     [ -n "$python" ] || look_for_python
+    ! $fetch || fetch_packer
+}
+
+# leave_out_packer: take it out of `packages` and `absent`, because it is to be fetched.
+leave_out_packer() {
+    local each others=()
+    for each in "${packages[@]}"; do
+        [ "$each" = packer ] || others+=("$each")
+    done
+    packages=(${others[@]+"${others[@]}"})
+    absent="${absent/packer /}"
+    fetch=true
+}
+
+# fetch_packer [REMARK]: install HashiCorp's release into the tools folder.
+fetch_packer() {
+    local error
+    error="$("$python" -I "$root/scripts/lib/packer_release.py" "$root" 9<&-)" || stop < <(
+        echo "there is no package of Packer here, and HashiCorp's release could not be fetched. ${1:-}"
+        printf '%s\n' "$error" | sed 's/^/  /'
+    )
+    fetch=false
 }
 
 install() {
@@ -170,6 +216,10 @@ refresh_lists() {
 # without_candidate: print the `packages` and `unpacked` for which APT has no version.
 without_candidate() {
     local each known
+    command -v apt-get >/dev/null || {
+        printf '%s ' ${packages[@]+"${packages[@]}"} ${unpacked[@]+"${unpacked[@]}"}
+        return
+    }
     known=" $(LC_ALL=C apt-cache "${apt[@]}" policy \
         ${packages[@]+"${packages[@]}"} ${unpacked[@]+"${unpacked[@]}"} |
         sed -n -e '/^[^ ].*:$/{s/:$//;h;}' -e '/^ *Candidate: (none)/d' -e '/^ *Candidate: /{x;p;}' | tr '\n' ' ')"
@@ -183,37 +233,20 @@ without_candidate() {
 
 # no_package PACKAGE...: stop with a list of what to install by hand.
 no_package() {
-    local each name=this
+    local name=this
     # shellcheck source=/dev/null
     [ ! -e /etc/os-release ] || name="$(. /etc/os-release && echo "${PRETTY_NAME:-this}")"
     [ "$(uname)" != Darwin ] || name=macOS
     stop < <(
         echo "some programs are missing, and $name has no package for them. Nothing has been changed."
-        for each; do
-            if [ "$each" = packer ]; then
-                echo "  Packer: install HashiCorp's official package, version 1.7 or newer:"
-                echo "    developer.hashicorp.com/packer/install"
-                echo "    ($(official_packer))"
-            else
-                echo "  $each (its name in Debian)"
-            fi
-        done
+        echo "Install them by hand (these are their packages in Debian):"
+        printf '  %s\n' "$@"
         command -v apt-get >/dev/null ||
-            echo "Debian and Ubuntu have packages for everything but Packer; you can also use a virtual machine with one of them."
+            echo "Debian 12 and 13, and Ubuntu 24.04 and later, have packages for all of them; a virtual machine will do."
+        ! $fetch || echo "Packer is not among them: this fetches it from HashiCorp."
+        echo "To build in AWS, Python, Packer and ssh suffice: uvx ami-builder build --target aws"
         echo "Then run this again. See the section \"Install\" of README.md."
     )
-}
-
-official_packer() {
-    if command -v apt-get >/dev/null; then
-        echo "the package \`packer\` of HashiCorp's APT repository"
-    elif command -v dnf >/dev/null || command -v yum >/dev/null; then
-        echo "the package \`packer\` of HashiCorp's RPM repository"
-    elif [ "$(uname)" = Darwin ]; then
-        echo "with Homebrew: brew install hashicorp/tap/packer"
-    else
-        echo "the binary for this system"
-    fi
 }
 
 # apt_failed [REMARK]: print APT's output and stop.

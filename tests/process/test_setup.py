@@ -6,8 +6,6 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,107 +13,9 @@ import yaml
 
 from ami_builder.system import processes
 from tests.fake_programs import calls, fake
+from tests.process.conftest import APT_GET, Checkout
 
 ROOT = Path(__file__).parents[2]
-PLAIN_TOOLS = (
-    "bash", "cat", "chmod", "cmp", "cp", "dirname", "env", "find", "flock", "grep", "head", "id", "ln", "ls",
-    "mkdir", "mktemp", "mv", "readlink", "rm", "sed", "sh", "sort", "tail", "touch", "tr", "uname",
-)  # fmt: skip
-
-# Stands in for the system's python3 and, copied into a virtual environment, for that one's interpreter.
-PYTHON = r"""
-case "$*" in
-    *_base_executable*) [ -z "$OLD_PYTHON" ] && echo "$0" ;;
-    *'import ensurepip, venv'*) [ -z "$NO_VENV" ] ;;
-    *version_info\[:2\]*) echo 3.12 ;;
-    *'import pip, sys'*) [ -e "$(dirname "$0")/pip" ] ;;
-    *'-m venv '*) for last; do :; done; mkdir -p "$last/bin" "$last/lib"; cp "$0" "$last/bin/python"
-        touch "$last/bin/pip" ;;
-    *'-m pip install'*) echo 'pip: the network is down'; [ -z "$OFFLINE" ] ;;
-    *purelib*) echo "$(dirname "$(dirname "$0")")/lib" ;;
-    *'-m ami_builder'*) shift 3; for each; do printf '<%s>\n' "$each"; done; exit "${STATUS:-0}" ;;
-    *) echo "unexpected: $*" >&2; exit 99 ;;
-esac
-"""
-APT_CACHE = r"""
-while [ "$1" != policy ]; do shift; done; shift
-for each; do
-    case " $NO_PACKAGE " in
-        *" $each "*) ;;
-        *) printf '%s:\n  Installed: (none)\n  Candidate: 1.2\n  Version table:\n     1.2 500\n' "$each" ;;
-    esac
-done
-"""
-# After `install`, the programs are there.
-APT_GET = r"""
-case "$*" in
-    *' install '*) [ -z "$APT_BROKEN" ] || { echo 'E: Unable to fetch some archives'; exit 100; }
-        for each in packer qemu-img; do ln -sf /bin/true "$(dirname "$0")/$each"; done ;;
-esac
-"""
-
-
-@dataclass
-class Checkout:
-    """A copy of the scripts in a folder of its own, with a PATH on which only what is given exists."""
-
-    root: Path
-    bin: Path
-    environ: dict[str, str] = field(default_factory=dict)
-
-    def command(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [self.root / script, *arguments],
-            env={"PATH": str(self.bin), "TMPDIR": str(self.root.parent), "HOME": "/nonexistent"}
-            | self.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str, script: str = "scripts/ami-builder") -> tuple[int, str, str]:
-        process = self.command(script, *arguments)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def calls(self, name: str) -> list[str]:
-        return calls(self.bin, name)
-
-    def forget(self) -> None:
-        for record in self.bin.glob("*.calls"):
-            record.unlink()
-
-    @property
-    def venv(self) -> Path:
-        return self.root / ".venv"
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    root = tmp_path / "check out"
-    for name in ("scripts/ami-builder", "scripts/test", "scripts/lint", "scripts/lib/setup.sh", ".ci/run"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, root / name)
-    (root / "scripts/packages.txt").write_text(
-        "[run]\npacker packer\nqemu-img qemu-utils\n/bin/sh dash\n[test]\nshfmt shfmt\n"
-        "[unpacked]\ndocker-registry docker-registry\n"
-    )
-    (root / "tests").mkdir()
-    (root / "scripts/requirements.txt").write_text("rich==1 \\\n    --hash=sha256:00\n")
-    (root / "tests/requirements.txt").write_text("rich==1 \\\n    --hash=sha256:00\nruff==1\n")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in PLAIN_TOOLS:
-        found = shutil.which(name)
-        assert found is not None
-        (programs / name).symlink_to(found)
-    fake(programs, "python3", PYTHON)
-    fake(programs, "apt-get", APT_GET)
-    fake(programs, "apt-cache", APT_CACHE)
-    (programs / "id").unlink()
-    fake(programs, "id", "echo 0")
-    return Checkout(root, programs)
 
 
 def tree(root: Path) -> set[Path]:
@@ -163,7 +63,7 @@ def test_it_runs_through_links_and_from_the_environment(checkout: Checkout, tmp_
         assert checkout.run("list", script=script) == (0, "<list>\n", "")
 
 
-@pytest.mark.parametrize("absent", ["packer", "packer qemu-utils"])
+@pytest.mark.parametrize("absent", ["qemu-utils", "packer qemu-utils"])
 def test_it_stops_before_anything_is_changed_where_a_package_does_not_exist(
     checkout: Checkout, absent: str
 ) -> None:
@@ -172,16 +72,15 @@ def test_it_stops_before_anything_is_changed_where_a_package_does_not_exist(
     status, out, err = checkout.run("build")
     assert (status, out) == (3, "")
     assert "Nothing has been changed" in err
-    assert "HashiCorp's official package, version 1.7 or newer" in err
-    assert "developer.hashicorp.com/packer/install" in err
+    assert "\n  qemu-utils\n" in err
     assert "README.md" in err
-    assert ("qemu-utils" in err) == ("qemu-utils" in absent)
+    assert ("this fetches it from HashiCorp" in err) == ("packer" in absent)
     assert not [line for line in checkout.calls("apt-get") if "install" in line]
     assert all("Dir::State::lists=" in line for line in checkout.calls("apt-get"))
     assert tree(checkout.root) == before
 
 
-def test_without_apt_it_stops_and_names_the_official_package(checkout: Checkout) -> None:
+def test_without_apt_it_stops_and_names_what_is_missing(checkout: Checkout) -> None:
     for name in ("apt-get", "apt-cache", "uname"):
         (checkout.bin / name).unlink()
     fake(checkout.bin, "uname", "echo Darwin")
@@ -189,8 +88,9 @@ def test_without_apt_it_stops_and_names_the_official_package(checkout: Checkout)
     status, _, err = checkout.run("build")
     assert status == 3
     assert "macOS has no package for them. Nothing has been changed." in err
-    assert "brew install hashicorp/tap/packer" in err
-    assert "  python3 (its name in Debian)\n" in err
+    assert "Packer is not among them" in err
+    assert "\n  python3\n" in err
+    assert "uvx ami-builder build --target aws" in err
     assert not checkout.venv.exists()
 
 
