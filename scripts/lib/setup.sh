@@ -10,12 +10,12 @@ tools="$root/.cache/tools"
 PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin:$tools/packer/bin"
 work=
 
-# set_up run|test: install what is missing for that, and print what is installed.
+# set_up aws|local|test: install what is missing for that, and print what is installed.
 set_up() {
-    local lock="$root/scripts/requirements.txt"
-    [ "$1" = run ] || lock="$root/tests/requirements.txt"
+    local kind=run lock="$root/scripts/requirements.txt"
+    [ "$1" != test ] || kind=test lock="$root/tests/requirements.txt"
     look_for_programs "$1"
-    if [ ${#missing[@]} -eq 0 ] && venv_is_ready "$1" "$lock"; then
+    if [ ${#missing[@]} -eq 0 ] && venv_is_ready "$kind" "$lock"; then
         name_plugins
         return
     fi
@@ -33,7 +33,7 @@ set_up() {
     if [ ${#missing[@]} -gt 0 ]; then
         install_packages
     fi
-    venv_is_ready "$1" "$lock" || fill_venv "$1" "$lock"
+    venv_is_ready "$kind" "$lock" || fill_venv "$kind" "$lock"
     exec 9<&-
     clean_up
     trap - EXIT INT TERM
@@ -61,7 +61,7 @@ clean_up() { [ -z "$work" ] || rm -rf "$work"; }
 # quietly COMMAND...: run it with its output in $work/log, which the caller prints if it fails.
 quietly() { "$@" </dev/null >"$work/log" 2>&1 9<&-; }
 
-# look_for_programs run|test: fill `missing`, `packages` and `unpacked`.
+# look_for_programs aws|local|test: fill `missing`, `packages` and `unpacked`.
 look_for_programs() {
     local section='' program package
     missing=() packages=() unpacked=()
@@ -69,8 +69,10 @@ look_for_programs() {
         case "$program" in
             '' | '#'*) ;;
             '['*)
+                case "$1 $program" in
+                    'aws [local]' | 'local [test]') break ;;
+                esac
                 section="$program"
-                [ "$1" = test ] || [ "$section" = '[run]' ] || break
                 ;;
             packer) packer_is_ready || lacks "$section" packer packer ;;
             /*) [ -e "$program" ] || lacks "$section" "$program" "$package" ;;
@@ -112,11 +114,11 @@ print(os.path.realpath(sys._base_executable))' 2>/dev/null)"; then
     if [ -n "$python" ]; then
         "$python" -c 'import ensurepip, venv' 2>/dev/null || {
             version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-            lacks '[run]' "Python's venv" "python$version-venv"
+            lacks '[aws]' "Python's venv" "python$version-venv"
         }
     elif [ -z "${PYTHON:-}" ] && ! { command -v python3 && command -v apt-get; } >/dev/null; then
-        lacks '[run]' python3 python3
-        lacks '[run]' "Python's venv" python3-venv
+        lacks '[aws]' python3 python3
+        lacks '[aws]' "Python's venv" python3-venv
     else
         stop <<EOF
 Python 3.11 or newer is necessary, and ${PYTHON:-python3} is not. Nothing has been changed.

@@ -106,7 +106,7 @@ def checkout(tmp_path: Path) -> Checkout:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, root / name)
     (root / "scripts/packages.txt").write_text(
-        "[run]\npacker packer\nqemu-img qemu-utils\n/bin/sh dash\n[test]\nshfmt shfmt\n"
+        "[aws]\npacker packer\n[local]\nqemu-img qemu-utils\n/bin/sh dash\n[test]\nshfmt shfmt\n"
         "[unpacked]\ndocker-registry docker-registry\n"
     )
     shutil.copy2(ROOT / "scripts/packer.txt", root / "scripts/packer.txt")

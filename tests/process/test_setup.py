@@ -36,6 +36,16 @@ def test_a_bare_machine_gets_everything_and_hears_of_it(checkout: Checkout) -> N
     assert (checkout.venv / "lib/ami-builder.pth").read_text() == f"{checkout.root}\n"
 
 
+@pytest.mark.parametrize("flags", [("--target", "aws"), ("--target=aws",)])
+def test_for_an_ami_it_installs_nothing_that_boots_vms(checkout: Checkout, flags: tuple[str, ...]) -> None:
+    status, _, err = checkout.run("build", *flags)
+    assert status == 0
+    assert "installing system packages: packer\n" in err
+    checkout.forget()
+    assert checkout.run("check", *flags)[2] == ""
+    assert "installing system packages: qemu-utils\n" in checkout.run("build")[2]
+
+
 def test_the_second_run_does_nothing_but_run(checkout: Checkout) -> None:
     checkout.run()
     checkout.forget()
