@@ -20,13 +20,15 @@ source "qemu" "image" {
     convert = ["-o", "compression_type=zstd"]
   }
 
-  accelerator = var.accelerator
-  memory      = var.memory_mib
-  cpus        = var.cpus
-  net_device  = "virtio-net"
-  qemuargs    = var.qemu_args
-  headless    = true
-  boot_wait   = "-1s" # type nothing into a boot menu
+  qemu_binary  = var.qemu_binary
+  machine_type = var.machine_type
+  accelerator  = var.accelerator
+  memory       = var.memory_mib
+  cpus         = var.cpus
+  net_device   = "virtio-net"
+  qemuargs     = var.qemu_args
+  headless     = true
+  boot_wait    = "-1s" # type nothing into a boot menu
 
   communicator         = "ssh"
   ssh_username         = var.ssh_username
@@ -57,6 +59,18 @@ variable "output_directory" {
   type        = string
   description = "Folder of the finished disk, which must not exist."
   default     = "output"
+}
+
+variable "qemu_binary" {
+  type        = string
+  description = "QEMU's program for the image's architecture."
+  default     = "qemu-system-x86_64"
+}
+
+variable "machine_type" {
+  type        = string
+  description = "QEMU's machine."
+  default     = "pc"
 }
 
 variable "accelerator" {

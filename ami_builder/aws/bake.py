@@ -65,6 +65,8 @@ def bake_ami(
 
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
+    image = inputs.image
+    instances.require_arch(account, image.aws.instance_types, image.arch, "aws.instance_types")
     with step.step("container") as child:
         archive = container.archive(inputs.image, inputs.container_digest, workspace, run, child)
     bake = _Bake(inputs, account, archive, run)
@@ -92,7 +94,7 @@ class _Bake:
     def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
         self.inputs, self.account, self.run_ = inputs, account, run
         self.aws = inputs.image.aws
-        self.base = source_ami.resolve(account, inputs.base_digest)
+        self.base = source_ami.resolve(account, inputs.base_digest, inputs.image.arch)
         self.archive = archive
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)

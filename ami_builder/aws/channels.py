@@ -1,4 +1,4 @@
-"""The channels of AMIs: SSM parameters `/ami-builder/IMAGE/x86_64/CHANNEL`, for launch templates."""
+"""The channels of AMIs: SSM parameters `/ami-builder/IMAGE/ARCHITECTURE/CHANNEL`, for launch templates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.core.options import Arch
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.system import processes
 
@@ -22,7 +23,6 @@ LABEL = "current"
 """A label on the current version. It has to move along: on the oldest of the 100 versions that SSM keeps it
 would make the next write fail."""
 
-_ARCHITECTURE = "x86_64"
 _UPDATE_SECONDS = 60.0
 _POLL_SECONDS = 1.0
 _DESCRIPTION = 1024
@@ -34,14 +34,15 @@ class ChannelParameters:
 
     account: Account
     image: str
+    arch: Arch
     workspace: Workspace
     ami: Callable[[str], StoredImage]
     """Returns an AMI of the region by its id."""
 
     @property
     def folder(self) -> str:
-        """The beginning of the parameters' names."""
-        return f"/ami-builder/{self.image}/{_ARCHITECTURE}/"
+        """The beginning of the parameters' names, with EC2's name of the architecture."""
+        return f"/ami-builder/{self.image}/{self.arch.ec2}/"
 
     def locked(self) -> AbstractContextManager[object]:
         """Let no other process of this host move the channels; reading back shows what other hosts do."""
@@ -61,6 +62,11 @@ class ChannelParameters:
         name = found.tags.get(tagging.IMAGE)
         if name != self.image:
             raise UsageError(f"{image_id} is an image of {name!r}, not of {self.image!r}")
+        if found.arch is not self.arch:
+            raise UsageError(
+                f"{image_id} is for {found.arch}, but the channels of {self.image!r} are for {self.arch}",
+                hint=f'give each architecture an image of its own, with arch = "{found.arch}"',
+            )
         return image_id
 
     def find(self, image_id: str) -> StoredImage | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Arch
 from ami_builder.core.records import Measurement, Outcome
 from ami_builder.system import processes
 
@@ -58,6 +59,7 @@ class Ami:
     deprecated: datetime | None
     """When it was deprecated, or will be."""
     tags: Mapping[str, str]
+    arch: Arch = Arch.AMD64
 
     @property
     def finished(self) -> bool:
@@ -354,6 +356,7 @@ def _ami(image: ImageTypeDef) -> Ami:
         protected=image.get("DeregistrationProtection", "disabled") not in _UNPROTECTED,
         deprecated=datetime.fromisoformat(deprecated) if deprecated else None,
         tags=tagging.as_dict(image.get("Tags", [])),
+        arch=Arch.named(image.get("Architecture", "")) or Arch.AMD64,
     )
 
 

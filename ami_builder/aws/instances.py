@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, poll, poll_call
-from ami_builder.core.errors import CloudFailed
+from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Arch
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import InstanceTypeDef, ReservationTypeDef
 
 _SEEN_SECONDS = 60.0
 _TERMINATED_SECONDS = 600.0
+
+
+def require_arch(account: Account, kinds: Iterable[str], arch: Arch, setting: str) -> None:
+    """Raise UsageError if instances of one of these types can't run images of an architecture.
+
+    A type that the region does not have is not reported.
+    """
+    found = account.matching("describe_instance_types", "InstanceTypes", "instance-type", kinds)
+    runs = {
+        one["InstanceType"]: one.get("ProcessorInfo", {}).get("SupportedArchitectures", []) for one in found
+    }
+    if wrong := sorted(kind for kind, of in runs.items() if of and arch.ec2 not in of):
+        raise UsageError(
+            f"{setting}: {', '.join(wrong)}: expected types that run {arch.ec2}, as the image does,"
+            f" but {wrong[0]} runs {', '.join(runs[wrong[0]])}",
+            hint=f"change {setting}, or set arch to the architecture of these types",
+        )
 
 
 def describe(account: Account, instance: str) -> InstanceTypeDef | None:

@@ -94,6 +94,7 @@ class Ec2Machine:
         disk = self._disk()
         data = with_lifetime(user_data, self.image.aws.lifetime, public_key)
         self.memory = self._memory_of_type()
+        instances.require_arch(self.account, [self.name], self.image.arch, "verify.instance_types")
         stack.push(self._exit)
         refused: list[str] = []
         for attempt, subnet in enumerate(self.image.aws.subnets or ("",)):
@@ -173,6 +174,11 @@ class Ec2Machine:
             raise UsageError(
                 f"there is no AMI {self.ami} in {self.account.region} that these credentials can use",
                 hint="check the id and the region",
+            )
+        if found.get("Architecture", arch := self.image.arch.ec2) != arch:
+            raise UsageError(
+                f"{self.ami} is for {found.get('Architecture')}, but image {self.image.name} is for {arch}",
+                hint="set arch to the architecture of the AMI",
             )
         root, size = images.root_volume(found)
         ebs: EbsBlockDeviceTypeDef = {"VolumeType": "gp3", "DeleteOnTermination": True}

@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from ami_builder.aws import network, source_ami
+from ami_builder.aws import instances, network, source_ami
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.aws.tags import Purpose
 from ami_builder.build.preflight import found, stops
 from ami_builder.config.schema import AwsSettings, Image
-from ami_builder.core.errors import CloudFailed, MissingTool, UsageError
+from ami_builder.core.errors import AmiBuilderError, CloudFailed, MissingTool, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
@@ -45,7 +45,7 @@ def check(image: Image) -> Iterator[Finding]:
         return f"{accounts[0].identity()} in {accounts[0].region}"
 
     def base() -> str:
-        ami = source_ami.resolve(here, aws.source)
+        ami = source_ami.resolve(here, aws.source, image.arch)
         bases.append(ami)
         return f"{ami.id}, {ami.name}, {ami.size / _GIB:g} GiB"
 
@@ -82,14 +82,21 @@ def _instance_types(account: Account, image: Image) -> Iterator[Finding]:
     try:
         call, wanted = "describe_instance_type_offerings", dict.fromkeys([*baking, *verifying])
         known = account.matching(call, "InstanceTypeOfferings", "instance-type", wanted)
+        offered = {one["InstanceType"] for one in known}
     except CloudFailed as bad:
         yield stops("instance types", bad)
         return
-    offered = {one["InstanceType"] for one in known}
     for name, setting, kinds, enough in (
         ("instance types to bake on", "aws", baking, any),
         ("instance types to verify on", "verify", verifying, all),
     ):
+        try:
+            instances.require_arch(
+                account, offered.intersection(kinds), image.arch, f"{setting}.instance_types"
+            )
+        except AmiBuilderError as wrong:
+            yield stops(name, wrong)
+            continue
         missing = ", ".join(kind for kind in kinds if kind not in offered)
         if not enough(kind in offered for kind in kinds):
             hint = f"change {setting}.instance_types"

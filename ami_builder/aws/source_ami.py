@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from ami_builder.aws import images
 from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Arch
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import ImageTypeDef
 
-ARCHITECTURE = "x86_64"
 _GIB = 1 << 30
 _SHOWN = 5
 
@@ -31,27 +31,27 @@ class BaseAmi:
     """Size of its root volume, in bytes."""
 
 
-def resolve(account: Account, source: str) -> BaseAmi:
+def resolve(account: Account, source: str, arch: Arch) -> BaseAmi:
     """Return the AMI that `aws.source` is now: an id, the value of an SSM parameter, or a pattern's newest.
 
-    Raises UsageError when there is none or it can't be the base of an image, CloudFailed.
+    Raises UsageError when there is none or it can't be the base of an image of `arch`, CloudFailed.
     """
     if source.startswith("ami-"):
-        return _checked(account, source, source)
+        return _checked(account, source, source, arch)
     if source.startswith("ssm:"):
-        return _checked(account, _parameter(account, source[4:]), source)
+        return _checked(account, _parameter(account, source[4:]), source, arch)
     owner, _, pattern = source.partition("/")
-    return _newest(account, owner, pattern, source)
+    return _newest(account, owner, pattern, source, arch)
 
 
-def _newest(account: Account, owner: str, pattern: str, source: str) -> BaseAmi:
+def _newest(account: Account, owner: str, pattern: str, source: str, arch: Arch) -> BaseAmi:
     available = [image for image in _owned(account, owner, pattern) if image.get("State") == "available"]
     current = [image for image in available if not _deprecated(image)]
-    fitting = [image for image in current if _unfit(image) is None]
+    fitting = [image for image in current if _unfit(image, arch) is None]
     if fitting:
         return _base_ami(max(fitting, key=lambda image: (image.get("CreationDate", ""), image["ImageId"])))
     raise UsageError(
-        f"aws.source: no AMI in {account.region} matches {source}" + _why_not(available, current),
+        f"aws.source: no AMI in {account.region} matches {source}" + _why_not(available, current, arch),
         hint=_near(account, owner, pattern),
     )
 
@@ -61,9 +61,9 @@ def _owned(account: Account, owner: str, pattern: str) -> Sequence[ImageTypeDef]
     return account.listed("describe_images", "Images", Owners=[owner], Filters=named, IncludeDeprecated=True)
 
 
-def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef]) -> str:
+def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef], arch: Arch) -> str:
     if current:
-        return f" and is usable: {current[0].get('Name', '')} {_unfit(current[0])}"
+        return f" and is usable: {current[0].get('Name', '')} {_unfit(current[0], arch)}"
     if available:
         return f": {available[0].get('Name', '')} is deprecated"
     return ""
@@ -99,7 +99,7 @@ def _parameter(account: Account, name: str) -> str:
     return value
 
 
-def _checked(account: Account, ami: str, source: str) -> BaseAmi:
+def _checked(account: Account, ami: str, source: str, arch: Arch) -> BaseAmi:
     if (image := images.describe(account, ami)) is None:
         raise UsageError(
             f"aws.source: there is no AMI {ami} in {account.region} that these credentials can use",
@@ -112,7 +112,7 @@ def _checked(account: Account, ami: str, source: str) -> BaseAmi:
             f"aws.source: {source} has been deprecated since {image.get('DeprecationTime', '')}",
             hint="use an owner/name pattern, which selects the newest AMI",
         )
-    if wrong := _unfit(image):
+    if wrong := _unfit(image, arch):
         raise UsageError(f"aws.source: {source} {wrong}")
     return _base_ami(image)
 
@@ -122,10 +122,10 @@ def _deprecated(image: ImageTypeDef) -> bool:
     return bool(when) and datetime.fromisoformat(str(when)) <= datetime.now(UTC)
 
 
-def _unfit(image: ImageTypeDef) -> str | None:
+def _unfit(image: ImageTypeDef, arch: Arch) -> str | None:
     """Return why an AMI can't be the base of an image, or None."""
-    if image.get("Architecture") != ARCHITECTURE:
-        return f"is for {image.get('Architecture')}, not {ARCHITECTURE}"
+    if image.get("Architecture") != arch.ec2:
+        return f"is for {image.get('Architecture')}, not {arch.ec2}: change aws.source or arch"
     if image.get("RootDeviceType") == "instance-store":
         return "has its root on an instance store, but EBS is needed"
     if image.get("Platform"):

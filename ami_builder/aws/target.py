@@ -69,7 +69,7 @@ class AwsTarget:
         return gather(
             image,
             self.workspace,
-            lambda: source_ami.resolve(self.account, image.aws.source).id,
+            lambda: source_ami.resolve(self.account, image.aws.source, image.arch).id,
             resolved={"source", "suite", "mirror", "checksum"},
             more=f" {image.aws.encrypt} {image.aws.kms_key}",
             refresh=refresh,
@@ -187,7 +187,9 @@ class AwsTarget:
     def channels(self, image: Image) -> ChannelParameters:
         """Return the parameters of this region."""
         ami = partial(self.ami, image)
-        return ChannelParameters(account=self.account, image=image.name, workspace=self.workspace, ami=ami)
+        return ChannelParameters(
+            account=self.account, image=image.name, arch=image.arch, workspace=self.workspace, ami=ami
+        )
 
     def exclusive(self, images: Mapping[str, Image]) -> AbstractContextManager[object]:
         """Lock nothing: nothing can lock an account, so what is young or in use is kept."""
@@ -230,6 +232,7 @@ class AwsTarget:
             created=ami.created or datetime.now(UTC),
             run_id=ami.tags.get(tags.RUN, ""),
             size=ami.size,
+            arch=ami.arch,
         )
         known = self.workspace.image(image.name, digest) if digest else None
         if known is not None and known.artifact.location != ami.id:
@@ -269,6 +272,8 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     yield from shared_preflight.open_settings(image)
     recipe = ("mmdebstrap",) if image.container.requirements else ()
     yield from shared_preflight.tools(("ssh", "ssh-keygen", *recipe))
+    if recipe:
+        yield from shared_preflight.programs(image.arch)
     yield shared_preflight.disk_space(workspace)
     yield from preflight.check(image)
 

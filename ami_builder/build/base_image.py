@@ -94,7 +94,7 @@ def recipe(image: Image) -> Recipe:
     return debian_recipe(
         KIND,
         "base-disk",
-        ["--size", str(base.disk_size), "--suite", base.suite],
+        ["--arch", image.arch, "--size", str(base.disk_size), "--suite", base.suite],
         mirror=base.mirror,
         packages=base.packages,
         sources=("base",),

@@ -36,7 +36,7 @@ def _recipe(image: Image) -> Recipe:
     return debian_recipe(
         KIND,
         "container-archive",
-        ["--reference", settings.reference, "--suite", image.base.suite],
+        ["--arch", image.arch, "--reference", settings.reference, "--suite", image.base.suite],
         mirror=image.base.mirror,
         packages=settings.packages,
         paths=(("--requirements", settings.requirements),),

@@ -1,5 +1,6 @@
 """The part of `ami-builder check` that all targets share: open settings, tools, disk space."""
 
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 from ami_builder.build import plugins
 from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, MissingTool
-from ami_builder.core.options import Listen, Role
+from ami_builder.core.options import Arch, Listen, Role
 from ami_builder.core.records import Finding, State
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 
 GIB = 1 << 30
+_BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # A base disk, a container, a bake in progress and its compressed result.
 _DISK_NEEDED = 6 * GIB
 
@@ -41,6 +43,28 @@ def tools(names: Sequence[str]) -> Iterator[Finding]:
     yield found("packer", lambda: plugins.dotted(plugins.version()))
     for name in names:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
+
+
+def programs(arch: Arch) -> Iterator[Finding]:
+    """Yield whether programs of another architecture than this host's run here, as making an image needs."""
+    if Arch.named(host := platform.machine()) is arch:
+        return
+    name, handler = f"{arch} programs", _BINFMT / f"qemu-{arch.kernel}"
+    try:
+        lines = handler.read_text().splitlines()
+    except OSError:
+        lines = []
+    # F: the kernel has the emulator open, so a chroot does not need it.
+    if "enabled" in lines and any(line.startswith("flags:") and "F" in line for line in lines):
+        yield Finding(name=name, state=State.NOTE, found="emulated by QEMU (slow)")
+        return
+    yield Finding(
+        name=name,
+        state=State.STOPS,
+        found=f"programs for {arch} do not run on this {host} host",
+        hint="apt-get install qemu-user-static, which also registers it with the kernel (binfmt_misc)",
+        exit_code=MissingTool.exit_code,
+    )
 
 
 def found(name: str, look: Callable[[], str | Finding]) -> Finding:

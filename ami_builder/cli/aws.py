@@ -12,6 +12,7 @@ from ami_builder.aws.policy import LONGEST, Section, document
 from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +134,7 @@ def iam_policy(
     ] = None,
 ) -> None:
     """Print the least-privilege IAM policy for work in an AWS account."""
-    policy = document(section, load_config().select(image).aws)
+    policy = document(section, load_config(TargetKind.AWS).select(image).aws)
     console.result(json.dumps(policy, indent=2))
     if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
         console.note(

@@ -75,7 +75,7 @@ def rollback(
     """
     from ami_builder.build import promotion
 
-    chosen = load_config().select(image)
+    chosen = load_config(target).select(image)
 
     def move(targets: Sequence[Target], progress: Progress) -> Moves:
         return promotion.rollback(targets, chosen, channel, reason, progress)
@@ -121,7 +121,7 @@ def history(
     from ami_builder.build.target import require_all
     from ami_builder.nightly.summary import short
 
-    chosen = load_config().select(image)
+    chosen = load_config(target).select(image)
     home = open_target(chosen, target)
     with console.open_progress(console.Mode.QUIET) as progress:
         targets = promotion.chosen((home, *home.copies(chosen)), region or ())

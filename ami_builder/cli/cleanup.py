@@ -29,7 +29,9 @@ def prune(
     from ami_builder.build.cleanup import clean_up
 
     with console.open_progress(mode()) as progress:
-        decisions = clean_up(load_config().images, partial(open_target, kind=target), progress, apply=apply)
+        decisions = clean_up(
+            load_config(target).images, partial(open_target, kind=target), progress, apply=apply
+        )
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
@@ -78,7 +80,7 @@ def gc(
     """Find resources that killed runs left in the AWS account, by ledger and tag. --apply deletes them."""
     from ami_builder.aws.gc import every_region, find_orphans, remove_orphans
 
-    regions = every_region(load_config().images.values(), more or ())
+    regions = every_region(load_config(TargetKind.AWS).images.values(), more or ())
     workspace = open_workspace()
     with console.open_progress(mode()) as progress:
         orphans = find_orphans(regions, workspace, progress)

@@ -53,7 +53,7 @@ def build(
     from ami_builder.build.build import build as build_image
     from ami_builder.verify.executor import open_executor
 
-    chosen = load_config().select(image)
+    chosen = load_config(target).select(image)
     home = open_target(chosen, target, public=public, dask_scheduler=dask_scheduler)
     if dask_scheduler is not None and verify:
         # Report a broken cluster before baking, not after.

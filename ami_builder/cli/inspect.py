@@ -60,7 +60,7 @@ def check(
     image: ImageArgument = None, target: TargetFlag = TargetKind.QEMU, as_json: JsonFlag = False
 ) -> None:
     """Check what a build needs: configuration, tools, KVM or AWS account, memory, disk space."""
-    config = load_config()
+    config = load_config(target)
     findings = tuple(preflight(config.select(image), target))
     stopping = [f for f in findings if f.state is State.STOPS]
     if as_json:

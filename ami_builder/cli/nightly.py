@@ -85,7 +85,7 @@ def _run(
 ) -> Sequence[Ended]:
     from ami_builder.nightly.run import nightly as go
 
-    config = load_config()
+    config = load_config(target)
     chosen = [config.select(name) for name in dict.fromkeys(images or config.images)]
     subjects = [(one, open_target(one, target, dask_scheduler=dask_scheduler)) for one in chosen]
     with console.open_progress(mode()) as progress:

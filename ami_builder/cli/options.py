@@ -108,11 +108,13 @@ TargetFlag = Annotated[
 ]
 
 
-def load_config() -> Config:
-    """Read the configuration and apply the overrides given as flags."""
+def load_config(target: TargetKind = TargetKind.QEMU) -> Config:
+    """Read the configuration for a kind of target, and apply the overrides given as flags."""
     from ami_builder.config.loading import load
 
-    return load(shared.config, environ=os.environ, overrides=shared.overrides, flags=shared.flags)
+    return load(
+        shared.config, environ=os.environ, overrides=shared.overrides, flags=shared.flags, target=target
+    )
 
 
 def open_workspace() -> Workspace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ def open_target(
             f"--dask-scheduler {dask_scheduler}: a local disk image can't be sent to a Dask worker",
             hint="add --target aws, or leave out the flag: local VMs already run in parallel",
         )
-    return QemuTarget(workspace=open_workspace())
+    return QemuTarget(workspace=open_workspace(), arch=image.arch)
 
 
 def open_aws(image: Image, *, public: bool = False, dask_scheduler: str | None = None) -> AwsTarget:
@@ -90,11 +91,11 @@ def find_image(
     the default image. An AMI of another host is named by its id, and an AMI is returned as the account has it
     now. Raises UsageError and CloudFailed.
     """
-    config = load_config()
     if word is not None and (os.sep in word or word.endswith(_DISK_NAMES)):
-        return _disk(word, config, dask_scheduler)
+        return _disk(word, load_config(), dask_scheduler)
     if word is not None and _AMI.fullmatch(word):
         kind = TargetKind.AWS
+    config = load_config(kind)
     known = [one for one in open_workspace().images() if one.artifact.target is kind]
     word = word or config.select().name
     foreign = _AMI.fullmatch(word) and not any(one.artifact.location == word for one in known)
@@ -102,11 +103,14 @@ def find_image(
     image = config.select(stored.artifact.image if stored is not None else None)
     if kind is TargetKind.AWS:
         home = open_aws(image, dask_scheduler=dask_scheduler)
-        if stored is None:
-            return image, home.ami(image, word), home
-        (there,) = home.elsewhere([stored.artifact.region])
-        return image, there.ami(image, stored.artifact.location), home
+        there, ami = home, word
+        if stored is not None:
+            (there,) = home.elsewhere([stored.artifact.region])
+            ami = stored.artifact.location
+        found = there.ami(image, ami)
+        return _of_its_arch(image, found), found, home
     assert stored is not None
+    image = _of_its_arch(image, stored)
     return image, stored, open_target(image, kind, dask_scheduler=dask_scheduler)
 
 
@@ -166,4 +170,18 @@ def _disk(word: str, config: Config, dask_scheduler: str | None) -> tuple[Image,
     stored = next((s for s in open_workspace().images() if s.path == path), None)
     image = config.select(stored.artifact.image if stored is not None else None)
     home = open_target(image, TargetKind.QEMU, dask_scheduler=dask_scheduler)
-    return image, stored or foreign(path, image), home
+    stored = stored or foreign(path, image)
+    return _of_its_arch(image, stored), stored, home
+
+
+def _of_its_arch(image: Image, stored: StoredImage) -> Image:
+    """Return the settings for the architecture of a finished image. Raises UsageError for another AMI's."""
+    found = stored.artifact.arch
+    if found is image.arch:
+        return image
+    if stored.artifact.target is TargetKind.QEMU:
+        return replace(image, arch=found)
+    raise UsageError(
+        f"{stored.artifact.location} is for {found}, but image {image.name} is for {image.arch}",
+        hint=f"add --set arch={found}, or name an image of that architecture",
+    )

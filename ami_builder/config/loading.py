@@ -23,6 +23,7 @@ from ami_builder.config import conflicts
 from ami_builder.config.positions import KeyPath, dotted, key_lines, line_of
 from ami_builder.config.schema import SETTINGS, ConfigFile, Image, ImageSettings
 from ami_builder.core.errors import UsageError, did_you_mean
+from ami_builder.core.records import TargetKind
 from ami_builder.system import resources
 
 FILE_NAME = "ami-builder.toml"
@@ -109,8 +110,11 @@ def load(
     environ: Mapping[str, str],
     overrides: Mapping[str, str] | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
+    target: TargetKind = TargetKind.QEMU,
 ) -> Config:
     """Read the configuration; raises UsageError that reports every mistake with its position.
+
+    Settings that depend on the target, such as `arch`, have their defaults for `target` in the images.
 
     Environment and `overrides` (`memory.reserve` -> `5%`) apply to each image. `flags` has the flags of
     overrides that did not come from --set (`verify.memory` -> `--memory`), for messages.
@@ -155,7 +159,7 @@ def load(
     return Config(
         path=file,
         default_image=content.default_image or None,
-        images=MappingProxyType({name: settings.image(name) for name, settings in images.items()}),
+        images=MappingProxyType({name: settings.image(name, target) for name, settings in images.items()}),
         settings=MappingProxyType(values),
     )
 

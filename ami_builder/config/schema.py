@@ -8,6 +8,7 @@ them (loading), and the shipped ami-builder.toml, the JSON schema and the refere
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, StrictBool
 
 from ami_builder.config import types as t
 from ami_builder.core.options import (
+    Arch,
     Connect,
     ContainerNetwork,
     ContainerSource,
@@ -26,10 +28,17 @@ from ami_builder.core.options import (
     Network,
     Role,
 )
+from ami_builder.core.records import TargetKind
 from ami_builder.core.units import GIB, Reserve
 from ami_builder.system import resources
 
 DEBIAN_USER = "admin"
+HOST_ARCH = Arch.named(platform.machine()) or Arch.AMD64
+_INSTANCE_TYPES = {
+    Arch.AMD64: (("m6i.large",), ("m6i.large", "m5.large", "m7i.large")),
+    Arch.ARM64: (("m7g.large",), ("m7g.large", "m6g.large", "m8g.large")),
+}
+"""Of each architecture: what an AMI is verified on, and what it is baked on."""
 _TWO_PERCENT = Reserve(percent=2.0)
 
 
@@ -157,8 +166,9 @@ class VerifySettings(_Table):
     pressure: StrictBool = True
     """Whether each machine finally runs out of memory, to verify what happens then. Takes minutes on an
     emulated machine."""
-    instance_types: t.Some[t.InstanceType] = ("m6i.large",)
-    """The EC2 instance types that an AMI is verified on: one instance of each, at the same time."""
+    instance_types: t.Many[t.InstanceType] = ()
+    """The EC2 instance types that an AMI is verified on: one instance of each, at the same time. Empty:
+    m6i.large, or m7g.large for arm64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +177,12 @@ class AwsSettings(_Table):
 
     region: t.Region = ""
     """The region. Empty: the one of the AWS chain (AWS_REGION, profile)."""
-    source: t.SourceAmi = "136693071363/debian-13-amd64-*"
-    """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`."""
-    instance_types: t.Some[t.InstanceType] = ("m6i.large", "m5.large", "m7i.large")
-    """What baking runs on, tried in turn when EC2 has no capacity."""
+    source: t.SourceAmi = ""
+    """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`. Empty:
+    Debian's own, 136693071363/debian-13-amd64-* or debian-13-arm64-*."""
+    instance_types: t.Many[t.InstanceType] = ()
+    """What baking runs on, tried in turn when EC2 has no capacity. Empty: m6i.large, m5.large and m7i.large,
+    or m7g.large, m6g.large and m8g.large for arm64."""
     subnets: t.Many[t.Subnet] = ()
     """Where instances run, tried in turn. Empty: the default VPC's subnets."""
     connect: Connect = Connect.SSH
@@ -236,6 +248,9 @@ class ImageSettings(_Table):
 
     description: t.Line = ""
     """One line for people."""
+    arch: t.Architecture = None
+    """The architecture of the machines: `amd64` (x86-64) or `arm64` (such as Graviton). Empty: this host's
+    for a local image, amd64 on AWS. A local image of another architecture than this host's is emulated."""
     base: BaseSettings = BaseSettings()
     container: ContainerSettings = ContainerSettings()
     memory: MemorySettings = MemorySettings()
@@ -262,18 +277,31 @@ class ImageSettings(_Table):
                 changed[name] = value
         return replace(self, **changed)
 
-    def image(self, name: str) -> Image:
-        """Return the image with what follows from its settings: files, packages and channel."""
+    def image(self, name: str, target: TargetKind = TargetKind.QEMU) -> Image:
+        """Return the image with what follows from its settings and target.
+
+        That is its architecture and the defaults that depend on it, files, packages and channel.
+        """
+        arch = self.arch or (Arch.AMD64 if target is TargetKind.AWS else HOST_ARCH)
+        verify_on, bake_on = _INSTANCE_TYPES[arch]
         base, container = self.base, self.container
         if base.security_updates and "unattended-upgrades" not in base.packages:
             base = replace(base, packages=(*base.packages, "unattended-upgrades"))
         pulled = container.source is ContainerSource.REGISTRY
         requirements = None if pulled else container.requirements or resources.requirements()
         channel = self.nightly.channel or self.lifecycle.channels[0]
+        aws, verify = self.aws, self.verify
         whole = replace(
             self,
+            arch=arch,
             base=base,
             container=replace(container, requirements=requirements),
+            verify=replace(verify, instance_types=verify.instance_types or verify_on),
+            aws=replace(
+                aws,
+                source=aws.source or f"136693071363/debian-13-{arch}-*",
+                instance_types=aws.instance_types or bake_on,
+            ),
             nightly=replace(self.nightly, channel=channel),
         )
         return Image(name=name, **{one.name: getattr(whole, one.name) for one in fields(whole)})
@@ -287,6 +315,7 @@ class Image(ImageSettings):
     """
 
     name: str
+    arch: Arch = HOST_ARCH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
+from ami_builder.core.options import Arch
 from ami_builder.core.units import (
     DURATION_PATTERN,
     GIB,
@@ -163,6 +164,14 @@ def _path(value: object, folder: Path) -> Path:
         return folder / Path(value).expanduser()
     except RuntimeError as wrong:
         raise ValueError("expected the path of a file; the home folder in it is unknown") from wrong
+
+
+def _arch(value: object, folder: Path) -> Arch | None:
+    if value == "":
+        return None
+    if not isinstance(value, str) or (found := Arch.named(value)) is None:
+        raise ValueError(f"expected {' or '.join(Arch)}, or nothing")
+    return found
 
 
 def _source(value: object, folder: Path) -> str:
@@ -344,9 +353,21 @@ HostPort = Annotated[
     str | None, optional(text(f"{_HOST}{_PORT}", "host:port, or nothing", "registry.internal:5000"))
 ]
 
+Architecture = Annotated[
+    Arch | None,
+    ValueType(
+        "amd64, arm64, or nothing",
+        _arch,
+        "arm64",
+        {"enum": ["", *Arch, "x86_64", "aarch64"]},
+        lambda value: "" if value is None else str(value),
+    ),
+]
 Region = Annotated[str, text(rf"(?:{_REGION})?", "an AWS region, or nothing", "eu-central-1")]
 _PARAMETER = "ssm:/aws/service/debian/release/13/latest/amd64"
-SourceAmi = Annotated[str, text(_AMI, "owner/name pattern, ssm:/parameter or ami-…", _PARAMETER)]
+SourceAmi = Annotated[
+    str, text(rf"(?:{_AMI})?", "owner/name pattern, ssm:/parameter or ami-…, or nothing", _PARAMETER)
+]
 _TYPE = r"[a-z][a-z0-9-]*\.[a-z0-9-]+"
 InstanceType = Annotated[str, text(_TYPE, "an EC2 instance type", "m6i.xlarge", most=40)]
 _SUBNET = r"subnet-[0-9a-f]{8,17}"

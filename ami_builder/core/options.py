@@ -5,6 +5,29 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+class Arch(StrEnum):
+    """The architecture of a machine's processor, by the name that Debian and Docker use."""
+
+    AMD64 = "amd64"
+    ARM64 = "arm64"
+
+    @property
+    def kernel(self) -> str:
+        """The name that kernels and programs use, as in `uname -m`."""
+        return {Arch.AMD64: "x86_64", Arch.ARM64: "aarch64"}[self]
+
+    @property
+    def ec2(self) -> str:
+        """The name that EC2 uses."""
+        return {Arch.AMD64: "x86_64", Arch.ARM64: "arm64"}[self]
+
+    @classmethod
+    def named(cls, word: str) -> Arch | None:
+        """Return the architecture that a word means, such as arm64 or aarch64; None if it is no known one."""
+        word = word.lower().replace("-", "_")
+        return next((one for one in cls if word in (one.value, one.kernel, one.ec2)), None)
+
+
 class Role(StrEnum):
     """What the one Dask container of a machine does."""
 

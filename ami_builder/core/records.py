@@ -7,6 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
+from ami_builder.core.options import Arch
+
 FIRST_BOOT = "boot"
 """The phase that includes the checks of a first boot; its measurements are compared between images."""
 
@@ -36,6 +38,8 @@ class Artifact:
     size: int
     region: str = ""
     """Where the AMI is; empty for a path."""
+    arch: Arch = Arch.AMD64
+    """Older records have none: all images were for amd64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import platform
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from ami_builder.core.errors import TimedOut, UsageError
-from ami_builder.qemu.hardware import QEMU, Accelerator
+from ami_builder.core.options import Arch
+from ami_builder.qemu.hardware import HARDWARE, Accelerator, is_native
 from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.state.workspace import write_atomically
 from ami_builder.system import processes
@@ -20,25 +22,29 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _USERSPACE = re.compile(rb"systemd\[1\]|Welcome to (?!GRUB)|Freeing unused kernel|Run /\S*init|\blogin: ")
 
 
-def choose_accelerator(disk: Path, *, cache: Path, directory: Path) -> tuple[Accelerator, str]:
-    """Return how to run VMs on this host, and the reason in one line.
+def choose_accelerator(
+    disk: Path, *, cache: Path, directory: Path, arch: Arch = Arch.AMD64
+) -> tuple[Accelerator, str]:
+    """Return how to run VMs of an architecture on this host, and the reason in one line.
 
     /dev/kvm may open and still not run an ordinary kernel (nested in some clouds), so this boots `disk` under
     KVM, once for each boot of this host: `cache` is a file that keeps the answer.
     AMI_BUILDER_ACCELERATOR=kvm|tcg decides without a try.
     """
-    decided = known_accelerator(cache)
+    decided = known_accelerator(cache, arch)
     if decided is not None:
         return decided
-    accelerator, reason, certain = _try_kvm(disk, directory)
+    accelerator, reason, certain = _try_kvm(disk, directory, arch)
     if certain:
-        record = {"host": _host(), "accelerator": accelerator, "reason": reason}
+        record = {"host": _host(arch), "accelerator": accelerator, "reason": reason}
         write_atomically(cache, json.dumps(record))
     return accelerator, reason
 
 
-def known_accelerator(cache: Path) -> tuple[Accelerator, str] | None:
+def known_accelerator(cache: Path, arch: Arch = Arch.AMD64) -> tuple[Accelerator, str] | None:
     """Return what is known without booting anything; None if only a try can decide."""
+    if not is_native(arch):
+        return Accelerator.TCG, f"TCG (slow): KVM can't run {arch} on {platform.machine()}"
     if wanted := os.environ.get("AMI_BUILDER_ACCELERATOR"):
         if wanted not in tuple(Accelerator):
             raise UsageError(
@@ -52,22 +58,29 @@ def known_accelerator(cache: Path) -> tuple[Accelerator, str] | None:
         return Accelerator.TCG, f"TCG (slow): {_DEVICE}: {error.strerror}"
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(cache.read_text())
-        if known["host"] == _host():
+        if known["host"] == _host(arch):
             return Accelerator(known["accelerator"]), str(known["reason"])
     return None
 
 
-def _host() -> dict[str, str]:
-    """Return what the answer is valid for: this boot of the host, and this QEMU."""
+def _host(arch: Arch) -> dict[str, str]:
+    """Return what the answer is valid for: this boot of the host, an architecture, and this QEMU."""
     return {
         "boot": _BOOT_ID.read_text().strip(),
-        "qemu": processes.output([QEMU, "--version"]).splitlines()[0],
+        "arch": arch,
+        "qemu": processes.output([HARDWARE[arch].qemu, "--version"]).splitlines()[0],
     }
 
 
-def _try_kvm(disk: Path, directory: Path) -> tuple[Accelerator, str, bool]:
+def _try_kvm(disk: Path, directory: Path, arch: Arch) -> tuple[Accelerator, str, bool]:
     machine = VirtualMachine(
-        disk=disk, directory=directory, memory=1 << 30, cpus=2, accelerator=Accelerator.KVM, user=""
+        disk=disk,
+        directory=directory,
+        memory=1 << 30,
+        cpus=2,
+        accelerator=Accelerator.KVM,
+        user="",
+        arch=arch,
     )
 
     def up() -> bool:

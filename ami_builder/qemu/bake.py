@@ -10,13 +10,15 @@ from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
 from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.qemu.disks import image_info, nocloud_iso
-from ami_builder.qemu.hardware import Accelerator, firmware
+from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware
 from ami_builder.qemu.traces import IDENTITY_FILE, require_clean
 from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
 from ami_builder.verify.executor import side_by_side
 
 MIB = 1 << 20
+DISK_NAME = "image.qcow2"
+"""Of the baked disk, as packer/qemu.pkr.hcl has it."""
 
 SOURCE = packer.Source(
     type="qemu", template="qemu.pkr.hcl", plugin=plugins.Plugin(name="qemu", oldest=(1, 1, 0))
@@ -30,7 +32,7 @@ _ARCHIVE_DEVICE = "/dev/disk/by-id/virtio-container"
 _WANTED = ("ssh", "systemd-networkd", "systemd-user-sessions", "containerd")
 _KERNEL_COMMAND_LINE = " ".join(
     (
-        "root=LABEL=root ro console=ttyS0 cloud-init=disabled panic=5 norandmaps",
+        "root=LABEL=root ro cloud-init=disabled panic=5 norandmaps",
         "systemd.unit=basic.target",
         *(f"systemd.wants={unit}.service" for unit in _WANTED),
         *(f"systemd.mask={unit}.service" for unit in ("apparmor", "systemd-timesyncd")),
@@ -54,7 +56,10 @@ def bake(
     image_info(base.disk)
     with step.step("choose the accelerator") as child:
         accelerator, reason = choose_accelerator(
-            base.disk, cache=workspace.cache / "accelerator.json", directory=run.work
+            base.disk,
+            cache=workspace.cache / "accelerator.json",
+            directory=run.work,
+            arch=inputs.image.arch,
         )
         child.done(reason)
     with step.step("bake with Packer", detail="boot") as child:
@@ -85,7 +90,7 @@ def bake(
             timeout=inputs.image.bake.timeout,
             on_progress=moved,
         )
-        disk = output / "image.qcow2"
+        disk = output / DISK_NAME
         child.done(size(disk.stat().st_size))
     with step.step("search the disk for keys") as child:
         identity = (run.directory / IDENTITY_FILE).read_text()
@@ -125,11 +130,12 @@ def bake_variables(
 ) -> Mapping[str, packer.Variable]:
     """Return the values of Packer's variables; most of them are how QEMU boots the base."""
     image = inputs.image
+    hardware = HARDWARE[image.arch]
     key = ssh.generate_key(run.work)
     public_key = key.with_suffix(".pub").read_text().strip()
     arguments = [
         ["-serial", f"file:{console_log}"],
-        ["-cpu", accelerator.cpu],
+        ["-cpu", hardware.cpu(accelerator)],
         # Any -device here replaces Packer's own, so it is repeated.
         ["-device", "virtio-net,netdev=user.0"],
         ["-device", "virtio-rng-pci"],
@@ -142,12 +148,11 @@ def bake_variables(
         arguments += [
             ["-kernel", str(base.kernel)],
             ["-initrd", str(base.initrd)],
-            ["-append", _KERNEL_COMMAND_LINE],
+            ["-append", f"{_KERNEL_COMMAND_LINE} console={hardware.console}"],
             ["-smbios", f"type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root={encoded}"],
         ]
     else:
         user = image.base.ssh_user
-        arguments.append(list(firmware()))
         # Not as Packer's CD: cloud kernels have no driver for that drive.
         iso = run.work / "seed.iso"
         nocloud_iso(
@@ -157,6 +162,13 @@ def bake_variables(
             instance_id=f"bake-{run.record.run_id}",
         )
         arguments += _read_only("seed", iso)
+    if base.kernel is None or hardware.direct_boot_firmware:
+        flag, value = firmware(image.arch)
+        arguments.append([flag, value])
+        if flag == "-drive":
+            # Any -drive here replaces Packer's own, which is its disk.
+            disk = f"file={output / DISK_NAME},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
+            arguments.append(["-drive", f"{disk},format=qcow2"])
     return {
         "image_name": image.name,
         "image_digest": inputs.digest,
@@ -172,6 +184,8 @@ def bake_variables(
         "base_disk": str(base.disk),
         "disk_size": f"{-(-image.base.disk_size // MIB)}M",
         "output_directory": str(output),
+        "qemu_binary": hardware.qemu,
+        "machine_type": hardware.bake_machine,
         "accelerator": str(accelerator),
         "memory_mib": image.bake.memory // MIB,
         "cpus": image.bake.cpus,

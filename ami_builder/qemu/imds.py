@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
 from ami_builder.core.errors import UsageError
+from ami_builder.core.options import Arch
 
 MAX_USER_DATA = 16 * 1024
 """The maximum size of user data in bytes; EC2's documented quota."""
@@ -63,6 +64,7 @@ class InstanceMetadata:
     subnet: str = "169.254.169.0/24"
     mac: str = "02:00:00:00:00:01"
     account: str = "123456789012"
+    arch: Arch = Arch.AMD64
 
     def __post_init__(self) -> None:
         size = len(self.user_data or b"")
@@ -223,7 +225,7 @@ def _pages(it: InstanceMetadata) -> dict[str, bytes]:
     zone = it.region + it.zone
     document = {
         "accountId": it.account,
-        "architecture": "x86_64",
+        "architecture": it.arch.ec2,
         "availabilityZone": zone,
         "imageId": it.ami_id,
         "instanceId": it.instance_id,

@@ -12,14 +12,14 @@ from types import TracebackType
 from typing import TypeVar
 
 from ami_builder.core.errors import BuildFailed
-from ami_builder.core.options import Network
+from ami_builder.core.options import Arch, Network
 from ami_builder.core.records import Endpoint
 from ami_builder.qemu.disks import create_overlay
 from ami_builder.qemu.hardware import (
     DEFAULT_INSTANCE,
     EC2_NETWORK,
+    HARDWARE,
     MAC,
-    QEMU,
     SAME_ADDRESSES,
     Accelerator,
     firmware,
@@ -98,7 +98,9 @@ class VirtualMachine:
         network: Network = Network.ISOLATED,
         instance_id: str = DEFAULT_INSTANCE,
         writable: bool = False,
+        arch: Arch = Arch.AMD64,
     ) -> None:
+        self._hardware = HARDWARE[arch]
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
         self._writable = writable
         self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
@@ -310,12 +312,13 @@ class VirtualMachine:
 
     def _arguments(self, *, monitor: int) -> list[str]:
         kvm = self._accelerator is Accelerator.KVM
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none"]
-        argv += ["-machine", "q35", "-accel", "kvm" if kvm else "tcg,thread=multi"]
-        argv += ["-cpu", self._accelerator.cpu, "-smp", str(self._cpus), "-m", f"{self._memory}B"]
+        hardware = self._hardware
+        argv = [hardware.qemu, "-nodefaults", "-no-user-config", "-display", "none"]
+        argv += ["-machine", hardware.machine, "-accel", "kvm" if kvm else "tcg,thread=multi"]
+        argv += ["-cpu", hardware.cpu(self._accelerator), "-smp", str(self._cpus), "-m", f"{self._memory}B"]
         if not kvm:
             argv += ["-smbios", f"type=11,value={SAME_ADDRESSES}"]
-        argv += firmware()
+        argv += firmware(hardware.arch)
         argv += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
         argv += ["-chardev", f"file,id=console,append=on,path={_escaped(self.console_log)}"]
         argv += ["-serial", "chardev:console", "-device", "virtio-rng-pci"]
@@ -331,7 +334,7 @@ class VirtualMachine:
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]
         user = ["user", "id=net", "ipv6=off"]
         if self._imds_port is not None:
-            argv += smbios(self._instance_id)
+            argv += smbios(self._instance_id, hardware.arch)
             forwarder = f"{processes.find('socat')} STDIO TCP4:127.0.0.1:{self._imds_port}"
             user += [EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
         if self._network is Network.ISOLATED:

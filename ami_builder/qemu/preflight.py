@@ -6,29 +6,35 @@ from collections.abc import Iterator
 from ami_builder.build import preflight
 from ami_builder.build.preflight import GIB
 from ami_builder.config.schema import Image
+from ami_builder.core.options import Arch
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
-from ami_builder.qemu.hardware import Accelerator, firmware
+from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware, is_native
 from ami_builder.state.workspace import Workspace
 
-_BUILD_TOOLS = ("qemu-system-x86_64", "qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
-_RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "grub-mkimage")
+_BUILD_TOOLS = ("qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
+_RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat")
 
 
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build on this host needs: tools, firmware, accelerator, memory, disk space."""
     yield from preflight.open_settings(image)
-    recipe = _RECIPE_TOOLS if image.base.source is None or image.container.requirements is not None else ()
+    makes = image.base.source is None or image.container.requirements is not None
+    recipe = [*_RECIPE_TOOLS] if makes else []
+    if makes and image.arch is Arch.AMD64 and is_native(image.arch):
+        recipe.append("grub-mkimage")
     seed = ("xorriso",) if image.base.source is not None else ()
-    yield from preflight.tools((*_BUILD_TOOLS, *recipe, *seed))
-    yield preflight.found("UEFI firmware", lambda: firmware()[1])
-    yield _accelerator(workspace)
+    yield from preflight.tools((HARDWARE[image.arch].qemu, *_BUILD_TOOLS, *recipe, *seed))
+    yield preflight.found("UEFI firmware", lambda: firmware(image.arch)[1])
+    if makes:
+        yield from preflight.programs(image.arch)
+    yield _accelerator(workspace, image.arch)
     yield _memory(image)
     yield preflight.disk_space(workspace)
 
 
-def _accelerator(workspace: Workspace) -> Finding:
-    known = known_accelerator(workspace.cache / "accelerator.json")
+def _accelerator(workspace: Workspace, arch: Arch) -> Finding:
+    known = known_accelerator(workspace.cache / "accelerator.json", arch)
     if known is not None:
         accelerator, reason = known
         state = State.OK if accelerator is Accelerator.KVM else State.NOTE

@@ -19,14 +19,14 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step, size
 from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.options import Datasource, Network
+from ami_builder.core.options import Arch, Datasource, Network
 from ami_builder.core.records import Artifact, Endpoint, TargetKind, Verdict
 from ami_builder.qemu import cleanup, imds
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.bake import bake
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.qemu.disks import image_info, nocloud_iso
-from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.hardware import HARDWARE, Accelerator
 from ami_builder.qemu.machine import VirtualMachine, boot_again
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.system import host_load, ssh
@@ -74,7 +74,11 @@ class QemuMachine:
         iso: Path | None = None
         if settings.datasource is Datasource.EC2:
             served = imds.InstanceMetadata(
-                instance_id=instance_id, user_data=user_data, public_key=public_key
+                instance_id=instance_id,
+                user_data=user_data,
+                public_key=public_key,
+                instance_type=HARDWARE[self.image.arch].instance_type,
+                arch=self.image.arch,
             )
             metadata = stack.enter_context(imds.MetadataServer(served))
         else:
@@ -88,6 +92,7 @@ class QemuMachine:
             disk_size=settings.disk_size,
             accelerator=self.accelerator,
             user=self.image.base.ssh_user,
+            arch=self.image.arch,
             imds_port=metadata.port if metadata is not None else None,
             seed=iso,
             network=settings.network,
@@ -132,6 +137,8 @@ class QemuTarget:
     """This host."""
 
     workspace: Workspace
+    arch: Arch = Arch.AMD64
+    """The architecture of the image that it was opened for; `emulated` depends on it."""
     kind: TargetKind = field(default=TargetKind.QEMU, init=False)
     name: str = field(default="this host", init=False)
     region: str = field(default="", init=False)
@@ -141,7 +148,7 @@ class QemuTarget:
     def emulated(self) -> bool | None:
         """Whether VMs are emulated here; None if only a try can tell."""
         try:
-            known = known_accelerator(self._accelerators)
+            known = known_accelerator(self._accelerators, self.arch)
         except AmiBuilderError:
             # The step that needs the accelerator raises the same error.
             return None
@@ -173,6 +180,7 @@ class QemuTarget:
             digest=inputs.digest,
             created=datetime.now(UTC),
             run_id=run.record.run_id,
+            arch=inputs.image.arch,
             size=disk.stat().st_size,
         )
         return self.workspace.store(artifact, disk, run.directory / "packages.txt")
@@ -184,7 +192,7 @@ class QemuTarget:
         image_info(stored.path)
         with step.step("choose the accelerator") as child:
             accelerator, reason = choose_accelerator(
-                stored.path, cache=self._accelerators, directory=run.work
+                stored.path, cache=self._accelerators, directory=run.work, arch=image.arch
             )
             child.done(reason)
         machines = [
@@ -274,6 +282,7 @@ def foreign(disk: Path, image: Image) -> StoredImage:
         digest=digest,
         created=datetime.fromtimestamp(info.st_mtime, UTC),
         run_id="",
+        arch=image.arch,
         size=info.st_size,
     )
     return StoredImage(artifact=artifact, verdict=None, directory=None)
@@ -310,7 +319,7 @@ def launch(
     with workspace.run("run", image.name) as run, ExitStack() as stack:
         with progress.step("choose the accelerator") as step:
             accelerator, reason = choose_accelerator(
-                disk, cache=workspace.cache / "accelerator.json", directory=run.work
+                disk, cache=workspace.cache / "accelerator.json", directory=run.work, arch=image.arch
             )
             step.done(reason)
         with progress.step("boot", detail=WAITING) as step:

@@ -19,6 +19,7 @@ from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, M
 PACKAGES: Mapping[str, str] = {
     "packer": "packer",
     "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-aarch64": "qemu-system-arm",
     "qemu-img": "qemu-utils",
     "mmdebstrap": "mmdebstrap",
     "mcopy": "mtools",

@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # What base-disk and container-archive share: messages, clean-up, Debian's sources, the download cache.
 
+arch=
+host_arch=
+machine= # the kernel's name for `arch`
 cache="${AMI_BUILDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ami-builder}"
 work=
 child=
@@ -17,6 +20,34 @@ fail() {
 # need COMMAND PACKAGE: stop unless COMMAND is installed.
 need() {
     command -v "$1" >/dev/null || fail "$1 is missing; install it with: apt-get install $2" 3
+}
+
+# choose_arch [NAME]: set `arch` to NAME, Debian's name of an architecture, or to this machine's.
+choose_arch() {
+    host_arch="$(uname -m)"
+    case "$host_arch" in
+        x86_64) host_arch=amd64 ;;
+        aarch64) host_arch=arm64 ;;
+    esac
+    arch="${1:-$host_arch}"
+    case "$arch" in
+        amd64) machine=x86_64 ;;
+        arm64) machine=aarch64 ;;
+        *) fail "--arch '$arch': must be amd64 or arm64" 2 ;;
+    esac
+}
+
+# need_emulator: stop unless programs of `arch` run here, by themselves or by QEMU's emulation of user programs.
+need_emulator() {
+    local handler="/proc/sys/fs/binfmt_misc/qemu-$machine"
+    [ "$arch" != "$host_arch" ] || return 0
+    # F: the kernel has the emulator open, so a chroot does not need it.
+    if grep -q '^enabled' "$handler" 2>/dev/null && grep -q '^flags:.*F' "$handler"; then return 0; fi
+    fail "programs for $arch do not run on this $host_arch machine; install their emulator with:
+  apt-get install qemu-user-static
+and where systemd does not run, register it as root:
+  mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
+  cat /usr/lib/binfmt.d/qemu-$machine.conf >/proc/sys/fs/binfmt_misc/register" 3
 }
 
 clean_up() {
@@ -91,7 +122,7 @@ resolve() {
     shift 2
     lines="$(sources "$suite" "$mirror")"
     # The package lists and the result are cached: for an unchanged archive this takes three small requests.
-    root="$cache/apt/$(printf '%s' "$lines" | sha256sum | cut -c 1-16)"
+    root="$cache/apt/$(printf '%s\n' "$lines" "$arch" | sha256sum | cut -c 1-16)"
     mkdir -p "$root"/etc/apt/{apt.conf.d,preferences.d,sources.list.d} \
         "$root"/var/{lib/apt/lists/partial,cache/apt/archives/partial,lib/dpkg}
     (
@@ -103,8 +134,8 @@ resolve() {
 Dir "$root/";
 Dir::State::status "$root/var/lib/dpkg/status";
 Dir::Etc::TrustedParts "/etc/apt/trusted.gpg.d/";
-APT::Architecture "amd64";
-APT::Architectures { "amd64"; };
+APT::Architecture "$arch";
+APT::Architectures { "$arch"; };
 APT::Install-Recommends "false";
 APT::Sandbox::User "root";
 Acquire::Languages "none";
@@ -135,12 +166,12 @@ EOF
 # bootstrap NAME SUITE MIRROR PACKAGES OPTION...: a system of these packages in $work/root. Downloads are kept
 # in the cache's folder NAME.
 bootstrap() {
-    local debs="$cache/debs/$1" suite="$2" mirror="$3" packages="$4"
+    local debs="$cache/debs/$1-$arch" suite="$2" mirror="$3" packages="$4"
     shift 4
     mkdir -p "$debs" "$work/debs"
-    find "$debs" -mindepth 1 -mtime +30 -delete
+    find "$cache/debs" -mindepth 2 -mtime +30 -delete
     # shellcheck disable=SC2016
-    run mmdebstrap --variant=apt --format=directory --include="$packages" \
+    run mmdebstrap --variant=apt --format=directory --architectures="$arch" --include="$packages" \
         --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/info/*' \

@@ -63,7 +63,8 @@ quietly() { "$@" </dev/null >"$work/log" 2>&1 9<&-; }
 
 # look_for_programs aws|local|test: fill `missing`, `packages` and `unpacked`.
 look_for_programs() {
-    local section='' program package
+    local section='' program package machine
+    machine="$(uname -m)"
     missing=() packages=() unpacked=()
     while read -r program package; do
         case "$program" in
@@ -74,11 +75,23 @@ look_for_programs() {
                 esac
                 section="$program"
                 ;;
-            packer) packer_is_ready || lacks "$section" packer packer ;;
-            /*) [ -e "$program" ] || lacks "$section" "$program" "$package" ;;
-            *) command -v "$program" >/dev/null || lacks "$section" "$program" "$package" ;;
+            *)
+                case "$section $machine" in
+                    '[amd64] aarch64' | '[arm64] x86_64') continue ;;
+                esac
+                look_for "$section" "$program" "$package"
+                ;;
         esac
     done <"$root/scripts/packages.txt"
+}
+
+# look_for SECTION PROGRAM PACKAGE
+look_for() {
+    case "$2" in
+        packer) packer_is_ready || lacks "$1" packer packer ;;
+        /*) [ -e "$2" ] || lacks "$1" "$2" "$3" ;;
+        *) command -v "$2" >/dev/null || lacks "$1" "$2" "$3" ;;
+    esac
 }
 
 # packer_is_ready: whether there is a Packer; that of set-up must be the pinned one.
