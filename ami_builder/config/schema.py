@@ -33,13 +33,17 @@ from ami_builder.core.units import GIB, Reserve
 from ami_builder.system import resources
 
 DEBIAN_USER = "admin"
-HOST_ARCH = Arch.named(platform.machine()) or Arch.AMD64
 _INSTANCE_TYPES = {
     Arch.AMD64: (("m6i.large",), ("m6i.large", "m5.large", "m7i.large")),
     Arch.ARM64: (("m7g.large",), ("m7g.large", "m6g.large", "m8g.large")),
 }
 """Of each architecture: what an AMI is verified on, and what it is baked on."""
 _TWO_PERCENT = Reserve(percent=2.0)
+
+
+def host_arch() -> Arch:
+    """Return the architecture of this host, or amd64 if VMs of its own are not supported."""
+    return Arch.named(platform.machine()) or Arch.AMD64
 
 
 class _Table:
@@ -282,7 +286,7 @@ class ImageSettings(_Table):
 
         That is its architecture and the defaults that depend on it, files, packages and channel.
         """
-        arch = self.arch or (Arch.AMD64 if target is TargetKind.AWS else HOST_ARCH)
+        arch = self.arch or (Arch.AMD64 if target is TargetKind.AWS else host_arch())
         verify_on, bake_on = _INSTANCE_TYPES[arch]
         base, container = self.base, self.container
         if base.security_updates and "unattended-upgrades" not in base.packages:
@@ -315,7 +319,7 @@ class Image(ImageSettings):
     """
 
     name: str
-    arch: Arch = HOST_ARCH
+    arch: Arch = field(default_factory=host_arch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from botocore.exceptions import ClientError
 from ami_builder.aws import source_ami
 from ami_builder.aws.session import Account, aws_errors, failure, is_definite
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Arch
 from tests.fake_ec2.server import ACCESS_KEY, REGION, Cloud
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def test_credentials_are_in_no_message(cloud: Cloud) -> None:
 )
 def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
     newest = cloud.base_ami()
-    found = source_ami.resolve(Account.open(), newest if source == "AMI" else source)
+    found = source_ami.resolve(Account.open(), newest if source == "AMI" else source, Arch.AMD64)
     assert found.id == newest
     assert found.name.startswith("debian-13-amd64-")
     assert found.root_device == "/dev/xvda"
@@ -153,7 +154,7 @@ def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
 
 def refused(source: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        source_ami.resolve(Account.open(), source)
+        source_ami.resolve(Account.open(), source, Arch.AMD64)
     return caught.value
 
 
@@ -171,7 +172,7 @@ def test_an_ami_that_can_not_be_baked_from(cloud: Cloud) -> None:
     newest = images[cloud.base_ami()]
     newest.deprecation_time = "2026-01-01T00:00:00.000Z"
     assert "deprecated since 2026-01-01" in refused(newest.id).message
-    assert source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-*").id != newest.id
+    assert source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-*", Arch.AMD64).id != newest.id
     newest.deprecation_time = None
     newest.root_device_type = "instance-store"
     assert "instance store" in refused(newest.id).message

@@ -14,17 +14,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut, UsageError
-from ami_builder.core.options import Network
+from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import accelerator, hardware, machine
-from ami_builder.qemu.accelerator import choose_accelerator
+from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.disks import create_overlay, image_info
-from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.hardware import HARDWARE, Accelerator
 from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.system import processes
 from tests.saved_vm import SavedVm
@@ -95,8 +96,15 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(machine, "_QUIT_SECONDS", 60)
     monkeypatch.setattr("ami_builder.qemu.monitor._ANSWER_SECONDS", 60)
 
-    def make(*, first: str = "", each: str = "", console: bytes = b"", state: str = "running") -> Path:
-        program = folder / "qemu-system-x86_64"
+    def make(
+        *,
+        first: str = "",
+        each: str = "",
+        console: bytes = b"",
+        state: str = "running",
+        name: str = "qemu-system-x86_64",
+    ) -> Path:
+        program = folder / name
         script = FAKE.format(here=str(folder), first=first, each=each, console=console, state=state)
         program.write_text(f"#!{sys.executable}\n{script}")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -300,13 +308,41 @@ def test_firmware_is_found_or_named(
 ) -> None:
     folder = fake()
     code = tmp_path / "code.fd"
-    monkeypatch.setattr(hardware, "_FIRMWARE", ((str(code), "pflash"),))
+    amd64 = replace(HARDWARE[Arch.AMD64], firmware=((str(code), "pflash"),))
+    monkeypatch.setattr(hardware, "HARDWARE", {Arch.AMD64: amd64})
     with pytest.raises(MissingTool) as caught, build():
         pass
     assert "apt-get install ovmf" in str(caught.value.hint)
     code.touch()
     with build():
         assert f"if=pflash,unit=0,format=raw,readonly=on,file={code}" in arguments(folder)
+
+
+def test_an_arm64_machine_looks_like_graviton(
+    fake: Fake, build: Callable[..., VirtualMachine], disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fake(name="qemu-system-aarch64")
+    graviton = replace(HARDWARE[Arch.ARM64], firmware=((str(disk), "bios"),))
+    monkeypatch.setattr(hardware, "HARDWARE", {Arch.ARM64: graviton})
+    monkeypatch.setattr(machine, "HARDWARE", {Arch.ARM64: graviton})
+    with build(arch=Arch.ARM64, imds_port=1):
+        text = arguments(folder)
+    assert "-machine virt,gic-version=max -accel tcg" in text
+    assert "-cpu max,pauth=off,sve=off," in text
+    assert "product=m7g.large" in text
+    assert "nvme,drive=root" in text
+
+
+def test_an_architecture_that_this_host_lacks_is_emulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "kvm")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    found = known_accelerator(tmp_path / "cache.json", Arch.ARM64)
+    assert found == (Accelerator.TCG, "TCG (slow): KVM can't run arm64 on x86_64")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert known_accelerator(tmp_path / "cache.json", Arch.ARM64) is not None
+    assert known_accelerator(tmp_path / "cache.json", Arch.ARM64)[0] is Accelerator.KVM  # type: ignore[index]
 
 
 def test_qemu_is_missing(
@@ -493,7 +529,7 @@ def test_nothing_outlives_a_killed_builder(fake: Fake, disk: Path, tmp_path: Pat
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from ami_builder.qemu.hardware import Accelerator
+        from ami_builder.qemu.hardware import HARDWARE, Accelerator
         from ami_builder.qemu.machine import VirtualMachine
         with VirtualMachine(disk=Path({str(disk)!r}), directory=Path({str(tmp_path / "vm")!r}),
                             memory=1 << 28, cpus=1, accelerator=Accelerator.TCG, user="admin"):

@@ -38,6 +38,7 @@ from ami_builder.config.schema import (
 from ami_builder.config.types import DEFAULT_REFERENCE, Destination
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import (
+    Arch,
     Connect,
     ContainerNetwork,
     ContainerSource,
@@ -46,6 +47,7 @@ from ami_builder.core.options import (
     Network,
     Role,
 )
+from ami_builder.core.records import TargetKind
 from ami_builder.core.units import Reserve
 from ami_builder.system import resources
 
@@ -726,6 +728,25 @@ def test_the_structure_of_the_file() -> None:
     assert mistakes("default_image = 5\n[images.dask]")[0].startswith(
         "ami-builder.toml:1: default_image = 5:"
     )
+
+
+@pytest.mark.parametrize("word", ["arm64", "aarch64"])
+def test_an_architecture_decides_about_what_aws_bakes_on(word: str) -> None:
+    image = loaded(f'[images.dask]\narch = "{word}"\n').select()
+    assert image.arch is Arch.ARM64
+    assert image.aws.source == "136693071363/debian-13-arm64-*"
+    assert image.aws.instance_types[0] == image.verify.instance_types[0] == "m7g.large"
+    own = loaded(f'[images.dask]\narch = "{word}"\n', flags={"aws.source": "self/ours"}).select()
+    assert own.aws.source == "self/ours"
+
+
+def test_without_an_architecture_the_target_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    settings = ImageSettings()
+    assert settings.image("dask").arch is Arch.ARM64
+    assert settings.image("dask", TargetKind.AWS).arch is Arch.AMD64
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert settings.image("dask").arch is Arch.AMD64
 
 
 def test_one_mistake_in_the_defaults_is_named_once() -> None:
