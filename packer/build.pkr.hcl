@@ -14,12 +14,14 @@ build {
       "PACKAGES=${join(" ", var.packages)}",
       "CONTAINER_REFERENCE=${var.container_reference}",
       "CONTAINER_ARCHIVE=${var.container_archive}",
+      "CONTAINER_RECIPE=${var.container_recipe}",
       "INSECURE_REGISTRY=${var.insecure_registry}",
     ]
-    scripts = [
+    scripts = compact([
       "${path.root}/provisioners/10-guest.sh",
+      var.container_recipe != "" ? "${path.root}/provisioners/15-archive.sh" : "",
       "${path.root}/provisioners/20-container.sh",
-    ]
+    ])
   }
 
   provisioner "file" {

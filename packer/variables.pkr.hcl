@@ -30,7 +30,7 @@ variable "run_id" {
 
 variable "uploads" {
   type        = list(string)
-  description = "Files to upload: guest.tar with the guest's files, and perhaps the container archive."
+  description = "Files to upload: guest.tar with the guest's files, and perhaps the container archive, or its recipe."
   validation {
     condition     = length(var.uploads) > 0
     error_message = "The uploads must have guest.tar."
@@ -55,6 +55,12 @@ variable "container_reference" {
 variable "container_archive" {
   type        = string
   description = "Path of the container archive on the building machine; empty to pull the reference."
+  default     = ""
+}
+
+variable "container_recipe" {
+  type        = string
+  description = "Path of the recipe of that archive, which is then built on the building machine; empty for none."
   default     = ""
 }
 

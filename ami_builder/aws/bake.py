@@ -1,4 +1,4 @@
-"""Bakes an AMI from inputs: the archive of the container, then amazon-ebs of Packer in a security group."""
+"""Bakes an AMI from inputs: the container, then amazon-ebs of Packer in a security group."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ metadata_options {
 }
 """,
 )
-_UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking instance
 # For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
 
@@ -68,8 +67,8 @@ def bake_ami(
     image = inputs.image
     instances.require_arch(account, image.aws.instance_types, image.arch, "aws.instance_types")
     with step.step("container") as child:
-        archive = container.archive(inputs.image, inputs.container_digest, workspace, run, child)
-    bake = _Bake(inputs, account, archive, run)
+        upload = container.prepare(inputs.image, inputs.container_digest, workspace, run, child)
+    bake = _Bake(inputs, account, upload, run)
     try:
         ami = bake.run(step)
         with step.step("finish the AMI") as child:
@@ -91,11 +90,11 @@ def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, pub
 
 
 class _Bake:
-    def __init__(self, inputs: Inputs, account: Account, archive: Path | None, run: Run) -> None:
+    def __init__(self, inputs: Inputs, account: Account, upload: Path | None, run: Run) -> None:
         self.inputs, self.account, self.run_ = inputs, account, run
         self.aws = inputs.image.aws
         self.base = source_ami.resolve(account, inputs.base_digest, inputs.image.arch)
-        self.archive = archive
+        self.upload = upload
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
         self.ledger = Ledger(run.directory / LEDGER)
@@ -177,7 +176,7 @@ class _Bake:
                 SOURCE,
                 self.inputs.guest,
                 variables,
-                uploads=[self.archive] if self.archive is not None else [],
+                uploads=[self.upload] if self.upload is not None else [],
             )
             packer.validate(stage, self.run_.log("packer"))
         else:
@@ -253,9 +252,7 @@ class _Bake:
             "image_name": image.name,
             "image_digest": self.inputs.digest,
             "run_id": self.run_id,
-            "container_reference": image.container.reference,
-            "container_archive": _UPLOADED if self.archive is not None else "",
-            "insecure_registry": image.container.insecure_registry or "",
+            **container.variables(image),
             "packages": list(image.base.packages),
             "records_directory": str(self.run_.directory),
             "manifest_file": str(self.run_.directory / "manifest.json"),

@@ -14,6 +14,7 @@ from ami_builder.aws.bake import bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
 from ami_builder.aws.session import Account, code_of
+from ami_builder.build import container
 from ami_builder.build import preflight as shared_preflight
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
@@ -22,6 +23,7 @@ from ami_builder.config.types import Destination
 from ami_builder.console import Progress, Step
 from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.core.options import ContainerSource
 from ami_builder.core.records import Artifact, CheckResult, Finding, Measurement, Outcome, TargetKind, Verdict
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.executor import open_executor
@@ -67,7 +69,7 @@ class AwsTarget:
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
         return gather(
-            image,
+            container.settled(image, ContainerSource.MACHINE),
             self.workspace,
             lambda: source_ami.resolve(self.account, image.aws.source, image.arch).id,
             resolved={"source", "suite", "mirror", "checksum"},
@@ -270,7 +272,7 @@ class AwsTarget:
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build in the account needs: tools, disk space, and all that the account must allow."""
     yield from shared_preflight.open_settings(image)
-    recipe = ("mmdebstrap",) if image.container.requirements else ()
+    recipe = ("mmdebstrap",) if image.container.source is ContainerSource.ARCHIVE else ()
     yield from shared_preflight.tools(("ssh", "ssh-keygen", *recipe))
     if recipe:
         yield from shared_preflight.programs(image.arch)

@@ -34,7 +34,7 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
             ("base.ssh_user", "base.source"), f"expected {DEBIAN_USER}, the user on a disk of Debian packages"
         )
     host = _registry(container.reference)
-    if container.source is ContainerSource.ARCHIVE:
+    if container.source is not ContainerSource.REGISTRY:
         if container.requirements is not None:
             yield from _missing("container.requirements", container.requirements, "container.source")
         if host or "@" in container.reference:
@@ -48,7 +48,7 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
             "expected a reference to pull, because container.source is registry",
         )
     if container.insecure_registry and (
-        container.source is ContainerSource.ARCHIVE or container.insecure_registry != host
+        container.source is not ContainerSource.REGISTRY or container.insecure_registry != host
     ):
         yield Conflict(
             ("container.insecure_registry", "container.reference", "container.source"),

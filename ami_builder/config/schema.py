@@ -81,8 +81,10 @@ class BaseSettings(_Table):
 class ContainerSettings(_Table):
     """The image of the one Dask container."""
 
-    source: ContainerSource = ContainerSource.ARCHIVE
-    """`archive` builds it here from `requirements`, without Docker; `registry` pulls `reference`."""
+    source: ContainerSource = ContainerSource.AUTO
+    """`archive` builds it on this host from `requirements`, without Docker; `machine` builds the same on the
+    machine that bakes, which must reach Debian's packages and PyPI; `registry` pulls `reference`. `auto`:
+    `archive` for disk images, `machine` for AMIs."""
     reference: t.Reference = t.DEFAULT_REFERENCE
     """The container's name and tag, as Compose uses it."""
     requirements: t.Requirements = None

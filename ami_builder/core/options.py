@@ -71,8 +71,14 @@ class ContainerNetwork(StrEnum):
 class ContainerSource(StrEnum):
     """The origin of the Dask container."""
 
+    AUTO = "auto"
+    """ARCHIVE for disk images of this host, MACHINE for AMIs."""
     ARCHIVE = "archive"
+    """Built on this host."""
+    MACHINE = "machine"
+    """Built on the machine that Packer bakes on."""
     REGISTRY = "registry"
+    """Pulled on the machine that Packer bakes on."""
 
 
 class Connect(StrEnum):

@@ -8,6 +8,7 @@ from ami_builder.build import container, packer, plugins
 from ami_builder.build.base_image import BaseDisk, base_disk
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
+from ami_builder.core.options import ContainerSource
 from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.qemu.disks import image_info, nocloud_iso
 from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware
@@ -52,7 +53,9 @@ def bake(
 
     Returns the disk. `on_boot` gets the seconds until ssh answered on an emulated VM.
     """
-    base, archive = _ingredients(inputs, workspace, run, step)
+    base, prepared = _ingredients(inputs, workspace, run, step)
+    # An archive is attached as a disk, a recipe is uploaded.
+    attached = inputs.image.container.source is ContainerSource.ARCHIVE
     image_info(base.disk)
     with step.step("choose the accelerator") as child:
         accelerator, reason = choose_accelerator(
@@ -68,7 +71,7 @@ def bake(
         variables = bake_variables(
             inputs,
             base=base,
-            archive=archive,
+            archive=prepared if attached else None,
             accelerator=accelerator,
             run=run,
             output=output,
@@ -81,7 +84,8 @@ def bake(
                 on_boot(child.seconds)
 
         stage = run.directory / "packer"
-        packer.stage(stage, SOURCE, inputs.guest, variables)
+        uploads = [] if attached or prepared is None else [prepared]
+        packer.stage(stage, SOURCE, inputs.guest, variables, uploads=uploads)
         packer.validate(stage, run.log("packer"))
         packer.build(
             stage,
@@ -102,20 +106,20 @@ def bake(
 
 
 def _ingredients(inputs: Inputs, workspace: Workspace, run: Run, step: Step) -> tuple[BaseDisk, Path | None]:
-    """Return the base disk and the container's archive, made in parallel or found in the cache."""
+    """Return the base disk and what the container is made from, made in parallel or found in the cache."""
 
     def base() -> BaseDisk | Path | None:
         with step.step("base disk") as child:
             return base_disk(inputs.image, inputs.base_digest, workspace, run, child)
 
-    def archived() -> BaseDisk | Path | None:
+    def prepared() -> BaseDisk | Path | None:
         with step.step("container") as child:
-            return container.archive(inputs.image, inputs.container_digest, workspace, run, child)
+            return container.prepare(inputs.image, inputs.container_digest, workspace, run, child)
 
-    made, archive = side_by_side([base, archived])
+    made, upload = side_by_side([base, prepared])
     assert isinstance(made, BaseDisk)
-    assert not isinstance(archive, BaseDisk)
-    return made, archive
+    assert not isinstance(upload, BaseDisk)
+    return made, upload
 
 
 def bake_variables(
@@ -173,9 +177,7 @@ def bake_variables(
         "image_name": image.name,
         "image_digest": inputs.digest,
         "run_id": run.record.run_id,
-        "container_reference": image.container.reference,
-        "container_archive": _ARCHIVE_DEVICE if archive is not None else "",
-        "insecure_registry": image.container.insecure_registry or "",
+        **container.variables(image, _ARCHIVE_DEVICE if archive is not None else container.UPLOADED),
         "packages": list(image.base.packages),
         "records_directory": str(run.directory),
         "manifest_file": str(run.directory / "manifest.json"),

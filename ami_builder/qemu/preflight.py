@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterator
 
-from ami_builder.build import preflight
+from ami_builder.build import container, preflight
 from ami_builder.build.preflight import GIB
 from ami_builder.config.schema import Image
-from ami_builder.core.options import Arch
+from ami_builder.core.options import Arch, ContainerSource
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware, is_native
@@ -19,7 +19,8 @@ _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat")
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build on this host needs: tools, firmware, accelerator, memory, disk space."""
     yield from preflight.open_settings(image)
-    makes = image.base.source is None or image.container.requirements is not None
+    built_here = container.settled(image, ContainerSource.ARCHIVE).container.source is ContainerSource.ARCHIVE
+    makes = image.base.source is None or built_here
     recipe = [*_RECIPE_TOOLS] if makes else []
     if makes and image.arch is Arch.AMD64 and is_native(image.arch):
         recipe.append("grub-mkimage")

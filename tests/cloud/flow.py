@@ -100,9 +100,9 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_SEEN_SECONDS", 2.0)
 
 
-def ami_builder(*arguments: str) -> int:
+def ami_builder(*arguments: str, settings: Sequence[str] = SETTINGS) -> int:
     """Run one command in this process and return its exit code."""
-    return cli.run([*SETTINGS, *arguments])
+    return cli.run([*settings, *arguments])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +114,8 @@ class Ran:
     err: str
 
 
-def captured(*arguments: str) -> Ran:
+def captured(*arguments: str, settings: Sequence[str] = SETTINGS) -> Ran:
     """Run one command in this process."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        status = ami_builder(*arguments)
+        status = ami_builder(*arguments, settings=settings)
     return Ran(status=status, out=out.getvalue(), err=err.getvalue())

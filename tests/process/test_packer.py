@@ -76,7 +76,10 @@ def test_packer_accepts_the_template(tmp_path: Path, source: packer.Source) -> N
     processes.output(["packer", "fmt", "-check", "-diff", str(stage)], env=plugins.environment())
 
 
-@pytest.mark.parametrize("more", [{"spot": True}, {"encrypt": True, "kms_key": "alias/x"}])
+@pytest.mark.parametrize(
+    "more",
+    [{"spot": True}, {"encrypt": True, "kms_key": "alias/x"}, {"container_recipe": "/var/tmp/recipe.tar"}],
+)
 def test_packer_accepts_what_an_ami_can_have(tmp_path: Path, more: dict[str, packer.Variable]) -> None:
     needs_plugin(AMAZON)
     packer.stage(tmp_path / "stage", AMAZON, GUEST, {**_variables(tmp_path, AMAZON), **more})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from ami_builder.build import container
+from ami_builder.config.schema import ImageSettings
+from ami_builder.console import Mode, open_progress
+from ami_builder.core.options import ContainerSource
+from ami_builder.state.workspace import Workspace
 from ami_builder.system import resources
 from tests.fake_programs import calls, fake
 
@@ -445,3 +452,143 @@ def test_a_missing_container_stops_the_bake(
     done = _container(docker, tmp_path, **environment)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+TOOLS = ("mmdebstrap", "python3-pip", "debian-archive-keyring")
+
+
+@pytest.fixture
+def apt(tmp_path: Path, programs: Path) -> Path:
+    """A Debian that has pip already, and on which mmdebstrap needs perl."""
+    state = tmp_path / "dpkg"
+    state.mkdir()
+    for name in ("python3", "python3-pip"):
+        (state / name).touch()
+    fake(programs, "apt-cache", "echo 'mmdebstrap - create a Debian chroot'")
+    fake(programs, "dpkg-query", f'for one in "{state}"/*; do echo "installed ${{one##*/}}"; done')
+    fake(
+        programs,
+        "apt-get",
+        f"""case "$*" in
+            *" install "*) touch "{state}/mmdebstrap" "{state}/perl" ;;
+            *" purge "*) for name in mmdebstrap perl; do rm "{state}/$name"; done ;;
+        esac""",
+    )
+    return state
+
+
+def _archive(programs: Path, tmp_path: Path, build: str) -> subprocess.CompletedProcess[str]:
+    program = tmp_path / "build"
+    program.write_text(f"#!/bin/sh\n{build}\n")
+    program.chmod(0o755)
+    with tarfile.open(tmp_path / "recipe.tar", "w") as tar:
+        tar.add(program, "build")
+    return _run(
+        "15-archive.sh",
+        programs,
+        CONTAINER_RECIPE=str(tmp_path / "recipe.tar"),
+        CONTAINER_ARCHIVE=str(tmp_path / "container.tar"),
+        WORK=str(tmp_path / "work"),
+    )
+
+
+def test_the_container_is_built_and_its_tools_are_removed(apt: Path, programs: Path, tmp_path: Path) -> None:
+    done = _archive(programs, tmp_path, f'ls "{apt}" >"$1"; echo "$AMI_BUILDER_CACHE"')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "container.tar").read_text().split() == [
+        "mmdebstrap",
+        "perl",
+        "python3",
+        "python3-pip",
+    ]
+    assert f"{tmp_path}/work/cache" in done.stdout, "downloads are not kept in the image"
+    assert sorted(path.name for path in apt.iterdir()) == ["python3", "python3-pip"]
+    update, install, purge = (call.partition("-y ")[2] for call in calls(programs, "apt-get"))
+    assert update == "update"
+    assert install == f"install --no-install-recommends {' '.join(TOOLS)}"
+    assert purge == "purge mmdebstrap perl", "not pip, which was there before"
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_container_that_cannot_be_built_stops_the_bake(apt: Path, programs: Path, tmp_path: Path) -> None:
+    done = _archive(programs, tmp_path, "echo 'no network' >&2; exit 1")
+    assert done.returncode == 1
+    assert "no network" in done.stderr
+    assert "reach Debian's packages and PyPI" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "script", "reported"),
+    [
+        ("apt-cache", "", "no package mmdebstrap"),
+        ("apt-get", "exit 100", "can this machine reach them"),
+        ("apt-get", 'case "$*" in *" install "*) : >"STATE/perl" ;; esac', "could not be removed again"),
+    ],
+)
+def test_a_base_that_cannot_build_the_container_says_what_to_set(
+    apt: Path, programs: Path, tmp_path: Path, program: str, script: str, reported: str
+) -> None:
+    fake(programs, program, script.replace("STATE", str(apt)))
+    done = _archive(programs, tmp_path, "")
+    assert done.returncode == 1
+    assert reported in done.stderr
+    assert "removed" in reported or 'container.source to "registry"' in done.stderr
+
+
+def test_a_base_without_apt_cannot_build_the_container(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["/bin/sh", resources.packer_dir() / "provisioners" / "15-archive.sh"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the base has no apt-get" in done.stderr
+    assert 'container.source to "registry"' in done.stderr
+
+
+@pytest.mark.whole
+@pytest.mark.needs("mmdebstrap", "unshare")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a Debian's /proc")
+def test_a_real_debian_builds_the_real_container(tmp_path: Path) -> None:
+    """Two minutes: a new Debian without mmdebstrap and pip builds what ships with ami-builder."""
+    image = ImageSettings().overlaid({"container.source": ContainerSource.MACHINE}).image("dask")
+    root = tmp_path / "root"
+    make = ["mmdebstrap", "--variant=apt", "--include=python3,ca-certificates", image.base.suite, str(root)]
+    subprocess.run(make, check=True, capture_output=True)
+    at = root / "var/tmp"
+    workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    workspace.ensure()
+    with workspace.run("build", image.name, "digest") as run, open_progress(Mode.PLAIN) as progress:
+        with progress.step("container") as step:
+            recipe = container.prepare(image, "digest", workspace, run, step)
+        assert recipe is not None
+        shutil.copy(recipe, at / "recipe.tar")
+    shutil.copy(resources.packer_dir() / "provisioners" / "15-archive.sh", at)
+    shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    # A host's proxy may answer for PyPI.
+    shutil.copy("/etc/ssl/certs/ca-certificates.crt", at / "ca.crt")
+    before = _packages(root)
+    environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "PIP_CERT=/var/tmp/ca.crt"]
+    environment += ["CONTAINER_RECIPE=/var/tmp/recipe.tar", "CONTAINER_ARCHIVE=/var/tmp/container.tar"]
+    mounts = 'for one in dev proc sys; do mount --rbind "/$one" "$0/$one"; done; exec chroot "$0" "$@"'
+    run_it = ["env", "-i", *environment, "sh", "/var/tmp/15-archive.sh"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounts, str(root), *run_it],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _packages(root) == before
+    with tarfile.open(at / "container.tar") as archive:
+        member = archive.extractfile("./manifest.json")
+        assert member is not None
+        (manifest,) = json.load(member)
+    assert manifest["RepoTags"] == [image.container.reference]
+
+
+def _packages(root: Path) -> str:
+    argv = ["dpkg-query", f"--admindir={root}/var/lib/dpkg", "--show"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
