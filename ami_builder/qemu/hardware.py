@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from ami_builder.core.errors import MissingTool
 from ami_builder.core.options import Arch
+from ami_builder.system import processes
 
 DEFAULT_INSTANCE = "i-0123456789abcdef0"
 MAC = "02:00:00:00:00:01"
@@ -136,7 +137,8 @@ def firmware(arch: Arch) -> tuple[str, str]:
             return "-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={name}"
     package = HARDWARE[arch].firmware_package
     raise MissingTool(
-        f"the UEFI firmware for QEMU's {arch} machines is not installed", hint=f"apt-get install {package}"
+        f"the UEFI firmware for QEMU's {arch} machines is not installed",
+        hint=processes.how_to_install(package),
     )
 
 

@@ -31,7 +31,7 @@ PACKAGES: Mapping[str, str] = {
     "ssh-keygen": "openssh-client",
     "setpriv": "util-linux",
 }
-"""Program -> the Debian package that contains it."""
+"""Program -> the package of Debian and Ubuntu that contains it."""
 
 _cancelled = threading.Event()
 _children: set[subprocess.Popen[str]] = set()
@@ -53,12 +53,18 @@ def find(program: str) -> Path:
     """Return the path of `program`; raises MissingTool with the package that contains it."""
     found = _search(program)
     if found is None:
-        package = PACKAGES.get(program, program)
-        raise MissingTool(
-            f"{program} is not installed",
-            hint=f"run apt-get install {package}, or scripts/ami-builder, which installs what is missing",
-        )
+        raise MissingTool(f"{program} is not installed", hint=how_to_install(PACKAGES.get(program, program)))
     return found
+
+
+def how_to_install(package: str) -> str:
+    """Return what to do on this host to get a package of Debian and Ubuntu."""
+    if package == "packer":
+        # Only Debian 12 has a package of it.
+        return "see developer.hashicorp.com/packer/install, or run scripts/ami-builder, which fetches it"
+    if _search("apt-get"):
+        return f"run apt-get install {package}, or scripts/ami-builder, which installs what is missing"
+    return f"install {package} (its name in Debian and Ubuntu)"
 
 
 def _search(program: str) -> Path | None:

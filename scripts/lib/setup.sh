@@ -63,9 +63,12 @@ quietly() { "$@" </dev/null >"$work/log" 2>&1 9<&-; }
 
 # look_for_programs aws|local|test: fill `missing`, `packages` and `unpacked`.
 look_for_programs() {
-    local section='' program package machine
-    machine="$(uname -m)"
+    local section='' program package architecture=other
     missing=() packages=() unpacked=()
+    case "$HOSTTYPE" in
+        x86_64) architecture=amd64 ;;
+        aarch64 | arm64) architecture=arm64 ;;
+    esac
     while read -r program package; do
         case "$program" in
             '' | '#'*) ;;
@@ -76,21 +79,28 @@ look_for_programs() {
                 section="$program"
                 ;;
             *)
-                case "$section $machine" in
-                    '[amd64] aarch64' | '[arm64] x86_64') continue ;;
+                case "$section" in
+                    "[$architecture]" | '[aws]' | '[local]' | '[test]' | '[unpacked]')
+                        is_there "$program" || lacks "$section" "$program" "$package"
+                        ;;
                 esac
-                look_for "$section" "$program" "$package"
                 ;;
         esac
     done <"$root/scripts/packages.txt"
 }
 
-# look_for SECTION PROGRAM PACKAGE
-look_for() {
-    case "$2" in
-        packer) packer_is_ready || lacks "$1" packer packer ;;
-        /*) [ -e "$2" ] || lacks "$1" "$2" "$3" ;;
-        *) command -v "$2" >/dev/null || lacks "$1" "$2" "$3" ;;
+# is_there PROGRAM|FILE[,FILE...]: whether one of them is on this host.
+is_there() {
+    local each
+    case "$1" in
+        packer) packer_is_ready ;;
+        /*)
+            for each in ${1//,/ }; do
+                [ ! -e "$each" ] || return 0
+            done
+            return 1
+            ;;
+        *) command -v "$1" >/dev/null ;;
     esac
 }
 

@@ -106,8 +106,9 @@ def checkout(tmp_path: Path) -> Checkout:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, root / name)
     (root / "scripts/packages.txt").write_text(
-        "[aws]\npacker packer\n[local]\nqemu-img qemu-utils\n/bin/sh dash\n[test]\nshfmt shfmt\n"
-        "[unpacked]\ndocker-registry docker-registry\n"
+        "[aws]\npacker packer\n[local]\nqemu-img qemu-utils\n/no/such/file,/bin/sh dash\n"
+        "[amd64]\n/bin/sh,/no/such/file amd64-firmware\n[arm64]\n/no/file,/nor/this arm64-firmware\n"
+        "[test]\nshfmt shfmt\n[unpacked]\ndocker-registry docker-registry\n"
     )
     shutil.copy2(ROOT / "scripts/packer.txt", root / "scripts/packer.txt")
     (root / "tests").mkdir()

@@ -35,6 +35,25 @@ def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> No
     assert error.value.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("program", "apt", "hint"),
+    [
+        ("mcopy", True, "run apt-get install mtools, or scripts/ami-builder"),
+        ("mcopy", False, "install mtools (its name in Debian and Ubuntu)"),
+        ("packer", True, "developer.hashicorp.com/packer/install"),
+    ],
+)
+def test_the_hint_fits_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, apt: bool, hint: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if apt:
+        fake(tmp_path, "apt-get", "")
+    with pytest.raises(MissingTool) as missing:
+        processes.find(program)
+    assert hint in str(missing.value.hint)
+
+
 def test_credentials_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("GITHUB_TOKEN", "secret")

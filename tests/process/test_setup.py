@@ -46,6 +46,15 @@ def test_for_an_ami_it_installs_nothing_that_boots_vms(checkout: Checkout, flags
     assert "installing system packages: qemu-utils\n" in checkout.run("build")[2]
 
 
+@pytest.mark.parametrize(
+    ("host", "packages"),
+    [("x86_64", "qemu-utils"), ("aarch64", "qemu-utils arm64-firmware"), ("riscv64", "qemu-utils")],
+)
+def test_each_architecture_gets_its_own_emulator(checkout: Checkout, host: str, packages: str) -> None:
+    checkout.environ["HOSTTYPE"] = host
+    assert f"installing system packages: packer {packages}\n" in checkout.run()[2]
+
+
 def test_the_second_run_does_nothing_but_run(checkout: Checkout) -> None:
     checkout.run()
     checkout.forget()
