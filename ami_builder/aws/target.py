@@ -14,7 +14,6 @@ from ami_builder.aws.bake import bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
 from ami_builder.aws.session import Account, code_of
-from ami_builder.build import container
 from ami_builder.build import preflight as shared_preflight
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
@@ -69,7 +68,7 @@ class AwsTarget:
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
         return gather(
-            container.settled(image, ContainerSource.MACHINE),
+            image,
             self.workspace,
             lambda: source_ami.resolve(self.account, image.aws.source, image.arch).id,
             resolved={"source", "suite", "mirror", "checksum"},

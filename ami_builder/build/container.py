@@ -3,7 +3,6 @@
 import hashlib
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ami_builder.build import packer
@@ -20,13 +19,6 @@ UPLOADED = "/var/tmp/container.tar"  # noqa: S108 - on the baking machine
 """Where the archive is on the baking machine, if it was uploaded or built there."""
 
 _RECIPE = "container-recipe.tar"
-
-
-def settled(image: Image, otherwise: ContainerSource) -> Image:
-    """Return the image with the container's source that `auto` stands for at a target, `otherwise`."""
-    if image.container.source is not ContainerSource.AUTO:
-        return image
-    return replace(image, container=replace(image.container, source=otherwise))
 
 
 def digest(image: Image, workspace: Workspace, *, refresh: bool) -> str:

@@ -286,14 +286,18 @@ class ImageSettings(_Table):
     def image(self, name: str, target: TargetKind = TargetKind.QEMU) -> Image:
         """Return the image with what follows from its settings and target.
 
-        That is its architecture and the defaults that depend on it, files, packages and channel.
+        That is its architecture and the defaults that depend on it, where the container is built, files,
+        packages and channel.
         """
         arch = self.arch or (Arch.AMD64 if target is TargetKind.AWS else host_arch())
         verify_on, bake_on = _INSTANCE_TYPES[arch]
         base, container = self.base, self.container
         if base.security_updates and "unattended-upgrades" not in base.packages:
             base = replace(base, packages=(*base.packages, "unattended-upgrades"))
-        pulled = container.source is ContainerSource.REGISTRY
+        source = container.source
+        if source is ContainerSource.AUTO:
+            source = ContainerSource.MACHINE if target is TargetKind.AWS else ContainerSource.ARCHIVE
+        pulled = source is ContainerSource.REGISTRY
         requirements = None if pulled else container.requirements or resources.requirements()
         channel = self.nightly.channel or self.lifecycle.channels[0]
         aws, verify = self.aws, self.verify
@@ -301,7 +305,7 @@ class ImageSettings(_Table):
             self,
             arch=arch,
             base=base,
-            container=replace(container, requirements=requirements),
+            container=replace(container, source=source, requirements=requirements),
             verify=replace(verify, instance_types=verify.instance_types or verify_on),
             aws=replace(
                 aws,
@@ -317,7 +321,7 @@ class ImageSettings(_Table):
 class Image(ImageSettings):
     """What to build: the name, and everything that decides about an image's content and its verification.
 
-    `container.requirements` is None when the container is pulled.
+    `container.source` is never `auto`, and `container.requirements` is None when the container is pulled.
     """
 
     name: str

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from ami_builder.build import container, preflight
+from ami_builder.build import preflight
 from ami_builder.build.preflight import GIB
 from ami_builder.config.schema import Image
 from ami_builder.core.options import Arch, ContainerSource
@@ -19,7 +19,7 @@ _RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat")
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build on this host needs: tools, firmware, accelerator, memory, disk space."""
     yield from preflight.open_settings(image)
-    built_here = container.settled(image, ContainerSource.ARCHIVE).container.source is ContainerSource.ARCHIVE
+    built_here = image.container.source is ContainerSource.ARCHIVE
     makes = image.base.source is None or built_here
     recipe = [*_RECIPE_TOOLS] if makes else []
     if makes and image.arch is Arch.AMD64 and is_native(image.arch):

@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from ami_builder.build import base_image, container
+from ami_builder.build import base_image
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step, size
 from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.options import Arch, ContainerSource, Datasource, Network
+from ami_builder.core.options import Arch, Datasource, Network
 from ami_builder.core.records import Artifact, Endpoint, TargetKind, Verdict
 from ami_builder.qemu import cleanup, imds
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
@@ -161,9 +161,7 @@ class QemuTarget:
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve base disk and container to what they would be now."""
         base = partial(base_image.digest, image, self.workspace, refresh=refresh)
-        return gather(
-            container.settled(image, ContainerSource.ARCHIVE), self.workspace, base, refresh=refresh
-        )
+        return gather(image, self.workspace, base, refresh=refresh)
 
     def find(self, image: Image, digest: str) -> StoredImage | None:
         """Return the finished image with exactly this digest."""

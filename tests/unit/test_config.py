@@ -67,7 +67,7 @@ DEFAULT = Image(
         security_updates=False,
     ),
     container=ContainerSettings(
-        source=ContainerSource.AUTO,
+        source=ContainerSource.ARCHIVE,
         reference="ami-builder/dask:2026.8.0",
         requirements=resources.requirements(),
         packages=(),

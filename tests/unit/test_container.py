@@ -15,6 +15,7 @@ from ami_builder.build import container
 from ami_builder.config.schema import Image, ImageSettings
 from ami_builder.console import Mode, open_progress
 from ami_builder.core.options import ContainerSource
+from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes, resources
 
@@ -25,10 +26,12 @@ def image(source: ContainerSource, **container: object) -> Image:
 
 
 def test_only_auto_depends_on_the_target() -> None:
-    auto, archive = image(ContainerSource.AUTO), image(ContainerSource.ARCHIVE)
-    assert container.settled(auto, ContainerSource.ARCHIVE) == archive
-    assert container.settled(auto, ContainerSource.MACHINE) == image(ContainerSource.MACHINE)
-    assert container.settled(archive, ContainerSource.MACHINE) == archive
+    auto = ImageSettings()
+    assert auto.image("dask", TargetKind.QEMU).container.source is ContainerSource.ARCHIVE
+    assert auto.image("dask", TargetKind.AWS).container.source is ContainerSource.MACHINE
+    for source in set(ContainerSource) - {ContainerSource.AUTO}:
+        settings = auto.overlaid({"container.source": source})
+        assert {settings.image("dask", one).container.source for one in TargetKind} == {source}
 
 
 def test_what_the_baking_machine_builds_is_known_without_a_program(

@@ -55,6 +55,8 @@ def test_an_ami_keeps_the_promise_on_an_instance(
     settings = {
         "aws.source_cidrs": "127.0.0.1/32",
         "aws.ssh_port": str(machines.port),
+        # The instance reaches nothing outside.
+        "container.source": "archive",
         "aws.instance_types": TYPE,
         "verify.instance_types": TYPE,
         # In CI tried on a local machine alone (tests/vm): it takes two minutes.
