@@ -5,6 +5,8 @@ arch=
 host_arch=
 machine= # the kernel's name for `arch`
 cache="${AMI_BUILDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ami-builder}"
+# Of itself only Debian's APT trusts Debian's keys; mmdebstrap would need gpg to find that out.
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 work=
 child=
 PATH="$PATH:/usr/sbin:/sbin"
@@ -106,7 +108,7 @@ joined() {
 # sources SUITE MIRROR: the lines of sources.list that mmdebstrap uses.
 sources() {
     # The second hook fails, which ends mmdebstrap before it has downloaded anything.
-    mmdebstrap --variant=apt --format=null \
+    mmdebstrap --variant=apt --format=null --keyring="$keyring" \
         --setup-hook="download /etc/apt/sources.list '$work/sources.list'" --setup-hook='exit 9' \
         "$1" /dev/null ${2:+"$2"} >"$work/sources.log" 2>&1 || true
     if [ ! -s "$work/sources.list" ]; then
@@ -133,6 +135,7 @@ resolve() {
         cat >"$root/apt.conf" <<EOF
 Dir "$root/";
 Dir::State::status "$root/var/lib/dpkg/status";
+Dir::Etc::Trusted "$keyring";
 Dir::Etc::TrustedParts "/etc/apt/trusted.gpg.d/";
 APT::Architecture "$arch";
 APT::Architectures { "$arch"; };
@@ -172,6 +175,7 @@ bootstrap() {
     find "$cache/debs" -mindepth 2 -mtime +30 -delete
     # shellcheck disable=SC2016
     run mmdebstrap --variant=apt --format=directory --architectures="$arch" --include="$packages" \
+        --keyring="$keyring" \
         --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/info/*' \
