@@ -166,6 +166,13 @@ def test_no_ami_matches(cloud: Cloud) -> None:
     assert "999999999999" in str(error.hint)
 
 
+def test_arm64_has_an_ami_of_its_own(cloud: Cloud) -> None:
+    found = source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-*", Arch.ARM64)
+    assert found.name.startswith("debian-13-arm64-")
+    with pytest.raises(UsageError, match="is for x86_64, not arm64"):
+        source_ami.resolve(Account.open(), cloud.base_ami(), Arch.ARM64)
+
+
 def test_an_ami_that_can_not_be_baked_from(cloud: Cloud) -> None:
     assert "is for arm64, not x86_64" in refused(f"{DEBIAN}/debian-13-arm64-*").message
     images = cloud.backend().amis

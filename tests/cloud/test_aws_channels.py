@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ami_builder.cli import app as cli
 from ami_builder.config.schema import Image
 from ami_builder.core.channels import Move
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.options import Arch
 from ami_builder.core.records import Outcome
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.cloud.aws import DIGEST, make_ami, tags
@@ -103,6 +105,18 @@ def test_a_channel_is_a_parameter_that_holds(cloud: Cloud, channels: ChannelPara
     with pytest.raises(UsageError, match="no image before the current one"):
         rollback(channels, "stable", KNOWN)
     assert channels.entries("testing") == ()
+
+
+def test_a_channel_is_for_one_architecture(cloud: Cloud, channels: ChannelParameters) -> None:
+    one = verified(cloud, channels, "one")
+    graviton = replace(channels, arch=Arch.ARM64)
+    assert graviton.folder == "/ami-builder/dask/arm64/"
+    with pytest.raises(UsageError, match="is for amd64, but the channels of 'dask' are for arm64"):
+        graviton.id_of(one)
+    cloud.backend().amis[one.artifact.location].architecture = "arm64"
+    assert graviton.id_of(one) == one.artifact.location
+    with pytest.raises(UsageError, match="is for arm64"):
+        channels.id_of(one)
 
 
 def test_an_update_is_waited_for(cloud: Cloud, channels: ChannelParameters) -> None:

@@ -12,7 +12,7 @@ import pytest
 from ami_builder.aws import instances, machine, network, session
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import BuildFailed, CloudFailed, Interrupted, TimedOut, UsageError
-from ami_builder.core.options import Connect
+from ami_builder.core.options import Arch, Connect
 from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from tests.cloud.aws import KEY, RUN, USER_DATA, Instance, Launch, group, instance, launch
 from tests.fake_ec2.server import REGION, Cloud
@@ -152,6 +152,18 @@ def test_a_quota_is_no_matter_of_the_place(
     wanted = ordinary | {"group": "sg-0123456789abcdef0"}
     with pytest.raises(CloudFailed, match="RunInstances"):
         instance(account, ledger, wanted, tmp_path / "machine").__enter__()
+
+
+def test_architectures_must_agree_before_a_launch(
+    cloud: Cloud, account: Account, ledger: Ledger, ordinary: Launch, tmp_path: Path
+) -> None:
+    wanted = ordinary | {"name": "m7g.large"}
+    with pytest.raises(UsageError, match="expected types that run x86_64"):
+        instance(account, ledger, wanted, tmp_path / "machine").__enter__()
+    wanted = ordinary | {"name": "m7g.large", "image": replace(ordinary["image"], arch=Arch.ARM64)}
+    with pytest.raises(UsageError, match=r"is for x86_64, but image .* is for arm64"):
+        instance(account, ledger, wanted, tmp_path / "machine").__enter__()
+    assert requests(cloud) == []
 
 
 @pytest.mark.parametrize("fault", ["throttle", "http500", "reset", "lost_response", "duplicated"])

@@ -9,7 +9,7 @@ import pytest
 
 from ami_builder.aws import preflight
 from ami_builder.aws.session import Account
-from ami_builder.core.options import Connect
+from ami_builder.core.options import Arch, Connect
 from ami_builder.core.records import Finding, State
 from tests.fake_ec2.server import REGION, Cloud
 from tests.fake_programs import fake
@@ -83,6 +83,19 @@ def test_what_is_wrong_is_named_each_by_itself(cloud: Cloud) -> None:
     assert "aws.lifetime" in findings["lifetime"].hint
     assert findings["cost"].state is State.NOTE
     assert "permissions" not in findings
+
+
+def test_instance_types_of_another_architecture(cloud: Cloud) -> None:
+    image = replace(configured(instance_types=("m7g.large", "m6g.large")), arch=Arch.ARM64)
+    image = replace(image, aws=replace(image.aws, source="136693071363/debian-13-arm64-*"))
+    findings = found(image)
+    assert findings["base AMI"].state is State.OK
+    assert findings["instance types to bake on"].state is State.OK
+    wrong = findings["instance types to verify on"]
+    assert (wrong.state, wrong.exit_code) == (State.STOPS, 2)
+    assert "m6i.large runs x86_64" in wrong.found
+    image = replace(image, verify=replace(image.verify, instance_types=("m7g.large",)))
+    assert found(image)["instance types to verify on"].state is State.OK
 
 
 def test_session_manager_needs_its_tools(

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 
-from ami_builder.core.options import Network
+from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
+from ami_builder.qemu.hardware import Accelerator, is_native
 from ami_builder.system import processes
 from tests.fake_ec2.cloud_state import end, set_state
 from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT, FakeImage
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from moto.ec2.models.instances import Instance
-
-    from ami_builder.qemu.hardware import Accelerator
 
 GIB = 1 << 30
 MOST_MIB = 2048
@@ -112,6 +111,7 @@ class VmHypervisor:
         volume = self._overlay(disk, backend.get_volume(root.volume_id).size * GIB)
         key = backend.key_pairs.get(instance.key_name)
         mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
+        arch = Arch.named(str(image.architecture)) or Arch.AMD64
         vm = InstanceVm(
             VmLaunch(
                 instance_id=instance.id,
@@ -119,13 +119,14 @@ class VmHypervisor:
                 port=self.port,
                 memory=self.memory_of(instance.instance_type, mib) << 20,
                 cpus=self._cpus,
-                accelerator=self._accelerator,
+                accelerator=self._accelerator if is_native(arch) else Accelerator.TCG,
                 network=self._network,
                 directory=self._directory / instance.id,
                 metadata=imds.InstanceMetadata(
                     instance_id=instance.id,
                     ami_id=image.id,
                     instance_type=instance.instance_type,
+                    arch=arch,
                     region=backend.region_name,
                     zone=str(instance.availability_zone).removeprefix(backend.region_name),
                     public_key=key.public_key.strip() if key is not None else None,

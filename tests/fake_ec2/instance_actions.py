@@ -33,6 +33,7 @@ class InstanceActions(EC2Action):
         def launched() -> list[str]:
             image = self._launchable(self._get_param("ImageId"))
             self._have_capacity()
+            self._of_one_architecture(image)
             self._fill_in(image)
             reservation: Any = super(InstanceActions, self).run_instances().result
             for instance in reservation.instances:
@@ -254,6 +255,17 @@ class InstanceActions(EC2Action):
             # HTTP 500, and so retried by botocore, as EC2 has it.
             message = f"We currently do not have sufficient {kind} capacity in the zone that you asked for."
             raise Refused("InsufficientInstanceCapacity", message, 500)
+
+    def _of_one_architecture(self, image: FakeImage) -> None:
+        kind = self._get_param("InstanceType", "m1.small")
+        runs = INSTANCE_TYPES[kind]["ProcessorInfo"]["SupportedArchitectures"]
+        if image.architecture not in runs:
+            raise Refused(
+                "InvalidParameterValue",
+                f"The architecture '{','.join(runs)}' of the specified instance type does not match the"
+                f" architecture '{image.architecture}' of the specified AMI. Specify an instance type and an"
+                " AMI that have matching architectures, and try again.",
+            )
 
     def _fill_in(self, image: FakeImage) -> None:
         """Complete the call's parameters by what the image says."""

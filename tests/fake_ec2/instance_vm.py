@@ -149,6 +149,7 @@ class InstanceVm(threading.Thread):
             imds_port=imds_port,
             network=launch.network,
             instance_id=launch.instance_id,
+            arch=launch.metadata.arch,
         )
         self._endpoint = self._power.enter_context(machine)
         self._machine = machine

@@ -259,6 +259,8 @@ def test_capacity_and_memory(cloud: Cloud, ec2: Any) -> None:
     launch(cloud, ec2, ClientToken="t")
     with refused("InvalidParameterValue"):
         launch(cloud, ec2, InstanceType="t9.huge")
+    with refused("InvalidParameterValue"):
+        launch(cloud, ec2, InstanceType="m7g.large")  # of another architecture than the AMI
 
     def memory(kind: str) -> int:
         found = ec2.describe_instance_types(InstanceTypes=[kind])["InstanceTypes"][0]

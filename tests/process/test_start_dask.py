@@ -757,14 +757,15 @@ def test_more_workers_share_the_cpus(
 
 
 @pytest.mark.parametrize("answer", ["exit 1", "echo", "echo undefined", "echo 0"])
-def test_an_unknown_page_is_4_kib(machine: Machine, answer: str) -> None:
+def test_an_unknown_page_is_the_largest_of_all_kernels(machine: Machine, answer: str) -> None:
     fake(machine.programs, "getconf", answer)
-    assert machine.start().exported == "1814532096"
-
-
-def test_a_larger_page_is_honoured(machine: Machine) -> None:
-    fake(machine.programs, "getconf", "echo 65536")
     assert machine.start().exported == str(1814532096 // 65536 * 65536)
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_the_limit_is_whole_pages_of_this_kernel(machine: Machine, page: int) -> None:
+    fake(machine.programs, "getconf", f"echo {page}")
+    assert machine.start().exported == str(1814532096 // page * page)
 
 
 @pytest.mark.parametrize(
