@@ -1,16 +1,20 @@
 """`ami-builder build`: returns the verified image if nothing has changed, else bakes and verifies one."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ami_builder.build.inputs import Inputs
 from ami_builder.build.target import Target
 from ami_builder.build.verify import Located, verify
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
+from ami_builder.core.errors import AmiBuilderError
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify import estimate
+from ami_builder.verify.executor import side_by_side
 from ami_builder.verify.verdict import is_verified, require_passed
 
 
@@ -38,6 +42,28 @@ def build(image: Image, options: Options, target: Target, workspace: Workspace, 
     """
     inputs = resolve(image, target, workspace, progress, refresh=options.refresh)
     return build_from(inputs, options, target, workspace, progress)
+
+
+def build_each(
+    subjects: Sequence[tuple[Image, Target]], options: Options, workspace: Workspace, progress: Progress
+) -> list[Built | AmiBuilderError]:
+    """Build several images, such as one for each architecture, as many at once as there is room for.
+
+    An image that fails does not keep the others from being built: its error is in the result.
+    """
+
+    def one(image: Image, target: Target) -> Built | AmiBuilderError:
+        try:
+            return build(image, options, target, workspace, progress)
+        except AmiBuilderError as failed:
+            return failed
+
+    at_once = len(subjects)
+    if not all(target.builds_side_by_side for _, target in subjects):
+        # Each has VMs of so many processors here.
+        needed = max(max(image.bake.cpus, image.verify.cpus) for image, _ in subjects)
+        at_once = max(1, (os.cpu_count() or 1) // needed)
+    return side_by_side([partial(one, *subject) for subject in subjects], workers=at_once)
 
 
 def resolve(

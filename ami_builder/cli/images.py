@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ami_builder import console
 from ami_builder.cli.options import (
     DaskFlag,
-    ImageArgument,
     JsonFlag,
     TargetFlag,
     app,
@@ -26,14 +25,17 @@ from ami_builder.core.errors import Interrupted, UsageError
 from ami_builder.core.options import Datasource
 from ami_builder.core.records import TargetKind
 
-if TYPE_CHECKING:
-    from ami_builder.state.workspace import StoredImage
-
 
 @app.command()
 def build(
-    image: ImageArgument = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE", help="Names of images in ami-builder.toml, such as one for each architecture."
+        ),
+    ] = None,
     target: TargetFlag = TargetKind.QEMU,
+    every: Annotated[bool, typer.Option("--all", help="Build every image in ami-builder.toml.")] = False,
     verify: Annotated[bool, typer.Option(help="Boot the baked image and run the checks.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Bake again even if nothing changed.")] = False,
     refresh: Annotated[
@@ -47,27 +49,47 @@ def build(
 ) -> None:
     """Bake an image, boot it, verify it, and print its path or AMI id.
 
-    Nothing is built if no input has changed since the image was verified.
+    Nothing is built if no input has changed since the image was verified. Several images are built side by
+    side where there is room: one that fails does not stop the others.
     """
-    from ami_builder.build.build import Options
-    from ami_builder.build.build import build as build_image
+    from ami_builder.build.build import Built, Options, build_each
+    from ami_builder.cli.nightly import worst
     from ami_builder.verify.executor import open_executor
 
-    chosen = load_config(target).select(image)
-    home = open_target(chosen, target, public=public, dask_scheduler=dask_scheduler)
+    config = load_config(target)
+    if every and images:
+        raise UsageError(
+            f"--all: it is for every image, but {images[0]} is named", hint="leave out one of them"
+        )
+    names: list[str | None] = [*dict.fromkeys(config.images if every else images or ())]
+    chosen = [config.select(name) for name in names or [None]]
+    subjects = [
+        (one, open_target(one, target, public=public, dask_scheduler=dask_scheduler)) for one in chosen
+    ]
     if dask_scheduler is not None and verify:
         # Report a broken cluster before baking, not after.
         with open_executor(dask_scheduler, 1):
             pass
     with console.open_progress(mode()) as progress:
-        built = build_image(
-            chosen,
-            Options(verify=verify, force=force, refresh=refresh),
-            home,
-            open_workspace(),
-            progress,
+        ended = build_each(
+            subjects, Options(verify=verify, force=force, refresh=refresh), open_workspace(), progress
         )
-    _print_image(built.stored, as_json=as_json, unchanged=built.unchanged)
+    built = [one for one in ended if isinstance(one, Built)]
+    failed = [one for one in ended if not isinstance(one, Built)]
+    if len(ended) == 1 and failed:
+        raise failed[0]
+    for error in failed:
+        console.error(error)
+    if as_json:
+        found = [{**image_object(one.stored), "unchanged": one.unchanged} for one in built]
+        console.result_json(found[0] if len(ended) == 1 else {"images": found})
+    else:
+        for one in built:
+            if one.stored.verdict is not None:
+                console.verdict(one.stored.verdict)
+            console.result(one.stored.artifact.location)
+    if failed:
+        raise typer.Exit(worst([error.exit_code for error in failed]))
 
 
 @app.command()
@@ -191,12 +213,3 @@ def run_image(
         if not is_up:
             raise
         console.note("the VM is stopped")
-
-
-def _print_image(stored: StoredImage, *, as_json: bool, unchanged: bool) -> None:
-    if as_json:
-        console.result_json({**image_object(stored), "unchanged": unchanged})
-        return
-    if stored.verdict is not None:
-        console.verdict(stored.verdict)
-    console.result(stored.artifact.location)

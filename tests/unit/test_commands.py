@@ -13,7 +13,9 @@ import pytest
 from ami_builder import __version__
 from ami_builder.build import build as build_module
 from ami_builder.cli import app as cli
-from ami_builder.core.errors import Interrupted
+from ami_builder.config.schema import Image
+from ami_builder.core.errors import BuildFailed, Interrupted
+from ami_builder.core.options import Arch
 from ami_builder.core.records import Outcome
 from ami_builder.qemu import target
 from ami_builder.qemu.hardware import Accelerator
@@ -125,6 +127,36 @@ def test_a_result_is_one_json_object(
     assert answer["artifact"]["location"] == str(one.path)
     assert cli.run(["--quiet", "build"]) == 0
     assert capsys.readouterr().out == f"{one.path}\n"
+
+
+def test_one_of_several_images_fails(
+    workspace: Workspace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "ami-builder.toml"
+    file.write_text('[images.dask]\n[images.graviton]\narch = "arm64"\n')
+    one = stored(workspace, "a")
+    asked: list[tuple[str, str]] = []
+
+    def build(image: Image, *_: object) -> build_module.Built:
+        asked.append((image.name, image.arch))
+        if image.arch is Arch.ARM64:
+            raise BuildFailed("no luck")
+        return build_module.Built(stored=one, unchanged=False)
+
+    monkeypatch.setattr(build_module, "build", build)
+    for words in (["--all"], ["dask", "graviton", "dask"]):
+        assert cli.run(["--quiet", "--config", str(file), "build", *words]) == BuildFailed.exit_code
+        printed = capsys.readouterr()
+        assert printed.out == f"{one.path}\n"
+        assert "no luck" in printed.err
+    assert sorted(set(asked)) == [("dask", "amd64"), ("graviton", "arm64")]
+    assert len(asked) == 4
+    assert cli.run(["--config", str(file), "build", "--json", "--all"]) == BuildFailed.exit_code
+    assert [each["unchanged"] for each in json.loads(capsys.readouterr().out)["images"]] == [False]
+    assert cli.run(["--config", str(file), "build", "--all", "dask"]) == 2
 
 
 def test_render_shows_and_writes_the_guest(
