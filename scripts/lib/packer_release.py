@@ -1,8 +1,8 @@
-"""Fetches HashiCorp's release of Packer and its QEMU plugin, as pinned in scripts/packer.txt.
+"""Fetches HashiCorp's releases of Packer and of plugins, as pinned in scripts/packer.txt.
 
-Set-up runs `packer_release.py ROOT` with the host's own Python (3.11 or newer) before there is a virtual
-environment, so it imports only the standard library. Progress goes to stderr, and an error to stdout, for
-set-up to report.
+Set-up runs `packer_release.py ROOT PLUGIN...` with the host's own Python (3.11 or newer) before there is a
+virtual environment, so it imports only the standard library. Progress goes to stderr, and an error to stdout,
+for set-up to report.
 
 Installs .cache/tools/packer/bin/packer, and plugins beside it. Files that a person put into
 .cache/tools/packer/downloads are used in place of the network. Environment: AMI_BUILDER_RELEASES (a mirror),
@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 RELEASES = "https://releases.hashicorp.com"
-LICENCES = {"packer": "BUSL-1.1", "packer-plugin-qemu": "MPL-2.0"}
+PLUGIN = "packer-plugin-"
 _ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _LIST = "_SHA256SUMS"
 _OWN_PACKER = "Or install Packer 1.9 or newer by yourself: if it is on PATH, it is used as it is."
@@ -65,8 +65,9 @@ def download(file: str, folder: Path) -> Path:
             size = int(answer.headers.get("Content-Length") or 0)
             name, version = file.split("_")[:2]
             if file.endswith(".zip"):
-                what = f"{name} {version} from HashiCorp (licence {LICENCES[name]}; {size / 1e6:.0f} MB)"
-                print(f"==> downloading {what}", file=sys.stderr)
+                licence = "BUSL-1.1" if name == "packer" else "MPL-2.0"
+                about = f"from HashiCorp (licence {licence}; {size / 1e6:.0f} MB)"
+                print(f"==> downloading {name} {version} {about}", file=sys.stderr)
             shutil.copyfileobj(answer, out)
         if size and partial.stat().st_size != size:
             raise Unavailable(f"{url(file)}: only {partial.stat().st_size} of {size} bytes arrived")
@@ -111,41 +112,52 @@ def install(archives: Mapping[str, Path], folder: Path) -> None:
     """Put the programs in place, Packer last. Raises Unavailable if they don't run."""
     fresh = folder / "new"
     shutil.rmtree(fresh, ignore_errors=True)
-    packer = unpack(archives["packer"], "packer", fresh)
-    plugin = unpack(archives["packer-plugin-qemu"], "packer-plugin-qemu", fresh)
-    # Packer names the plugin by what it says of itself, and stores its sum.
-    command: list[str | Path] = [packer, "plugins", "install", "--path", plugin, "github.com/hashicorp/qemu"]
+    programs = {name: unpack(archive, name, fresh) for name, archive in archives.items()}
+    packer = programs.pop("packer", folder / "bin/packer")
     environment = {
         "PACKER_PLUGIN_PATH": str(folder / "plugins"),
         "CHECKPOINT_DISABLE": "1",
         "HOME": str(fresh),
     }
-    try:
-        subprocess.run(
-            command,
-            env={**os.environ, **environment},
-            check=True,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        output = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
-        raise Unavailable(f"{archives['packer']} does not run here: {error}\n{output}".rstrip()) from error
+    for name, program in programs.items():
+        # Packer names the plugin by what it says of itself, and stores its sum.
+        source = f"github.com/hashicorp/{name.removeprefix(PLUGIN)}"
+        command: list[str | Path] = [packer, "plugins", "install", "--path", program, source]
+        try:
+            subprocess.run(
+                command,
+                env={**os.environ, **environment},
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+            raise Unavailable(f"Packer can't run here: {error}\n{output}".rstrip()) from error
     (folder / "bin").mkdir(exist_ok=True)
     packer.rename(folder / "bin/packer")
     shutil.rmtree(fresh)
 
 
-def main(root: Path) -> None:
-    """Fetch and install what scripts/packer.txt pins. Raises Unavailable."""
+def main(root: Path, plugins: Sequence[str]) -> None:
+    """Fetch and install Packer and plugins as scripts/packer.txt pins them. Raises Unavailable."""
     folder = root / ".cache/tools/packer"
     downloads = folder / "downloads"
     architecture = _ARCHITECTURES.get(platform.machine().lower(), platform.machine())
     system = f"{platform.system().lower()}_{architecture}"
-    listed = root / "scripts/packer.txt"
-    wanted = pins(listed.read_text(), system)
-    if not wanted:
+    listed = (root / "scripts/packer.txt").read_text()
+    # What is installed has beside it the text that pinned it, which set-up compares too.
+    stamps = {"packer": folder / "packer.txt"}
+    stamps |= {f"{PLUGIN}{plugin}": folder / f"{plugin}.txt" for plugin in plugins}
+    fresh = {name for name, stamp in stamps.items() if stamp.exists() and stamp.read_text() == listed}
+    known = pins(listed, system)
+    wanted = {
+        file: digest
+        for file, digest in known.items()
+        if (name := file.split("_")[0]) in stamps and name not in fresh
+    }
+    if not known:
         raise Unavailable(f"scripts/packer.txt has no release for {system}. {_OWN_PACKER}")
     lists = {digest for digest in wanted.values() if digest.endswith(_LIST)}
     absent = [file for file in (*wanted, *sorted(lists)) if not (downloads / file).exists()]
@@ -153,7 +165,8 @@ def main(root: Path) -> None:
         downloads.mkdir(parents=True, exist_ok=True)
         archives = {file.split("_")[0]: fetch(file, digest, downloads) for file, digest in wanted.items()}
         install(archives, folder)
-        shutil.copyfile(listed, folder / "packer.txt")
+        for name in archives:
+            stamps[name].write_text(listed)
     except (Unavailable, OSError) as error:
         raise Unavailable(f"{error}\n{advice(str(error), absent, downloads)}") from error
     finally:
@@ -179,7 +192,7 @@ def advice(error: str, absent: Sequence[str], downloads: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:])
     except (Unavailable, OSError) as failed:
         print(failed)
         sys.exit(3)

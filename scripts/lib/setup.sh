@@ -14,6 +14,11 @@ work=
 set_up() {
     local kind=run lock="$root/scripts/requirements.txt"
     [ "$1" != test ] || kind=test lock="$root/tests/requirements.txt"
+    case "$1" in
+        aws) plugins=(amazon) ;;
+        local) plugins=(qemu) ;;
+        test) plugins=(qemu amazon) ;;
+    esac
     look_for_programs "$1"
     if [ ${#missing[@]} -eq 0 ] && venv_is_ready "$kind" "$lock"; then
         name_plugins
@@ -104,11 +109,16 @@ is_there() {
     esac
 }
 
-# packer_is_ready: whether there is a Packer; that of set-up must be the pinned one.
+# packer_is_ready: whether there is a Packer; that of set-up must be the pinned one, with `plugins`.
 packer_is_ready() {
+    local each
     case "$(command -v packer)" in
         '') return 1 ;;
-        "$tools/packer/bin/packer") cmp -s "$root/scripts/packer.txt" "$tools/packer/packer.txt" ;;
+        "$tools/packer/bin/packer")
+            for each in packer "${plugins[@]}"; do
+                cmp -s "$root/scripts/packer.txt" "$tools/packer/$each.txt" || return
+            done
+            ;;
     esac
 }
 
@@ -201,10 +211,10 @@ leave_out_packer() {
     fetch=true
 }
 
-# fetch_packer [REMARK]: install HashiCorp's release into the tools folder.
+# fetch_packer [REMARK]: install HashiCorp's release, and `plugins`, into the tools folder.
 fetch_packer() {
     local error
-    error="$("$python" -I "$root/scripts/lib/packer_release.py" "$root" 9<&-)" || stop < <(
+    error="$("$python" -I "$root/scripts/lib/packer_release.py" "$root" "${plugins[@]}" 9<&-)" || stop < <(
         echo "there is no package of Packer here, and HashiCorp's release could not be fetched. ${1:-}"
         printf '%s\n' "$error" | sed 's/^/  /'
     )

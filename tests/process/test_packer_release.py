@@ -22,12 +22,13 @@ SYSTEM = f"{platform.system().lower()}_{'arm64' if platform.machine() in {'arm64
 PACKER = f"packer_9.1.0_{SYSTEM}.zip"
 PLUGIN = f"packer-plugin-qemu_9.2.0_{SYSTEM}.zip"
 SUMS = "packer-plugin-qemu_9.2.0_SHA256SUMS"
+AMAZON = f"packer-plugin-amazon_9.3.0_{SYSTEM}.zip"
 PATHS = {PACKER: "/packer/9.1.0/", PLUGIN: "/packer-plugin-qemu/9.2.0/", SUMS: "/packer-plugin-qemu/9.2.0/"}
 
 # Stores a plugin as Packer's `plugins install --path` does: by what the plugin says of itself, with its sum.
 PACKER_PROGRAM = """#!/bin/sh
-[ "$*" = "plugins install --path $4 github.com/hashicorp/qemu" ] || { echo "unknown: $*" >&2; exit 1; }
-folder="$PACKER_PLUGIN_PATH/github.com/hashicorp/qemu"
+[ "$*" = "plugins install --path $4 $5" ] || { echo "unknown: $*" >&2; exit 1; }
+folder="$PACKER_PLUGIN_PATH/$5"
 mkdir -p "$folder"
 cp "$4" "$folder/$("$4" describe)"
 """
@@ -63,7 +64,8 @@ def releases() -> Iterator[Releases]:
     packer = archive(packer=PACKER_PROGRAM)
     plugin = archive(packer__plugin__qemu_v9_x5_0=PLUGIN_PROGRAM)
     sums = f"{'0' * 64}  another.zip\n{sha256(plugin)}  {PLUGIN}\n".encode()
-    mirror = Releases("", {PACKER: packer, PLUGIN: plugin, SUMS: sums})
+    amazon = archive(packer__plugin__amazon=PLUGIN_PROGRAM.replace("qemu_v9.2.0", "amazon_v9.3.0"))
+    mirror = Releases("", {PACKER: packer, PLUGIN: plugin, SUMS: sums, AMAZON: amazon})
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -92,7 +94,7 @@ def host(checkout: Checkout, releases: Releases) -> Checkout:
     checkout.environ |= {"NO_PACKAGE": "packer", "AMI_BUILDER_RELEASES": f"{releases.address}/"}
     (checkout.root / "scripts/packer.txt").write_text(
         f"# a comment\n{sha256(releases.files[PACKER])} {PACKER}\n{SUMS} {PLUGIN}\n"
-        f"{'0' * 64} packer_9.1.0_plan9_mips.zip\n"
+        f"{sha256(releases.files[AMAZON])} {AMAZON}\n{'0' * 64} packer_9.1.0_plan9_mips.zip\n"
     )
     return checkout
 
@@ -122,10 +124,22 @@ def test_the_release_is_fetched_and_reported(host: Checkout, releases: Releases)
         "bin",
         "plugins",
         "packer.txt",
+        "qemu.txt",
     }
     host.forget()
     assert host.run("list") == (0, "<list>\n", "")
     assert len(releases.asked) == 3
+
+
+def test_each_target_gets_its_own_plugin(host: Checkout, releases: Releases) -> None:
+    assert host.run("build", "--target", "aws")[0] == 0
+    assert [path.rpartition("/")[2] for path in releases.asked] == [PACKER, AMAZON]
+    releases.asked.clear()
+    assert host.run("build")[0] == 0
+    assert [path.rpartition("/")[2] for path in releases.asked] == [SUMS, PLUGIN]
+    releases.asked.clear()
+    assert host.run("build", "--target", "aws")[2] == host.run("build")[2] == ""
+    assert {each.name for each in (host.root / INSTALLED).parents[1].iterdir()} == {"qemu", "amazon"}
 
 
 def test_it_is_fetched_again_when_the_pin_changes(host: Checkout, releases: Releases) -> None:
@@ -262,7 +276,7 @@ def test_a_packer_that_does_not_run_is_not_installed(host: Checkout, releases: R
     (host.root / "scripts/packer.txt").write_text(f"{sha256(broken)} {PACKER}\n{SUMS} {PLUGIN}\n")
     status, _, err = host.run()
     assert status == 3
-    assert f"{PACKER} does not run here" in err
+    assert "Packer can't run here" in err
     assert "wrong libc" in err
     assert not installed(host)
 
@@ -306,8 +320,9 @@ def test_python_comes_first_where_it_is_missing(host: Checkout) -> None:
     )
 
 
-def test_every_pin_is_for_a_system_that_has_both() -> None:
+def test_every_system_has_all_pins() -> None:
     rows = [line.split() for line in (ROOT / "scripts/packer.txt").read_text().splitlines() if line[0] != "#"]
+    names = ("packer", "packer-plugin-qemu", "packer-plugin-amazon")
     systems = {"darwin_amd64", "darwin_arm64", "linux_amd64", "linux_arm64"}
     found = {
         name: {
@@ -315,9 +330,9 @@ def test_every_pin_is_for_a_system_that_has_both() -> None:
             for _, file in rows
             if file.startswith(f"{name}_")
         }
-        for name in ("packer", "packer-plugin-qemu")
+        for name in names
     }
-    assert found == {"packer": systems, "packer-plugin-qemu": systems}
+    assert found == dict.fromkeys(names, systems)
     assert all(
         re.fullmatch(r"[0-9a-f]{64}|packer-plugin-\w+_[\d.]+_SHA256SUMS", digest) for digest, _ in rows
     )
