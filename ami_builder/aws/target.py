@@ -269,13 +269,13 @@ class AwsTarget:
 
 
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
-    """Yield what a build in the account needs: tools, disk space, and all that the account must allow."""
+    """Yield what a build in the account needs: what it uses here, and all that the account must allow."""
     yield from shared_preflight.open_settings(image)
     recipe = ("mmdebstrap",) if image.container.source is ContainerSource.ARCHIVE else ()
     yield from shared_preflight.tools(("ssh", "ssh-keygen", *recipe))
     if recipe:
         yield from shared_preflight.programs(image.arch)
-    yield shared_preflight.disk_space(workspace)
+        yield shared_preflight.disk_space(workspace)
     yield from preflight.check(image)
 
 

@@ -102,6 +102,6 @@ def disk_space(workspace: Workspace) -> Finding:
 
 def _short(path: Path) -> str:
     try:
-        return f"~/{path.relative_to(Path.home())}"
+        return str(Path("~", path.relative_to(Path.home())))
     except ValueError:
         return str(path)
