@@ -39,7 +39,7 @@ def machines(cloud: Cloud, tmp_path: Path) -> Iterator[VmHypervisor]:
     base = base_image.recipe(image)
     log = tmp_path / "base.log"
     digest = base.resolve(workspace, log, refresh=False)
-    disk = base.make(workspace, digest, "disk.qcow2", log, lambda line: None) / "disk.qcow2"
+    disk = base.make(workspace, digest, "", log, lambda line: None) / "disk.qcow2"
     accelerator, _ = choose_accelerator(disk, cache=workspace.cache / "accelerator.json", directory=tmp_path)
     with VmHypervisor(
         base=disk, directory=tmp_path / "cloud", accelerator=accelerator, memory={TYPE: MIB}
