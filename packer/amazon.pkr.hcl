@@ -3,6 +3,8 @@ source "amazon-ebs" "image" {
   region              = var.region
   custom_endpoint_ec2 = var.endpoint
   source_ami          = var.source_ami
+  # ami-builder has tried these credentials already.
+  skip_credential_validation = true
 
   instance_type       = var.spot ? null : var.instance_type
   spot_instance_types = var.spot ? [var.instance_type] : null

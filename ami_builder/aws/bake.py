@@ -44,15 +44,24 @@ AVAILABLE_SECONDS = 2 * 3600.0
 _INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
 _IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
 _IMAGING = re.compile(r"Creating AMI ")
+# Of an instance Packer prints EC2's code, of a spot fleet only its messages.
 _CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
+    r"|UnfulfillableCapacity|no Spot capacity available|do not have sufficient \S+ capacity"
+    r"|Unable to fulfill capacity|not supported in your requested Availability Zone"
+    r"|Spot request price of \S+ is lower than",
+    re.IGNORECASE,
 )
 # Packer makes some calls before it creates anything, and never retries them; EC2 may not know our security
-# group yet.
+# group yet. The AWS SDK before version 2 writes "status code: 503", version 2 "StatusCode: 503".
 _TRANSIENT = re.compile(
     r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
-    r"|status code: 50[0-9]|connection reset|EOF|i/o timeout|InvalidGroup\.NotFound"
+    r"|status ?code: 50[0-9]|retry quota exceeded|connection reset|(?<!unexpected )EOF|i/o timeout"
+    r"|InvalidGroup\.NotFound",
+    re.IGNORECASE,
 )
+# DescribeImages may not know an AMI for a while; plugins since 1.4 give up at that.
+_NOT_SEEN_YET = re.compile(r"InvalidAMIID\.NotFound")
 ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
@@ -128,7 +137,7 @@ class _Bake:
                     raise
                 missing.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
                 continue
-            found = self._made()
+            found = look_for(self._made)
             if found is None:
                 raise CloudFailed(
                     f"Packer succeeded, but there is no AMI {self.name}", log=self.run_.log("packer")
@@ -162,7 +171,9 @@ class _Bake:
 
     def _nothing_was_made(self, error: BaseException) -> bool:
         """Return whether Packer failed for a transient reason, before there was an instance."""
-        if not isinstance(error, CloudFailed) or self.instance:
+        if not isinstance(error, CloudFailed) or isinstance(error.__cause__, packer.PluginCrashed):
+            return False
+        if self.instance:
             return False
         text = "\n".join((error.message, *error.tail))
         # EC2 answers a lack of capacity with HTTP 500 too: try the next type or subnet instead.
@@ -178,7 +189,7 @@ class _Bake:
                 variables,
                 uploads=[self.upload] if self.upload is not None else [],
             )
-            packer.validate(stage, self.run_.log("packer"))
+            packer.validate(stage, SOURCE, self.run_.log("packer"))
         else:
             packer.set_variables(stage, variables)
         # Written before Packer creates them.
@@ -218,7 +229,20 @@ class _Bake:
                 on_line=read,
                 env=self.account.environment(),
             )
+        except packer.PluginCrashed as crashed:
+            if self.instance or not self.aws.spot:
+                raise
+            # A mistake of plugin 1.8: what EC2 answered to CreateFleet is lost.
+            raise CloudFailed(
+                "EC2 refused the request for a spot instance, and Packer's plugin crashed on that",
+                hint="try again later, set aws.spot to false, or see EC2's reason with plugin amazon 1.7.1",
+                log=crashed.log,
+                tail=crashed.tail,
+            ) from crashed
         except BuildFailed as failed:
+            if self.ami and any(map(_NOT_SEEN_YET.search, failed.tail)):
+                # All that Packer had left to do is wait and tag, as `finish` does.
+                return
             if self.instance:
                 raise
             # Before there is an instance only the account or its network can have failed.

@@ -97,7 +97,7 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
     made = here("instance", "volume", "network-interface", "security-group", "image", "snapshot")
     makers = ["RunInstances", "CreateSecurityGroup", "CreateImage"]
     if aws.spot:
-        made, makers = made + template, [*makers, "CreateLaunchTemplate"]
+        made, makers = made + template, [*makers, "CreateLaunchTemplate", "CreateFleet"]
     removing = "ec2:DeregisterImage DeleteSnapshot"
     launched_from = here("image", "snapshot", "subnet", "network-interface")
     yield from (
@@ -114,8 +114,9 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         _Row("UseInstancesOfRuns", "build verify lifecycle", "ec2:TerminateInstances", instance, _OURS),
         _Row("UseInstancesOfRuns", "verify", "ec2:GetConsoleOutput", instance, _OURS),
         _Row("UseInstancesOfRuns", "build", "ec2:StopInstances CreateImage", instance, _OURS),
+        # Packer 1.6.6 alone: later versions launch with IMDSv2.
         _Row("UseInstancesOfRuns", "build", "ec2:ModifyInstanceMetadataOptions", instance, _OURS),
-        # Old versions of Packer tag an AMI only after they made it.
+        # Packer 1.6.6 tags an AMI only after it made it; plugins send the run's tags with CreateImage.
         _Row("MakeImages", "build", "ec2:CreateImage", image),
         _Row("TagImages", "build", "ec2:CreateTags", image, _NAMELESS),
         _Row("ChangeImagesOfRuns", "build", "ec2:CreateTags ModifyImageAttribute", image, _OURS),
@@ -159,6 +160,8 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         session = [arns.of("ssm", "*", "session/*")]
         yield _Row("Connect", "build verify", "ssm:StartSession", instance, tagged)
         yield _Row("ConnectBySsh", "build verify", "ssm:StartSession", documents)
+        # Packer's plugin brings its key this way, since version 1.2.
+        yield _Row("UseInstancesOfRuns", "build", "ec2-instance-connect:SendSSHPublicKey", instance, _OURS)
         yield _Row("EndConnections", "build verify", "ssm:TerminateSession ResumeSession", session)
     copies = [arns.key(one.kms_key, one.region) for one in aws.copy_to if one.kms_key]
     own = [arns.key(aws.kms_key)] if aws.kms_key else []
@@ -170,7 +173,8 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
             yield _Row(f"UseKey{of}", sections, "kms:DescribeKey Decrypt ReEncrypt* GenerateDataKey*", keys)
             yield _Row(f"LetEc2UseKey{of}", sections, "kms:CreateGrant", keys, _FOR_AWS)
     if aws.spot:
-        # Packer creates a fleet from a launch template, and tags its resources later.
+        # Packer creates a fleet from a launch template, and tags its resources later; with plugins, the
+        # template tags them too.
         launched = here("instance", "volume")
         fleet = [*launched, *here("fleet", "image", "subnet", "network-interface")]
         requests = here("volume", "spot-instances-request")
@@ -182,7 +186,7 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
             _Row("MakeTemplates", "build", "ec2:CreateLaunchTemplate", template, _ASKED),
             _Row("TagSpotInstances", "build lifecycle", "ec2:CreateTags", instance, _FROM_TEMPLATE),
             # Both Packer and ami-builder do it, in either order.
-            _Row("UseInstancesOfRuns", "build", "ec2:CreateTags", instance, _OURS),
+            _Row("UseInstancesOfRuns", "build", "ec2:CreateTags", launched, _OURS),
             _Row("TagSpotRequests", "build", "ec2:CreateTags", requests, _NAMELESS),
         )
 

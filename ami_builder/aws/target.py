@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, source_ami, tags
-from ami_builder.aws.bake import bake_ami, finish
+from ami_builder.aws.bake import SOURCE, bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
 from ami_builder.aws.session import Account, code_of
@@ -272,7 +272,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     """Yield what a build in the account needs: what it uses here, and all that the account must allow."""
     yield from shared_preflight.open_settings(image)
     recipe = ("mmdebstrap",) if image.container.source is ContainerSource.ARCHIVE else ()
-    yield from shared_preflight.tools(("ssh", "ssh-keygen", *recipe))
+    yield from shared_preflight.tools(SOURCE.plugin, ("ssh", "ssh-keygen", *recipe))
     if recipe:
         yield from shared_preflight.programs(image.arch)
         yield shared_preflight.disk_space(workspace)

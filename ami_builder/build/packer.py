@@ -18,12 +18,12 @@ from ami_builder.system import processes
 from ami_builder.system.resources import packer_dir
 
 _VALIDATE_SECONDS = 60.0
-_INIT_SECONDS = 300.0
 
 _PROVISIONING = re.compile(r"Provisioning with shell script: .*/(?P<script>[\w.-]+)$")
-_STEP = re.compile(r"==> [\w.-]+: (?P<text>.+)$")
-# The output of a provisioner, and details of a step.
-_OUTPUT = re.compile(r"^ {4}[\w.-]+: +(?P<text>\S.*)$")
+# A step, or a line about one: 1.13 and later begin both with an arrow.
+_LINE = re.compile(r"^(?:==>|   ) [\w.-]+: +(?P<text>\S.*)$")
+# The log of a plugin that crashed, which goes on for a hundred lines.
+_CRASH = re.compile(r"^panic: |PACKER CRASH")
 # Packer's name for a file with inline commands.
 _INLINE = "packer-shell"
 
@@ -38,6 +38,10 @@ _SOURCE_GOES_HERE = "sources = []"
 VARIABLES_FILE = "run.auto.pkrvars.json"
 
 Variable = str | int | bool | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, str]
+
+
+class PluginCrashed(BuildFailed):
+    """A plugin ended in the middle of a bake, by a mistake of its own; it cleaned up nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,18 +119,17 @@ def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
     return buffer.getvalue()
 
 
-def validate(directory: Path, log: Path) -> None:
-    """Run `packer init` if this version has plugins, then `packer validate`. Raises BuildFailed."""
-    init = [("init", _INIT_SECONDS)] if plugins.has_plugins() else []
-    for command, seconds in (*init, ("validate", _VALIDATE_SECONDS)):
-        processes.stream(
-            ["packer", command, "."],
-            log=log,
-            what=f"packer {command}",
-            env=plugins.environment(),
-            cwd=directory,
-            timeout=seconds,
-        )
+def validate(directory: Path, source: Source, log: Path) -> None:
+    """Let Packer validate a staged folder, once its plugin is there. Raises BuildFailed, MissingTool."""
+    plugins.require(source.plugin, directory, log)
+    processes.stream(
+        ["packer", "validate", "."],
+        log=log,
+        what="packer validate",
+        env=_environment(directory),
+        cwd=directory,
+        timeout=_VALIDATE_SECONDS,
+    )
 
 
 def build(
@@ -142,7 +145,7 @@ def build(
     """Run `packer build` in a staged folder.
 
     `env` is added to Packer's own environment; `on_line` gets every line of its output. Raises BuildFailed,
-    with the name of the provisioner that failed, or the console if ssh never answered.
+    with the name of the provisioner that failed, or the console if ssh never answered; PluginCrashed.
     """
     output = _Output(on_progress)
 
@@ -155,7 +158,7 @@ def build(
             ["packer", "build", "-color=false", "-timestamp-ui", "."],
             log=log,
             what="packer build",
-            env={**plugins.environment(), **(env or {})},
+            env={**_environment(directory), **(env or {})},
             cwd=directory,
             timeout=timeout,
             on_line=read,
@@ -171,6 +174,7 @@ class _Output:
     on_progress: Callable[[str], None]
     provisioner: str | None = None
     ssh_failed: bool = False
+    crashed: bool = False
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=processes.TAIL_LINES))
 
     def line(self, line: str) -> None:
@@ -179,17 +183,25 @@ class _Output:
             self.provisioner = found["script"]
             self.lines.clear()
             self.on_progress("prepare" if found["script"].startswith(_INLINE) else found["script"])
-        elif found := _STEP.search(text) or _OUTPUT.search(text):
+        elif found := _LINE.search(text):
             self.on_progress(found["text"])
+        self.crashed = self.crashed or _CRASH.search(text) is not None
         if "Timeout waiting for SSH" in text:
             self.ssh_failed = True
-        if text.strip():
+        if text.strip() and not self.crashed:
             self.lines.append(text)
 
     def explain(self, failed: AmiBuilderError, console_log: Path) -> AmiBuilderError:
         kind = type(failed)
         if not isinstance(failed, BuildFailed):
             return kind(failed.message, hint=failed.hint, log=failed.log, tail=tuple(self.lines))
+        if self.crashed:
+            return PluginCrashed(
+                "a plugin of Packer crashed",
+                hint="the log has its last calls; try again, or install another version of the plugin",
+                log=failed.log,
+                tail=tuple(self.lines),
+            )
         if self.ssh_failed:
             return kind(
                 "the baking machine never answered by ssh",
@@ -200,3 +212,8 @@ class _Output:
             )
         where = f"provisioner {self.provisioner} failed" if self.provisioner else "packer build failed"
         return kind(where, hint=failed.hint, log=failed.log, tail=tuple(self.lines))
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    # As 1.6.6 has it by itself. It holds a link to the base disk, and goes with the run.
+    return plugins.environment() | {"PACKER_CACHE_DIR": str(directory.absolute() / "packer_cache")}

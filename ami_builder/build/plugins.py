@@ -7,29 +7,41 @@ has moved these to a site that they don't know.
 
 import os
 import re
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from ami_builder.core.errors import MissingTool
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from ami_builder.core.errors import AmiBuilderError, MissingTool, TimedOut
+from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
 
 Version = tuple[int, ...]
 
 _BUILT_IN = (1, 6, 6)
 _PLUGINS_SINCE = (1, 9, 0)
-# These three install a plugin from a file, and from the site where HashiCorp publishes plugins today.
+# This version and later can install a plugin from a file.
 _FILES_SINCE = (1, 11, 0)
 _INSTALL = (
     "install Packer 1.14 or later (developer.hashicorp.com/packer/install); Debian 12's 1.6.6 works too"
 )
 
-# Where Packer looks for plugins and its settings, and the token that raises GitHub's limit of requests.
-_KEPT = (
-    "PACKER_PLUGIN_PATH", "PACKER_CONFIG_DIR", "PACKER_CONFIG", "XDG_CONFIG_HOME", "PACKER_GITHUB_API_TOKEN",
-    "SSL_CERT_DIR",
-)  # fmt: skip
+# Where Packer asks for plugins: HashiCorp's own site since 1.14, GitHub before.
+_SITE, _OLD_SITE = "releases.hashicorp.com", "api.github.com"
+_SITE_SINCE = (1, 14, 0)
+_REACH_SECONDS = 10.0
+_INIT_SECONDS = 300.0
+
+# Where Packer finds plugins, its settings and certificates.
+_KEPT = ("PACKER_PLUGIN_PATH", "PACKER_CONFIG_DIR", "PACKER_CONFIG", "XDG_CONFIG_HOME", "SSL_CERT_DIR")
+_TOKEN = "PACKER_GITHUB_API_TOKEN"  # noqa: S105 - the name of a variable
 
 _FILE = re.compile(r"packer-plugin-(?P<name>[\w-]+?)_v(?P<version>\d+\.\d+\.\d+)_x\d+\.\d+_\w+$")
 
@@ -68,7 +80,7 @@ class Plugin:
 @cache
 def version() -> Version:
     """Return Packer's version. Raises MissingTool without Packer, and for a version that is not supported."""
-    text = processes.output(["packer", "version"], env=environment(), error=MissingTool)
+    text = _answer("version")
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
     if found is None:
         raise MissingTool("`packer version` prints no version: this is another program", hint=_INSTALL)
@@ -86,12 +98,10 @@ def has_plugins() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment that Packer runs in. Raises MissingTool if the user has no home folder.
-
-    It has GitHub's token, if there is one: log only names of it.
-    """
-    kept = processes.environment({k: os.environ[k] for k in _KEPT if k in os.environ})
+    """Return the environment that Packer runs in. Raises MissingTool if the user has no home folder."""
+    kept = processes.environment({k: os.environ[k] for k in _KEPT if os.environ.get(k)})
     if not kept.get("HOME"):
+        # Without it Packer does not even tell its version.
         try:
             kept["HOME"] = str(Path.home())
         except RuntimeError as unknown:
@@ -104,7 +114,7 @@ def environment() -> dict[str, str]:
 
 def installed(plugin: Plugin) -> Iterator[tuple[Version, Path]]:
     """Yield the accepted versions of a plugin that Packer finds on this host, and where they are."""
-    for line in processes.output(["packer", "plugins", "installed"], env=environment()).splitlines():
+    for line in _answer("plugins", "installed").splitlines():
         path = Path(line.strip())
         if (found := _FILE.fullmatch(path.name)) and found["name"] == plugin.name:
             numbers = tuple(int(n) for n in found["version"].split("."))
@@ -112,6 +122,116 @@ def installed(plugin: Plugin) -> Iterator[tuple[Version, Path]]:
                 yield numbers, path
 
 
+def require(plugin: Plugin, directory: Path, log: Path) -> None:
+    """Let Packer install what the template in a folder requires, unless it finds an accepted version.
+
+    Raises MissingTool if that fails, and at once if the site that has plugins can't be reached.
+    """
+    if not has_plugins() or any(installed(plugin)):
+        return
+    with _one_at_a_time():
+        if any(installed(plugin)):
+            return
+        if problem := _unreachable():
+            raise MissingTool(f"{_missing(plugin)}; {problem}", hint=_mend(plugin))
+        # GitHub allows few requests without a token. No other command gets it.
+        token = {_TOKEN: os.environ[_TOKEN]} if os.environ.get(_TOKEN) else {}
+        try:
+            processes.stream(
+                ["packer", "init", "."],
+                log=log,
+                what="packer init",
+                env=environment() | token,
+                cwd=directory,
+                timeout=_INIT_SECONDS,
+            )
+        except AmiBuilderError as failed:
+            raise MissingTool(
+                f"{_missing(plugin)}, and installing it failed: {failed.message}",
+                hint=_mend(plugin),
+                log=failed.log,
+                tail=failed.tail,
+            ) from failed
+
+
+def findings(plugin: Plugin) -> Iterator[Finding]:
+    """Yield what `ami-builder check` says of Packer and of the plugin that a target needs."""
+    numbers = version()
+    yield Finding(name="packer", state=State.OK, found=f"{dotted(numbers)} ({processes.find('packer')})")
+    name = f"packer plugin {plugin.name}"
+    if not has_plugins():
+        yield Finding(name=name, state=State.OK, found=f"built into Packer {dotted(numbers)}")
+    elif found := max(installed(plugin), default=None):
+        yield Finding(name=name, state=State.OK, found=f"{dotted(found[0])} ({found[1]})")
+    elif problem := _unreachable():
+        text = f"{_missing(plugin)}; {problem}"
+        exit_code = MissingTool.exit_code
+        yield Finding(name=name, state=State.STOPS, found=text, hint=_mend(plugin), exit_code=exit_code)
+    else:
+        hint = f"a build installs it; or run {_install(plugin)}"
+        yield Finding(name=name, state=State.NOTE, found=_missing(plugin), hint=hint)
+
+
 def dotted(numbers: Version) -> str:
     """Return a version as text, such as 1.14.3."""
     return ".".join(map(str, numbers))
+
+
+def _answer(*arguments: str) -> str:
+    name = " ".join(("packer", *arguments))
+    done = processes.capture(["packer", *arguments], what=name, env=environment())
+    if done.status != 0:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise MissingTool(
+            f"`{name}` failed (exit status {done.status}): {' '.join(lines[:2])}",
+            hint="do PACKER_PLUGIN_PATH, PACKER_CONFIG and PACKER_CONFIG_DIR name what they should?",
+        )
+    return done.stdout
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait until no other ami-builder of this user installs a plugin."""
+    lock = user_cache_path("ami-builder") / "packer-init.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=2 * _INIT_SECONDS):
+            yield
+    except Timeout as late:
+        raise TimedOut(f"another ami-builder is still installing a plugin of Packer ({lock})") from late
+
+
+def _unreachable() -> str:
+    """Return why the site that has plugins can't be reached, or nothing; a proxy counts in its place."""
+    site = _SITE if version() >= _SITE_SINCE else _OLD_SITE
+    host, port = site, 443
+    proxy = "" if proxy_bypass(site) else getproxies().get("https", "")
+    if proxy:
+        parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        host, port = parts.hostname or site, parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        through = f" through the proxy {host}:{port}" if proxy else ""
+        return f"{site} can't be reached{through} ({error.strerror or error})"
+    return ""
+
+
+def _missing(plugin: Plugin) -> str:
+    return f"Packer {dotted(version())} has no plugin {plugin.name} {plugin.versions}"
+
+
+def _install(plugin: Plugin) -> str:
+    return f'`packer plugins install {plugin.source} "{plugin.versions}"`'
+
+
+def _mend(plugin: Plugin) -> str:
+    """Return the command that installs a plugin, with a network and without."""
+    if version() >= _FILES_SINCE:
+        offline = f"run `packer plugins install --path FILE {plugin.source}`"
+    else:
+        offline = f"put it with its _SHA256SUM into the folder {plugin.source} of Packer's plugin folder"
+    return (
+        f"with a network run {_install(plugin)}; without one get packer-plugin-{plugin.name} from "
+        f"https://{_SITE}/packer-plugin-{plugin.name}/ elsewhere, unpack it, and {offline}"
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ami_builder.build import plugins
+from ami_builder.build.plugins import Plugin
 from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, MissingTool
 from ami_builder.core.options import Arch, Listen, Role
@@ -38,9 +39,12 @@ def open_settings(image: Image) -> Iterator[Finding]:
         )
 
 
-def tools(names: Sequence[str]) -> Iterator[Finding]:
-    """Yield where Packer and these tools are; a missing one stops a build."""
-    yield found("packer", lambda: plugins.dotted(plugins.version()))
+def tools(plugin: Plugin, names: Sequence[str]) -> Iterator[Finding]:
+    """Yield where Packer, its plugin and these tools are; a missing one stops a build."""
+    try:
+        yield from plugins.findings(plugin)
+    except AmiBuilderError as failed:
+        yield stops("packer", failed)
     for name in names:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
 

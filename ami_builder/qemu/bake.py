@@ -86,7 +86,7 @@ def bake(
         stage = run.directory / "packer"
         uploads = [] if attached or prepared is None else [prepared]
         packer.stage(stage, SOURCE, inputs.guest, variables, uploads=uploads)
-        packer.validate(stage, run.log("packer"))
+        packer.validate(stage, SOURCE, run.log("packer"))
         packer.build(
             stage,
             log=run.log("packer"),

@@ -9,6 +9,7 @@ from ami_builder.config.schema import Image
 from ami_builder.core.options import Arch, ContainerSource
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
+from ami_builder.qemu.bake import SOURCE
 from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware, is_native
 from ami_builder.state.workspace import Workspace
 
@@ -25,7 +26,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     if makes and image.arch is Arch.AMD64 and is_native(image.arch):
         recipe.append("grub-mkimage")
     seed = ("xorriso",) if image.base.source is not None else ()
-    yield from preflight.tools((HARDWARE[image.arch].qemu, *_BUILD_TOOLS, *recipe, *seed))
+    yield from preflight.tools(SOURCE.plugin, (HARDWARE[image.arch].qemu, *_BUILD_TOOLS, *recipe, *seed))
     yield preflight.found("UEFI firmware", lambda: firmware(image.arch)[1])
     if makes:
         yield from preflight.programs(image.arch)

@@ -122,10 +122,14 @@ def stopped(
     time.sleep(_PERFORMED_SECONDS)
     assert process.pid is not None
     children = _descendants(process.pid)
-    os.kill(process.pid, signal.SIGKILL if column == POWER_LOSS else signal.Signals[column])
-    for child in children if column == POWER_LOSS else ():
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+    if column == POWER_LOSS:
+        # Stopped first, so that none cleans up at the end of another: a plugin does.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for each in (process.pid, *children):
+                with suppress(ProcessLookupError):
+                    os.kill(each, number)
+    else:
+        os.kill(process.pid, signal.Signals[column])
     cloud.faults.clear()
     process.join(BOUND)
     if process.exitcode is None:

@@ -103,7 +103,7 @@ def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch,
     )
     make_ami(cloud, "tagged", **tags(Purpose.IMAGE))
     make_template(cloud, "packer", **tags(Purpose.BAKE))
-    # Killed before Packer had tagged it: only the ledger knows of it.
+    # Killed before Packer 1.6.6 had tagged it: only the ledger knows of it.
     name = tagging.ami_name("dask", DIGEST, RUN)
     ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
     make_ami(cloud, name)

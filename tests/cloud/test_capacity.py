@@ -62,6 +62,46 @@ def test_the_next_subnet_is_baked_and_proved_in(cloud: Cloud, subnets: Sequence[
     only_the_ami(cloud)
 
 
+# Codes and messages of fleets, as in osbuild-composer#4507, packer#8740 and aws-ethereum-miner#23.
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        pytest.param(
+            (
+                "InsufficientInstanceCapacity",
+                "There is no Spot capacity available that matches your request.",
+            ),
+            # Plugins since 1.4 ask eleven times first, for two and a half minutes.
+            marks=pytest.mark.long,
+        ),
+        (
+            "UnfulfillableCapacity",
+            "Unable to fulfill capacity due to your request configuration. "
+            "Please adjust your request and try again.",
+        ),
+        (
+            "InvalidFleetConfiguration",
+            "Your requested instance type (m6i.large) is not supported in your requested Availability Zone "
+            "(us-east-1a).",
+        ),
+    ],
+    ids=lambda shortage: shortage[0],
+)
+def test_the_next_type_of_spot_is_baked_on(
+    cloud: Cloud, subnets: Sequence[str], shortage: tuple[str, str]
+) -> None:
+    cloud.options.no_capacity = {("m6i.large", "*")}
+    cloud.options.spot_shortage = shortage
+    types = ("--set", f"aws.instance_types=m6i.large,{BAKE}", "--set", f"verify.instance_types={PROVE}")
+    ran = captured(
+        *("--set", "aws.spot=true"), *types, "--set", "bake.timeout=10m", "build", "--target", "aws"
+    )
+    assert ran.status == 0, ran.err
+    assert len(cloud.left()["image"]) == 1
+    assert [call.params["InstanceType"] for call in cloud.calls if call.action == "RunInstances"] == [PROVE]
+    only_the_ami(cloud)
+
+
 def test_no_capacity_anywhere_to_bake(cloud: Cloud, subnets: Sequence[str]) -> None:
     cloud.options.no_capacity = {(BAKE, "*"), ("m6i.large", "*")}
     ran = build(aws__instance_types=f"m6i.large,{BAKE}")
@@ -97,7 +137,8 @@ def test_what_was_made_a_moment_ago_is_not_found_yet(
 
 
 def test_an_image_is_pending_for_a_while(cloud: Cloud, subnets: Sequence[str]) -> None:
-    cloud.options.image_describes = 4
+    # Plugins since 1.4 wait for 15 seconds and more between two looks.
+    cloud.options.image_describes = 2
     ran = build()
     assert ran.status == 0, ran.err
     only_the_ami(cloud)

@@ -41,6 +41,11 @@ class CloudOptions:
     """How many reads of parameters still see what stood before in one that names an AMI."""
     no_capacity: set[tuple[str, str]] = field(default_factory=set)
     """(instance type, subnet id or zone or `*`) without capacity."""
+    spot_shortage: tuple[str, str] = (
+        "InsufficientInstanceCapacity",
+        "There is no Spot capacity available that matches your request.",
+    )
+    """Code and message of a fleet's error where there is no spot capacity, as in hashicorp/packer#8740."""
     memory: dict[str, int] = field(default_factory=dict)
     """Instance type -> MiB, where it differs from EC2's."""
     region_prices: dict[str, str] = field(

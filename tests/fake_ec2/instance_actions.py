@@ -65,7 +65,10 @@ class InstanceActions(EC2Action):
                 try:
                     made = self._one_of_fleet(template.data, place, lifecycle, asked)
                 except Refused as refused:
-                    errors.append(about | {"ErrorCode": refused.code, "ErrorMessage": refused.message})
+                    code, message = refused.code, refused.message
+                    if lifecycle == "spot" and code == "InsufficientInstanceCapacity":
+                        code, message = self.state.options.spot_shortage
+                    errors.append(about | {"ErrorCode": code, "ErrorMessage": message})
                     continue
                 # As EC2 does with whatever comes of a template; the fleet's own tags are none of theirs.
                 made.add_tags({"aws:ec2launchtemplate:id": template.template.id})
@@ -253,7 +256,10 @@ class InstanceActions(EC2Action):
         full = self.state.options.no_capacity
         if any((kind, place) in full for place in (subnet, zone, "*")):
             # HTTP 500, and so retried by botocore, as EC2 has it.
-            message = f"We currently do not have sufficient {kind} capacity in the zone that you asked for."
+            message = (
+                f"We currently do not have sufficient {kind} capacity in the Availability Zone you requested "
+                f"({zone or 'us-east-1a'}). Our system will be working on provisioning additional capacity."
+            )
             raise Refused("InsufficientInstanceCapacity", message, 500)
 
     def _of_one_architecture(self, image: FakeImage) -> None:
