@@ -94,7 +94,7 @@ def test_the_next_type_of_spot_is_baked_on(
     cloud.options.spot_shortage = shortage
     types = ("--set", f"aws.instance_types=m6i.large,{BAKE}", "--set", f"verify.instance_types={PROVE}")
     ran = captured(
-        *("--set", "aws.spot=true"), *types, "--set", "bake.timeout=10m", "build", "--target", "aws"
+        *("--set", "aws.spot=true"), *types, "--set", "bake.timeout=10min", "build", "--target", "aws"
     )
     assert ran.status == 0, ran.err
     assert len(cloud.left()["image"]) == 1
