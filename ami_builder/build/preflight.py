@@ -49,11 +49,11 @@ def tools(plugin: Plugin, names: Sequence[str]) -> Iterator[Finding]:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
 
 
-def programs(arch: Arch) -> Iterator[Finding]:
+def programs(arch: Arch, binfmt: Path = _BINFMT) -> Iterator[Finding]:
     """Yield whether programs of another architecture than this host's run here, as making an image needs."""
     if Arch.named(host := platform.machine()) is arch:
         return
-    name, handler = f"{arch} programs", _BINFMT / f"qemu-{arch.kernel}"
+    name, handler = f"{arch} programs", binfmt / f"qemu-{arch.kernel}"
     try:
         lines = handler.read_text().splitlines()
     except OSError:
@@ -66,7 +66,7 @@ def programs(arch: Arch) -> Iterator[Finding]:
         name=name,
         state=State.STOPS,
         found=f"programs for {arch} do not run on this {host} host",
-        hint="apt-get install qemu-user-static, which also registers it with the kernel (binfmt_misc)",
+        hint="apt-get install qemu-user-static; without systemd register it too, see docs/how-to/arm64.md",
         exit_code=MissingTool.exit_code,
     )
 
