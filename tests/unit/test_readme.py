@@ -76,7 +76,7 @@ def test_commands_exist(path: Path) -> None:
     there = {c.name for c in app.registered_commands} | {"config"}
     there |= {f"config {c.name}" for c in config_app.registered_commands}
     shown = re.findall(
-        r"^(?:scripts/)?ami-builder((?: --?\w+)* )(\w[\w-]*)", "\n".join(_code(read(path))), re.M
+        r"^(?:scripts/)?ami-builder((?: --set \S+| --?\w+)* )(\w[\w-]*)", "\n".join(_code(read(path))), re.M
     )
     removed = {"experiment"} if path.name == "CHANGELOG.md" else set()
     assert {command for _, command in shown} - removed <= there
