@@ -51,13 +51,16 @@ def plan_cleanup(
             found[ami.tags.get(tags.IMAGE, "")].append(ami)
     decisions: list[Decision] = []
     for name, group in sorted(found.items()):
-        if name not in images:
-            candidates = [_candidate(account, ami, name, {}, _NO_POLICY) for ami in group]
-            decisions += plan(candidates, uses, KEEP_ALL, datetime.now(UTC))
+        arch = images[name].arch if name in images else None
+        ruled = [ami for ami in group if ami.arch is arch]
+        why = _NO_POLICY if arch is None else f"no policy: ami-builder.toml has this image for {arch}"
+        others = [_candidate(account, ami, name, {}, why) for ami in group if ami.arch is not arch]
+        decisions += plan(others, uses, KEEP_ALL, datetime.now(UTC))
+        if not ruled:
             continue
         record = channels[name]
         been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
-        candidates = [_candidate(account, ami, name, been) for ami in group]
+        candidates = [_candidate(account, ami, name, been) for ami in ruled]
         rules = policy(images[name].lifecycle, deprecates=True)
         needed = [*references_of(record), *uses]
         decisions += _unshared(

@@ -224,6 +224,16 @@ def test_deprecated_first_and_deregistered_after_the_grace(
     assert len(left["snapshot"]) == 2
 
 
+def test_an_image_of_another_architecture_has_no_rules(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, graviton = aged(cloud, "amd64"), aged(cloud, "arm64")
+    cloud.backend().amis[graviton].architecture = "arm64"
+    plan = pruned(capsys)
+    assert plan[ours][0] == "deprecate"
+    assert plan[graviton] == ("keep", "no policy: ami-builder.toml has this image for amd64")
+
+
 @pytest.mark.parametrize("action", LISTS)
 def test_where_one_list_fails_nothing_is_planned(
     cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action: str
