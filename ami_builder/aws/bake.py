@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import tenacity
 
-from ami_builder.aws import images, instances, network, orphans, source_ami, tags, user_data
+from ami_builder.aws import images, instances, network, orphans, packer_messages, source_ami, tags, user_data
 from ami_builder.aws.session import NO_CAPACITY_HINT, Account, look_for
 from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
@@ -41,27 +40,6 @@ metadata_options {
 # For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
 
-_INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
-_IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
-_IMAGING = re.compile(r"Creating AMI ")
-# Of an instance Packer prints EC2's code, of a spot fleet only its messages.
-_CAPACITY = re.compile(
-    r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
-    r"|UnfulfillableCapacity|no Spot capacity available|do not have sufficient \S+ capacity"
-    r"|Unable to fulfill capacity|not supported in your requested Availability Zone"
-    r"|Spot request price of \S+ is lower than",
-    re.IGNORECASE,
-)
-# Packer makes some calls before it creates anything, and never retries them; EC2 may not know our security
-# group yet. The AWS SDK before version 2 writes "status code: 503", version 2 "StatusCode: 503".
-_TRANSIENT = re.compile(
-    r"RequestLimitExceeded|Throttling|InternalError|InternalFailure|ServiceUnavailable|Unavailable"
-    r"|status ?code: 50[0-9]|retry quota exceeded|connection reset|(?<!unexpected )EOF|i/o timeout"
-    r"|InvalidGroup\.NotFound",
-    re.IGNORECASE,
-)
-# DescribeImages may not know an AMI for a while; plugins since 1.4 give up at that.
-_NOT_SEEN_YET = re.compile(r"InvalidAMIID\.NotFound")
 ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
@@ -133,7 +111,7 @@ class _Bake:
                 with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
                     self._with_packer(kind, subnet, key, data_file, child)
             except CloudFailed as failed:
-                if not _CAPACITY.search("\n".join((failed.message, *failed.tail))):
+                if not packer_messages.lacks_capacity("\n".join((failed.message, *failed.tail))):
                     raise
                 missing.append(f"{kind}{f' in {subnet}' if subnet else ''}: {failed.message}")
                 continue
@@ -175,9 +153,8 @@ class _Bake:
             return False
         if self.instance:
             return False
-        text = "\n".join((error.message, *error.tail))
-        # EC2 answers a lack of capacity with HTTP 500 too: try the next type or subnet instead.
-        return bool(_TRANSIENT.search(text)) and not _CAPACITY.search(text)
+        # Packer makes some calls before it creates anything, and never retries them.
+        return packer_messages.is_transient("\n".join((error.message, *error.tail)))
 
     def _build(self, variables: Mapping[str, packer.Variable], step: Step) -> None:
         stage = self.run_.directory / "packer"
@@ -204,9 +181,9 @@ class _Bake:
         self.instance = self.ami = ""
 
         def read(line: str) -> None:
-            self.imaging = self.imaging or _IMAGING.search(line) is not None
-            if (found := _INSTANCE.search(line)) and not self.instance:
-                self.instance = found[1]
+            self.imaging = self.imaging or packer_messages.is_imaging(line)
+            if (found := packer_messages.instance_in(line)) and not self.instance:
+                self.instance = found
                 self.ledger.made(instance, self.instance)
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
@@ -214,8 +191,8 @@ class _Bake:
                     if not plugins.has_plugins():
                         # 1.6.6 can't ask for it at the launch.
                         instances.require_imdsv2(self.account, self.instance)
-            elif (found := _IMAGE.search(line)) and not self.ami:
-                self.ami = found[1]
+            elif (found := packer_messages.image_in(line)) and not self.ami:
+                self.ami = found
                 self.ledger.made(image, self.ami)
 
         log = self.run_.log("packer")
@@ -240,7 +217,7 @@ class _Bake:
                 tail=crashed.tail,
             ) from crashed
         except BuildFailed as failed:
-            if self.ami and any(map(_NOT_SEEN_YET.search, failed.tail)):
+            if self.ami and packer_messages.lost_the_image("\n".join(failed.tail)):
                 # All that Packer had left to do is wait and tag, as `finish` does.
                 return
             if self.instance:
