@@ -21,7 +21,7 @@ fail() {
 
 # need COMMAND PACKAGE: stop unless COMMAND is installed.
 need() {
-    command -v "$1" >/dev/null || fail "$1 is missing; install it with: apt-get install $2" 3
+    command -v "$1" >/dev/null || fail "$1 is missing (in Debian and Ubuntu: apt-get install $2)" 3
 }
 
 # choose_arch [NAME]: set `arch` to NAME, Debian's name of an architecture, or to this machine's.

@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -73,8 +72,7 @@ def download(file: str, folder: Path) -> Path:
             raise Unavailable(f"{url(file)}: only {partial.stat().st_size} of {size} bytes arrived")
         partial.rename(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise Unavailable(f"{url(file)}: {reason}") from error
+        raise Unavailable(f"{url(file)}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return path
