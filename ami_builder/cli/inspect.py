@@ -124,6 +124,7 @@ def show(
     rows = [
         ("image", artifact.image),
         ("target", artifact.target),
+        ("architecture", artifact.arch),
         ("where", artifact.location),
         *([("region", artifact.region)] if artifact.region else []),
         ("digest", artifact.digest),

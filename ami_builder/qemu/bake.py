@@ -141,7 +141,7 @@ def bake_variables(
         ["-serial", f"file:{console_log}"],
         ["-cpu", hardware.cpu(accelerator)],
         # Any -device here replaces Packer's own, so it is repeated.
-        ["-device", "virtio-net,netdev=user.0"],
+        ["-device", "virtio-net,netdev=user.0,romfile="],
         ["-device", "virtio-rng-pci"],
     ]
     if archive is not None:
