@@ -152,6 +152,7 @@ def _fitting(
         and record.image == image.name
         and record.artifact is not None
         and record.artifact.target is target
+        and record.artifact.arch is image.arch
         and (emulated is None or _was_emulated(record) is emulated)
     ]
 

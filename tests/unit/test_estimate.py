@@ -18,6 +18,7 @@ from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
 from ami_builder.console.progress import Renderer
+from ami_builder.core.options import Arch
 from ami_builder.core.records import Artifact, RunRecord, RunStatus, StepRecord, TargetKind
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state import runs
@@ -76,6 +77,7 @@ def record(
     top: str = "build dask",
     status: RunStatus = RunStatus.PASSED,
     target: TargetKind = TargetKind.QEMU,
+    arch: Arch = Arch.AMD64,
     **changed: float | str,
 ) -> RunRecord:
     """Return the record of an earlier run, with some steps changed."""
@@ -106,6 +108,7 @@ def record(
             created=datetime(2026, 1, 2, tzinfo=UTC),
             run_id="r",
             size=1,
+            arch=arch,
         ),
     )
 
@@ -163,6 +166,7 @@ def test_a_step_that_had_nothing_to_do_says_nothing_about_one_that_has() -> None
         record(target=TargetKind.AWS),
         replace(record(), image="another"),
         replace(record(), artifact=None),
+        record(arch=Arch.ARM64),
         record(choose_the_accelerator="KVM: a guest has run on it"),
         record({name: value for name, value in BUILD.items() if "accelerator" not in name}),
         record({name: value for name, value in BUILD.items() if "verify" not in name}),
