@@ -192,13 +192,19 @@ def _answer(*arguments: str) -> str:
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Wait until no other ami-builder of this user installs a plugin."""
-    lock = user_cache_path("ami-builder") / "packer-init.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(user_cache_path("ami-builder") / "packer-init.lock", timeout=2 * _INIT_SECONDS)
     try:
-        with FileLock(lock, timeout=2 * _INIT_SECONDS):
-            yield
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout as late:
-        raise TimedOut(f"another ami-builder is still installing a plugin of Packer ({lock})") from late
+        raise TimedOut(f"another ami-builder is installing a plugin of Packer ({lock.lock_file})") from late
+    except OSError:
+        # A user who can't write there, such as a service, can't install a plugin either: Packer says so.
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unreachable() -> str:

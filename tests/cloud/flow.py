@@ -20,6 +20,7 @@ from ami_builder.cli import app as cli
 from ami_builder.core.records import CheckResult, Measurement, Outcome
 from ami_builder.system import processes
 from ami_builder.verify.machine import Machine, MachineResult
+from tests.packer_plugins import needs_plugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ SETTINGS = (
 
 def without_ssh(monkeypatch: pytest.MonkeyPatch, running: Callable[[], object] = lambda: None) -> None:
     """Let Packer's machine do nothing, and verification believe it; `running` is called while it runs."""
+    needs_plugin(bake.SOURCE)
     stage = packer.stage
 
     def staged(

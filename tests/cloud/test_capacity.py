@@ -102,6 +102,16 @@ def test_the_next_type_of_spot_is_baked_on(
     only_the_ami(cloud)
 
 
+def test_a_refused_spot_request_leaves_nothing(cloud: Cloud, subnets: Sequence[str]) -> None:
+    # Plugin 1.8 crashes on that, and cleans up nothing.
+    cloud.faults.add("CreateFleet", "throttle", times=None, packer=True)
+    ran = captured("--set", "aws.spot=true", *BUILD)
+    assert ran.status == 6, ran.err
+    assert "EC2 refused the request for a spot instance" in ran.err or "RequestLimitExceeded" in ran.err
+    assert "Traceback" not in ran.err
+    assert cloud.left() == {}
+
+
 def test_no_capacity_anywhere_to_bake(cloud: Cloud, subnets: Sequence[str]) -> None:
     cloud.options.no_capacity = {(BAKE, "*"), ("m6i.large", "*")}
     ran = build(aws__instance_types=f"m6i.large,{BAKE}")

@@ -10,6 +10,7 @@ import pytest
 
 from ami_builder.aws import matrix
 from ami_builder.aws.target import AwsTarget
+from ami_builder.build import plugins
 from ami_builder.config import loading
 from ami_builder.core.records import Measurement
 from ami_builder.state.workspace import Workspace
@@ -62,6 +63,19 @@ def test_an_ami_is_baked_verified_and_all_that_is_left(
     } <= {(tag["Key"], tag["Value"]) for tag in snapshot["Tags"]}
     left = cloud.left()
     assert {kind: len(ids) for kind, ids in left.items()} == {"image": 1, "snapshot": 1}, left
+
+
+@pytest.mark.parametrize("spot", ["false", "true"])
+def test_the_baking_instance_takes_imdsv2_alone(cloud: Cloud, spot: str) -> None:
+    assert ami_builder("--set", f"aws.spot={spot}", "build", "--target", "aws") == 0
+    launch = "CreateLaunchTemplate" if spot == "true" else "RunInstances"
+    if not plugins.has_plugins():
+        # 1.6.6 can't ask for it at the launch.
+        launch = "ModifyInstanceMetadataOptions"
+    call = next(call for call in cloud.calls if call.action == launch)
+    given = call.params.get("LaunchTemplateData", call.params)
+    given = given.get("MetadataOptions", given)
+    assert (given["HttpTokens"], str(given["HttpPutResponseHopLimit"])) == ("required", "1")
 
 
 def test_an_unchanged_build_asks_a_little_and_makes_nothing(

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ami_builder.aws.bake import SOURCE
 from tests.fake_ec2.requests import launch, tagged
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
+from tests.packer_plugins import needs_plugin
 
 TEMPLATE = """
 source "amazon-ebs" "image" {
@@ -43,6 +45,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 
 def build(cloud: Cloud, folder: Path, more: str = "") -> subprocess.CompletedProcess[str]:
+    needs_plugin(SOURCE)
     (folder / "image.pkr.hcl").write_text(
         TEMPLATE % {"url": cloud.url, "ami": cloud.base_ami(), "more": more}
     )

@@ -186,8 +186,8 @@ def test_check_names_what_is_missing(
     assert cli.run(["check", "--json"]) == 3
     answer = json.loads(capsys.readouterr().out)
     assert answer["ready"] is False
-    (missing,) = (f for f in answer["findings"] if f["state"] == "stops a build")
-    assert missing["name"] == "mmdebstrap"
+    missing = next(f for f in answer["findings"] if f["name"] == "mmdebstrap")
+    assert missing["state"] == "stops a build"
     assert "apt-get install mmdebstrap" in missing["hint"]
 
 
