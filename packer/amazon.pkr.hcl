@@ -28,7 +28,8 @@ source "amazon-ebs" "image" {
     delete_on_termination = true
   }
 
-  # Two hours: a large or an encrypted snapshot takes longer than Packer would wait.
+  # Two hours: a large or an encrypted snapshot takes longer than Packer would wait. Plugin 1.8 takes the product
+  # of both as its bound, and waits for 15 to 120 seconds between two requests.
   aws_polling {
     delay_seconds = var.poll_seconds
     max_attempts  = 7200 / var.poll_seconds

@@ -53,5 +53,5 @@ def is_transient(text: str) -> bool:
 
 
 def lost_the_image(text: str) -> bool:
-    """Return whether Packer gave up on an AMI because EC2 did not show it yet, as plugins since 1.4 do."""
+    """Return whether Packer gave up on an AMI because EC2 did not show it yet, as plugin 1.8 does."""
     return _NOT_SEEN_YET.search(text) is not None

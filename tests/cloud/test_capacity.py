@@ -71,7 +71,7 @@ def test_the_next_subnet_is_baked_and_proved_in(cloud: Cloud, subnets: Sequence[
                 "InsufficientInstanceCapacity",
                 "There is no Spot capacity available that matches your request.",
             ),
-            # Plugins since 1.4 ask eleven times first, for two and a half minutes.
+            # Plugins ask eleven times first, for two and a half minutes.
             marks=pytest.mark.long,
         ),
         (
@@ -147,7 +147,7 @@ def test_what_was_made_a_moment_ago_is_not_found_yet(
 
 
 def test_an_image_is_pending_for_a_while(cloud: Cloud, subnets: Sequence[str]) -> None:
-    # Plugins since 1.4 wait for 15 seconds and more between two looks.
+    # Plugin 1.8 waits for 15 seconds and more between two looks.
     cloud.options.image_describes = 2
     ran = build()
     assert ran.status == 0, ran.err
