@@ -94,7 +94,8 @@ def recipe(image: Image) -> Recipe:
     return debian_recipe(
         KIND,
         "base-disk",
-        ["--arch", image.arch, "--size", str(base.disk_size), "--suite", base.suite],
+        ["--size", str(base.disk_size), "--suite", base.suite],
+        arch=image.arch,
         mirror=base.mirror,
         packages=base.packages,
         sources=("base",),

@@ -71,7 +71,8 @@ def _recipe(image: Image) -> Recipe:
     return debian_recipe(
         KIND,
         "container-archive",
-        ["--arch", image.arch, "--reference", settings.reference, "--suite", image.base.suite],
+        ["--reference", settings.reference, "--suite", image.base.suite],
+        arch=image.arch,
         mirror=image.base.mirror,
         packages=settings.packages,
         paths=(("--requirements", settings.requirements),),

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ami_builder.core.options import Arch
 from ami_builder.state.workspace import Workspace, write_atomically
 from ami_builder.system import processes
 from ami_builder.system.resources import scripts_dir
@@ -15,6 +17,9 @@ from ami_builder.system.resources import scripts_dir
 # Builds of one day use the same package versions; `--refresh` and nightly runs ask again.
 RESOLVED_FOR_SECONDS = 12 * 3600
 _RESOLVE_TIMEOUT = 300.0
+_TIMEOUT = 1800.0
+# Programs of another architecture run ten times as long.
+_EMULATED_TIMEOUT = 4 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +32,7 @@ class Recipe:
     sources: tuple[Path, ...]
     paths: tuple[tuple[str, Path], ...] = ()
     """Flags that name a file: its content counts, not its path."""
-    timeout: float = 1800.0
+    timeout: float = _TIMEOUT
 
     def text_digest(self) -> str:
         """Return sha256 over the script, its flags and its files."""
@@ -101,6 +106,7 @@ def debian_recipe(
     script: str,
     flags: Sequence[str],
     *,
+    arch: Arch,
     mirror: str,
     packages: Sequence[str],
     sources: Sequence[str] = (),
@@ -112,6 +118,7 @@ def debian_recipe(
         kind=kind,
         script=scripts / script,
         flags=(
+            *("--arch", arch),
             *flags,
             *(("--mirror", mirror) if mirror else ()),
             *(f for package in packages for f in ("--package", package)),
@@ -123,4 +130,5 @@ def debian_recipe(
             *(scripts / s for s in sources),
         ),
         paths=paths,
+        timeout=_TIMEOUT if Arch.named(platform.machine()) is arch else _EMULATED_TIMEOUT,
     )
