@@ -168,8 +168,12 @@ install_packages() {
     absent="$(without_candidate)"
     if [ -n "$absent" ] && command -v apt-get >/dev/null; then
         # The package lists may be missing or old. New ones are kept outside the system, which must not change on failure.
-        refresh_lists
-        absent="$(without_candidate)"
+        # For Packer alone APT's network is not needed: the releases that are fetched may be there.
+        if refresh_lists; then
+            absent="$(without_candidate)"
+        elif [ "$absent" != 'packer ' ]; then
+            apt_failed 'Nothing has been changed.'
+        fi
     fi
     case " $absent" in
         *' packer '*) leave_out_packer ;;
@@ -189,7 +193,7 @@ EOF
         say "installing system packages: ${packages[*]}"
         install || {
             # Packages of the lists may have been replaced since.
-            ! $refreshed && refresh_lists && install
+            ! $refreshed && { refresh_lists || apt_failed 'Nothing has been changed.'; } && install
         } || apt_failed
     fi
     if [ ${#unpacked[@]} -gt 0 ]; then
@@ -237,15 +241,15 @@ unpack() {
     done
 }
 
-# refresh_lists: fetch APT's lists into a separate folder, and set `apt` to use them.
+# refresh_lists: fetch APT's lists into a separate folder, and set `apt` to use them if that succeeds.
 refresh_lists() {
     local lists="$work/lists"
     say "downloading the package lists"
     mkdir -p "$lists"
     chmod 755 "$work"
     refreshed=true
+    quietly apt-get "${apt[@]}" -o "Dir::State::lists=$lists" -q update || return
     apt+=(-o "Dir::State::lists=$lists")
-    quietly apt-get "${apt[@]}" -q update || apt_failed 'Nothing has been changed.'
 }
 
 # without_candidate: print the `packages` and `unpacked` for which APT has no version.

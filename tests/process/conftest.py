@@ -46,6 +46,7 @@ done
 # After `install`, the programs are there.
 APT_GET = r"""
 case "$*" in
+    *' update') [ -z "$APT_OFFLINE" ] || { echo 'E: Could not resolve the mirror'; exit 100; } ;;
     *' install '*) [ -z "$APT_BROKEN" ] || { echo 'E: Unable to fetch some archives'; exit 100; }
         for each in packer qemu-img; do
             case "$*" in *"${each%-img}"*) ln -sf /bin/true "$(dirname "$0")/$each" ;; esac

@@ -240,6 +240,18 @@ def test_without_a_network_it_names_the_files_and_takes_them_when_they_are_there
     assert (downloads(host) / PACKER).exists(), "what the user put there is kept"
 
 
+def test_files_put_by_hand_need_no_network_of_apt(host: Checkout, releases: Releases) -> None:
+    host.environ |= {"AMI_BUILDER_RELEASES": "http://127.0.0.1:9", "APT_OFFLINE": "yes"}
+    _, _, err = host.run()
+    assert "E: Could not resolve the mirror" not in err, "its lists have all but Packer"
+    assert f"put these files into {downloads(host)}\n" in err
+    downloads(host).mkdir(parents=True)
+    for name in (PACKER, PLUGIN, SUMS):
+        (downloads(host) / name).write_bytes(releases.files[name])
+    assert host.run("list")[:2] == (0, "<list>\n")
+    assert installed(host)
+
+
 @pytest.mark.parametrize("name", [PACKER, PLUGIN])
 def test_a_file_put_by_hand_is_checked_too(host: Checkout, name: str) -> None:
     downloads(host).mkdir(parents=True)

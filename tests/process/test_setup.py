@@ -153,6 +153,16 @@ def test_stale_lists_are_fetched_anew_once_and_then_apt_is_quoted(checkout: Chec
     assert kinds == ["install", "update", "install"]
 
 
+def test_without_lists_and_network_apt_is_quoted(checkout: Checkout) -> None:
+    checkout.environ |= {"NO_PACKAGE": "packer qemu-utils", "APT_OFFLINE": "yes"}
+    before = tree(checkout.root)
+    status, _, err = checkout.run()
+    assert status == 3
+    assert "APT failed. Nothing has been changed." in err
+    assert "| E: Could not resolve the mirror" in err
+    assert tree(checkout.root) == before
+
+
 def test_an_interrupted_set_up_heals(checkout: Checkout) -> None:
     checkout.environ["OFFLINE"] = "yes"
     status, _, err = checkout.run()
