@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,9 +34,6 @@ PACKAGES: Mapping[str, str] = {
 }
 """Program -> the package of Debian and Ubuntu that contains it."""
 
-_cancelled = threading.Event()
-_children: set[subprocess.Popen[str]] = set()
-
 DISK_FULL = "the disk is full: free some space, or set AMI_BUILDER_HOME to a folder on a larger disk"
 STOP_SECONDS = 20.0
 TAIL_LINES = 15
@@ -47,6 +45,50 @@ _KEPT_ENVIRONMENT = (
 )  # fmt: skip
 _KEPT_PREFIXES = ("PIP_", "AMI_BUILDER_", "LC_")
 _UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
+
+
+class Scope:
+    """Processes and waits that are cancelled together, with those of the scopes within."""
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.children: set[subprocess.Popen[str]] = set()
+        self.within: set[Scope] = set()
+
+    def cancel(self) -> None:
+        """Stop the child processes, and let waits raise Interrupted. Cleaning up still works."""
+        # First, so that what begins now sees it.
+        self.cancelled.set()
+        for process in tuple(self.children):
+            _signal_group(process, signal.SIGTERM)
+        for scope in tuple(self.within):
+            scope.cancel()
+
+    def refuse_when_cancelled(self) -> None:
+        """Raise Interrupted if this scope is cancelled."""
+        if self.cancelled.is_set():
+            raise Interrupted("stopped")
+
+
+_scope = ContextVar("scope", default=Scope())  # noqa: B039 - the whole program's
+
+
+@contextmanager
+def scope() -> Iterator[Scope]:
+    """Give what the block starts a scope of its own, within the one that is there.
+
+    A thread belongs to the scope whose context it runs in (`contextvars.copy_context`).
+    """
+    outer, inner = _scope.get(), Scope()
+    outer.within.add(inner)
+    if outer.cancelled.is_set():
+        inner.cancel()
+    before = _scope.set(inner)
+    try:
+        yield inner
+    finally:
+        _scope.reset(before)
+        outer.within.discard(inner)
 
 
 def find(program: str) -> Path:
@@ -100,7 +142,8 @@ def running(
     If this process is killed (kill -9), Linux sends the child SIGTERM, so that no child outlives it. On
     other systems, and without util-linux, a child may then run on; `gc` finds what one leaves in an account.
     """
-    _refuse_when_cancelled()
+    scope = _scope.get()
+    scope.refuse_when_cancelled()
     find(str(argv[0]))
     process = subprocess.Popen(
         [*_ending_with_parent(), *(str(a) for a in argv)],
@@ -114,15 +157,15 @@ def running(
         start_new_session=True,
         pass_fds=pass_fds,
     )
-    _children.add(process)
+    scope.children.add(process)
     try:
-        if _cancelled.is_set():
-            # `cancel` was called while the process started, and did not know it.
+        if scope.cancelled.is_set():
+            # The scope was cancelled while the process started, and did not know it.
             _signal_group(process, signal.SIGTERM)
         yield process
     finally:
         stop(process)
-        _children.discard(process)
+        scope.children.discard(process)
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 with suppress(OSError):
@@ -136,26 +179,6 @@ def _ending_with_parent() -> list[str]:
     if setpriv is None or setpriv.resolve().name == "busybox":
         return []
     return [str(setpriv), "--pdeathsig", "TERM", "--"]
-
-
-def cancel() -> None:
-    """Stop the children of all threads, and let their waits raise Interrupted.
-
-    Cleaning up still works; no other process is started until `resume`.
-    """
-    _cancelled.set()
-    for process in tuple(_children):
-        _signal_group(process, signal.SIGTERM)
-
-
-def resume() -> None:
-    """Allow processes again after `cancel`, once everything has ended."""
-    _cancelled.clear()
-
-
-def _refuse_when_cancelled() -> None:
-    if _cancelled.is_set():
-        raise Interrupted("stopped")
 
 
 def stop(process: subprocess.Popen[str], *, seconds: float | None = None) -> None:
@@ -211,7 +234,7 @@ def stream(
                 if on_line is not None:
                     on_line(line.rstrip())
             status = process.wait()
-    _refuse_when_cancelled()
+    _scope.get().refuse_when_cancelled()
     if time.monotonic() >= deadline:
         raise TimedOut(f"{what} took longer than {timeout:.0f} s", log=log, tail=last_lines(log))
     if status != 0:
@@ -272,7 +295,7 @@ def capture(
             stdout, stderr = process.communicate(stdin, timeout=timeout)
         except subprocess.TimeoutExpired as late:
             raise TimedOut(f"{what} took longer than {timeout:.0f} s") from late
-    _refuse_when_cancelled()
+    _scope.get().refuse_when_cancelled()
     return Completed(status=process.returncode, stdout=stdout, stderr=stderr)
 
 
@@ -286,7 +309,7 @@ def output(
 ) -> str:
     """Run a short command and return its stdout; raises `error` with its stderr when it fails.
 
-    Unlike the others, it also works after `cancel`, so that cleaning up can use it.
+    Unlike the others, it also works in a cancelled scope, so that cleaning up can use it.
     """
     find(str(argv[0]))
     name = what or Path(str(argv[0])).name
@@ -324,11 +347,11 @@ def wait_until(
 
     Raises TimedOut, naming `what`, after `timeout` seconds.
     """
-    deadline = time.monotonic() + timeout
+    scope, deadline = _scope.get(), time.monotonic() + timeout
     while True:
         if value := probe():
             return value
         if time.monotonic() >= deadline:
             raise TimedOut(f"{what} did not happen within {timeout:.0f} s", log=log)
-        _cancelled.wait(interval)
-        _refuse_when_cancelled()
+        scope.cancelled.wait(interval)
+        scope.refuse_when_cancelled()

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ami_builder import __version__
@@ -46,20 +48,35 @@ def open_executor(dask_scheduler: str | None, workers: int) -> AbstractContextMa
     return threads(workers) if dask_scheduler is None else _cluster(dask_scheduler)
 
 
+class Threads(ThreadPoolExecutor):
+    """Threads whose calls run in the context of the thread that submits them, and so in its scope."""
+
+    def __init__(self, workers: int, scope: processes.Scope) -> None:
+        super().__init__(max_workers=workers)
+        self._scope = scope
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Schedule a call."""
+        return super().submit(partial(copy_context().run, partial(fn, *args, **kwargs)))
+
+    def end(self) -> None:
+        """Begin no other call, and stop the processes of those that have begun."""
+        self.shutdown(wait=False, cancel_futures=True)
+        self._scope.cancel()
+
+
 @contextmanager
-def threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield an executor of threads. When the block raises, the processes that they wait for are stopped."""
-    try:
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            try:
-                yield pool
-            except BaseException:
-                _end(pool)
-                raise
-    except Exception:
-        # Unlike after Ctrl-C, other work of this process may continue.
-        processes.resume()
-        raise
+def threads(workers: int) -> Iterator[Threads]:
+    """Yield an executor of threads. When the block raises, the processes that they wait for are stopped.
+
+    Other processes of this program go on.
+    """
+    with processes.scope() as scope, Threads(workers, scope) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.end()
+            raise
 
 
 def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None) -> list[T]:
@@ -72,17 +89,11 @@ def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None
         futures = [pool.submit(call) for call in calls]
         wait(futures, return_when=FIRST_EXCEPTION)
         if any(f.done() and f.exception() for f in futures):
-            _end(pool)
+            pool.end()
     errors = [error for f in futures if not f.cancelled() and (error := f.exception()) is not None]
     if errors:
-        processes.resume()
         raise next((e for e in errors if not isinstance(e, Interrupted)), errors[0])
     return [f.result() for f in futures]
-
-
-def _end(pool: ThreadPoolExecutor) -> None:
-    pool.shutdown(wait=False, cancel_futures=True)
-    processes.cancel()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import Popen
@@ -221,7 +222,7 @@ def _watched(process: Popen[str], seconds: float, alive: Callable[[], None]) -> 
             return
         processes.stop(process)
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
     watcher.start()
     try:
         yield late

@@ -16,7 +16,6 @@ import pytest
 
 from ami_builder.core.records import RunStatus
 from ami_builder.state.workspace import Workspace
-from ami_builder.system import processes
 from ami_builder.system.processes import wait_until
 from ami_builder.verify import executor as cluster
 from tests.cloud.faulting import BUILD, collect, only_the_ami
@@ -266,7 +265,6 @@ def test_ctrl_c_leaves_remote_machines_to_their_workers(cloud: Cloud, crew: Crew
     finally:
         signal.signal(signal.SIGINT, was[0])
         signal.signal(signal.SIGTERM, was[1])
-        processes.resume()  # else this process would wait for nothing any more
     stopper.join(BOUND)
     assert ran.status == 130, ran.err
     assert "workers finish and clean up" in ran.err

@@ -178,7 +178,31 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match="the other one broke"):
         side_by_side([slow, failing])
     # And work can go on afterwards.
-    assert processes.output(["echo", "fine"]) == "fine\n"
+    processes.stream(["true"], log=tmp_path / "after.log", what="true", timeout=60)
+
+
+def test_a_failure_ends_no_process_of_work_beside_it(tmp_path: Path) -> None:
+    """As of two images that are built at once, and of which one has parts that run side by side."""
+    failed = threading.Event()
+
+    def other() -> str:
+        script = f"touch {tmp_path}/begun; until [ -e {tmp_path}/failed ]; do sleep 0.05; done"
+        processes.stream(["sh", "-c", script], log=tmp_path / "log", what="the other", timeout=60)
+        processes.wait_until(failed.is_set, what="the failure", timeout=60)
+        return "done"
+
+    def breaking() -> None:
+        processes.wait_until((tmp_path / "begun").exists, what="the other", timeout=60, interval=0.01)
+        raise BuildFailed("a part broke")
+
+    def one() -> str:
+        with pytest.raises(BuildFailed, match="a part broke"):
+            side_by_side([breaking])
+        (tmp_path / "failed").touch()
+        failed.set()
+        return "failed"
+
+    assert side_by_side([one, other]) == ["failed", "done"]
 
 
 def test_what_is_started_while_everything_is_cancelled_ends_too(
@@ -186,27 +210,27 @@ def test_what_is_started_while_everything_is_cancelled_ends_too(
 ) -> None:
     real, begun = subprocess.Popen, list[subprocess.Popen[str]]()
 
-    def late(*argv: Any, **more: Any) -> Any:
-        begun.append(real(*argv, **more))
-        # Whoever cancels now does not see it yet.
-        processes.cancel()
-        return begun[0]
+    with processes.scope() as scope:
 
-    monkeypatch.setattr(subprocess, "Popen", late)
-    try:
+        def late(*argv: Any, **more: Any) -> Any:
+            begun.append(real(*argv, **more))
+            # Whoever cancels now does not see it yet.
+            scope.cancel()
+            return begun[0]
+
+        monkeypatch.setattr(subprocess, "Popen", late)
         with pytest.raises(Interrupted):
             processes.stream(["sleep", "100"], log=tmp_path / "log", what="sleep", timeout=100)
-    finally:
-        processes.resume()
     assert begun[0].returncode == -signal.SIGTERM
 
 
 def test_a_wait_ends_when_everything_is_cancelled() -> None:
-    processes.cancel()
-    try:
+    with processes.scope() as outer, processes.scope():
+        outer.cancel()
         with pytest.raises(Interrupted):
             processes.wait_until(lambda: None, what="x", timeout=100, interval=0.01)
         with pytest.raises(Interrupted), processes.running(["true"]):
             pass
-    finally:
-        processes.resume()
+        with processes.scope(), pytest.raises(Interrupted), processes.running(["true"]):
+            pass
+        assert processes.output(["echo", "cleaning up"]) == "cleaning up\n"
