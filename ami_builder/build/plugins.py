@@ -1,8 +1,8 @@
 """The Packer program at hand: its version, its environment, and the plugin that a target needs.
 
 Two families are supported. 1.6.6 is Debian 12's, with its builders built in. Since 1.9 they are plugins,
-which Packer downloads (`packer init`). The versions between them can't install plugins any more: HashiCorp
-has moved these to a site that they don't know.
+which Packer downloads (`packer init`). HashiCorp publishes new plugins only on a site that 1.14 and later know:
+1.9 to 1.13 install older ones from GitHub, and most versions before 1.9 fail at that.
 """
 
 import os
@@ -88,7 +88,7 @@ def version() -> Version:
     if numbers < _BUILT_IN:
         raise MissingTool(f"Packer {found[0]} is too old", hint=_INSTALL)
     if _BUILT_IN < numbers < _PLUGINS_SINCE:
-        raise MissingTool(f"Packer {found[0]} can't install the plugins that a build needs", hint=_INSTALL)
+        raise MissingTool(f"Packer {found[0]} is not supported: 1.6.6 is, and 1.9 or later", hint=_INSTALL)
     return numbers
 
 

@@ -139,8 +139,8 @@ def test_a_stage_has_what_this_packer_reads(
     ("answer", "complaint"),
     [
         ("Packer v1.5.1", "too old"),
-        ("Packer v1.7.0", "can't install the plugins"),
-        ("Packer v1.8.7", "can't install the plugins"),
+        ("Packer v1.7.0", "is not supported"),
+        ("Packer v1.8.7", "is not supported"),
         ("cracklib", "another program"),
     ],
 )
