@@ -1,8 +1,8 @@
 """The Packer program at hand: its version, its environment, and the plugin that a target needs.
 
 Two families are supported. 1.6.6 is Debian 12's, with its builders built in. Since 1.9 they are plugins,
-which Packer downloads (`packer init`). HashiCorp publishes new plugins only on a site that 1.14 and later know:
-1.9 to 1.13 install older ones from GitHub, and most versions before 1.9 fail at that.
+which Packer downloads (`packer init`). HashiCorp publishes new plugins only on a site that 1.14 and later
+know: 1.9 to 1.13 install older ones from GitHub, and most versions before 1.9 fail at that.
 """
 
 import os
