@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ami_builder.aws.bake import SOURCE
+from tests.packer_plugins import needs_plugin
 from tests.process.test_wheel import installed
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ PLUGINS = ("PACKER_PLUGIN_PATH", "PACKER_CONFIG_DIR", "PACKER_CONFIG", "XDG_CONF
 @pytest.fixture(params=["checkout", "wheel"])
 def run(request: pytest.FixtureRequest, cloud: Cloud, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """What runs commands of this checkout, or of its wheel, in one process on such a host."""
+    needs_plugin(SOURCE)
     package = ROOT if request.param == "checkout" else request.getfixturevalue("installed")
     path = tmp_path / "bin"
     path.mkdir()
