@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from ami_builder.core.errors import AmiBuilderError, MissingTool, TimedOut
+from ami_builder.core.errors import BuildFailed, MissingTool, TimedOut
 from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
 
@@ -125,7 +125,7 @@ def installed(plugin: Plugin) -> Iterator[tuple[Version, Path]]:
 def require(plugin: Plugin, directory: Path, log: Path) -> None:
     """Let Packer install what the template in a folder requires, unless it finds an accepted version.
 
-    Raises MissingTool if that fails, and at once if the site that has plugins can't be reached.
+    Raises MissingTool if that fails, and at once if the site that has plugins can't be reached; TimedOut.
     """
     if not has_plugins() or any(installed(plugin)):
         return
@@ -145,10 +145,10 @@ def require(plugin: Plugin, directory: Path, log: Path) -> None:
                 cwd=directory,
                 timeout=_INIT_SECONDS,
             )
-        except AmiBuilderError as failed:
+        except BuildFailed as failed:
             raise MissingTool(
                 f"{_missing(plugin)}, and installing it failed: {failed.message}",
-                hint=_mend(plugin),
+                hint=failed.hint or _mend(plugin),
                 log=failed.log,
                 tail=failed.tail,
             ) from failed

@@ -13,9 +13,10 @@ import pytest
 
 from ami_builder.build import packer, plugins
 from ami_builder.cli import app as cli
-from ami_builder.core.errors import MissingTool
+from ami_builder.core.errors import MissingTool, TimedOut
 from ami_builder.core.records import State
 from ami_builder.qemu.bake import SOURCE
+from ami_builder.system import processes
 from tests.fake_programs import calls, fake
 
 if TYPE_CHECKING:
@@ -154,6 +155,20 @@ def test_an_installation_that_fails_shows_why(host: Host, proxy: int) -> None:
         host.require()
     assert "no release version found" in error.value.tail
     assert error.value.log == host.log
+
+
+def test_an_installation_on_a_full_disk_asks_for_space(host: Host, proxy: int) -> None:
+    host.has("1.16.0", init="echo 'write: No space left on device'; exit 1")
+    with pytest.raises(MissingTool) as error:
+        host.require()
+    assert error.value.hint == processes.DISK_FULL
+
+
+def test_an_installation_that_takes_too_long_has_timed_out(host: Host, proxy: int) -> None:
+    host.has("1.16.0", init="exec sleep 60")
+    host.monkeypatch.setattr(plugins, "_INIT_SECONDS", 0.2)
+    with pytest.raises(TimedOut, match="packer init"):
+        host.require()
 
 
 def test_packer_gets_its_own_settings_and_only_init_the_token(host: Host, proxy: int) -> None:
