@@ -173,6 +173,13 @@ class RunRecord:
     verdict: Verdict | None = None
     error: str | None = None
 
+    @property
+    def own_steps(self) -> tuple[StepRecord, ...]:
+        """The steps of the run's own image: the record also has those of images that were built beside it."""
+        mine = f"build {self.image}"
+        own = tuple(step for step in self.steps if f"{step.name} > ".startswith(f"{mine} > "))
+        return own or self.steps
+
 
 class State(StrEnum):
     """The result of one preflight check."""

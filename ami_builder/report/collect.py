@@ -65,7 +65,7 @@ def _of_run(run: RecordedRun, known: tuple[RecordedRun, ...], workspace: Workspa
             *_time_facts(run.when, sections.took(run)),
             Fact(name="Run", text=run.id, exact=True),
         ),
-        steps=sections.bars(sections.steps(run)),
+        steps=sections.bars(run.record.own_steps),
         links=sections.links([run.directory], path),
     )
     return _with_images(_with_verdict(page, run), build, known, workspace)
@@ -105,7 +105,7 @@ def _of_nightly_run(
     tone, word, sentence = _night_ended(record)
     run, build = _run_of(one, known), _builder(known, record.digest, one.when)
     # An earlier run is not part of the time of this nightly run.
-    mine = sections.steps(run) if run is not None and run.when >= record.started else ()
+    mine = run.record.own_steps if run is not None and run.when >= record.started else ()
     ended = (record.ended - record.started).total_seconds() if record.ended else None
     page = Page(
         title=f"Nightly run of image {record.image}",

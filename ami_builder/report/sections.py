@@ -152,16 +152,9 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def steps(run: RecordedRun) -> tuple[StepRecord, ...]:
-    """Return the steps of a run's own image. A nightly run's record also has those of other images."""
-    mine = f"build {run.record.image}"
-    own = tuple(step for step in run.record.steps if f"{step.name}{_INSIDE}".startswith(f"{mine}{_INSIDE}"))
-    return own or run.record.steps
-
-
 def took(run: RecordedRun) -> float | None:
     """Return how long a run took, in seconds; None if it has no steps."""
-    return max((step.began + step.seconds for _, step in bars(steps(run))), default=None)
+    return max((step.began + step.seconds for _, step in bars(run.record.own_steps)), default=None)
 
 
 def bars(steps: Sequence[StepRecord]) -> tuple[tuple[int, StepRecord], ...]:

@@ -150,7 +150,7 @@ def _side(stored: StoredImage, workspace: Workspace) -> Side:
     run = load(RunRecord, workspace.runs_dir / stored.artifact.run_id / "record.json")
     # The image's name is in each step of its run; without it those of differing names compare too.
     mine = f"build {stored.artifact.image}"
-    steps = run.steps if run is not None else ()
+    steps = run.own_steps if run is not None else ()
     return Side(
         packages=packages,
         measured={

@@ -158,7 +158,7 @@ def _fitting(
 
 
 def _was_emulated(record: RunRecord) -> bool | None:
-    chosen = [step.detail for step in record.steps if _last(step) == _ACCELERATOR]
+    chosen = [step.detail for step in record.own_steps if _last(step) == _ACCELERATOR]
     return chosen[-1].startswith(_EMULATED) if chosen else None
 
 
@@ -174,7 +174,7 @@ def _part(record: RunRecord, name: str) -> float | None:
 
 
 def _second(record: RunRecord) -> Iterator[tuple[str, StepRecord]]:
-    for step in record.steps:
+    for step in record.own_steps:
         top, _, name = step.name.partition(" > ")
         if top == f"build {record.image}" and name and " > " not in name and step.status is RunStatus.PASSED:
             yield name, step
@@ -182,7 +182,7 @@ def _second(record: RunRecord) -> Iterator[tuple[str, StepRecord]]:
 
 def _verification(record: RunRecord, image: Image) -> float | None:
     """Return how long the verification in a run took; None without one on the same machines."""
-    names = [_last(step) for step in record.steps]
+    names = [_last(step) for step in record.own_steps]
     machines = {name.removeprefix(_MACHINE) for name in names if name.startswith(_MACHINE)}
     settings = image.verify
     if machines not in ({size(memory) for memory in settings.memory}, set(settings.instance_types)):
@@ -191,7 +191,7 @@ def _verification(record: RunRecord, image: Image) -> float | None:
         return None
     if (inside := _part(record, _VERIFY)) is not None:
         return inside
-    alone = [s.seconds for s in record.steps if s.name.startswith(f"{_VERIFY} ") and " > " not in s.name]
+    alone = [s.seconds for s in record.own_steps if s.name.startswith(f"{_VERIFY} ") and " > " not in s.name]
     return alone[-1] if alone else None
 
 

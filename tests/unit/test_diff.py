@@ -114,7 +114,7 @@ def stored(
         stored = workspace.store(artifact, run.work / "disk", run.work / "packages.txt")
         steps = [
             StepRecord(name=name, seconds=seconds, status=RunStatus.PASSED)
-            for name in ("resolve inputs", "build dask", "build dask > bake with Packer")
+            for name in ("resolve inputs", "build dask", "build dask > bake with Packer", "build dask-gpu")
         ]
         run.update(steps=tuple(steps))
     result = CheckResult(

@@ -146,6 +146,16 @@ def test_only_what_is_left_to_do_counts() -> None:
     assert of_build(record(), baked=True) == (100, 1)
 
 
+def test_other_images_that_were_built_beside_it_do_not_count() -> None:
+    """Their steps are in its record too."""
+    beside = record({**BUILD, "choose the accelerator": "KVM", "verify > machine of 4 GiB": 9}, top="build b")
+    other = tuple(replace(step, name=step.name.replace("build b", "build dask-gpu")) for step in beside.steps)
+    for steps in ((*record().steps, *other), (*other, *record().steps)):
+        both = replace(record(), steps=steps)
+        assert of_build(both) == of_build(record())
+        assert of_build(both, emulated=False) is None
+
+
 def test_it_is_the_median_of_the_last_runs() -> None:
     known = [record(number=n, bake_with_Packer=seconds) for n, seconds in enumerate((999, 999, 50, 90, 60))]
     assert of_build(*known) == (40 + 60 + 100, 3)
