@@ -56,13 +56,28 @@ class Scope:
         self.within: set[Scope] = set()
 
     def cancel(self) -> None:
-        """Stop the child processes, and let waits raise Interrupted. Cleaning up still works."""
+        """Stop the child processes as `stop` does, and let waits raise Interrupted.
+
+        Cleaning up still works.
+        """
+        self._end()
+        self._signal(signal.SIGTERM)
+        # Threads read the output of their processes until these end.
+        killer = threading.Timer(STOP_SECONDS, self._signal, [signal.SIGKILL])
+        killer.daemon = True
+        killer.start()
+
+    def _end(self) -> None:
         # First, so that what begins now sees it.
         self.cancelled.set()
-        for process in tuple(self.children):
-            _signal_group(process, signal.SIGTERM)
         for scope in tuple(self.within):
-            scope.cancel()
+            scope._end()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in tuple(self.children):
+            _signal_group(process, number)
+        for scope in tuple(self.within):
+            scope._signal(number)
 
     def refuse_when_cancelled(self) -> None:
         """Raise Interrupted if this scope is cancelled."""
@@ -82,7 +97,7 @@ def scope() -> Iterator[Scope]:
     outer, inner = _scope.get(), Scope()
     outer.within.add(inner)
     if outer.cancelled.is_set():
-        inner.cancel()
+        inner.cancelled.set()
     before = _scope.set(inner)
     try:
         yield inner
@@ -105,7 +120,7 @@ def how_to_install(package: str) -> str:
         # Only Debian 12 has a package of it.
         return "see developer.hashicorp.com/packer/install, or run scripts/ami-builder, which fetches it"
     if _search("apt-get"):
-        return f"run apt-get install {package}, or scripts/ami-builder, which installs what is missing"
+        return f"run apt-get install {package}, or scripts/ami-builder check, which installs what is missing"
     return f"install {package} (its name in Debian and Ubuntu)"
 
 

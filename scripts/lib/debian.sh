@@ -7,6 +7,7 @@ machine= # the kernel's name for `arch`
 cache="${AMI_BUILDER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ami-builder}"
 # Of itself only Debian's APT trusts Debian's keys; mmdebstrap would need gpg to find that out.
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+keyring_option=(--keyring="$keyring")
 work=
 child=
 PATH="$PATH:/usr/sbin:/sbin"
@@ -22,6 +23,13 @@ fail() {
 # need COMMAND PACKAGE: stop unless COMMAND is installed.
 need() {
     command -v "$1" >/dev/null || fail "$1 is missing (in Debian and Ubuntu: apt-get install $2)" 3
+}
+
+# need_keys MIRROR: stop without Debian's keys, unless a mirror may have its own.
+need_keys() {
+    [ -e "$keyring" ] && return
+    [ -n "$1" ] || fail "$keyring is missing (in Debian and Ubuntu: apt-get install debian-archive-keyring)" 3
+    keyring_option=()
 }
 
 # choose_arch [NAME]: set `arch` to NAME, Debian's name of an architecture, or to this machine's.
@@ -108,7 +116,7 @@ joined() {
 # sources SUITE MIRROR: the lines of sources.list that mmdebstrap uses.
 sources() {
     # The second hook fails, which ends mmdebstrap before it has downloaded anything.
-    mmdebstrap --variant=apt --format=null --keyring="$keyring" \
+    mmdebstrap --variant=apt --format=null "${keyring_option[@]}" \
         --setup-hook="download /etc/apt/sources.list '$work/sources.list'" --setup-hook='exit 9' \
         "$1" /dev/null ${2:+"$2"} >"$work/sources.log" 2>&1 || true
     if [ ! -s "$work/sources.list" ]; then
@@ -172,10 +180,11 @@ bootstrap() {
     local debs="$cache/debs/$1-$arch" suite="$2" mirror="$3" packages="$4"
     shift 4
     mkdir -p "$debs" "$work/debs"
-    find "$cache/debs" -mindepth 2 -mtime +30 -delete
+    # Another build may do the same at this moment.
+    find "$debs" -mindepth 1 -maxdepth 1 -ignore_readdir_race -mtime +30 -exec rm -rf {} +
     # shellcheck disable=SC2016
     run mmdebstrap --variant=apt --format=directory --architectures="$arch" --include="$packages" \
-        --keyring="$keyring" \
+        "${keyring_option[@]}" \
         --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/info/*' \

@@ -10,7 +10,7 @@ tools="$root/.cache/tools"
 PATH="$PATH:/usr/sbin:/sbin:$tools/usr/bin:$tools/usr/sbin:$tools/packer/bin"
 work=
 
-# set_up aws|local|test: install what is missing for that, and print what is installed.
+# set_up python|aws|local|test: install what is missing for that, and print what is installed.
 set_up() {
     local kind=run lock="$root/scripts/requirements.txt"
     [ "$1" != test ] || kind=test lock="$root/tests/requirements.txt"
@@ -66,7 +66,7 @@ clean_up() { [ -z "$work" ] || rm -rf "$work"; }
 # quietly COMMAND...: run it with its output in $work/log, which the caller prints if it fails.
 quietly() { "$@" </dev/null >"$work/log" 2>&1 9<&-; }
 
-# look_for_programs aws|local|test: fill `missing`, `packages` and `unpacked`.
+# look_for_programs python|aws|local|test: fill `missing`, `packages` and `unpacked`.
 look_for_programs() {
     local section='' program package architecture=other
     missing=() packages=() unpacked=()
@@ -79,7 +79,7 @@ look_for_programs() {
             '' | '#'*) ;;
             '['*)
                 case "$1 $program" in
-                    'aws [local]' | 'local [test]') break ;;
+                    'python [aws]' | 'aws [local]' | 'local [test]') break ;;
                 esac
                 section="$program"
                 ;;

@@ -84,6 +84,15 @@ def test_an_image_without_a_verdict(job: Job) -> None:
     assert job.summary.read_text() == "ami-builder: `ami-0123`, checks: none ran\n"
 
 
+def test_several_images_are_all_named(job: Job) -> None:
+    other = {"artifact": {"location": "ami-4567"}, "verdict": None}
+    job.ami_builder(f"echo '{json.dumps({'images': [_BUILT, other]})}'")
+    assert job.build(arguments="--all\n--refresh\n").returncode == 0
+    assert calls(job.folder / "scripts", "ami-builder") == ["build --target aws --json --all --refresh"]
+    assert job.outputs["artifact"] == "ami-0123 ami-4567"
+    assert job.summary.read_text() == "ami-builder: `ami-0123 ami-4567`, checks: 1 failed, 2 passed\n"
+
+
 def test_inputs_are_words_and_never_commands(job: Job) -> None:
     job.ami_builder(f"echo '{json.dumps(_BUILT)}'")
     job.build(image="$(touch hacked)", arguments="--refresh ; touch hacked")

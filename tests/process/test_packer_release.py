@@ -143,13 +143,13 @@ def test_each_target_gets_its_own_plugin(host: Checkout, releases: Releases) -> 
 
 
 def test_it_is_fetched_again_when_the_pin_changes(host: Checkout, releases: Releases) -> None:
-    host.run()
+    host.run("build")
     newer = archive(packer=PACKER_PROGRAM + "# newer\n")
     releases.files[PACKER.replace("9.1.0", "9.1.1")] = newer
     (host.root / "scripts/packer.txt").write_text(
         f"{sha256(newer)} {PACKER.replace('9.1.0', '9.1.1')}\n{SUMS} {PLUGIN}\n"
     )
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 0
     assert "downloading packer 9.1.1 " in err
     assert (host.root / ".cache/tools/packer/bin/packer").read_text().endswith("# newer\n")
@@ -166,7 +166,7 @@ def test_its_plugins_are_found_unless_the_user_names_a_folder(host: Checkout, ow
         host.environ["PACKER_PLUGIN_PATH"] = "/mine"
     expected = "/mine" if own else str(host.root / ".cache/tools/packer/plugins")
     for _ in ("new", "installed"):
-        assert host.run()[1].splitlines()[0] == expected
+        assert host.run("build")[1].splitlines()[0] == expected
 
 
 def test_a_packer_of_the_system_keeps_its_own_plugins(checkout: Checkout, releases: Releases) -> None:
@@ -176,7 +176,7 @@ def test_a_packer_of_the_system_keeps_its_own_plugins(checkout: Checkout, releas
         "python3",
         (checkout.bin / "python3").read_text().replace("shift 3;", 'echo "$PACKER_PLUGIN_PATH";'),
     )
-    assert checkout.run()[1].splitlines()[0] == ""
+    assert checkout.run("build")[1].splitlines()[0] == ""
     assert releases.asked == []
 
 
@@ -197,7 +197,7 @@ def test_a_download_that_is_cut_off_leaves_nothing_and_is_repeated(
     host: Checkout, releases: Releases, name: str
 ) -> None:
     releases.cut = {name}
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 3
     size = len(releases.files[name])
     assert f"{name}: only {size // 2} of {size} bytes arrived" in err
@@ -206,7 +206,7 @@ def test_a_download_that_is_cut_off_leaves_nothing_and_is_repeated(
     assert not packages_were_installed(host)
     assert not (host.root / ".cache").exists()
     releases.cut = set()
-    assert host.run()[0] == 0
+    assert host.run("build")[0] == 0
     assert installed(host)
 
 
@@ -242,13 +242,13 @@ def test_without_a_network_it_names_the_files_and_takes_them_when_they_are_there
 
 def test_files_put_by_hand_need_no_network_of_apt(host: Checkout, releases: Releases) -> None:
     host.environ |= {"AMI_BUILDER_RELEASES": "http://127.0.0.1:9", "APT_OFFLINE": "yes"}
-    _, _, err = host.run()
+    _, _, err = host.run("build")
     assert "E: Could not resolve the mirror" not in err, "its lists have all but Packer"
     assert f"put these files into {downloads(host)}\n" in err
     downloads(host).mkdir(parents=True)
     for name in (PACKER, PLUGIN, SUMS):
         (downloads(host) / name).write_bytes(releases.files[name])
-    assert host.run("list")[:2] == (0, "<list>\n")
+    assert host.run("build")[:2] == (0, "<build>\n")
     assert installed(host)
 
 
@@ -256,7 +256,7 @@ def test_files_put_by_hand_need_no_network_of_apt(host: Checkout, releases: Rele
 def test_a_file_put_by_hand_is_checked_too(host: Checkout, name: str) -> None:
     downloads(host).mkdir(parents=True)
     (downloads(host) / name).write_bytes(b"something else")
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 3
     assert (
         f"{downloads(host) / name}: remove it, because it has the sha256 {sha256(b'something else')}" in err
@@ -267,18 +267,18 @@ def test_a_file_put_by_hand_is_checked_too(host: Checkout, name: str) -> None:
 
 def test_a_list_without_the_plugin_is_refused(host: Checkout, releases: Releases) -> None:
     releases.files[SUMS] = f"{'0' * 64}  another.zip\n".encode()
-    assert f"has no sum of {PLUGIN}" in host.run()[2]
+    assert f"has no sum of {PLUGIN}" in host.run("build")[2]
     assert not installed(host)
 
 
 def test_a_plugin_can_be_pinned_too(host: Checkout, releases: Releases) -> None:
     pins = host.root / "scripts/packer.txt"
     pins.write_text(pins.read_text().replace(SUMS, "0" * 64))
-    assert f"and {'0' * 64} is expected" in host.run()[2]
+    assert f"and {'0' * 64} is expected" in host.run("build")[2]
     pins.write_text(
         pins.read_text().replace(f"{'0' * 64} {PLUGIN}", f"{sha256(releases.files[PLUGIN])} {PLUGIN}")
     )
-    assert host.run()[0] == 0
+    assert host.run("build")[0] == 0
     assert PATHS[SUMS] + SUMS not in releases.asked
 
 
@@ -286,7 +286,7 @@ def test_a_packer_that_does_not_run_is_not_installed(host: Checkout, releases: R
     broken = archive(packer="#!/bin/sh\necho 'wrong libc' >&2; exit 1\n")
     releases.files[PACKER] = broken
     (host.root / "scripts/packer.txt").write_text(f"{sha256(broken)} {PACKER}\n{SUMS} {PLUGIN}\n")
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 3
     assert "Packer can't run here" in err
     assert "wrong libc" in err
@@ -295,7 +295,7 @@ def test_a_packer_that_does_not_run_is_not_installed(host: Checkout, releases: R
 
 def test_the_proxy_is_used(host: Checkout, releases: Releases) -> None:
     host.environ |= {"AMI_BUILDER_RELEASES": "http://releases.invalid", "http_proxy": releases.address}
-    assert host.run()[0] == 0
+    assert host.run("build")[0] == 0
     assert releases.asked[0] == f"http://releases.invalid{PATHS[PACKER]}{PACKER}"
 
 
@@ -303,13 +303,13 @@ def test_other_distributions_get_it_too(host: Checkout) -> None:
     for name in ("apt-get", "apt-cache"):
         (host.bin / name).unlink()
     fake(host.bin, "qemu-img", "")
-    assert host.run("list")[:2] == (0, "<list>\n")
+    assert host.run("build")[:2] == (0, "<build>\n")
     assert installed(host)
 
 
 def test_an_unknown_system_is_told_to_install_packer(host: Checkout) -> None:
     (host.root / "scripts/packer.txt").write_text(f"{'0' * 64} packer_9.1.0_plan9_mips.zip\n")
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 3
     assert f"scripts/packer.txt has no release for {SYSTEM}" in err
     assert "install Packer 1.9 or newer" in err
@@ -325,7 +325,7 @@ def test_python_comes_first_where_it_is_missing(host: Checkout) -> None:
         "apt-get",
         f'{apt}\ncase "$*" in *python3-venv*) cp "{saved}" "$(dirname "$0")/python3" ;; esac\n',
     )
-    status, _, err = host.run()
+    status, _, err = host.run("build")
     assert status == 0, err
     assert err.index("installing system packages: qemu-utils python3 python3-venv") < err.index(
         "downloading packer"

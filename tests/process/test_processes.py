@@ -181,6 +181,21 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
     processes.stream(["true"], log=tmp_path / "after.log", what="true", timeout=60)
 
 
+def test_what_ignores_a_failure_beside_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.2)
+
+    def deaf() -> None:
+        script = f"trap '' TERM; touch {tmp_path}/begun; while :; do sleep 0.05; done"
+        processes.stream(["sh", "-c", script], log=tmp_path / "log", what="the deaf", timeout=3600)
+
+    def failing() -> None:
+        processes.wait_until((tmp_path / "begun").exists, what="the deaf", timeout=60, interval=0.01)
+        raise BuildFailed("the other one broke")
+
+    with pytest.raises(BuildFailed, match="the other one broke"):
+        side_by_side([deaf, failing])
+
+
 def test_a_failure_ends_no_process_of_work_beside_it(tmp_path: Path) -> None:
     """As of two images that are built at once, and of which one has parts that run side by side."""
     failed = threading.Event()

@@ -36,14 +36,23 @@ def test_a_bare_machine_gets_everything_and_hears_of_it(checkout: Checkout) -> N
     assert (checkout.venv / "lib/ami-builder.pth").read_text() == f"{checkout.root}\n"
 
 
-@pytest.mark.parametrize("flags", [("--target", "aws"), ("--target=aws",)])
-def test_for_an_ami_it_installs_nothing_that_boots_vms(checkout: Checkout, flags: tuple[str, ...]) -> None:
-    status, _, err = checkout.run("build", *flags)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--target", "aws"),
+        ("nightly", "--target=aws"),
+        ("verify", "ami-0123"),
+    ],
+)
+def test_it_installs_what_boots_vms_only_for_local_images(
+    checkout: Checkout, arguments: tuple[str, ...]
+) -> None:
+    status, _, err = checkout.run(*arguments)
     assert status == 0
     assert "installing system packages: packer\n" in err
     checkout.forget()
-    assert checkout.run("check", *flags)[2] == ""
-    assert "installing system packages: qemu-utils\n" in checkout.run("build")[2]
+    assert checkout.run(*arguments)[2] == ""
+    assert "installing system packages: qemu-utils\n" in checkout.run("--debug", "build")[2]
 
 
 @pytest.mark.parametrize(
@@ -52,18 +61,26 @@ def test_for_an_ami_it_installs_nothing_that_boots_vms(checkout: Checkout, flags
 )
 def test_each_architecture_gets_its_own_emulator(checkout: Checkout, host: str, packages: str) -> None:
     checkout.environ["HOSTTYPE"] = host
-    assert f"installing system packages: packer {packages}\n" in checkout.run()[2]
+    assert f"installing system packages: packer {packages}\n" in checkout.run("build")[2]
+
+
+@pytest.mark.parametrize("arguments", [("report",), ("gc", "--apply"), ("--version",), ()])
+def test_what_boots_nothing_needs_python_alone(checkout: Checkout, arguments: tuple[str, ...]) -> None:
+    status, _, err = checkout.run(*arguments)
+    assert status == 0
+    assert "installing Python packages" in err
+    assert checkout.calls("apt-get") == []
 
 
 def test_the_second_run_does_nothing_but_run(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     checkout.forget()
     assert checkout.run("list") == (0, "<list>\n", "")
     assert checkout.calls("apt-get") + checkout.calls("apt-cache") + checkout.calls("python3") == []
 
 
 def test_no_temporary_files_stay(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     assert {path.name for path in checkout.root.parent.iterdir()} == {"bin", "check out"}
 
 
@@ -75,7 +92,7 @@ def test_arguments_and_status_are_passed_on_unchanged(checkout: Checkout) -> Non
 
 
 def test_it_runs_through_links_and_from_the_environment(checkout: Checkout, tmp_path: Path) -> None:
-    checkout.run()
+    checkout.run("build")
     link = tmp_path / "link"
     link.symlink_to(checkout.root / "scripts/ami-builder")
     for script in (str(link), ".venv/bin/ami-builder"):
@@ -116,26 +133,26 @@ def test_without_apt_it_stops_and_names_what_is_missing(checkout: Checkout) -> N
 def test_a_packer_that_was_installed_by_hand_counts(checkout: Checkout) -> None:
     checkout.environ["NO_PACKAGE"] = "packer"
     fake(checkout.bin, "packer", "")
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 0
     assert "installing system packages: qemu-utils\n" in err
 
 
 def test_lists_are_fetched_only_when_a_package_is_unknown(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     assert not [line for line in checkout.calls("apt-get") if line.endswith(" update")]
 
 
 def test_sudo_is_used_only_by_others_than_root(checkout: Checkout) -> None:
     fake(checkout.bin, "id", "echo 1000")
     fake(checkout.bin, "sudo", 'while [ "$1" != env ]; do shift; done; exec "$@"')
-    assert checkout.run()[0] == 0
+    assert checkout.run("build")[0] == 0
     assert len(checkout.calls("sudo")) == 1
 
 
 def test_without_sudo_it_says_what_root_has_to_do(checkout: Checkout) -> None:
     fake(checkout.bin, "id", "echo 1000")
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 3
     assert "As root: apt-get install --no-install-recommends packer qemu-utils" in err
     assert checkout.calls("apt-get") == []
@@ -143,7 +160,7 @@ def test_without_sudo_it_says_what_root_has_to_do(checkout: Checkout) -> None:
 
 def test_stale_lists_are_fetched_anew_once_and_then_apt_is_quoted(checkout: Checkout) -> None:
     checkout.environ["APT_BROKEN"] = "yes"
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 3
     assert "| E: Unable to fetch some archives" in err
     assert "proxy is set" in err
@@ -156,7 +173,7 @@ def test_stale_lists_are_fetched_anew_once_and_then_apt_is_quoted(checkout: Chec
 def test_without_lists_and_network_apt_is_quoted(checkout: Checkout) -> None:
     checkout.environ |= {"NO_PACKAGE": "packer qemu-utils", "APT_OFFLINE": "yes"}
     before = tree(checkout.root)
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 3
     assert "APT failed. Nothing has been changed." in err
     assert "| E: Could not resolve the mirror" in err
@@ -165,29 +182,29 @@ def test_without_lists_and_network_apt_is_quoted(checkout: Checkout) -> None:
 
 def test_an_interrupted_set_up_heals(checkout: Checkout) -> None:
     checkout.environ["OFFLINE"] = "yes"
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 3
     assert "| pip: the network is down" in err
     assert "Check that this machine is online" in err
     (checkout.venv / "lib/half").touch()
     del checkout.environ["OFFLINE"]
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 0
     assert "making the virtual environment" in err
     assert not (checkout.venv / "lib/half").exists()
-    assert checkout.run()[2] == ""
+    assert checkout.run("build")[2] == ""
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     (checkout.venv / "bin/python").unlink()
     (checkout.venv / "bin/python").symlink_to("/nonexistent/python3.11")
-    assert "making the virtual environment" in checkout.run()[2]
-    assert checkout.run()[2] == ""
+    assert "making the virtual environment" in checkout.run("build")[2]
+    assert checkout.run("build")[2] == ""
 
 
 def test_a_copied_checkout_does_not_run_the_old_one(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     copy = checkout.root.parent / "copy"
     shutil.copytree(checkout.root, copy, symlinks=True)
     moved = Checkout(copy, checkout.bin)
@@ -201,16 +218,16 @@ def test_an_environment_that_the_user_made_is_kept(checkout: Checkout) -> None:
     shutil.copy2(checkout.bin / "python3", checkout.venv / "bin/python")
     for name in ("bin/pip", "mine"):
         (checkout.venv / name).touch()
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 0
     assert "making the virtual environment" not in err
     assert (checkout.venv / "mine").exists()
 
 
 def test_a_new_lock_is_installed_into_the_same_environment(checkout: Checkout) -> None:
-    checkout.run()
+    checkout.run("build")
     (checkout.root / "scripts/requirements.txt").write_text("rich==2\n")
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 0
     assert err == "==> installing Python packages (1, pinned by scripts/requirements.txt)\n"
 
@@ -218,7 +235,7 @@ def test_a_new_lock_is_installed_into_the_same_environment(checkout: Checkout) -
 @pytest.mark.parametrize("named", [{}, {"PYTHON": "python3"}])
 def test_an_old_python_stops_it(checkout: Checkout, named: dict[str, str]) -> None:
     checkout.environ |= {"OLD_PYTHON": "yes"} | named
-    status, _, err = checkout.run()
+    status, _, err = checkout.run("build")
     assert status == 3
     assert "Python 3.11 or newer is necessary, and python3 is not. Nothing has been changed." in err
     assert checkout.calls("apt-get") == []
@@ -226,7 +243,7 @@ def test_an_old_python_stops_it(checkout: Checkout, named: dict[str, str]) -> No
 
 def test_debians_split_venv_module_is_installed(checkout: Checkout) -> None:
     checkout.environ["NO_VENV"] = "yes"
-    assert "installing system packages: packer qemu-utils python3.12-venv\n" in checkout.run()[2]
+    assert "installing system packages: packer qemu-utils python3.12-venv\n" in checkout.run("build")[2]
 
 
 def test_two_set_ups_at_once_wait_for_each_other(checkout: Checkout) -> None:
