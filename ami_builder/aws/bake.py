@@ -52,6 +52,7 @@ def bake_ami(
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
     image = inputs.image
+    plugins.require(SOURCE.plugin, run.work, run.log("packer"))
     instances.require_arch(account, image.aws.instance_types, image.arch, "aws.instance_types")
     with step.step("container") as child:
         upload = container.prepare(inputs.image, inputs.container_digest, workspace, run, child)
@@ -166,7 +167,7 @@ class _Bake:
                 variables,
                 uploads=[self.upload] if self.upload is not None else [],
             )
-            packer.validate(stage, SOURCE, self.run_.log("packer"))
+            packer.validate(stage, self.run_.log("packer"))
         else:
             packer.set_variables(stage, variables)
         # Written before Packer creates them.

@@ -119,9 +119,8 @@ def guest_archive(guest: Mapping[PurePosixPath, RenderedFile]) -> bytes:
     return buffer.getvalue()
 
 
-def validate(directory: Path, source: Source, log: Path) -> None:
-    """Let Packer validate a staged folder, once its plugin is there. Raises BuildFailed, MissingTool."""
-    plugins.require(source.plugin, directory, log)
+def validate(directory: Path, log: Path) -> None:
+    """Let Packer validate a staged folder, once its plugin is there. Raises BuildFailed."""
     processes.stream(
         ["packer", "validate", "."],
         log=log,

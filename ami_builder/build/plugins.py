@@ -122,8 +122,10 @@ def installed(plugin: Plugin) -> Iterator[tuple[Version, Path]]:
                 yield numbers, path
 
 
-def require(plugin: Plugin, directory: Path, log: Path) -> None:
-    """Let Packer install what the template in a folder requires, unless it finds an accepted version.
+def require(plugin: Plugin, work: Path, log: Path) -> None:
+    """Let Packer install a plugin, unless it finds an accepted version. A build begins with this.
+
+    `work` is a folder for the template that requires it.
 
     Raises MissingTool if that fails, and at once if the site that has plugins can't be reached; TimedOut.
     """
@@ -134,15 +136,17 @@ def require(plugin: Plugin, directory: Path, log: Path) -> None:
             return
         if problem := _unreachable():
             raise MissingTool(f"{_missing(plugin)}; {problem}", hint=_mend(plugin))
+        template = work / "plugin.pkr.hcl"
+        template.write_text(plugin.block)
         # GitHub allows few requests without a token. No other command gets it.
         token = {_TOKEN: os.environ[_TOKEN]} if os.environ.get(_TOKEN) else {}
         try:
             processes.stream(
-                ["packer", "init", "."],
+                ["packer", "init", template.name],
                 log=log,
                 what="packer init",
                 env=environment() | token,
-                cwd=directory,
+                cwd=work,
                 timeout=_INIT_SECONDS,
             )
         except BuildFailed as failed:

@@ -53,6 +53,7 @@ def bake(
 
     Returns the disk. `on_boot` gets the seconds until ssh answered on an emulated VM.
     """
+    plugins.require(SOURCE.plugin, run.work, run.log("packer"))
     base, prepared = _ingredients(inputs, workspace, run, step)
     # An archive is attached as a disk, a recipe is uploaded.
     attached = inputs.image.container.source is ContainerSource.ARCHIVE
@@ -86,7 +87,7 @@ def bake(
         stage = run.directory / "packer"
         uploads = [] if attached or prepared is None else [prepared]
         packer.stage(stage, SOURCE, inputs.guest, variables, uploads=uploads)
-        packer.validate(stage, SOURCE, run.log("packer"))
+        packer.validate(stage, run.log("packer"))
         packer.build(
             stage,
             log=run.log("packer"),

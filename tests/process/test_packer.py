@@ -72,7 +72,7 @@ def test_packer_accepts_the_template(tmp_path: Path, source: packer.Source) -> N
     """`packer validate` passes with no other plugin than the target's; `packer fmt` has nothing to change."""
     stage = tmp_path / "stage"
     packer.stage(stage, source, GUEST, _variables(tmp_path, source))
-    packer.validate(stage, source, tmp_path / "packer.log")
+    packer.validate(stage, tmp_path / "packer.log")
     processes.output(["packer", "fmt", "-check", "-diff", str(stage)], env=plugins.environment())
 
 
@@ -83,7 +83,7 @@ def test_packer_accepts_the_template(tmp_path: Path, source: packer.Source) -> N
 def test_packer_accepts_what_an_ami_can_have(tmp_path: Path, more: dict[str, packer.Variable]) -> None:
     needs_plugin(AMAZON)
     packer.stage(tmp_path / "stage", AMAZON, GUEST, {**_variables(tmp_path, AMAZON), **more})
-    packer.validate(tmp_path / "stage", AMAZON, tmp_path / "packer.log")
+    packer.validate(tmp_path / "stage", tmp_path / "packer.log")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_template_refuses_bad_values(
     stage = tmp_path / "stage"
     packer.stage(stage, source, GUEST, {**_variables(tmp_path, source), name: value})
     with pytest.raises(BuildFailed, match="packer validate failed"):
-        packer.validate(stage, source, tmp_path / "packer.log")
+        packer.validate(stage, tmp_path / "packer.log")
     # Packer wraps its messages at the width of a terminal.
     assert complaint in " ".join((tmp_path / "packer.log").read_text().split())
 

@@ -7,21 +7,29 @@ import os
 import pwd
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from ami_builder.aws.bake import bake_ami
 from ami_builder.build import packer, plugins
+from ami_builder.build.inputs import Inputs
 from ami_builder.cli import app as cli
+from ami_builder.console.progress import Progress, Renderer
 from ami_builder.core.errors import MissingTool, TimedOut
-from ami_builder.core.records import State
-from ami_builder.qemu.bake import SOURCE
+from ami_builder.core.records import State, TargetKind
+from ami_builder.qemu.bake import SOURCE, bake
 from ami_builder.system import processes
 from tests.fake_programs import calls, fake
+from tests.sample_image import image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from ami_builder.aws.session import Account
+    from ami_builder.console import Step
+    from ami_builder.state.workspace import Run, Workspace
 
 QEMU = SOURCE.plugin
 FILE = "packer-plugin-qemu_v{version}_x5.0_linux_amd64"
@@ -72,13 +80,13 @@ class Host:
         self.monkeypatch.setenv("no_proxy", "")
 
     def require(self) -> None:
-        """Do what comes before each `packer validate`."""
+        """Do what each build begins with."""
         plugins.require(QEMU, self.folder, self.log)
 
     @property
     def inits(self) -> int:
         """How often Packer was asked to install plugins."""
-        return calls(self.folder / "bin", "packer").count("init .")
+        return calls(self.folder / "bin", "packer").count("init plugin.pkr.hcl")
 
 
 @pytest.fixture
@@ -149,6 +157,31 @@ def test_offline_the_error_is_quick_and_says_what_to_do(
     assert command in hint
 
 
+@pytest.mark.parametrize("target", list(TargetKind))
+@pytest.mark.parametrize(("version", "problem"), [("1.16.0", "has no plugin"), ("1.8.7", "is not supported")])
+def test_a_build_that_packer_would_stop_makes_nothing_first(
+    host: Host, workspace: Workspace, target: TargetKind, version: str, problem: str
+) -> None:
+    host.has(version)
+    host.offline()
+    inputs = Inputs(image=image(), guest={}, base_digest="b", container_digest="c", digest="d" * 64)
+    progress = Progress(Renderer())
+
+    def build(run: Run, step: Step) -> object:
+        if target is TargetKind.QEMU:
+            return bake(inputs, workspace, run, step)
+        return bake_ami(inputs, cast("Account", None), workspace, run, step, public=False)
+
+    with (
+        workspace.run("build", "dask") as run,
+        progress.step("build") as step,
+        pytest.raises(MissingTool, match=problem),
+    ):
+        build(run, step)
+    assert [one.name for one in progress.steps] == ["build"]
+    assert host.inits == 0
+
+
 def test_an_installation_that_fails_shows_why(host: Host, proxy: int) -> None:
     host.has("1.16.0", init="echo 'no release version found'; exit 1")
     with pytest.raises(MissingTool, match="installing it failed") as error:
@@ -181,7 +214,8 @@ def test_packer_gets_its_own_settings_and_only_init_the_token(host: Host, proxy:
     }
     for name, value in {**settings, "PACKER_GITHUB_API_TOKEN": "token-77", "PACKER_LOG": "1"}.items():
         host.monkeypatch.setenv(name, value)
-    packer.validate(host.folder, SOURCE, host.log)
+    host.require()
+    packer.validate(host.folder, host.log)
     for command in ("env", "validate"):
         given = (host.folder / "bin" / f"packer.{command}").read_text().splitlines()
         assert {f"{name}={value}" for name, value in settings.items()} <= set(given)
