@@ -1,6 +1,7 @@
 """Find programs, start processes, wait; no other module starts a process or sleeps."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,14 @@ PACKAGES: Mapping[str, str] = {
     "setpriv": "util-linux",
 }
 """Program -> the package of Debian and Ubuntu that contains it."""
+
+_NATIVE: Mapping[str, str] = {
+    "qemu-system-x86": "x86_64",
+    "ovmf": "x86_64",
+    "qemu-system-arm": "aarch64",
+    "qemu-efi-aarch64": "aarch64",
+}
+"""Package -> the machine where set-up installs it; elsewhere it is for images of another architecture."""
 
 DISK_FULL = "the disk is full: free some space, or set AMI_BUILDER_HOME to a folder on a larger disk"
 STOP_SECONDS = 20.0
@@ -118,10 +127,12 @@ def how_to_install(package: str) -> str:
     """Return what to do on this host to get a package of Debian and Ubuntu."""
     if package == "packer":
         # Only Debian 12 has a package of it.
-        return "see developer.hashicorp.com/packer/install, or run scripts/ami-builder, which fetches it"
-    if _search("apt-get"):
-        return f"run apt-get install {package}, or scripts/ami-builder check, which installs what is missing"
-    return f"install {package} (its name in Debian and Ubuntu)"
+        return "see developer.hashicorp.com/packer/install, or run scripts/ami-builder check, which fetches it"
+    if not _search("apt-get"):
+        return f"install {package} (its name in Debian and Ubuntu)"
+    if _NATIVE.get(package, platform.machine()) != platform.machine():
+        return f"run apt-get install {package}"
+    return f"run apt-get install {package}, or scripts/ami-builder check, which installs what is missing"
 
 
 def _search(program: str) -> Path | None:

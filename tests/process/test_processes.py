@@ -38,7 +38,9 @@ def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("program", "apt", "hint"),
     [
-        ("mcopy", True, "run apt-get install mtools, or scripts/ami-builder"),
+        ("mcopy", True, "run apt-get install mtools, or scripts/ami-builder check"),
+        ("qemu-system-x86_64", True, "run apt-get install qemu-system-x86, or scripts/ami-builder check"),
+        ("qemu-system-aarch64", True, "run apt-get install qemu-system-arm"),
         ("mcopy", False, "install mtools (its name in Debian and Ubuntu)"),
         ("packer", True, "developer.hashicorp.com/packer/install"),
     ],
@@ -47,11 +49,14 @@ def test_the_hint_fits_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, apt: bool, hint: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     if apt:
         fake(tmp_path, "apt-get", "")
     with pytest.raises(MissingTool) as missing:
         processes.find(program)
     assert hint in str(missing.value.hint)
+    # Set-up installs no emulator of another architecture.
+    assert ("scripts" in str(missing.value.hint)) == ("scripts" in hint or program == "packer")
 
 
 def test_credentials_are_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
