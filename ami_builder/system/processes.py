@@ -127,7 +127,9 @@ def how_to_install(package: str) -> str:
     """Return what to do on this host to get a package of Debian and Ubuntu."""
     if package == "packer":
         # Only Debian 12 has a package of it.
-        return "see developer.hashicorp.com/packer/install, or run scripts/ami-builder check, which fetches it"
+        return (
+            "see developer.hashicorp.com/packer/install, or run scripts/ami-builder check, which fetches it"
+        )
     if not _search("apt-get"):
         return f"install {package} (its name in Debian and Ubuntu)"
     if _NATIVE.get(package, platform.machine()) != platform.machine():
