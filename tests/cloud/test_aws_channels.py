@@ -41,7 +41,6 @@ KEY = "AKIALEASTPRIVILEGE00"
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(adapter, "_UPDATE_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -132,6 +131,7 @@ def test_what_ssm_drops_without_a_word_is_told(
 ) -> None:
     first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
     promote(channels, first, "stable", KNOWN)
+    monkeypatch.setattr(adapter, "_UPDATE_SECONDS", 0.5)
     monkeypatch.setattr(ChannelParameters, "id_of", lambda *_: second.artifact.location)
     cloud.client().deregister_image(ImageId=second.artifact.location)
     monkeypatch.setattr(ChannelParameters, "revoked", lambda *_: {})
