@@ -84,7 +84,8 @@ class Account:
             credentials = session.get_credentials()
         if session.region_name is None:
             raise CloudFailed(
-                "no AWS region is set", hint="set aws.region in ami-builder.toml, or the variable AWS_REGION"
+                "no AWS region is set",
+                hint="export AWS_REGION=…, or write aws.region in your ami-builder.toml",
             )
         if credentials is None:
             raise CloudFailed(

@@ -15,6 +15,7 @@ from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 
 GIB = 1 << 30
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # A base disk, a container, a bake in progress and its compressed result.
 _DISK_NEEDED = 6 * GIB
@@ -47,6 +48,17 @@ def tools(plugin: Plugin, names: Sequence[str]) -> Iterator[Finding]:
         yield stops("packer", failed)
     for name in names:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
+
+
+def debian_keys() -> Iterator[Finding]:
+    """Yield where the keys are that Debian's packages are signed with."""
+    name = "Debian's keys"
+    if KEYRING.is_file():
+        yield Finding(name=name, state=State.OK, found=str(KEYRING))
+    else:
+        hint = processes.how_to_install("debian-archive-keyring")
+        # A mirror may have keys of its own.
+        yield Finding(name=name, state=State.NOTE, found=f"{KEYRING} is missing", hint=hint)
 
 
 def programs(arch: Arch, binfmt: Path = _BINFMT) -> Iterator[Finding]:

@@ -88,9 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         # No message means no command was given, and the help has been printed instead.
         if not (message := wrong.format_message().replace("Value error, ", "")):
             return UsageError.exit_code
-        context = getattr(wrong, "ctx", None)
-        command = context.command_path if context is not None else "ami-builder"
-        return _fail(UsageError(message, hint=f"see `{command} --help`"))
+        return _fail(_misused(wrong, message))
     except BrokenPipeError:
         # The reader of our output has closed the pipe, as in `ami-builder list | head -1`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,6 +104,19 @@ def run(arguments: Sequence[str]) -> int:
         )
     except Exception as unexpected:
         return _internal_error(unexpected)
+
+
+def _misused(wrong: typer.TyperException, message: str) -> UsageError:
+    """Return a wrong use of the command line as an error that says what to do."""
+    context, option = getattr(wrong, "ctx", None), getattr(wrong, "option_name", None)
+    if context is None:
+        return UsageError(message, hint="see `ami-builder --help`")
+    if any(option in parameter.opts for parameter in context.find_root().command.params):
+        return UsageError(
+            f"{option} is an option of ami-builder, not of {context.info_name}",
+            hint=f"write it before the command: ami-builder {option} … {context.info_name}",
+        )
+    return UsageError(message, hint=f"see `{context.command_path} --help`")
 
 
 def _fail(failed: AmiBuilderError | Interrupted) -> int:

@@ -59,7 +59,7 @@ def build(
     config = load_config(target)
     if every and images:
         raise UsageError(
-            f"--all: it is for every image, but {images[0]} is named", hint="leave out one of them"
+            f"--all builds every image, but {images[0]} is named too", hint="use --all, or names"
         )
     names: list[str | None] = [*dict.fromkeys(config.images if every else images or ())]
     chosen = [config.select(name) for name in names or [None]]

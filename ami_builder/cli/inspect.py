@@ -23,6 +23,7 @@ from ami_builder.cli.options import (
 from ami_builder.cli.targets import channels_on_host, choose, preflight
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import Outcome, State, TargetKind
+from ami_builder.system import resources
 
 if TYPE_CHECKING:
     from ami_builder.core.diff import Difference, QuantityChange
@@ -67,6 +68,9 @@ def check(
         console.result_json({"ready": not stopping, "findings": plain(findings)})
     else:
         rows = [("configuration", State.OK, str(config.path), "")]
+        if config.path == resources.default_config():
+            make = "to have your own: ami-builder config example > ami-builder.toml"
+            rows = [("configuration", State.NOTE, "no ami-builder.toml here: the defaults apply", make)]
         rows += [(f.name, f.state, f.found, f.hint) for f in findings]
         console.table(("what", "state", "found", "what to do"), rows)
     if stopping:

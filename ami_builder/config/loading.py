@@ -32,9 +32,7 @@ ENVIRONMENT_PREFIX = "AMI_BUILDER_"
 FLAG = "--set"
 _TOP = tuple(field.name for field in fields(ConfigFile))
 _TABLES = tuple(field.name for field in fields(ImageSettings))
-_VARIABLES: Mapping[str, str] = {
-    ENVIRONMENT_PREFIX + key.upper().replace(".", "__"): key for key in SETTINGS if "." in key
-}
+_VARIABLES: Mapping[str, str] = {ENVIRONMENT_PREFIX + key.upper().replace(".", "__"): key for key in SETTINGS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

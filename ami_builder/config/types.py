@@ -170,7 +170,7 @@ def _arch(value: object, folder: Path) -> Arch | None:
     if value == "":
         return None
     if not isinstance(value, str) or (found := Arch.named(value)) is None:
-        raise ValueError(f"expected {' or '.join(Arch)}, or nothing")
+        raise ValueError(f"expected {' or '.join(Arch)}, or nothing for the default")
     return found
 
 

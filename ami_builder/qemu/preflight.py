@@ -14,7 +14,7 @@ from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware, is_native
 from ami_builder.state.workspace import Workspace
 
 _BUILD_TOOLS = ("qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
-_RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat")
+_RECIPE_TOOLS = ("mmdebstrap", "mcopy", "mkfs.vfat", "mke2fs", "sfdisk")
 
 
 def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
@@ -25,10 +25,13 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     recipe = [*_RECIPE_TOOLS] if makes else []
     if makes and image.arch is Arch.AMD64 and is_native(image.arch):
         recipe.append("grub-mkimage")
+    if makes and os.geteuid() != 0:
+        recipe.append("newuidmap")
     seed = ("xorriso",) if image.base.source is not None else ()
     yield from preflight.tools(SOURCE.plugin, (HARDWARE[image.arch].qemu, *_BUILD_TOOLS, *recipe, *seed))
     yield preflight.found("UEFI firmware", lambda: firmware(image.arch)[1])
     if makes:
+        yield from preflight.debian_keys()
         yield from preflight.programs(image.arch)
     yield _accelerator(workspace, image.arch)
     yield _memory(image)

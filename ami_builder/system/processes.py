@@ -26,6 +26,9 @@ PACKAGES: Mapping[str, str] = {
     "mmdebstrap": "mmdebstrap",
     "mcopy": "mtools",
     "mkfs.vfat": "dosfstools",
+    "mke2fs": "e2fsprogs",
+    "sfdisk": "fdisk",
+    "newuidmap": "uidmap",
     "grub-mkimage": "grub-common",
     "xorriso": "xorriso",
     "socat": "socat",
@@ -127,14 +130,12 @@ def how_to_install(package: str) -> str:
     """Return what to do on this host to get a package of Debian and Ubuntu."""
     if package == "packer":
         # Only Debian 12 has a package of it.
-        return (
-            "see developer.hashicorp.com/packer/install, or run scripts/ami-builder check, which fetches it"
-        )
+        return "see developer.hashicorp.com/packer/install; in a clone, scripts/ami-builder fetches it"
     if not _search("apt-get"):
         return f"install {package} (its name in Debian and Ubuntu)"
     if _NATIVE.get(package, platform.machine()) != platform.machine():
         return f"run apt-get install {package}"
-    return f"run apt-get install {package}, or scripts/ami-builder check, which installs what is missing"
+    return f"run apt-get install {package}; in a clone, scripts/ami-builder check installs what is missing"
 
 
 def _search(program: str) -> Path | None:

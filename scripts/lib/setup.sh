@@ -283,8 +283,8 @@ no_package() {
         command -v apt-get >/dev/null ||
             echo "Debian 12 and 13, and Ubuntu 24.04 and later, have packages for all of them; a virtual machine will do."
         ! $fetch || echo "Packer is not among them: this fetches it from HashiCorp."
-        echo "To build in AWS, Python, Packer and ssh suffice: uvx ami-builder build --target aws"
         echo "Then run this again. See the section \"Install\" of README.md."
+        echo "To build an AMI, Python, Packer and ssh are enough: ${0##*/} build --target aws"
     )
 }
 

@@ -38,8 +38,12 @@ def test_a_missing_tool_names_its_package(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("program", "apt", "hint"),
     [
-        ("mcopy", True, "run apt-get install mtools, or scripts/ami-builder check"),
-        ("qemu-system-x86_64", True, "run apt-get install qemu-system-x86, or scripts/ami-builder check"),
+        ("mcopy", True, "run apt-get install mtools; in a clone, scripts/ami-builder check"),
+        (
+            "qemu-system-x86_64",
+            True,
+            "run apt-get install qemu-system-x86; in a clone, scripts/ami-builder check",
+        ),
         ("qemu-system-aarch64", True, "run apt-get install qemu-system-arm"),
         ("mcopy", False, "install mtools (its name in Debian and Ubuntu)"),
         ("packer", True, "developer.hashicorp.com/packer/install"),

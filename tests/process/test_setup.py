@@ -126,7 +126,7 @@ def test_without_apt_it_stops_and_names_what_is_missing(checkout: Checkout) -> N
     assert "macOS has no package for them. Nothing has been changed." in err
     assert "Packer is not among them" in err
     assert "\n  python3\n" in err
-    assert "uvx ami-builder build --target aws" in err
+    assert "ami-builder build --target aws" in err
     assert not checkout.venv.exists()
 
 

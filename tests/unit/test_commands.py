@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["bild"], "build"),
         (["build", "--forse"], "--force"),
         (["build", "dusk"], "dask"),
+        (["build", "--set", "arch=arm64"], "before the command: ami-builder --set … build"),
+        (["build", "--all", "dask"], "use --all, or names"),
         (["--set", "memory.reserv=5%", "build"], "reserve"),
         (["--set", "memory.reserve", "build"], "KEY=VALUE"),
         (["--set", "memory.reserve=lots", "build"], "memory.reserve"),

@@ -365,6 +365,12 @@ def test_each_level_goes_over_the_one_before() -> None:
     assert origin(read, "dask.workers") == (1, "default")
 
 
+def test_a_setting_without_a_table_has_a_variable_too() -> None:
+    read = loaded("[images.dask]", environ={"AMI_BUILDER_ARCH": "aarch64"})
+    assert read.images["dask"].arch is Arch.ARM64
+    assert origin(read, "arch") == ("arm64", "AMI_BUILDER_ARCH")
+
+
 def test_a_list_replaces_a_list_and_any_default_can_be_put_back() -> None:
     text = (
         '[defaults.base]\npackages = ["htop", "jq"]\n[defaults.dask]\nthreads = 2\n'
