@@ -63,7 +63,7 @@ def debian_keys() -> Iterator[Finding]:
 
 def programs(arch: Arch, binfmt: Path = _BINFMT) -> Iterator[Finding]:
     """Yield whether programs of another architecture than this host's run here, as making an image needs."""
-    if Arch.named(host := platform.machine()) is arch:
+    if arch.is_native:
         return
     name, handler = f"{arch} programs", binfmt / f"qemu-{arch.kernel}"
     try:
@@ -77,7 +77,7 @@ def programs(arch: Arch, binfmt: Path = _BINFMT) -> Iterator[Finding]:
     yield Finding(
         name=name,
         state=State.STOPS,
-        found=f"programs for {arch} do not run on this {host} host",
+        found=f"programs for {arch} do not run on this {platform.machine()} host",
         hint="apt-get install qemu-user-static; without systemd register it too, see docs/how-to/arm64.md",
         exit_code=MissingTool.exit_code,
     )

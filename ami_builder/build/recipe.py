@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -130,5 +129,5 @@ def debian_recipe(
             *(scripts / s for s in sources),
         ),
         paths=paths,
-        timeout=_TIMEOUT if Arch.named(platform.machine()) is arch else _EMULATED_TIMEOUT,
+        timeout=_TIMEOUT if arch.is_native else _EMULATED_TIMEOUT,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from enum import StrEnum
 
 
@@ -26,6 +27,11 @@ class Arch(StrEnum):
         """Return the architecture that a word means, such as arm64 or aarch64; None if it is no known one."""
         word = word.lower().replace("-", "_")
         return next((one for one in cls if word in (one.value, one.kernel, one.ec2)), None)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this host's processor is of this architecture."""
+        return Arch.named(platform.machine()) is self
 
 
 class Role(StrEnum):

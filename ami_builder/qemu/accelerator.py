@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ami_builder.core.errors import TimedOut, UsageError
 from ami_builder.core.options import Arch
-from ami_builder.qemu.hardware import HARDWARE, Accelerator, is_native
+from ami_builder.qemu.hardware import HARDWARE, Accelerator
 from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.state.workspace import write_atomically
 from ami_builder.system import processes
@@ -43,7 +43,7 @@ def choose_accelerator(
 
 def known_accelerator(cache: Path, arch: Arch = Arch.AMD64) -> tuple[Accelerator, str] | None:
     """Return what is known without booting anything; None if only a try can decide."""
-    if not is_native(arch):
+    if not arch.is_native:
         return Accelerator.TCG, f"TCG (slow): KVM can't run {arch} on {platform.machine()}"
     if wanted := os.environ.get("AMI_BUILDER_ACCELERATOR"):
         if wanted not in tuple(Accelerator):

@@ -3,7 +3,6 @@
 All that differs between architectures is in one table, `HARDWARE`.
 """
 
-import platform
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,11 +120,6 @@ HARDWARE: Mapping[Arch, Hardware] = MappingProxyType(
         ),
     }
 )
-
-
-def is_native(arch: Arch) -> bool:
-    """Return whether this host's processor is of an architecture."""
-    return Arch.named(platform.machine()) is arch
 
 
 def firmware(arch: Arch) -> tuple[str, str]:

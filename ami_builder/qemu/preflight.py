@@ -10,7 +10,7 @@ from ami_builder.core.options import Arch, ContainerSource
 from ami_builder.core.records import Finding, State
 from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.bake import SOURCE
-from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware, is_native
+from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware
 from ami_builder.state.workspace import Workspace
 
 _BUILD_TOOLS = ("qemu-img", "socat", "ssh", "ssh-keygen", "setpriv")
@@ -23,7 +23,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     built_here = image.container.source is ContainerSource.ARCHIVE
     makes = image.base.source is None or built_here
     recipe = [*_RECIPE_TOOLS] if makes else []
-    if makes and image.arch is Arch.AMD64 and is_native(image.arch):
+    if makes and image.arch is Arch.AMD64 and image.arch.is_native:
         recipe.append("grub-mkimage")
     if makes and os.geteuid() != 0:
         recipe.append("newuidmap")

@@ -108,7 +108,7 @@ def test_what_settings_add(cloud: Cloud, places: Sequence[Place], monkeypatch: p
 def test_collecting(
     cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Before Packer 1.6.6 could tag the instance, and before any told us of it.
+    # Before Packer 1.6.6 could tag the instance, and before any version reports it.
     stopped(cloud, _FLEET, POWER_LOSS, tmp_path, *SPOT)
     stopped(cloud, places[_made(places) + 1], POWER_LOSS, tmp_path, anew=False)
     left = cloud.left()

@@ -21,7 +21,7 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 
 from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
-from ami_builder.qemu.hardware import Accelerator, is_native
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.system import processes
 from tests.fake_ec2.cloud_state import end, set_state
 from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT, FakeImage
@@ -119,7 +119,7 @@ class VmHypervisor:
                 port=self.port,
                 memory=self.memory_of(instance.instance_type, mib) << 20,
                 cpus=self._cpus,
-                accelerator=self._accelerator if is_native(arch) else Accelerator.TCG,
+                accelerator=self._accelerator if arch.is_native else Accelerator.TCG,
                 network=self._network,
                 directory=self._directory / instance.id,
                 metadata=imds.InstanceMetadata(
