@@ -50,15 +50,18 @@ def tools(plugin: Plugin, names: Sequence[str]) -> Iterator[Finding]:
         yield found(name, lambda name=name: str(processes.find(name)))  # type: ignore[misc]
 
 
-def debian_keys() -> Iterator[Finding]:
-    """Yield where the keys are that Debian's packages are signed with."""
+def debian_keys(mirror: str, keyring: Path = KEYRING) -> Iterator[Finding]:
+    """Yield where the keys are that Debian's packages are signed with; a mirror may have its own."""
     name = "Debian's keys"
-    if KEYRING.is_file():
-        yield Finding(name=name, state=State.OK, found=str(KEYRING))
+    if keyring.is_file():
+        yield Finding(name=name, state=State.OK, found=str(keyring))
+        return
+    hint = processes.how_to_install("debian-archive-keyring")
+    missing = MissingTool(f"{keyring} is missing", hint=hint)
+    if mirror:
+        yield Finding(name=name, state=State.NOTE, found=missing.message, hint=hint)
     else:
-        hint = processes.how_to_install("debian-archive-keyring")
-        # A mirror may have keys of its own.
-        yield Finding(name=name, state=State.NOTE, found=f"{KEYRING} is missing", hint=hint)
+        yield stops(name, missing)
 
 
 def programs(arch: Arch, binfmt: Path = _BINFMT) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     yield from preflight.tools(SOURCE.plugin, (HARDWARE[image.arch].qemu, *_BUILD_TOOLS, *recipe, *seed))
     yield preflight.found("UEFI firmware", lambda: firmware(image.arch)[1])
     if makes:
-        yield from preflight.debian_keys()
+        yield from preflight.debian_keys(image.base.mirror)
         yield from preflight.programs(image.arch)
     yield _accelerator(workspace, image.arch)
     yield _memory(image)

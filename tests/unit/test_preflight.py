@@ -1,4 +1,4 @@
-"""Whether programs of another architecture run on this host."""
+"""What making an image needs on this host: programs of another architecture, and Debian's keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ami_builder.build.preflight import programs
+from ami_builder.build.preflight import debian_keys, programs
 from ami_builder.core.options import Arch
 from ami_builder.core.records import State
 
@@ -37,3 +37,15 @@ def test_the_emulator_is_reported(tmp_path: Path) -> None:
     (tmp_path / "qemu-aarch64").write_text(READY)
     (finding,) = programs(Arch.ARM64, tmp_path)
     assert finding.state is State.NOTE
+
+
+@pytest.mark.parametrize(
+    ("mirror", "state"), [("", State.STOPS), ("http://mirror.internal/debian", State.NOTE)]
+)
+def test_without_debians_keys_only_a_mirror_helps(tmp_path: Path, mirror: str, state: State) -> None:
+    keyring = tmp_path / "keyring.gpg"
+    (finding,) = debian_keys(mirror, keyring)
+    assert (finding.state, finding.exit_code) == (state, 3 if state is State.STOPS else 0)
+    assert "debian-archive-keyring" in finding.hint
+    keyring.touch()
+    assert [one.state for one in debian_keys(mirror, keyring)] == [State.OK]
