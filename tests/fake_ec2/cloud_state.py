@@ -168,6 +168,7 @@ class CloudState:
         """
         if not scope[-1]:
             return make()
+        # behaviour: client-token
         if scope in self._tokens:
             before, ids = self._tokens[scope]
             if before != params:

@@ -56,6 +56,7 @@ class EC2Action(EC2Response):
         asked = self._get_param(ids_name, [])
         listed = {each: inner for each in result[key] for inner in _ids(each)}
         hidden = self.state.hidden(inner for inner in listed.values())
+        # behaviour: eventual-consistency
         if late := [each for each in asked if each in hidden]:
             raise Refused(code, f"The ID '{', '.join(late)}' does not exist")
         items = {_name(each): each for each in result[key] if not hidden.intersection(_ids(each))}

@@ -138,6 +138,7 @@ class ImageActions(EC2Action):
             raise Refused("OperationNotPermitted", f"{image.id} is protected from deregistration")
         super().deregister_image()
         results = []
+        # behaviour: deregister-with-snapshots
         if self._get_param("DeleteAssociatedSnapshots"):
             kept = {m["Ebs"]["SnapshotId"] for other in self.ec2_backend.amis.values() for m in other.mapping}
             for each in image.mapping:

@@ -66,6 +66,7 @@ class InstanceActions(EC2Action):
                     made = self._one_of_fleet(template.data, place, lifecycle, asked)
                 except Refused as refused:
                     code, message = refused.code, refused.message
+                    # behaviour: spot-shortage
                     if lifecycle == "spot" and code == "InsufficientInstanceCapacity":
                         code, message = self.state.options.spot_shortage
                     errors.append(about | {"ErrorCode": code, "ErrorMessage": message})

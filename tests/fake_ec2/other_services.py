@@ -31,6 +31,7 @@ def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpA
         return by_moto()
     _validate(state)
     versions = ssm_backends[ACCOUNT][call.region]._parameters.get(call.params["Name"], [])
+    # behaviour: image-parameter-is-validated-later
     known = call.params["Value"] in state.backend(ACCOUNT, call.region).amis
     if known and (not state.options.parameter_reads or (versions and not call.params.get("Overwrite"))):
         return by_moto()

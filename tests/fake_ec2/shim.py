@@ -176,6 +176,7 @@ def _tried(call: ApiCall, backend: Any) -> Refused:
     for it in touched(call, backend):
         if it.unknown:
             return Refused(it.unknown, f"{it.arn.rpartition('/')[2]} does not exist")
+    # behaviour: dry-run
     return Refused("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
 
 

@@ -115,6 +115,7 @@ def _ec2(call: ApiCall, backend: Any) -> Iterator[Touched]:
         arn = _arn(call.region, kind, NEW)
         yield Touched(action=name, arn=arn, requested=tags)
         if tags:
+            # behaviour: tags-need-create-tags
             yield Touched(action="ec2:CreateTags", arn=arn, requested=tags, create_action=call.action)
     of_tags = call.action in ("CreateTags", "DeleteTags")
     requested = {t["Key"]: t.get("Value", "") for t in call.params.get("Tags", [])} if of_tags else None
@@ -146,6 +147,7 @@ def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
     if call.action == "CreateFleet":
         yield from _launched_by_fleet(call, backend)
     if call.action == "CopyImage":
+        # behaviour: copy-source-is-authorized
         origin = params["SourceRegion"]
         yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
     if call.action == "CreateSecurityGroup" and not params.get("VpcId"):
