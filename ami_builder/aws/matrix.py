@@ -76,14 +76,18 @@ def jobs_of(image: Image, stored: StoredImage, parent: str, *, with_files: bool)
     )
 
 
-def run_jobs(jobs: Sequence[Job], executor: Executor, step: Step, evidence: Path) -> tuple[JobResult, ...]:
+def run_jobs(
+    jobs: Sequence[Job], executor: Executor, step: Step, evidence: Path, workspace: Workspace | None = None
+) -> tuple[JobResult, ...]:
     """Run all jobs and return their results in order. A job that fails does not end the others.
+
+    Threads use `workspace`; other hosts, and all without it, use the one of their environment.
 
     `evidence` gets what the machines left. When this raises (Ctrl-C), jobs of other processes are cancelled,
     and leaving the executor's context ends those of threads.
     """
     if here := isinstance(executor, ThreadPoolExecutor):
-        futures = [executor.submit(run_job, job, step) for job in jobs]
+        futures = [executor.submit(run_job, job, step, workspace) for job in jobs]
         wait(futures)
     else:
         futures = _followed(jobs, executor, step)
@@ -109,13 +113,13 @@ def require_results(results: Sequence[JobResult]) -> list[MachineResult]:
     )
 
 
-def run_job(job: Job, step: Step | None = None) -> JobResult:
+def run_job(job: Job, step: Step | None = None, workspace: Workspace | None = None) -> JobResult:
     """Run a job with this host's credentials and workspace; without `step` its progress is not displayed.
 
     Every call is a run of its own, so a job that is repeated collides with nothing. An AmiBuilderError is
     part of the result; internal errors and Interrupted are raised.
     """
-    workspace = Workspace.open(os.environ)
+    workspace = workspace or Workspace.open(os.environ)
     found: MachineResult | None = None
     failure: AmiBuilderError | None = None
     run: Run | None = None

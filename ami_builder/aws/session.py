@@ -39,6 +39,8 @@ PAGES = {
 
 T = TypeVar("T")
 
+_prepared: list[Callable[[Any], None]] = []
+
 NO_CAPACITY_HINT = "add aws.instance_types, or aws.subnets in other availability zones"
 _LOGIN = "log in again (`aws sso login`, or new keys), or choose another AWS_PROFILE"
 DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
@@ -78,6 +80,8 @@ class Account:
             # botocore reads only AWS_DEFAULT_REGION; other AWS tools read AWS_REGION first.
             core = botocore.session.get_session()
             core.register_component("data_loader", _loader())
+            for prepare in _prepared:
+                prepare(core)
             session = boto3.session.Session(
                 botocore_session=core, region_name=region or os.environ.get("AWS_REGION") or None
             )
@@ -179,6 +183,16 @@ class Account:
         chunks = [wanted[start : start + _VALUES] for start in range(0, len(wanted), _VALUES)]
         filters = [[{"Name": name, "Values": chunk}] for chunk in chunks]
         return [one for each in filters for one in self.listed(call, key, Filters=each, **parameters)]
+
+
+@contextmanager
+def prepared(prepare: Callable[[Any], None]) -> Iterator[None]:
+    """Call `prepare` with each botocore session that any thread opens in this context, before its use."""
+    _prepared.append(prepare)
+    try:
+        yield
+    finally:
+        _prepared.remove(prepare)
 
 
 @cache

@@ -106,7 +106,7 @@ class AwsTarget:
         """Verify an AMI on an instance of each configured type. One that fails does not end the others."""
         jobs = jobs_of(image, stored, run.record.run_id, with_files=self.dask_scheduler is not None)
         with open_executor(self.dask_scheduler, len(jobs)) as executor:
-            found = run_jobs(jobs, executor, step, evidence)
+            found = run_jobs(jobs, executor, step, evidence, self.workspace)
         return require_results(found)
 
     def keep_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:

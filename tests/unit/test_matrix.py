@@ -121,7 +121,7 @@ def where(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def run_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Running], None]:
     def install(act: Running) -> None:
-        monkeypatch.setattr(matrix, "run_job", lambda job, step=None: act(job))
+        monkeypatch.setattr(matrix, "run_job", lambda job, step=None, workspace=None: act(job))
 
     return install
 
