@@ -288,4 +288,4 @@ def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
 def _tags(
     inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
 ) -> Mapping[str, str]:
-    return tags.resource_tags(inputs.image.name, inputs.digest, run_id, purpose, more)
+    return tags.resource_tags(inputs.image, inputs.digest, run_id, purpose, more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -38,6 +38,8 @@ class ChannelParameters:
     workspace: Workspace
     ami: Callable[[str], StoredImage]
     """Returns an AMI of the region by its id."""
+    own_tags: Mapping[str, str] = field(default_factory=dict)
+    """The user's own, for new parameters."""
 
     @property
     def folder(self) -> str:
@@ -119,7 +121,8 @@ class ChannelParameters:
             # Versions that others wrote may have left the label behind.
             _label(self.account, name, before[1])
         else:
-            values |= {"Overwrite": False, "Tags": [{"Key": tagging.IMAGE, "Value": self.image}]}
+            tags = {**self.own_tags, tagging.IMAGE: self.image}
+            values |= {"Overwrite": False, "Tags": tagging.as_list(tags)}
         version = 0
         with aws_errors("ssm"):
             try:

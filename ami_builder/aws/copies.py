@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ami_builder.aws import images
@@ -32,12 +32,14 @@ def copy(
     destination: Destination,
     *,
     encrypt: bool = False,
+    own_tags: Mapping[str, str] | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> images.Ami:
     """Return the finished copy of a finished AMI with its current tags; make it when there is none.
 
     `origin` is the region of the source. A copy that a killed run began is waited for and finished; a failed
-    copy is deregistered and replaced. Raises CloudFailed with EC2's reason, TimedOut.
+    copy is deregistered and replaced. `own_tags` of the user's are on it from the start. Raises CloudFailed
+    with EC2's reason, TimedOut.
     """
     known = images.find_copies(there, source.id, source.name)
     spent = sorted(ami.id for ami in known if ami.state in _FAILED)
@@ -45,7 +47,9 @@ def copy(
     for failed in spent:
         images.deregister(there, failed)
     if found is None:
-        found = _made(source, origin, there, destination, encrypt=encrypt, spent=spent)
+        found = _made(
+            source, origin, there, destination, encrypt=encrypt, own_tags=own_tags or {}, spent=spent
+        )
     whole = images.wait_available(there, found.id, COPYING.total_seconds(), on_progress)
     if (encrypt or destination.kms_key) and not whole.encrypted:
         raise CloudFailed(
@@ -67,6 +71,7 @@ def _made(
     destination: Destination,
     *,
     encrypt: bool,
+    own_tags: Mapping[str, str],
     spent: Sequence[str],
 ) -> images.Ami:
     """Begin a copy, or return the one that the same call began before: EC2 makes one for each client token.
@@ -78,14 +83,17 @@ def _made(
     if destination.kms_key:
         settings["KmsKeyId"] = destination.kms_key
     missing = list(spent)
+    tags = {**own_tags, **_own(source)}
+    # EC2 refuses a token that comes again with other parameters.
+    asked = (encrypted, destination.kms_key, *(f"{key}={own_tags[key]}" for key in sorted(own_tags)))
     for _ in range(_ATTEMPTS):
         with aws_errors():
             made = there.ec2.copy_image(
                 Name=source.name,
                 SourceImageId=source.id,
                 SourceRegion=origin,
-                ClientToken=_token(source, there.region, encrypted, destination.kms_key, *missing),
-                TagSpecifications=tagging.specifications(_own(source), "image", "snapshot"),
+                ClientToken=_token(source, there.region, *asked, *missing),
+                TagSpecifications=tagging.specifications(tags, "image", "snapshot"),
                 **settings,
             )
         try:

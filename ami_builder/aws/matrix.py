@@ -167,7 +167,7 @@ def _machine(job: Job, run: Run) -> Iterator[Ec2Machine]:
     aws = job.image.aws
     subnet = aws.subnets[0] if aws.subnets else ""
     purpose = tags.Purpose.VERIFY
-    tagged = tags.resource_tags(job.image.name, job.artifact.digest, run_id, purpose)
+    tagged = tags.resource_tags(job.image, job.artifact.digest, run_id, purpose)
     with network.security_group(
         account, ledger, aws, run_id=run_id, purpose=purpose, tags=tagged, subnet=subnet
     ) as group:

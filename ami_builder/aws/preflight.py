@@ -166,7 +166,7 @@ def _permissions(account: Account, image: Image, ami: source_ami.BaseAmi) -> str
 
 def _tries(account: Account, image: Image, ami: source_ami.BaseAmi) -> Sequence[tuple[str, dict[str, Any]]]:
     """Return the calls to try, with their parameters."""
-    tags = tagging.resource_tags(image.name, "0" * 64, "check", Purpose.BAKE)
+    tags = tagging.resource_tags(image, "0" * 64, "check", Purpose.BAKE)
     subnet = {"SubnetId": image.aws.subnets[0]} if image.aws.subnets else {}
     instance, group, template = f"i-{_NO_ID}", f"sg-{_NO_ID}", f"lt-{_NO_ID}"
     group_name = tagging.group_name("check", Purpose.BAKE)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from types_boto3_ec2.literals import ResourceTypeType
     from types_boto3_ec2.type_defs import TagSpecificationTypeDef, TagTypeDef
 
+    from ami_builder.config.schema import AwsSettings, Image
+
 PREFIX = "ami-builder:"
 NAME = "Name"
 IMAGE = f"{PREFIX}image"
@@ -54,12 +56,13 @@ class Purpose(StrEnum):
 
 
 def resource_tags(
-    image: str, digest: str, run_id: str, purpose: Purpose, more: Mapping[str, str] | None = None
+    image: Image, digest: str, run_id: str, purpose: Purpose, more: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return the tags of one resource; the call that creates it sets all of them."""
     return {
-        NAME: image if purpose is Purpose.IMAGE else f"ami-builder {purpose} {image}",
-        IMAGE: image,
+        **own_tags(image.aws),
+        NAME: image.name if purpose is Purpose.IMAGE else f"ami-builder {purpose} {image.name}",
+        IMAGE: image.name,
         DIGEST: digest,
         RUN: run_id,
         PURPOSE: str(purpose),
@@ -67,6 +70,11 @@ def resource_tags(
         CREATED: now(),
         **(more or {}),
     }
+
+
+def own_tags(aws: AwsSettings) -> dict[str, str]:
+    """Return the user's own tags."""
+    return {tag.key: tag.value for tag in aws.tags}
 
 
 def now() -> str:

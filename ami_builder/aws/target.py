@@ -170,6 +170,7 @@ class AwsTarget:
                         self.account,
                         destination,
                         encrypt=image.aws.encrypt,
+                        own_tags=tags.own_tags(image.aws),
                         on_progress=child.update,
                     )
                     child.done(found.id)
@@ -189,7 +190,12 @@ class AwsTarget:
         """Return the parameters of this region."""
         ami = partial(self.ami, image)
         return ChannelParameters(
-            account=self.account, image=image.name, arch=image.arch, workspace=self.workspace, ami=ami
+            account=self.account,
+            image=image.name,
+            arch=image.arch,
+            workspace=self.workspace,
+            ami=ami,
+            own_tags=tags.own_tags(image.aws),
         )
 
     def exclusive(self, images: Mapping[str, Image]) -> AbstractContextManager[object]:
@@ -252,7 +258,7 @@ class AwsTarget:
     def _require_launchable(self, image: Image, ami: images.Ami, step: Step) -> None:
         if ami.state != "available":
             raise CloudFailed(f"{ami.id} is {ami.state}" + (f": {ami.reason}" if ami.reason else ""))
-        tagged = tags.resource_tags(image.name, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY)
+        tagged = tags.resource_tags(image, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY)
         kind = image.verify.instance_types[0]
         untried = images.dry_run_launch(self.account, ami.id, kind, tagged)
         step.done(f"it is available; a launch was not tried: {untried}" if untried else f"yes, as {kind}")

@@ -79,6 +79,11 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
             ("aws.connect", "aws.instance_profile"),
             "expected ssh, or an aws.instance_profile that allows Session Manager",
         )
+    keys = [tag.key for tag in settings.aws.tags]
+    for key in sorted({each for each in keys if keys.count(each) > 1}):
+        yield Conflict(("aws.tags",), f"expected each key once, but {key} is listed several times")
+    if len(keys) > MOST_TAGS:
+        yield Conflict(("aws.tags",), f"expected at most {MOST_TAGS} tags: EC2 allows 50 on one resource")
     yield from _regions(settings.aws)
     if settings.nightly.channel not in ("", *settings.lifecycle.channels):
         yield Conflict(
@@ -121,6 +126,8 @@ def _regions(aws: AwsSettings) -> Iterator[Conflict]:
         )
 
 
+MOST_TAGS = 30
+"""Of EC2's 50 on one resource the rest is for those that ami-builder sets."""
 _DEFAULT_KEYS = ("", "alias/aws/ebs")
 
 

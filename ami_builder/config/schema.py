@@ -207,6 +207,9 @@ class AwsSettings(_Table):
     """Whether baking runs on a spot instance."""
     lifetime: t.Duration = 2 * 3600.0
     """How long after its start an instance terminates itself, whatever happens to this host."""
+    tags: t.Many[t.OwnTag] = ()
+    """Tags of your own, as KEY=VALUE, on everything that is made in the account, from the call that makes it.
+    Packer 1.6.6 tags AMIs and spot instances only after they exist."""
     copy_to: t.Many[t.CopyTo] = ()
     """Regions that the AMI is copied to. `region=KEY` encrypts the copy with that region's KMS key."""
     share_with: t.Many[t.Sharer] = ()

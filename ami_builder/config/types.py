@@ -253,6 +253,23 @@ def parse_destination(value: object) -> Destination:
     return Destination(region=region, kms_key=key)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """A tag that the user puts on everything in the account."""
+
+    key: str
+    value: str
+
+
+def _tag(value: object, folder: Path) -> Tag:
+    key, equals, content = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not equals or not 1 <= len(key) <= 128 or len(content) > 256 or not (key + content).isprintable():
+        raise ValueError("expected KEY=VALUE, with at most 128 and 256 characters")
+    if key == "Name" or key.lower().startswith(("aws:", "ami-builder:")):
+        raise ValueError("expected a key other than Name, aws:… and ami-builder:…, which are set already")
+    return Tag(key=key, value=content)
+
+
 _PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _HOST = r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?"
 _PORT = r":[0-9]{1,5}"
@@ -386,6 +403,16 @@ CopyTo = Annotated[
         "us-west-2=alias/ours",
         {**_STRING, "pattern": f"^{_REGION}(?:=.+)?$"},
         lambda value: f"{value.region}={value.kms_key}" if value.kms_key else value.region,
+    ),
+]
+OwnTag = Annotated[
+    Tag,
+    ValueType(
+        "a tag, as KEY=VALUE",
+        _tag,
+        "Owner=data-platform",
+        {**_STRING, "pattern": "^[^=]{1,128}=.{0,256}$"},
+        lambda tag: f"{tag.key}={tag.value}",
     ),
 ]
 _ACCOUNT = "the 12 digits of an account, or the ARN of an organization or an organizational unit"

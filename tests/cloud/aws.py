@@ -29,9 +29,9 @@ DIGEST = "ab" * 32
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE9xampleexampleexampleexampleexampleexampl ami-builder"
 
 
-def tags(purpose: Purpose = Purpose.VERIFY, run_id: str = RUN) -> dict[str, str]:
+def tags(purpose: Purpose = Purpose.VERIFY, run_id: str = RUN, digest: str = DIGEST) -> dict[str, str]:
     """Return the tags of a thing of the run."""
-    return tagging.resource_tags("dask", DIGEST, run_id, purpose)
+    return tagging.resource_tags(replace(image(), name="dask"), digest, run_id, purpose)
 
 
 def group(

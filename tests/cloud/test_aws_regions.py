@@ -87,7 +87,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
 def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = DIGEST) -> str:
     """Make a finished AMI of ours, with a tag of its owner's."""
     account = Account.open()
-    told = tagging.resource_tags("dask", digest, RUN, Purpose.IMAGE)
+    told = tags(Purpose.IMAGE, digest=digest)
     ami = make_ami(cloud, name, **told, team="data")
     images.finish(account, ami, told)
     images.record_verdict(account, ami, Outcome.PASSED if passed else Outcome.FAILED, "c" * 64)
