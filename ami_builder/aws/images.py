@@ -291,12 +291,15 @@ def delete_snapshot(account: Account, snapshot: str) -> bool:
     return True
 
 
-def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping[str, str]) -> str:
-    """Check with a dry run that an AMI can be launched in the default VPC.
+def dry_run_launch(
+    account: Account, ami: str, instance_type: str, tags: Mapping[str, str], subnet: str = ""
+) -> str:
+    """Check with a dry run that an AMI can be launched in a subnet, or in the default VPC.
 
     Returns why the dry run was inconclusive, such as missing permissions or no default VPC; else "".
     Raises CloudFailed when the AMI can't be launched.
     """
+    where: Any = {"SubnetId": subnet} if subnet else {}
     try:
         with aws_errors(ignore="DryRunOperation"):
             account.ec2.run_instances(
@@ -306,6 +309,7 @@ def dry_run_launch(account: Account, ami: str, instance_type: str, tags: Mapping
                 MinCount=1,
                 MaxCount=1,
                 TagSpecifications=tagging.specifications(tags, "instance", "volume"),
+                **where,
             )
     except CloudFailed as failed:
         code = code_of(failed)

@@ -71,9 +71,10 @@ class Account:
         self._lock = threading.RLock()
 
     @classmethod
-    def open(cls, region: str = "") -> Account:
+    def open(cls, region: str = "", *, otherwise: str = "") -> Account:
         """Return the account of the default credential chain, in its default region unless `region` is given.
 
+        `otherwise` is the region where the chain has none.
         Raises CloudFailed when there are no credentials, or no region.
         """
         with aws_errors():
@@ -86,7 +87,8 @@ class Account:
                 botocore_session=core, region_name=region or os.environ.get("AWS_REGION") or None
             )
             credentials = session.get_credentials()
-        if session.region_name is None:
+        found = session.region_name or otherwise
+        if not found:
             raise CloudFailed(
                 "no AWS region is set",
                 hint="export AWS_REGION=…, or write aws.region in your ami-builder.toml",
@@ -96,7 +98,7 @@ class Account:
                 "no AWS credentials found",
                 hint="set AWS_PROFILE, run `aws sso login`, or run on an instance with a role",
             )
-        return cls(session, session.region_name)
+        return cls(session, found)
 
     def in_region(self, region: str) -> Account:
         """Return the same account in another region."""

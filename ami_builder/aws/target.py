@@ -40,6 +40,8 @@ class AwsTarget:
 
     account: Account
     workspace: Workspace
+    home: str
+    """The region that images are baked in; settings without a region are for it."""
     public: bool = False
     dask_scheduler: str | None = None
     """The cluster whose workers verify images; None for threads of this process."""
@@ -49,11 +51,26 @@ class AwsTarget:
 
     @classmethod
     def open(
-        cls, image: Image, workspace: Workspace, *, public: bool = False, dask_scheduler: str | None = None
+        cls,
+        image: Image,
+        workspace: Workspace,
+        *,
+        region: str = "",
+        public: bool = False,
+        dask_scheduler: str | None = None,
     ) -> AwsTarget:
-        """Return the region that an image is baked in. Raises CloudFailed without credentials or a region."""
-        account = Account.open(image.aws.region)
-        return cls(account=account, workspace=workspace, public=public, dask_scheduler=dask_scheduler)
+        """Return the region that an image is baked in, or another one of the same account.
+
+        Raises CloudFailed without credentials or a region.
+        """
+        account = Account.open(image.aws.region, otherwise=region)
+        return cls(
+            account=account.in_region(region or account.region),
+            workspace=workspace,
+            home=account.region,
+            public=public,
+            dask_scheduler=dask_scheduler,
+        )
 
     @property
     def name(self) -> str:
@@ -95,7 +112,8 @@ class AwsTarget:
                 ami = finish(inputs, self.account, ami, child, public=self.public)
                 child.done(ami.id)
         else:
-            ami = bake_ami(inputs, self.account, self.workspace, run, step, public=self.public)
+            here = replace(inputs, image=self._here(inputs.image))
+            ami = bake_ami(here, self.account, self.workspace, run, step, public=self.public)
             packages = run.directory / "packages.txt"
         stored = self._stored(inputs.image, inputs.digest, ami)
         return self.workspace.store_remote(stored.artifact, packages)
@@ -104,7 +122,8 @@ class AwsTarget:
         self, image: Image, stored: StoredImage, run: Run, step: Step, evidence: Path
     ) -> Sequence[MachineResult]:
         """Verify an AMI on an instance of each configured type. One that fails does not end the others."""
-        jobs = jobs_of(image, stored, run.record.run_id, with_files=self.dask_scheduler is not None)
+        with_files = self.dask_scheduler is not None
+        jobs = jobs_of(self._here(image), stored, run.record.run_id, with_files=with_files)
         with open_executor(self.dask_scheduler, len(jobs)) as executor:
             found = run_jobs(jobs, executor, step, evidence, self.workspace)
         return require_results(found)
@@ -123,7 +142,7 @@ class AwsTarget:
 
     def copies(self, image: Image) -> Sequence[AwsTarget]:
         """Return the regions of aws.copy_to. Raises UsageError if a region is there twice."""
-        regions = [self.name, *(one.region for one in image.aws.copy_to)]
+        regions = [self.home, *(one.region for one in image.aws.copy_to)]
         if len(set(regions)) < len(regions):
             twice = next(each for each in regions if regions.count(each) > 1)
             raise UsageError(
@@ -229,6 +248,10 @@ class AwsTarget:
             )
         return self._stored(image, found.tags.get(tags.DIGEST, ""), found)
 
+    def _here(self, image: Image) -> Image:
+        """Return the image with the settings of this region."""
+        return image.at(self.name, self.home)
+
     def _stored(self, image: Image, digest: str, ami: images.Ami) -> StoredImage:
         artifact = Artifact(
             image=image.name,
@@ -260,7 +283,8 @@ class AwsTarget:
             raise CloudFailed(f"{ami.id} is {ami.state}" + (f": {ami.reason}" if ami.reason else ""))
         tagged = tags.resource_tags(image, ami.tags.get(tags.DIGEST, ""), "check", tags.Purpose.VERIFY)
         kind = image.verify.instance_types[0]
-        untried = images.dry_run_launch(self.account, ami.id, kind, tagged)
+        subnet = next(iter(self._here(image).aws.subnets), "")
+        untried = images.dry_run_launch(self.account, ami.id, kind, tagged, subnet)
         step.done(f"it is available; a launch was not tried: {untried}" if untried else f"yes, as {kind}")
 
     @staticmethod

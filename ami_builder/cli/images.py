@@ -134,8 +134,9 @@ def verify(
     shared.override("verify.memory", "--memory", ",".join(memory or ()))
     shared.override("verify.instance_types", "--instance-type", ",".join(instance_type or ()))
     shared.override("verify.datasource", "--datasource", datasource)
-    shared.override("aws.region", "--region", region[0] if region else None)
-    chosen, stored, home = find_image(image, target, dask_scheduler=dask_scheduler)
+    chosen, stored, home = find_image(
+        image, target, region=region[0] if region else "", dask_scheduler=dask_scheduler
+    )
     if home.region:
         useless, of = {"--memory": memory, "--datasource": datasource}, "a local disk image"
     else:

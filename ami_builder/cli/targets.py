@@ -49,11 +49,14 @@ def open_target(
     return QemuTarget(workspace=open_workspace(), arch=image.arch)
 
 
-def open_aws(image: Image, *, public: bool = False, dask_scheduler: str | None = None) -> AwsTarget:
-    """Return the region that an image's AMI is baked in, for commands that are only about AMIs."""
+def open_aws(
+    image: Image, *, region: str = "", public: bool = False, dask_scheduler: str | None = None
+) -> AwsTarget:
+    """Return the region that an image's AMI is baked in, or another one, for commands that are about AMIs."""
     from ami_builder.aws.target import AwsTarget
 
-    return AwsTarget.open(image, open_workspace(), public=public, dask_scheduler=dask_scheduler)
+    workspace = open_workspace()
+    return AwsTarget.open(image, workspace, region=region, public=public, dask_scheduler=dask_scheduler)
 
 
 def preflight(image: Image, kind: TargetKind) -> Iterator[Finding]:
@@ -83,11 +86,11 @@ def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]
 
 
 def find_image(
-    word: str | None, kind: TargetKind, *, dask_scheduler: str | None = None
+    word: str | None, kind: TargetKind, *, region: str = "", dask_scheduler: str | None = None
 ) -> tuple[Image, StoredImage, Target]:
     """Return the finished image that a word names, with its settings and its home target.
 
-    A word is an image's name (its newest image), the first digits of a digest, a path, or an AMI id; None is
+    With `region`, the target is that region instead. A word is an image's name (its newest image), the first digits of a digest, a path, or an AMI id; None is
     the default image. An AMI of another host is named by its id, and an AMI is returned as the account has it
     now. Raises UsageError and CloudFailed.
     """
@@ -102,7 +105,7 @@ def find_image(
     stored = None if foreign else choose(known, word, config.images, kind)
     image = config.select(stored.artifact.image if stored is not None else None)
     if kind is TargetKind.AWS:
-        home = open_aws(image, dask_scheduler=dask_scheduler)
+        home = open_aws(image, region=region, dask_scheduler=dask_scheduler)
         there, ami = home, word
         if stored is not None:
             (there,) = home.elsewhere([stored.artifact.region])

@@ -190,7 +190,8 @@ class AwsSettings(_Table):
     """What baking runs on, tried in turn when EC2 has no capacity. Empty: m6i.large, m5.large and m7i.large,
     or m7g.large, m6g.large and m8g.large for arm64."""
     subnets: t.Many[t.Subnet] = ()
-    """Where instances run, tried in turn. Empty: the default VPC's subnets."""
+    """Where instances run, tried in turn. `REGION=subnet-…` is one of another region than aws.region, where
+    copies are verified. A region without any: its default VPC's subnets."""
     connect: Connect = Connect.SSH
     """`ssh`, or `session-manager`, which opens no port and needs `instance_profile`."""
     instance_profile: t.InstanceProfile = ""
@@ -202,7 +203,8 @@ class AwsSettings(_Table):
     encrypt: StrictBool = False
     """Whether the AMI's snapshot is encrypted."""
     kms_key: t.KmsKey = ""
-    """The KMS key for `encrypt`: id, alias/… or ARN. Empty: the account's default key."""
+    """The KMS key for `encrypt`: id, alias/… or ARN. Empty: the account's default key. Other regions have
+    those of `copy_to`."""
     spot: StrictBool = False
     """Whether baking runs on a spot instance."""
     lifetime: t.Duration = 2 * 3600.0
@@ -214,6 +216,19 @@ class AwsSettings(_Table):
     """Regions that the AMI is copied to. `region=KEY` encrypts the copy with that region's KMS key."""
     share_with: t.Many[t.Sharer] = ()
     """Accounts (12 digits), organizations and organizational units (ARNs) that can launch the AMI."""
+
+    def at(self, region: str, home: str) -> AwsSettings:
+        """Return the settings for work in a region, where images are baked in the region `home`.
+
+        Its subnets are those of the region, and its key is the one that the AMI has there.
+        """
+        named = [one.rpartition("=") for one in self.subnets]
+        subnets = tuple(subnet for of, _, subnet in named if (of or home) == region)
+        key, encrypt = self.kms_key, self.encrypt
+        if region != home:
+            key = next((one.kms_key for one in self.copy_to if one.region == region), "")
+            encrypt = encrypt or bool(key)
+        return replace(self, region=region, subnets=subnets, kms_key=key, encrypt=encrypt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +344,10 @@ class Image(ImageSettings):
 
     name: str
     arch: Arch = field(default_factory=host_arch)
+
+    def at(self, region: str, home: str) -> Image:
+        """Return the image with the AWS settings for work in a region; `home` is where images are baked."""
+        return replace(self, aws=self.aws.at(region, home))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

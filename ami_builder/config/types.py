@@ -388,7 +388,14 @@ SourceAmi = Annotated[
 _TYPE = r"[a-z][a-z0-9-]*\.[a-z0-9-]+"
 InstanceType = Annotated[str, text(_TYPE, "an EC2 instance type", "m6i.xlarge", most=40)]
 _SUBNET = r"subnet-[0-9a-f]{8,17}"
-Subnet = Annotated[str, text(_SUBNET, "the id of a subnet, subnet-…", "subnet-0123456789abcdef0")]
+Subnet = Annotated[
+    str,
+    text(
+        rf"(?:{_REGION}=)?{_SUBNET}",
+        "the id of a subnet, subnet-… or REGION=subnet-…",
+        "subnet-0123456789abcdef0",
+    ),
+]
 _PROFILE = rf"(?:{_ARN}:iam::[0-9]{{12}}:instance-profile/)?[A-Za-z0-9+=,.@_/-]{{1,128}}|"
 InstanceProfile = Annotated[
     str, text(_PROFILE, "the name or ARN of an instance profile, or nothing", "ami-builder")

@@ -52,7 +52,7 @@ def configured() -> Image:
 def opened(cloud: Cloud, tmp_path: Path, configured: Image) -> Callable[[], ChannelParameters]:
     def channels() -> ChannelParameters:
         workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
-        return AwsTarget(account=Account.open(), workspace=workspace).channels(configured)
+        return AwsTarget(account=Account.open(), workspace=workspace, home="us-east-1").channels(configured)
 
     return channels
 
