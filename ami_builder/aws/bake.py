@@ -35,6 +35,8 @@ metadata_options {
   http_tokens                 = "required"
   http_put_response_hop_limit = 1
 }
+# The fleet that launches a spot instance.
+fleet_tags = var.spot ? var.run_tags : null
 """,
 )
 # For the snapshots of large, encrypted volumes.

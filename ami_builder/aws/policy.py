@@ -97,7 +97,7 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
     made = here("instance", "volume", "network-interface", "security-group", "image", "snapshot")
     makers = ["RunInstances", "CreateSecurityGroup", "CreateImage"]
     if aws.spot:
-        made, makers = made + template, [*makers, "CreateLaunchTemplate", "CreateFleet"]
+        made, makers = made + template + here("fleet"), [*makers, "CreateLaunchTemplate", "CreateFleet"]
     removing = "ec2:DeregisterImage DeleteSnapshot"
     launched_from = here("image", "snapshot", "subnet", "network-interface")
     yield from (
