@@ -47,9 +47,16 @@ PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
 
 def bake_ami(
-    inputs: Inputs, account: Account, workspace: Workspace, run: Run, step: Step, *, public: bool
+    inputs: Inputs,
+    base: source_ami.BaseAmi,
+    account: Account,
+    workspace: Workspace,
+    run: Run,
+    step: Step,
+    *,
+    public: bool,
 ) -> images.Ami:
-    """Bake an AMI and finish it. Nothing else of the run remains in the account.
+    """Bake an AMI from a base and finish it. Nothing else of the run remains in the account.
 
     Raises CloudFailed, BuildFailed, MissingTool, UsageError, TimedOut.
     """
@@ -58,7 +65,7 @@ def bake_ami(
     instances.require_arch(account, image.aws.instance_types, image.arch, "aws.instance_types")
     with step.step("container") as child:
         upload = container.prepare(inputs.image, inputs.container_digest, workspace, run, child)
-    bake = _Bake(inputs, account, upload, run)
+    bake = _Bake(inputs, base, account, upload, run)
     try:
         ami = bake.run(step)
         with step.step("finish the AMI") as child:
@@ -80,10 +87,11 @@ def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, pub
 
 
 class _Bake:
-    def __init__(self, inputs: Inputs, account: Account, upload: Path | None, run: Run) -> None:
-        self.inputs, self.account, self.run_ = inputs, account, run
+    def __init__(
+        self, inputs: Inputs, base: source_ami.BaseAmi, account: Account, upload: Path | None, run: Run
+    ) -> None:
+        self.inputs, self.base, self.account, self.run_ = inputs, base, account, run
         self.aws = inputs.image.aws
-        self.base = source_ami.resolve(account, inputs.base_digest, inputs.image.arch)
         self.upload = upload
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)

@@ -20,6 +20,7 @@ from ami_builder.core.records import Finding, State
 from ami_builder.system import processes
 
 _GIB = 1 << 30
+_SHOWN = 5
 _NO_ID = "0123456789abcdef0"
 _TOOLS = {"aws": "the AWS CLI", "session-manager-plugin": "the Session Manager plugin of the AWS CLI"}
 _INSTALL = (
@@ -44,16 +45,30 @@ def check(image: Image) -> Iterator[Finding]:
         accounts.append(Account.open(aws.region))
         return f"{accounts[0].identity()} in {accounts[0].region}"
 
-    def base() -> str:
+    def base() -> str | Finding:
         ami = source_ami.resolve(here, aws.source, image.arch)
         bases.append(ami)
-        return f"{ami.id}, {ami.name}, {ami.size / _GIB:g} GiB"
+        text = f"{ami.id}, {ami.name} of {ami.created[:10]}, {ami.size / _GIB:g} GiB"
+        if not ami.other_names:
+            return text
+        return Finding(
+            name="base AMI",
+            state=State.NOTE,
+            found=f"{text}; aws.source also matches {', '.join(ami.other_names)}",
+            hint="to take one kind alone, write digits as #: "
+            + " or ".join(source_ami.exact(name) for name in (ami.name, *ami.other_names)),
+        )
 
     yield (opened := found("AWS account", account))
     if opened.state is State.STOPS:
         return
     here = accounts[0]
     yield found("base AMI", base)
+    for ami in bases:
+        if over := source_ami.passed_over(here, aws.source, ami):
+            more = f" and {len(over) - _SHOWN} more" if len(over) > _SHOWN else ""
+            text = ", ".join(over[:_SHOWN]) + more
+            yield Finding(name="newer AMIs, passed over", state=State.OK, found=text)
     yield from _instance_types(here, image)
     yield (network_found := found("network", lambda: _network(here, aws)))
     if aws.connect is Connect.SSH and network_found.state is State.OK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _SHOWN = 5
+_WILDCARD = re.compile(r"[*?#]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +27,23 @@ class BaseAmi:
 
     id: str
     name: str
+    created: str
+    """When it was created, as ISO 8601; empty if EC2 does not say."""
+    other_names: tuple[str, ...] = ()
+    """Of AMIs that the same pattern matches, the newest of each other kind of name: digits don't count."""
     root_device: str
     """Name of its root device, such as /dev/xvda."""
     size: int
     """Size of its root volume, in bytes."""
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.id})"
+
 
 def resolve(account: Account, source: str, arch: Arch) -> BaseAmi:
     """Return the AMI that `aws.source` is now: an id, the value of an SSM parameter, or a pattern's newest.
 
+    In a pattern, `#` is one digit, and `*` and `?` are EC2's wildcards.
     Raises UsageError when there is none or it can't be the base of an image of `arch`, CloudFailed.
     """
     if source.startswith("ami-"):
@@ -44,12 +54,34 @@ def resolve(account: Account, source: str, arch: Arch) -> BaseAmi:
     return _newest(account, owner, pattern, source, arch)
 
 
+def passed_over(account: Account, source: str, base: BaseAmi) -> list[str]:
+    """Return the names of the owner's AMIs that begin as the pattern does and are newer, the newest first."""
+    owner, slash, pattern = source.partition("/")
+    if not slash or source.startswith("ssm:"):
+        return []
+    stem = _WILDCARD.split(pattern)[0]
+    newer = [
+        image for image in _owned(account, owner, f"{stem}*") if image.get("CreationDate", "") > base.created
+    ]
+    newer.sort(key=lambda image: image.get("CreationDate", ""), reverse=True)
+    return [image.get("Name", "") for image in newer if image["ImageId"] != base.id]
+
+
+def exact(name: str) -> str:
+    """Return the pattern of a name's series: dates and builds may differ, but not a number of a release."""
+    return re.sub(r"[0-9]{4,}", lambda digits: "#" * len(digits[0]), name)
+
+
 def _newest(account: Account, owner: str, pattern: str, source: str, arch: Arch) -> BaseAmi:
     available = [image for image in _owned(account, owner, pattern) if image.get("State") == "available"]
     current = [image for image in available if not _deprecated(image)]
     fitting = [image for image in current if _unfit(image, arch) is None]
     if fitting:
-        return _base_ami(max(fitting, key=lambda image: (image.get("CreationDate", ""), image["ImageId"])))
+        fitting.sort(key=lambda image: (image.get("CreationDate", ""), image["ImageId"]), reverse=True)
+        kinds: dict[str, str] = {}
+        for image in fitting:
+            kinds.setdefault(re.sub(r"[0-9]+", "#", image.get("Name", "")), image.get("Name", ""))
+        return _base_ami(fitting[0], tuple(kinds.values())[1:])
     raise UsageError(
         f"aws.source: no AMI in {account.region} matches {source}" + _why_not(available, current, arch),
         hint=_near(account, owner, pattern),
@@ -57,8 +89,14 @@ def _newest(account: Account, owner: str, pattern: str, source: str, arch: Arch)
 
 
 def _owned(account: Account, owner: str, pattern: str) -> Sequence[ImageTypeDef]:
-    named = [{"Name": "name", "Values": [pattern]}]
-    return account.listed("describe_images", "Images", Owners=[owner], Filters=named, IncludeDeprecated=True)
+    # EC2 has no wildcard for digits, and its `?` also matches no character.
+    named = [{"Name": "name", "Values": [pattern.replace("#", "?")]}]
+    found: Sequence[ImageTypeDef] = account.listed(
+        "describe_images", "Images", Owners=[owner], Filters=named, IncludeDeprecated=True
+    )
+    wildcards = {"#": "[0-9]", "*": ".*", "?": ".?"}
+    exact = re.compile("".join(wildcards.get(character) or re.escape(character) for character in pattern))
+    return [image for image in found if exact.fullmatch(image.get("Name", ""))]
 
 
 def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef], arch: Arch) -> str:
@@ -71,7 +109,7 @@ def _why_not(available: Sequence[ImageTypeDef], current: Sequence[ImageTypeDef],
 
 def _near(account: Account, owner: str, pattern: str) -> str:
     """Return a hint with the owner's newest AMIs whose names begin alike."""
-    stem = pattern.split("*")[0].split("?")[0]
+    stem = _WILDCARD.split(pattern)[0]
     while len(stem) > 1:
         stem = stem[: len(stem) // 2]
         if similar := _owned(account, owner, f"{stem}*"):
@@ -133,11 +171,13 @@ def _unfit(image: ImageTypeDef, arch: Arch) -> str | None:
     return None
 
 
-def _base_ami(image: ImageTypeDef) -> BaseAmi:
+def _base_ami(image: ImageTypeDef, other_names: Sequence[str] = ()) -> BaseAmi:
     root, size = images.root_volume(image)
     return BaseAmi(
         id=image["ImageId"],
         name=image.get("Name", ""),
+        created=image.get("CreationDate", ""),
+        other_names=tuple(other_names),
         root_device=root,
         size=size * _GIB,
     )

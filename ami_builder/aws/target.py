@@ -46,6 +46,8 @@ class AwsTarget:
     dask_scheduler: str | None = None
     """The cluster whose workers verify images; None for threads of this process."""
     kind: TargetKind = field(default=TargetKind.AWS, init=False)
+    bases: dict[str, source_ami.BaseAmi] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """The base AMIs that `gather` resolved, by id."""
     emulated: None = field(default=None, init=False)
     builds_side_by_side: bool = field(default=True, init=False)
 
@@ -84,14 +86,21 @@ class AwsTarget:
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve the base AMI and the container to what they would be now."""
-        return gather(
+
+        def base() -> str:
+            found = source_ami.resolve(self.account, image.aws.source, image.arch)
+            self.bases[found.id] = found
+            return found.id
+
+        inputs = gather(
             image,
             self.workspace,
-            lambda: source_ami.resolve(self.account, image.aws.source, image.arch).id,
+            base,
             resolved={"source", "suite", "mirror", "checksum"},
             more=f" {image.aws.encrypt} {image.aws.kms_key}",
             refresh=refresh,
         )
+        return replace(inputs, base=str(self.bases[inputs.base_digest]))
 
     def find(self, image: Image, digest: str) -> StoredImage | None:
         """Return the finished AMI with exactly this digest, no matter which host baked it."""
@@ -113,7 +122,8 @@ class AwsTarget:
                 child.done(ami.id)
         else:
             here = replace(inputs, image=self._here(inputs.image))
-            ami = bake_ami(here, self.account, self.workspace, run, step, public=self.public)
+            base = self.bases[inputs.base_digest]
+            ami = bake_ami(here, base, self.account, self.workspace, run, step, public=self.public)
             packages = run.directory / "packages.txt"
         stored = self._stored(inputs.image, inputs.digest, ami)
         return self.workspace.store_remote(stored.artifact, packages)

@@ -73,7 +73,7 @@ def resolve(
     workspace.ensure()
     with progress.step("resolve inputs") as step:
         inputs = target.gather(image, refresh=refresh)
-        step.done(inputs.digest[:16])
+        step.done(f"{inputs.digest[:16]}, on {inputs.base}" if inputs.base else inputs.digest[:16])
     return inputs
 
 
@@ -90,6 +90,7 @@ def build_from(
             return Built(stored=stored, unchanged=True)
         workspace.sweep()
         with workspace.run("build", image.name, inputs.digest) as run:
+            run.update(base=inputs.base)
             try:
                 with progress.step(f"build {image.name}") as step:
                     stored = _make(inputs, options, target, workspace, run, step)

@@ -32,6 +32,8 @@ class Inputs:
     """Of the base disk; the id of a base AMI."""
     container_digest: str
     digest: str
+    base: str = ""
+    """The base for people: an AMI's name and id; empty for a disk."""
 
 
 def gather(

@@ -90,9 +90,9 @@ def find_image(
 ) -> tuple[Image, StoredImage, Target]:
     """Return the finished image that a word names, with its settings and its home target.
 
-    With `region`, the target is that region instead. A word is an image's name (its newest image), the first digits of a digest, a path, or an AMI id; None is
-    the default image. An AMI of another host is named by its id, and an AMI is returned as the account has it
-    now. Raises UsageError and CloudFailed.
+    With `region`, the target is that region instead. A word is an image's name (its newest image), the first
+    digits of a digest, a path, or an AMI id; None is the default image. An AMI of another host is named by
+    its id, and an AMI is returned as the account has it now. Raises UsageError and CloudFailed.
     """
     if word is not None and (os.sep in word or word.endswith(_DISK_NAMES)):
         return _disk(word, load_config(), dask_scheduler)

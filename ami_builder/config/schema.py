@@ -33,6 +33,8 @@ from ami_builder.core.units import GIB, Reserve
 from ami_builder.system import resources
 
 DEBIAN_USER = "admin"
+DEBIAN_ACCOUNT = "136693071363"
+"""The account that publishes Debian's AMIs, in the partition `aws`."""
 _INSTANCE_TYPES = {
     Arch.AMD64: (("m6i.large",), ("m6i.large", "m5.large", "m7i.large")),
     Arch.ARM64: (("m7g.large",), ("m7g.large", "m6g.large", "m8g.large")),
@@ -184,8 +186,9 @@ class AwsSettings(_Table):
     region: t.Region = ""
     """The region. Empty: the one of the AWS chain (AWS_REGION, profile)."""
     source: t.SourceAmi = ""
-    """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`. Empty:
-    Debian's own, 136693071363/debian-13-amd64-* or debian-13-arm64-*."""
+    """What baking starts from: `owner/name pattern` (the newest AMI), `ssm:/parameter` or `ami-…`. In a
+    pattern, `#` is one digit. Empty: Debian's own, 136693071363/debian-13-amd64-########-#### or the same of
+    arm64."""
     instance_types: t.Many[t.InstanceType] = ()
     """What baking runs on, tried in turn when EC2 has no capacity. Empty: m6i.large, m5.large and m7i.large,
     or m7g.large, m6g.large and m8g.large for arm64."""
@@ -327,7 +330,7 @@ class ImageSettings(_Table):
             verify=replace(verify, instance_types=verify.instance_types or verify_on),
             aws=replace(
                 aws,
-                source=aws.source or f"136693071363/debian-13-{arch}-*",
+                source=aws.source or f"{DEBIAN_ACCOUNT}/debian-13-{arch}-########-####",
                 instance_types=aws.instance_types or bake_on,
             ),
             nightly=replace(self.nightly, channel=channel),

@@ -285,7 +285,7 @@ _UNIT = (
     r"\.(?:service|socket|target|mount|path|timer)"
 )
 _ARN = r"arn:aws[a-z-]*"
-_AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?-]{1,128}"
+_AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?#-]{1,128}"
 _KMS_KEY = (
     rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:(?:key/[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)"
     r"|[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)?"

@@ -172,6 +172,8 @@ class RunRecord:
     artifact: Artifact | None = None
     verdict: Verdict | None = None
     error: str | None = None
+    base: str = ""
+    """Name and id of the base AMI; empty for a disk, and in older records."""
 
     @property
     def own_steps(self) -> tuple[StepRecord, ...]:
@@ -246,6 +248,8 @@ class NightlyRun:
     """The id of the image that was current; empty if none was."""
     location: str
     """The new image: a path or an AMI id; empty if there is none."""
+    base: str = ""
+    """Name and id of the base AMI; empty for a disk, and in older records."""
     places: tuple[RegionResult, ...] = ()
     drifts: tuple[str, ...] = ()
     """Why the promotion is on hold, one line each."""

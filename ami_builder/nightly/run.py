@@ -151,7 +151,7 @@ class _ImageRun:
         try:
             inputs = resolve(self.image, self.home, self.workspace, self.progress, refresh=True)
             journal = open_journal(self.workspace, self.image.name, self.home.kind, inputs.digest)
-            self._record(digest=inputs.digest)
+            self._record(digest=inputs.digest, base=inputs.base)
             self._go(inputs, journal)
         except AmiBuilderError as failed:
             error = failed

@@ -49,6 +49,7 @@ def markdown(run: NightlyRun) -> str:
         "took": _took(run),
         "image": run.location,
         "digest": run.digest,
+        **({"base AMI": run.base} if run.base else {}),
         f"previous image of {run.channel}": run.before,
         "exit code": str(run.exit_code),
     }

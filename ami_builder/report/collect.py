@@ -182,6 +182,8 @@ def _image_facts(digest: str | None, build: RecordedRun | None) -> tuple[Fact, .
         facts.append(Fact(name="Target", text=place))
         facts.append(Fact(name="Image", text=artifact.location, exact=True))
         facts.append(Fact(name="Size", text=console.size(artifact.size)))
+        if build.record.base:
+            facts.append(Fact(name="Base AMI", text=build.record.base, exact=True))
     return tuple(facts)
 
 

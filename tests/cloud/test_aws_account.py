@@ -141,7 +141,7 @@ def test_credentials_are_in_no_message(cloud: Cloud) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    [f"{DEBIAN}/debian-13-amd64-*", "ssm:/aws/service/debian/release/13/latest/amd64", "AMI"],
+    [f"{DEBIAN}/debian-13-amd64-########-####", "ssm:/aws/service/debian/release/13/latest/amd64", "AMI"],
 )
 def test_the_base_ami_is_found_three_ways(cloud: Cloud, source: str) -> None:
     newest = cloud.base_ami()
@@ -162,12 +162,12 @@ def test_no_ami_matches(cloud: Cloud) -> None:
     error = refused(f"{DEBIAN}/debian-15-amd64-*")
     assert error.message == f"aws.source: no AMI in {REGION} matches {DEBIAN}/debian-15-amd64-*"
     assert "debian-13-amd64-" in str(error.hint)
-    error = refused("999999999999/debian-13-amd64-*")
+    error = refused("999999999999/debian-13-amd64-########-####")
     assert "999999999999" in str(error.hint)
 
 
 def test_arm64_has_an_ami_of_its_own(cloud: Cloud) -> None:
-    found = source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-*", Arch.ARM64)
+    found = source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-*64-########-####", Arch.ARM64)
     assert found.name.startswith("debian-13-arm64-")
     with pytest.raises(UsageError, match="is for x86_64, not arm64"):
         source_ami.resolve(Account.open(), cloud.base_ami(), Arch.ARM64)
@@ -179,13 +179,16 @@ def test_an_ami_that_can_not_be_baked_from(cloud: Cloud) -> None:
     newest = images[cloud.base_ami()]
     newest.deprecation_time = "2026-01-01T00:00:00.000Z"
     assert "deprecated since 2026-01-01" in refused(newest.id).message
-    assert source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-*", Arch.AMD64).id != newest.id
+    assert (
+        source_ami.resolve(Account.open(), f"{DEBIAN}/debian-13-amd64-########-####", Arch.AMD64).id
+        != newest.id
+    )
     newest.deprecation_time = None
     newest.root_device_type = "instance-store"
     assert "instance store" in refused(newest.id).message
     for image in images.values():
         image.deprecation_time = "2026-01-01T00:00:00.000Z"
-    error = refused(f"{DEBIAN}/debian-13-amd64-*")
+    error = refused(f"{DEBIAN}/debian-13-amd64-########-####")
     assert "is deprecated" in error.message
     assert "is deprecated" in error.message
 

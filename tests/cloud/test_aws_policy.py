@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.fake_ec2.policy import Enforced
 
 KEY = "AKIALEASTPRIVILEGE00"
-BASE = "136693071363/debian-13-amd64-*"
+BASE = "136693071363/debian-13-amd64-########-####"
 
 
 @pytest.fixture(autouse=True)

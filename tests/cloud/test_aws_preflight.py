@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ami_builder.config.schema import Image
 
-BASE = "136693071363/debian-13-amd64-*"
+BASE = "136693071363/debian-13-amd64-########-####"
 
 
 def configured(**aws: Any) -> Image:
@@ -87,7 +87,7 @@ def test_what_is_wrong_is_named_each_by_itself(cloud: Cloud) -> None:
 
 def test_instance_types_of_another_architecture(cloud: Cloud) -> None:
     image = replace(configured(instance_types=("m7g.large", "m6g.large")), arch=Arch.ARM64)
-    image = replace(image, aws=replace(image.aws, source="136693071363/debian-13-arm64-*"))
+    image = replace(image, aws=replace(image.aws, source="136693071363/debian-13-arm64-########-####"))
     findings = found(image)
     assert findings["base AMI"].state is State.OK
     assert findings["instance types to bake on"].state is State.OK

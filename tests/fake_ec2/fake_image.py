@@ -19,6 +19,9 @@ _DEBIAN = (
     ("debian-13-amd64-20261116-2299", "x86_64", 7),
     ("debian-13-amd64-20261012-2264", "x86_64", 42),
     ("debian-13-arm64-20261117-2300", "arm64", 6),
+    # What Debian publishes beside its releases, under names that begin alike.
+    ("debian-13-amd64-daily-20261120-2303", "x86_64", 3),
+    ("debian-13-backports-amd64-20261116-2299", "x86_64", 7),
     ("debian-12-amd64-20261117-2300", "x86_64", 6),
 )
 

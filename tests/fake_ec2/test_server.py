@@ -27,7 +27,7 @@ def ec2(cloud: Cloud) -> Any:
 
 def test_a_region_begins_with_debian(cloud: Cloud, ec2: Any) -> None:
     images = ec2.describe_images(
-        Owners=[DEBIAN_ACCOUNT], Filters=[{"Name": "name", "Values": ["debian-13-amd64-*"]}]
+        Owners=[DEBIAN_ACCOUNT], Filters=[{"Name": "name", "Values": ["debian-13-amd64-2*"]}]
     )["Images"]
     newest = max(images, key=lambda each: each["CreationDate"])
     parameter = cloud.client("ssm").get_parameter(Name=DEBIAN_PARAMETER)["Parameter"]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ami_builder.aws.session import Account
+    from ami_builder.aws.source_ami import BaseAmi
     from ami_builder.console import Step
     from ami_builder.state.workspace import Run, Workspace
 
@@ -170,7 +171,9 @@ def test_a_build_that_packer_would_stop_makes_nothing_first(
     def build(run: Run, step: Step) -> object:
         if target is TargetKind.QEMU:
             return bake(inputs, workspace, run, step)
-        return bake_ami(inputs, cast("Account", None), workspace, run, step, public=False)
+        return bake_ami(
+            inputs, cast("BaseAmi", None), cast("Account", None), workspace, run, step, public=False
+        )
 
     with (
         workspace.run("build", "dask") as run,

@@ -95,7 +95,7 @@ DEFAULT = Image(
     ),
     aws=AwsSettings(
         region="",
-        source="136693071363/debian-13-amd64-*",
+        source="136693071363/debian-13-amd64-########-####",
         instance_types=("m6i.large", "m5.large", "m7i.large"),
         subnets=(),
         connect=Connect.SSH,
@@ -740,7 +740,7 @@ def test_the_structure_of_the_file() -> None:
 def test_an_architecture_decides_about_what_aws_bakes_on(word: str) -> None:
     image = loaded(f'[images.dask]\narch = "{word}"\n').select()
     assert image.arch is Arch.ARM64
-    assert image.aws.source == "136693071363/debian-13-arm64-*"
+    assert image.aws.source == "136693071363/debian-13-arm64-########-####"
     assert image.aws.instance_types[0] == image.verify.instance_types[0] == "m7g.large"
     own = loaded(f'[images.dask]\narch = "{word}"\n', flags={"aws.source": "self/ours"}).select()
     assert own.aws.source == "self/ours"
