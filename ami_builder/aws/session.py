@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
@@ -17,7 +18,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from ami_builder import __version__
-from ami_builder.core.errors import CloudFailed
+from ami_builder.aws import hints
+from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
     from types_boto3_ec2.client import EC2Client
@@ -41,24 +43,9 @@ T = TypeVar("T")
 
 _prepared: list[Callable[[Any], None]] = []
 
-NO_CAPACITY_HINT = "add aws.instance_types, or aws.subnets in other availability zones"
-_LOGIN = "log in again (`aws sso login`, or new keys), or choose another AWS_PROFILE"
-DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
-_EXPIRED = frozenset(
-    {
-        "AuthFailure",
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "InvalidClientTokenId",
-        "RequestExpired",
-        "SignatureDoesNotMatch",
-        "UnrecognizedClientException",
-    }
-)
-_THROTTLED = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
-_QUOTA = re.compile(r"LimitExceeded$|QuotaExceeded$")
-_ACTION = re.compile(r"not authorized to perform:? ([a-z0-9-]+:[A-Za-z]+)")
-_ENCODED = re.compile(r"\s*Encoded authorization failure message:.*", re.DOTALL)
+NO_CAPACITY_HINT = hints.NO_CAPACITY
+DENIED = hints.DENIED
+_REGION = re.compile(r"[a-z]{2,}(-[a-z]+)+-[0-9]+")
 
 
 class Account:
@@ -75,8 +62,10 @@ class Account:
         """Return the account of the default credential chain, in its default region unless `region` is given.
 
         `otherwise` is the region where the chain has none.
-        Raises CloudFailed when there are no credentials, or no region.
+        Raises CloudFailed when there are no credentials, UsageError when there is no region, or a setting of
+        AWS's own is wrong.
         """
+        _check_environment()
         with aws_errors():
             # botocore reads only AWS_DEFAULT_REGION; other AWS tools read AWS_REGION first.
             core = botocore.session.get_session()
@@ -89,10 +78,14 @@ class Account:
             credentials = session.get_credentials()
         found = session.region_name or otherwise
         if not found:
-            raise CloudFailed(
+            raise UsageError(
                 "no AWS region is set",
                 hint="export AWS_REGION=…, or write aws.region in your ami-builder.toml",
             )
+        if not _REGION.fullmatch(found):
+            names = ("AWS_REGION", "AWS_DEFAULT_REGION")
+            origin = next((n for n in names if os.environ.get(n) == found), "the region")
+            raise UsageError(f"{origin} = {found!r}: expected the name of a region, such as us-east-1")
         if credentials is None:
             raise CloudFailed(
                 "no AWS credentials found",
@@ -218,7 +211,7 @@ def is_definite(error: BaseException) -> bool:
     if not isinstance(cause, ClientError):
         return False
     # A retried call may find the duplicate that its first attempt made.
-    if code_of(cause) in _THROTTLED or code_of(cause).endswith(".Duplicate"):
+    if code_of(cause) in hints.THROTTLED or code_of(cause).endswith(".Duplicate"):
         return False
     return 400 <= cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500
 
@@ -235,7 +228,12 @@ def aws_errors(service: str = "ec2", *, ignore: str = "") -> Iterator[None]:
         if not (ignore and re.fullmatch(ignore, code_of(error))):
             raise failure(error, service) from error
     except BotoCoreError as error:
-        raise _not_answered(error) from error
+        raise hints.not_usable(error) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        # A wrong variable or file of AWS's, which botocore has not looked at before.
+        if not hints.raised_by_botocore(error):
+            raise
+        raise hints.not_usable(error) from error
 
 
 def failure(error: ClientError, service: str = "ec2") -> CloudFailed:
@@ -244,40 +242,30 @@ def failure(error: ClientError, service: str = "ec2") -> CloudFailed:
     text = error.response.get("Error", {}).get("Message", "")
     request = error.response.get("ResponseMetadata", {}).get("RequestId", "")
     call = f"{service}:{error.operation_name}"
-    message = _ENCODED.sub("", text).strip().rstrip(".")
+    message, encoded = hints.without_encoded(text)
+    tail = (f"request id {request}" if request else "", f"encoded message: {encoded}" if encoded else "")
     return CloudFailed(
         f"AWS refused {call}: {code}" + (f": {message}" if message else ""),
-        hint=_hint(code, call, text),
-        tail=(f"request id {request}",) if request else (),
+        hint=hints.of(code, call, text),
+        tail=tuple(filter(None, tail)),
     )
 
 
-def _hint(code: str, call: str, text: str) -> str | None:
-    if code in DENIED:
-        refused = _ACTION.search(text)
-        action = refused[1] if refused else call
-        return f"allow {action} for these credentials; `ami-builder iam-policy` prints the whole policy"
-    if code in _EXPIRED:
-        return f"the credentials are invalid or have expired: {_LOGIN}"
-    if code in _THROTTLED:
-        return f"AWS throttled the call, also after {ATTEMPTS} attempts: try again later"
-    if code == "InsufficientInstanceCapacity":
-        return NO_CAPACITY_HINT
-    if _QUOTA.search(code):
-        return "the account has reached a quota: delete what you do not need, or request an increase"
-    if code in {"InternalError", "InternalFailure", "ServiceUnavailable", "Unavailable", "503", "500"}:
-        return "an error on AWS's side: try again later; `ami-builder gc` lists orphaned resources"
-    return None
+def _check_environment() -> None:
+    """Raise UsageError for an endpoint or a bundle of certificates that can't be one."""
+    for name, value in os.environ.items():
+        if name.startswith("AWS_ENDPOINT_URL") and value and not _is_url(value):
+            raise UsageError(f"{name} = {value!r}: expected a URL, such as https://ec2.us-east-1.api.aws")
+        if name == "AWS_CA_BUNDLE" and value and not os.access(value, os.R_OK):
+            raise UsageError(f"{name} = {value!r}: there is no such file that can be read")
 
 
-def _not_answered(error: BotoCoreError) -> CloudFailed:
-    name = type(error).__name__
-    if "Credential" in name or "Token" in name or "SSO" in name or "Profile" in name:
-        return CloudFailed(f"the AWS credentials can't be used: {error}", hint=_LOGIN)
-    return CloudFailed(
-        f"AWS did not answer: {error}",
-        hint="check the network, the region's name, and AWS_ENDPOINT_URL if it is set",
-    )
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def poll(probe: Callable[[], T], *, seconds: float) -> T:

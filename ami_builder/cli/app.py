@@ -74,10 +74,10 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Print an error together with what to do next."""
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
     shared.debug = "--debug" in arguments
     try:
+        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, _stop)
         status = app(list(arguments), prog_name="ami-builder", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except (AmiBuilderError, Interrupted) as failed:

@@ -7,6 +7,7 @@ is wrong or misspelt, and importing it takes longer than importing pydantic.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -94,11 +95,9 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path:
         return Path(named)
     here = Path.cwd()
     for folder in (here, *here.parents):
-        try:
-            if (folder / FILE_NAME).exists():
-                return folder / FILE_NAME
-        except OSError:  # a folder that we cannot look into
-            continue
+        # A link to nowhere counts too; a folder that we cannot look into does not.
+        if os.path.lexists(folder / FILE_NAME):
+            return folder / FILE_NAME
     return resources.default_config()
 
 
@@ -178,6 +177,12 @@ def overrides_from(items: Iterable[str]) -> dict[str, str]:
 def _read(file: Path, why: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
     short = _short(file)
     hint = f"{why}a complete and commented file is {_short(resources.default_config())}"
+    if file.is_symlink() and not file.exists():
+        link = f"it is a symbolic link to {file.readlink()}, which does not exist"
+        raise UsageError(f"{short} can't be read: {link}", hint=hint)
+    if file.name == FILE_NAME and file.is_fifo():
+        # To read one waits for ever; with another name, such as /dev/fd/63, somebody writes to it.
+        raise UsageError(f"{short} can't be read: it is a FIFO", hint=hint)
     try:
         text = file.read_bytes().decode("utf-8-sig")
         return tomllib.loads(text), key_lines(text)

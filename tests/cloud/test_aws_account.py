@@ -33,17 +33,83 @@ def test_the_account_is_the_chains(cloud: Cloud, monkeypatch: pytest.MonkeyPatch
 def test_what_is_missing_is_named(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_REGION")
     monkeypatch.delenv("AWS_DEFAULT_REGION")
-    with pytest.raises(CloudFailed, match="no AWS region is set") as caught:
+    with pytest.raises(UsageError, match="no AWS region is set") as unset:
         Account.open()
-    assert "aws.region" in str(caught.value.hint)
-    assert caught.value.exit_code == 6
+    assert "aws.region" in str(unset.value.hint)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(CloudFailed, match="no AWS credentials") as caught:
         Account.open(REGION)
     assert "AWS_PROFILE" in str(caught.value.hint)
-    monkeypatch.setenv("AWS_PROFILE", "nobodys")
-    with pytest.raises(CloudFailed, match=r"credentials can't be used.*nobodys"):
-        Account.open(REGION)
+    assert caught.value.exit_code == 6
+
+
+NO_FILE = "[default]\n"
+BROKEN = "[default\n"
+NO_PROGRAM = "[default]\ncredential_process = /nowhere/login\n"
+UNQUOTED = "[default]\ncredential_process = 'x\n"
+NO_SESSION = "[default]\nsso_session = x\nsso_account_id = 1\nsso_role_name = x\n"
+LOOP = "[default]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = default\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "variables"),
+    [
+        (NO_FILE, {"AWS_ENDPOINT_URL": "127.0.0.1:5555"}),
+        (NO_FILE, {"AWS_ENDPOINT_URL_EC2": "http://127.0.0.1:x"}),
+        (NO_FILE, {"AWS_ENDPOINT_URL": "http:// x"}),
+        (NO_FILE, {"AWS_ENDPOINT_URL": "ftp://127.0.0.1"}),
+        (NO_FILE, {"AWS_REGION": "US-EAST-1"}),
+        (NO_FILE, {"AWS_REGION": "us east"}),
+        (NO_FILE, {"AWS_PROFILE": "nobodys"}),
+        (NO_FILE, {"AWS_CA_BUNDLE": "/nowhere"}),
+        (NO_FILE, {"AWS_DEFAULTS_MODE": "fast"}),
+        (NO_FILE, {"AWS_RESPONSE_CHECKSUM_VALIDATION": "never"}),
+        (NO_FILE, {"AWS_REQUEST_MIN_COMPRESSION_SIZE_BYTES": "-1"}),
+        (NO_FILE, {"AWS_METADATA_SERVICE_TIMEOUT": "soon"}),
+        (NO_FILE, {"AWS_METADATA_SERVICE_NUM_ATTEMPTS": "many"}),
+        (NO_FILE, {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "h p"}),
+        (NO_FILE, {"AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "ipv5"}),
+        (NO_FILE, {"AWS_CREDENTIAL_EXPIRATION": "tomorrow"}),
+        (NO_FILE, {"AWS_ACCESS_KEY_ID": "", "AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://10.0.0.1/x"}),
+        (NO_FILE, {"AWS_ACCESS_KEY_ID": "", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "x"}),
+        (
+            NO_FILE,
+            {
+                "AWS_ACCESS_KEY_ID": "",
+                "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token",
+                "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/x",
+            },
+        ),
+        (BROKEN, {}),
+        (NO_PROGRAM, {"AWS_ACCESS_KEY_ID": ""}),
+        (UNQUOTED, {"AWS_ACCESS_KEY_ID": ""}),
+        (NO_SESSION, {"AWS_ACCESS_KEY_ID": ""}),
+        (LOOP, {"AWS_ACCESS_KEY_ID": ""}),
+    ],
+    ids=lambda given: "" if isinstance(given, str) else "-".join(given),
+)
+def test_a_wrong_setting_of_aws_is_named(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, variables: dict[str, str]
+) -> None:
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as caught:
+        Account.open().identity()
+    text = f"{caught.value} {caught.value.hint}"
+    for name in {n: v for n, v in variables.items() if v and n != "AWS_ROLE_ARN"} or ["AWS_CONFIG_FILE"]:
+        assert name in text
+        assert variables.get(name, str(tmp_path / "config")) in text
+    assert "secret" not in text
+    assert ACCESS_KEY not in text
+
+
+def test_credentials_that_have_expired(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", "2020-01-01T00:00:00Z")
+    with pytest.raises(CloudFailed, match="have expired") as caught:
+        Account.open().identity()
+    assert "log in again" in str(caught.value.hint)
 
 
 def test_a_profile_is_used(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,20 +153,55 @@ def test_aws_not_answering_is_no_traceback(cloud: Cloud, monkeypatch: pytest.Mon
     assert "AWS_ENDPOINT_URL" in str(caught.value.hint)
 
 
+REFUSED = "You are not authorized to perform this operation. "
+
+
 @pytest.mark.parametrize(
     ("code", "said", "hint"),
     [
         ("UnauthorizedOperation", "You are not authorized.", "allow ec2:RunInstances"),
         (
             "UnauthorizedOperation",
-            "You are not authorized to perform this operation. User: arn:aws:iam::1:user/x is not authorized"
+            REFUSED + "User: arn:aws:iam::1:user/x is not authorized"
             " to perform: ec2:CreateTags on resource: x Encoded authorization failure message: aGVsbG8",
             "allow ec2:CreateTags",
         ),
+        (
+            "UnauthorizedOperation",
+            REFUSED + "Encoded authorization failure message: aGVsbG8",
+            "decode-authorization-message",
+        ),
+        (
+            "UnauthorizedOperation",
+            REFUSED + "User: arn:aws:iam::1:user/x is not authorized to"
+            " perform: ec2:RunInstances on resource: arn:aws:ec2:us-east-1:1:instance/* with an explicit deny in"
+            " a service control policy. Encoded authorization failure message: aGVsbG8",
+            "a service control policy denies ec2:RunInstances",
+        ),
+        (
+            "UnauthorizedOperation",
+            REFUSED + "User: arn:aws:iam::1:user/x is not authorized to"
+            " perform: ec2:CreateTags on resource: x because no permissions boundary allows the ec2:CreateTags"
+            " action",
+            "a permissions boundary does not allow ec2:CreateTags",
+        ),
+        (
+            "AccessDenied",
+            "User: arn:aws:iam::1:user/x is not authorized to perform: iam:GetInstanceProfile on resource: x"
+            " because no identity-based policy allows the iam:GetInstanceProfile action",
+            "allow iam:GetInstanceProfile for these credentials; `ami-builder iam-policy`",
+        ),
+        (
+            "TagPolicyViolation",
+            "The tag policy does not allow the specified value for the following tag key: 'Project'.",
+            "aws.tags",
+        ),
+        ("MaxSpotInstanceCountExceeded", "Max spot instance count exceeded", "'All … Spot Instance Requests"),
+        ("InsufficientFreeAddressesInSubnet", "There are not enough free addresses", "aws.subnets"),
         ("AuthFailure", "AWS was not able to validate the provided access credentials", "log in again"),
         ("RequestExpired", "Request has expired.", "log in again"),
-        ("RequestLimitExceeded", "Request limit exceeded.", "10 attempts"),
-        ("VcpuLimitExceeded", "You have requested more vCPU capacity", "quota"),
+        ("RequestLimitExceeded", "Request limit exceeded.", "several attempts"),
+        ("VcpuLimitExceeded", "You have requested more vCPU capacity", "quota 'Running On-Demand"),
         ("InsufficientInstanceCapacity", "We currently do not have", "aws.instance_types"),
         ("InternalError", "An internal error has occurred", "try again later"),
         ("InvalidParameterValue", "Wrong.", None),
@@ -123,8 +224,11 @@ def test_an_error_of_aws_names_the_call_and_what_to_do(code: str, said: str, hin
     failed = failure(error)
     assert failed.message.startswith(f"AWS refused ec2:RunInstances: {code}: ")
     assert "Encoded" not in failed.message
-    assert failed.tail == ("request id 4f8",)
+    encoded = ("encoded message: aGVsbG8",) if "Encoded" in said else ()
+    assert failed.tail == ("request id 4f8", *encoded)
     assert hint is None if failed.hint is None else str(hint) in failed.hint
+    # What the printed policy can't change.
+    assert ("iam-policy" in str(failed.hint)) == (str(hint).startswith("allow") or "decode" in str(hint))
     assert is_definite(error) == (code != "RequestLimitExceeded")
 
 

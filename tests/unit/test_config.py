@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -825,7 +826,7 @@ def test_what_can_not_be_read(here: Path) -> None:
     for name, reason in {
         "folder": "Is a directory",
         "missing.toml": "No such file or directory",
-        "dangling": "No such file or directory",
+        "dangling": "it is a symbolic link to .*nothing, which does not exist",
         "folder/../missing/x": "No such file or directory",
     }.items():
         with pytest.raises(UsageError, match=f"^{name} can't be read: {reason}"):
@@ -833,6 +834,24 @@ def test_what_can_not_be_read(here: Path) -> None:
         with pytest.raises(UsageError, match=f"^{name} can't be read: {reason}") as caught:
             loading.load(None, environ={"AMI_BUILDER_CONFIG": name})
         assert str(caught.value.hint).startswith("AMI_BUILDER_CONFIG names it; ")
+
+
+def test_a_file_that_is_there_but_is_none(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The shipped settings are for a folder without a file, and not for one whose file is lost.
+    monkeypatch.chdir(here)
+    file = here / "ami-builder.toml"
+    file.unlink(missing_ok=True)
+    file.symlink_to("nowhere.toml")
+    with pytest.raises(UsageError, match=r"ami-builder\.toml can't be read: .* link to nowhere\.toml"):
+        loading.load(None, environ={})
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match=r"ami-builder\.toml can't be read: Is a directory"):
+        loading.load(None, environ={})
+    file.rmdir()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match="it is a FIFO"):
+        loading.load(None, environ={})
 
 
 def test_an_unreadable_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
