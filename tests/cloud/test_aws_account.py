@@ -27,7 +27,7 @@ def test_the_account_is_the_chains(cloud: Cloud, monkeypatch: pytest.MonkeyPatch
     assert Account.open().region == REGION, "AWS_REGION goes first, as for AWS's own programs"
     monkeypatch.delenv("AWS_REGION")
     assert Account.open().region == "eu-west-3"
-    assert Account.open().identity().startswith("arn:aws:sts::123456789012:")
+    assert Account.open().identity().startswith("arn:aws:iam::123456789012:user/")
 
 
 def test_what_is_missing_is_named(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def found(image: Image) -> dict[str, Finding]:
 def test_all_is_well_and_nothing_is_made(cloud: Cloud) -> None:
     findings = found(configured())
     assert {one.state for one in findings.values()} == {State.OK}
-    assert findings["AWS account"].found.startswith("arn:aws:sts::123456789012:")
+    assert findings["AWS account"].found.startswith("arn:aws:iam::123456789012:user/")
     assert findings["AWS account"].found.endswith(f"in {REGION}")
     assert cloud.base_ami() in findings["base AMI"].found
     assert findings["network"].found == "the default VPC"

@@ -13,9 +13,6 @@ from xml.sax.saxutils import escape
 ACCOUNT = "123456789012"
 """moto's, and so everybody's here."""
 
-_KEEPS = 2000
-"""Longest value that the log of calls keeps: user data may be long."""
-
 
 class Refused(Exception):
     """What AWS would answer with an error; `status` is HTTP's."""
@@ -34,10 +31,12 @@ class ApiCall:
     region: str
     access_key: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    """As botocore names them for EC2; as they came for the others."""
+    """As botocore names them."""
     packer: bool = False
     """Whether Packer made it, the one client here that is written in Go."""
     authorised: bool = True
+    fleet_error: Refused | None = None
+    """What a fleet may not launch, which is an error in its answer."""
     outcome: str = "ok"
 
     @property
@@ -59,8 +58,11 @@ class ApiCall:
         }
 
 
-def parse(environ: Mapping[str, Any], body: bytes) -> ApiCall:
-    """Return the call that a request makes; raises Refused when it is not signed as AWS's SDKs sign."""
+def parse(environ: Mapping[str, Any], body: bytes) -> tuple[ApiCall, dict[str, str]]:
+    """Return the call that a request makes, without its parameters, and the fields of its form.
+
+    Raises Refused when it is not signed as AWS's SDKs sign.
+    """
     signed = environ.get("HTTP_AUTHORIZATION", "")
     try:
         key, _, region, service, _ = signed.partition("Credential=")[2].split(",")[0].split("/")
@@ -69,15 +71,16 @@ def parse(environ: Mapping[str, Any], body: bytes) -> ApiCall:
     packer = "aws-sdk-go" in environ.get("HTTP_USER_AGENT", "")
     target = environ.get("HTTP_X_AMZ_TARGET", "")
     if target:
+        form: dict[str, str] = {}
         action = target.rpartition(".")[2]
-        params = json.loads(body or b"{}")
     else:
-        form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
-        action = form.pop("Action", f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
-        params = {name: value[:_KEEPS] for name, value in form.items() if name != "Version"}
-    return ApiCall(
-        service=service, action=action, region=region, access_key=key, params=params, packer=packer
-    )
+        form = {
+            name: values[0]
+            for name, values in parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True).items()
+        }
+        action = form.get("Action", f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+    call = ApiCall(service=service, action=action, region=region, access_key=key, packer=packer)
+    return call, form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

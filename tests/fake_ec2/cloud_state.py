@@ -46,6 +46,10 @@ class CloudOptions:
         "There is no Spot capacity available that matches your request.",
     )
     """Code and message of a fleet's error where there is no spot capacity, as in hashicorp/packer#8740."""
+    gone_is_unauthorized: bool = False
+    """Whether what doesn't exist is refused under a tag condition, as EC2 does, before it is not found."""
+    spot_role: bool = True
+    """Whether the account has EC2's service-linked role for spot instances."""
     memory: dict[str, int] = field(default_factory=dict)
     """Instance type -> MiB, where it differs from EC2's."""
     region_prices: dict[str, str] = field(

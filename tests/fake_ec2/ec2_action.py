@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from moto.ec2.models.instances import Instance
 
+    from tests.fake_ec2.api_call import ApiCall
     from tests.fake_ec2.cloud_state import CloudState
+    from tests.fake_ec2.guard import Guard
 
 MOST = 1000
 """The largest page, and the size of those that moto would cut at 100."""
@@ -23,9 +25,9 @@ MOST = 1000
 class EC2Action(EC2Response):
     """moto's EC2, with this cloud's memory beside."""
 
-    def __init__(self, state: CloudState) -> None:
+    def __init__(self, state: CloudState, call: ApiCall, guard: Guard) -> None:
         super().__init__()
-        self.state = state
+        self.state, self.call, self.guard = state, call, guard
 
     @property
     def ec2_backend(self) -> Any:
@@ -42,6 +44,12 @@ class EC2Action(EC2Response):
             spec["ResourceType"]: {tag["Key"]: tag.get("Value", "") for tag in spec.get("Tags", [])}
             for spec in self._get_param("TagSpecifications", [])
         }
+
+    def have_spot_role(self) -> None:
+        """Make EC2's role for spot instances where there is none; raises Refused when the caller may not."""
+        if not self.state.options.spot_role:
+            self.guard.make_spot_role(self.call)
+            self.state.options.spot_role = True
 
     def instance(self, instance_id: str) -> Instance:
         """Return an instance; raises as EC2 does when there is none."""

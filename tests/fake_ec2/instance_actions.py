@@ -31,6 +31,8 @@ class InstanceActions(EC2Action):
         token = params.pop("ClientToken", "")
 
         def launched() -> list[str]:
+            if self._get_param("InstanceMarketOptions.MarketType") == "spot":
+                self.have_spot_role()
             image = self._launchable(self._get_param("ImageId"))
             self._have_capacity()
             self._of_one_architecture(image)
@@ -63,6 +65,10 @@ class InstanceActions(EC2Action):
             for place in config.get("Overrides") or [{}]:
                 about = {"LaunchTemplateAndOverrides": {"Overrides": place}, "Lifecycle": lifecycle}
                 try:
+                    if self.call.fleet_error is not None:
+                        raise self.call.fleet_error
+                    if lifecycle == "spot":
+                        self.have_spot_role()
                     made = self._one_of_fleet(template.data, place, lifecycle, asked)
                 except Refused as refused:
                     code, message = refused.code, refused.message

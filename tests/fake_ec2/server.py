@@ -38,12 +38,13 @@ from tests.fake_ec2.cloud_state import CloudOptions, CloudState, Hypervisor, bas
 from tests.fake_ec2.shim import Shim
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
     from types import TracebackType
 
     from tests.fake_ec2.faults import Faults
+    from tests.fake_ec2.guard import Enforced
     from tests.fake_ec2.hypervisor import VmHypervisor
-    from tests.fake_ec2.policy import Enforced
+    from tests.fake_ec2.policy import Document
 
 ACCESS_KEY = "AKIATESTSTESTSTESTS0"
 """The access key that may do everything; 20 characters, as moto expects."""
@@ -163,9 +164,28 @@ class Cloud:
         """Return the id of the newest Debian 13 image for amd64."""
         return base_ami(self.backend(region))
 
-    def enforce(self, document: Mapping[str, Any], access_key: str) -> Enforced:
-        """Allow calls signed with `access_key` only what the policy allows, and return what is used of it."""
-        return self._shim.guard.enforce(document, access_key)
+    def enforce(
+        self,
+        document: Document,
+        access_key: str,
+        *,
+        boundary: Document | None = None,
+        controls: Sequence[Document] = (),
+    ) -> Enforced:
+        """Allow calls signed with `access_key` only what the policies allow, and return what is used of them.
+
+        `boundary` is a permissions boundary, `controls` are an organization's service control policies.
+        """
+        return self._shim.guard.enforce(document, access_key, boundary=boundary, controls=controls)
+
+    def identify(self, access_key: str, principal: str, *, path: str = "") -> None:
+        """Let an access key belong to a user or an assumed role, by its ARN.
+
+        `path` is that of the role, such as `aws-reserved/`, which an assumed role's ARN doesn't have.
+        """
+        self._shim.guard.principals[access_key] = principal
+        if path:
+            self._shim.guard.role_paths[principal.split("/")[1]] = path
 
     def left(self, region: str = REGION) -> dict[str, list[str]]:
         """Return what the account has beside what it began with: kind -> ids, empty kinds left out."""

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from moto.core.exceptions import ServiceException
 from moto.core.request import Request
+from moto.core.responses import BaseResponse
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-from tests.fake_ec2 import other_services
+from tests.fake_ec2 import other_services, strict
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, HttpAnswer, Refused, parse, refusal
 from tests.fake_ec2.cloud_state import CloudState
 from tests.fake_ec2.faults import Fault, Faults, Rule
+from tests.fake_ec2.guard import Guard
+from tests.fake_ec2.identity_actions import Iam, Sts
 from tests.fake_ec2.image_actions import ImageActions
 from tests.fake_ec2.instance_actions import InstanceActions
-from tests.fake_ec2.policy import Guard
 from tests.fake_ec2.touched_resources import touched
 
 if TYPE_CHECKING:
@@ -36,25 +38,20 @@ class _Request(Request):
 
 
 class EC2(ImageActions, InstanceActions):
-    """One call to EC2: `prepared` reads its parameters, `performed` does it."""
+    """One call to EC2."""
 
-    @classmethod
-    def prepared(cls, state: CloudState, environ: Mapping[str, Any], body: bytes) -> EC2:
-        """Return the call that a request makes, not performed yet; raises Refused when it can't be read."""
-        call = cls(state)
-        request = _Request({**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
-        try:
-            call.setup_class(request)
-        except ServiceException as error:
-            raise Refused(error.code, error.message) from error
-        return call
 
-    def performed(self) -> HttpAnswer:
-        """Do it and return the answer; raises Refused."""
-        status, headers, body = self.call_action()
-        raw = body.encode() if isinstance(body, str) else bytes(body)
-        kind = headers.get("Content-Type", "text/xml")
-        return HttpAnswer(status=int(status), body=raw, content_type=kind, code=_error_code(raw))
+def _performed(action: BaseResponse, environ: Mapping[str, Any], body: bytes) -> HttpAnswer:
+    """Let one of moto's responses read and answer a request; raises Refused."""
+    request = _Request({**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+    try:
+        action.setup_class(request)
+    except ServiceException as error:
+        raise Refused(error.code, error.message) from error
+    status, headers, text = action.call_action()
+    raw = text.encode() if isinstance(text, str) else bytes(text)
+    kind = headers.get("Content-Type", "text/xml")
+    return HttpAnswer(status=int(status), body=raw, content_type=kind, code=_error_code(raw))
 
 
 def _error_code(body: bytes) -> str:
@@ -88,7 +85,7 @@ class Shim:
 
     def _answer(self, environ: dict[str, Any], body: bytes) -> HttpAnswer:
         try:
-            call = parse(environ, body)
+            call, form = parse(environ, body)
         except Refused as refused:
             return refusal(ApiCall(service="ec2", action="", region="", access_key=""), refused)
         with self.lock:
@@ -97,9 +94,9 @@ class Shim:
         fault = rule.fault if rule is not None else None
         try:
             _before(fault)
-            answer = self._performed(call, environ, body)
+            answer = self._performed(call, form, environ, body)
             if fault is Fault.DUPLICATED:
-                self._performed(call, environ, body)
+                self._performed(call, form, environ, body)
         except Refused as refused:
             answer = refusal(call, refused)
         except ConnectionResetError:
@@ -119,16 +116,23 @@ class Shim:
             raise ConnectionResetError(fault.value)
         return answer
 
-    def _performed(self, call: ApiCall, environ: dict[str, Any], body: bytes) -> HttpAnswer:
+    def _performed(
+        self, call: ApiCall, form: Mapping[str, str], environ: dict[str, Any], body: bytes
+    ) -> HttpAnswer:
         with self.lock:
+            call.params = strict.parsed(call.service, call.action, form, body)
             if call.service == "ec2":
-                ec2 = EC2.prepared(self.state, environ, body)
-                call.params = ec2.original_params()
-                self.guard.judge(call, ec2.ec2_backend)
+                backend = self.state.backend(ACCOUNT, call.region)
+                lenient = not self.state.options.gone_is_unauthorized
+                self.guard.judge(call, backend, lenient=lenient)
                 if call.params.get("DryRun"):
-                    raise _tried(call, ec2.ec2_backend)
-                return ec2.performed()
+                    raise _tried(call, backend)
+                return _performed(EC2(self.state, call, self.guard), environ, body)
             self.guard.judge(call, None)
+            if call.action == "SimulatePrincipalPolicy":
+                return _performed(Iam(self.guard, call), environ, body)
+            if call.service == "sts":
+                return _performed(Sts(self.guard, call), environ, body)
             if call.service == "pricing":
                 return other_services.products(call.params, self.state.options.region_prices)
             if call.service == "ssm":

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moto.ec2.models import ec2_backends
+from moto.iam.models import iam_backends
 
+from tests.fake_ec2 import arns, authorization
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, Refused
 
 NEW = "*"
@@ -26,22 +28,24 @@ _KINDS = {
     "lt": ("launch-template", "InvalidLaunchTemplateId.NotFound"),
     "sir": ("spot-instances-request", "InvalidSpotInstanceRequestID.NotFound"),
 }
-_NO_ACCOUNT = ("image", "snapshot")
 
-# Action -> what it makes, and the parameters that name what it touches.
-_EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# Action -> what it makes, and the parameters that name what it touches. Others take no resource.
+EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "RunInstances": (
         ("instance", "volume", "network-interface"),
         ("ImageId", "SubnetId", "SecurityGroupIds", "KeyName"),
     ),
     "CreateLaunchTemplate": (("launch-template",), ()),
     "DeleteLaunchTemplate": ((), ("LaunchTemplateId", "LaunchTemplateName")),
-    "CreateFleet": (("fleet", "instance", "volume", "network-interface"), ()),
+    "CreateFleet": (("fleet", "instance", "volume"), ()),
     "TerminateInstances": ((), ("InstanceIds",)),
     "StopInstances": ((), ("InstanceIds",)),
     "StartInstances": ((), ("InstanceIds",)),
     "RebootInstances": ((), ("InstanceIds",)),
     "GetConsoleOutput": ((), ("InstanceId",)),
+    "DescribeInstanceAttribute": ((), ("InstanceId",)),
+    "DescribeImageAttribute": ((), ("ImageId",)),
+    "DescribeSnapshotAttribute": ((), ("SnapshotId",)),
     "ModifyInstanceAttribute": ((), ("InstanceId",)),
     "ModifyInstanceMetadataOptions": ((), ("InstanceId",)),
     "CreateImage": (("image", "snapshot"), ("InstanceId",)),
@@ -83,10 +87,10 @@ class Touched:
     """Those that it has."""
     requested: Mapping[str, str] | None = None
     """Those that the call asks for; None when tags are no matter of this call."""
-    create_action: str = ""
-    """For ec2:CreateTags within a call that makes the resource: that call."""
-    owner: str = ""
-    public: bool | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Values of other condition keys, in lower case."""
+    by_fleet: bool = False
+    """Whether a fleet needs it for what it launches."""
     unknown: str = ""
     """The error that EC2 answers when there is no such resource; empty when there is."""
 
@@ -100,23 +104,17 @@ def touched(call: ApiCall, backend: Any) -> list[Touched]:
 
 def _ec2(call: ApiCall, backend: Any) -> Iterator[Touched]:
     name = call.name
-    if call.action not in _EC2:
-        if not call.action.startswith(("Describe", "Get", "List")):
-            raise LookupError(f"{name}: say in {__name__} what it touches")
-        yield Touched(action=name, arn="*")
+    if call.action not in EC2:
+        yield _resourceless(call)
         return
-    makes, names = _EC2[call.action]
-    asked = {
-        spec["ResourceType"]: {t["Key"]: t.get("Value", "") for t in spec.get("Tags", [])}
-        for spec in call.params.get("TagSpecifications", [])
-    }
+    makes, names = EC2[call.action]
+    asked = _asked(call.params)
     for kind in makes:
+        arn = arns.ec2(call.region, kind, NEW)
         tags = asked.get(kind, {})
-        arn = _arn(call.region, kind, NEW)
-        yield Touched(action=name, arn=arn, requested=tags)
+        yield Touched(action=name, arn=arn, requested=tags, keys=_of_the_new(kind, call.params))
         if tags:
-            # behaviour: tags-need-create-tags
-            yield Touched(action="ec2:CreateTags", arn=arn, requested=tags, create_action=call.action)
+            yield _tagged_by(call.action, arn, tags)
     of_tags = call.action in ("CreateTags", "DeleteTags")
     requested = {t["Key"]: t.get("Value", "") for t in call.params.get("Tags", [])} if of_tags else None
     for parameter in names:
@@ -126,14 +124,44 @@ def _ec2(call: ApiCall, backend: Any) -> Iterator[Touched]:
     yield from _implied(call, backend)
 
 
+def _resourceless(call: ApiCall) -> Touched:
+    """Return what a call touches that names no resource; raises LookupError when it can name one."""
+    if any(kind.required for kind in authorization.kinds(call.name).values()):
+        raise LookupError(f"{call.name}: say in {__name__} what it touches")
+    return Touched(action=call.name, arn="*")
+
+
+def _asked(params: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the tags that a call asks for, by type of resource."""
+    return {
+        spec["ResourceType"]: {t["Key"]: t.get("Value", "") for t in spec.get("Tags", [])}
+        for spec in params.get("TagSpecifications") or []
+    }
+
+
+def _tagged_by(action: str, arn: str, tags: Mapping[str, str]) -> Touched:
+    # behaviour: tags-need-create-tags
+    return Touched(action="ec2:CreateTags", arn=arn, requested=tags, keys={"ec2:createaction": action})
+
+
+def _of_the_new(kind: str, params: Mapping[str, Any]) -> dict[str, str]:
+    if kind != "instance":
+        return {}
+    found = {
+        "ec2:instancetype": params.get("InstanceType"),
+        "ec2:metadatahttptokens": (params.get("MetadataOptions") or {}).get("HttpTokens"),
+    }
+    return {key: str(value) for key, value in found.items() if value}
+
+
 def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
     """Yield what a call touches without naming it."""
     name, params = call.name, call.params
     if call.action == "RunInstances":
         if not params.get("SubnetId"):
-            yield Touched(action=name, arn=_arn(call.region, "subnet", "subnet-default"))
+            yield Touched(action=name, arn=arns.ec2(call.region, "subnet", "subnet-default"))
         if not params.get("SecurityGroupIds") and not params.get("NetworkInterfaces"):
-            yield Touched(action=name, arn=_arn(call.region, "security-group", "sg-default"))
+            yield Touched(action=name, arn=arns.ec2(call.region, "security-group", "sg-default"))
         for interface in params.get("NetworkInterfaces", []):
             for parameter in ("SubnetId", "Groups"):
                 given = interface.get(parameter) or ()
@@ -141,9 +169,7 @@ def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
                     yield _existing(name, each, parameter, call.region, backend, None)
         profile = params.get("IamInstanceProfile") or {}
         if profile.get("Name") or profile.get("Arn"):
-            # The role of a profile has the profile's name here.
-            role = profile.get("Name") or profile["Arn"].rpartition("/")[2]
-            yield Touched(action="iam:PassRole", arn=f"arn:aws:iam::{ACCOUNT}:role/{role}")
+            yield from _passed(profile.get("Name") or profile["Arn"].rpartition("/")[2], call.region)
     if call.action == "CreateFleet":
         yield from _launched_by_fleet(call, backend)
     if call.action == "CopyImage":
@@ -151,7 +177,7 @@ def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
         origin = params["SourceRegion"]
         yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
     if call.action == "CreateSecurityGroup" and not params.get("VpcId"):
-        yield Touched(action=name, arn=_arn(call.region, "vpc", "vpc-default"))
+        yield Touched(action=name, arn=arns.ec2(call.region, "vpc", "vpc-default"))
     if call.action == "DeregisterImage" and params.get("DeleteAssociatedSnapshots"):
         image = backend.amis.get(params["ImageId"])
         for mapping in image.block_device_mappings if image is not None else ():
@@ -167,19 +193,36 @@ def _launched_by_fleet(call: ApiCall, backend: Any) -> Iterator[Touched]:
         named = "LaunchTemplateId" if "LaunchTemplateId" in asked else "LaunchTemplateName"
         template = _existing(call.name, asked[named], named, call.region, backend, None)
         yield template
-        yield replace(template, action="ec2:RunInstances")
+        yield replace(template, action="ec2:RunInstances", by_fleet=True)
         if template.unknown:
             continue
         data = backend.launch_templates[template.arn.rpartition("/")[2]].default_version().data
+        # behaviour: fleet-tags-its-launches
+        for kind, tags in _asked(data).items():
+            for action in ("CreateFleet", "RunInstances"):
+                yield replace(_tagged_by(action, arns.ec2(call.region, kind, NEW), tags), by_fleet=True)
         launch = ApiCall(
             service="ec2",
             action="RunInstances",
             region=call.region,
             access_key=call.access_key,
-            # Tags that a template asks for are none of the call's.
             params={key: value for key, value in data.items() if value and key != "TagSpecifications"},
         )
-        yield from _ec2(launch, backend)
+        tagged = {kind: tags for kind, tags in _asked(data).items() if tags}
+        for it in _ec2(launch, backend):
+            kind = it.arn.split(":")[5].partition("/")[0]
+            requested = tagged.get(kind) if it.arn.endswith(f"/{NEW}") else it.requested
+            yield replace(it, by_fleet=True, requested=requested)
+
+
+def _passed(profile: str, region: str) -> Iterator[Touched]:
+    """Yield the roles that an instance profile passes; one without a role here has one of its own name."""
+    backend = iam_backends[ACCOUNT][arns.partition(region)]
+    found = next((p for p in backend.instance_profiles.values() if p.name == profile), None)
+    roles = [role.arn for role in found.roles] if found is not None else []
+    service = "ec2.amazonaws.com" + (".cn" if arns.partition(region) == "aws-cn" else "")
+    for role in roles or [arns.arn("iam", region, f"role/{profile}")]:
+        yield Touched(action="iam:PassRole", arn=role, keys={"iam:passedtoservice": service})
 
 
 def _existing(
@@ -193,20 +236,25 @@ def _existing(
     if parameter == "KeyName":
         found = backend.key_pairs.get(resource_id)
         tags = backend.tags.get(found.id, {}) if found is not None else {}
-        return Touched(action=action, arn=_arn(region, "key-pair", resource_id), tags=tags)
+        return Touched(action=action, arn=arns.ec2(region, "key-pair", resource_id), tags=tags)
     if parameter == "LaunchTemplateName":
         resource_id = backend.launch_template_name_to_ids.get(resource_id, "lt-unknown")
     kind, error = _KINDS.get(resource_id.partition("-")[0], ("", ""))
     if not kind:
         raise Refused("InvalidID", f"The ID '{resource_id}' is not valid")
     thing = _find(kind, resource_id, backend)
+    about = {
+        "ec2:owner": str(getattr(thing, "owner_id", "") or ""),
+        "ec2:public": str(getattr(thing, "is_public", "")).lower(),
+        "ec2:imageid": resource_id if kind == "image" else "",
+    }
     return Touched(
         action=action,
-        arn=_arn(region, kind, resource_id),
-        tags=dict(backend.tags.get(resource_id, {})),
+        arn=arns.ec2(region, kind, resource_id),
+        # behaviour: gone-is-unauthorized
+        tags=dict(backend.tags.get(resource_id, {})) if thing is not None else {},
         requested=requested,
-        owner=str(getattr(thing, "owner_id", "") or ""),
-        public=getattr(thing, "is_public", None),
+        keys={key: value for key, value in about.items() if value},
         unknown="" if thing is not None else error,
     )
 
@@ -242,35 +290,22 @@ def _others(call: ApiCall) -> Iterator[Touched]:
     match call.service, call.action:
         case "sts", "GetCallerIdentity":
             return
-        case "ssm", (
-            "GetParameter"
-            | "GetParameters"
-            | "GetParametersByPath"
-            | "GetParameterHistory"
-            | "PutParameter"
-            | "LabelParameterVersion"
-            | "DeleteParameter"
-        ):
+        case "ssm", _ if {"Name", "Names", "Path"} & call.params.keys():
             given = call.params.get("Names") or [call.params.get("Name") or call.params.get("Path")]
+            requested = {tag["Key"]: tag["Value"] for tag in call.params.get("Tags", [])}
             for name in given:
                 owner = "" if name.startswith("/aws/service/") else ACCOUNT
-                arn = f"arn:aws:ssm:{call.region}:{owner}:parameter/{name.lstrip('/')}"
-                yield Touched(action=call.name, arn=arn)
-                if call.params.get("Tags"):
-                    yield Touched(action="ssm:AddTagsToResource", arn=arn)
+                arn = arns.arn("ssm", call.region, f"parameter/{name.lstrip('/')}", account=owner)
+                yield Touched(action=call.name, arn=arn, requested=requested)
+                if requested:
+                    yield Touched(action="ssm:AddTagsToResource", arn=arn, requested=requested)
         case "iam", "GetInstanceProfile":
             profile = call.params["InstanceProfileName"]
-            yield Touched(action=call.name, arn=f"arn:aws:iam::{ACCOUNT}:instance-profile/{profile}")
-        case "autoscaling", "DescribeLaunchConfigurations":
-            yield Touched(action=call.name, arn="*")
-        case "ssm", ("DescribeInstanceInformation" | "DescribeParameters"):
-            yield Touched(action=call.name, arn="*")
-        case "pricing", "GetProducts":
-            yield Touched(action=call.name, arn="*")
+            yield Touched(action=call.name, arn=arns.arn("iam", call.region, f"instance-profile/{profile}"))
+        case "iam", "SimulatePrincipalPolicy":
+            yield Touched(action=call.name, arn=call.params["PolicySourceArn"])
+        case "servicequotas", "GetServiceQuota":
+            quota = f"{call.params['ServiceCode']}/{call.params['QuotaCode']}"
+            yield Touched(action=call.name, arn=arns.arn("servicequotas", call.region, quota))
         case _:
-            raise LookupError(f"{call.name}: say in {__name__} what it touches")
-
-
-def _arn(region: str, kind: str, resource_id: str) -> str:
-    owner = "" if kind in _NO_ACCOUNT else ACCOUNT
-    return f"arn:aws:ec2:{region}:{owner}:{kind}/{resource_id}"
+            yield _resourceless(call)
