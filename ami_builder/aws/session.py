@@ -180,6 +180,13 @@ class Account:
         return [one for each in filters for one in self.listed(call, key, Filters=each, **parameters)]
 
 
+def default_region() -> str:
+    """Return the region of the AWS chain (AWS_REGION, profile), without credentials; empty for none."""
+    with aws_errors():
+        found = botocore.session.get_session().get_config_variable("region")
+        return os.environ.get("AWS_REGION") or found or ""
+
+
 @contextmanager
 def prepared(prepare: Callable[[Any], None]) -> Iterator[None]:
     """Call `prepare` with each botocore session that any thread opens in this context, before its use."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ami_builder import console
-from ami_builder.aws.policy import LONGEST, Section, document
+from ami_builder.aws.policy import LONGEST, Section, document, parts, size
 from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ami_builder.build.target import Shared, Target
     from ami_builder.config.schema import AwsSettings
@@ -129,15 +130,53 @@ def iam_policy(
     image: Annotated[
         str | None,
         typer.Option(
-            "--image", metavar="IMAGE", help="Image whose region, key and instance profile the policy names."
+            "--image",
+            metavar="IMAGE",
+            help="Image whose regions, keys and instance profile the policy names.",
+        ),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--directory",
+            metavar="DIR",
+            help="Write ami-builder-1.json and so on there, each short enough for a managed policy.",
         ),
     ] = None,
 ) -> None:
-    """Print the least-privilege IAM policy for work in an AWS account."""
-    policy = document(section, load_config(TargetKind.AWS).select(image).aws)
+    """Print the least-privilege IAM policy for work in an AWS account.
+
+    It is limited to aws.region, or else to the region of AWS_REGION or the profile,
+    and to the regions of aws.copy_to and aws.subnets. Without any it allows all regions.
+    """
+    from dataclasses import replace
+
+    from ami_builder.aws.session import default_region
+
+    aws = load_config(TargetKind.AWS).select(image).aws
+    policy = document(section, replace(aws, region=aws.region or default_region()))
+    if directory is not None:
+        console.result([str(path) for path in _write(parts(policy), directory)])
+        return
     console.result(json.dumps(policy, indent=2))
-    if (size := len(json.dumps(policy, separators=(",", ":")))) > LONGEST:
+    if (characters := size(policy)) > LONGEST:
         console.note(
-            f"{size} characters, but a managed policy holds at most {LONGEST}: "
-            "print each part by its name, and attach them one by one"
+            f"{characters} characters, but a managed policy holds at most {LONGEST}: "
+            "use --directory DIR to get several, and attach all of them"
         )
+
+
+def _write(policies: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """Write numbered policies into a directory and return their paths; removes those of an earlier call."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("ami-builder-[0-9]*.json"):
+            old.unlink()
+        paths = [directory / f"ami-builder-{number}.json" for number in range(1, len(policies) + 1)]
+        for path, policy in zip(paths, policies, strict=True):
+            path.write_text(json.dumps(policy, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(
+            f"--directory {directory}: {error.strerror}", hint="name a directory that can be written to"
+        ) from error
+    return paths

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.aws import images, instances, machine, orphans, preflight, session
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.policy import LONGEST, Section, document
+from ami_builder.aws.policy import LONGEST, Section, document, parts, size
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.cli import app as cli
+from ami_builder.config.types import Destination
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.options import Connect
@@ -26,12 +29,17 @@ from tests.sample_image import image as guest_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from ami_builder.config.schema import Image
-    from tests.fake_ec2.policy import Enforced
+    from tests.fake_ec2.guard import Enforced
 
 KEY = "AKIALEASTPRIVILEGE00"
+# What `check` will read of an account.
+SETTINGS = {
+    *(f"ec2:GetEbs{what}" for what in ("EncryptionByDefault", "DefaultKmsKeyId")),
+    *("ec2:GetImageBlockPublicAccessState", "ec2:GetInstanceMetadataDefaults"),
+    *("servicequotas:GetServiceQuota", "iam:SimulatePrincipalPolicy"),
+}
 BASE = "136693071363/debian-13-amd64-########-####"
 
 
@@ -90,7 +98,7 @@ def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert list(cloud.left()["image"]) == [ami]
     assert len(cloud.left()["snapshot"]) == 1
     assert held.refused == []
-    assert held.unused == set()
+    assert held.unused == SETTINGS
 
 
 def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_checking_makes_nothing(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, c
     assert found["permissions"].state is State.STOPS
     assert "ec2:RunInstances" in found["permissions"].found
     assert "ami-builder iam-policy" in found["permissions"].hint
-    assert held.unused == set()
+    assert held.unused == SETTINGS
     enforced(cloud, monkeypatch, Section.ALL)
     found = {one.name: one for one in preflight.check(configured)}
     assert found["permissions"].state is State.OK, found["permissions"]
@@ -140,7 +148,7 @@ def test_every_call_that_is_tried_is_missed_when_it_is_not_allowed(
     found = {one.name: one for one in preflight.check(configured)}
     named = set(found["permissions"].found.partition(": ")[2].split(", "))
     allowed = {a for s in document(Section.ALL)["Statement"] for a in s["Action"] if a.startswith("ec2:")}
-    assert named == allowed - {"ec2:Describe*"}
+    assert named == allowed - {"ec2:Describe*"} - SETTINGS
 
 
 def test_nothing_of_others_can_be_touched(
@@ -193,28 +201,79 @@ def test_nothing_of_others_can_be_touched(
     assert cloud.left() == before
 
 
+EVERYTHING = {
+    "aws.region": "ap-southeast-2",
+    "aws.copy_to": "eu-west-1=arn:aws:kms:eu-west-1:123456789012:key/1-2,us-west-2",
+    "aws.source": "ssm:/aws/service/debian/release/13/latest/amd64",
+    "aws.connect": "session-manager",
+    "aws.instance_profile": "ours",
+    "aws.encrypt": "true",
+    "aws.kms_key": "alias/ours",
+    "aws.spot": "true",
+    "aws.tags": "Owner=us,CostCenter=1",
+}
+
+
 def test_a_policy_that_is_too_long_to_attach_is_said_to_be(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
-    everything = {
-        "aws.region": "ap-southeast-2",
-        "aws.copy_to": "eu-west-1=arn:aws:kms:eu-west-1:123456789012:key/1-2,us-west-2",
-        "aws.source": "ssm:/aws/service/debian/release/13/latest/amd64",
-        "aws.connect": "session-manager",
-        "aws.instance_profile": "ours",
-        "aws.encrypt": "true",
-        "aws.kms_key": "alias/ours",
-        "aws.spot": "true",
-    }
-    flags = [part for key, value in everything.items() for part in ("--set", f"{key}={value}")]
+    flags = [part for key, value in EVERYTHING.items() for part in ("--set", f"{key}={value}")]
     sizes = {}
     for settings, section in [((), "all"), *((flags, section) for section in Section)]:
         assert cli.run([*settings, "iam-policy", section]) == 0
         printed, said = capsys.readouterr()
         sizes[len(settings), section] = size = len("".join(printed.split()))
-        assert (str(LONGEST) in said) is (size > LONGEST), section
-    assert [which for which, size in sizes.items() if size > LONGEST] == [(len(flags), Section.ALL)]
+        assert (str(LONGEST) in said and "--directory" in said) is (size > LONGEST), section
+    assert sizes[0, "all"] < LONGEST
+    assert sizes[len(flags), Section.ALL] > LONGEST
+
+
+def test_a_long_policy_is_written_in_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
+    to = tmp_path / "policies"
+    to.mkdir()
+    (to / "ami-builder-99.json").write_text("of an earlier call")
+    flags = [part for key, value in EVERYTHING.items() for part in ("--set", f"{key}={value}")]
+    assert cli.run([*flags, "iam-policy", "--directory", str(to)]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert paths == [to / f"ami-builder-{number}.json" for number in range(1, len(paths) + 1)]
+    assert sorted(to.iterdir()) == paths
+    assert len(paths) == 2
+    (to / "file").write_text("")
+    assert cli.run([*flags, "iam-policy", "--directory", str(to / "file")]) == 2
+
+
+@pytest.mark.parametrize("count", [1, 40, 100])
+def test_parts_fit_for_any_number_of_regions_and_keys(configured: Image, count: int) -> None:
+    names = [f"xx-region-{number}" for number in range(count)]
+    aws = replace(
+        configured.aws,
+        region="us-east-1",
+        copy_to=tuple(
+            Destination(region=name, kms_key=f"arn:aws:kms:{name}:123456789012:key/{'1' * 36}")
+            for name in names
+        ),
+        connect=Connect.SESSION_MANAGER,
+        instance_profile="ours",
+        spot=True,
+    )
+    whole = document(Section.ALL, aws)
+    divided = parts(whole)
+    assert all(size(one) <= LONGEST for one in divided)
+    sids = [statement["Sid"] for one in divided for statement in one["Statement"]]
+    assert len(set(sids)) == len(sids)
+
+    def granted(policies: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+        return {
+            (action, arn, json.dumps(s.get("Condition", {}), sort_keys=True))
+            for one in policies for s in one["Statement"] for action in s["Action"] for arn in s["Resource"]
+        }  # fmt: skip
+
+    if count < 100:
+        assert granted(divided) == granted([whole])
 
 
 def _fleet(account: Account, template: str) -> object:
@@ -245,7 +304,7 @@ def test_what_settings_need_is_added(configured: Image) -> None:
     assert added <= set(sids)
     arns = [arn for s in narrow["Statement"] for arn in s["Resource"] if arn != "*"]
     assert all(arn.startswith("arn:aws-cn:") for arn in arns)
-    assert "arn:aws-cn:ssm:cn-north-1::parameter/aws/service/debian/release/13/latest/amd64" in arns
+    assert "arn:aws-cn:ssm:*::parameter/aws/service/debian/release/13/latest/amd64" in arns
     plain = [statement["Sid"] for statement in document(Section.ALL, configured.aws)["Statement"]]
     assert not added & set(plain)
     exact = replace(aws, kms_key="arn:aws-cn:kms:cn-north-1:123456789012:key/1-2")

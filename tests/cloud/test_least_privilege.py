@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ami_builder.config.schema import Image
     from ami_builder.verify.machine import Machine
-    from tests.fake_ec2.policy import Enforced
+    from tests.fake_ec2.guard import Enforced
     from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"
