@@ -30,9 +30,9 @@ _INSTALL = (
 # The Pricing API has endpoints in a few regions only; each has the prices of all regions.
 _PRICING_REGION = "us-east-1"
 # Prices in us-east-1. Other regions differ by a few cents, which hardly counts next to the instance.
-_GP3_GIB_MONTH = 0.08
-_SNAPSHOT_GIB_MONTH = 0.05
-_HOURS_A_MONTH = 730.0
+GP3_GIB_MONTH = 0.08
+SNAPSHOT_GIB_MONTH = 0.05
+HOURS_A_MONTH = 730.0
 
 
 def check(image: Image) -> Iterator[Finding]:
@@ -270,8 +270,8 @@ def _cost(account: Account, image: Image, disk: int) -> str | Finding:
         if (price := hourly_price(account, kind)) is None:
             text = "unknown: the Pricing API returned no price to these credentials"
             return Finding(name="cost", state=State.NOTE, found=text)
-        run += seconds / 3600 * (price + size / _GIB * _GP3_GIB_MONTH / _HOURS_A_MONTH)
-    kept = disk / _GIB * _SNAPSHOT_GIB_MONTH
+        run += seconds / 3600 * (price + size / _GIB * GP3_GIB_MONTH / HOURS_A_MONTH)
+    kept = disk / _GIB * SNAPSHOT_GIB_MONTH
     return f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI"
 
 

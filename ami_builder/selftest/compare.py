@@ -1,0 +1,263 @@
+"""An account's recording against the loopback cloud's: a row for each call, and what differs. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
+
+from ami_builder.selftest.recording import OK, Behaviour, Recording
+
+FILE = "recorded.json"
+"""What the loopback cloud does, beside this module; `python -m tests.selftest.record` writes it."""
+
+SOMETIMES = {
+    "ec2:ModifyInstanceMetadataOptions": "only with Packer 1.6.6",
+    "ec2:DescribeSubnets": "only with aws.subnets",
+    "ec2:DescribeVpcs": "only without aws.subnets",
+    "ssm:GetParameter": "for the base AMI only with aws.source = ssm:…",
+}
+"""Calls that depend on settings, or on Packer, each with the reason."""
+
+_MANY_MORE = 10
+_PAUSE = 20
+
+
+class Kind(StrEnum):
+    """How an account and the loopback cloud differ."""
+
+    UNEXPECTED = "not expected"
+    NOT_CALLED = "expected, not called"
+    OUTCOME = "another outcome"
+    COUNT = "another number of calls"
+    FACTS = "another answer"
+    STATES = "states in another order"
+    MISSING = "fields missing"
+    # What follows is listed, but fails nothing.
+    MORE_STATES = "more states"
+    MORE_FIELDS = "additional fields"
+    LATE = "not found at first"
+    POLLS = "many more polls"
+    RETRIED = "repeated by botocore"
+    SOMETIMES = "depends on settings"
+
+    @property
+    def matters(self) -> bool:
+        """Whether our code may do something else in the account than it does in the tests."""
+        return self not in _NOTED
+
+
+_NOTED = frozenset({Kind.MORE_STATES, Kind.MORE_FIELDS, Kind.LATE, Kind.POLLS, Kind.RETRIED, Kind.SOMETIMES})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One difference."""
+
+    step: str
+    """Empty for the fields of an answer, which are compared over all steps."""
+    call: str
+    kind: Kind
+    account: str
+    cloud: str
+
+    @property
+    def text(self) -> str:
+        """The difference with both sides, for a cell of a table."""
+        return f"{self.kind}: AWS {self.account or 'nothing'} / loopback {self.cloud or 'nothing'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """All calls of one action in one step, on both sides."""
+
+    step: str
+    call: str
+    account: Behaviour | None
+    cloud: Behaviour | None
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """All rows, in the order of the calls, and the differences of the answers' fields."""
+
+    credentials: str
+    """The kind of credentials whose recording is nearest."""
+    rows: tuple[Row, ...]
+    fields: tuple[Difference, ...]
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """All differences, the rows' first."""
+        return (*(one for row in self.rows for one in row.differences), *self.fields)
+
+    @property
+    def matters(self) -> tuple[Difference, ...]:
+        """The differences that fail the selftest."""
+        return tuple(one for one in self.differences if one.kind.matters)
+
+
+def recorded() -> Mapping[str, Recording]:
+    """Return what the loopback cloud does, by kind of credentials."""
+    return load((resources.files(__package__) / FILE).read_text(encoding="utf-8"))
+
+
+def compare(account: Recording, clouds: Mapping[str, Recording], steps: Sequence[str]) -> Comparison:
+    """Compare with the nearest recording, in the steps that were completed.
+
+    EC2's answers about what does not exist depend on the permissions of the credentials, so there is a
+    recording for each kind.
+    """
+    every = [_compare(account, cloud, steps, name) for name, cloud in clouds.items()]
+    return min(every, key=lambda one: len(one.matters))
+
+
+def _compare(account: Recording, cloud: Recording, steps: Sequence[str], credentials: str) -> Comparison:
+    ours = {(one.step, one.call): one for one in account.behaviours if one.step in steps}
+    theirs = {(one.step, one.call): one for one in cloud.behaviours if one.step in steps}
+    ordered = sorted({**ours, **theirs}, key=lambda key: steps.index(key[0]))
+    rows = [
+        Row(
+            step=step,
+            call=call,
+            account=ours.get((step, call)),
+            cloud=theirs.get((step, call)),
+            differences=tuple(_differences(step, call, ours.get((step, call)), theirs.get((step, call)))),
+        )
+        for step, call in ordered
+    ]
+    called = {one.call for one in ours.values()} & {one.call for one in theirs.values()}
+    fields = [
+        one
+        for call in sorted(called)
+        for one in _fields(call, account.fields.get(call, frozenset()), cloud.fields.get(call, frozenset()))
+    ]
+    return Comparison(credentials=credentials, rows=tuple(rows), fields=tuple(fields))
+
+
+def _differences(
+    step: str, call: str, ours: Behaviour | None, theirs: Behaviour | None
+) -> Iterator[Difference]:
+    def difference(kind: Kind, account: object, cloud: object) -> Difference:
+        return Difference(step=step, call=call, kind=kind, account=str(account), cloud=str(cloud))
+
+    if ours is None or theirs is None:
+        if call in SOMETIMES:
+            yield difference(Kind.SOMETIMES, summary(ours), f"{summary(theirs)} ({SOMETIMES[call]})".strip())
+        elif ours is not None:
+            yield difference(Kind.UNEXPECTED, summary(ours), "")
+        else:
+            yield difference(Kind.NOT_CALLED, "", summary(theirs))
+        return
+    if ours.outcomes.keys() != theirs.outcomes.keys():
+        late = ours.reads and OK in ours.outcomes and OK in theirs.outcomes and _only_missing(ours, theirs)
+        yield difference(Kind.LATE if late else Kind.OUTCOME, _outcomes(ours), _outcomes(theirs))
+    elif not ours.reads and ours.outcomes != theirs.outcomes:
+        yield difference(Kind.COUNT, _outcomes(ours), _outcomes(theirs))
+    if ours.facts != theirs.facts:
+        names = [name for name in {**theirs.facts, **ours.facts} if _differ(name, ours, theirs)]
+        yield difference(Kind.FACTS, _facts(ours, names), _facts(theirs, names))
+    if ours.states != theirs.states:
+        known = iter(ours.states)
+        same_order = all(state in known for state in theirs.states)
+        yield difference(
+            Kind.MORE_STATES if same_order else Kind.STATES, _states(ours.states), _states(theirs.states)
+        )
+    if ours.reads and ours.calls >= max(_MANY_MORE * theirs.calls, _PAUSE):
+        yield difference(Kind.POLLS, f"{ours.calls} in {ours.seconds:.0f} s", theirs.calls)
+    if ours.retries:
+        yield difference(Kind.RETRIED, ours.retries, "")
+
+
+def _only_missing(ours: Behaviour, theirs: Behaviour) -> bool:
+    """Return whether outcomes differ only in what was not found, as what was just made may be."""
+    return all("NotFound" in code for code in ours.outcomes.keys() ^ theirs.outcomes.keys())
+
+
+def _differ(name: str, ours: Behaviour, theirs: Behaviour) -> bool:
+    return ours.facts.get(name) != theirs.facts.get(name)
+
+
+def _fields(call: str, ours: frozenset[str], theirs: frozenset[str]) -> Iterator[Difference]:
+    if not ours or not theirs:
+        return  # another outcome, which is reported as such
+    for kind, more, less in ((Kind.MISSING, theirs, ours), (Kind.MORE_FIELDS, ours, theirs)):
+        if names := sorted(more - less):
+            sides = ("", ", ".join(names)) if kind is Kind.MISSING else (", ".join(names), "")
+            yield Difference(step="", call=call, kind=kind, account=sides[0], cloud=sides[1])
+
+
+def summary(one: Behaviour | None) -> str:
+    """Return outcomes, states and facts in a few words."""
+    if one is None:
+        return ""
+    parts = (_outcomes(one), _states(one.states), _facts(one, list(one.facts)))
+    return "; ".join(part for part in parts if part)
+
+
+def _outcomes(one: Behaviour) -> str:
+    return ", ".join(f"{count} × {code}" if count > 1 else code for code, count in one.outcomes.items())
+
+
+def _states(states: Sequence[str]) -> str:
+    return " → ".join(states)
+
+
+def _facts(one: Behaviour, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} = {json.dumps(one.facts.get(name))}" for name in names)
+
+
+def dump(recordings: Mapping[str, Recording]) -> str:
+    """Return recordings of the loopback cloud as the text of a file, one behaviour a line.
+
+    Times are left out: on loopback they say nothing.
+    """
+    fields: dict[str, set[str]] = {}
+    for each in recordings.values():
+        for call, names in each.fields.items():
+            fields.setdefault(call, set()).update(names)
+    lines = ["{", ' "fields": {']
+    lines += [
+        ",\n".join(f"  {json.dumps(call)}: {json.dumps(sorted(fields[call]))}" for call in sorted(fields))
+    ]
+    lines += [" }"]
+    for name, recording in recordings.items():
+        lines[-1] += ","
+        lines += [f" {json.dumps(name)}: ["]
+        lines += [",\n".join(f"  {json.dumps(_plain(one))}" for one in recording.behaviours)]
+        lines += [" ]"]
+    return "\n".join([*lines, "}", ""])
+
+
+def _plain(one: Behaviour) -> Mapping[str, object]:
+    found: dict[str, object] = {"step": one.step, "call": one.call, "outcomes": dict(one.outcomes)}
+    if one.states:
+        found["states"] = list(one.states)
+    if one.facts:
+        found["facts"] = dict(one.facts)
+    return found
+
+
+def load(text: str) -> Mapping[str, Recording]:
+    """Return the recordings in a file's text."""
+    whole = json.loads(text)
+    fields = {call: frozenset(names) for call, names in whole.pop("fields").items()}
+    return {
+        name: Recording(
+            behaviours=tuple(
+                Behaviour(
+                    step=one["step"],
+                    call=one["call"],
+                    outcomes=one["outcomes"],
+                    states=tuple(one.get("states", ())),
+                    facts=one.get("facts", {}),
+                )
+                for one in behaviours
+            ),
+            fields=fields,
+        )
+        for name, behaviours in whole.items()
+    }

@@ -1,0 +1,1 @@
+"""The selftest against the cloud on loopback, and against one that differs on purpose."""
