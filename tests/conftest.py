@@ -20,7 +20,7 @@ from hypothesis import settings
 from ami_builder.state.workspace import Workspace
 
 HERE = Path(__file__).parent
-FOLDERS = {"vm": "vm", "cloud": "cloud", "fake_ec2": "cloud"}
+FOLDERS = {"vm": "vm", "cloud": "cloud", "fake_ec2": "cloud", "selftest": "cloud"}
 """The marker of all tests in a folder."""
 TIERS = {"fast": ("vm", "long", "cloud"), "journey": ("vm", "long"), "all": ()}
 """Which markers a tier leaves out; the first that applies counts."""

@@ -246,7 +246,8 @@ def aws_errors(service: str = "ec2", *, ignore: str = "") -> Iterator[None]:
 def failure(error: ClientError, service: str = "ec2") -> CloudFailed:
     """Return an AWS error as CloudFailed."""
     code = code_of(error)
-    text = error.response.get("Error", {}).get("Message", "")
+    # botocore has None for an empty element.
+    text = error.response.get("Error", {}).get("Message") or ""
     request = error.response.get("ResponseMetadata", {}).get("RequestId", "")
     call = f"{service}:{error.operation_name}"
     message, encoded = hints.without_encoded(text)

@@ -77,9 +77,7 @@ def selftest(
     with console.open_progress(mode()) as progress, progress.step("plan"):
         account = Account.open(chosen.aws.region)
         whole = planning.plan(account, own, assume_hourly)
-    for_people = not (as_json and apply)
-    if for_people:
-        _print_plan(whole, spend, as_json=as_json, apply=apply)
+    _print_plan(whole, spend, as_json=as_json and not apply, apply=apply)
     budget = Budget(spend=spend)
     first = next(step for step in whole.steps if step.most)
     budget.require(first.part, first.cost)
@@ -115,7 +113,6 @@ def _print_plan(plan: Plan, spend: float, *, as_json: bool, apply: bool) -> None
             for one in plan.steps
         ]
         console.result_json({"applied": False, "plan": steps, "most_usd": round(plan.most, 4)})
-        return
     rows = [
         (one.part, one.text, ", ".join(one.regions), " or ".join(one.instance_types), f"{one.most:.2f} USD")
         for one in plan.steps
@@ -124,7 +121,7 @@ def _print_plan(plan: Plan, spend: float, *, as_json: bool, apply: bool) -> None
     if apply:
         for row in rows:
             console.note(": ".join(part for part in row if part))
-    else:
+    elif not as_json:
         console.table(("step", "what", "where", "on", "at most"), rows)
     console.note(f"image {plan.image.name}; at most {plan.most:.2f} USD, {spend:.2f} may be spent")
     if len(plan.regions) == 1:
@@ -144,7 +141,7 @@ def _run(plan: Plan, budget: Any, identity: str, *, as_json: bool) -> None:
         own = replace(user, state=run.directory / "workspace")
         result = Selftest(plan=plan, workspace=own, budget=budget, progress=progress).run()
         run.update(steps=progress.steps)
-    comparison = compare.compare(result.recording, compare.recorded(), result.steps)
+    comparison = compare.compare(result.recording, compare.recorded(), result.steps, result.unfinished)
     if as_json:
         console.result_json({"applied": True, **_as_json(result, comparison)})
     else:

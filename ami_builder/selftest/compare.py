@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 
-from ami_builder.selftest.recording import OK, Behaviour, Recording
+from ami_builder.selftest.recording import ELSEWHERE, OK, Behaviour, Recording
 
 FILE = "recorded.json"
 """What the loopback cloud does, beside this module; `python -m tests.selftest.record` writes it."""
@@ -26,7 +26,7 @@ _PAUSE = 20
 
 
 class Kind(StrEnum):
-    """How an account and the loopback cloud differ."""
+    """How an account and the test cloud differ."""
 
     UNEXPECTED = "not expected"
     NOT_CALLED = "expected, not called"
@@ -66,7 +66,7 @@ class Difference:
     @property
     def text(self) -> str:
         """The difference with both sides, for a cell of a table."""
-        return f"{self.kind}: AWS {self.account or 'nothing'} / loopback {self.cloud or 'nothing'}"
+        return f"{self.kind}: AWS {self.account or 'nothing'} / test cloud {self.cloud or 'nothing'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,31 +105,49 @@ def recorded() -> Mapping[str, Recording]:
     return load((resources.files(__package__) / FILE).read_text(encoding="utf-8"))
 
 
-def compare(account: Recording, clouds: Mapping[str, Recording], steps: Sequence[str]) -> Comparison:
-    """Compare with the nearest recording, in the steps that were completed.
+def compare(
+    account: Recording, clouds: Mapping[str, Recording], steps: Sequence[str], unfinished: Sequence[str] = ()
+) -> Comparison:
+    """Compare with the nearest recording, in the steps that were completed and the `unfinished` ones.
+
+    Calls that an unfinished step did not come to are no difference.
 
     EC2's answers about what does not exist depend on the permissions of the credentials, so there is a
     recording for each kind.
     """
-    every = [_compare(account, cloud, steps, name) for name, cloud in clouds.items()]
+    every = [_compare(account, cloud, steps, unfinished, name) for name, cloud in clouds.items()]
     return min(every, key=lambda one: len(one.matters))
 
 
-def _compare(account: Recording, cloud: Recording, steps: Sequence[str], credentials: str) -> Comparison:
-    ours = {(one.step, one.call): one for one in account.behaviours if one.step in steps}
+def _compare(
+    account: Recording, cloud: Recording, steps: Sequence[str], unfinished: Sequence[str], credentials: str
+) -> Comparison:
+    known = [*steps, *unfinished]
+    ours = {(one.step, one.call): one for one in account.behaviours if one.step in known}
     theirs = {(one.step, one.call): one for one in cloud.behaviours if one.step in steps}
-    ordered = sorted({**ours, **theirs}, key=lambda key: steps.index(key[0]))
+    theirs |= {
+        (one.step, one.call): one
+        for one in cloud.behaviours
+        if one.step in unfinished and (one.step, one.call) in ours
+    }
+    if not any(one.call.endswith(ELSEWHERE) for one in ours.values()):
+        theirs = {key: one for key, one in theirs.items() if not one.call.endswith(ELSEWHERE)}
+    ordered = sorted({**ours, **theirs}, key=lambda key: known.index(key[0]))
     rows = [
         Row(
             step=step,
             call=call,
             account=ours.get((step, call)),
             cloud=theirs.get((step, call)),
-            differences=tuple(_differences(step, call, ours.get((step, call)), theirs.get((step, call)))),
+            differences=tuple(
+                _differences(
+                    step, call, ours.get((step, call)), theirs.get((step, call)), whole=step in steps
+                )
+            ),
         )
         for step, call in ordered
     ]
-    called = {one.call for one in ours.values()} & {one.call for one in theirs.values()}
+    called = {one.action for one in ours.values()} & {one.action for one in theirs.values()}
     fields = [
         one
         for call in sorted(called)
@@ -139,18 +157,22 @@ def _compare(account: Recording, cloud: Recording, steps: Sequence[str], credent
 
 
 def _differences(
-    step: str, call: str, ours: Behaviour | None, theirs: Behaviour | None
+    step: str, call: str, ours: Behaviour | None, theirs: Behaviour | None, *, whole: bool
 ) -> Iterator[Difference]:
     def difference(kind: Kind, account: object, cloud: object) -> Difference:
         return Difference(step=step, call=call, kind=kind, account=str(account), cloud=str(cloud))
 
     if ours is None or theirs is None:
-        if call in SOMETIMES:
-            yield difference(Kind.SOMETIMES, summary(ours), f"{summary(theirs)} ({SOMETIMES[call]})".strip())
+        if why := SOMETIMES.get(call.removesuffix(ELSEWHERE)):
+            yield difference(Kind.SOMETIMES, summary(ours), f"{summary(theirs)} ({why})".strip())
         elif ours is not None:
             yield difference(Kind.UNEXPECTED, summary(ours), "")
         else:
             yield difference(Kind.NOT_CALLED, "", summary(theirs))
+        return
+    if not whole:
+        if ours.outcomes.keys() - theirs.outcomes.keys():
+            yield difference(Kind.OUTCOME, _outcomes(ours), _outcomes(theirs))
         return
     if ours.outcomes.keys() != theirs.outcomes.keys():
         late = ours.reads and OK in ours.outcomes and OK in theirs.outcomes and _only_missing(ours, theirs)
@@ -227,7 +249,10 @@ def dump(recordings: Mapping[str, Recording]) -> str:
     for name, recording in recordings.items():
         lines[-1] += ","
         lines += [f" {json.dumps(name)}: ["]
-        lines += [",\n".join(f"  {json.dumps(_plain(one))}" for one in recording.behaviours)]
+        # Regions are worked on side by side: the order of their calls says nothing.
+        steps = list(dict.fromkeys(one.step for one in recording.behaviours))
+        ordered = sorted(recording.behaviours, key=lambda one: (steps.index(one.step), one.call))
+        lines += [",\n".join(f"  {json.dumps(_plain(one))}" for one in ordered)]
         lines += [" ]"]
     return "\n".join([*lines, "}", ""])
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from ami_builder.aws import source_ami
+from ami_builder.aws import source_ami, tags
 from ami_builder.aws.images import GIB
 from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image, LifecycleSettings
-from ami_builder.config.types import Destination
+from ami_builder.config.types import Destination, Tag
 from ami_builder.selftest import budget
 from ami_builder.selftest.budget import FREE, Cost
 
 PREFIX = "selftest-"
-"""How the image names of selftests begin. Everything that one makes is tagged with its image's name."""
+"""How the image names of selftests begin."""
+FENCE = f"{tags.PREFIX}selftest"
+"""The tag of everything that selftests make, from the call that makes it; its value is the image's name."""
 CHANNEL = "testing"
 _MARGIN_SECONDS = 15 * 60.0
 
@@ -86,6 +88,7 @@ def selftest_image(image: Image, name: str, destination: Destination | None) -> 
             image.aws,
             spot=False,
             lifetime=lifetime,
+            tags=(*image.aws.tags, Tag(key=FENCE, value=name)),
             copy_to=(destination,) if destination else (),
             share_with=(),
         ),

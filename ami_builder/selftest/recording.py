@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jmespath
 
 OK = "ok"
+ELSEWHERE = " elsewhere"
+"""The end of the name of a call in another region than the one where the AMI is baked."""
 NO_ANSWER = "no answer"
+_REGIONAL = frozenset({"autoscaling", "ec2", "ssm"})
 _UNREADABLE = "unreadable"
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9]*(\.[A-Za-z0-9]+){0,3}")
 _STATE = re.compile(r"[a-z][a-z-]{1,30}")
@@ -41,7 +44,7 @@ class Behaviour:
 
     step: str
     call: str
-    """Such as `ec2:DescribeImages`."""
+    """Such as `ec2:DescribeImages`, or `ec2:DescribeImages elsewhere`."""
     outcomes: Mapping[str, int]
     """`ok` or an error code -> number of calls."""
     states: tuple[str, ...] = ()
@@ -54,6 +57,11 @@ class Behaviour:
     """From the first call to the end of the last."""
     retries: int = 0
     """Attempts that botocore repeated."""
+
+    @property
+    def action(self) -> str:
+        """The call, wherever it was made."""
+        return self.call.removesuffix(ELSEWHERE)
 
     @property
     def calls(self) -> int:
@@ -85,10 +93,22 @@ class _Counted:
     retries: int = 0
 
 
-class Recorder:
-    """Records the calls of botocore sessions; calls belong to the step that is current when they begin."""
+class _Begun(NamedTuple):
+    step: str
+    at: float
+    single: bool
+    """Whether the call names just one resource."""
+    elsewhere: str
 
-    def __init__(self) -> None:
+
+class Recorder:
+    """Records the calls of botocore sessions; calls belong to the step that is current when they begin.
+
+    `home` is the region that the AMI is baked in.
+    """
+
+    def __init__(self, home: str) -> None:
+        self._home = home
         self._lock = threading.Lock()
         self._step = ""
         self._counted: dict[tuple[str, str], _Counted] = {}
@@ -132,7 +152,7 @@ class Recorder:
                 for (step, call), one in self._counted.items()
                 if steps is None or step in steps
             )
-            made = {one.call for one in behaviours}
+            made = {one.action for one in behaviours}
             fields = {call: frozenset(found) for call, found in self._fields.items() if call in made}
         return Recording(behaviours=behaviours, fields=fields)
 
@@ -140,47 +160,42 @@ class Recorder:
         # The parameters themselves stay where they are.
         ids = [value for key, value in params.items() if key.endswith(("Ids", "Id"))]
         one = not ids or all(not isinstance(value, list) or len(value) == 1 for value in ids)
-        context[_CONTEXT] = (self._step, time.monotonic(), bool(ids) and one)
+        elsewhere = ELSEWHERE if context.get("client_region") != self._home else ""
+        context[_CONTEXT] = _Begun(self._step, time.monotonic(), bool(ids) and one, elsewhere)
 
     def _answered(self, *, parsed: Any, model: Any, context: dict[str, Any], **_: object) -> None:
-        code = parsed.get("Error", {}).get("Code")
+        begun = context[_CONTEXT]
+        service, code = model.service_model.signing_name, parsed.get("Error", {}).get("Code")
+        call, retries = f"{service}:{model.name}", int(parsed["ResponseMetadata"].get("RetryAttempts", 0))
         if code is not None:
-            code = code if _CODE.fullmatch(str(code)) else _UNREADABLE
-        retries = int(parsed.get("ResponseMetadata", {}).get("RetryAttempts", 0))
-        self._count(model, context, code or OK, parsed if code is None else None, retries)
+            self._add(call, begun, code if _CODE.fullmatch(str(code)) else _UNREADABLE, retries=retries)
+            return
+        found = set(_fields(model.output_shape, parsed)) if model.output_shape is not None else set()
+        with self._lock:
+            self._fields.setdefault(call, set()).update(found)
+        states: Sequence[str] = ()
+        if model.name in _STATES and (begun.single or not model.name.startswith("Describe")):
+            named = _STATES[model.name].search(parsed) or ()
+            states = [one for one in named if _STATE.fullmatch(str(one))]
+        self._add(call, begun, OK, states, retries)
 
     def _unanswered(self, *, context: dict[str, Any], event_name: str, **more: object) -> None:
         del more
         _, service, action = event_name.split(".")
-        step, began, _ = context.get(_CONTEXT, ("", time.monotonic(), False))
-        self._add(step, f"{service}:{action}", began, NO_ANSWER, (), 0)
-
-    def _count(
-        self, model: Any, context: dict[str, Any], outcome: str, parsed: Any | None, retries: int
-    ) -> None:
-        step, began, single = context.get(_CONTEXT, ("", time.monotonic(), False))
-        call = f"{model.service_model.signing_name}:{model.name}"
-        states: Sequence[str] = ()
-        if parsed is not None:
-            if model.output_shape is not None:
-                found = set(_fields(model.output_shape, parsed))
-                with self._lock:
-                    self._fields.setdefault(call, set()).update(found)
-            if model.name in _STATES and (single or not model.name.startswith("Describe")):
-                named = _STATES[model.name].search(parsed) or ()
-                states = [one for one in named if _STATE.fullmatch(str(one))]
-        self._add(step, call, began, outcome, states, retries)
+        self._add(f"{service}:{action}", context[_CONTEXT], NO_ANSWER)
 
     def _add(
-        self, step: str, call: str, began: float, outcome: str, states: Sequence[str], retries: int
+        self, call: str, begun: _Begun, outcome: str, states: Sequence[str] = (), retries: int = 0
     ) -> None:
         now = time.monotonic()
+        if call.partition(":")[0] in _REGIONAL:
+            call += begun.elsewhere
         with self._lock:
-            one = self._counted.setdefault((step, call), _Counted(began))
+            one = self._counted.setdefault((begun.step, call), _Counted(begun.at))
             one.ended = now
             one.outcomes[outcome] += 1
             one.states.update(dict.fromkeys(states))
-            one.longest = max(one.longest, now - began)
+            one.longest = max(one.longest, now - begun.at)
             one.retries += retries
 
 

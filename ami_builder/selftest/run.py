@@ -1,6 +1,6 @@
 """Run a selftest: each step with the code of its command, every call recorded, everything removed at the end.
 
-Only what carries the tag of the selftest's own image, or of its own runs, is ever changed or removed.
+Only what has the selftest's own tag (`plan.FENCE`) or is a run's of it is ever changed or removed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from ami_builder.aws import gc, images, network, orphans, tags
@@ -27,7 +28,7 @@ from ami_builder.core.orphans import Resource
 from ami_builder.core.records import State
 from ami_builder.selftest import probes, probing
 from ami_builder.selftest.budget import Budget
-from ami_builder.selftest.plan import CHANNEL, Part, Plan, PlannedStep
+from ami_builder.selftest.plan import CHANNEL, FENCE, Part, Plan, PlannedStep
 from ami_builder.selftest.probing import Probe
 from ami_builder.selftest.recording import Recorder, Recording
 from ami_builder.state.ledger import FILE as LEDGER
@@ -37,6 +38,12 @@ from ami_builder.state.workspace import StoredImage, Workspace
 _COPY_SECONDS = 3600.0
 _GONE_SECONDS = 120.0
 _REASON = "selftest"
+_OLD = timedelta(hours=6)
+_PROBES = {
+    Part.PROBES: [name for one in probes.WITHOUT_AMI for name in one.steps()],
+    Part.PROBES_OF_AMI: [name for one in probes.WITH_AMI for name in one.steps()],
+}
+"""The steps under which the calls of probes are recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,8 @@ class Result:
     """The steps that were completed, as their calls are recorded: each call of a probe is one."""
     parts: tuple[Part, ...]
     """The parts that were completed."""
+    unfinished: tuple[str, ...]
+    """The names under which the calls of the step are recorded that was not completed."""
     spent: float
     """The most that it can have cost, in US dollars."""
     remnants: tuple[Remnant, ...]
@@ -75,7 +84,7 @@ class Selftest:
     progress: Progress
     patience: float = 1.0
     """Scales its own waits."""
-    recorder: Recorder = field(default_factory=Recorder, init=False)
+    recorder: Recorder = field(init=False)
     _home: AwsTarget = field(init=False)
     _first: StoredImage = field(init=False)
     _second: StoredImage = field(init=False)
@@ -93,15 +102,19 @@ class Selftest:
         """
         steps: list[str] = []
         parts: list[Part] = []
+        unfinished: Sequence[str] = ()
         error: AmiBuilderError | None = None
         remnants: tuple[Remnant, ...] = ()
         self.workspace.ensure()
+        self.recorder = Recorder(self.plan.regions[0])
         with prepared(self.recorder.attach):
             self._home = AwsTarget.open(self.image, self.workspace)
             try:
                 for step in self.plan.steps[:-1]:
                     self.budget.require(step.part, step.cost)
-                    steps += self._do(step)
+                    unfinished = [step.part, *_PROBES.get(step.part, ())]
+                    self._do(step)
+                    steps, unfinished = [*steps, *unfinished], ()
                     parts.append(step.part)
             except AmiBuilderError as failed:
                 error = failed
@@ -112,17 +125,18 @@ class Selftest:
             steps.append(Part.CLEAN_UP)
             parts.append(Part.CLEAN_UP)
         return Result(
-            recording=self.recorder.recording(steps),
+            recording=self.recorder.recording([*steps, *unfinished]),
             steps=tuple(steps),
+            unfinished=tuple(unfinished),
             parts=tuple(parts),
             spent=self.budget.spent,
             remnants=remnants,
             error=error,
         )
 
-    def _do(self, step: PlannedStep) -> Sequence[str]:
-        """Do one step, count its cost, and return the names under which its calls are recorded."""
-        acts: Mapping[Part, Callable[[], Sequence[str] | None]] = {
+    def _do(self, step: PlannedStep) -> None:
+        """Do one step, and count its cost."""
+        acts: Mapping[Part, Callable[[], None]] = {
             Part.CHECK: self._check,
             Part.PROBES: lambda: self._probe(probes.WITHOUT_AMI),
             Part.BAKE: self._bake,
@@ -140,11 +154,10 @@ class Selftest:
         began, done = time.monotonic(), False
         try:
             with self.recorder.step(step.part):
-                names = acts[step.part]()
+                acts[step.part]()
             done = True
         finally:
             self.budget.settle(step.cost, time.monotonic() - began, failed=not done)
-        return [step.part, *(names or ())]
 
     def _targets(self) -> Sequence[AwsTarget]:
         return (self._home, *self._home.copies(self.image))
@@ -161,7 +174,7 @@ class Selftest:
                 kinds = {kind.exit_code: kind for kind in (UsageError, MissingTool, CloudFailed)}
                 raise kinds.get(one.exit_code, CloudFailed)(f"{one.name}: {one.found}", hint=one.hint)
 
-    def _probe(self, chosen: Sequence[Probe]) -> Sequence[str]:
+    def _probe(self, chosen: Sequence[Probe]) -> None:
         account, aws = self._home.account, self.image.aws
         with self.workspace.run("selftest", self.image.name) as run, self.progress.step("probes") as step:
             known = {
@@ -178,7 +191,6 @@ class Selftest:
             for one in chosen:
                 with step.step(one.name):
                     probing.run(one, account, self.recorder, kept, tagged, patience=self.patience)
-        return [name for one in chosen for name in one.steps()]
 
     def _bake(self) -> None:
         built = build(self.image, Options(verify=False), self._home, self.workspace, self.progress)
@@ -325,18 +337,25 @@ class Selftest:
         return bool(found)
 
     def _remove_channels(self, target: AwsTarget) -> None:
-        channels = target.channels(self.image)
-        for channel in channels.used():
-            with aws_errors("ssm", ignore="ParameterNotFound"):
-                target.account.client("ssm").delete_parameter(Name=channels.folder + channel)
+        names = {one.tags[FENCE] for one in self._images(target)} | {self.image.name}
+        for name in sorted(names):
+            channels = target.channels(replace(self.image, name=name))
+            for channel in channels.used():
+                with aws_errors("ssm", ignore="ParameterNotFound"):
+                    target.account.client("ssm").delete_parameter(Name=channels.folder + channel)
 
     def _remove_images(self, target: AwsTarget) -> None:
         for ami in self._images(target):
             images.deregister(target.account, ami.id)
 
     def _images(self, target: AwsTarget) -> Sequence[images.Ami]:
+        """Return the AMIs of this selftest, and those of old ones, which were killed."""
+        old = datetime.now(UTC) - _OLD
         return [
-            one for one in images.list_owned(target.account) if one.tags.get(tags.IMAGE) == self.image.name
+            one
+            for one in images.list_owned(target.account)
+            if (name := one.tags.get(FENCE)) is not None
+            and (name == self.image.name or (one.created is not None and one.created < old))
         ]
 
     def _remnants(self) -> list[Remnant]:

@@ -232,6 +232,11 @@ def test_an_error_of_aws_names_the_call_and_what_to_do(code: str, said: str, hin
     assert is_definite(error) == (code != "RequestLimitExceeded")
 
 
+def test_an_error_without_a_message_is_an_error_all_the_same() -> None:
+    error = ClientError({"Error": {"Code": "Unknown", "Message": None}}, "RunInstances")  # type: ignore[typeddict-item]
+    assert failure(error).message == "AWS refused ec2:RunInstances: Unknown"
+
+
 def test_credentials_are_in_no_message(cloud: Cloud) -> None:
     account = Account.open()
     with pytest.raises(CloudFailed) as caught, aws_errors():

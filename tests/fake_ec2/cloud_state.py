@@ -50,6 +50,10 @@ class CloudOptions:
     """Whether what doesn't exist is refused under a tag condition, as EC2 does, before it is not found."""
     spot_role: bool = True
     """Whether the account has EC2's service-linked role for spot instances."""
+    other_codes: dict[str, str] = field(default_factory=dict)
+    """Error code -> what is answered in its place, for a cloud that differs on purpose."""
+    left_out: set[str] = field(default_factory=set)
+    """XML elements that no answer of EC2 has."""
     memory: dict[str, int] = field(default_factory=dict)
     """Instance type -> MiB, where it differs from EC2's."""
     region_prices: dict[str, str] = field(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import struct
 import threading
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moto.core.exceptions import ServiceException
@@ -27,6 +29,8 @@ from tests.fake_ec2.touched_resources import touched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from tests.fake_ec2.cloud_state import CloudOptions
 
 CONTROL = "/_cloud/"
 
@@ -107,6 +111,7 @@ class Shim:
             # Loud, and not retried: what is missing here must be noticed.
             traceback.print_exc()
             answer = refusal(call, Refused("NotImitated", f"this cloud failed at {call.name}", 501))
+        answer = _differing(answer, self.state.options)
         call.outcome = answer.code or "ok"
         if rule is not None and fault is Fault.SLOW:
             self.faults.hold(rule.seconds)
@@ -182,6 +187,17 @@ def _tried(call: ApiCall, backend: Any) -> Refused:
             return Refused(it.unknown, f"{it.arn.rpartition('/')[2]} does not exist")
     # behaviour: dry-run
     return Refused("DryRunOperation", "Request would have succeeded, but DryRun flag is set.", 412)
+
+
+def _differing(answer: HttpAnswer, options: CloudOptions) -> HttpAnswer:
+    """Return an answer as a cloud gives it that differs on purpose."""
+    body = answer.body
+    code = options.other_codes.get(answer.code, answer.code)
+    if code != answer.code:
+        body = body.replace(answer.code.encode(), code.encode(), 1)
+    for name in options.left_out:
+        body = re.sub(rf"<{name}>.*?</{name}>|<{name} */>".encode(), b"", body, flags=re.DOTALL)
+    return replace(answer, body=body, code=code)
 
 
 def _before(fault: Fault | None) -> None:

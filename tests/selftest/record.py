@@ -49,11 +49,12 @@ def prepare(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     in_haste(monkeypatch)
 
 
-def run(home: Path, *, spend: float = 10.0) -> Result:
+def run(home: Path, *, spend: float = 10.0, copy_region: str = COPY_REGION) -> Result:
     """Run a selftest with the settings of the other tests, in this process."""
     settings = loading.overrides_from(word for word in SETTINGS if word != "--set")
     chosen = loading.load(None, environ={}, overrides=settings, target=TargetKind.AWS).select()
-    image = plan.selftest_image(chosen, "selftest-recorded", Destination(region=COPY_REGION))
+    destination = Destination(region=copy_region) if copy_region else None
+    image = plan.selftest_image(chosen, "selftest-recorded", destination)
     account = Account.open(image.aws.region)
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(home)})
     with open_progress(Mode.QUIET) as progress:
