@@ -57,6 +57,8 @@ class Enforced:
     """Actions that were allowed and called."""
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(action, ARN) that were called and not allowed."""
+    gone: list[tuple[str, str]] = field(default_factory=list)
+    """The same for what doesn't exist, which only has no tags that a policy could ask for."""
 
     @property
     def unused(self) -> set[str]:
@@ -153,7 +155,7 @@ class Guard:
             if verdict.decision is Decision.ALLOWED or (lenient and it.unknown and known):
                 continue
             call.authorised = False
-            enforced.refused.append((it.action, it.arn))
+            (enforced.gone if it.unknown else enforced.refused).append((it.action, it.arn))
             refused = self._unauthorized(call, it, verdict)
             # behaviour: fleet-answers-denials-as-errors
             if it.by_fleet:

@@ -303,7 +303,9 @@ def _others(call: ApiCall) -> Iterator[Touched]:
             profile = call.params["InstanceProfileName"]
             yield Touched(action=call.name, arn=arns.arn("iam", call.region, f"instance-profile/{profile}"))
         case "iam", "SimulatePrincipalPolicy":
-            yield Touched(action=call.name, arn=call.params["PolicySourceArn"])
+            source = call.params["PolicySourceArn"]
+            if ":iam:" in source:  # others are refused as none of IAM's
+                yield Touched(action=call.name, arn=source)
         case "servicequotas", "GetServiceQuota":
             quota = f"{call.params['ServiceCode']}/{call.params['QuotaCode']}"
             yield Touched(action=call.name, arn=arns.arn("servicequotas", call.region, quota))

@@ -1,0 +1,109 @@
+"""The printed policies against the Service Authorization Reference: all of them can grant what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ami_builder.aws.policy import Section, document
+from ami_builder.config.schema import AwsSettings
+from ami_builder.config.types import Destination, Tag
+from ami_builder.core.options import Connect
+from tests.fake_ec2 import authorization
+from tests.fake_ec2.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+EVERYTHING = replace(
+    AwsSettings(),
+    region="us-east-1",
+    source="ssm:/aws/service/debian/release/13/latest/amd64",
+    instance_profile="ours",
+    connect=Connect.SESSION_MANAGER,
+    encrypt=True,
+    kms_key="alias/ours",
+    spot=True,
+    tags=(Tag(key="Owner", value="us"),),
+    copy_to=(Destination(region="eu-west-1", kms_key="alias/theirs"), Destination(region="us-west-2")),
+)
+
+
+def mistakes(statement: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a statement says in vain: actions, resources and condition keys that can never apply."""
+    keys = [key for operator in statement.get("Condition", {}).values() for key in operator]
+    for pattern in statement["Action"]:
+        if not (actions := authorization.actions(pattern)):
+            yield f"{pattern} does not exist"
+        for action in actions:
+            kinds = authorization.kinds(action).values()
+            takes = {kind.name for kind in kinds if kind.name}
+            named = [k for k in kinds if k.name and any(k.has(arn) for arn in statement["Resource"])]
+            if takes and not named and statement["Resource"] != ["*"]:
+                yield f"{action} takes none of {statement['Resource']}"
+            if not takes and statement["Resource"] != ["*"]:
+                yield f"{action} takes no resource at all"
+            for key in keys:
+                if not any(authorization.can_hold(key, kind) for kind in named or kinds):
+                    yield f"{action} never has {key}"
+    for arn in statement["Resource"]:
+        actions = [action for pattern in statement["Action"] for action in authorization.actions(pattern)]
+        if arn != "*" and not any(
+            kind.name and kind.has(arn) for action in actions for kind in authorization.kinds(action).values()
+        ):
+            yield f"no action takes {arn}"
+
+
+@pytest.mark.parametrize("aws", [AwsSettings(), EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("section", list(Section))
+def test_every_statement_can_hold(section: Section, aws: AwsSettings) -> None:
+    policy = document(section, aws)
+    found = {s["Sid"]: list(mistakes(s)) for s in policy["Statement"]}
+    assert {sid: wrong for sid, wrong in found.items() if wrong} == {}
+    Policy.of(policy)
+
+
+@pytest.mark.parametrize(
+    ("statement", "wrong"),
+    [
+        ({"Action": ["ec2:DescribeImage"], "Resource": ["*"]}, "does not exist"),
+        ({"Action": ["ec2:DeregisterImage"], "Resource": ["arn:aws:ec2:*:*:instance/*"]}, "takes none of"),
+        ({"Action": ["ec2:DescribeImages"], "Resource": ["arn:aws:ec2:*::image/*"]}, "takes no resource"),
+        (
+            {
+                "Action": ["ec2:CopyImage"],
+                "Resource": ["arn:aws:ec2:*::image/*"],
+                "Condition": {"Null": {"aws:ResourceTag/x": "false"}},
+            },
+            "never has aws:ResourceTag/x",
+        ),
+        (
+            {
+                "Action": ["ec2:CreateFleet"],
+                "Resource": ["arn:aws:ec2:*:*:fleet/*", "arn:aws:ec2:*:*:network-interface/*"],
+            },
+            "no action takes arn:aws:ec2:*:*:network-interface/*",
+        ),
+    ],
+)
+def test_a_statement_that_says_something_in_vain_is_found(statement: dict[str, Any], wrong: str) -> None:
+    assert wrong in "; ".join(mistakes(statement))
+
+
+@pytest.mark.parametrize(
+    ("region", "partition"),
+    [
+        ("eu-west-1", "aws"),
+        ("cn-north-1", "aws-cn"),
+        ("us-gov-west-1", "aws-us-gov"),
+        ("eusc-de-east-1", "aws-eusc"),
+        ("us-iso-east-1", "aws-iso"),
+        ("us-isob-east-1", "aws-iso-b"),
+    ],
+)
+def test_a_region_has_its_partition(region: str, partition: str) -> None:
+    policy = document(Section.ALL, replace(EVERYTHING, region=region, copy_to=()))
+    arns = [arn for one in policy["Statement"] for arn in one["Resource"] if arn != "*"]
+    assert {arn.split(":")[1] for arn in arns} == {partition}
