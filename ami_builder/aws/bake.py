@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 import tenacity
 
-from ami_builder.aws import images, instances, network, orphans, packer_messages, source_ami, tags, user_data
-from ami_builder.aws.session import NO_CAPACITY_HINT, Account, look_for
+from ami_builder.aws import (
+    hints,
+    images,
+    instances,
+    network,
+    orphans,
+    packer_limits,
+    packer_messages,
+    source_ami,
+    tags,
+    user_data,
+)
+from ami_builder.aws.session import Account, look_for
 from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
+from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
 from ami_builder.core.options import Connect
@@ -62,10 +75,13 @@ def bake_ami(
     """
     image = inputs.image
     plugins.require(SOURCE.plugin, run.work, run.log("packer"))
-    instances.require_arch(account, image.aws.instance_types, image.arch, "aws.instance_types")
+    for limit in packer_limits.limits(account, image.aws, SOURCE.plugin):
+        raise limit
+    kinds = _types(image, account, step)
+    _look_at_credentials(image, account, step)
     with step.step("container") as child:
         upload = container.prepare(inputs.image, inputs.container_digest, workspace, run, child)
-    bake = _Bake(inputs, base, account, upload, run)
+    bake = _Bake(inputs, base, account, kinds, upload, run)
     try:
         ami = bake.run(step)
         with step.step("finish the AMI") as child:
@@ -86,19 +102,47 @@ def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, pub
     return images.finish(account, ami.id, _image_tags(inputs, run_id), public=public)
 
 
+def _types(image: Image, account: Account, step: Step) -> Sequence[str]:
+    """Return the instance types that the region offers, and say which it does not. Raises UsageError."""
+    setting, wanted = "aws.instance_types", image.aws.instance_types
+    kinds = instances.require_offered(account, wanted, setting)
+    if unknown := [kind for kind in wanted if kind not in kinds]:
+        step.announce(f"{setting}: {account.region} does not offer {', '.join(unknown)}")
+    instances.require_arch(account, kinds, image.arch, setting)
+    return kinds
+
+
+def _look_at_credentials(image: Image, account: Account, step: Step) -> None:
+    """Say when the credentials end before a bake may."""
+    left = account.seconds_left()
+    if left is not None and left < image.bake.timeout:
+        step.announce(
+            f"the AWS credentials end in {left / 60:.0f} minutes and can't be refreshed; a bake may take"
+            f" {image.bake.timeout / 60:.0f} (bake.timeout)"
+        )
+
+
 class _Bake:
     def __init__(
-        self, inputs: Inputs, base: source_ami.BaseAmi, account: Account, upload: Path | None, run: Run
+        self,
+        inputs: Inputs,
+        base: source_ami.BaseAmi,
+        account: Account,
+        kinds: Sequence[str],
+        upload: Path | None,
+        run: Run,
     ) -> None:
         self.inputs, self.base, self.account, self.run_ = inputs, base, account, run
         self.aws = inputs.image.aws
-        self.upload = upload
+        self.kinds, self.upload = kinds, upload
         self.run_id = run.record.run_id
         self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
         self.ledger = Ledger(run.directory / LEDGER)
         self.instance = ""
         self.ami = ""
         self.imaging = False
+        # Why it can't be required of the instance yet; None once it is.
+        self.imdsv1: AmiBuilderError | None = None
 
     def drop(self) -> None:
         """Deregister an unfinished AMI, if that is allowed; otherwise the ledger has it."""
@@ -117,10 +161,13 @@ class _Bake:
         data_file = self.run_.work / "user-data"
         data_file.write_text(data)
         missing: list[str] = []
-        for kind, subnet in product(self.aws.instance_types, self.aws.subnets or ("",)):
+        # A fleet has all types, and EC2 takes one that it has; of an instance there is one.
+        each = [tuple(self.kinds)] if self.aws.spot else [(kind,) for kind in self.kinds]
+        for kinds, subnet in product(each, self.aws.subnets or ("",)):
+            kind = ", ".join(kinds)
             try:
                 with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
-                    self._with_packer(kind, subnet, key, data_file, child)
+                    self._with_packer(kinds, subnet, key, data_file, child)
             except CloudFailed as failed:
                 if not packer_messages.lacks_capacity("\n".join((failed.message, *failed.tail))):
                     raise
@@ -134,11 +181,11 @@ class _Bake:
             return found
         raise CloudFailed(
             f"EC2 has no capacity in {self.account.region} for any of these",
-            hint=NO_CAPACITY_HINT,
+            hint=hints.NO_CAPACITY,
             tail=tuple(missing),
         )
 
-    def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
+    def _with_packer(self, kinds: Sequence[str], subnet: str, key: Path, data_file: Path, step: Step) -> None:
         group = network.security_group(
             self.account,
             self.ledger,
@@ -149,7 +196,7 @@ class _Bake:
             subnet=subnet,
         )
         with group as group_id:
-            variables = self._variables(kind, subnet, group_id, key, data_file)
+            variables = self._variables(kinds, subnet, group_id, key, data_file)
             retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(self._nothing_was_made),
                 stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -190,58 +237,106 @@ class _Bake:
         )
         image = self.ledger.intend(Resource.IMAGE, self.account.region, run=self.run_id, name=self.name)
         self.instance = self.ami = ""
+        try:
+            self._packer(stage, instance, image, step)
+        except (AmiBuilderError, Interrupted) as failed:
+            if not self._settle(instance, template):
+                failed.hint = f"{failed.hint}; {hints.GC}" if failed.hint else hints.GC
+            raise
+        self._settle(instance, template)
+
+    def _packer(self, stage: Path, instance: LedgerEntry, image: LedgerEntry, step: Step) -> None:
+        """Run Packer, and record what it creates."""
+        log = self.run_.log("packer")
+        began = time.monotonic()
+        imaging_after = 0.0
+
+        def limit() -> float:
+            # EC2 makes the snapshot, and takes its time.
+            return imaging_after + AVAILABLE_SECONDS if self.imaging else self.inputs.image.bake.timeout
 
         def read(line: str) -> None:
-            self.imaging = self.imaging or packer_messages.is_imaging(line)
+            nonlocal imaging_after
+            if packer_messages.is_imaging(line) and not self.imaging:
+                imaging_after = time.monotonic() - began
+                self.imaging = True
             if (found := packer_messages.instance_in(line)) and not self.instance:
                 self.instance = found
                 self.ledger.made(instance, self.instance)
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
                         orphans.tag(self.account, self.instance, self.run_id)
-                    if not plugins.has_plugins():
-                        # 1.6.6 can't ask for it at the launch.
-                        instances.require_imdsv2(self.account, self.instance)
+                # 1.6.6 can't ask for it at the launch.
+                self.imdsv1 = None if plugins.has_plugins() else CloudFailed("not tried")
             elif (found := packer_messages.image_in(line)) and not self.ami:
                 self.ami = found
                 self.ledger.made(image, self.ami)
+            if self.instance and self.imdsv1 is not None and not self.imaging:
+                self._require_imdsv2(step, last=packer_messages.has_booted(line))
 
-        log = self.run_.log("packer")
+        with self.account.environment("ec2", "sts", *self._more_services()) as credentials:
+            try:
+                packer.build(
+                    stage,
+                    log=log,
+                    console_log=log,
+                    timeout=limit,
+                    on_progress=step.update,
+                    on_line=read,
+                    env=credentials.variables,
+                )
+            except packer.PluginCrashed as crashed:
+                if self.instance or not self.aws.spot:
+                    raise
+                # A mistake of plugin 1.8: what EC2 answered to CreateFleet is lost.
+                raise CloudFailed(
+                    "EC2 refused the request for a spot instance, and Packer's plugin crashed on that",
+                    hint="try again later, set aws.spot to false, or see EC2's reason with plugin amazon"
+                    " 1.7.1",
+                    log=crashed.log,
+                    tail=crashed.tail,
+                ) from crashed
+            except BuildFailed as failed:
+                text = "\n".join((failed.message, *failed.tail))
+                if self.ami and packer_messages.lost_the_image(text):
+                    # All that Packer had left to do is wait and tag, as `finish` does.
+                    return
+                if credentials.failure is not None or hints.is_expired(text):
+                    why = credentials.failure.message if credentials.failure is not None else failed.message
+                    raise CloudFailed(
+                        f"AWS did not accept Packer's credentials any more: {why}",
+                        hint=f"{hints.LOGIN}; {hints.GC}" if self.instance else hints.LOGIN,
+                        log=failed.log,
+                        tail=failed.tail,
+                    ) from failed
+                failed.hint = failed.hint or hints.in_output(text)
+                if self.instance:
+                    raise
+                # Before there is an instance only the account or its network can have failed.
+                raise CloudFailed(
+                    failed.message, hint=failed.hint, log=failed.log, tail=failed.tail
+                ) from failed
+
+    def _more_services(self) -> Sequence[str]:
+        """Return the services that Packer uses beside EC2."""
+        return ("ssm", "ec2-instance-connect") if self.aws.connect is Connect.SESSION_MANAGER else ()
+
+    def _require_imdsv2(self, step: Step, *, last: bool) -> None:
+        """Turn off IMDSv1, which EC2 allows once the instance runs; say so if it still can't be done then."""
         try:
-            packer.build(
-                stage,
-                log=log,
-                console_log=log,
-                timeout=self.inputs.image.bake.timeout,
-                on_progress=step.update,
-                on_line=read,
-                env=self.account.environment(),
-            )
-        except packer.PluginCrashed as crashed:
-            if self.instance or not self.aws.spot:
-                raise
-            # A mistake of plugin 1.8: what EC2 answered to CreateFleet is lost.
-            raise CloudFailed(
-                "EC2 refused the request for a spot instance, and Packer's plugin crashed on that",
-                hint="try again later, set aws.spot to false, or see EC2's reason with plugin amazon 1.7.1",
-                log=crashed.log,
-                tail=crashed.tail,
-            ) from crashed
-        except BuildFailed as failed:
-            if self.ami and packer_messages.lost_the_image("\n".join(failed.tail)):
-                # All that Packer had left to do is wait and tag, as `finish` does.
-                return
-            if self.instance:
-                raise
-            # Before there is an instance only the account or its network can have failed.
-            raise CloudFailed(failed.message, hint=failed.hint, log=failed.log, tail=failed.tail) from failed
-        finally:
-            self._settle(instance, template)
+            instances.require_imdsv2(self.account, self.instance)
+            self.imdsv1 = None
+        except AmiBuilderError as failed:
+            self.imdsv1 = failed
+            if last:
+                step.announce(f"{self.instance} still has IMDSv1 while it bakes: {failed.message}")
+                self.imdsv1 = None
 
-    def _settle(self, instance: LedgerEntry, template: LedgerEntry | None) -> None:
+    def _settle(self, instance: LedgerEntry, template: LedgerEntry | None) -> bool:
         """End the instance and what launched it, as Packer does unless it was killed or cut off.
 
-        An AMI stays in the ledger: one whose making was not answered may show only later.
+        Return False if that is not known to have worked. An AMI stays in the ledger: one whose making was not
+        answered may show only later.
         """
         with suppress(AmiBuilderError):
             left = instances.of_run(self.account, self.run_id)
@@ -254,9 +349,11 @@ class _Bake:
             if template is not None:
                 orphans.delete_templates(self.account, self.run_id)
                 self.ledger.deleted(template)
+            return True
+        return False
 
     def _variables(
-        self, kind: str, subnet: str, group: str, key: Path, data_file: Path
+        self, kinds: Sequence[str], subnet: str, group: str, key: Path, data_file: Path
     ) -> Mapping[str, packer.Variable]:
         image, aws = self.inputs.image, self.aws
         size = max(image.base.disk_size, self.base.size)
@@ -278,11 +375,12 @@ class _Bake:
             "source_ami": self.base.id,
             "root_device": self.base.root_device,
             "volume_size": -(-size // _GIB),
-            "instance_type": kind,
+            "instance_types": list(kinds),
             "spot": aws.spot,
             "subnet_id": subnet,
             "security_group_id": group,
-            "instance_profile": aws.instance_profile,
+            # EC2 takes a name alone here.
+            "instance_profile": aws.instance_profile.rpartition("/")[2],
             "user_data_file": str(data_file),
             "encrypt": aws.encrypt,
             "kms_key": aws.kms_key,

@@ -34,6 +34,19 @@ def require_arch(account: Account, kinds: Iterable[str], arch: Arch, setting: st
         )
 
 
+def require_offered(account: Account, kinds: Sequence[str], setting: str) -> Sequence[str]:
+    """Return those instance types that the region offers, in order. Raises UsageError if there are none."""
+    found = account.matching(
+        "describe_instance_type_offerings", "InstanceTypeOfferings", "instance-type", dict.fromkeys(kinds)
+    )
+    offered = {one["InstanceType"] for one in found}
+    if known := [kind for kind in kinds if kind in offered]:
+        return known
+    raise UsageError(
+        f"{setting}: {account.region} does not offer {', '.join(kinds)}", hint=f"change {setting}"
+    )
+
+
 def describe(account: Account, instance: str) -> InstanceTypeDef | None:
     """Return an instance as EC2 describes it; None when EC2 does not show it yet, or any more."""
     found: list[ReservationTypeDef] = []

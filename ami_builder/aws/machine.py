@@ -17,7 +17,6 @@ from ami_builder.aws import images, instances
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import (
     ATTEMPTS,
-    NO_CAPACITY_HINT,
     Account,
     aws_errors,
     code_of,
@@ -51,8 +50,16 @@ _RUNNING_SECONDS = 300.0
 
 # Errors that another zone may not have, unlike quotas and missing permissions.
 _NO_CAPACITY = frozenset(
-    {"InsufficientInstanceCapacity", "InsufficientHostCapacity", "SpotMaxPriceTooLow", "Unsupported"}
+    {
+        "InsufficientFreeAddressesInSubnet",
+        "InsufficientHostCapacity",
+        "InsufficientInstanceCapacity",
+        "SpotMaxPriceTooLow",
+        "Unsupported",
+    }
 )
+# The security group was made a moment ago.
+_NOT_SEEN_YET = "InvalidGroup.NotFound"
 _NO_CAPACITY_LATER = "Server.InsufficientInstanceCapacity"
 _ENDING = frozenset({"shutting-down", "terminated", "stopping", "stopped"})
 
@@ -106,7 +113,7 @@ class Ec2Machine:
                 refused.append(f"{self.name}{f' in {subnet}' if subnet else ''}: {full}")
         raise CloudFailed(
             f"EC2 has no capacity in {self.account.region} for {self.name}",
-            hint=NO_CAPACITY_HINT,
+            hint="add aws.subnets in other availability zones, or change verify.instance_types",
             tail=tuple(refused),
         )
 
@@ -268,7 +275,8 @@ class Ec2Machine:
             try:
                 return self.account.ec2_once.run_instances(**request)["Instances"][0]["InstanceId"]
             except ClientError as error:
-                if tried == ATTEMPTS or is_definite(error) or code_of(error) in _NO_CAPACITY:
+                final = is_definite(error) and code_of(error) != _NOT_SEEN_YET
+                if tried == ATTEMPTS or final or code_of(error) in _NO_CAPACITY:
                     raise
             except (HTTPClientError, BotoConnectionError):
                 if tried == ATTEMPTS:

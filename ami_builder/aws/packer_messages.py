@@ -4,13 +4,19 @@ import re
 
 _INSTANCE = re.compile(r"Instance ID: (i-[0-9a-f]+)")
 _IMAGE = re.compile(r"AMI: (ami-[0-9a-f]+)")
+# Printed once the instance runs: what is waited for next, or with no communicator its end.
+_BOOTED = re.compile(
+    r"Waiting for SSH to become available|Using (SSH|ssh) communicator|Connected to SSH"
+    r"|Stopping the source instance|Starting portForwarding session"
+)
 _IMAGING = re.compile(r"Creating AMI ")
 # Of an instance Packer prints EC2's code, of a spot fleet only its messages.
 _NO_CAPACITY = re.compile(
     r"InsufficientInstanceCapacity|InsufficientHostCapacity|SpotMaxPriceTooLow|Unsupported:"
     r"|UnfulfillableCapacity|no Spot capacity available|do not have sufficient \S+ capacity"
     r"|Unable to fulfill capacity|not supported in your requested Availability Zone"
-    r"|Spot request price of \S+ is lower than"
+    r"|Spot request price of \S+ is lower than|InsufficientFreeAddressesInSubnet"
+    r"|not enough free addresses in subnet"
 )
 # EC2 may not know our security group yet. The AWS SDK before version 2 writes "status code: 503", version 2
 # "StatusCode: 503". A plugin that crashed ends with "unexpected EOF".
@@ -37,6 +43,11 @@ def image_in(line: str) -> str:
 def is_imaging(line: str) -> bool:
     """Return whether a line reports that an AMI will be asked for."""
     return _IMAGING.search(line) is not None
+
+
+def has_booted(line: str) -> bool:
+    """Return whether a line means that the instance runs."""
+    return _BOOTED.search(line) is not None
 
 
 def lacks_capacity(text: str) -> bool:

@@ -210,9 +210,8 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         # The profile's role is unknown here; a policy that names it is stricter.
         to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
         yield _Row("PassInstanceProfile", "build verify", "iam:PassRole", arns.iam("role/*"), to_ec2)
-        # Packer checks that the profile exists.
         profile = arns.iam("instance-profile/*")
-        yield _Row("LookAtInstanceProfile", "check build", "iam:GetInstanceProfile", profile)
+        yield _Row("LookAtInstanceProfile", "check", "iam:GetInstanceProfile", profile)
     if aws.connect is Connect.SESSION_MANAGER:
         tagged = {"StringLike": {f"ssm:resourceTag/{_RUN}": "*"}}
         documents = [arns.of("ssm", "", f"document/AWS-Start{by}Session") for by in ("SSH", "PortForwarding")]

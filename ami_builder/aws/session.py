@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -14,11 +15,14 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.session
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.utils import parse_timestamp
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from ami_builder import __version__
 from ami_builder.aws import hints
+from ami_builder.aws.credentials import ServedCredentials, served
 from ami_builder.core.errors import CloudFailed, UsageError
 
 if TYPE_CHECKING:
@@ -43,17 +47,19 @@ T = TypeVar("T")
 
 _prepared: list[Callable[[Any], None]] = []
 
-NO_CAPACITY_HINT = hints.NO_CAPACITY
 DENIED = hints.DENIED
+_ENVIRONMENT = "env"
+"""botocore's word for credentials in variables."""
 _REGION = re.compile(r"[a-z]{2,}(-[a-z]+)+-[0-9]+")
 
 
 class Account:
     """One account in one region, safe to share between threads."""
 
-    def __init__(self, session: Any, region: str) -> None:
+    def __init__(self, session: Any, core: Any, region: str) -> None:
         self.region = region
         self._session = session
+        self._core = core
         self._clients: dict[tuple[str, str, int], Any] = {}
         self._lock = threading.RLock()
 
@@ -91,11 +97,11 @@ class Account:
                 "no AWS credentials found",
                 hint="set AWS_PROFILE, run `aws sso login`, or run on an instance with a role",
             )
-        return cls(session, found)
+        return cls(session, core, found)
 
     def in_region(self, region: str) -> Account:
         """Return the same account in another region."""
-        other = Account(self._session, region)
+        other = Account(self._session, self._core, region)
         other._lock = self._lock  # a session is not safe to create two clients at once
         return self if region == self.region else other
 
@@ -128,29 +134,71 @@ class Account:
             return self._clients[key]
 
     def endpoint(self, name: str) -> str:
-        """Return the URL that AWS_ENDPOINT_URL sets for a service; empty for AWS's own."""
-        given = os.environ.get(f"AWS_ENDPOINT_URL_{name.upper()}") or os.environ.get("AWS_ENDPOINT_URL")
-        return str(self.client(name).meta.endpoint_url) if given else ""
+        """Return the URL of a service where it is not the region's ordinary one; empty otherwise.
 
-    def environment(self) -> dict[str, str]:
-        """Return environment variables with this account's credentials and region for another program.
-
-        Packer 1.6 does not know all of boto3's credential chain. Pass them to a child process only, never on
-        a command line or in a file.
+        It may be an AWS_ENDPOINT_URL, a profile's endpoint_url, or a FIPS or dual-stack endpoint.
         """
-        with aws_errors("sts"):
-            keys = self._session.get_credentials().get_frozen_credentials()
-        values = {
-            "AWS_ACCESS_KEY_ID": keys.access_key,
-            "AWS_SECRET_ACCESS_KEY": keys.secret_key,
-            "AWS_SESSION_TOKEN": keys.token,
+        plain = Config(
+            ignore_configured_endpoint_urls=True,  # type: ignore[call-arg] # the stubs lack it
+            use_fips_endpoint=False,
+            use_dualstack_endpoint=False,
+        )
+        with self._lock, aws_errors(name):
+            ordinary = self._session.client(name, region_name=self.region, config=plain).meta.endpoint_url
+        url = str(self.client(name).meta.endpoint_url)
+        return "" if url == ordinary else url
+
+    @contextmanager
+    def environment(self, *services: str) -> Iterator[ServedCredentials]:
+        """Yield environment variables that let another program use these services of this account.
+
+        Packer does not know all of boto3's credential chain and settings. Credentials that botocore refreshes
+        are refreshed there too, as long as the context lasts. Pass the variables to a child process only,
+        never on a command line or in a file. Raises CloudFailed, UsageError.
+        """
+        endpoints = {f"AWS_ENDPOINT_URL_{n.upper().replace('-', '_')}": self.endpoint(n) for n in services}
+        variables = {
             "AWS_REGION": self.region,
             "AWS_DEFAULT_REGION": self.region,
+            "AWS_CA_BUNDLE": self._core.get_config_variable("ca_bundle") or "",
+            # It must not find others, or settings that contradict these.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            **endpoints,
         }
-        endpoints = {
-            k: v for k, v in os.environ.items() if k.startswith("AWS_ENDPOINT_URL") or k == "AWS_CA_BUNDLE"
-        }
-        return endpoints | {name: value for name, value in values.items() if value}
+        variables = {name: value for name, value in variables.items() if value}
+        keys = self._frozen()
+        if self._can_refresh():
+            with served(self._frozen) as credentials:
+                credentials.variables = {**credentials.variables, **variables}
+                yield credentials
+            return
+        variables |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+        yield ServedCredentials(
+            variables=variables | ({"AWS_SESSION_TOKEN": keys.token} if keys.token else {})
+        )
+
+    def seconds_left(self) -> float | None:
+        """Return how long the credentials are valid; None when they are refreshed, or have no known end."""
+        end = os.environ.get("AWS_CREDENTIAL_EXPIRATION")
+        if not end or self._can_refresh() or self._credentials().method != _ENVIRONMENT:
+            return None
+        with aws_errors("sts"):
+            return float((parse_timestamp(end) - datetime.now(UTC)).total_seconds())
+
+    def _frozen(self) -> Any:
+        with aws_errors("sts"):
+            return self._credentials().get_frozen_credentials()
+
+    def _can_refresh(self) -> bool:
+        # What botocore refreshes from the environment are the same variables.
+        found = self._credentials()
+        return isinstance(found, RefreshableCredentials) and found.method != _ENVIRONMENT
+
+    def _credentials(self) -> Any:
+        with aws_errors("sts"):
+            return self._session.get_credentials()
 
     def identity(self) -> str:
         """Return the ARN that these credentials belong to; raises CloudFailed when they are not valid."""

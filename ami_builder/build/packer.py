@@ -136,14 +136,15 @@ def build(
     *,
     log: Path,
     console_log: Path,
-    timeout: float,
+    timeout: float | Callable[[], float],
     on_progress: Callable[[str], None],
     on_line: Callable[[str], None] = lambda _: None,
     env: Mapping[str, str] | None = None,
 ) -> None:
     """Run `packer build` in a staged folder.
 
-    `env` is added to Packer's own environment; `on_line` gets every line of its output. Raises BuildFailed,
+    `env` is added to Packer's own environment; `on_line` gets every line of its output; `timeout` in seconds
+    may grow. Raises BuildFailed,
     with the name of the provisioner that failed, or the console if ssh never answered; PluginCrashed.
     """
     output = _Output(on_progress)

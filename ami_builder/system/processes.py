@@ -234,7 +234,7 @@ def stream(
     what: str,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float,
+    timeout: float | Callable[[], float],
     on_line: Callable[[str], None] | None = None,
     merge: bool = True,
     error: type[AmiBuilderError] = BuildFailed,
@@ -242,9 +242,10 @@ def stream(
     """Run a long command with its output in `log`; `on_line` gets each line.
 
     With `merge=False` stderr goes to the log alone.
-    Raises `error` with the last lines when it fails, TimedOut after `timeout` seconds.
+    Raises `error` with the last lines when it fails, TimedOut after `timeout` seconds, which may grow.
     """
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
+    limit = timeout if callable(timeout) else lambda: timeout
     with (
         log.open("a", encoding="utf-8") as out,
         running(
@@ -256,7 +257,7 @@ def stream(
         ) as process,
     ):
         assert process.stdout is not None
-        with _alarm(process, deadline):
+        with _alarm(process, began, limit):
             for line in process.stdout:
                 out.write(line)
                 out.flush()
@@ -264,8 +265,8 @@ def stream(
                     on_line(line.rstrip())
             status = process.wait()
     _scope.get().refuse_when_cancelled()
-    if time.monotonic() >= deadline:
-        raise TimedOut(f"{what} took longer than {timeout:.0f} s", log=log, tail=last_lines(log))
+    if time.monotonic() >= began + limit():
+        raise TimedOut(f"{what} took longer than {limit():.0f} s", log=log, tail=last_lines(log))
     if status != 0:
         tail = last_lines(log)
         # If the disk is full, the log may lack the message too.
@@ -286,15 +287,22 @@ def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:
 
 
 @contextmanager
-def _alarm(process: subprocess.Popen[str], deadline: float) -> Iterator[None]:
-    """Stop `process` at `deadline`, because reading its output has no timeout."""
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop, [process])
-    timer.daemon = True
-    timer.start()
+def _alarm(process: subprocess.Popen[str], began: float, limit: Callable[[], float]) -> Iterator[None]:
+    """Stop `process` once the limit has passed, because reading its output has no timeout."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(max(0.0, began + limit() - time.monotonic())):
+            if time.monotonic() >= began + limit():
+                stop(process)
+                return
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

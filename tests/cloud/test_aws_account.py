@@ -174,15 +174,15 @@ REFUSED = "You are not authorized to perform this operation. "
         (
             "UnauthorizedOperation",
             REFUSED + "User: arn:aws:iam::1:user/x is not authorized to"
-            " perform: ec2:RunInstances on resource: arn:aws:ec2:us-east-1:1:instance/* with an explicit deny in"
-            " a service control policy. Encoded authorization failure message: aGVsbG8",
+            " perform: ec2:RunInstances on resource: x with an explicit deny in a"
+            " service control policy. Encoded authorization failure message: aGVsbG8",
             "a service control policy denies ec2:RunInstances",
         ),
         (
             "UnauthorizedOperation",
             REFUSED + "User: arn:aws:iam::1:user/x is not authorized to"
-            " perform: ec2:CreateTags on resource: x because no permissions boundary allows the ec2:CreateTags"
-            " action",
+            " perform: ec2:CreateTags on resource: x because no permissions boundary allows the"
+            " ec2:CreateTags action",
             "a permissions boundary does not allow ec2:CreateTags",
         ),
         (

@@ -11,7 +11,7 @@ from moto.ec2.models.instances import Instance, InstanceState
 from moto.ec2.utils import EC2_PREFIX_TO_RESOURCE, get_prefix
 from moto.ssm.models import Parameter, ssm_backends
 
-from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.api_call import ApiCall, Refused
 from tests.fake_ec2.fake_image import NEWEST, FakeImage, debian
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ class CloudOptions:
     """Error code -> what is answered in its place, for a cloud that differs on purpose."""
     left_out: set[str] = field(default_factory=set)
     """XML elements that no answer of EC2 has."""
+    launch_refusal: tuple[str, str] = ("", "")
+    """Code and message with which launches are refused, as by a quota, an SCP or a tag policy."""
+    imdsv2_enforced: bool = False
+    """Whether the account refuses launches that leave IMDSv1 on (HttpTokensEnforced)."""
+    imds_default: str = "no-preference"
+    """The account's default of HttpTokens."""
+    expired_from: str = ""
+    """The action from whose first call on all credentials have expired."""
+    pending_changes: int = 0
+    """How many changes of metadata options still find their instance pending."""
     memory: dict[str, int] = field(default_factory=dict)
     """Instance type -> MiB, where it differs from EC2's."""
     region_prices: dict[str, str] = field(
@@ -117,6 +127,7 @@ class CloudState:
         self.copies: list[FakeImage] = []
         self.reads = 0
         """Of parameters, that it still waits for."""
+        self._expired = False
         self._addresses: set[str] = set()
         self._furnished: set[tuple[str, str]] = set()
         self._hidden: dict[str, int] = {}
@@ -156,6 +167,13 @@ class CloudState:
             if address not in self._addresses:
                 self._addresses.add(address)
                 return address
+
+    def require_valid(self, call: ApiCall) -> None:
+        """Raise Refused for credentials that have expired by now."""
+        self._expired = self._expired or call.action == self.options.expired_from
+        if self._expired and self.options.expired_from:
+            # behaviour: expired-credentials
+            raise Refused("RequestExpired", "Request has expired.")
 
     def made(self, *ids: str) -> None:
         """Say that these were made just now: describes may not find them for a while."""

@@ -34,9 +34,12 @@ class InstanceActions(EC2Action):
             if self._get_param("InstanceMarketOptions.MarketType") == "spot":
                 self.have_spot_role()
             image = self._launchable(self._get_param("ImageId"))
+            if (refusal := self.state.options.launch_refusal)[0]:
+                raise Refused(*refusal)
             self._have_capacity()
             self._of_one_architecture(image)
             self._fill_in(image)
+            self._allowed_metadata()
             reservation: Any = super(InstanceActions, self).run_instances().result
             for instance in reservation.instances:
                 volumes = [block.volume_id for block in instance.block_device_mapping.values()]
@@ -226,6 +229,22 @@ class InstanceActions(EC2Action):
         answer = base64.b64encode(output[-65536:]).decode()
         return ActionResult({"InstanceId": instance.id, "Timestamp": utcnow(), "Output": answer})
 
+    def get_instance_metadata_defaults(self) -> ActionResult:
+        """GetInstanceMetadataDefaults."""
+        options = self.state.options
+        level = {"HttpTokensEnforced": "enabled" if options.imdsv2_enforced else "disabled"}
+        if options.imds_default != "no-preference":
+            level["HttpTokens"] = options.imds_default
+        return ActionResult({"AccountLevel": level})
+
+    def modify_instance_metadata_options(self) -> ActionResult:
+        """ModifyInstanceMetadataOptions, of instances that run or are stopped."""
+        # behaviour: metadata-options-of-running-instances
+        if self.state.options.pending_changes > 0:
+            self.state.options.pending_changes -= 1
+            raise Refused("IncorrectInstanceState", "The instance is not in a valid state: pending")
+        return super().modify_instance_metadata_options()
+
     def describe_instance_types(self) -> ActionResult:
         """DescribeInstanceTypes, with the memory that the machines really have."""
         result: Any = super().describe_instance_types().result
@@ -297,6 +316,14 @@ class InstanceActions(EC2Action):
                 "HttpPutResponseHopLimit": 2,
                 **self._get_param("MetadataOptions", {}),
             }
+
+    def _allowed_metadata(self) -> None:
+        # behaviour: imdsv2-enforced
+        given = self._get_param("MetadataOptions", {})
+        default = self.state.options.imds_default
+        tokens = given.get("HttpTokens") or ("optional" if default == "no-preference" else default)
+        if self.state.options.imdsv2_enforced and tokens != "required":
+            raise Refused("UnsupportedOperation", "HttpTokens must be required: the account enforces IMDSv2")
 
     def _instances(self, *states: str) -> list[Instance]:
         found = [self.instance(each) for each in self._get_param("InstanceIds", [])]

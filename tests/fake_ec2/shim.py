@@ -125,6 +125,7 @@ class Shim:
         self, call: ApiCall, form: Mapping[str, str], environ: dict[str, Any], body: bytes
     ) -> HttpAnswer:
         with self.lock:
+            self.state.require_valid(call)
             call.params = strict.parsed(call.service, call.action, form, body)
             if call.service == "ec2":
                 backend = self.state.backend(ACCOUNT, call.region)
