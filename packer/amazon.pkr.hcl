@@ -16,8 +16,8 @@ source "amazon-ebs" "image" {
   iam_instance_profile = var.instance_profile
   # EC2 refuses one that does not exist; Packer would ask IAM, at EC2's endpoint if that is not the ordinary one.
   skip_profile_validation = true
-  user_data_file       = var.user_data_file
-  shutdown_behavior    = "terminate"
+  user_data_file          = var.user_data_file
+  shutdown_behavior       = "terminate"
 
   launch_block_device_mappings {
     device_name           = var.root_device

@@ -136,7 +136,7 @@ def test_no_capacity_anywhere(
     cloud.options.no_capacity = {("m6i.large", "*")}
     with pytest.raises(CloudFailed, match="EC2 has no capacity") as caught:
         instance(account, ledger, ordinary, tmp_path / "machine").__enter__()
-    assert "aws.instance_types" in str(caught.value.hint)
+    assert "verify.instance_types" in str(caught.value.hint)
     assert caught.value.tail[0].startswith("m6i.large: AWS refused ec2:RunInstances: Insufficient")
 
 
