@@ -18,6 +18,7 @@ from ami_builder.aws import (
     orphans,
     packer_limits,
     packer_messages,
+    presence,
     source_ami,
     tags,
     user_data,
@@ -265,7 +266,9 @@ class _Bake:
                 self.ledger.made(instance, self.instance)
                 with suppress(AmiBuilderError):
                     if self.aws.spot:
-                        orphans.tag(self.account, self.instance, self.run_id)
+                        orphans.tag(
+                            self.account, self.instance, self.run_id, appears=presence.VISIBLE_SECONDS
+                        )
                 # 1.6.6 can't ask for it at the launch.
                 self.imdsv1 = None if plugins.has_plugins() else CloudFailed("not tried")
             elif (found := packer_messages.image_in(line)) and not self.ami:

@@ -136,8 +136,7 @@ def _finished(there: Account, found: images.Ami, source: images.Ami) -> images.A
     ours = {key: value for key, value in missing.items() if key in own or key in _LATER}
     for tags in (ours, {key: value for key, value in missing.items() if key not in ours}):
         if tags:
-            with aws_errors():
-                there.ec2.create_tags(Resources=[found.id], Tags=tagging.as_list(tags))
+            images.tag(there, found.id, tags)
     if not found.finished:
         return images.finish(there, found.id, own)
     return images.wait_visible(there, found.id) if missing else found

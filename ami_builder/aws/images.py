@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.aws import presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
+from ami_builder.aws.session import DENIED, Account, aws_errors, code_of, look_for
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Arch
 from ami_builder.core.records import Measurement, Outcome
@@ -24,6 +25,8 @@ _SEEN_SECONDS = 300.0
 _UNPROTECTED = ("disabled", "")
 # EC2 accepts only a time in the future, and drops its seconds.
 _SOON = timedelta(minutes=2)
+# What EC2 reports of a snapshot that it need not, or must not, be asked to delete again.
+_SETTLED = frozenset({"success", "skipped"})
 _PENDING = frozenset({"pending", "transient"})
 # Errors of the region, its quotas or its network, whatever the AMI.
 _UNRELATED = frozenset(
@@ -101,7 +104,9 @@ def describe(account: Account, ami: str) -> ImageTypeDef | None:
     """Return an AMI as EC2 describes it; None when it does not exist, or EC2 does not show it yet."""
     found: list[ImageTypeDef] = []
     with aws_errors(ignore=r"InvalidAMIID\..+"):
-        found = account.ec2.describe_images(ImageIds=[ami], IncludeDeprecated=True)["Images"]
+        found = account.ec2.describe_images(ImageIds=[ami], IncludeDeprecated=True, IncludeDisabled=True)[
+            "Images"
+        ]
     return found[0] if found else None
 
 
@@ -166,8 +171,11 @@ def find_copies(account: Account, source: str, name: str) -> list[Ami]:
 
 def deprecate(account: Account, ami: str) -> None:
     """Deprecate an AMI: searches no longer list it, but its id can still be launched."""
-    with aws_errors():
-        account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON)
+    presence.once_visible(
+        account,
+        ami,
+        lambda: account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON),
+    )
 
 
 def wait_visible(account: Account, ami: str, seconds: float = math.inf) -> Ami:
@@ -217,17 +225,12 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
             f"{ami} is encrypted, so it can't be public",
             hint="build without aws.encrypt, or without --public",
         )
-    with aws_errors():
-        account.ec2.create_tags(Resources=[ami, *found.snapshots], Tags=tagging.as_list(tags))
-        account.ec2.modify_image_attribute(ImageId=ami, ImdsSupport={"Value": "v2.0"})
-        if public != found.public:
-            everyone = [{"Group": "all"}]
-            account.ec2.modify_image_attribute(
-                ImageId=ami,
-                LaunchPermission={"Add": everyone} if public else {"Remove": everyone},  # type: ignore[typeddict-item]
-            )
-        if not found.finished:
-            account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list({tagging.FINISHED: tagging.now()}))
+    tag(account, [ami, *found.snapshots], tags)
+    _modify(account, ami, ImdsSupport={"Value": "v2.0"})
+    if public != found.public:
+        _modify(account, ami, LaunchPermission={"Add" if public else "Remove": [{"Group": "all"}]})
+    if not found.finished:
+        tag(account, ami, {tagging.FINISHED: tagging.now()})
     return _existing(account, ami)
 
 
@@ -242,16 +245,13 @@ def record_verdict(
         tagging.VERDICT: f"{outcome} {checks_digest}",
         tagging.MEASURED: tagging.format_measurements(measured),
     }
-    with aws_errors():
-        account.ec2.create_tags(Resources=[ami], Tags=tagging.as_list(verdict))
+    tag(account, ami, verdict)
 
 
 def revoke(account: Account, ami: str, reason: str) -> None:
     """Tag an AMI as revoked, with the reason; an earlier reason is kept."""
     if _existing(account, ami).revoked is None:
-        with aws_errors():
-            tag = tagging.as_list({tagging.REVOKED: reason[: tagging.LONGEST]})
-            account.ec2.create_tags(Resources=[ami], Tags=tag)
+        tag(account, ami, {tagging.REVOKED: reason[: tagging.LONGEST]})
 
 
 def deregister(account: Account, ami: str) -> None:
@@ -259,10 +259,25 @@ def deregister(account: Account, ami: str) -> None:
     found = get(account, ami)
     if found is None:
         return
-    with aws_errors(ignore=r"InvalidAMIID\.(NotFound|Unavailable)"):
-        account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+    codes: dict[str, str] = {}
+
+    def call() -> None:
+        answer = account.ec2.deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+        for one in answer.get("DeleteSnapshotResults", []):
+            codes[one["SnapshotId"]] = one["ReturnCode"]
+
+    presence.if_present(account, ami, call)
     for snapshot in found.snapshots:
-        delete_snapshot(account, snapshot)
+        if codes.get(snapshot) not in _SETTLED:
+            delete_snapshot(account, snapshot)
+
+
+def tag(account: Account, resources: str | Sequence[str], tags: Mapping[str, str]) -> None:
+    """Tag AMIs or snapshots that exist but may not be shown to every call yet; raises CloudFailed."""
+    ids = [resources] if isinstance(resources, str) else list(resources)
+    presence.once_visible(
+        account, ids, lambda: account.ec2.create_tags(Resources=ids, Tags=tagging.as_list(tags))
+    )
 
 
 def describe_snapshots(account: Account, snapshots: Sequence[str]) -> Sequence[Mapping[str, Any]]:
@@ -282,8 +297,7 @@ def snapshot_ids(described: Mapping[str, Any]) -> list[str]:
 def delete_snapshot(account: Account, snapshot: str) -> bool:
     """Delete a snapshot, which may be missing already; return False when an AMI uses it."""
     try:
-        with aws_errors(ignore="InvalidSnapshot.NotFound"):
-            account.ec2.delete_snapshot(SnapshotId=snapshot)
+        presence.if_present(account, snapshot, lambda: account.ec2.delete_snapshot(SnapshotId=snapshot))
     except CloudFailed as failed:
         if code_of(failed) != "InvalidSnapshot.InUse":
             raise
@@ -321,6 +335,10 @@ def dry_run_launch(
     return ""
 
 
+def _modify(account: Account, ami: str, **attribute: Any) -> None:
+    presence.once_visible(account, ami, lambda: account.ec2.modify_image_attribute(ImageId=ami, **attribute))
+
+
 def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
     return _listed(account, Owners=["self"], Filters=list(filters))
 
@@ -334,7 +352,8 @@ def _tagged(key: str, value: str) -> FilterTypeDef:
 
 
 def _existing(account: Account, ami: str) -> Ami:
-    if (found := get(account, ami)) is None:
+    # Another describe may have shown it just before.
+    if (found := look_for(lambda: get(account, ami))) is None:
         raise CloudFailed(f"there is no AMI {ami} in {account.region}", hint="check the id and the region")
     return found
 

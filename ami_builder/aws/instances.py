@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ami_builder.aws import presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, poll, poll_call
+from ami_builder.aws.session import Account, aws_errors, poll
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Arch
 
@@ -69,10 +70,13 @@ def of_run(account: Account, run_id: str) -> list[str]:
 
 def require_imdsv2(account: Account, instance: str) -> None:
     """Turn off IMDSv1 on an instance, for those that Packer launches."""
-    with aws_errors():
-        account.ec2.modify_instance_metadata_options(
+    presence.once_visible(
+        account,
+        instance,
+        lambda: account.ec2.modify_instance_metadata_options(
             InstanceId=instance, HttpTokens="required", HttpPutResponseHopLimit=1
-        )
+        ),
+    )
 
 
 def terminate(account: Account, instance: str) -> None:
@@ -86,12 +90,13 @@ def terminate(account: Account, instance: str) -> None:
         return found is None or found["State"]["Name"] == "terminated"
 
     # EC2 may not show a new one yet.
-    exists = poll_call(
+    presence.if_present(
+        account,
+        instance,
         lambda: account.ec2.terminate_instances(InstanceIds=[instance]),
-        retry=r"InvalidInstanceID\.NotFound",
-        seconds=_SEEN_SECONDS,
+        appears=_SEEN_SECONDS,
     )
-    if exists and not poll(ended, seconds=_TERMINATED_SECONDS):
+    if not poll(ended, seconds=_TERMINATED_SECONDS):
         raise CloudFailed(
             f"instance {instance} did not terminate within {_TERMINATED_SECONDS:.0f} s",
             hint="run `ami-builder gc --apply` to try again",

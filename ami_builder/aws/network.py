@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from ami_builder.aws import presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for, poll_call
+from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for
 from ami_builder.config.schema import AwsSettings
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Connect
@@ -25,6 +27,7 @@ CHECKIP_URL = "https://checkip.amazonaws.com"
 _CHECKIP_SECONDS = 15.0
 _SEEN_SECONDS = 60.0
 _DELETE_SECONDS = 300.0
+_IN_USE = r"DependencyViolation|InvalidGroup\.InUse"
 
 
 def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
@@ -83,7 +86,7 @@ def security_group(
     vpc = find_vpc(account, subnet)
     entry = ledger.intend(Resource.SECURITY_GROUP, account.region, run=run_id, name=name, vpc=vpc)
 
-    def remove() -> None:
+    def remove(appears: float = 0.0) -> None:
         nonlocal entry
         if entry.deleted:
             return
@@ -91,7 +94,7 @@ def security_group(
             if (found := _look(account, name, run_id)) is None:
                 return
             entry = ledger.made(entry, found)
-        delete_group(account, entry.id)
+        delete_group(account, entry.id, appears=appears)
         ledger.deleted(entry)
 
     try:
@@ -107,7 +110,7 @@ def security_group(
     except BaseException:
         # The group is in the ledger; the first error matters more.
         with suppress(CloudFailed):
-            remove()
+            remove(appears=_SEEN_SECONDS)
         raise
     remove()
 
@@ -145,17 +148,11 @@ def _look(account: Account, name: str, run_id: str) -> str | None:
 
 
 def _open(account: Account, group: str, rule: IpPermissionUnionTypeDef) -> None:
-    done = poll_call(
-        lambda: account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule]),
-        retry=r"InvalidGroup\.NotFound",
-        ignore=r"InvalidPermission\.Duplicate",
-        seconds=_SEEN_SECONDS,
-    )
-    if not done:
-        raise CloudFailed(
-            f"EC2 did not show the new security group {group} within {_SEEN_SECONDS:.0f} s",
-            hint="run the command again",
-        )
+    def call() -> None:
+        with aws_errors(ignore=r"InvalidPermission\.Duplicate"):
+            account.ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
+
+    presence.once_visible(account, group, call, seconds=_SEEN_SECONDS)
 
 
 def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
@@ -172,19 +169,25 @@ def ingress_rule(cidrs: Sequence[str], port: int) -> IpPermissionUnionTypeDef:
     }
 
 
-def delete_group(account: Account, group: str) -> None:
+def delete_group(account: Account, group: str, *, appears: float = 0.0) -> None:
     """Wait until nothing uses a security group and delete it; it may be missing already.
 
-    Raises CloudFailed when it is still used after 5 minutes.
+    A new one may take `appears` seconds until EC2 shows it. Raises CloudFailed when it is still used after
+    5 minutes.
     """
-    done = poll_call(
-        lambda: account.ec2.delete_security_group(GroupId=group),
-        retry=r"DependencyViolation|InvalidGroup\.InUse",
-        ignore=r"InvalidGroup(Id)?\.NotFound",
-        seconds=_DELETE_SECONDS,
-    )
-    if not done:
+    try:
+        presence.if_present(
+            account,
+            group,
+            lambda: account.ec2.delete_security_group(GroupId=group),
+            appears=appears,
+            busy=_IN_USE,
+            frees=_DELETE_SECONDS,
+        )
+    except CloudFailed as failed:
+        if not re.fullmatch(_IN_USE, code_of(failed)):
+            raise
         raise CloudFailed(
             f"security group {group} can't be deleted: it is still in use",
             hint="`ami-builder gc` lists what is left; with --apply it tries again",
-        )
+        ) from failed

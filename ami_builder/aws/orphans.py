@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ami_builder.aws import images, instances, network
+from ami_builder.aws import images, instances, network, presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, poll_call
+from ami_builder.aws.session import Account, code_of
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
 from ami_builder.state.ledger import LedgerEntry
 
 _RELEASED_SECONDS = 300.0
+_IN_USE = "VolumeInUse|IncorrectState"
 _ENDED = frozenset({"terminated"})
 # EC2's description of a snapshot that CreateImage made.
 _MADE_FROM = re.compile(r"Created by CreateImage\((i-[0-9a-f]+)\)")
@@ -50,6 +51,9 @@ def remove(account: Account, decision: Orphan) -> None:
     one = decision.found
     if decision.action is not Action.DELETE:
         raise ValueError(f"the plan keeps {one.id}: {decision.reason}")
+    # Most of what an instance or an AMI had went with it; CloudTrail need not show refused calls for that.
+    if presence.look(account, one.id) is not presence.Presence.SHOWN:
+        return
     match one.kind:
         case Resource.INSTANCE:
             if (described := instances.describe(account, one.id)) is not None:
@@ -70,14 +74,16 @@ def remove(account: Account, decision: Orphan) -> None:
             network.delete_group(account, one.id)
 
 
-def tag(account: Account, resource: str, run_id: str) -> None:
-    """Put a run's tag on a resource, which may be missing already.
+def tag(account: Account, resource: str, run_id: str, *, appears: float = 0.0) -> None:
+    """Put a run's tag on a resource, which may be missing already, or be shown only after `appears` seconds.
 
     Permissions to delete depend on that tag, and a resource that only a name, a template or a ledger ties to
     the run may lack it.
     """
-    with aws_errors(ignore=".*NotFound.*"):
-        account.ec2.create_tags(Resources=[resource], Tags=tagging.as_list({tagging.RUN: run_id}))
+    run = tagging.as_list({tagging.RUN: run_id})
+    presence.if_present(
+        account, resource, lambda: account.ec2.create_tags(Resources=[resource], Tags=run), appears=appears
+    )
 
 
 def delete_image(account: Account, ami: str, run_id: str) -> None:
@@ -109,8 +115,9 @@ def _tag_snapshot(account: Account, snapshot: str, run_id: str) -> None:
 
 
 def _delete_template(account: Account, template: str) -> None:
-    with aws_errors(ignore=".*NotFound.*"):
-        account.ec2.delete_launch_template(LaunchTemplateId=template)
+    presence.if_present(
+        account, template, lambda: account.ec2.delete_launch_template(LaunchTemplateId=template)
+    )
 
 
 def _instances(
@@ -253,11 +260,15 @@ def _time(text: str | None) -> datetime | None:
 
 def _delete_volume(account: Account, volume: str) -> None:
     # Its instance, which deletes it too, may still be shutting down.
-    done = poll_call(
-        lambda: account.ec2.delete_volume(VolumeId=volume),
-        retry="VolumeInUse|IncorrectState",
-        ignore=r"InvalidVolume\.NotFound",
-        seconds=_RELEASED_SECONDS,
-    )
-    if not done:
-        raise CloudFailed(f"volume {volume} can't be deleted: an instance still uses it")
+    try:
+        presence.if_present(
+            account,
+            volume,
+            lambda: account.ec2.delete_volume(VolumeId=volume),
+            busy=_IN_USE,
+            frees=_RELEASED_SECONDS,
+        )
+    except CloudFailed as failed:
+        if not re.fullmatch(_IN_USE, code_of(failed)):
+            raise
+        raise CloudFailed(f"volume {volume} can't be deleted: an instance still uses it") from failed

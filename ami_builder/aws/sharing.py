@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.aws import presence
 from ami_builder.aws.images import Ami
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.build.target import Shared
@@ -22,22 +24,28 @@ def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
     granted = image_users(account, ami.id)
     missing = [user for user in share_with if user not in granted]
     if missing:
-        with aws_errors():
-            account.ec2.modify_image_attribute(
-                ImageId=ami.id, LaunchPermission={"Add": [_permission(user) for user in missing]}
-            )
+        permissions = [_permission(user) for user in missing]
+        presence.once_visible(
+            account,
+            ami.id,
+            lambda: account.ec2.modify_image_attribute(ImageId=ami.id, LaunchPermission={"Add": permissions}),
+        )
     added = list(missing)
     accounts = [user for user in share_with if user.isdigit()]
     for snapshot in ami.snapshots if accounts else ():
         known = snapshot_users(account, snapshot)
         if users := [user for user in accounts if user not in known]:
-            with aws_errors():
-                account.ec2.modify_snapshot_attribute(
+            presence.once_visible(
+                account,
+                snapshot,
+                partial(
+                    account.ec2.modify_snapshot_attribute,
                     SnapshotId=snapshot,
                     Attribute="createVolumePermission",
                     OperationType="add",
                     UserIds=users,
-                )
+                ),
+            )
             added += users
     return Shared(added=tuple(dict.fromkeys(added)), extra=tuple(sorted(granted - set(share_with))))
 

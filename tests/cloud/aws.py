@@ -122,10 +122,11 @@ def make_template(cloud: Cloud, name: str, **tags: str) -> str:
 def make_ami(cloud: Cloud, name: str, **tags: str) -> str:
     """Make an AMI as Packer does: from an instance that is gone afterwards; return its id."""
     ec2 = cloud.client()
+    hidden, cloud.options.hidden_describes = cloud.options.hidden_describes, 0
     made = ec2.run_instances(ImageId=cloud.base_ami(), MinCount=1, MaxCount=1, InstanceType="m6i.large")
+    cloud.options.hidden_describes = hidden
     instance = made["Instances"][0]["InstanceId"]
-    ami = str(ec2.create_image(InstanceId=instance, Name=name)["ImageId"])
-    if tags:
-        ec2.create_tags(Resources=[ami], Tags=tagging.as_list(tags))
+    specs = tagging.specifications(tags, "image") if tags else []
+    ami = str(ec2.create_image(InstanceId=instance, Name=name, TagSpecifications=specs)["ImageId"])
     ec2.terminate_instances(InstanceIds=[instance])
     return ami

@@ -11,7 +11,7 @@ from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ami_builder.aws import images
+from ami_builder.aws import images, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -28,6 +28,7 @@ NAME = tagging.ami_name("dask", DIGEST, RUN)
 @pytest.fixture
 def account(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Account:
     monkeypatch.setattr(images, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(session, "_LOOK_SECONDS", 0.5)
     return Account.open()
 
 

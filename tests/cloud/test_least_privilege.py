@@ -6,7 +6,10 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import pytest
+
 from ami_builder.aws import matrix
+from ami_builder.aws import tags as tagging
 from ami_builder.build import plugins
 from ami_builder.core.errors import BuildFailed
 from tests.cloud.faulting import BUILD, Place, only_the_ami
@@ -17,8 +20,6 @@ from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    import pytest
 
     from ami_builder.config.schema import Image
     from ami_builder.verify.machine import Machine
@@ -111,6 +112,12 @@ def test_collecting(
     # Before Packer 1.6.6 could tag the instance, and before any version reports it.
     stopped(cloud, _FLEET, POWER_LOSS, tmp_path, *SPOT)
     stopped(cloud, places[_made(places) + 1], POWER_LOSS, tmp_path, anew=False)
+    ec2 = cloud.client()
+    (group, *_) = ec2.describe_security_groups(Filters=[{"Name": "tag-key", "Values": [tagging.RUN]}])[
+        "SecurityGroups"
+    ]
+    lost = tagging.specifications(tagging.as_dict(group["Tags"]), "volume")
+    ec2.create_volume(AvailabilityZone="us-east-1a", Size=1, TagSpecifications=lost)
     left = cloud.left()
     assert left.keys() == {"instance", "launch-template", "volume", "image", "snapshot", "security-group"}
     assert len(left["instance"]) == 2
@@ -123,6 +130,7 @@ def test_collecting(
     assert held.unused == ({"ec2:CreateTags"} if plugins.has_plugins() else set())
 
 
+@pytest.mark.xfail(reason="check tries calls on ids that nobody has", strict=True)
 def test_checking(cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch) -> None:
     held = allowed(cloud, monkeypatch, "all")
     before = cloud.left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,7 +37,7 @@ class CloudOptions:
     full_regions: set[str] = field(default_factory=set)
     """Regions that take no further copy."""
     hidden_describes: int = 0
-    """How many describes don't find what was just made."""
+    """How many calls don't find what was just made: describes, and calls that name it."""
     parameter_reads: int = 0
     """How many reads of parameters still see what stood before in one that names an AMI."""
     no_capacity: set[tuple[str, str]] = field(default_factory=set)
@@ -46,8 +47,6 @@ class CloudOptions:
         "There is no Spot capacity available that matches your request.",
     )
     """Code and message of a fleet's error where there is no spot capacity, as in hashicorp/packer#8740."""
-    gone_is_unauthorized: bool = False
-    """Whether what doesn't exist is refused under a tag condition, as EC2 does, before it is not found."""
     spot_role: bool = True
     """Whether the account has EC2's service-linked role for spot instances."""
     other_codes: dict[str, str] = field(default_factory=dict)
@@ -186,6 +185,14 @@ class CloudState:
         for each in found:
             self._hidden[each] -= 1
         return found
+
+    def unseen(self, call: ApiCall) -> set[str]:
+        """Return the ids that a call other than a describe names, and that EC2 doesn't show yet."""
+        # behaviour: eventual-consistency
+        if call.action.startswith("Describe"):
+            return set()
+        named = json.dumps(call.params, default=str)
+        return self.hidden(each for each in self._hidden if f'"{each}"' in named)
 
     def once(self, scope: tuple[str, ...], params: Any, make: Callable[[], list[str]]) -> list[str]:
         """Return the ids that `make` returns, or those that it returned for the same client token.

@@ -7,8 +7,8 @@ Service Authorization Reference has for the action and the type of resource (aut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -143,19 +143,23 @@ class Guard:
         enforced = self.enforced.get(call.access_key)
         return enforced is None or self._verdict(enforced, it, call).decision is Decision.ALLOWED
 
-    def judge(self, call: ApiCall, backend: Any, *, lenient: bool = False) -> None:
-        """Raise Refused when the call's access key may not do that."""
+    def judge(self, call: ApiCall, backend: Any, unseen: Collection[str] = ()) -> None:
+        """Raise Refused when the call's access key may not do that.
+
+        The `unseen` ids are those of resources that EC2 does not show yet.
+        """
         enforced = self.enforced.get(call.access_key)
         if enforced is None:
             return
         everything = touched(call, backend)
         for it in everything:
-            verdict = self._verdict(enforced, it, call)
-            known = any(like(it.action, each) for each in enforced.identity.actions)
-            if verdict.decision is Decision.ALLOWED or (lenient and it.unknown and known):
+            gone = it.unknown or it.arn.rpartition("/")[2] in unseen
+            # behaviour: gone-is-unauthorized
+            verdict = self._verdict(enforced, replace(it, tags={}) if gone else it, call)
+            if verdict.decision is Decision.ALLOWED:
                 continue
             call.authorised = False
-            (enforced.gone if it.unknown else enforced.refused).append((it.action, it.arn))
+            (enforced.gone if gone else enforced.refused).append((it.action, it.arn))
             refused = self._unauthorized(call, it, verdict)
             # behaviour: fleet-answers-denials-as-errors
             if it.by_fleet:

@@ -25,7 +25,7 @@ from tests.fake_ec2.guard import Guard
 from tests.fake_ec2.identity_actions import Iam, Sts
 from tests.fake_ec2.image_actions import ImageActions
 from tests.fake_ec2.instance_actions import InstanceActions
-from tests.fake_ec2.touched_resources import touched
+from tests.fake_ec2.touched_resources import not_found, touched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -129,8 +129,10 @@ class Shim:
             call.params = strict.parsed(call.service, call.action, form, body)
             if call.service == "ec2":
                 backend = self.state.backend(ACCOUNT, call.region)
-                lenient = not self.state.options.gone_is_unauthorized
-                self.guard.judge(call, backend, lenient=lenient)
+                unseen = self.state.unseen(call)
+                self.guard.judge(call, backend, unseen)
+                if unseen:
+                    raise not_found(min(unseen))
                 if call.params.get("DryRun"):
                     raise _tried(call, backend)
                 return _performed(EC2(self.state, call, self.guard), environ, body)

@@ -92,10 +92,11 @@ def test_what_the_policy_allows_and_refuses(cloud: Cloud) -> None:
         limited.terminate_instances(InstanceIds=[ours, theirs])
     with refused("UnauthorizedOperation", 403):
         limited.create_tags(Resources=[ours], Tags=[{"Key": "ami-builder:run", "Value": "r2"}])
-    cloud.options.gone_is_unauthorized = True
-    # What doesn't exist has no tags.
+    # Nobody knows of this id, so it has no tag either.
     with refused("UnauthorizedOperation", 403):
         limited.terminate_instances(InstanceIds=["i-0123456789abcdef0"])
+    with refused("InvalidInstanceID.NotFound"):
+        free.terminate_instances(InstanceIds=["i-0123456789abcdef0"])
     with refused("UnauthorizedOperation", 403):
         cloud.client(access_key=KEY, region="eu-west-1").describe_images()
     limited.create_image(InstanceId=ours, Name="image", TagSpecifications=tagged("image", "snapshot"))

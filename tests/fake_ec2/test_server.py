@@ -228,9 +228,10 @@ def test_tries_do_nothing(cloud: Cloud, ec2: Any) -> None:
 
 
 def test_what_was_just_made_is_not_found_at_first(cloud: Cloud, ec2: Any) -> None:
+    known = launch(cloud, ec2)
     cloud.options.hidden_describes = 2
     launched = launch(cloud, ec2)
-    made = ec2.create_image(InstanceId=launched, Name="image")["ImageId"]
+    made = ec2.create_image(InstanceId=known, Name="image")["ImageId"]
     group = ec2.create_security_group(GroupName="group", Description="test")["GroupId"]
     for _ in range(2):
         with refused("InvalidInstanceID.NotFound"):
@@ -243,6 +244,8 @@ def test_what_was_just_made_is_not_found_at_first(cloud: Cloud, ec2: Any) -> Non
     assert image(ec2, made)["ImageId"] == made
     assert ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
     late = launch(cloud, ec2)
+    with refused("InvalidInstanceID.NotFound"):
+        ec2.terminate_instances(InstanceIds=[late])
     listed = ec2.describe_instances()["Reservations"]
     assert late not in [each["Instances"][0]["InstanceId"] for each in listed]
 

@@ -102,6 +102,12 @@ def touched(call: ApiCall, backend: Any) -> list[Touched]:
     return list(_others(call))
 
 
+def not_found(resource_id: str) -> Refused:
+    """Return what EC2 answers when it does not show the resource of this id."""
+    _, code = _KINDS[resource_id.partition("-")[0]]
+    return Refused(code, f"The ID '{resource_id}' does not exist")
+
+
 def _ec2(call: ApiCall, backend: Any) -> Iterator[Touched]:
     name = call.name
     if call.action not in EC2:
@@ -248,14 +254,16 @@ def _existing(
         "ec2:public": str(getattr(thing, "is_public", "")).lower(),
         "ec2:imageid": resource_id if kind == "image" else "",
     }
+    # behaviour: terminated-instance-loses-tags
+    tagged = thing is not None and not (kind == "instance" and thing.state == "terminated")
     return Touched(
         action=action,
         arn=arns.ec2(region, kind, resource_id),
         # behaviour: gone-is-unauthorized
-        tags=dict(backend.tags.get(resource_id, {})) if thing is not None else {},
+        tags=dict(backend.tags.get(resource_id, {})) if tagged else {},
         requested=requested,
         keys={key: value for key, value in about.items() if value},
-        unknown="" if thing is not None else error,
+        unknown="" if tagged else error,
     )
 
 
