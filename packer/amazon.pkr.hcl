@@ -6,18 +6,16 @@ source "amazon-ebs" "image" {
   # ami-builder has tried these credentials already.
   skip_credential_validation = true
 
-  instance_type       = var.spot ? null : var.instance_types[0]
-  spot_instance_types = var.spot ? var.instance_types : null
+  instance_type       = var.spot ? null : var.instance_type
+  spot_instance_types = var.spot ? [var.instance_type] : null
   spot_price          = var.spot ? "auto" : null
   # Tags of the launch template, at its creation, and of the spot request.
   spot_tags            = var.spot ? var.run_tags : null
   subnet_id            = var.subnet_id
   security_group_ids   = [var.security_group_id]
   iam_instance_profile = var.instance_profile
-  # EC2 refuses one that does not exist; Packer would ask IAM, at EC2's endpoint if that is not the ordinary one.
-  skip_profile_validation = true
-  user_data_file          = var.user_data_file
-  shutdown_behavior       = "terminate"
+  user_data_file       = var.user_data_file
+  shutdown_behavior    = "terminate"
 
   launch_block_device_mappings {
     device_name           = var.root_device
@@ -103,10 +101,10 @@ variable "source_ami" {
   }
 }
 
-variable "instance_types" {
-  type        = list(string)
-  description = "Types of the building instance: one, or those that a fleet of spot instances chooses from."
-  default     = ["m6i.large"]
+variable "instance_type" {
+  type        = string
+  description = "Type of the building instance."
+  default     = "m6i.large"
 }
 
 variable "spot" {

@@ -43,6 +43,10 @@ SOURCE = packer.Source(
     template="amazon.pkr.hcl",
     # 1.3.9 is what Packer 1.9 to 1.13 find; later releases are published for 1.14 and later alone.
     plugin=plugins.Plugin(name="amazon", oldest=(1, 3, 9)),
+    # EC2 refuses a profile that does not exist. Packer would ask IAM, with the endpoint of EC2.
+    more="""\
+skip_profile_validation = true
+""",
     newer="""\
 metadata_options {
   http_endpoint               = "enabled"
@@ -162,13 +166,10 @@ class _Bake:
         data_file = self.run_.work / "user-data"
         data_file.write_text(data)
         missing: list[str] = []
-        # A fleet has all types, and EC2 takes one that it has; of an instance there is one.
-        each = [tuple(self.kinds)] if self.aws.spot else [(kind,) for kind in self.kinds]
-        for kinds, subnet in product(each, self.aws.subnets or ("",)):
-            kind = ", ".join(kinds)
+        for kind, subnet in product(self.kinds, self.aws.subnets or ("",)):
             try:
                 with step.step("bake with Packer", detail=f"{kind} in {self.account.region}") as child:
-                    self._with_packer(kinds, subnet, key, data_file, child)
+                    self._with_packer(kind, subnet, key, data_file, child)
             except CloudFailed as failed:
                 if not packer_messages.lacks_capacity("\n".join((failed.message, *failed.tail))):
                     raise
@@ -186,7 +187,7 @@ class _Bake:
             tail=tuple(missing),
         )
 
-    def _with_packer(self, kinds: Sequence[str], subnet: str, key: Path, data_file: Path, step: Step) -> None:
+    def _with_packer(self, kind: str, subnet: str, key: Path, data_file: Path, step: Step) -> None:
         group = network.security_group(
             self.account,
             self.ledger,
@@ -197,7 +198,7 @@ class _Bake:
             subnet=subnet,
         )
         with group as group_id:
-            variables = self._variables(kinds, subnet, group_id, key, data_file)
+            variables = self._variables(kind, subnet, group_id, key, data_file)
             retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(self._nothing_was_made),
                 stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -356,7 +357,7 @@ class _Bake:
         return False
 
     def _variables(
-        self, kinds: Sequence[str], subnet: str, group: str, key: Path, data_file: Path
+        self, kind: str, subnet: str, group: str, key: Path, data_file: Path
     ) -> Mapping[str, packer.Variable]:
         image, aws = self.inputs.image, self.aws
         size = max(image.base.disk_size, self.base.size)
@@ -378,7 +379,7 @@ class _Bake:
             "source_ami": self.base.id,
             "root_device": self.base.root_device,
             "volume_size": -(-size // _GIB),
-            "instance_types": list(kinds),
+            "instance_type": kind,
             "spot": aws.spot,
             "subnet_id": subnet,
             "security_group_id": group,

@@ -54,6 +54,8 @@ class Source:
     """The file in packer/ that configures it."""
     plugin: plugins.Plugin
     """What has the builder in it, except in Packer 1.6.6."""
+    more: str = ""
+    """Attributes beside those of the template, as HCL."""
     newer: str = ""
     """Attributes that 1.6.6 does not know, as HCL."""
 
@@ -64,12 +66,9 @@ class Source:
 
     def in_build(self) -> str:
         """Return the block that makes a build use it."""
-        body = (
-            f"{{\n{textwrap.indent(self.newer, ' ' * 4)}  }}"
-            if self.newer and plugins.has_plugins()
-            else "{}"
-        )
-        return f'source "source.{self.name}" {body}'
+        attributes = self.more + (self.newer if plugins.has_plugins() else "")
+        body = f"\n{textwrap.indent(attributes, ' ' * 4)}  " if attributes else ""
+        return f'source "source.{self.name}" {{{body}}}'
 
 
 def stage(

@@ -263,14 +263,6 @@ def test_a_launch_that_no_other_type_would_help(
     assert cloud.left() == {}
 
 
-def test_a_fleet_has_all_types(cloud: Cloud, account: Path) -> None:
-    cloud.options.no_capacity = {("m6i.large", "*")}
-    ran = build(*TYPES, "--set", "aws.spot=true", "--set", "verify.instance_types=m5.large")
-    assert ran.status == 0, ran.err
-    assert cloud.count("CreateFleet") == 1
-    only_the_ami(cloud)
-
-
 @pytest.mark.long
 def test_a_snapshot_may_take_longer_than_the_bake(cloud: Cloud, account: Path) -> None:
     cloud.options.image_seconds = 35
