@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ami_builder.config.schema import Image
     from ami_builder.selftest.compare import Comparison
     from ami_builder.selftest.plan import Plan
+    from ami_builder.selftest.recording import Behaviour
     from ami_builder.selftest.run import Result
 
 
@@ -161,17 +162,39 @@ def _rows(comparison: Comparison) -> Iterator[tuple[object, ...]]:
 
 
 def _fields(comparison: Comparison) -> Iterator[str]:
-    yield f"ami-builder {__version__}; compared with the test cloud as {comparison.credentials}"
+    yield ", ".join(f"{name} {version}" for name, version in _versions().items())
+    yield f"compared with the test cloud for {comparison.credentials}"
     yield "not recorded: the calls that Packer makes"
     for one in comparison.fields:
         yield f"{'' if one.kind.matters else 'note: '}{one.call}: {one.text}"
 
 
-def _as_json(result: Result, comparison: Comparison) -> dict[str, Any]:
-    from ami_builder.cli.options import plain
+def _versions() -> dict[str, str]:
+    """Return the versions of what talks to AWS."""
+    import botocore
 
+    from ami_builder.build.plugins import has_plugins
+
+    packer = "with plugins" if has_plugins() else "1.6"
+    return {"ami-builder": __version__, "botocore": botocore.__version__, "Packer": packer}
+
+
+def _side(one: Behaviour | None, *, times: bool) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    found: dict[str, Any] = {"outcomes": one.outcomes, "states": one.states, "facts": one.facts}
+    if times:
+        found |= {
+            "longest_seconds": round(one.longest, 3),
+            "seconds": round(one.seconds, 3),
+            "retries": one.retries,
+        }
+    return found
+
+
+def _as_json(result: Result, comparison: Comparison) -> dict[str, Any]:
     return {
-        "version": __version__,
+        **_versions(),
         "compared_with": comparison.credentials,
         "not_recorded": "the calls that Packer makes",
         "completed": result.parts,
@@ -182,8 +205,8 @@ def _as_json(result: Result, comparison: Comparison) -> dict[str, Any]:
             {
                 "step": row.step,
                 "call": row.call,
-                "aws": plain(row.account),
-                "test_cloud": plain(row.cloud),
+                "aws": _side(row.account, times=True),
+                "test_cloud": _side(row.cloud, times=False),
                 "differences": [{"kind": one.kind, "matters": one.kind.matters} for one in row.differences],
             }
             for row in comparison.rows

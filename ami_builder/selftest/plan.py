@@ -118,7 +118,7 @@ def plan(account: Account, image: Image, assumed: float | None) -> Plan:
     everywhere = (home, *elsewhere)
     steps = [
         step(Part.CHECK, "what `check` asks the account; nothing is made"),
-        step(Part.PROBES, "calls about what does not exist, a security group, two SSM parameters"),
+        step(Part.PROBES, "calls about what does not exist, a security group, three SSM parameters"),
         step(Part.BAKE, "bake an AMI", replace(baking, fixed=kept.fixed), on=bake_on),
         step(Part.VERIFY, "launch it, and run the checks", verifying, on=verify_on),
         step(Part.SECOND, "copy it within the region, so that there are two", kept),

@@ -91,6 +91,42 @@ WITHOUT_AMI: tuple[Probe, ...] = (
         MaxCount=1,
         DryRun=True,
     ),
+    _missing(
+        "try a fleet of a missing template",
+        _TRYING,
+        "ec2:CreateFleet",
+        Type="instant",
+        LaunchTemplateConfigs=[
+            {"LaunchTemplateSpecification": {"LaunchTemplateId": _TEMPLATE, "Version": "1"}}
+        ],
+        TargetCapacitySpecification={"TotalTargetCapacity": 1, "DefaultTargetCapacityType": "spot"},
+        DryRun=True,
+    ),
+    _missing(
+        "ids and a page size together",
+        "DescribeImages takes ids and MaxResults together, unlike DescribeInstances.",
+        "ec2:DescribeImages",
+        ImageIds=["{base}"],
+        MaxResults=5,
+    ),
+    _missing(
+        "more than 200 values of a filter",
+        "A filter takes 200 values.",
+        "ec2:DescribeImages",
+        Filters=[{"Name": "image-id", "Values": [f"ami-{number:017x}" for number in range(201)]}],
+    ),
+    _missing(
+        "a missing instance profile",
+        "An instance profile that does not exist is NoSuchEntity, to those who may look.",
+        "iam:GetInstanceProfile",
+        InstanceProfileName="{name}",
+    ),
+    _missing(
+        "an instance profile by its ARN",
+        "Only the name of an instance profile is taken.",
+        "iam:GetInstanceProfile",
+        InstanceProfileName="arn:aws:iam::000000000000:instance-profile/{name}",
+    ),
     Probe(
         name="a security group twice",
         belief="A name is taken at once, tags are there at once, and what is deleted can't be deleted again.",
@@ -133,6 +169,15 @@ WITHOUT_AMI: tuple[Probe, ...] = (
             Call(action="ssm:GetParameterHistory", parameters={"Name": "{folder}missing"}),
             Call(action="ssm:DeleteParameter", parameters={"Name": "{folder}missing"}),
         ),
+    ),
+    _missing(
+        "a parameter with a word for an AMI",
+        "SSM takes a value that can't be an AMI's id at first, like any other.",
+        "ssm:PutParameter",
+        Name="{folder}word",
+        Value="selftest",
+        Overwrite=False,
+        **_IMAGE_VALUE,
     ),
     Probe(
         name="a parameter that is deleted and made again",
@@ -245,7 +290,20 @@ WITH_AMI: tuple[Probe, ...] = (
             Call(
                 action="ec2:DescribeImages",
                 parameters={**_OWN, "IncludeDeprecated": True},
-                facts={"images": "length(Images)", "has a time": "Images[0].DeprecationTime != null"},
+                facts={
+                    "images": "length(Images)",
+                    "to the minute": "ends_with(Images[0].DeprecationTime, ':00.000Z')",
+                },
+            ),
+        ),
+    ),
+    Probe(
+        name="a tag of AWS's",
+        belief="Nobody can set a tag whose key begins with `aws:`.",
+        calls=(
+            Call(
+                action="ec2:CreateTags",
+                parameters={"Resources": ["{copy}"], "Tags": [{"Key": "aws:selftest", "Value": "selftest"}]},
             ),
         ),
     ),

@@ -35,6 +35,7 @@ from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, read
 from ami_builder.state.workspace import StoredImage, Workspace
 
+PATIENCE = 1.0
 _COPY_SECONDS = 3600.0
 _GONE_SECONDS = 120.0
 _REASON = "selftest"
@@ -82,7 +83,7 @@ class Selftest:
     """Its own: what earlier selftests or builds left is of no concern to it."""
     budget: Budget
     progress: Progress
-    patience: float = 1.0
+    patience: float = field(default_factory=lambda: PATIENCE)
     """Scales its own waits."""
     recorder: Recorder = field(init=False)
     _home: AwsTarget = field(init=False)
@@ -175,7 +176,7 @@ class Selftest:
                 raise kinds.get(one.exit_code, CloudFailed)(f"{one.name}: {one.found}", hint=one.hint)
 
     def _probe(self, chosen: Sequence[Probe]) -> None:
-        account, aws = self._home.account, self.image.aws
+        account = self._home.account
         with self.workspace.run("selftest", self.image.name) as run, self.progress.step("probes") as step:
             known = {
                 "name": self.image.name,
@@ -183,7 +184,7 @@ class Selftest:
                 "folder": self._home.channels(self.image).folder,
                 "base": self.plan.base,
                 "type": self.image.verify.instance_types[0],
-                "vpc": network.find_vpc(account, *aws.subnets[:1]),
+                "vpc": self._vpc(),
                 "ami": self._first.artifact.location if chosen is probes.WITH_AMI else "",
             }
             kept = probing.values(known)
@@ -265,11 +266,11 @@ class Selftest:
 
     def _collect(self) -> None:
         """Leave a security group and an unfinished AMI as a killed run would, then find and delete them."""
-        account, aws = self._home.account, self.image.aws
+        account = self._home.account
         with self.workspace.run("selftest", self.image.name) as run:
             run_id, ledger = run.record.run_id, Ledger(run.directory / LEDGER)
             name = tags.group_name(run_id, tags.Purpose.VERIFY)
-            vpc = network.find_vpc(account, *aws.subnets[:1])
+            vpc = self._vpc()
             entry = ledger.intend(Resource.SECURITY_GROUP, account.region, run=run_id, name=name, vpc=vpc)
             tagged = tags.resource_tags(self.image, "", run_id, tags.Purpose.VERIFY)
             with self.progress.step("leave something behind"), aws_errors():
@@ -289,6 +290,11 @@ class Selftest:
                 f"`gc` did not find {len(missing)} of the resources that were left on purpose",
                 hint="this is what the selftest is for: please send its table",
             )
+
+    def _vpc(self) -> str:
+        """Return the VPC that instances run in."""
+        home = self._home.name
+        return network.find_vpc(self._home.account, *self.image.aws.at(home, home).subnets[:1])
 
     def _unfinished(self, kind: str, found: str) -> bool:
         """Return whether a resource is none of the finished AMIs."""

@@ -18,6 +18,7 @@ from ami_builder.aws import bake, images, instances, machine, matrix, network, s
 from ami_builder.build import packer
 from ami_builder.cli import app as cli
 from ami_builder.core.records import CheckResult, Measurement, Outcome
+from ami_builder.selftest import run as selftest
 from ami_builder.system import processes
 from ami_builder.verify.machine import Machine, MachineResult
 from tests.packer_plugins import needs_plugin
@@ -95,6 +96,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bake, "ATTEMPTS", 2)
     monkeypatch.setattr(session, "_LOOK_SECONDS", 0.5)
     monkeypatch.setattr(processes, "STOP_SECONDS", 5.0)
+    monkeypatch.setattr(selftest, "PATIENCE", 0.05)
     monkeypatch.setattr(network, "_DELETE_SECONDS", 5.0)
     for module in (machine, images):
         monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)

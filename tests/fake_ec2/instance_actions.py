@@ -117,6 +117,15 @@ class InstanceActions(EC2Action):
         self.params |= {k: v for k, v in (("MaxResults", size), ("NextToken", token)) if v is not None}
         return self.seen("InstanceIds", "Reservations", "InvalidInstanceID.NotFound", result)
 
+    def delete_launch_template(self) -> ActionResult:
+        """DeleteLaunchTemplate, by id too."""
+        template = self._get_param("LaunchTemplateId")
+        if template and template not in self.ec2_backend.launch_templates:
+            raise Refused(
+                "InvalidLaunchTemplateId.NotFound", f"The launch template '{template}' does not exist"
+            )
+        return super().delete_launch_template()
+
     def describe_launch_templates(self) -> ActionResult:
         """DescribeLaunchTemplates, in pages."""
         return self._cut(super().describe_launch_templates, "LaunchTemplates", "LaunchTemplateId")

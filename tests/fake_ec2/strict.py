@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from botocore.validate import ParamValidator
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _PROTOCOL = {"Action", "Version"}
+_FILTER_VALUES = 200
 
 
 class _Read(dict[str, str]):
@@ -65,7 +67,33 @@ def parsed(service: str, action: str, form: Mapping[str, str], body: bytes) -> d
             raise Refused(code, f"{name}: {details}")
     for path, value in _impossible(shape, params, ""):
         raise Refused("InvalidParameterValue", f"Value ({value}) for parameter {path} is invalid.")
+    if service == "ec2":
+        _require_limits(params)
+    elif model.metadata["protocol"] == "query":
+        # behaviour: patterns-of-names
+        for path, value in _mismatched(shape, params):
+            raise Refused("ValidationError", f"Value '{value}' at '{path}' failed to satisfy constraint")
     return dict(params)
+
+
+def _require_limits(params: Mapping[str, Any]) -> None:
+    """Raise Refused for what EC2 documents of filters and tags, but its model doesn't have."""
+    # behaviour: filter-values
+    if any(len(each.get("Values", [])) > _FILTER_VALUES for each in params.get("Filters", [])):
+        raise Refused("FilterLimitExceeded", "The maximum number of filter values specified on a call is 200")
+    specifications = params.get("TagSpecifications", [])
+    tags = [*params.get("Tags", []), *(tag for each in specifications for tag in each.get("Tags", []))]
+    # behaviour: reserved-tags
+    if reserved := [tag["Key"] for tag in tags if tag.get("Key", "").startswith("aws:")]:
+        raise Refused("InvalidParameterValue", f"Value ( {reserved[0]} ) for parameter key is invalid.")
+
+
+def _mismatched(shape: Any, params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the values at the top that don't match their model's pattern, and their names."""
+    for name, each in params.items():
+        pattern = shape.members[name].metadata.get("pattern") if name in shape.members else None
+        if pattern and isinstance(each, str) and not re.fullmatch(pattern, each):
+            yield name, each
 
 
 def _untimed(value: Any) -> Any:

@@ -351,3 +351,15 @@ def test_ten_thousand_images_take_a_search_ten_times_as_long_as_a_thousand(cloud
 def test_an_unknown_action_is_loud(cloud: Cloud, ec2: Any) -> None:
     with refused("NotImitated", 501):
         ec2.describe_ipam_pools()
+
+
+def test_limits_of_filters_tags_and_names_are_those_that_are_documented(cloud: Cloud) -> None:
+    ec2 = cloud.client()
+    values = [f"ami-{number:017x}" for number in range(201)]
+    with pytest.raises(ClientError, match="FilterLimitExceeded"):
+        ec2.describe_images(Filters=[{"Name": "image-id", "Values": values}])
+    assert ec2.describe_images(Filters=[{"Name": "image-id", "Values": values[:200]}])["Images"] == []
+    with pytest.raises(ClientError, match="InvalidParameterValue"):
+        ec2.create_tags(Resources=[cloud.base_ami()], Tags=[{"Key": "aws:x", "Value": "y"}])
+    with pytest.raises(ClientError, match="ValidationError"):
+        cloud.client("iam").get_instance_profile(InstanceProfileName="arn:aws:iam::1:instance-profile/x")

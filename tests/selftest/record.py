@@ -63,7 +63,6 @@ def run(home: Path, *, spend: float = 10.0, copy_region: str = COPY_REGION) -> R
             workspace=workspace,
             budget=Budget(spend=spend),
             progress=progress,
-            patience=0.05,
         )
         return one.run()
 
