@@ -195,7 +195,9 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         _Row("ChangeImagesOfRuns", "copy prune lifecycle", removing, image, _OURS),
         # SSM validates an AMI with the caller's permissions.
         _Row("MoveChannels", "promote", _MOVES, [arns.of("ssm", "*", "parameter/ami-builder/*")]),
-        _Row("FindUses", "prune", "autoscaling:DescribeLaunchConfigurations", ["*"]),
+        _Row(
+            "FindUses", "prune", "autoscaling:DescribeLaunchConfigurations DescribeAutoScalingGroups", ["*"]
+        ),
         _Row("FindUses", "prune", "ssm:DescribeParameters", ["*"]),
         _Row("FindUsesByValue", "prune", _READS, [arns.of("ssm", "*", "parameter/*")]),
         _Row("ChangeImagesOfRuns", "prune", "ec2:EnableImageDeprecation", ec2("image"), _OURS),

@@ -1,9 +1,9 @@
-"""Find what in a region uses an AMI or a snapshot: instances, launch templates and configurations, SSM."""
+"""Find what in a region uses an AMI or a snapshot: instances, templates, fleets, spot requests, SSM."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ami_builder.aws import images
@@ -11,24 +11,38 @@ from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
 
 _NAMED = re.compile(r"\b(?:ami|snap)-(?:[0-9a-f]{17}|[0-9a-f]{8})\b")
-_PINNED = re.compile(r"resolve:ssm:([^:]+):([^:]+)")
+# A parameter's name or ARN, and a version or a label behind it.
+_RESOLVED = "resolve:ssm:"
 _ENDED = "terminated"
+# A stopped persistent request is `disabled`, and launches again when its instance is started.
+_SPOT_STATES = frozenset({"open", "active", "disabled"})
+_FLEET_STATES = frozenset({"submitted", "active", "modifying"})
+# Regions without fleets or spot instances.
+_UNKNOWN = "UnsupportedOperation|InvalidAction"
 _AT_ONCE = 10  # SSM's limit of names in one GetParameters call
 
 
 def find(account: Account) -> list[Reference]:
     """Return every reference to an AMI or a snapshot in this region.
 
-    An id anywhere in a parameter's current value is a reference; so are ids in versions that have a label or
-    that a launch template pins. Raises CloudFailed when any list can't be read to its end, since an unknown
-    reference could cost somebody their AMI.
+    An id anywhere in a parameter's current value is a reference; so is one in a version that a template, a
+    group or a fleet resolves, and in any version with a label of a parameter that names an AMI now. Raises
+    CloudFailed when any list can't be read to its end, since an unknown reference could cost somebody their
+    AMI.
     """
-    templates = list(_templates(account))
+    uses = [
+        *_templates(account),
+        *_configurations(account),
+        *_groups(account),
+        *_spot_requests(account),
+        *_spot_fleets(account),
+        *_fleets(account),
+    ]
     return [
         *_instances(account),
-        *(Reference(id=named, by=by) for named, by in templates if named.startswith(("ami-", "snap-"))),
-        *_configurations(account),
-        *_parameters(account, {pin.groups() for named, _ in templates if (pin := _PINNED.fullmatch(named))}),
+        *(Reference(id=named, by=by) for named, by in uses if _NAMED.fullmatch(named)),
+        *_resolved(account, uses),
+        *_parameters(account),
     ]
 
 
@@ -50,19 +64,69 @@ def _templates(account: Account) -> Iterator[tuple[str, str]]:
             LaunchTemplateId=template_id,
         ):
             data, by = version["LaunchTemplateData"], f"used by launch template {name} ({template_id})"
-            for named in (data.get("ImageId", ""), *images.snapshot_ids(data)):
-                yield named, f"{by}, version {version['VersionNumber']}"
+            yield from _launched(data, f"{by}, version {version['VersionNumber']}")
 
 
-def _configurations(account: Account) -> Iterator[Reference]:
+def _configurations(account: Account) -> Iterator[tuple[str, str]]:
     for one in account.listed(
         "describe_launch_configurations", "LaunchConfigurations", service="autoscaling"
     ):
-        by = f"used by launch configuration {one['LaunchConfigurationName']}"
-        yield from (Reference(id=named, by=by) for named in (one["ImageId"], *images.snapshot_ids(one)))
+        yield from _launched(one, f"used by launch configuration {one['LaunchConfigurationName']}")
 
 
-def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterator[Reference]:
+def _groups(account: Account) -> Iterator[tuple[str, str]]:
+    """Yield the AMIs that Auto Scaling groups name themselves, beside those of their launch templates."""
+    for one in account.listed("describe_auto_scaling_groups", "AutoScalingGroups", service="autoscaling"):
+        template = one.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {})
+        for override in template.get("Overrides", []):
+            yield from _launched(override, f"used by Auto Scaling group {one['AutoScalingGroupName']}")
+
+
+def _spot_requests(account: Account) -> Iterator[tuple[str, str]]:
+    for one in account.listed("describe_spot_instance_requests", "SpotInstanceRequests", ignore=_UNKNOWN):
+        if one["State"] in _SPOT_STATES:
+            by = f"used by spot request {one['SpotInstanceRequestId']} ({one['State']})"
+            yield from _launched(one.get("LaunchSpecification", {}), by)
+
+
+def _spot_fleets(account: Account) -> Iterator[tuple[str, str]]:
+    for one in account.listed("describe_spot_fleet_requests", "SpotFleetRequestConfigs", ignore=_UNKNOWN):
+        if one["SpotFleetRequestState"] in _FLEET_STATES:
+            for launch in one["SpotFleetRequestConfig"].get("LaunchSpecifications", []):
+                yield from _launched(launch, f"used by Spot Fleet {one['SpotFleetRequestId']}")
+
+
+def _fleets(account: Account) -> Iterator[tuple[str, str]]:
+    """Yield the AMIs that EC2 Fleets name themselves, beside those of their launch templates."""
+    for one in account.listed("describe_fleets", "Fleets", ignore=_UNKNOWN):
+        if one["FleetState"] in _FLEET_STATES:
+            for config in one.get("LaunchTemplateConfigs", []):
+                for override in config.get("Overrides", []):
+                    yield from _launched(override, f"used by EC2 Fleet {one['FleetId']}")
+
+
+def _launched(launch: Mapping[str, Any], by: str) -> Iterator[tuple[str, str]]:
+    """Yield the AMI, or the parameter to resolve, and the snapshots that something launches with."""
+    yield from ((named, by) for named in (launch.get("ImageId") or "", *images.snapshot_ids(launch)) if named)
+
+
+def _resolved(account: Account, uses: Iterable[tuple[str, str]]) -> Iterator[Reference]:
+    """Resolve the parameters that launches name in place of an AMI, in every documented form.
+
+    Source: https://docs.aws.amazon.com/autoscaling/ec2/userguide/using-systems-manager-parameters.html
+    """
+    by_name: dict[str, str] = {}
+    for named, by in uses:
+        if named.startswith(_RESOLVED):
+            by_name.setdefault(named.removeprefix(_RESOLVED), by)
+    for name, by in sorted(by_name.items()):
+        # One at a time: a call must not name one parameter twice, and these may be versions of the same.
+        with aws_errors("ssm", ignore="ParameterNotFound|ParameterVersionNotFound"):
+            for one in account.client("ssm").get_parameters(Names=[name])["Parameters"]:
+                yield from _named(_NAMED.findall(one["Value"]), f"{by} through SSM parameter {name}")
+
+
+def _parameters(account: Account) -> Iterator[Reference]:
     described = account.listed("describe_parameters", "Parameters", service="ssm")
     named = {one["Name"] for one in described if one.get("DataType") == "aws:ec2:image"}
     # A secret can't be launched from, and reading one needs its key.
@@ -76,9 +140,11 @@ def _parameters(account: Account, pinned: set[tuple[str | Any, ...]]) -> Iterato
                 named.add(one["Name"])
             yield from _named(found, f"named by SSM parameter {one['Name']}")
     for name in sorted(named):
-        for version in account.listed("get_parameter_history", "Parameters", service="ssm", Name=name):
-            number = str(version["Version"])
-            if version.get("Labels") or (name, number) in pinned:
+        for version in account.listed(
+            "get_parameter_history", "Parameters", service="ssm", ignore="ParameterNotFound", Name=name
+        ):
+            if version.get("Labels"):
+                number = version["Version"]
                 yield from _named(
                     _NAMED.findall(version["Value"]), f"named by SSM parameter {name}, version {number}"
                 )

@@ -35,6 +35,10 @@ LISTS = (
     "DescribeLaunchTemplates",
     "DescribeLaunchTemplateVersions",
     "DescribeLaunchConfigurations",
+    "DescribeAutoScalingGroups",
+    "DescribeSpotInstanceRequests",
+    "DescribeSpotFleetRequests",
+    "DescribeFleets",
     "DescribeParameters",
     "GetParameters",
     "GetParameterHistory",
@@ -144,7 +148,80 @@ def _pinned(cloud: Cloud, ami: str) -> str:
     cloud.client().create_launch_template(
         LaunchTemplateName="pins", LaunchTemplateData={"ImageId": "resolve:ssm:/t/i:1"}
     )
-    return "named by SSM parameter /t/i, version 1"
+    return "version 1 through SSM parameter /t/i:1"
+
+
+def _resolving(selector: str, name: str = "/t/i") -> Callable[[Cloud, str], str]:
+    """Use an AMI in a version of a `text` parameter whose current value names none."""
+
+    def use(cloud: Cloud, ami: str) -> str:
+        ssm = cloud.client("ssm")
+        for value in (ami, "nothing now"):
+            ssm.put_parameter(Name="/t/i", Value=value, Type="String", Overwrite=True)
+        ssm.label_parameter_version(Name="/t/i", ParameterVersion=1, Labels=["blue"])
+        data = {"ImageId": f"resolve:ssm:{name}{selector}"}
+        cloud.client().create_launch_template(LaunchTemplateName="pins", LaunchTemplateData=data)
+        return f"through SSM parameter {name}{selector}"
+
+    return use
+
+
+def _spot_request(cloud: Cloud, ami: str) -> str:
+    made = cloud.client().request_spot_instances(
+        Type="persistent", LaunchSpecification={"ImageId": ami, "InstanceType": "t3.small"}
+    )["SpotInstanceRequests"][0]
+    for instance in cloud.backend().all_instances():
+        instance.terminate()
+    return f"used by spot request {made['SpotInstanceRequestId']} ("
+
+
+def _spot_fleet(cloud: Cloud, ami: str) -> str:
+    made = cloud.client().request_spot_fleet(
+        SpotFleetRequestConfig={
+            "TargetCapacity": 1,
+            "AllocationStrategy": "lowestPrice",
+            "SpotPrice": "1",
+            "IamFleetRole": "arn:aws:iam::123456789012:role/fleet",
+            "LaunchSpecifications": [{"ImageId": ami, "InstanceType": "t3.small", "SpotPrice": "1"}],
+        }
+    )
+    for instance in cloud.backend().all_instances():
+        instance.terminate()
+    for request in cloud.backend().spot_instance_requests.values():
+        request.state = "closed"
+    return f"used by Spot Fleet {made['SpotFleetRequestId']}"
+
+
+class _Fleet:
+    """What moto keeps of an EC2 Fleet that launches from a template, and overrides its AMI."""
+
+    def __init__(self, ami: str) -> None:
+        self.id = self.fleet_id = "fleet-0123456789abcdef0"
+        self.state = self.fleet_state = "active"
+        self.tags: list[Any] = []
+        self.launch_template_configs = [{"Overrides": [{"ImageId": ami}]}]
+
+
+def _fleet(cloud: Cloud, ami: str) -> str:
+    cloud.backend().fleets["fleet-0123456789abcdef0"] = _Fleet(ami)
+    return "used by EC2 Fleet fleet-0123456789abcdef0"
+
+
+def _group(cloud: Cloud, ami: str) -> str:
+    ec2 = cloud.client()
+    data = {"ImageId": cloud.base_ami(), "InstanceType": "t3.small"}
+    ec2.create_launch_template(LaunchTemplateName="workers", LaunchTemplateData=data)
+    template = {"LaunchTemplateName": "workers", "Version": "1"}
+    cloud.client("autoscaling").create_auto_scaling_group(
+        AutoScalingGroupName="workers",
+        MinSize=0,
+        MaxSize=0,
+        AvailabilityZones=[f"{REGION}a"],
+        MixedInstancesPolicy={
+            "LaunchTemplate": {"LaunchTemplateSpecification": template, "Overrides": [{"ImageId": ami}]}
+        },
+    )
+    return "used by Auto Scaling group workers"
 
 
 def _shared(cloud: Cloud, ami: str) -> str:
@@ -182,6 +259,14 @@ def _predecessor(cloud: Cloud, ami: str) -> str:
         _parameter,
         _label,
         _pinned,
+        _resolving(":1"),
+        _resolving(":blue"),
+        _resolving(":1", f"arn:aws:ssm:{REGION}:123456789012:parameter/t/i"),
+        _resolving(":blue", f"arn:aws:ssm:{REGION}:123456789012:parameter/t/i"),
+        _spot_request,
+        _spot_fleet,
+        _fleet,
+        _group,
         _shared,
         _public,
         _protected,
@@ -412,11 +497,15 @@ def test_no_more_calls_than_pages(cloud: Cloud, monkeypatch: pytest.MonkeyPatch)
     assert len(found) == 12 * 3 + 1
     made = [call.action for call in cloud.calls[before:]]
     assert {action: made.count(action) for action in sorted(set(made))} == {
+        "DescribeAutoScalingGroups": 1,
+        "DescribeFleets": 1,
         "DescribeInstances": 3,
         "DescribeLaunchConfigurations": 3,
         "DescribeLaunchTemplateVersions": 12,
         "DescribeLaunchTemplates": 3,
         "DescribeParameters": 2,  # moto's pages are of 10, whatever is asked for
+        "DescribeSpotFleetRequests": 1,
+        "DescribeSpotInstanceRequests": 1,
         "GetParameterHistory": 1,
         "GetParameters": 2,
     }
