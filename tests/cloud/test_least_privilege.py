@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+from moto.core.utils import utcnow
 
 from ami_builder.aws import matrix
 from ami_builder.aws import tags as tagging
+from ami_builder.aws.policy import LONGEST, size
 from ami_builder.build import plugins
-from ami_builder.core.errors import BuildFailed
+from ami_builder.core.errors import BuildFailed, CloudFailed
 from tests.cloud.faulting import BUILD, Place, only_the_ami
-from tests.cloud.flow import captured
+from tests.cloud.flow import Ran, captured
 from tests.cloud.stopping import POWER_LOSS, stopped
+from tests.fake_ec2.api_call import ACCOUNT
 from tests.fake_ec2.cloud_state import DEBIAN_PARAMETER
+from tests.fake_ec2.server import REGION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +32,13 @@ if TYPE_CHECKING:
     from tests.fake_ec2.server import Cloud
 
 KEY = "AKIALEASTPRIVILEGE00"
+
+
+ABOUT_THE_ACCOUNT = {
+    *("ec2:GetEbsEncryptionByDefault", "ec2:GetEbsDefaultKmsKeyId", "ec2:GetImageBlockPublicAccessState"),
+    *("ec2:GetInstanceMetadataDefaults", "servicequotas:GetServiceQuota", "iam:SimulatePrincipalPolicy"),
+}
+"""What `check` and `build` may read of the account."""
 
 
 def imds_later() -> set[str]:
@@ -85,7 +97,7 @@ def test_build_and_verify(
     monkeypatch.setattr(matrix, "verify_machine", _lost)
     assert captured("verify", ami).status == BuildFailed.exit_code
     assert held.refused == []
-    assert held.unused == imds_later()
+    assert held.unused - ABOUT_THE_ACCOUNT == imds_later()
     only_the_ami(cloud)
 
 
@@ -97,13 +109,28 @@ def test_what_settings_add(cloud: Cloud, places: Sequence[Place], monkeypatch: p
         *("--set", f"aws.source=ssm:{DEBIAN_PARAMETER}"),
     )
     held = allowed(cloud, monkeypatch, "build", "verify", settings=settings)
+    cloud.options.spot_role = False
     built = captured(*settings, *BUILD)
     assert built.status == 0, built.err
     assert held.refused == []
     # What cleans up, what reads the console of a dead machine; and a spot instance is never stopped.
     never = {"ec2:DeregisterImage", "ec2:DeleteSnapshot", "ec2:GetConsoleOutput", "ec2:StopInstances"}
-    assert held.unused == never | imds_later()
+    assert held.unused - ABOUT_THE_ACCOUNT == never | imds_later()
     only_the_ami(cloud)
+
+
+def test_a_first_spot_request_needs_its_role(
+    cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud.options.spot_role = False
+    held = allowed(cloud, monkeypatch, "build", "verify", settings=SPOT)
+    statements = [s for s in held.identity.statements if s["Sid"] != "MakeSpotRole"]
+    held = cloud.enforce({"Version": "2012-10-17", "Statement": statements}, KEY)
+    built = captured(*SPOT, *BUILD)
+    assert built.status == CloudFailed.exit_code
+    assert "permission to create the service-linked role" in built.err
+    assert [action for action, _ in held.refused] == ["iam:CreateServiceLinkedRole"]
+    assert cloud.left() == {}
 
 
 def test_collecting(
@@ -139,3 +166,113 @@ def test_checking(cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.Mon
     assert found["permissions"] == "ok", told
     assert held.refused == []
     assert cloud.left() == before
+
+
+THERE = "eu-west-1"
+SHARED = "210987654321"
+WHOLE = (
+    *("--set", f"aws.copy_to={THERE}"),
+    *("--set", f"aws.share_with={SHARED}"),
+    *("--set", "aws.tags=Owner=us"),
+    *("--set", "lifecycle.keep=0"),
+    *("--set", "lifecycle.keep_days=10"),
+)
+OWNED = {
+    "Statement": [
+        {
+            "Effect": "Deny",
+            "Action": action,
+            "Resource": [f"arn:aws:ec2:*:*:{kind}/*" for kind in kinds],
+            "Condition": {"Null": {"aws:RequestTag/Owner": "true"}},
+        }
+        for action, kinds in (
+            ("ec2:RunInstances", ("instance", "volume")),
+            ("ec2:CreateSecurityGroup", ("security-group",)),
+        )
+    ]
+}
+"""A control policy of an organization that demands a tag on what costs money."""
+
+
+def aged(cloud: Cloud, days: float) -> None:
+    """Let all AMIs of the account and their snapshots look old."""
+    for region in (REGION, THERE):
+        backend = cloud.backend(region)
+        for image in backend.amis.values():
+            if image.owner_id == ACCOUNT:
+                image.creation_date = utcnow() - timedelta(days=days)
+                if image.deprecation_time is not None:
+                    image.deprecation_time = image.creation_date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        for snapshot in backend.snapshots.values():
+            snapshot.start_time = utcnow() - timedelta(days=days)
+
+
+@pytest.mark.parametrize("spot", [False, True], ids=["on demand", "spot"])
+def test_the_whole_flow(
+    cloud: Cloud, places: Sequence[Place], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spot: bool
+) -> None:
+    settings = (*WHOLE, *(SPOT if spot else ()))
+    cloud.options.spot_role = False
+
+    def run(*arguments: str) -> Ran:
+        ran = captured(*settings, *arguments)
+        assert ran.status == 0, f"{arguments}: {ran.err}"
+        # Whether a copy can be launched is asked with the VPC's default group, which is nobody's to launch into.
+        assert {action for action, arn in held.refused if not arn.endswith("/sg-default")} == set(), arguments
+        return ran
+
+    directory = tmp_path / "policies"
+    written = captured(*settings, "iam-policy", "--directory", str(directory))
+    policies = [json.loads(path.read_text()) for path in sorted(directory.iterdir())]
+    assert [str(path) for path in sorted(directory.iterdir())] == written.out.splitlines()
+    assert all(size(one) <= LONGEST for one in policies)
+    statements = [statement for one in policies for statement in one["Statement"]]
+    controls = () if spot else (OWNED,)
+    held = cloud.enforce({"Version": "2012-10-17", "Statement": statements}, KEY, controls=controls)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+
+    # What a killed build leaves.
+    killed_at = _FLEET if spot else places[_made(places) + 1]
+    stopped(cloud, killed_at, POWER_LOSS, tmp_path / "home", *settings, access_key=KEY, anew=False)
+    collected = run("gc", "--apply")
+    assert cloud.left() == {}, collected.err
+
+    run("check", "--target", "aws")
+    first = run(*BUILD).out.splitlines()[-1]
+    run("copy", first)
+    run("share", first)
+    run("verify", first, "--region", REGION, "--region", THERE)
+    run("promote", first, "testing")
+    second = run("--set", "memory.reserve=64MiB", *BUILD).out.splitlines()[-1]
+    run("copy", second)
+    for channel in ("testing", "stable"):
+        run("promote", second, channel)
+    run("rollback", "testing", "--target", "aws")
+    run("revoke", second, "--reason", "it is bad")
+    for _ in range(2):
+        # Deprecated first, deleted by the next.
+        aged(cloud, 100)
+        run("prune", "--target", "aws", "--apply")
+    assert cloud.left()["image"] == [first]
+    assert len(cloud.left(THERE)["image"]) == 1
+
+    # Its account no longer needs it, which only AWS's own tools can say.
+    for region in (REGION, THERE):
+        (ami,) = cloud.left(region)["image"]
+        cloud.client(region=region).modify_image_attribute(
+            ImageId=ami, LaunchPermission={"Remove": [{"UserId": SHARED}]}
+        )
+    # Nights that make an image each, and delete the one that has become neither current nor previous.
+    for reserve in ("32MiB", "16MiB", "16MiB"):
+        aged(cloud, 100)
+        run("--set", f"memory.reserve={reserve}", "nightly", "--target", "aws")
+    assert first not in cloud.left()["image"]
+    assert all(len(cloud.left(region)["image"]) == 2 for region in (REGION, THERE))
+    assert all(cloud.left(region).keys() == {"image", "snapshot"} for region in (REGION, THERE))
+    assert held.unused - ABOUT_THE_ACCOUNT == never(spot=spot)
+
+
+def never(*, spot: bool) -> set[str]:
+    """Return what the whole flow has no cause to do."""
+    once = {"ec2:StopInstances", "ec2:DeleteVolume"} if spot else {"ec2:DeleteLaunchTemplate"}
+    return once | {"ec2:GetConsoleOutput"} | imds_later()
