@@ -129,7 +129,7 @@ def test_a_first_spot_request_needs_its_role(
     built = captured(*SPOT, *BUILD)
     assert built.status == CloudFailed.exit_code
     assert "permission to create the service-linked role" in built.err
-    assert [action for action, _ in held.refused] == ["iam:CreateServiceLinkedRole"]
+    assert {action for action, _ in held.refused} == {"iam:CreateServiceLinkedRole"}
     assert cloud.left() == {}
 
 
@@ -217,7 +217,7 @@ def test_the_whole_flow(
     def run(*arguments: str) -> Ran:
         ran = captured(*settings, *arguments)
         assert ran.status == 0, f"{arguments}: {ran.err}"
-        # Whether a copy can be launched is asked with the VPC's default group, which is nobody's to launch into.
+        # A copy's launch is tried with the VPC's default group, into which the policy lets nobody launch.
         assert {action for action, arn in held.refused if not arn.endswith("/sg-default")} == set(), arguments
         return ran
 

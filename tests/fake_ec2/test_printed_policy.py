@@ -49,9 +49,9 @@ def mistakes(statement: Mapping[str, Any]) -> Iterator[str]:
                 if not any(authorization.can_hold(key, kind) for kind in named or kinds):
                     yield f"{action} never has {key}"
     for arn in statement["Resource"]:
-        actions = [action for pattern in statement["Action"] for action in authorization.actions(pattern)]
+        every = [action for pattern in statement["Action"] for action in authorization.actions(pattern)]
         if arn != "*" and not any(
-            kind.name and kind.has(arn) for action in actions for kind in authorization.kinds(action).values()
+            kind.name and kind.has(arn) for action in every for kind in authorization.kinds(action).values()
         ):
             yield f"no action takes {arn}"
 
