@@ -1,7 +1,8 @@
 """EC2 on loopback: moto, and a layer in front of it that adds what moto lacks.
 
-Each behaviour that is added cites AWS's documentation or botocore's data. The tests beside the modules hold
-the emulator to it; tests/cloud runs ami-builder against it.
+Each behaviour that is added follows AWS's data (botocore's models, the Service Authorization Reference) or a
+document that behaviours.toml cites. The tests beside the modules hold the emulator to it; tests/cloud runs
+ami-builder against it.
 """
 
 import os

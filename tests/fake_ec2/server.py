@@ -15,7 +15,9 @@ It does not emulate:
   there are no routes, gateways or IPv6, and every address is a loopback address of this host;
 - volumes other than the root disk, which have no content; KMS keys, which are only names;
 - interruptions of spot instances, Session Manager's tunnels, instance refresh, fleets;
-- permissions, except of access keys given to `enforce`, and then as policy.py documents.
+- permissions, except of access keys given to `enforce`, and then as guard.py and policy.py document.
+
+behaviours.toml cites what it does emulate where AWS publishes no data.
 """
 
 from __future__ import annotations

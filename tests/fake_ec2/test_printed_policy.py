@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.aws.policy import Section, document
+from ami_builder.cli import app as cli
 from ami_builder.config.schema import AwsSettings
 from ami_builder.config.types import Destination, Tag
 from ami_builder.core.options import Connect
@@ -107,3 +110,41 @@ def test_a_region_has_its_partition(region: str, partition: str) -> None:
     policy = document(Section.ALL, replace(EVERYTHING, region=region, copy_to=()))
     arns = [arn for one in policy["Statement"] for arn in one["Resource"] if arn != "*"]
     assert {arn.split(":")[1] for arn in arns} == {partition}
+
+
+def test_a_region_of_the_environment_counts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AMI_BUILDER_CONFIG", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+
+    def make(*flags: str) -> dict[str, Any]:
+        assert cli.run([*flags, "iam-policy"]) == 0
+        statements = json.loads(capsys.readouterr().out)["Statement"]
+        return dict(next(one for one in statements if one["Sid"] == "Make"))
+
+    assert "aws:RequestedRegion" not in str(make()["Condition"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "cn-north-1")
+    assert make()["Resource"][0] == "arn:aws-cn:ec2:*:*:instance/*"
+    monkeypatch.setenv("AWS_REGION", "us-gov-west-1")
+    assert make()["Resource"][0] == "arn:aws-us-gov:ec2:*:*:instance/*"
+    assert make()["Condition"]["StringEquals"]["aws:RequestedRegion"] == ["us-gov-west-1"]
+    in_settings = make("--set", "aws.region=eu-west-1")
+    assert in_settings["Resource"][0] == "arn:aws:ec2:*:*:instance/*"
+    assert in_settings["Condition"]["StringEquals"]["aws:RequestedRegion"] == ["eu-west-1"]
+
+
+def test_a_copy_needs_the_key_of_its_source() -> None:
+    aws = replace(AwsSettings(), region="us-east-1", encrypt=True, kms_key="alias/ours")
+    policy = document(Section.COPY, replace(aws, copy_to=(Destination(region="eu-west-1"),)))
+    keys = next(one for one in policy["Statement"] if one["Sid"] == "UseKey")
+    assert keys["Resource"] == ["arn:aws:kms:us-east-1:*:key/*"]
+    assert "kms:Decrypt" in keys["Action"]
+
+
+def test_the_users_own_tags_may_be_set() -> None:
+    tagging = next(
+        one for one in document(Section.BUILD, EVERYTHING)["Statement"] if one["Sid"] == "TagWhatIsMade"
+    )
+    assert "Owner" in tagging["Condition"]["ForAllValues:StringLike"]["aws:TagKeys"]
