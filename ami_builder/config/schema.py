@@ -211,7 +211,8 @@ class AwsSettings(_Table):
     spot: StrictBool = False
     """Whether baking runs on a spot instance."""
     lifetime: t.Duration = 2 * 3600.0
-    """How long after its start an instance terminates itself, whatever happens to this host."""
+    """How long after a boot an instance powers itself off, and so terminates, without this host: by a timer
+    that cloud-init starts. `ami-builder gc` finds instances that have none."""
     tags: t.Many[t.OwnTag] = ()
     """Tags of your own, as KEY=VALUE, on everything that is made in the account, from the call that makes it.
     Packer 1.6.6 tags AMIs and spot instances only after they exist."""
