@@ -388,7 +388,8 @@ class _Bake:
             "user_data_file": str(data_file),
             "encrypt": aws.encrypt,
             "kms_key": aws.kms_key,
-            "tags": _image_tags(self.inputs, self.run_id),
+            # 1.6.6 would tag what it has made, as `finish` does, but gives up on what EC2 does not show yet.
+            "tags": _image_tags(self.inputs, self.run_id) if plugins.has_plugins() else {},
             "run_tags": _tags(self.inputs, self.run_id, tags.Purpose.BAKE),
         }
 

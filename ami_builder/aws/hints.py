@@ -34,6 +34,7 @@ _EXPIRED = frozenset(
 )
 _OURS = frozenset({"InternalError", "InternalFailure", "ServiceUnavailable", "Unavailable", "503", "500"})
 _TAG_POLICY = "TagPolicyViolation"
+_NO_SPOT_ROLE = "AuthFailure.ServiceLinkedRoleCreationNotPermitted"
 
 QUOTAS: Mapping[str, str] = {
     "VcpuLimitExceeded": "Running On-Demand … instances (vCPUs of a family of instance types)",
@@ -47,7 +48,7 @@ QUOTAS: Mapping[str, str] = {
     "SecurityGroupsPerInterfaceLimitExceeded": "Security groups per network interface",
     "RulesPerSecurityGroupLimitExceeded": "Inbound or outbound rules per security group",
     "AddressLimitExceeded": "EC2-VPC Elastic IPs",
-    "FleetLimitExceeded": "EC2 Fleets",
+    "MaxFleetCountExceeded": "EC2 Fleet and Spot Fleet requests",
 }
 """Code of an error -> the quota's name in the console of Service Quotas."""
 
@@ -62,6 +63,8 @@ _IMPLICIT = re.compile(r"because no ([\w -]+?) allows the ")
 _IN_OUTPUT = re.compile(r"\b([A-Z][A-Za-z]+): ")
 _FLEET_MESSAGES: Mapping[str, str] = {
     "Max spot instance count exceeded": "MaxSpotInstanceCountExceeded",
+    "reached your quota for maximum Fleet Requests": "MaxFleetCountExceeded",
+    "permission to create the service-linked role": _NO_SPOT_ROLE,
     "You have requested more vCPU capacity than": "VcpuLimitExceeded",
     "You are not authorized to perform this operation": "UnauthorizedOperation",
     "The tag policy does not allow": _TAG_POLICY,
@@ -102,6 +105,12 @@ def of(code: str, call: str, text: str) -> str | None:
         return _denied(refused[1] if refused else call, text)
     if code == _TAG_POLICY:
         return "a tag policy of the organization demands other values: set these tags with aws.tags"
+    if code == _NO_SPOT_ROLE:
+        return (
+            "the account has no role for spot instances yet: allow iam:CreateServiceLinkedRole for"
+            " spot.amazonaws.com (`ami-builder iam-policy` has it with aws.spot), or let an administrator run"
+            " `aws iam create-service-linked-role --aws-service-name spot.amazonaws.com` once"
+        )
     if code in _EXPIRED:
         return f"the credentials are invalid or have expired: {LOGIN}"
     if code in THROTTLED:

@@ -91,9 +91,9 @@ class Ec2Machine:
     def start(self, stack: ExitStack, directory: Path, user_data: str, public_key: str) -> Endpoint:
         """Launch it in the first of aws.subnets that has capacity; closing `stack` terminates it.
 
-        It returns when EC2 reports the state `running`, before the guest has booted. Once cloud-init
-        has run there, it powers itself off after aws.lifetime, without this host. Raises UsageError, CloudFailed,
-        BuildFailed, TimedOut.
+        It returns when EC2 reports the state `running`, before the guest has booted. Once
+        cloud-init has run, it powers itself off after aws.lifetime, without this host. Raises UsageError,
+        CloudFailed, BuildFailed, TimedOut.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.console_log = directory / "console.log"

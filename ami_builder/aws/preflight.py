@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from ami_builder.aws import instances, network, source_ami
+from ami_builder.aws import instances, network, packer_limits, source_ami
 from ami_builder.aws import tags as tagging
+from ami_builder.aws.bake import SOURCE
 from ami_builder.aws.session import DENIED, Account, aws_errors, code_of
 from ami_builder.aws.tags import Purpose
 from ami_builder.build.preflight import found, stops
@@ -63,6 +64,7 @@ def check(image: Image) -> Iterator[Finding]:
     if opened.state is State.STOPS:
         return
     here = accounts[0]
+    yield from _packer(here, aws)
     yield found("base AMI", base)
     for ami in bases:
         if over := source_ami.passed_over(here, aws.source, ami):
@@ -90,6 +92,18 @@ def check(image: Image) -> Iterator[Finding]:
         )
     disk = max([image.base.disk_size, *(ami.size for ami in bases)])
     yield found("cost", lambda: _cost(here, image, disk))
+
+
+def _packer(account: Account, aws: AwsSettings) -> Iterator[Finding]:
+    """Yield what this host's Packer can't do in the account."""
+    name = "Packer in this account"
+    try:
+        yield from [stops(name, limit) for limit in packer_limits.limits(account, aws, SOURCE.plugin)]
+    except MissingTool:
+        # Reported with the other tools.
+        return
+    except CloudFailed as failed:
+        yield stops(name, failed)
 
 
 def _instance_types(account: Account, image: Image) -> Iterator[Finding]:

@@ -196,6 +196,13 @@ REFUSED = "You are not authorized to perform this operation. "
             "The tag policy does not allow the specified value for the following tag key: 'Project'.",
             "aws.tags",
         ),
+        ("MaxFleetCountExceeded", "You've reached your quota for maximum Fleet Requests", "Spot Fleet"),
+        (
+            "AuthFailure.ServiceLinkedRoleCreationNotPermitted",
+            "The provided credentials do not have permission to create the service-linked role for EC2 Spot"
+            " Instances.",
+            "create-service-linked-role",
+        ),
         ("MaxSpotInstanceCountExceeded", "Max spot instance count exceeded", "'All … Spot Instance Requests"),
         ("InsufficientFreeAddressesInSubnet", "There are not enough free addresses", "aws.subnets"),
         ("AuthFailure", "AWS was not able to validate the provided access credentials", "log in again"),
@@ -228,7 +235,8 @@ def test_an_error_of_aws_names_the_call_and_what_to_do(code: str, said: str, hin
     assert failed.tail == ("request id 4f8", *encoded)
     assert hint is None if failed.hint is None else str(hint) in failed.hint
     # What the printed policy can't change.
-    assert ("iam-policy" in str(failed.hint)) == (str(hint).startswith("allow") or "decode" in str(hint))
+    may_help = ("allow", "decode", "create")
+    assert ("iam-policy" in str(failed.hint)) == str(hint).startswith(may_help)
     assert is_definite(error) == (code != "RequestLimitExceeded")
 
 

@@ -130,6 +130,35 @@ def test_where_there_is_no_capacity_the_next_place_is_tried(
         assert len({r["ClientToken"] for r in requests(cloud)}) == 2
 
 
+def test_a_group_that_is_not_seen_yet_is_waited_for(
+    cloud: Cloud, account: Account, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_POLL_SECONDS", 0.05)
+    with group(account, ledger) as new:
+        # To another of EC2's servers than the one that has just opened it.
+        cloud.options.hidden_describes = 3
+        cloud.hide(new)
+        with instance(account, ledger, launch(cloud, new), tmp_path / "machine"):
+            pass
+        outcomes = [call.outcome for call in cloud.calls if call.action == "RunInstances"]
+        assert outcomes[0] == "InvalidGroup.NotFound"
+        assert outcomes[-1] == "ok"
+
+
+def test_no_free_address_in_a_subnet_is_no_capacity_there(
+    cloud: Cloud, account: Account, ledger: Ledger, ordinary: Launch, tmp_path: Path
+) -> None:
+    cloud.options.launch_refusal = (
+        "InsufficientFreeAddressesInSubnet",
+        "There are not enough free addresses in subnet 'subnet-1'.",
+    )
+    subnets = tuple(s["SubnetId"] for s in account.ec2.describe_subnets()["Subnets"][:2])
+    wanted = launch(cloud, ordinary["group"], subnets=subnets)
+    with pytest.raises(CloudFailed, match="no capacity"), instance(account, ledger, wanted, tmp_path / "m"):
+        pass
+    assert [r["SubnetId"] for r in requests(cloud)] == list(subnets)
+
+
 def test_no_capacity_anywhere(
     cloud: Cloud, account: Account, ledger: Ledger, ordinary: Launch, tmp_path: Path
 ) -> None:

@@ -201,6 +201,8 @@ def test_an_account_that_enforces_imdsv2(cloud: Cloud, account: Path) -> None:
     assert ran.status == 3, ran.err
     assert "the account enforces IMDSv2" in ran.err
     assert cloud.count("CreateSecurityGroup") + cloud.count("RunInstances") == 0
+    checked = captured("check", "--target", "aws")
+    assert "the account enforces IMDSv2" in checked.out + checked.err
     cloud.options.imds_default = "required"
     ran = build()
     assert ran.status == 0, ran.err

@@ -189,6 +189,11 @@ class Cloud:
         if path:
             self._shim.guard.role_paths[principal.split("/")[1]] = path
 
+    def hide(self, *ids: str) -> None:
+        """Let as many calls as `hidden_describes` says not find these."""
+        with self._shim.lock:
+            self._shim.state.made(*ids)
+
     def left(self, region: str = REGION) -> dict[str, list[str]]:
         """Return what the account has beside what it began with: kind -> ids, empty kinds left out."""
         backend = self.backend(region)

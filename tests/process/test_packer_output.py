@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder.aws import packer_messages
+from ami_builder.aws import hints, packer_messages
 from ami_builder.build import packer, plugins
 from ami_builder.core.errors import BuildFailed
 from tests.fake_programs import fake
@@ -172,3 +172,43 @@ def test_a_crash_of_a_plugin_is_not_transient(replay: Replay, version: str) -> N
 def test_why_a_bake_failed(text: str, transient: bool, capacity: bool) -> None:
     assert packer_messages.is_transient(text) is transient
     assert packer_messages.lacks_capacity(text) is capacity
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (
+            "Build 'amazon-ebs.image' errored: Error launching source instance: VcpuLimitExceeded: You have"
+            " requested more vCPU capacity than your current vCPU limit",
+            "quota 'Running On-Demand",
+        ),
+        (
+            "Error launching source instance: operation error EC2: RunInstances, https response error"
+            " StatusCode: 403, RequestID: 1, api error UnauthorizedOperation: You are not authorized to do"
+            " this operation.",
+            "allow ec2:RunInstances for these credentials",
+        ),
+        (
+            "Error waiting for fleet request (fleet-1) to become ready:Max spot instance count exceeded",
+            "quota 'All … Spot Instance Requests",
+        ),
+        ("Script exited with non-zero exit status: 1", None),
+    ],
+)
+def test_what_to_do_about_an_error_in_the_output(line: str, hint: str | None) -> None:
+    found = hints.in_output(line)
+    assert found is None if hint is None else hint in str(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "expired"),
+    [
+        ("Error stopping instance: RequestExpired: Request has expired.", True),
+        ("api error ExpiredToken: The security token included in the request is expired", True),
+        ("Error: AuthFailure: AWS was not able to validate the provided access credentials", True),
+        ("api error AuthFailure.ServiceLinkedRoleCreationNotPermitted: The provided credentials", False),
+        ("Error: InvalidParameterValue: Wrong.", False),
+    ],
+)
+def test_expired_credentials_are_known_by_their_codes(line: str, expired: bool) -> None:
+    assert hints.is_expired(line) is expired
