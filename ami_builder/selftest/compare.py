@@ -14,6 +14,7 @@ FILE = "recorded.json"
 """What the loopback cloud does, beside this module; `python -m tests.selftest.record` writes it."""
 
 SOMETIMES = {
+    "ec2:GetInstanceMetadataDefaults": "only with Packer 1.6.6",
     "ec2:ModifyInstanceMetadataOptions": "only with Packer 1.6.6",
     "ec2:DescribeSubnets": "only with aws.subnets",
     "ec2:DescribeVpcs": "only without aws.subnets",
