@@ -73,7 +73,6 @@ def enforce_printed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed.status == 0, printed.err
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", _KEY)
     cloud.enforce(json.loads(printed.out), _KEY)
-    cloud.options.gone_is_unauthorized = True
 
 
 def recordings(cloud: Cloud) -> Mapping[str, Recording]:
