@@ -120,6 +120,8 @@ class ImageActions(EC2Action):
             raise _not_found(gone)
 
         def wanted(image: FakeImage) -> bool:
+            if image.state == "disabled" and not self._get_param("IncludeDisabled"):
+                return False
             if ids or image.owner_id == self.current_account or self._get_param("IncludeDeprecated"):
                 return True
             return image.deprecation_time is None or image.deprecation_time > _stamp(datetime.now(UTC))

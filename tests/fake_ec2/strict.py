@@ -69,7 +69,7 @@ def parsed(service: str, action: str, form: Mapping[str, str], body: bytes) -> d
         raise Refused("InvalidParameterValue", f"Value ({value}) for parameter {path} is invalid.")
     if service == "ec2":
         _require_limits(params)
-    elif model.metadata["protocol"] == "query":
+    elif service == "iam":
         # behaviour: patterns-of-names
         for path, value in _mismatched(shape, params):
             raise Refused("ValidationError", f"Value '{value}' at '{path}' failed to satisfy constraint")

@@ -363,3 +363,14 @@ def test_limits_of_filters_tags_and_names_are_those_that_are_documented(cloud: C
         ec2.create_tags(Resources=[cloud.base_ami()], Tags=[{"Key": "aws:x", "Value": "y"}])
     with pytest.raises(ClientError, match="ValidationError"):
         cloud.client("iam").get_instance_profile(InstanceProfileName="arn:aws:iam::1:instance-profile/x")
+
+
+def test_a_disabled_image_is_described_only_when_asked_for(cloud: Cloud) -> None:
+    ec2 = cloud.client()
+    ami = ec2.create_image(InstanceId=launch(cloud, ec2), Name="one")["ImageId"]
+    ec2.disable_image(ImageId=ami)
+    assert ec2.describe_images(Owners=["self"])["Images"] == []
+    (found,) = ec2.describe_images(Owners=["self"], IncludeDisabled=True)["Images"]
+    assert (found["ImageId"], found["State"]) == (ami, "disabled")
+    ec2.enable_image(ImageId=ami)
+    assert [one["ImageId"] for one in ec2.describe_images(Owners=["self"])["Images"]] == [ami]
