@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, code_of
+from ami_builder.aws.session import Account, aws_errors, code_of, poll
 from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.options import Arch
@@ -25,6 +25,7 @@ would make the next write fail."""
 
 _UPDATE_SECONDS = 60.0
 _POLL_SECONDS = 1.0
+_DELETED_SECONDS = 30.0
 _DESCRIPTION = 1024
 
 
@@ -123,20 +124,10 @@ class ChannelParameters:
         else:
             tags = {**self.own_tags, tagging.IMAGE: self.image}
             values |= {"Overwrite": False, "Tags": tagging.as_list(tags)}
-        version = 0
-        with aws_errors("ssm"):
-            try:
-                version = self.account.client("ssm").put_parameter(**values)["Version"]
-            except ClientError as error:
-                if code_of(error) == "ParameterMaxVersionLimitExceeded":
-                    raise CloudFailed(
-                        f"SSM keeps 100 versions of {name}, and someone has put a label on the oldest",
-                        hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
-                        " `aws ssm unlabel-parameter-version`",
-                    ) from error
-                # A call repeated after a lost answer finds its own parameter: reading it back decides.
-                if code_of(error) != "ParameterAlreadyExists":
-                    raise
+        version = _put(self.account, values)
+        # It can be created again only some 30 seconds after it was deleted, says SSM's DeleteParameter.
+        if not before and not poll(lambda: _current(self.account, name), seconds=_DELETED_SECONDS):
+            version = _put(self.account, values)
         _label(self.account, name, _read_back(self.account, name, entry.id, version))
 
     def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
@@ -144,6 +135,25 @@ class ChannelParameters:
         images.revoke(self.account, image_id, reason)
         for entry in entries:
             self.write(entry)
+
+
+def _put(account: Account, values: Mapping[str, Any]) -> int:
+    """Write a parameter and return its new version; 0 when one that should be new is there already."""
+    name = values["Name"]
+    with aws_errors("ssm"):
+        try:
+            return int(account.client("ssm").put_parameter(**values)["Version"])
+        except ClientError as error:
+            if code_of(error) == "ParameterMaxVersionLimitExceeded":
+                raise CloudFailed(
+                    f"SSM keeps 100 versions of {name}, and someone has put a label on the oldest",
+                    hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
+                    " `aws ssm unlabel-parameter-version`",
+                ) from error
+            # A call repeated after a lost answer finds its own parameter: reading it back decides.
+            if code_of(error) != "ParameterAlreadyExists":
+                raise
+    return 0
 
 
 def _label(account: Account, name: str, version: int) -> None:

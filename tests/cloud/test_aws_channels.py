@@ -268,6 +268,19 @@ def test_a_revocation_that_was_killed_is_taken_up(
     assert held(cloud) == first.artifact.location
 
 
+def test_a_channel_that_was_emptied_a_moment_ago_takes_an_image(
+    cloud: Cloud, channels: ChannelParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "_DELETED_SECONDS", 0.3)
+    cloud.options.parameter_rest = 1
+    first, second = (verified(cloud, channels, name) for name in "ab")
+    promote(channels, first, "stable", KNOWN)
+    revoke(channels, first, "leaks")
+    assert held(cloud) is None
+    promote(channels, second, "stable", KNOWN)
+    assert held(cloud) == second.artifact.location
+
+
 def test_least_privilege(
     cloud: Cloud, opened: Callable[[], ChannelParameters], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,8 @@ class CloudOptions:
     """Regions that take no further copy."""
     hidden_describes: int = 0
     """How many calls don't find what was just made: describes, and calls that name it."""
+    parameter_rest: int = 0
+    """How many creations of a parameter are lost after its deletion."""
     parameter_reads: int = 0
     """How many reads of parameters still see what stood before in one that names an AMI."""
     no_capacity: set[tuple[str, str]] = field(default_factory=set)
@@ -123,6 +125,8 @@ class CloudState:
         self.machines: Hypervisor | None = None
         self.parameter: Callable[[], object] | None = None
         """The write of a parameter that is to be done once `parameter_reads` have passed."""
+        self.deleted_parameters: dict[tuple[str, str], int] = {}
+        """(region, name) -> how many creations of it are still lost."""
         self.copies: list[FakeImage] = []
         self.reads = 0
         """Of parameters, that it still waits for."""

@@ -27,8 +27,15 @@ def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpA
         state.reads -= 1
         if state.reads < 0:
             _validate(state)
+    named = (call.region, str(call.params.get("Name")))
+    if call.action == "DeleteParameter":
+        state.deleted_parameters[named] = state.options.parameter_rest
     if call.action != "PutParameter" or call.params.get("DataType") != "aws:ec2:image":
         return by_moto()
+    # behaviour: deleted-parameter-rests
+    if state.deleted_parameters.get(named, 0) > 0:
+        state.deleted_parameters[named] -= 1
+        return _json({"Version": 1, "Tier": "Standard"})
     _validate(state)
     versions = ssm_backends[ACCOUNT][call.region]._parameters.get(call.params["Name"], [])
     # behaviour: image-parameter-is-validated-later
@@ -37,8 +44,7 @@ def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpA
         return by_moto()
     if known:
         state.parameter, state.reads = by_moto, state.options.parameter_reads
-    answer = {"Version": (versions[-1].version if versions else 0) + 1, "Tier": "Standard"}
-    return HttpAnswer(status=200, body=json.dumps(answer).encode(), content_type="application/x-amz-json-1.1")
+    return _json({"Version": (versions[-1].version if versions else 0) + 1, "Tier": "Standard"})
 
 
 def _validate(state: CloudState) -> None:
@@ -56,7 +62,10 @@ def products(params: Mapping[str, Any], prices: Mapping[str, str]) -> HttpAnswer
     listed = [
         json.dumps(_product(kind, price, filters)) for kind, price in prices.items() if wanted in (None, kind)
     ]
-    answer = {"FormatVersion": "aws_v1", "PriceList": listed}
+    return _json({"FormatVersion": "aws_v1", "PriceList": listed})
+
+
+def _json(answer: Mapping[str, Any]) -> HttpAnswer:
     return HttpAnswer(status=200, body=json.dumps(answer).encode(), content_type="application/x-amz-json-1.1")
 
 
