@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors, code_of, poll
+from ami_builder.aws.session import Account, aws_errors, code_of, look_for, poll
 from ami_builder.core.channels import ChannelEntry, Move
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.options import Arch
@@ -45,7 +45,7 @@ class ChannelParameters:
     @property
     def folder(self) -> str:
         """The beginning of the parameters' names, with EC2's name of the architecture."""
-        return f"/ami-builder/{self.image}/{self.arch.ec2}/"
+        return f"{tagging.CHANNELS}{self.image}/{self.arch.ec2}/"
 
     def locked(self) -> AbstractContextManager[object]:
         """Let no other process of this host move the channels; reading back shows what other hosts do."""
@@ -99,11 +99,26 @@ class ChannelParameters:
         missing = {image_id: "it was deregistered" for image_id in ids if image_id not in there}
         return missing | {image_id: ami.revoked for image_id, ami in there.items() if ami.revoked is not None}
 
+    def require_movable(self, channel: str) -> None:
+        """Raise UsageError when the parameter is of another type, whose values SSM does not validate."""
+        name = self.folder + channel
+        found = _parameter(self.account, name)
+        kind = f"{found['Type']}, {found.get('DataType', 'text')}" if found else ""
+        if found and kind != "String, aws:ec2:image":
+            raise UsageError(
+                f"the parameter {name} in {self.account.region} is of another type ({kind}) and has the value"
+                f" {found['Value']!r}: expected String, aws:ec2:image",
+                hint="SSM can't change a parameter's type: if nobody needs it, delete it with"
+                f" `aws ssm delete-parameter --name {name}`, and promote the image again",
+            )
+
     def write(self, entry: ChannelEntry) -> None:
         """Set the parameter and wait until it has the new value; delete it for an entry without an image.
 
-        Raises CloudFailed when SSM does not accept the AMI, or when someone else moves the channel too.
+        Raises UsageError for a parameter of another type, and CloudFailed when SSM does not accept the AMI,
+        when someone else moves the channel too, or deletes the AMI.
         """
+        self.require_movable(entry.channel)
         name = self.folder + entry.channel
         if not entry.id:
             with aws_errors("ssm", ignore="ParameterNotFound"):
@@ -129,6 +144,13 @@ class ChannelParameters:
         if not before and not poll(lambda: _current(self.account, name), seconds=_DELETED_SECONDS):
             version = _put(self.account, values)
         _label(self.account, name, _read_back(self.account, name, entry.id, version))
+        # `prune` on another host may have looked at the channel just before.
+        if look_for(lambda: images.get(self.account, entry.id)) is None:
+            raise CloudFailed(
+                f"{entry.id} was deleted while it was promoted: channel {entry.channel} of {self.image} names"
+                f" an AMI that does not exist in {self.account.region}",
+                hint="`ami-builder rollback` makes the image before it current again",
+            )
 
     def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
         """Tag the AMI, then write each parameter. A parameter without a current image is deleted."""
@@ -137,12 +159,22 @@ class ChannelParameters:
             self.write(entry)
 
 
-def _put(account: Account, values: Mapping[str, Any]) -> int:
-    """Write a parameter and return its new version; 0 when one that should be new is there already."""
-    name = values["Name"]
+def _label(account: Account, name: str, version: int) -> None:
     with aws_errors("ssm"):
+        account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
+
+
+def _put(account: Account, values: Mapping[str, Any]) -> int:
+    """Write a parameter and return its version; 0 when only reading it back can tell.
+
+    A parameter can be made again some 30 s after its deletion. Source:
+    https://docs.aws.amazon.com/systems-manager/latest/APIReference/API_DeleteParameter.html
+    """
+    name = values["Name"]
+
+    def written() -> tuple[int] | None:
         try:
-            return int(account.client("ssm").put_parameter(**values)["Version"])
+            return (account.client("ssm").put_parameter(**values)["Version"],)
         except ClientError as error:
             if code_of(error) == "ParameterMaxVersionLimitExceeded":
                 raise CloudFailed(
@@ -150,15 +182,19 @@ def _put(account: Account, values: Mapping[str, Any]) -> int:
                     hint=f"`aws ssm get-parameter-history --name {name}` shows it; remove it with"
                     " `aws ssm unlabel-parameter-version`",
                 ) from error
-            # A call repeated after a lost answer finds its own parameter: reading it back decides.
             if code_of(error) != "ParameterAlreadyExists":
                 raise
-    return 0
+        # A call repeated after a lost answer finds its own parameter: reading it back decides.
+        return (0,) if _current(account, name) else None
 
-
-def _label(account: Account, name: str, version: int) -> None:
     with aws_errors("ssm"):
-        account.client("ssm").label_parameter_version(Name=name, ParameterVersion=version, Labels=[LABEL])
+        (version,) = processes.wait_until(
+            written,
+            what=f"SSM to make {name} again after its deletion",
+            timeout=_UPDATE_SECONDS,
+            interval=_POLL_SECONDS,
+        )
+    return version
 
 
 def _read_back(account: Account, name: str, ami: str, version: int) -> int:
@@ -190,9 +226,13 @@ def _read_back(account: Account, name: str, ami: str, version: int) -> int:
 
 
 def _current(account: Account, name: str) -> tuple[str, int] | None:
+    found = _parameter(account, name)
+    return (found["Value"], int(found["Version"])) if found else None
+
+
+def _parameter(account: Account, name: str) -> Mapping[str, Any] | None:
     with aws_errors("ssm", ignore="ParameterNotFound"):
-        found = account.client("ssm").get_parameter(Name=name)["Parameter"]
-        return found["Value"], int(found["Version"])
+        return account.client("ssm").get_parameter(Name=name)["Parameter"]  # type: ignore[no-any-return]
     return None
 
 

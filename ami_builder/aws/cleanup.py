@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from ami_builder.aws import images as amis
 from ami_builder.aws import references, sharing, tags
-from ami_builder.aws.session import Account
+from ami_builder.aws.session import Account, code_of
 from ami_builder.build.channels import ChannelStore
 from ami_builder.build.channels import references as references_of
 from ami_builder.build.cleanup import KEEP_ALL, policy
@@ -21,6 +21,8 @@ from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
+_PUBLIC = "public"
+_COOLDOWN = "EC2 protects it from deregistration, as it does for 24 hours after a protection with a cooldown"
 # EC2 lists a snapshot before the AMI that it is made for.
 _LEAST_AGE = timedelta(days=1)
 
@@ -69,20 +71,55 @@ def plan_cleanup(
     return (*decisions, *_orphans(account, images, owned, uses))
 
 
-def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> None:
-    """Carry out a plan that was made just now; deregister AMIs with their snapshots. Raises CloudFailed."""
+def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
+    """Carry out a plan that was made just now, and return what was done.
+
+    AMIs are deregistered with their snapshots. Before each change, what may need the AMI or the snapshot is
+    read again: another host may have promoted it. Raises CloudFailed.
+    """
+    uses = references.Watch(account)
+    done: list[Decision] = []
     for decision in decisions:
-        image_id = decision.candidate.id
-        if decision.action is Action.DEPRECATE:
-            with progress.step(f"deprecate {image_id}"):
+        image_id, verb = decision.candidate.id, str(decision.action)
+        if decision.action is Action.KEEP:
+            done.append(decision)
+            continue
+        with progress.step(f"{verb} {image_id}") as step:
+            if reason := uses.of(image_id) or _kept_by_now(account, decision.candidate):
+                step.done(f"kept: {reason}")
+                decision = replace(decision, action=Action.KEEP, reason=reason)
+            elif decision.action is Action.DEPRECATE:
                 amis.deprecate(account, image_id)
-        elif decision.action is Action.DELETE and image_id.startswith("snap-"):
-            with progress.step(f"delete {image_id}"):
-                if not amis.delete_snapshot(account, image_id):
-                    raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
-        elif decision.action is Action.DELETE:
-            with progress.step(f"deregister {image_id}"):
-                amis.deregister(account, image_id)
+            elif not image_id.startswith("snap-"):
+                if not _deregistered(account, image_id):
+                    step.done(f"kept: {_COOLDOWN}")
+                    decision = replace(decision, action=Action.KEEP, reason=_COOLDOWN)
+            elif not amis.delete_snapshot(account, image_id):
+                raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
+        done.append(decision)
+    return tuple(done)
+
+
+def _deregistered(account: Account, ami: str) -> bool:
+    """Deregister an AMI; return False if EC2 still protects it, though describes say that it does not."""
+    try:
+        amis.deregister(account, ami)
+    except CloudFailed as failed:
+        if code_of(failed) != "OperationNotPermitted":
+            raise
+        return False
+    return True
+
+
+def _kept_by_now(account: Account, candidate: Candidate) -> str:
+    """Return what protects an AMI that was planned to go, or whom it was shared with since."""
+    if candidate.id.startswith("snap-"):
+        return ""
+    if (ami := amis.get(account, candidate.id)) is None:
+        return ""
+    if reason := _protected(ami):
+        return reason
+    return "" if candidate.shared else _shared(sharing.image_users(account, ami.id))
 
 
 def _orphans(
@@ -124,7 +161,7 @@ def _unshared(
     """Plan until no candidate for deletion is shared; ask AWS only about those, since each is a call."""
     asked: dict[str, str] = {}
     while True:
-        known = [replace(one, shared=one.shared or asked.get(one.id, "")) for one in candidates]
+        known = [_shared_as(one, asked.get(one.id, "")) for one in candidates]
         decisions = plan(known, needed, rules, datetime.now(UTC))
         doomed = [one.candidate.id for one in decisions if one.action is not Action.KEEP]
         if all(image_id in asked for image_id in doomed):
@@ -132,15 +169,35 @@ def _unshared(
         asked |= {image_id: shared_with(image_id) for image_id in doomed if image_id not in asked}
 
 
+def _shared_as(one: Candidate, shared: str) -> Candidate:
+    return replace(one, shared=one.shared or shared, public=one.public or shared == _PUBLIC)
+
+
 def _shared(users: frozenset[str]) -> str:
+    if "all" in users:
+        return _PUBLIC
     return f"shared with {', '.join(sorted(users))}" if users else ""
+
+
+def _protected(ami: amis.Ami) -> str:
+    """Return what protects an AMI of ours, or nothing."""
+    if ami.state == "disabled":
+        return "disabled: someone wants to keep it, but not to launch it"
+    if ami.protection:
+        return f"protected from deregistration ({ami.protection})" + (
+            "; once that is disabled, EC2 protects it for another 24 hours"
+            if "with-cool" in ami.protection
+            else ""
+        )
+    age = datetime.now(UTC) - ami.created if ami.created else timedelta.max
+    if ami.finished and ami.verdict is None and ami.revoked is None and age < _LEAST_AGE:
+        return "not verified yet, and younger than 24 h: another host may be at it"
+    return ""
 
 
 def _candidate(
     account: Account, ami: amis.Ami, name: str, been: Mapping[str, set[str]], protected: str = ""
 ) -> Candidate:
-    if ami.state == "disabled":
-        protected = protected or "disabled: someone wants to keep it, but not to launch it"
     return Candidate(
         id=ami.id,
         image=name,
@@ -150,7 +207,8 @@ def _candidate(
         finished=ami.finished and ami.state in ("available", "disabled"),
         channels=frozenset(channel for channel, ids in been.items() if ami.id in ids),
         revoked=ami.revoked is not None,
-        shared="public" if ami.public else "",
-        protected=protected or ("protected from deregistration" if ami.protected else ""),
+        shared=_PUBLIC if ami.public else "",
+        public=ami.public,
+        protected=protected or _protected(ami),
         deprecated=ami.deprecated,
     )

@@ -57,8 +57,8 @@ class Ami:
     snapshots: tuple[str, ...]
     encrypted: bool
     public: bool
-    protected: bool
-    """Whether EC2 refuses to deregister it."""
+    protection: str
+    """Why EC2 refuses to deregister it, as EC2 names it; empty if it does not."""
     deprecated: datetime | None
     """When it was deprecated, or will be."""
     tags: Mapping[str, str]
@@ -140,7 +140,9 @@ def find_by_name(account: Account, name: str) -> Ami | None:
 
 def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
     """Return those of the AMIs that exist, by id."""
-    found = account.matching("describe_images", "Images", "image-id", ids, Owners=["self"])
+    found = account.matching(
+        "describe_images", "Images", "image-id", ids, Owners=["self"], IncludeDisabled=True
+    )
     return {one["ImageId"]: _ami(one) for one in found}
 
 
@@ -157,7 +159,9 @@ def list_orphan_snapshots(account: Account, owned: Sequence[Ami]) -> Sequence[Ma
     used = {snapshot for ami in owned for snapshot in ami.snapshots}
     found = account.matching("describe_snapshots", "Snapshots", "tag-key", [tagging.RUN], OwnerIds=["self"])
     if found := [one for one in found if one["SnapshotId"] not in used]:
-        used = {snapshot for ami in _listed(account, ExecutableUsers=["self"]) for snapshot in ami.snapshots}
+        # Others' deprecated AMIs are only listed when asked for.
+        lent = _listed(account, ExecutableUsers=["self"], IncludeDeprecated=True, IncludeDisabled=True)
+        used = {snapshot for ami in lent for snapshot in ami.snapshots}
     return [one for one in found if one["SnapshotId"] not in used]
 
 
@@ -376,11 +380,15 @@ def _ami(image: ImageTypeDef) -> Ami:
         snapshots=tuple(snapshot_ids(image)),
         encrypted=any(disk.get("Encrypted", False) for disk in disks),
         public=image.get("Public", False),
-        protected=image.get("DeregistrationProtection", "disabled") not in _UNPROTECTED,
+        protection=_protection(image.get("DeregistrationProtection", "")),
         deprecated=datetime.fromisoformat(deprecated) if deprecated else None,
         tags=tagging.as_dict(image.get("Tags", [])),
         arch=Arch.named(image.get("Architecture", "")) or Arch.AMD64,
     )
+
+
+def _protection(state: str) -> str:
+    return "" if state in _UNPROTECTED else state
 
 
 def _age(ami: Ami) -> datetime:

@@ -164,7 +164,8 @@ def _images_and_snapshots(
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
     using: dict[str, str] = {}
     ours: dict[str, FoundResource] = {}
-    for image in account.listed("describe_images", "Images", Owners=["self"]):
+    # A disabled AMI uses its snapshots too.
+    for image in account.listed("describe_images", "Images", Owners=["self"], IncludeDisabled=True):
         for snapshot in images.snapshot_ids(image):
             using[snapshot] = image["ImageId"]
         name, created = image.get("Name", ""), _time(image.get("CreationDate"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ami_builder.aws import images
+from ami_builder.aws import images, tags
 from ami_builder.aws.session import Account, aws_errors
 from ami_builder.core.cleanup import Reference
 
@@ -19,6 +21,7 @@ _SPOT_STATES = frozenset({"open", "active", "disabled"})
 _FLEET_STATES = frozenset({"submitted", "active", "modifying"})
 # Regions without fleets or spot instances.
 _UNKNOWN = "UnsupportedOperation|InvalidAction"
+_FRESH_SECONDS = 60.0
 _AT_ONCE = 10  # SSM's limit of names in one GetParameters call
 
 
@@ -46,8 +49,36 @@ def find(account: Account) -> list[Reference]:
     ]
 
 
-def _instances(account: Account) -> Iterator[Reference]:
-    for reservation in account.listed("describe_instances", "Reservations"):
+class Watch:
+    """What needs an AMI or a snapshot at the moment, for one after the other.
+
+    Instances, and parameters of our channels, are read again for each; all other references when they were
+    read more than a minute ago.
+    """
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        self._read = -math.inf
+        self._by: dict[str, str] = {}
+
+    def of(self, named: str) -> str:
+        """Return what needs this AMI or snapshot, in words; empty for nothing. Raises CloudFailed."""
+        if time.monotonic() - self._read > _FRESH_SECONDS:
+            self._read = time.monotonic()
+            self._by = {one.id: one.by for one in find(self._account)}
+        if by := self._by.get(named, ""):
+            return by
+        for one in self._account.listed(
+            "get_parameters_by_path", "Parameters", service="ssm", Path=tags.CHANNELS, Recursive=True
+        ):
+            if named in one["Value"]:
+                return f"named by SSM parameter {one['Name']}"
+        image = [{"Name": "image-id", "Values": [named]}]
+        return next((one.by for one in _instances(self._account, Filters=image)), "")
+
+
+def _instances(account: Account, **which: Any) -> Iterator[Reference]:
+    for reservation in account.listed("describe_instances", "Reservations", **which):
         for one in reservation["Instances"]:
             state = one["State"]["Name"]
             if state != _ENDED:

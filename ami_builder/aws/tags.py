@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ami_builder.config.schema import AwsSettings, Image
 
+CHANNELS = "/ami-builder/"
+"""The beginning of the names of channels' SSM parameters."""
 PREFIX = "ami-builder:"
 NAME = "Name"
 IMAGE = f"{PREFIX}image"

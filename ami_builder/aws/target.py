@@ -13,7 +13,7 @@ from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, sou
 from ami_builder.aws.bake import SOURCE, bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
-from ami_builder.aws.session import Account, code_of
+from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.build import preflight as shared_preflight
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
@@ -168,6 +168,13 @@ class AwsTarget:
             for region in dict.fromkeys(regions or [self.name])
         )
 
+    def unconfigured(self, image: Image) -> Sequence[AwsTarget]:
+        """Return the account's other enabled regions: a region may have been removed from aws.copy_to."""
+        known = {self.home, self.name, *(one.region for one in image.aws.copy_to)}
+        with aws_errors():
+            regions = [one["RegionName"] for one in self.account.ec2.describe_regions()["Regions"]]
+        return self.elsewhere(others) if (others := sorted(set(regions) - known)) else ()
+
     def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
         """Return an AMI as it is here, finished or not; None without a copy of it. Raises CloudFailed."""
         with named(self.name):
@@ -238,9 +245,12 @@ class AwsTarget:
         records = {name: self.channels(image) for name, image in images.items()}
         return cleanup.plan_cleanup(self.account, self.workspace, images, records)
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> None:
-        """Deprecate and deregister AMIs and delete snapshots as planned. Raises CloudFailed."""
-        cleanup.clean_up(self.account, decisions, progress)
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
+        """Deprecate and deregister AMIs and delete snapshots as planned, unless something needs them by now.
+
+        Raises CloudFailed.
+        """
+        return cleanup.clean_up(self.account, decisions, progress)
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Remove what killed runs have left in this region, as far as no other host may still use it."""

@@ -36,6 +36,9 @@ class ChannelStore(Protocol):
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these images were revoked, each with the reason."""
 
+    def require_movable(self, channel: str) -> None:
+        """Raise UsageError if the record can't take moves of this channel."""
+
     def write(self, entry: ChannelEntry) -> None:
         """Add a move, completely or not at all."""
 
@@ -74,6 +77,7 @@ def promote(
                 f"{image_id} does not exist any more", hint="`ami-builder list` shows the images"
             )
         _require_verified(found)
+        channels.require_movable(channel)
         if current(channels, channel) == image_id:
             return ChannelMove(stored=stored, entries=())
         entry = _entry(channel, Move.PROMOTED, image_id, reason)
@@ -88,6 +92,7 @@ def rollback(channels: ChannelStore, channel: str, known: Sequence[str], reason:
     """
     _require_known(channel, [*known, *channels.used()])
     with channels.locked():
+        channels.require_movable(channel)
         ids = _stack(channels, channel)
         if len(ids) < 2:
             what = "no image is current" if not ids else "there is no image before the current one"

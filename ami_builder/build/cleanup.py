@@ -25,6 +25,7 @@ def policy(lifecycle: LifecycleSettings, *, deprecates: bool = False) -> Retenti
         young=timedelta(days=lifecycle.keep_days),
         grace=timedelta(days=lifecycle.grace_days if deprecates else 0),
         most=lifecycle.most_deletions,
+        shared=timedelta(days=lifecycle.shared_days),
         size=0 if deprecates else lifecycle.size,
     )
 
@@ -52,8 +53,10 @@ def clean_up(
                 locks.enter_context(target.exclusive(mine))
         plans = side_by_side([partial(plan, *group) for group in groups])
         if apply:
-            for (target, _), decisions in zip(groups, plans, strict=True):
+            plans = [
                 target.clean_up(decisions, progress)
+                for (target, _), decisions in zip(groups, plans, strict=True)
+            ]
     return tuple(decision for decisions in plans for decision in decisions)
 
 

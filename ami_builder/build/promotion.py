@@ -1,6 +1,7 @@
 """One move of a channel at every target where the image is promoted: its home, and its copies."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from ami_builder.build import channels
 from ami_builder.build.channels import ChannelMove
@@ -10,6 +11,7 @@ from ami_builder.console import Progress, Step
 from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.state.workspace import StoredImage
+from ami_builder.verify.executor import side_by_side
 
 Moves = list[TargetOutcome["ChannelMove | None"]]
 """The outcome at each target, home first: a move, or None where nothing was to be moved."""
@@ -79,7 +81,8 @@ def revoke(
 ) -> Moves:
     """Remove an image and its copies from every channel of every target, reachable or not.
 
-    A copy that is made later is revoked too. Raises UsageError if it is not an image of ours.
+    Copies are also looked for where the configuration does not name a target any more. A copy that is made
+    later is revoked too. Raises UsageError if it is not an image of ours.
     """
 
     def act(target: Target, step: Step) -> ChannelMove | None:
@@ -95,7 +98,32 @@ def revoke(
     for one in moves:
         if isinstance(one.error, UsageError):
             raise one.error
-    return moves
+    return [*moves, *at_each(_more_with_copies(targets[0], image, stored, progress), act, progress, "revoke")]
+
+
+def _more_with_copies(home: Target, image: Image, stored: StoredImage, progress: Progress) -> list[Target]:
+    """Return the other targets that have a copy; report those where that can't be found out."""
+
+    def has_copy(target: Target) -> bool | None:
+        try:
+            return target.find_copy(image, stored) is not None
+        except CloudFailed:
+            return None
+
+    if not home.region:
+        return []
+    with progress.step("look for copies in other regions") as step:
+        try:
+            targets = home.unconfigured(image)
+        except CloudFailed as failed:
+            step.done(f"not done: {failed.message}")
+            return []
+        answers = side_by_side([partial(has_copy, target) for target in targets])
+        found = [target for target, answer in zip(targets, answers, strict=True) if answer]
+        unknown = [target.name for target, answer in zip(targets, answers, strict=True) if answer is None]
+        text = f"found in {', '.join(target.name for target in found)}" if found else "none found"
+        step.done(text + (f"; could not look in {', '.join(unknown)}" if unknown else ""))
+    return found
 
 
 def history(

@@ -92,6 +92,9 @@ class Target(Protocol):
     def elsewhere(self, regions: Sequence[str]) -> Sequence[Target]:
         """Return the targets of these regions, once each; this one for none. Raises UsageError."""
 
+    def unconfigured(self, image: Image) -> Sequence[Target]:
+        """Return other targets where copies of the image may be, though it is not copied there now."""
+
     def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
         """Return an image as it is here, finished or not; None without a copy. Raises CloudFailed."""
 
@@ -116,8 +119,8 @@ class Target(Protocol):
         Raises CloudFailed if anything that may need an image can't be read.
         """
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> None:
-        """Carry out a plan that was made just now. Raises CloudFailed."""
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
+        """Carry out a plan that was made just now, and return what was done. Raises CloudFailed."""
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Remove what killed runs have left outside this host. Raises CloudFailed."""

@@ -164,7 +164,7 @@ def _everywhere(
     with console.open_progress(mode()) as progress:
         moves = move(chosen(every, regions), progress)
     done = [(one.target, one.value) for one in moves if one.value is not None]
-    several = len(every) > 1
+    several = len(every) > 1 or len(done) > 1
     if as_json:
         first = _plain(done[0][1]) if done else {}
         rows = [{"region": name, **_plain(moved)} for name, moved in done]

@@ -251,6 +251,9 @@ class LifecycleSettings(_Table):
     """How many images one run of `prune` deletes at most, and how many it deprecates."""
     grace_days: Annotated[int, t.count(0, 365, example=14)] = 7
     """How many days an AMI is deprecated before it is deregistered with its snapshots."""
+    shared_days: Annotated[int, t.count(0, 3650, example=180)] = 0
+    """After how many days `prune` may delete an AMI that is shared with other accounts, whose use of it can't
+    be seen. 0: never. A public AMI is never deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,8 @@ class RetentionPolicy:
     """How long an image is deprecated before it is deleted; zero: deleted at once."""
     most: int
     """How many images one run deletes at most, and how many it deprecates."""
+    shared: timedelta = timedelta(0)
+    """Shared images older than this can be deleted too; zero: never. Public ones never can."""
     size: int = 0
     """Nothing is deleted while all images together are no larger, in bytes; 0: no such limit."""
 
@@ -53,6 +55,7 @@ class Candidate:
     revoked: bool = False
     shared: str = ""
     """Who it is shared with, in words; empty for nobody."""
+    public: bool = False
     protected: str = ""
     """What protects it, in words; empty for nothing."""
     deprecated: datetime | None = None
@@ -143,20 +146,28 @@ def _needed(one: Candidate, by: str, newest: str, policy: RetentionPolicy, now: 
         return by
     if not one.finished:
         return "not finished: `ami-builder gc` handles it"
-    if one.protected or one.shared:
-        return one.protected or one.shared
+    if one.protected:
+        return one.protected
     if one.created is None:
-        return "its age is unknown"
+        return one.shared or "its age is unknown"
     if one.created > now:
         return "created in the future: a clock is wrong"
     if now - one.created < policy.young:
         return f"younger than {_days(policy.young)}"
+    if one.shared and (one.public or not policy.shared or now - one.created < policy.shared):
+        return one.shared + (f", and younger than {_days(policy.shared)}" if _limited(one, policy) else "")
     return newest
+
+
+def _limited(one: Candidate, policy: RetentionPolicy) -> bool:
+    return bool(policy.shared) and not one.public
 
 
 def _retired(one: Candidate, policy: RetentionPolicy, now: datetime) -> tuple[Action, str]:
     assert one.created is not None, "images of unknown age are kept"
     why = "revoked" if one.revoked else f"{_days(now - one.created)} old, and nothing needs it"
+    if one.shared:
+        why += f" here; {one.shared}, for longer than allowed"
     if not policy.grace:
         return Action.DELETE, why
     if one.deprecated is None:

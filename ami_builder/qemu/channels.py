@@ -55,6 +55,9 @@ class ChannelFile:
         """Return the channels in the file, in the order of their first use."""
         return tuple(dict.fromkeys(entry.channel for entry in self._read().entries))
 
+    def require_movable(self, channel: str) -> None:
+        """Do nothing: the file takes any move."""
+
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         """Return which of these digests were revoked."""
         known = self._read().revoked

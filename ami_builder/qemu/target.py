@@ -219,6 +219,11 @@ class QemuTarget:
             raise UsageError(f"--region {regions[0]}: a local image has no region", hint="add --target aws")
         return (self,)
 
+    def unconfigured(self, image: Image) -> Sequence[QemuTarget]:
+        """Return none."""
+        del image
+        return ()
+
     def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
         """Return the image itself."""
         del image
@@ -247,10 +252,11 @@ class QemuTarget:
         del step
         return cleanup.plan_cleanup(self.workspace, images, datetime.now(UTC))
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> None:
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
         """Delete what the plan says."""
         with progress.step("delete") as step:
             step.done(f"{cleanup.delete(decisions)} deleted")
+        return tuple(decisions)
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Do nothing: a killed run leaves nothing outside its folder, which the next build removes."""

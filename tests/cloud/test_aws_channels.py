@@ -325,3 +325,46 @@ def test_the_commands(
     assert cli.run(["history", "stable", "--target", "aws"]) == 0
     assert cli.run(["promote", "ami-0123456789abcdef0", "stable"]) == 2
     assert "there is no AMI" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["this AMI", "something else"])
+@pytest.mark.parametrize("kind", ["String", "StringList", "SecureString"])
+def test_a_parameter_of_another_type_is_found_before_anything_moves(
+    cloud: Cloud, channels: ChannelParameters, kind: str, same: bool
+) -> None:
+    stored = verified(cloud, channels, "a")
+    value = stored.artifact.location if same else "someone's"
+    cloud.client("ssm").put_parameter(Name=NAME, Value=value, Type=kind)
+    with pytest.raises(UsageError, match=f"{NAME} .*another type") as caught:
+        promote(channels, stored, "stable", KNOWN)
+    assert "delete-parameter" in str(caught.value.hint)
+    assert cloud.count("LabelParameterVersion") == 0
+    assert cloud.count("PutParameter") == 1
+
+
+def test_a_parameter_that_was_just_deleted_is_made_again(cloud: Cloud, channels: ChannelParameters) -> None:
+    cloud.options.parameter_rest, cloud.options.parameter_rest_refused = 3, True
+    first, second = verified(cloud, channels, "a"), verified(cloud, channels, "b")
+    promote(channels, first, "stable", KNOWN)
+    revoke(channels, first, "slow")
+    assert held(cloud) is None
+    promote(channels, second, "stable", KNOWN)
+    assert held(cloud) == second.artifact.location
+    assert cloud.count("PutParameter") == 5
+
+
+def test_an_ami_that_is_deleted_while_it_is_promoted_is_an_error(
+    cloud: Cloud, channels: ChannelParameters
+) -> None:
+    stored = verified(cloud, channels, "a")
+    label, deregistered = adapter._label, list[object]()
+
+    def label_late(account: Account, name: str, version: int) -> None:
+        label(account, name, version)
+        if not deregistered:
+            deregistered.append(cloud.client().deregister_image(ImageId=stored.artifact.location))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "_label", label_late)
+        with pytest.raises(CloudFailed, match="was deleted while it was promoted"):
+            promote(channels, stored, "stable", KNOWN)

@@ -297,3 +297,12 @@ def test_a_copy_that_may_be_going_still_stays(cloud: Cloud, account: Account) ->
         setattr(thing, field, utcnow() - timedelta(hours=4))
     collect(account)
     assert cloud.left() == {}
+
+
+def test_a_disabled_ami_needs_its_snapshots(cloud: Cloud, account: Account) -> None:
+    ami = make_ami(cloud, "dask-old", **tags(Purpose.IMAGE))
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    cloud.client().disable_image(ImageId=ami)
+    before = cloud.left()
+    collect(account)
+    assert cloud.left() == before

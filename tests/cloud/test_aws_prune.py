@@ -11,7 +11,7 @@ from moto.core.utils import utcnow
 from moto.ec2.utils import random_ami_id
 
 from ami_builder.aws import channels as adapter
-from ami_builder.aws import images, references, session
+from ami_builder.aws import cleanup, images, references, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.policy import Section, document
 from ami_builder.aws.session import Account
@@ -538,3 +538,108 @@ def test_an_unreadable_account_is_an_error(cloud: Cloud, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     with pytest.raises(CloudFailed, match="AccessDenied"):
         references.find(Account.open())
+
+
+def test_an_ami_that_is_promoted_after_the_plan_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ami, free = aged(cloud, "late", 200, deprecated=50), aged(cloud, "free", 100, deprecated=50)
+    planned = cleanup.plan_cleanup
+
+    def then_promoted(*arguments: Any) -> Any:
+        found = planned(*arguments)
+        monkeypatch.setattr(cleanup, "plan_cleanup", planned)
+        cloud.client("ssm").put_parameter(
+            Name="/ami-builder/dask/x86_64/stable", Value=ami, Type="String", DataType="aws:ec2:image"
+        )
+        return found
+
+    monkeypatch.setattr(cleanup, "plan_cleanup", then_promoted)
+    plan = pruned(capsys, "--apply")
+    assert plan[ami] == ("keep", "named by SSM parameter /ami-builder/dask/x86_64/stable")
+    assert plan[free][0] == "delete"
+    assert cloud.left()["image"] == [ami]
+
+
+def test_uses_are_read_again_before_each_deletion(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amis = [aged(cloud, f"n{number}", 200 - number, deprecated=50) for number in range(3)]
+    deregister = images.deregister
+
+    def then_used(account: Account, ami: str) -> None:
+        deregister(account, ami)
+        if ami == amis[0]:
+            _instance(cloud, amis[1])
+            _shared(cloud, amis[2])
+
+    monkeypatch.setattr(images, "deregister", then_used)
+    plan = pruned(capsys, "--apply")
+    assert [plan[ami][0] for ami in amis] == ["delete", "keep", "keep"]
+    assert "used by instance" in plan[amis[1]][1]
+    assert "shared with" in plan[amis[2]][1]
+    assert sorted(cloud.left()["image"]) == sorted(amis[1:])
+
+
+def test_what_another_host_may_be_verifying_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ami-builder.toml").write_text(
+        POLICY.replace("keep_days = 10", "keep_days = 0\ngrace_days = 0")
+    )
+    account = Account.open()
+    ami = make_ami(cloud, "dask-new", **tags(Purpose.IMAGE))
+    images.finish(account, ami, tags(Purpose.IMAGE))
+    plan = pruned(capsys, "--apply")
+    assert plan[ami][0] == "keep"
+    assert "not verified yet" in plan[ami][1]
+    images.record_verdict(account, ami, Outcome.FAILED, "c" * 64)
+    assert pruned(capsys, "--apply")[ami][0] == "delete"
+
+
+def test_shared_amis_have_an_age_limit_of_their_own(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ami-builder.toml").write_text(POLICY + "shared_days = 180\n")
+    old, young, public = (
+        aged(cloud, n, days, deprecated=50) for n, days in (("a", 200), ("b", 100), ("c", 300))
+    )
+    for ami in (old, young):
+        _shared(cloud, ami)
+    _public(cloud, public)
+    plan = pruned(capsys, "--apply")
+    assert plan[young] == ("keep", "shared with 999999999999, and younger than 180 days")
+    assert plan[public] == ("keep", "public")
+    assert plan[old][0] == "delete"
+    assert "shared with 999999999999, for longer than allowed" in plan[old][1]
+
+
+def test_a_deprecated_ami_that_was_lent_to_us_needs_its_snapshots(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lent = orphan(cloud)
+    theirs = cloud.backend().amis[make_ami(cloud, "theirs")]
+    theirs.owner_id = "999999999999"
+    theirs.launch_permissions.append({"UserId": "123456789012"})
+    theirs.mapping[0]["Ebs"]["SnapshotId"] = lent
+    theirs.deprecation_time = _stamp(1)
+    pruned(capsys, "--apply")
+    assert lent in cloud.left()["snapshot"]
+
+
+def test_protection_lasts_a_day_longer_with_a_cooldown(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami = aged(cloud, "protected", deprecated=50)
+    ec2 = cloud.client()
+    ec2.enable_image_deregistration_protection(ImageId=ami, WithCooldown=True)
+    reason = pruned(capsys)[ami][1]
+    assert "enabled-with-cooldown" in reason
+    assert "24 hours" in reason
+    ec2.disable_image_deregistration_protection(ImageId=ami)
+    with refused("OperationNotPermitted"):
+        ec2.deregister_image(ImageId=ami)
+    action, reason = pruned(capsys, "--apply")[ami]
+    assert action == "keep"
+    assert "24 hours" in reason
+    assert ami in cloud.left()["image"]

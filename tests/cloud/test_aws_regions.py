@@ -530,3 +530,30 @@ def test_the_policy_is_limited_to_all_regions_of_the_work(configure: Configure) 
         assert found[sid]["Condition"]["StringEquals"]["aws:RequestedRegion"] == everywhere, sid
     assert "Condition" not in found["Look"]
     assert found["UseKeyCopies"]["Resource"] == ["arn:aws:kms:eu-west-1:123456789012:key/1-2"]
+
+
+def test_a_copy_in_a_region_that_is_no_longer_configured_is_revoked(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami = baked(cloud)
+    copy = copied(capsys, ami)["eu-west-1"]
+    assert cli.run(["--quiet", "promote", ami, "stable"]) == 0
+    configure(copy_to=["us-west-2"])
+    capsys.readouterr()
+    assert cli.run(["revoke", ami, "--reason", "leaks"]) == 0
+    shown = capsys.readouterr()
+    assert f"eu-west-1\t{copy}" in shown.out
+    with pytest.raises(ClientError, match="ParameterNotFound"):
+        cloud.client("ssm", region="eu-west-1").get_parameter(Name="/ami-builder/dask/x86_64/stable")
+    there = tagging.as_dict(image(cloud.client(region="eu-west-1"), copy)["Tags"])
+    assert there[tagging.REVOKED] == "leaks"
+
+
+def test_regions_where_copies_can_not_be_looked_for_are_named(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami = baked(cloud)
+    configure(copy_to=[])
+    cloud.faults.add("DescribeImages", "http500", times=None, region="eu-west-1")
+    assert cli.run(["revoke", ami, "--reason", "leaks"]) == 0
+    assert "could not look in eu-west-1" in capsys.readouterr().err

@@ -40,6 +40,8 @@ class CloudOptions:
     """How many calls don't find what was just made: describes, and calls that name it."""
     parameter_rest: int = 0
     """How many creations of a parameter are lost after its deletion."""
+    parameter_rest_refused: bool = False
+    """Whether those are refused rather than lost."""
     parameter_reads: int = 0
     """How many reads of parameters still see what stood before in one that names an AMI."""
     no_capacity: set[tuple[str, str]] = field(default_factory=set)

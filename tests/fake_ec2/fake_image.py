@@ -57,6 +57,8 @@ class FakeImage(Ami):
         self.imds_support: str | None = None
         self.deprecation_time: str | None = None
         self.deregistration_protection = "disabled"
+        self.cooling = False
+        """Whether its protection was disabled less than 24 hours ago."""
         self.state_reason: dict[str, str] | None = None
         self.ena_support = True
         self.last_describe = 0

@@ -136,7 +136,7 @@ class ImageActions(EC2Action):
     def deregister_image(self) -> ActionResult:
         """DeregisterImage, with its snapshots when asked."""
         image = self.own_image(self._get_param("ImageId"))
-        if image.deregistration_protection != "disabled":
+        if image.deregistration_protection != "disabled" or image.cooling:
             raise Refused("OperationNotPermitted", f"{image.id} is protected from deregistration")
         super().deregister_image()
         results = []
@@ -204,8 +204,11 @@ class ImageActions(EC2Action):
         return ActionResult({"Return": image.deregistration_protection})
 
     def disable_image_deregistration_protection(self) -> ActionResult:
-        """DisableImageDeregistrationProtection: at once, without EC2's day of cooling down."""
-        self.own_image(self._get_param("ImageId")).deregistration_protection = "disabled"
+        """DisableImageDeregistrationProtection: at once, or a day later if it has a cooldown."""
+        image = self.own_image(self._get_param("ImageId"))
+        # behaviour: deregistration-cooldown
+        image.cooling = image.cooling or image.deregistration_protection == "enabled-with-cooldown"
+        image.deregistration_protection = "disabled"
         return ActionResult({"Return": "disabled"})
 
     def own_image(self, image_id: str) -> FakeImage:

@@ -35,6 +35,8 @@ def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpA
     # behaviour: deleted-parameter-rests
     if state.deleted_parameters.get(named, 0) > 0:
         state.deleted_parameters[named] -= 1
+        if state.options.parameter_rest_refused:
+            raise Refused("ParameterAlreadyExists", "The parameter already exists.")
         return _json({"Version": 1, "Tier": "Standard"})
     _validate(state)
     versions = ssm_backends[ACCOUNT][call.region]._parameters.get(call.params["Name"], [])

@@ -264,6 +264,9 @@ class Record:
     def revoked(self, ids: Sequence[str]) -> Mapping[str, str]:
         return {id: self.reasons[id] for id in ids if id in self.reasons}
 
+    def require_movable(self, channel: str) -> None:
+        """Any move is possible."""
+
     def write(self, entry: ChannelEntry) -> None:
         self.moves.append(entry)
 
