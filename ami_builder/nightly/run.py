@@ -164,19 +164,10 @@ class _ImageRun:
     def _go(self, inputs: Inputs, journal: NightlyJournal) -> None:
         self._record(before=channels.current(self.home.channels(self.image), self.channel))
         if journal.find(NightlyStep.BUILT) is None and (unchanged := self._unchanged(inputs)):
-            self._record(
-                ending=NightlyStatus.UNCHANGED,
-                location=unchanged[0].artifact.location,
-                places=tuple(
-                    RegionResult(
-                        place=target.name,
-                        id=target.channels(self.image).id_of(stored),
-                        ending=NightlyStatus.UNCHANGED,
-                        text="already current",
-                    )
-                    for target, stored in zip(self.targets, unchanged, strict=True)
-                ),
-            )
+            results = [
+                self._shared(target, stored) for target, stored in zip(self.targets, unchanged, strict=True)
+            ]
+            self._record(location=unchanged[0].artifact.location, places=tuple(results), **_together(results))
             return
         stored = build_from(inputs, Options(), self.home, self.workspace, self.progress).stored
         if journal.find(NightlyStep.BUILT) is None:
@@ -209,6 +200,20 @@ class _ImageRun:
                 return []
             found.append(stored)
         return found
+
+    def _shared(self, target: Target, stored: StoredImage) -> RegionResult:
+        """Share an unchanged image, since the configuration of that is no part of its digest."""
+        try:
+            with self.progress.step(f"share in {target.name}") as step:
+                added = target.share(self.image, stored, step).added
+        except AmiBuilderError as failed:
+            return _failed(target, stored.name, failed)
+        return RegionResult(
+            place=target.name,
+            id=target.channels(self.image).id_of(stored),
+            ending=NightlyStatus.UNCHANGED,
+            text="already current" + (f"; now shared with {', '.join(added)}" if added else ""),
+        )
 
     def _compared(self, stored: StoredImage, journal: NightlyJournal) -> Sequence[str]:
         """Return the reasons to put the image on hold, as noted if they were noted before."""

@@ -74,6 +74,14 @@ def test_a_night_brings_one_ami_to_every_region_and_the_next_does_nothing(
     asked = Counter(call.action for call in cloud.calls[before:])
     assert not [action for action in asked if not action.startswith(("Describe", "Get", "List"))]
     assert standing(cloud) == there
+    # Whom it is shared with is no part of the digest.
+    shared = night("--set", f"aws.share_with={'9' * 12}")
+    assert shared["ending"] == "unchanged"
+    assert {one["text"] for one in shared["places"]} == {f"already current; now shared with {'9' * 12}"}
+    for region, ami in there.items():
+        ec2 = cloud.client(region=region)
+        found = ec2.describe_image_attribute(ImageId=ami, Attribute="launchPermission")
+        assert found["LaunchPermissions"] == [{"UserId": "9" * 12}]
 
 
 @pytest.mark.parametrize("trouble", ["down", "throttled", "full"])
