@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ami_builder.aws import tags
 from ami_builder.aws.policy import Section, document
 from ami_builder.cli import app as cli
 from ami_builder.config.schema import AwsSettings
@@ -16,9 +17,12 @@ from ami_builder.config.types import Destination, Tag
 from ami_builder.core.options import Connect
 from tests.fake_ec2 import authorization
 from tests.fake_ec2.policy import Policy
+from tests.fake_ec2.requests import refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from tests.fake_ec2.server import Cloud
 
 EVERYTHING = replace(
     AwsSettings(),
@@ -148,3 +152,35 @@ def test_the_users_own_tags_may_be_set() -> None:
         one for one in document(Section.BUILD, EVERYTHING)["Statement"] if one["Sid"] == "TagWhatIsMade"
     )
     assert "Owner" in tagging["Condition"]["ForAllValues:StringLike"]["aws:TagKeys"]
+
+
+@pytest.mark.parametrize("region", ["us-gov-west-1", "cn-north-1"])
+def test_a_launch_with_a_role_is_allowed_in_other_partitions(cloud: Cloud, region: str) -> None:
+    iam = cloud.client("iam", region=region)
+    iam.create_role(RoleName="r", Path="/team/", AssumeRolePolicyDocument='{"Statement": []}')
+    iam.create_instance_profile(InstanceProfileName="ours")
+    iam.add_role_to_instance_profile(InstanceProfileName="ours", RoleName="r")
+    key = "AKIALIMITEDLIMITED00"
+    limited = cloud.client(access_key=key, region=region)
+    tagged = tags.specifications({tags.RUN: "r1", tags.PURPOSE: "verify"}, "security-group")
+    placed = tags.specifications({tags.RUN: "r1", tags.PURPOSE: "verify"}, "instance", "volume")
+
+    def launched() -> None:
+        group = limited.create_security_group(GroupName="g", Description="d", TagSpecifications=tagged)
+        limited.run_instances(
+            ImageId=cloud.base_ami(region),
+            InstanceType="m6i.large",
+            MinCount=1,
+            MaxCount=1,
+            SecurityGroupIds=[group["GroupId"]],
+            IamInstanceProfile={"Name": "ours"},
+            TagSpecifications=placed,
+        )
+
+    aws = replace(AwsSettings(), instance_profile="ours")
+    cloud.enforce(document(Section.VERIFY, replace(aws, region="eu-west-1")), key)
+    with refused("UnauthorizedOperation"):
+        launched()
+    held = cloud.enforce(document(Section.VERIFY, replace(aws, region=region)), key)
+    launched()
+    assert {"iam:PassRole", "ec2:RunInstances", "ec2:CreateTags"} <= held.used
