@@ -34,6 +34,8 @@ MEASURED = f"{PREFIX}measured"
 REVOKED = f"{PREFIX}revoked"
 LAUNCH_TEMPLATE = "aws:ec2launchtemplate:id"
 """EC2 sets it on instances that were launched from a template."""
+SELFTEST = f"{PREFIX}selftest"
+"""On everything that selftests make; the value is the name of the selftest's image."""
 COPY_OF = f"{PREFIX}copy-of"
 """The AMI in another region that this one was copied from."""
 

@@ -221,7 +221,7 @@ def _as_json(result: Result, comparison: Comparison) -> dict[str, Any]:
 def _report(result: Result, comparison: Comparison) -> None:
     """Print what is for the user's own eyes to stderr, and raise what the exit code is to be."""
     for one in result.remnants:
-        console.note(f"left in {one.region}: {one.kind} {one.id}")
+        console.note(f"left in {one.region or 'some region'}: {one.kind} {one.id}")
     if result.remnants:
         console.note("remove it yourself: `ami-builder gc --apply` finds what is not a finished AMI")
     console.note(f"it cost at most {result.spent:.2f} USD; {len(comparison.matters)} differences matter")

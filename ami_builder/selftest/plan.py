@@ -16,8 +16,6 @@ from ami_builder.selftest.budget import FREE, Cost
 
 PREFIX = "selftest-"
 """How the image names of selftests begin."""
-FENCE = f"{tags.PREFIX}selftest"
-"""The tag of everything that selftests make, from the call that makes it; its value is the image's name."""
 CHANNEL = "testing"
 _MARGIN_SECONDS = 15 * 60.0
 
@@ -88,7 +86,7 @@ def selftest_image(image: Image, name: str, destination: Destination | None) -> 
             image.aws,
             spot=False,
             lifetime=lifetime,
-            tags=(*image.aws.tags, Tag(key=FENCE, value=name)),
+            tags=(*image.aws.tags, Tag(key=tags.SELFTEST, value=name)),
             copy_to=(destination,) if destination else (),
             share_with=(),
         ),

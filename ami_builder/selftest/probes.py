@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ami_builder.aws.tags import RUN
+from ami_builder.aws.tags import RUN, SELFTEST
 from ami_builder.selftest.probing import Call, Probe
 
 _NO_ID = "0123456789abcdef0"
@@ -17,7 +17,12 @@ _VALIDATED_SECONDS = 15.0
 _AMI, _SNAPSHOT, _GROUP = f"ami-{_NO_ID}", f"snap-{_NO_ID}", f"sg-{_NO_ID}"
 _INSTANCE, _VOLUME, _TEMPLATE = f"i-{_NO_ID}", f"vol-{_NO_ID}", f"lt-{_NO_ID}"
 _OURS = f"length([].Tags[?Key=='{RUN}'][])"
-_IMAGE_VALUE = {"Type": "String", "DataType": "aws:ec2:image"}
+_IMAGE_VALUE = {
+    "Type": "String",
+    "DataType": "aws:ec2:image",
+    "Overwrite": False,
+    "Tags": [{"Key": SELFTEST, "Value": "{name}"}],
+}
 
 
 def _missing(name: str, belief: str, action: str, **parameters: Any) -> Probe:
@@ -73,13 +78,16 @@ WITHOUT_AMI: tuple[Probe, ...] = (
             ),
         ),
     ),
-    _missing(
-        "copy a missing AMI",
-        "CopyImage of a source that does not exist is refused at once.",
-        "ec2:CopyImage",
-        Name="{name}-missing",
-        SourceImageId=_AMI,
-        SourceRegion="{region}",
+    Probe(
+        name="copy a missing AMI",
+        belief="CopyImage of a source that does not exist is refused at once.",
+        calls=(
+            Call(
+                action="ec2:CopyImage",
+                parameters={"Name": "{name}-missing", "SourceImageId": _AMI, "SourceRegion": "{region}"},
+                tagged=("image", "snapshot"),
+            ),
+        ),
     ),
     _missing(
         "try to launch a missing AMI",
@@ -157,7 +165,7 @@ WITHOUT_AMI: tuple[Probe, ...] = (
         calls=(
             Call(
                 action="ssm:PutParameter",
-                parameters={"Name": "{folder}missing", "Value": _AMI, "Overwrite": False, **_IMAGE_VALUE},
+                parameters={"Name": "{folder}missing", "Value": _AMI, **_IMAGE_VALUE},
                 facts={"version": "Version"},
             ),
             Call(
@@ -176,7 +184,6 @@ WITHOUT_AMI: tuple[Probe, ...] = (
         "ssm:PutParameter",
         Name="{folder}word",
         Value="selftest",
-        Overwrite=False,
         **_IMAGE_VALUE,
     ),
     Probe(
@@ -185,7 +192,7 @@ WITHOUT_AMI: tuple[Probe, ...] = (
         calls=(
             Call(
                 action="ssm:PutParameter",
-                parameters={"Name": "{folder}again", "Value": "{base}", "Overwrite": False, **_IMAGE_VALUE},
+                parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
                 facts={"version": "Version"},
             ),
             Call(
@@ -196,7 +203,7 @@ WITHOUT_AMI: tuple[Probe, ...] = (
             ),
             Call(
                 action="ssm:PutParameter",
-                parameters={"Name": "{folder}again", "Value": "{base}", "Overwrite": False, **_IMAGE_VALUE},
+                parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
             ),
             Call(
                 action="ssm:LabelParameterVersion",
@@ -206,7 +213,7 @@ WITHOUT_AMI: tuple[Probe, ...] = (
             Call(action="ssm:GetParameter", parameters={"Name": "{folder}again"}),
             Call(
                 action="ssm:PutParameter",
-                parameters={"Name": "{folder}again", "Value": "{base}", "Overwrite": False, **_IMAGE_VALUE},
+                parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
                 facts={"version": "Version"},
             ),
             Call(

@@ -1,6 +1,6 @@
 """Run a selftest: each step with the code of its command, every call recorded, everything removed at the end.
 
-Only what has the selftest's own tag (`plan.FENCE`) or is a run's of it is ever changed or removed.
+Only what has the selftest's own tag (`tags.SELFTEST`) or is a run's of it is ever changed or removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ami_builder.core.orphans import Resource
 from ami_builder.core.records import State
 from ami_builder.selftest import probes, probing
 from ami_builder.selftest.budget import Budget
-from ami_builder.selftest.plan import CHANNEL, FENCE, Part, Plan, PlannedStep
+from ami_builder.selftest.plan import CHANNEL, Part, Plan, PlannedStep
 from ami_builder.selftest.probing import Probe
 from ami_builder.selftest.recording import Recorder, Recording
 from ami_builder.state.ledger import FILE as LEDGER
@@ -37,7 +37,7 @@ from ami_builder.state.workspace import StoredImage, Workspace
 
 PATIENCE = 1.0
 _COPY_SECONDS = 3600.0
-_GONE_SECONDS = 120.0
+_GONE_SECONDS = 300.0
 _REASON = "selftest"
 _OLD = timedelta(hours=6)
 _PROBES = {
@@ -52,6 +52,7 @@ class Remnant:
     """Something that a selftest could not remove, for the user's own eyes."""
 
     region: str
+    """Empty if it is not known."""
     kind: str
     id: str
 
@@ -315,35 +316,34 @@ class Selftest:
         require_all(promotion.revoke(self._targets(), self.image, self._first, _REASON, self.progress))
 
     def _clean_up(self) -> tuple[Remnant, ...]:
-        """Remove everything, whatever happened, and return what is still there."""
-        failed: list[AmiBuilderError] = []
-        acts: list[tuple[str, Callable[[], object]]] = []
-        for target in self._targets():
-            acts.append((f"remove channels ({target.name})", partial(self._remove_channels, target)))
-            acts.append((f"remove AMIs ({target.name})", partial(self._remove_images, target)))
-        for name, act in acts:
-            try:
-                with self.progress.step(name):
-                    act()
-            except AmiBuilderError as error:
-                failed.append(error)
-        try:
-            self._collected()
-            found: list[Remnant] = []
-            # What was deleted a moment ago may still be listed.
-            with self.progress.step("look for anything left"):
-                poll(lambda: not self._look(found), seconds=_GONE_SECONDS * self.patience)
-        except AmiBuilderError as error:
-            failed.append(error)
-            found = [Remnant(region=self.plan.regions[0], kind="unknown", id=error.message)]
+        """Remove everything, whatever happened, and return what is still there.
+
+        It is done again for a while if something can't be removed yet, or what was removed is still listed.
+        """
+        found: list[Remnant] = []
+
+        def cleaned() -> bool:
+            found.clear()
+            acts: list[tuple[str, Callable[[], object]]] = []
+            for target in self._targets():
+                acts.append((f"remove channels ({target.name})", partial(self._remove_channels, target)))
+                acts.append((f"remove AMIs ({target.name})", partial(self._remove_images, target)))
+            acts.append(("remove the rest", self._collected))
+            acts.append(("look for anything left", lambda: found.extend(self._remnants())))
+            for name, act in acts:
+                try:
+                    with self.progress.step(name):
+                        act()
+                except AmiBuilderError as error:
+                    kind = f"perhaps something, since it failed to {name}:"
+                    found.append(Remnant(region="", kind=kind, id=error.message))
+            return not found
+
+        poll(cleaned, seconds=_GONE_SECONDS * self.patience)
         return tuple(found)
 
-    def _look(self, found: list[Remnant]) -> bool:
-        found[:] = self._remnants()
-        return bool(found)
-
     def _remove_channels(self, target: AwsTarget) -> None:
-        names = {one.tags[FENCE] for one in self._images(target)} | {self.image.name}
+        names = {one.tags[tags.SELFTEST] for one in self._images(target)} | {self.image.name}
         for name in sorted(names):
             channels = target.channels(replace(self.image, name=name))
             for channel in channels.used():
@@ -360,7 +360,7 @@ class Selftest:
         return [
             one
             for one in images.list_owned(target.account)
-            if (name := one.tags.get(FENCE)) is not None
+            if (name := one.tags.get(tags.SELFTEST)) is not None
             and (name == self.image.name or (one.created is not None and one.created < old))
         ]
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ami_builder.aws.tags import SELFTEST
 from ami_builder.core.errors import ChecksFailed, CloudFailed, UsageError
 from ami_builder.selftest import compare, probes
 from ami_builder.selftest.compare import Kind
-from ami_builder.selftest.plan import FENCE, Part
+from ami_builder.selftest.plan import Part
 from ami_builder.system.processes import wait_until
 from tests.cloud.aws import make_ami
 from tests.cloud.faulting import BOUND
@@ -129,7 +130,7 @@ def test_everything_has_its_tag_from_the_call_that_makes_it(cloud: Cloud, tmp_pa
     assert {call.action for call in made} == set(makers)
     for call in made:
         for each in call.params["TagSpecifications"]:
-            assert FENCE in {tag["Key"] for tag in each["Tags"]}, call
+            assert SELFTEST in {tag["Key"] for tag in each["Tags"]}, call
 
 
 def test_a_cloud_that_differs_is_said_to(cloud: Cloud) -> None:
@@ -197,6 +198,15 @@ def test_a_step_that_fails_ends_it_and_leaves_nothing(cloud: Cloud, tmp_path: Pa
     assert _nothing_left(cloud)
 
 
+def test_what_can_not_be_removed_is_listed_and_fails_it(cloud: Cloud) -> None:
+    cloud.faults.add("DeregisterImage", Fault.HTTP500, times=None, region=COPY_REGION)
+    ran = captured(*APPLY)
+    assert ran.status == ChecksFailed.exit_code, ran.err
+    (ami,) = cloud.client(region=COPY_REGION).describe_images(Owners=["self"])["Images"]
+    assert f"left in {COPY_REGION}: image {ami['ImageId']}" in ran.err
+    assert list(_private(ran.out)) == []
+
+
 @pytest.mark.parametrize(
     ("action", "least"), [("CreateImage", 2), ("CopyImage", 3), ("PutParameter", 6)], ids=str
 )
@@ -220,7 +230,7 @@ def test_ctrl_c_leaves_nothing(cloud: Cloud, tmp_path: Path, action: str, least:
 
 def test_what_a_killed_selftest_left_long_ago_goes_too(cloud: Cloud, tmp_path: Path) -> None:
     old, young, foreign = (
-        make_ami(cloud, name, **({FENCE: name} if name != "somebody's" else {}))
+        make_ami(cloud, name, **({SELFTEST: name} if name != "somebody's" else {}))
         for name in ("selftest-old", "selftest-young", "somebody's")
     )
     amis = cloud.backend().amis

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from ami_builder.aws.tags import SELFTEST
 from ami_builder.core.errors import ChecksFailed, UsageError
 from ami_builder.selftest import compare, probes
 from ami_builder.selftest.budget import Budget, Cost
 from ami_builder.selftest.compare import Kind
-from ami_builder.selftest.plan import FENCE, selftest_image
+from ami_builder.selftest.plan import selftest_image
 from ami_builder.selftest.recording import Behaviour, Recorder, Recording
 from tests.sample_image import image
 
@@ -191,7 +192,7 @@ def test_its_image_is_short_lived_and_shared_with_nobody() -> None:
     assert not own.aws.spot
     assert (own.aws.share_with, own.aws.copy_to) == ((), ())
     assert max(own.bake.timeout, own.verify.timeout) < own.aws.lifetime < plain.aws.lifetime
-    assert {one.key: one.value for one in own.aws.tags} == {FENCE: "selftest-1a2b3c4d"}
+    assert {one.key: one.value for one in own.aws.tags} == {SELFTEST: "selftest-1a2b3c4d"}
 
 
 def test_probes_have_names_of_their_own_and_say_what_they_believe() -> None:
