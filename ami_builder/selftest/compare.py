@@ -22,7 +22,8 @@ SOMETIMES = {
 }
 """Calls that depend on settings, or on Packer, each with the reason."""
 
-_MANY_MORE = 10
+MANY_MORE = 10
+"""How many times as often as in the test cloud something must be asked to be listed."""
 _PAUSE = 20
 
 
@@ -189,7 +190,7 @@ def _differences(
         yield difference(
             Kind.MORE_STATES if same_order else Kind.STATES, _states(ours.states), _states(theirs.states)
         )
-    if ours.reads and ours.calls >= max(_MANY_MORE * theirs.calls, _PAUSE):
+    if ours.reads and ours.calls >= max(MANY_MORE * theirs.calls, _PAUSE):
         yield difference(Kind.POLLS, f"{ours.calls} in {ours.seconds:.0f} s", theirs.calls)
     if ours.retries:
         yield difference(Kind.RETRIED, ours.retries, "")

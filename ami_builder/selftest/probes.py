@@ -271,9 +271,12 @@ WITH_AMI: tuple[Probe, ...] = (
             Call(
                 action="ec2:DescribeImages",
                 parameters={"ImageIds": ["{copy}"]},
-                facts={"available": "Images[0].State == 'available'"},
+                facts={
+                    "available": "Images[0].State == 'available'",
+                    "settled": "Images[0].State != 'pending'",
+                },
                 keep={"copied": "Images[0].BlockDeviceMappings[0].Ebs.SnapshotId"},
-                until="available",
+                until="settled",
                 seconds=3600.0,
             ),
             Call(

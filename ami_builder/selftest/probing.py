@@ -105,10 +105,8 @@ def _make(
             answer = method(**parameters)
         except (ClientError, BotoCoreError):
             return not call.until  # the recorder has its code; what is awaited may not exist yet
-        facts.update(
-            {name: jmespath.search(path, {**answer, "kept": kept}) for name, path in call.facts.items()}
-        )
-        found = {name: jmespath.search(path, answer) for name, path in call.keep.items()}
+        facts.update({name: _in(answer | {"kept": kept}, path) for name, path in call.facts.items()})
+        found = {name: _in(answer, path) for name, path in call.keep.items()}
         kept.update({name: value for name, value in found.items() if value})
         return bool(facts.get(call.until, True))
 
@@ -117,6 +115,14 @@ def _make(
     else:
         once()
     recorder.note(step, call.action, facts)
+
+
+def _in(answer: Any, path: str) -> Any:
+    """Return what a path finds; None where the answer is not as it is expected to be."""
+    try:
+        return jmespath.search(path, answer)
+    except jmespath.exceptions.JMESPathError:
+        return None
 
 
 def _filled(value: Any, kept: Mapping[str, str]) -> Any:

@@ -199,3 +199,25 @@ def test_probes_have_names_of_their_own_and_say_what_they_believe() -> None:
     every = [*probes.WITHOUT_AMI, *probes.WITH_AMI]
     assert len({one.name for one in every}) == len(every)
     assert all(one.belief.endswith(".") for one in every)
+
+
+def test_an_answer_of_another_form_is_a_fact_and_no_error() -> None:
+    from ami_builder.selftest.probing import Call, Probe, run
+
+    class Answering:
+        def client(self, name: str) -> Any:
+            assert name == "ec2"
+            return SimpleNamespace(describe_images=lambda **_: {"Nothing": 1})
+
+    recorder = Recorder(HOME)
+    call = Call(
+        action="ec2:DescribeImages",
+        facts={"images": "length(Images)", "late": "ends_with(Images[0].At, 'Z')"},
+        keep={"image": "Images[0].ImageId"},
+    )
+    after = Call(action="ec2:DescribeImages", parameters={"ImageIds": ["{image}"]})
+    probe = Probe(name="odd", belief="None.", calls=(call, after))
+    kept: dict[str, str] = {}
+    run(probe, Answering(), recorder, kept, {})  # type: ignore[arg-type]
+    assert recorder._facts == {(probe.steps()[0], call.action): {"images": None, "late": None}}
+    assert kept == {}
