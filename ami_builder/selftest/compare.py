@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
+from typing import TypeAlias
 
+from ami_builder.selftest.plan import Part
 from ami_builder.selftest.recording import ELSEWHERE, OK, Behaviour, Recording
 
 FILE = "recorded.json"
@@ -25,6 +27,8 @@ SOMETIMES = {
 MANY_MORE = 10
 """How many times as often as in the test cloud something must be asked to be listed."""
 _PAUSE = 20
+_Key: TypeAlias = tuple[str, str]
+"""A step and a call."""
 
 
 class Kind(StrEnum):
@@ -132,8 +136,9 @@ def _compare(
         for one in cloud.behaviours
         if one.step in unfinished and (one.step, one.call) in ours
     }
-    if not any(one.call.endswith(ELSEWHERE) for one in ours.values()):
-        theirs = {key: one for key, one in theirs.items() if not one.call.endswith(ELSEWHERE)}
+    if Part.COPY not in known:
+        # Without a copy there is less to do in other regions than when it was recorded.
+        ours, theirs = _at_home(ours), _at_home(theirs)
     ordered = sorted({**ours, **theirs}, key=lambda key: known.index(key[0]))
     rows = [
         Row(
@@ -156,6 +161,10 @@ def _compare(
         for one in _fields(call, account.fields.get(call, frozenset()), cloud.fields.get(call, frozenset()))
     ]
     return Comparison(credentials=credentials, rows=tuple(rows), fields=tuple(fields))
+
+
+def _at_home(behaviours: Mapping[_Key, Behaviour]) -> dict[_Key, Behaviour]:
+    return {key: one for key, one in behaviours.items() if not one.call.endswith(ELSEWHERE)}
 
 
 def _differences(

@@ -73,8 +73,6 @@ def kinds(ours: Recording, theirs: Recording, unfinished: tuple[str, ...] = ()) 
             [Kind.LATE],
         ),
         ([], [behaviour("ec2:ModifyInstanceMetadataOptions")], [Kind.SOMETIMES]),
-        # Without a second region there is nothing to call there.
-        ([behaviour()], [behaviour(), behaviour("ec2:CopyImage elsewhere")], []),
         ([behaviour("ec2:CopyImage elsewhere")], [behaviour()], [Kind.UNEXPECTED, Kind.NOT_CALLED]),
     ],
 )
@@ -100,6 +98,13 @@ def test_a_step_that_was_not_done_is_not_compared() -> None:
     assert kinds(recording(behaviour(step="check")), theirs, unfinished=("copy",)) == []
     ours = recording(behaviour(step="check"), behaviour(outcomes={"Weird": 1}))
     assert kinds(ours, theirs, unfinished=("copy",)) == [Kind.OUTCOME]
+
+
+def test_without_a_copy_only_the_home_region_is_compared() -> None:
+    ours = recording(behaviour(step="check"), behaviour("ec2:DescribeImages elsewhere", step="check"))
+    theirs = recording(behaviour(step="check"), behaviour("ec2:CreateTags elsewhere", step="check"))
+    assert compare.compare(ours, {"all": theirs}, ["check"]).differences == ()
+    assert len(compare.compare(ours, {"all": theirs}, ["check", "copy"]).differences) == 2
 
 
 def test_the_nearest_recording_counts() -> None:
