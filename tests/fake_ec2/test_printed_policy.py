@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ami_builder import aws as aws_package
 from ami_builder.aws import tags
 from ami_builder.aws.policy import Section, document
 from ami_builder.cli import app as cli
@@ -16,7 +19,7 @@ from ami_builder.config.schema import AwsSettings
 from ami_builder.config.types import Destination, Tag
 from ami_builder.core.options import Connect
 from tests.fake_ec2 import authorization
-from tests.fake_ec2.policy import Policy
+from tests.fake_ec2.policy import Policy, like
 from tests.fake_ec2.requests import refused
 
 if TYPE_CHECKING:
@@ -184,3 +187,28 @@ def test_a_launch_with_a_role_is_allowed_in_other_partitions(cloud: Cloud, regio
     held = cloud.enforce(document(Section.VERIFY, replace(aws, region=region)), key)
     launched()
     assert {"iam:PassRole", "ec2:RunInstances", "ec2:CreateTags"} <= held.used
+
+
+_CALLS = (
+    (re.compile(r"\.ec2(?:_once)?\.([a-z]\w+)\("), lambda found: ("ec2", found[1])),
+    (re.compile(r'client\("([\w-]+)"[^)]*\)\.([a-z]\w+)\('), lambda found: (found[1], found[2])),
+    (re.compile(r'\.(?:listed|matching)\(\s*"(describe_\w+)"'), lambda found: ("ec2", found[1])),
+)
+
+
+def test_every_call_in_the_code_is_in_the_policy() -> None:
+    policy = Policy.of(document(Section.ALL, EVERYTHING))
+    called = {
+        make(found)
+        for path in sorted(Path(aws_package.__file__).parent.glob("*.py"))
+        for pattern, make in _CALLS
+        for found in pattern.finditer(path.read_text())
+    }
+    actions = {
+        f"{service}:{pascal}"
+        for service, name in called
+        if (pascal := "".join(word.capitalize() for word in name.split("_"))) != "GetCallerIdentity"
+        and not any(name.startswith(no) for no in ("get_paginator", "get_waiter", "meta"))
+    }
+    assert len(actions) > 30
+    assert sorted(a for a in actions if not any(like(a, each) for each in policy.actions)) == []
