@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from ami_builder.aws import images
+from ami_builder.aws import images, presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, aws_errors
+from ami_builder.aws.session import Account
 from ami_builder.config.types import Destination
 from ami_builder.core.errors import CloudFailed, TimedOut
 from ami_builder.core.orphans import COPYING
@@ -87,15 +88,17 @@ def _made(
     # EC2 refuses a token that comes again with other parameters.
     asked = (encrypted, destination.kms_key, *(f"{key}={own_tags[key]}" for key in sorted(own_tags)))
     for _ in range(_ATTEMPTS):
-        with aws_errors():
-            made = there.ec2.copy_image(
-                Name=source.name,
-                SourceImageId=source.id,
-                SourceRegion=origin,
-                ClientToken=_token(source, there.region, *asked, *missing),
-                TagSpecifications=tagging.specifications(tags, "image", "snapshot"),
-                **settings,
-            )
+        call = partial(
+            there.ec2.copy_image,
+            Name=source.name,
+            SourceImageId=source.id,
+            SourceRegion=origin,
+            ClientToken=_token(source, there.region, *asked, *missing),
+            TagSpecifications=tagging.specifications(tags, "image", "snapshot"),
+            **settings,
+        )
+        # The source was described just now, but not every call may find it yet.
+        made = presence.once_visible(there.in_region(origin), source.id, call)
         try:
             return images.wait_visible(there, made["ImageId"])
         except TimedOut:

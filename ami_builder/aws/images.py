@@ -227,7 +227,8 @@ def finish(account: Account, ami: str, tags: Mapping[str, str], *, public: bool 
     if public and found.encrypted:
         raise UsageError(
             f"{ami} is encrypted, so it can't be public",
-            hint="build without aws.encrypt, or without --public",
+            hint="build without aws.encrypt, or without --public; an AMI is also encrypted if its base is, or"
+            " if the region encrypts EBS by default",
         )
     tag(account, [ami, *found.snapshots], tags)
     _modify(account, ami, ImdsSupport={"Value": "v2.0"})

@@ -92,13 +92,18 @@ def if_present(
             waited, code = time.monotonic() - began, code_of(failed)
             if busy and re.fullmatch(busy, code) and waited < frees:
                 return False
-            presence = _presence(account, ids, failed)
+            missing = _MISSING.fullmatch(code) is not None
+            if not missing and code not in DENIED:
+                raise
+            # NotFound of what must exist may also be about something else, such as a key.
+            certain = missing and not appears
+            presence = Presence.ABSENT if certain else _presence(account, ids, failed)
             if presence is Presence.SHOWN:
                 denials += 1
-                if code not in DENIED or denials >= _DENIALS:
+                if denials >= _DENIALS:
                     raise
                 return False
-            absences += 1 if code in DENIED else _LOOKS
+            absences += _LOOKS if missing else 1
             return presence is Presence.ENDED or (absences >= _LOOKS and waited >= appears)
         made = True
         return True
@@ -130,14 +135,9 @@ def once_visible(
 
 def _presence(account: Account, ids: Sequence[str], failed: CloudFailed) -> Presence:
     """Return whether a failed call can be explained by what EC2 does not show."""
-    code = code_of(failed)
-    if _MISSING.fullmatch(code):
-        return Presence.ABSENT
-    if code not in DENIED:
-        return Presence.SHOWN
     try:
         found = {look(account, one) for one in ids}
     except CloudFailed as unknown:
-        # Without a look the denial is all that is known.
+        # Without a look the call's own error is all that is known.
         raise failed from unknown
     return next((one for one in (Presence.ABSENT, Presence.ENDED) if one in found), Presence.SHOWN)

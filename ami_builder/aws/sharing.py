@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ami_builder.aws import presence
 from ami_builder.aws.images import Ami
-from ami_builder.aws.session import Account, aws_errors
+from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.build.target import Shared
+from ami_builder.core.errors import CloudFailed
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import LaunchPermissionTypeDef
+
+
+_DEFAULT_KEY = (
+    "an AMI under AWS's own key (aws/ebs) can't be shared, whether aws.encrypt, its base or the region's"
+    " default encrypts it: set aws.kms_key, or the key of a region in aws.copy_to, to one of your own,"
+    " deregister this AMI, and build or copy it again"
+)
 
 
 def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
@@ -21,6 +29,15 @@ def share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
     It never removes a permission, since a running cluster may depend on it. The key's policy of an encrypted
     AMI must allow the others to use the key. Raises CloudFailed.
     """
+    try:
+        return _share(account, ami, share_with)
+    except CloudFailed as failed:
+        if not ami.encrypted or failed.hint or not code_of(failed).startswith("InvalidParameter"):
+            raise
+        raise CloudFailed(failed.message, hint=_DEFAULT_KEY, tail=failed.tail) from failed
+
+
+def _share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
     granted = image_users(account, ami.id)
     missing = [user for user in share_with if user not in granted]
     if missing:

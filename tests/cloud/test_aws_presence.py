@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder.aws import images, instances, network, orphans, presence
+from ami_builder.aws import copies, images, instances, network, orphans, presence
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.presence import once_visible
 from ami_builder.aws.session import Account, code_of
+from ami_builder.config.types import Destination
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
+from ami_builder.core.records import Outcome
 from ami_builder.state.ledger import Ledger
 from tests.cloud.aws import RUN, group, left_group, make_ami, tags
 from tests.cloud.test_least_privilege import allowed
@@ -41,7 +43,8 @@ def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def held(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Enforced:
-    return allowed(cloud, monkeypatch, "all", settings=("--set", "aws.spot=true"))
+    settings = ("--set", "aws.spot=true", "--set", "aws.copy_to=eu-west-1")
+    return allowed(cloud, monkeypatch, "all", settings=settings)
 
 
 def launched(cloud: Cloud, **more: str) -> str:
@@ -154,3 +157,25 @@ def test_a_used_group_is_waited_for_and_then_reported(
     monkeypatch.setattr(network, "_DELETE_SECONDS", 1.0)
     with pytest.raises(CloudFailed, match="still in use"):
         network.delete_group(account, used)
+
+
+def test_calls_that_do_not_find_what_was_just_shown_are_repeated(
+    cloud: Cloud, held: Enforced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_POLL_SECONDS", 0.05)
+    account, there = Account.open(), Account.open("eu-west-1")
+    ami = make_ami(cloud, "dask-flapping", **tags())
+    cloud.client().create_tags(Resources=cloud.left()["snapshot"], Tags=tagging.as_list(tags()))
+    cloud.options.flapping = True
+    finished = images.finish(account, ami, tags())
+    images.record_verdict(account, ami, Outcome.PASSED, "c" * 64)
+    copied = copies.copy(finished, account.region, there, Destination(region=there.region))
+    assert copied.finished
+    images.revoke(account, ami, "test")
+    images.deprecate(account, ami)
+    cloud.options.flapping = False
+    found = images.get(account, ami)
+    assert found is not None
+    assert found.revoked == "test"
+    assert found.deprecated is not None
+    assert found.verdict == (Outcome.PASSED, "c" * 64)

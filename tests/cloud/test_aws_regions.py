@@ -488,7 +488,32 @@ def test_what_is_under_the_default_key_is_not_shared(
     held = cloud.backend().amis[ami]
     held.mapping[0]["Ebs"]["Encrypted"] = held.ebs_snapshot.encrypted = True
     assert cli.run(["--quiet", "share", ami]) == 6
-    assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in told
+    assert "aws.kms_key" in told
+
+
+def test_the_copy_of_an_encrypted_base_s_ami_is_encrypted(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(encrypt=False, share_with=[THEIRS], copy_to=["eu-west-1", "us-west-2=alias/ours"])
+    ami = baked(cloud)
+    held = cloud.backend().amis[ami]
+    held.mapping[0]["Ebs"]["Encrypted"] = held.ebs_snapshot.encrypted = True
+    assert cli.run(["--quiet", "copy", ami, "--region", "eu-west-1"]) == 0
+    (copy,) = mine(cloud, "eu-west-1")
+    assert image(cloud.client(region="eu-west-1"), copy)["BlockDeviceMappings"][0]["Ebs"]["Encrypted"]
+    assert cli.run(["--quiet", "copy", ami, "--region", "us-west-2"]) == 0
+    capsys.readouterr()
+    assert cli.run(["--quiet", "share", ami]) == 6
+    told = capsys.readouterr().err
+    assert "aws.copy_to" in told
+    # The region with a key of its owner's is shared all the same.
+    (other,) = mine(cloud, "us-west-2")
+    found = cloud.client(region="us-west-2").describe_image_attribute(
+        ImageId=other, Attribute="launchPermission"
+    )
+    assert found["LaunchPermissions"] == [{"UserId": THEIRS}]
 
 
 def test_least_privilege(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable
 
+_ID = re.compile(r"\b(?:ami|snap|i|sg)-[0-9a-f]{17}\b")
 DEBIAN_PARAMETER = "/aws/service/debian/release/13/latest/amd64"
 
 
@@ -38,6 +41,8 @@ class CloudOptions:
     """Regions that take no further copy."""
     hidden_describes: int = 0
     """How many calls don't find what was just made: describes, and calls that name it."""
+    flapping: bool = False
+    """Whether about every third call that names something by its id does not find it."""
     parameter_rest: int = 0
     """How many creations of a parameter are lost after its deletion."""
     parameter_rest_refused: bool = False
@@ -130,6 +135,8 @@ class CloudState:
         self.deleted_parameters: dict[tuple[str, str], int] = {}
         """(region, name) -> how many creations of it are still lost."""
         self.copies: list[FakeImage] = []
+        self.chance = random.Random(0)
+        """Decides which calls do not find what they name, while `flapping`."""
         self.reads = 0
         """Of parameters, that it still waits for."""
         self._expired = False
@@ -195,6 +202,13 @@ class CloudState:
     def unseen(self, call: ApiCall) -> set[str]:
         """Return the ids that a call other than a describe names, and that EC2 doesn't show yet."""
         # behaviour: eventual-consistency
+        if (
+            self.options.flapping
+            and "Filters" not in call.params
+            and (ids := _ID.findall(json.dumps(call.params, default=str)))
+        ):
+            if self.chance.random() < 0.3:
+                return set(ids)
         if call.action.startswith("Describe"):
             return set()
         named = json.dumps(call.params, default=str)
