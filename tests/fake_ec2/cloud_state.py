@@ -202,13 +202,8 @@ class CloudState:
     def unseen(self, call: ApiCall) -> set[str]:
         """Return the ids that a call other than a describe names, and that EC2 doesn't show yet."""
         # behaviour: eventual-consistency
-        if (
-            self.options.flapping
-            and "Filters" not in call.params
-            and (ids := _ID.findall(json.dumps(call.params, default=str)))
-        ):
-            if self.chance.random() < 0.3:
-                return set(ids)
+        if self.options.flapping and "Filters" not in call.params and self.chance.random() < 0.3:
+            return set(_ID.findall(json.dumps(call.params, default=str)))
         if call.action.startswith("Describe"):
             return set()
         named = json.dumps(call.params, default=str)
