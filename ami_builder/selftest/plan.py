@@ -11,6 +11,7 @@ from ami_builder.aws.images import GIB
 from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image, LifecycleSettings
 from ami_builder.config.types import Destination, Tag
+from ami_builder.core.errors import UsageError
 from ami_builder.selftest import budget
 from ami_builder.selftest.budget import FREE, Cost
 
@@ -100,6 +101,11 @@ def plan(account: Account, image: Image, assumed: float | None) -> Plan:
     aws = image.aws
     home, elsewhere = account.region, tuple(one.region for one in aws.copy_to)
     bake_on, verify_on = aws.instance_types, image.verify.instance_types
+    if home in elsewhere:
+        raise UsageError(
+            f"{home} is where the AMI is baked, so it can't be copied there",
+            hint="name another region with --copy-region",
+        )
     known = budget.prices(account, [*bake_on, *verify_on], assumed)
     base = source_ami.resolve(account, aws.source, image.arch)
     disk = max(image.base.disk_size, base.size) / GIB

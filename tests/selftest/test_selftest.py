@@ -159,6 +159,20 @@ def test_other_states_are_said(cloud: Cloud, tmp_path: Path) -> None:
     assert found[Part.SECOND, "ec2:DescribeImages"] is Kind.STATES
 
 
+def test_what_check_finds_stops_it_before_anything_is_made(cloud: Cloud) -> None:
+    ran = captured("--set", "aws.instance_types=m99.large", *APPLY, "--assume-hourly", "0.1")
+    assert ran.status == UsageError.exit_code, ran.err
+    assert "m99.large" in ran.err
+    assert not [call for call in cloud.calls if call.outcome == "ok" and call.action.startswith("Create")]
+
+
+def test_it_is_not_copied_to_where_it_is_baked(cloud: Cloud) -> None:
+    ran = captured("selftest", "--copy-region", "us-east-1")
+    assert ran.status == UsageError.exit_code
+    assert "us-east-1 is where the AMI is baked" in ran.err
+    assert not cloud.calls
+
+
 def test_a_budget_that_is_too_small_starts_nothing(cloud: Cloud) -> None:
     ran = captured(*APPLY, "--spend", "0.01")
     assert ran.status == UsageError.exit_code
