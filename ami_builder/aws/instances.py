@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import InstanceTypeDef, ReservationTypeDef
 
 _SEEN_SECONDS = 60.0
+_IMDS_SECONDS = 5.0
 _TERMINATED_SECONDS = 600.0
 
 
@@ -76,6 +77,8 @@ def require_imdsv2(account: Account, instance: str) -> None:
         lambda: account.ec2.modify_instance_metadata_options(
             InstanceId=instance, HttpTokens="required", HttpPutResponseHopLimit=1
         ),
+        # It holds up reading Packer's output, and is tried again with each line of that.
+        seconds=_IMDS_SECONDS,
     )
 
 
