@@ -22,7 +22,7 @@ from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
 _PUBLIC = "public"
-_COOLDOWN = "EC2 protects it from deregistration, as it does for 24 hours after a protection with a cooldown"
+_COOLDOWN = "a protection from deregistration with a cooldown lasts 24 hours longer"
 # EC2 lists a snapshot before the AMI that it is made for.
 _LEAST_AGE = timedelta(days=1)
 
@@ -91,24 +91,24 @@ def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress
             elif decision.action is Action.DEPRECATE:
                 amis.deprecate(account, image_id)
             elif not image_id.startswith("snap-"):
-                if not _deregistered(account, image_id):
-                    step.done(f"kept: {_COOLDOWN}")
-                    decision = replace(decision, action=Action.KEEP, reason=_COOLDOWN)
+                if reason := _deregistered(account, image_id):
+                    step.done(f"kept: {reason}")
+                    decision = replace(decision, action=Action.KEEP, reason=reason)
             elif not amis.delete_snapshot(account, image_id):
                 raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
         done.append(decision)
     return tuple(done)
 
 
-def _deregistered(account: Account, ami: str) -> bool:
-    """Deregister an AMI; return False if EC2 still protects it, though describes say that it does not."""
+def _deregistered(account: Account, ami: str) -> str:
+    """Deregister an AMI; return why EC2 still protects it, though describes say that it does not, or ""."""
     try:
         amis.deregister(account, ami)
     except CloudFailed as failed:
         if code_of(failed) != "OperationNotPermitted":
             raise
-        return False
-    return True
+        return f"{failed.message} ({_COOLDOWN})"
+    return ""
 
 
 def _kept_by_now(account: Account, candidate: Candidate) -> str:

@@ -34,6 +34,8 @@ _EXPIRED = frozenset(
 )
 _OURS = frozenset({"InternalError", "InternalFailure", "ServiceUnavailable", "Unavailable", "503", "500"})
 _TAG_POLICY = "TagPolicyViolation"
+# EC2's AuthFailure has this text for what belongs to another account.
+_NOT_SHARED = "Not authorized for "
 _NO_SPOT_ROLE = "AuthFailure.ServiceLinkedRoleCreationNotPermitted"
 
 QUOTAS: Mapping[str, str] = {
@@ -111,6 +113,8 @@ def of(code: str, call: str, text: str) -> str | None:
             " spot.amazonaws.com (`ami-builder iam-policy` has it with aws.spot), or let an administrator run"
             " `aws iam create-service-linked-role --aws-service-name spot.amazonaws.com` once"
         )
+    if code == "AuthFailure" and _NOT_SHARED in text:
+        return "they belong to another account, which does not share them with yours: ask it, or use others"
     if code in _EXPIRED:
         return f"the credentials are invalid or have expired: {LOGIN}"
     if code in THROTTLED:
@@ -137,7 +141,7 @@ def in_output(text: str) -> str | None:
 
 def is_expired(text: str) -> bool:
     """Return whether the output of Packer says that its credentials were not accepted."""
-    return any(code in _EXPIRED for code in _IN_OUTPUT.findall(text))
+    return _NOT_SHARED not in text and any(code in _EXPIRED for code in _IN_OUTPUT.findall(text))
 
 
 def without_encoded(text: str) -> tuple[str, str]:

@@ -106,6 +106,8 @@ def security_group(
             raise
         if cidrs:
             _open(account, entry.id, ingress_rule(cidrs, aws.ssh_port))
+        else:
+            presence.wait_shown(account, entry.id, seconds=_SEEN_SECONDS)
         yield entry.id
     except BaseException:
         # The group is in the ledger; the first error matters more.

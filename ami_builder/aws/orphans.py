@@ -52,7 +52,7 @@ def remove(account: Account, decision: Orphan) -> None:
     if decision.action is not Action.DELETE:
         raise ValueError(f"the plan keeps {one.id}: {decision.reason}")
     # Most of what an instance or an AMI had went with it; CloudTrail need not show refused calls for that.
-    if presence.look(account, one.id) is not presence.Presence.SHOWN:
+    if presence.is_gone(account, one.id):
         return
     match one.kind:
         case Resource.INSTANCE:

@@ -63,6 +63,19 @@ def look(account: Account, resource: str) -> Presence:
     )
 
 
+def wait_shown(account: Account, resource: str, *, seconds: float = VISIBLE_SECONDS) -> None:
+    """Wait until EC2 shows a new resource, but at most for `seconds`: the next call says what is wrong."""
+    poll(lambda: look(account, resource) is Presence.SHOWN, seconds=seconds)
+
+
+def is_gone(account: Account, resource: str) -> bool:
+    """Return whether EC2 shows a resource as deleted, or does not show it to any of several describes."""
+    found = [look(account, resource)]
+    while found[-1] is Presence.ABSENT and len(found) < _LOOKS:
+        found.append(look(account, resource))
+    return Presence.SHOWN not in found
+
+
 def if_present(
     account: Account,
     resources: str | Sequence[str],

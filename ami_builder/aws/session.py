@@ -338,25 +338,6 @@ def poll(probe: Callable[[], T], *, seconds: float) -> T:
     return retrying(probe)
 
 
-def poll_call(call: Callable[[], object], *, retry: str, ignore: str = "", seconds: float) -> bool:
-    """Repeat an EC2 call while it fails with a code that matches `retry`; return False after `seconds`.
-
-    Codes that match `ignore` are a success. Raises CloudFailed for others.
-    """
-
-    def accepted() -> bool:
-        try:
-            with aws_errors(ignore=ignore):
-                call()
-        except CloudFailed as failed:
-            if re.fullmatch(retry, code_of(failed)):
-                return False
-            raise
-        return True
-
-    return poll(accepted, seconds=seconds)
-
-
 def look_for(find: Callable[[], T | None]) -> T | None:
     """Return what `find` finds, or None; for what EC2 may have made without answering, and shows late."""
     return poll(find, seconds=_LOOK_SECONDS)

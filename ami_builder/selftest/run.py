@@ -28,7 +28,7 @@ from ami_builder.core.orphans import Resource
 from ami_builder.core.records import State
 from ami_builder.selftest import probes, probing
 from ami_builder.selftest.budget import Budget
-from ami_builder.selftest.plan import CHANNEL, Part, Plan, PlannedStep
+from ami_builder.selftest.plan import CHANNEL, PREFIX, Part, Plan, PlannedStep
 from ami_builder.selftest.probing import Probe
 from ami_builder.selftest.recording import Recorder, Recording
 from ami_builder.state.ledger import FILE as LEDGER
@@ -362,7 +362,9 @@ class Selftest:
         return [
             one
             for one in images.list_owned(target.account)
-            if (name := one.tags.get(tags.SELFTEST)) is not None
+            # The tag alone could be somebody's own.
+            if (name := one.tags.get(tags.SELFTEST, "")).startswith(PREFIX)
+            and one.tags.get(tags.IMAGE, name) == name
             and (name == self.image.name or (one.created is not None and one.created < old))
         ]
 
@@ -382,7 +384,7 @@ class Selftest:
         return [Remnant(region=region, kind=str(kind), id=each) for region, kind, each in found]
 
     def _ours(self, run_id: str) -> bool:
-        return bool(run_id) and (self.workspace.runs_dir / run_id).is_dir()
+        return run_id in {path.name for path in self.workspace.runs_dir.glob("*/")}
 
 
 def _reasons(decisions: Sequence[Decision]) -> str:

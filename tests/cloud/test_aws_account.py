@@ -206,6 +206,7 @@ REFUSED = "You are not authorized to perform this operation. "
         ("MaxSpotInstanceCountExceeded", "Max spot instance count exceeded", "'All … Spot Instance Requests"),
         ("InsufficientFreeAddressesInSubnet", "There are not enough free addresses", "aws.subnets"),
         ("AuthFailure", "AWS was not able to validate the provided access credentials", "log in again"),
+        ("AuthFailure", "Not authorized for images: [ami-0123456789abcdef0]", "another account"),
         ("RequestExpired", "Request has expired.", "log in again"),
         ("RequestLimitExceeded", "Request limit exceeded.", "several attempts"),
         ("VcpuLimitExceeded", "You have requested more vCPU capacity", "quota 'Running On-Demand"),

@@ -122,6 +122,30 @@ def test_what_is_not_shown_yet_is_waited_for(cloud: Cloud, held: Enforced, tmp_p
     }  # fmt: skip
 
 
+def test_an_instance_is_launched_once_its_group_is_shown(
+    cloud: Cloud, held: Enforced, tmp_path: Path
+) -> None:
+    account, ledger = Account.open(), Ledger(tmp_path / "ledger.jsonl")
+    cloud.options.hidden_describes = 2
+    # As for Session Manager, which opens no port.
+    with group(account, ledger, cidrs=()) as made:
+        (shown,) = account.ec2.describe_security_groups(GroupIds=[made])["SecurityGroups"]
+        assert shown["IpPermissions"] == []
+    assert held.gone == []
+
+
+def test_one_describe_that_misses_a_resource_is_no_deletion(
+    cloud: Cloud, held: Enforced, tmp_path: Path
+) -> None:
+    cloud.options.hidden_describes = 1
+    made = left_group(Account.open(), Ledger(tmp_path / "ledger.jsonl"))
+    kind = Resource.SECURITY_GROUP
+    found = FoundResource(kind=kind, id=made, region="us-east-1", run_id=RUN, created=None)
+    orphans.remove(Account.open(), Orphan(found=found, action=Action.DELETE, reason="test"))
+    cloud.options.hidden_describes = 0
+    assert cloud.left() == {}
+
+
 def test_a_new_group_that_could_not_be_opened_is_deleted(
     cloud: Cloud, held: Enforced, tmp_path: Path
 ) -> None:

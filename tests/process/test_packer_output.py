@@ -207,6 +207,7 @@ def test_what_to_do_about_an_error_in_the_output(line: str, hint: str | None) ->
         ("api error ExpiredToken: The security token included in the request is expired", True),
         ("Error: AuthFailure: AWS was not able to validate the provided access credentials", True),
         ("api error AuthFailure.ServiceLinkedRoleCreationNotPermitted: The provided credentials", False),
+        ("api error AuthFailure: Not authorized for images: [ami-0123456789abcdef0]", False),
         ("Error: InvalidParameterValue: Wrong.", False),
     ],
 )

@@ -248,10 +248,14 @@ def test_what_a_killed_selftest_left_long_ago_goes_too(cloud: Cloud, tmp_path: P
         make_ami(cloud, name, **({SELFTEST: name} if name != "somebody's" else {}))
         for name in ("selftest-old", "selftest-young", "somebody's")
     )
+    named = make_ami(cloud, "named", **{SELFTEST: "dask"})
+    cloud.client("ssm").put_parameter(Name="/ami-builder/dask/x86_64/stable", Value=named, Type="String")
     amis = cloud.backend().amis
-    for ami in (old, foreign):
+    for ami in (old, foreign, named):
         amis[ami].creation_date = datetime.now(UTC) - timedelta(days=1)
     result = run(tmp_path, spend=0.01)
     assert isinstance(result.error, UsageError)
     owned = cloud.client().describe_images(Owners=["self"])["Images"]
-    assert {one["ImageId"] for one in owned} == {young, foreign}
+    assert {one["ImageId"] for one in owned} == {young, foreign, named}
+    kept = cloud.client("ssm").get_parameters_by_path(Path="/ami-builder/dask/x86_64/")["Parameters"]
+    assert [one["Value"] for one in kept] == [named], "the tag's value names nobody else's channels"
