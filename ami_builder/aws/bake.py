@@ -195,7 +195,7 @@ class _Bake:
             run_id=self.run_id,
             purpose=tags.Purpose.BAKE,
             tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
-            subnet=subnet,
+            subnets=[subnet] if subnet else [],
         )
         with group as group_id:
             variables = self._variables(kind, subnet, group_id, key, data_file)

@@ -165,11 +165,10 @@ def _machine(job: Job, run: Run) -> Iterator[Ec2Machine]:
     run_id = run.record.run_id
     ledger = Ledger(run.directory / LEDGER)
     aws = job.image.aws
-    subnet = aws.subnets[0] if aws.subnets else ""
     purpose = tags.Purpose.VERIFY
     tagged = tags.resource_tags(job.image, job.artifact.digest, run_id, purpose)
     with network.security_group(
-        account, ledger, aws, run_id=run_id, purpose=purpose, tags=tagged, subnet=subnet
+        account, ledger, aws, run_id=run_id, purpose=purpose, tags=tagged, subnets=aws.subnets
     ) as group:
         yield Ec2Machine(
             name=job.instance_type,

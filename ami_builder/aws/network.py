@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from ami_builder.aws import presence
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of, is_definite, look_for
+from ami_builder.aws.subnets import Subnet, host_cidr
+from ami_builder.aws.subnets import get as get_subnets
 from ami_builder.config.schema import AwsSettings
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Connect
@@ -47,20 +49,33 @@ def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
         ) from wrong
 
 
+def allowed_sources(account: Account, aws: AwsSettings, subnets: Sequence[Subnet]) -> tuple[str, ...]:
+    """Return the networks that may reach instances of these subnets by ssh.
+
+    That is nobody with Session Manager, else aws.source_cidrs, else this host's address: its public one, or
+    where instances have no public addresses its own in their VPC. Raises UsageError, CloudFailed.
+    """
+    if aws.connect is Connect.SESSION_MANAGER:
+        return ()
+    private = [subnet for subnet in subnets if not subnet.public]
+    if aws.source_cidrs or not private:
+        return source_cidrs(aws.source_cidrs)
+    found = [host_cidr(account, subnet) for subnet in private]
+    if len(private) < len(subnets):
+        found += source_cidrs(())
+    return tuple(dict.fromkeys(found))
+
+
 def find_vpc(account: Account, subnet: str = "") -> str:
     """Return the VPC of a subnet, or the default one; raises UsageError when there is none."""
     if subnet:
-        with aws_errors(ignore=r"InvalidSubnetID\..+"):
-            return account.ec2.describe_subnets(SubnetIds=[subnet])["Subnets"][0]["VpcId"]
-        raise UsageError(
-            f"aws.subnets: there is no subnet {subnet} in {account.region}",
-            hint="check the id and the region",
-        )
+        return get_subnets(account, [subnet])[0].vpc
     with aws_errors():
         vpcs = account.ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise UsageError(
-            f"there is no default VPC in {account.region}", hint="set aws.subnets to the subnets to launch in"
+            f"there is no default VPC in {account.region}",
+            hint=f"set aws.subnets to the subnets to launch in, {account.region}=subnet-… for another region",
         )
     return vpcs[0]["VpcId"]
 
@@ -74,16 +89,16 @@ def security_group(
     run_id: str,
     purpose: tagging.Purpose,
     tags: Mapping[str, str],
-    subnet: str = "",
+    subnets: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Create a run's security group, yield its id, and delete it once nothing uses it.
+    """Create a run's security group in the VPC of subnets, yield its id, and delete it once nothing uses it.
 
-    It allows TCP to the port of ssh from `source_cidrs`, and nothing for Session Manager. Raises UsageError,
-    CloudFailed.
+    It allows TCP to the port of ssh from `allowed_sources`. Raises UsageError, CloudFailed.
     """
     name = tagging.group_name(run_id, purpose)
-    cidrs = () if aws.connect is Connect.SESSION_MANAGER else source_cidrs(aws.source_cidrs)
-    vpc = find_vpc(account, subnet)
+    where = get_subnets(account, subnets)
+    vpc = where[0].vpc if where else find_vpc(account)
+    cidrs = allowed_sources(account, aws, where)
     entry = ledger.intend(Resource.SECURITY_GROUP, account.region, run=run_id, name=name, vpc=vpc)
 
     def remove(appears: float = 0.0) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ami_builder.aws.hints import DENIED
 from ami_builder.aws.session import Account, aws_errors, code_of
@@ -27,10 +28,18 @@ def limits(account: Account, aws: AwsSettings, plugin: plugins.Plugin) -> Iterat
                 " regions of GovCloud and China",
                 hint=_INSTALL,
             )
-        if requires_imdsv2(account):
+        defaults = metadata_defaults(account)
+        # A launch that asks for nothing gets the account's default.
+        if defaults.get("HttpTokensEnforced") == "enabled" and defaults.get("HttpTokens") != "required":
             yield MissingTool(
                 f"the account enforces IMDSv2 in {account.region}, and {name} can't ask for it at a launch",
                 hint=f"{_INSTALL}; or set the account's default of HttpTokens to required",
+            )
+        if defaults.get("HttpEndpoint") == "disabled":
+            yield MissingTool(
+                f"the account turns instance metadata off by default in {account.region}, which cloud-init"
+                f" needs, and {name} can't turn it on at a launch",
+                hint=f"{_INSTALL}; or set the account's default of HttpEndpoint to enabled",
             )
     if aws.connect is Connect.SESSION_MANAGER and not _has_own_endpoints(plugin):
         ec2, ssm = account.endpoint("ec2"), account.endpoint("ssm")
@@ -42,18 +51,16 @@ def limits(account: Account, aws: AwsSettings, plugin: plugins.Plugin) -> Iterat
             )
 
 
-def requires_imdsv2(account: Account) -> bool:
-    """Return whether EC2 refuses a launch that does not ask for IMDSv2; False if that can't be read."""
+def metadata_defaults(account: Account) -> Mapping[str, Any]:
+    """Return the account's defaults for instance metadata; empty if they can't be read."""
     try:
         with aws_errors():
-            level = account.ec2.get_instance_metadata_defaults().get("AccountLevel", {})
+            return dict(account.ec2.get_instance_metadata_defaults().get("AccountLevel", {}))
     except CloudFailed as failed:
         # Clouds that imitate EC2, and some partitions, do not know it.
         if code_of(failed) in DENIED | {"InvalidAction", "UnsupportedOperation"}:
-            return False
+            return {}
         raise
-    # A launch that asks for nothing gets the account's default.
-    return level.get("HttpTokensEnforced") == "enabled" and level.get("HttpTokens") != "required"
 
 
 def _has_own_endpoints(plugin: plugins.Plugin) -> bool:

@@ -47,6 +47,10 @@ T = TypeVar("T")
 
 _prepared: list[Callable[[Any], None]] = []
 
+NOT_ENABLED = frozenset(
+    {"AuthFailure", "InvalidClientTokenId", "OptInRequired", "UnrecognizedClientException"}
+)
+"""The answers of a region that the account has not enabled, to valid credentials."""
 DENIED = hints.DENIED
 _ENVIRONMENT = "env"
 """botocore's word for credentials in variables."""
@@ -104,6 +108,16 @@ class Account:
         other = Account(self._session, self._core, region)
         other._lock = self._lock  # a session is not safe to create two clients at once
         return self if region == self.region else other
+
+    @property
+    def partition(self) -> str:
+        """The part of AWS that the region is in, such as `aws` or `aws-cn`."""
+        with aws_errors():
+            return str(self._session.get_partition_for_region(self.region))
+
+    def regions_of(self, service: str) -> list[str]:
+        """Return the regions of this partition that have a service, as botocore knows them."""
+        return list(self._session.get_available_regions(service, self.partition))
 
     @property
     def ec2(self) -> EC2Client:

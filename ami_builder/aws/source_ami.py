@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ami_builder.aws import images
 from ami_builder.aws.session import Account, aws_errors, code_of
+from ami_builder.config.schema import DEBIAN_ACCOUNT
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Arch
 
@@ -35,6 +36,7 @@ class BaseAmi:
     """Name of its root device, such as /dev/xvda."""
     size: int
     """Size of its root volume, in bytes."""
+    by_debian: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.id})"
@@ -116,6 +118,8 @@ def _near(account: Account, owner: str, pattern: str) -> str:
             newest = sorted(similar, key=lambda image: image.get("CreationDate", ""), reverse=True)
             names = list(dict.fromkeys(image.get("Name", "") for image in newest))
             return f"AMIs of {owner} with a similar name: {', '.join(names[:_SHOWN])}"
+    if owner == DEBIAN_ACCOUNT and (there := account.partition) != "aws":
+        return f"{owner} is Debian's account in the partition aws: set aws.source to an AMI in {there}"
     return f"check the owner {owner}, and whether it publishes in {account.region}"
 
 
@@ -180,4 +184,5 @@ def _base_ami(image: ImageTypeDef, other_names: Sequence[str] = ()) -> BaseAmi:
         other_names=tuple(other_names),
         root_device=root,
         size=size * _GIB,
+        by_debian=image.get("OwnerId") == DEBIAN_ACCOUNT,
     )

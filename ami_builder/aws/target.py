@@ -9,11 +9,23 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from ami_builder.aws import cleanup, copies, gc, images, preflight, sharing, source_ami, tags
+from ami_builder.aws import (
+    account_settings,
+    cleanup,
+    copies,
+    gc,
+    images,
+    instances,
+    preflight,
+    quotas,
+    sharing,
+    source_ami,
+    tags,
+)
 from ami_builder.aws.bake import SOURCE, bake_ami, finish
 from ami_builder.aws.channels import ChannelParameters
 from ami_builder.aws.matrix import jobs_of, require_results, run_jobs
-from ami_builder.aws.session import Account, aws_errors, code_of
+from ami_builder.aws.session import NOT_ENABLED, Account, aws_errors, code_of
 from ami_builder.build import preflight as shared_preflight
 from ami_builder.build.inputs import Inputs, gather
 from ami_builder.build.target import Shared
@@ -27,11 +39,6 @@ from ami_builder.core.records import Artifact, CheckResult, Finding, Measurement
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.executor import open_executor
 from ami_builder.verify.machine import MachineResult
-
-# The answers of a region that the account has not enabled, to valid credentials.
-_NOT_ENABLED = frozenset(
-    {"AuthFailure", "InvalidClientTokenId", "OptInRequired", "UnrecognizedClientException"}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +130,7 @@ class AwsTarget:
         else:
             here = replace(inputs, image=self._here(inputs.image))
             base = self.bases[inputs.base_digest]
+            account_settings.require(self._settings(here.image, base))
             ami = bake_ami(here, base, self.account, self.workspace, run, step, public=self.public)
             packages = run.directory / "packages.txt"
         stored = self._stored(inputs.image, inputs.digest, ami)
@@ -268,6 +276,11 @@ class AwsTarget:
             )
         return self._stored(image, found.tags.get(tags.DIGEST, ""), found)
 
+    def _settings(self, image: Image, base: source_ami.BaseAmi) -> Iterator[account_settings.Named]:
+        """Yield what would fail this build late."""
+        yield from account_settings.of_build(self.account, image, base, public=self.public)
+        yield "quota of vCPUs", partial(quotas.vcpus, self.account, image)
+
     def _here(self, image: Image) -> Image:
         """Return the image with the settings of this region."""
         return image.at(self.name, self.home)
@@ -305,7 +318,13 @@ class AwsTarget:
         kind = image.verify.instance_types[0]
         subnet = next(iter(self._here(image).aws.subnets), "")
         untried = images.dry_run_launch(self.account, ami.id, kind, tagged, subnet)
-        step.done(f"it is available; a launch was not tried: {untried}" if untried else f"yes, as {kind}")
+        if not untried:
+            step.done(f"yes, as {kind}")
+            return
+        # Without a group of a run's a launch is in the VPC's own, which the printed policy does not allow.
+        instances.require_offered(self.account, [kind], "verify.instance_types")
+        instances.require_arch(self.account, [kind], ami.arch, "verify.instance_types")
+        step.done(f"yes, it is available, and {self.name} has {kind}; no dry run of a launch: {untried}")
 
     @staticmethod
     def _finished(account: Account, ami: str) -> images.Ami:
@@ -349,7 +368,7 @@ def named(region: str) -> Iterator[None]:
         yield
     except (CloudFailed, TimedOut) as failed:
         hint = failed.hint
-        if code_of(failed) in _NOT_ENABLED:
+        if code_of(failed) in NOT_ENABLED:
             hint = f"is {region} enabled for this account? If so, {hint}" if hint else None
         raise type(failed)(
             f"{region}: {failed.message}", hint=hint, log=failed.log, tail=failed.tail

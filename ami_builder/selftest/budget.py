@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ami_builder.aws.preflight import GP3_GIB_MONTH, HOURS_A_MONTH, SNAPSHOT_GIB_MONTH, hourly_price
+from ami_builder.aws.prices import GP3_GIB_MONTH, HOURS_A_MONTH, SNAPSHOT_GIB_MONTH, hourly_price
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import ChecksFailed, UsageError
 

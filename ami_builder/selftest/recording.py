@@ -71,7 +71,7 @@ class Behaviour:
     @property
     def reads(self) -> bool:
         """Whether the action changes nothing, and may be repeated as often as it takes."""
-        return self.call.partition(":")[2].startswith(("Describe", "Get", "List"))
+        return self.call.partition(":")[2].startswith(("Describe", "Get", "List", "Simulate"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

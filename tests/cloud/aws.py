@@ -53,7 +53,7 @@ def group(
         run_id=run_id,
         purpose=Purpose.VERIFY,
         tags=tags(run_id=run_id),
-        subnet=subnet,
+        subnets=[subnet] if subnet else [],
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from botocore.exceptions import ClientError
 
-from ami_builder.aws import network, session
+from ami_builder.aws import network, session, subnets
 from ami_builder.aws.network import source_cidrs
 from ami_builder.aws.session import Account
 from ami_builder.core.errors import CloudFailed, UsageError
@@ -206,7 +206,7 @@ def test_where_there_is_no_network(cloud: Cloud, account: Account, ledger: Ledge
     with pytest.raises(UsageError, match="subnet-0123456789abcdef0"):
         group(account, ledger, subnet="subnet-0123456789abcdef0").__enter__()
     (subnet, *_) = account.ec2.describe_subnets()["Subnets"]
-    assert network.find_vpc(account, subnet["SubnetId"]) == network.find_vpc(account)
+    assert subnets.get(account, [subnet["SubnetId"]])[0].vpc == network.find_vpc(account)
     for vpc in cloud.backend().vpcs.values():
         vpc.is_default = "false"
     with pytest.raises(UsageError, match="there is no default VPC") as caught:

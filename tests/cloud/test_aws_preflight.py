@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.aws import preflight
+from ami_builder.aws import preflight, prices
 from ami_builder.aws.session import Account
+from ami_builder.build import plugins
+from ami_builder.config.types import Destination
 from ami_builder.core.options import Arch, Connect
 from ami_builder.core.records import Finding, State
 from tests.fake_ec2.server import REGION, Cloud
@@ -39,20 +41,22 @@ def test_all_is_well_and_nothing_is_made(cloud: Cloud) -> None:
     assert findings["AWS account"].found.startswith("arn:aws:iam::123456789012:user/")
     assert findings["AWS account"].found.endswith(f"in {REGION}")
     assert cloud.base_ami() in findings["base AMI"].found
-    assert findings["network"].found == "the default VPC"
+    assert findings["network"].found == "the default VPC, public addresses"
     assert findings["ssh is open to"].found == "127.0.0.1/32, port 22"
-    assert findings["permissions"].found.startswith("18 calls")
+    assert findings["permissions"].found.endswith("all are allowed")
     assert findings["cost"].found.startswith("at most about $0.0")
     assert cloud.left() == {}
-    changing = [c for c in cloud.calls if not c.action.startswith(("Describe", "Get"))]
-    assert changing
+    changing = [c for c in cloud.calls if not c.action.startswith(("Describe", "Get", "Simulate"))]
+    assert {c.action for c in changing} == {"RunInstances", "CreateSecurityGroup"}
     assert all(str(c.params.get("DryRun")).lower() == "true" for c in changing)
 
 
 def test_what_a_spot_instance_needs_is_tried_too(cloud: Cloud) -> None:
-    assert found(configured(spot=True))["permissions"].found.startswith("20 calls")
+    assert found(configured(spot=True))["permissions"].state is State.OK
     tried = {call.action for call in cloud.calls if call.params.get("DryRun")}
-    assert {"CreateLaunchTemplate", "CreateFleet", "DeleteLaunchTemplate"} <= tried
+    assert tried == {"RunInstances", "CreateSecurityGroup", "CreateLaunchTemplate"}
+    asked = {a for c in cloud.calls if c.action.startswith("Simulate") for a in c.params["ActionNames"]}
+    assert {"ec2:CreateFleet", "ec2:DeleteLaunchTemplate"} <= asked
     assert cloud.left() == {}
 
 
@@ -82,7 +86,7 @@ def test_what_is_wrong_is_named_each_by_itself(cloud: Cloud) -> None:
     assert "verify.instance_types" in findings["instance types to verify on"].hint
     assert "aws.lifetime" in findings["lifetime"].hint
     assert findings["cost"].state is State.NOTE
-    assert "permissions" not in findings
+    assert findings["permissions"].state is State.OK
 
 
 def test_instance_types_of_another_architecture(cloud: Cloud) -> None:
@@ -123,19 +127,48 @@ def test_subnets_of_two_networks(cloud: Cloud) -> None:
     assert "several VPCs" in found(configured(subnets=(first, other)))["network"].found
 
 
-def test_a_failing_cloud_is_a_finding_too(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("action", "name"),
+    [
+        ("DescribeInstanceTypeOfferings", "instance types"),
+        ("DescribeImages", "base AMI"),
+        ("DescribeSubnets", "network"),
+        ("DescribeRegions", "regions"),
+        ("GetEbsEncryptionByDefault", "encryption"),
+        ("GetInstanceMetadataDefaults", "Packer in this account"),
+        ("GetServiceQuota", "quota of vCPUs"),
+        ("SimulatePrincipalPolicy", "permissions"),
+        ("CreateSecurityGroup", "dry run of ec2:CreateSecurityGroup"),
+        ("GetProducts", "cost"),
+        ("GetInstanceProfile", "instance profile"),
+    ],
+)
+def test_one_failing_probe_hides_no_other(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, action: str, name: str
+) -> None:
     monkeypatch.setattr("ami_builder.aws.session.ATTEMPTS", 1)
-    for action in ("DescribeInstanceTypeOfferings", "StopInstances"):
-        cloud.faults.add(action, "http500", times=None)
-    findings = found(configured())
-    assert findings["instance types"].state is State.STOPS
-    assert findings["permissions"].state is State.STOPS
-    assert "InternalError" in findings["permissions"].found
+    cloud.client("iam").create_instance_profile(InstanceProfileName="ours")
+    image = configured(copy_to=(Destination(region="eu-west-1"),), instance_profile="ours")
+    image = replace(image, aws=replace(image.aws, share_with=("999999999999",)))
+    monkeypatch.setattr(plugins, "has_plugins", lambda: False)
+    whole = found(image)
+    cloud.faults.add(action, "http500", times=None)
+    findings = found(image)
+    assert findings[name].state is not State.OK
+    assert whole.keys() - findings.keys() <= {
+        "newer AMIs, passed over",
+        "instance types to bake on",
+        "instance types to verify on",
+        "ssh is open to",
+        "copies in eu-west-1",
+        "encryption in eu-west-1",
+    }
+    assert findings["lifetime" if "lifetime" in whole else "cost"]
 
 
 def test_prices(cloud: Cloud) -> None:
     account = Account.open()
-    assert preflight.hourly_price(account, "m6i.large") == pytest.approx(0.096)
-    assert preflight.hourly_price(account, "z9z.huge") is None
+    assert prices.hourly_price(account, "m6i.large") == pytest.approx(0.096)
+    assert prices.hourly_price(account, "z9z.huge") is None
     cloud.faults.add("GetProducts", "reset", times=None)
-    assert preflight.hourly_price(account, "m6i.large") is None
+    assert prices.hourly_price(account, "m6i.large") is None

@@ -349,6 +349,23 @@ def test_one_that_can_not_be_launched_there(
         received(home, configured, stored)
 
 
+def test_a_launch_that_the_policy_does_not_let_try_is_told_by_describes(
+    cloud: Cloud, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run of a launch is in the VPC's own security group, which is no run's."""
+    configured = configure()
+    ami = baked(cloud)
+    held = cloud.enforce(document(Section.ALL, configured.aws), KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    home = opened(configured, tmp_path)[0]
+    stored = home.ami(configured, ami)
+    received(home, configured, stored)
+    assert {action for action, _ in held.refused} == {"ec2:RunInstances"}
+    elsewhere = replace(configured, verify=replace(configured.verify, instance_types=("z9z.huge",)))
+    with pytest.raises(UsageError, match=r"does not offer z9z\.huge"):
+        received(home, elsewhere, stored)
+
+
 CHANNEL = "/ami-builder/dask/x86_64/stable"
 
 

@@ -74,6 +74,16 @@ class CloudOptions:
     """How many changes of metadata options still find their instance pending."""
     memory: dict[str, int] = field(default_factory=dict)
     """Instance type -> MiB, where it differs from EC2's."""
+    default_ebs_key: str = "alias/aws/ebs"
+    """The key of EBS encryption by default, and of encryption without a key."""
+    block_public_access: str = "unblocked"
+    """`block-new-sharing` where AMIs can't be made public."""
+    imds_endpoint: str = ""
+    """The account's default for the endpoint of instance metadata, `enabled` or `disabled`; empty: none."""
+    opted_in: set[str] = field(default_factory=set)
+    """Regions that have to be enabled, and are."""
+    vcpu_quotas: dict[str, float] = field(default_factory=lambda: {"L-1216C47A": 64.0, "L-34B43A08": 64.0})
+    """Service Quotas of EC2: vCPUs of standard instances that run at once, on demand and on spot."""
     region_prices: dict[str, str] = field(
         default_factory=lambda: {
             "t3.small": "0.0208", "m5.large": "0.0960", "m6i.large": "0.0960", "m7i.large": "0.1008",
@@ -152,6 +162,7 @@ class CloudState:
         if (account, region) not in self._furnished:
             self._furnished.add((account, region))
             backend.describe_tags = _direct(backend)
+            _let_out(backend)
             images = debian(backend)
             backend.amis |= {image.id: image for image in images}
             newest = images[0].id
@@ -239,6 +250,17 @@ class CloudState:
         following = secrets.token_urlsafe(48)
         self._pages[following] = (action, ids[size:])
         return ids[:size], following
+
+
+def _let_out(backend: Any) -> None:
+    """Give the default VPC its internet gateway, and a route to it, which moto leaves out."""
+    # behaviour: default-vpc
+    for vpc in backend.vpcs.values():
+        if str(vpc.is_default).lower() == "true":
+            gateway = backend.create_internet_gateway()
+            backend.attach_internet_gateway(gateway.id, vpc.id)
+            (table,) = [one for one in backend.route_tables.values() if one.vpc_id == vpc.id]
+            backend.create_route(table.id, "0.0.0.0/0", gateway_id=gateway.id)
 
 
 def base_ami(backend: Any) -> str:

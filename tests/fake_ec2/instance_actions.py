@@ -244,6 +244,9 @@ class InstanceActions(EC2Action):
         level = {"HttpTokensEnforced": "enabled" if options.imdsv2_enforced else "disabled"}
         if options.imds_default != "no-preference":
             level["HttpTokens"] = options.imds_default
+        # behaviour: metadata-defaults
+        if options.imds_endpoint:
+            level["HttpEndpoint"] = options.imds_endpoint
         return ActionResult({"AccountLevel": level})
 
     def modify_instance_metadata_options(self) -> ActionResult:

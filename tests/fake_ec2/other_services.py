@@ -71,6 +71,16 @@ def _json(answer: Mapping[str, Any]) -> HttpAnswer:
     return HttpAnswer(status=200, body=json.dumps(answer).encode(), content_type="application/x-amz-json-1.1")
 
 
+def quota(params: Mapping[str, Any], quotas: Mapping[str, float]) -> HttpAnswer:
+    """Answer GetServiceQuota for EC2 by `quotas` (code -> value)."""
+    code = params.get("QuotaCode", "")
+    if params.get("ServiceCode") != "ec2" or code not in quotas:
+        raise Refused("NoSuchResourceException", f"there is no quota {code}")
+    # behaviour: vcpu-quotas
+    answer = {"Quota": {"ServiceCode": "ec2", "QuotaCode": code, "Value": quotas[code]}}
+    return HttpAnswer(status=200, body=json.dumps(answer).encode(), content_type="application/x-amz-json-1.1")
+
+
 def _product(kind: str, price: str, filters: Mapping[str, str]) -> dict[str, Any]:
     sku = f"SKU{kind.upper().replace('.', '')}"
     attributes = {

@@ -18,6 +18,7 @@ from moto.core.responses import BaseResponse
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from tests.fake_ec2 import other_services, strict
+from tests.fake_ec2.account_actions import AccountActions
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, HttpAnswer, Refused, parse, refusal
 from tests.fake_ec2.cloud_state import CloudState
 from tests.fake_ec2.faults import Fault, Faults, Rule
@@ -41,7 +42,7 @@ class _Request(Request):
     from_wsgi_server = True
 
 
-class EC2(ImageActions, InstanceActions):
+class EC2(AccountActions, ImageActions, InstanceActions):
     """One call to EC2."""
 
 
@@ -143,6 +144,8 @@ class Shim:
                 return _performed(Sts(self.guard, call), environ, body)
             if call.service == "pricing":
                 return other_services.products(call.params, self.state.options.region_prices)
+            if call.service == "servicequotas":
+                return other_services.quota(call.params, self.state.options.vcpu_quotas)
             if call.service == "ssm":
                 # Debian's parameter is there as soon as its region is used.
                 self.state.backend(ACCOUNT, call.region)

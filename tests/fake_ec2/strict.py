@@ -33,13 +33,17 @@ class _Read(dict[str, str]):
         return super().get(key, default)
 
 
+_MODELS = {"servicequotas": "service-quotas"}
+"""The model of a service whose signatures have another name."""
+
+
 def parsed(service: str, action: str, form: Mapping[str, str], body: bytes) -> dict[str, Any]:
     """Return a call's parameters as botocore names them; raises Refused when the model doesn't have them so.
 
     `form` has the fields of a query protocol; empty for a service that takes JSON, which `body` is then.
     """
     try:
-        model = get_service_model(service)
+        model = get_service_model(_MODELS.get(service, service))
         operation = model.operation_model(action)
     except Exception as error:  # botocore has many ways to say that it knows neither
         # behaviour: strict-parameters

@@ -223,7 +223,7 @@ def test_what_can_not_be_removed_is_listed_and_fails_it(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "least"), [("CreateImage", 2), ("CopyImage", 3), ("PutParameter", 6)], ids=str
+    ("action", "least"), [("CreateImage", 1), ("CopyImage", 2), ("PutParameter", 6)], ids=str
 )
 def test_ctrl_c_leaves_nothing(cloud: Cloud, tmp_path: Path, action: str, least: int) -> None:
     """While Packer makes the AMI (`check` tries that call first), in a probe, and while promoting."""
