@@ -238,7 +238,11 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         fleet = [*launched, *ec2("fleet", "image", "subnet")]
         requests = ec2("volume", "spot-instances-request")
         fleet_calls = "ec2:CreateFleet RunInstances DeleteLaunchTemplate"
-        from_template = _all(nameless, {"Null": {f"aws:ResourceTag/{tagging.LAUNCH_TEMPLATE}": "false"}})
+        # Packer's, so not an instance of an Auto Scaling group.
+        whose = {tagging.LAUNCH_TEMPLATE: "false", tagging.SCALING_GROUP: "true"}
+        from_template = _all(
+            nameless, {"Null": {f"aws:ResourceTag/{key}": null for key, null in whose.items()}}
+        )
         # The first spot request of an account makes it.
         role = arns.iam("role/aws-service-role/spot.amazonaws.com/AWSServiceRoleForEC2Spot")
         for_spot = {"StringEquals": {"iam:AWSServiceName": "spot.amazonaws.com"}}

@@ -36,6 +36,8 @@ LAUNCH_TEMPLATE = "aws:ec2launchtemplate:id"
 """EC2 sets it on instances that were launched from a template."""
 SELFTEST = f"{PREFIX}selftest"
 """On everything that selftests make; the value is the name of the selftest's image."""
+SCALING_GROUP = "aws:autoscaling:groupName"
+"""EC2 Auto Scaling sets it on a group's instances."""
 COPY_OF = f"{PREFIX}copy-of"
 """The AMI in another region that this one was copied from."""
 
