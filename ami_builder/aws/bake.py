@@ -23,12 +23,12 @@ from ami_builder.aws import (
     tags,
     user_data,
 )
-from ami_builder.aws.session import Account, look_for
+from ami_builder.aws.session import Account, code_of, look_for
 from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
 from ami_builder.console import Step
-from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted
+from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted, TimedOut
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.state.ledger import FILE as LEDGER
@@ -57,6 +57,8 @@ metadata_options {
 fleet_tags = var.spot ? var.run_tags : null
 """,
 )
+# How often the credentials are tried once bake.timeout is over.
+_LOOK_SECONDS = 60.0
 # For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
 
@@ -254,8 +256,12 @@ class _Bake:
         imaging_after = 0.0
 
         def limit() -> float:
+            timeout, gone = self.inputs.image.bake.timeout, time.monotonic() - began
+            # Packer would wait on with credentials that have expired.
+            if not self.imaging or gone < timeout or self._is_expired():
+                return timeout
             # EC2 makes the snapshot, and takes its time.
-            return imaging_after + AVAILABLE_SECONDS if self.imaging else self.inputs.image.bake.timeout
+            return min(gone + _LOOK_SECONDS, imaging_after + AVAILABLE_SECONDS)
 
         def read(line: str) -> None:
             nonlocal imaging_after
@@ -300,6 +306,15 @@ class _Bake:
                     log=crashed.log,
                     tail=crashed.tail,
                 ) from crashed
+            except TimedOut as late:
+                if not self._is_expired():
+                    raise
+                raise CloudFailed(
+                    "the AWS credentials expired while Packer waited",
+                    hint=hints.LOGIN,
+                    log=late.log,
+                    tail=late.tail,
+                ) from late
             except BuildFailed as failed:
                 text = "\n".join((failed.message, *failed.tail))
                 if self.ami and packer_messages.lost_the_image(text):
@@ -309,7 +324,7 @@ class _Bake:
                     why = credentials.failure.message if credentials.failure is not None else failed.message
                     raise CloudFailed(
                         f"AWS did not accept Packer's credentials any more: {why}",
-                        hint=f"{hints.LOGIN}; {hints.GC}" if self.instance else hints.LOGIN,
+                        hint=hints.LOGIN,
                         log=failed.log,
                         tail=failed.tail,
                     ) from failed
@@ -320,6 +335,13 @@ class _Bake:
                 raise CloudFailed(
                     failed.message, hint=failed.hint, log=failed.log, tail=failed.tail
                 ) from failed
+
+    def _is_expired(self) -> bool:
+        try:
+            images.describe(self.account, self.base.id)
+        except CloudFailed as failed:
+            return code_of(failed) in hints.EXPIRED
+        return False
 
     def _more_services(self) -> Sequence[str]:
         """Return the services that Packer uses beside EC2."""

@@ -21,7 +21,7 @@ GC = "an instance may be left: `ami-builder gc` finds it"
 
 DENIED = frozenset({"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedAccess"})
 THROTTLED = frozenset({"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled"})
-_EXPIRED = frozenset(
+EXPIRED = frozenset(
     {
         "AuthFailure",
         "ExpiredToken",
@@ -115,7 +115,7 @@ def of(code: str, call: str, text: str) -> str | None:
         )
     if code == "AuthFailure" and _NOT_SHARED in text:
         return "they belong to another account, which does not share them with yours: ask it, or use others"
-    if code in _EXPIRED:
+    if code in EXPIRED:
         return f"the credentials are invalid or have expired: {LOGIN}"
     if code in THROTTLED:
         return "AWS throttled the call, also after several attempts: try again later"
@@ -141,7 +141,7 @@ def in_output(text: str) -> str | None:
 
 def is_expired(text: str) -> bool:
     """Return whether the output of Packer says that its credentials were not accepted."""
-    return _NOT_SHARED not in text and any(code in _EXPIRED for code in _IN_OUTPUT.findall(text))
+    return _NOT_SHARED not in text and any(code in EXPIRED for code in _IN_OUTPUT.findall(text))
 
 
 def without_encoded(text: str) -> tuple[str, str]:

@@ -96,14 +96,24 @@ def test_only_who_has_the_token_gets_credentials(cloud: Cloud) -> None:
         urllib.request.urlopen(urllib.request.Request(url, headers=right))
 
 
-@pytest.mark.parametrize("action", ["DescribeImages", "RunInstances", "CreateImage"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        "DescribeImages",
+        "RunInstances",
+        # Packer waits until it is stopped.
+        pytest.param("StopInstances", marks=pytest.mark.long),
+        pytest.param("CreateImage", marks=pytest.mark.long),
+    ],
+)
 def test_credentials_that_expire_in_the_middle(cloud: Cloud, account: Path, action: str) -> None:
-    cloud.faults.clear()
-    cloud.options.expired_from = action
-    ran = build()
+    cloud.options.expired_after = action
+    # Packer 1.6.6 and plugins before 1.8 ask for such an image until they are stopped.
+    cloud.options.image_seconds = 1000
+    ran = captured("--set", "bake.timeout=12s", "build", "--target", "aws")
     assert ran.status == 6, ran.err
     assert "log in again" in ran.err
-    if action == "CreateImage":
+    if action != "DescribeImages":
         assert cloud.left()["instance"]
         assert "an instance may be left: `ami-builder gc` finds it" in ran.err
 
@@ -267,7 +277,7 @@ def test_a_launch_that_no_other_type_would_help(
 
 @pytest.mark.long
 def test_a_snapshot_may_take_longer_than_the_bake(cloud: Cloud, account: Path) -> None:
-    cloud.options.image_seconds = 35
-    ran = build("--set", "bake.timeout=30s")
+    cloud.options.image_seconds = 15
+    ran = captured("--set", "bake.timeout=12s", "build", "--target", "aws")
     assert ran.status == 0, ran.err
     only_the_ami(cloud)

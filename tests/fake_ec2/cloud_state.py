@@ -68,8 +68,8 @@ class CloudOptions:
     """Whether the account refuses launches that leave IMDSv1 on (HttpTokensEnforced)."""
     imds_default: str = "no-preference"
     """The account's default of HttpTokens."""
-    expired_from: str = ""
-    """The action from whose first call on all credentials have expired."""
+    expired_after: str = ""
+    """The action after whose first call all credentials have expired."""
     pending_changes: int = 0
     """How many changes of metadata options still find their instance pending."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -193,10 +193,10 @@ class CloudState:
 
     def require_valid(self, call: ApiCall) -> None:
         """Raise Refused for credentials that have expired by now."""
-        self._expired = self._expired or call.action == self.options.expired_from
-        if self._expired and self.options.expired_from:
+        if self._expired and self.options.expired_after:
             # behaviour: expired-credentials
             raise Refused("RequestExpired", "Request has expired.")
+        self._expired = call.action == self.options.expired_after
 
     def made(self, *ids: str) -> None:
         """Say that these were made just now: describes may not find them for a while."""
