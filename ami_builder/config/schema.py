@@ -150,7 +150,8 @@ class BakeSettings(_Table):
     cpus: t.Cpus = 2
     """Its CPUs."""
     timeout: t.Duration = 30 * 60.0
-    """How long baking can take. Generous, because without KVM the machine is emulated."""
+    """How long baking can take. Generous, because without KVM the machine is emulated. In AWS it does not count
+    how long EC2 makes the AMI, which may take two hours more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +210,7 @@ class AwsSettings(_Table):
     """The KMS key for `encrypt`: id, alias/… or ARN. Empty: the account's default key. Other regions have
     those of `copy_to`."""
     spot: StrictBool = False
-    """Whether baking runs on a spot instance."""
+    """Whether baking runs on a spot instance. `instance_types` are tried in order, in each subnet."""
     lifetime: t.Duration = 2 * 3600.0
     """How long after a boot an instance powers itself off, and so terminates, without this host: by a timer
     that cloud-init starts. `ami-builder gc` finds instances that have none."""

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ami_builder.aws import bake, packer_limits
 from ami_builder.aws.session import Account
 from ami_builder.build import plugins
+from ami_builder.config.schema import AwsSettings
+from ami_builder.core.options import Connect
 from tests.cloud.faulting import BUILD, Place, fresh, only_the_ami
 from tests.cloud.flow import Ran, captured
 from tests.fake_ec2.server import ACCESS_KEY
@@ -166,6 +169,20 @@ def test_special_endpoints_reach_packer(
         # The SDKs refuse it together with a URL.
         assert name not in credentials.variables
     assert cloud.calls == ()
+
+
+def test_session_manager_needs_an_endpoint_of_its_own(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    aws = AwsSettings(connect=Connect.SESSION_MANAGER)
+    found = list(packer_limits.limits(Account.open(), aws, bake.SOURCE.plugin))
+    assert found == [], "one URL for both"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SSM", "http://127.0.0.1:9")
+    found = list(packer_limits.limits(Account.open(), aws, bake.SOURCE.plugin))
+    newest = (
+        max(plugins.installed(bake.SOURCE.plugin), default=((), None))[0] if plugins.has_plugins() else ()
+    )
+    assert [cloud.url in each.message for each in found] == ([] if newest >= (1, 8) else [True])
+    aws = AwsSettings(connect=Connect.SSH)
+    assert list(packer_limits.limits(Account.open(), aws, bake.SOURCE.plugin)) == []
 
 
 def test_an_instance_profile_may_be_an_arn_with_a_path(cloud: Cloud, account: Path) -> None:

@@ -258,3 +258,14 @@ def test_a_wait_ends_when_everything_is_cancelled() -> None:
         with processes.scope(), pytest.raises(Interrupted), processes.running(["true"]):
             pass
         assert processes.output(["echo", "cleaning up"]) == "cleaning up\n"
+
+
+def test_a_time_limit_may_grow(tmp_path: Path) -> None:
+    limit = 0.5
+    with pytest.raises(TimedOut, match="took longer than 2 s"):
+        processes.stream(
+            ["sh", "-c", "echo more; exec sleep 60"],
+            log=tmp_path / "log",
+            what="sleep",
+            timeout=lambda: 2.0 if (tmp_path / "log").read_text() else limit,
+        )
