@@ -150,8 +150,8 @@ class BakeSettings(_Table):
     cpus: t.Cpus = 2
     """Its CPUs."""
     timeout: t.Duration = 30 * 60.0
-    """How long baking can take. Generous, because without KVM the machine is emulated. In AWS it does not count
-    how long EC2 makes the AMI, which may take two hours more."""
+    """How long baking can take. Generous, because without KVM the machine is emulated. In AWS, EC2 may
+    take two hours more to make the AMI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
