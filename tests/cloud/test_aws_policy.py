@@ -126,7 +126,6 @@ def test_collecting_what_was_left(cloud: Cloud, monkeypatch: pytest.MonkeyPatch,
     assert held.unused == set()
 
 
-@pytest.mark.xfail(reason="check tries calls on ids that nobody has")
 def test_checking_makes_nothing(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, configured: Image) -> None:
     before = cloud.left()
     held, _ = enforced(cloud, monkeypatch, Section.CHECK)
