@@ -77,6 +77,15 @@ def encryption(account: Account, aws: AwsSettings, *, public: bool) -> str:
     return f"with {key}{'' if aws.encrypt else ', by default'}"
 
 
+def default_key(account: Account) -> str:
+    """Return the user's own KMS key of EBS encryption by default; empty if it is off, or the key is AWS's."""
+    with aws_errors():
+        if not account.ec2.get_ebs_encryption_by_default()["EbsEncryptionByDefault"]:
+            return ""
+        key = account.ec2.get_ebs_default_kms_key_id()["KmsKeyId"]
+    return "" if key.endswith(_AWS_KEY) else key
+
+
 def kms_key(account: Account, key: str, setting: str) -> str:
     """Return a KMS key's ARN; whether its own policy allows what is needed can't be read."""
     try:

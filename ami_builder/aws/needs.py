@@ -47,6 +47,8 @@ class Place:
     vpc: str = ""
     role: str = ""
     """The ARN of the role in aws.instance_profile."""
+    default_key: str = ""
+    """The user's own key of EBS encryption by default; empty if there is none."""
 
     def arn(self, kind: str, name: str = "*") -> str:
         """Return the ARN of an EC2 resource. AMIs and snapshots have no account in theirs."""
@@ -106,20 +108,31 @@ class _Writer:
                 context={**self.anywhere, **context},
             )
 
-    def make(self, section: Section, call: str, *kinds: str, tagged: bool = True) -> Iterator[Need]:
+    def make(self, section: Section, call: str, *kinds: str, more: Context | None = None) -> Iterator[Need]:
         """Yield what it takes to make resources, and to tag them in the same call."""
         for kind in kinds:
             arn = self.place.arn(kind)
-            yield from self.need(section, call, arn, _a(kind), self.asked if tagged else {})
-            if tagged:
-                created = {**self.asked, "ec2:CreateAction": (call,)}
-                yield from self.need(section, "CreateTags", arn, f"a new {kind}", created)
+            yield from self.need(section, call, arn, _a(kind), {**self.asked, **(more or {})})
+            created = {**self.asked, "ec2:CreateAction": (call,)}
+            yield from self.need(section, "CreateTags", arn, f"a new {kind}", created)
 
     def use(self, section: Section, calls: str, kind: str, context: Context | None = None) -> Iterator[Need]:
         """Yield what it takes to do something to a run's own resource."""
         arn = self.place.arn(kind, _OWN[kind])
         whole = {**self.tagged, **(context or {})}
         yield from self.need(section, calls, arn, f"a run's {kind}", whole)
+
+
+def _launch(image: Image, section: Section) -> Context:
+    """Return what a launch has that policies ask for most."""
+    kinds = image.aws.instance_types if section is Section.BUILD else image.verify.instance_types
+    required = section is not Section.BUILD or plugins.has_plugins()
+    return {
+        "ec2:InstanceType": kinds[:1],
+        "ec2:MetadataHttpTokens": ("required",) if required else ("optional",),
+        "ec2:VolumeType": ("gp3",),
+        "ec2:RootDeviceType": ("ebs",),
+    }
 
 
 def _a(kind: str) -> str:
@@ -133,7 +146,7 @@ def at_home(place: Place) -> Iterator[Need]:
     base = place.base_ami or _OWN["image"]
     build, verify, lifecycle = Section.BUILD, Section.VERIFY, Section.LIFECYCLE
     for section in (build, verify):
-        yield from writer.make(section, "RunInstances", "instance", "volume")
+        yield from writer.make(section, "RunInstances", "instance", "volume", more=_launch(image, section))
         yield from writer.need(
             section, "RunInstances", place.arn("network-interface"), "a network-interface", {}
         )
@@ -149,7 +162,7 @@ def at_home(place: Place) -> Iterator[Need]:
             to_ec2 = {"iam:PassedToService": ("ec2.amazonaws.com",)}
             yield from writer.need(section, "PassRole", place.role, "its role", to_ec2, service="iam")
         yield from _session(writer, section)
-        yield from _key(writer, section, aws.kms_key)
+        yield from _key(writer, section, aws.kms_key or place.default_key)
     yield from writer.need(build, "RunInstances", place.arn("image", base), "the base AMI", {})
     yield from writer.use(verify, "RunInstances", "image")
     yield from writer.use(verify, "GetConsoleOutput", "instance")
@@ -184,7 +197,7 @@ def of_copies(place: Place, home: Place) -> Iterator[Need]:
     yield from writer.use(copy, "CreateTags", "snapshot", writer.asked)
     yield from writer.use(copy, "ModifyImageAttribute DeregisterImage", "image")
     yield from writer.use(copy, "DeleteSnapshot", "snapshot")
-    yield from _key(writer, copy, place.image.aws.kms_key)
+    yield from _key(writer, copy, place.image.aws.kms_key or place.default_key)
     yield from _released(writer)
 
 

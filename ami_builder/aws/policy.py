@@ -208,7 +208,7 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
     if aws.source.startswith("ssm:"):
         name = aws.source[4:].lstrip("/")
         parameter = arns.of("ssm", "" if name.startswith("aws/service/") else "*", f"parameter/{name}")
-        yield _Row("ReadBaseParameter", "build", "ssm:GetParameter", [parameter])
+        yield _Row("ReadBaseParameter", "check build", "ssm:GetParameter", [parameter])
     if aws.instance_profile:
         # The profile's role is unknown here; a policy that names it is stricter.
         to_ec2 = {"StringLike": {"iam:PassedToService": "ec2.amazonaws.com*"}}
@@ -229,6 +229,7 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
     # A copy is decrypted with its source's key, whatever its own is.
     for of, used, sections in (("Copies", copies, "copy"), ("", own, "build verify copy")):
         if used:
+            yield _Row(f"LookAtKey{of}", "check", "kms:DescribeKey", used)
             yield _Row(f"UseKey{of}", sections, "kms:DescribeKey Decrypt ReEncrypt* GenerateDataKey*", used)
             yield _Row(f"LetEc2UseKey{of}", sections, "kms:CreateGrant", used, _FOR_AWS)
     if aws.spot:

@@ -49,6 +49,8 @@ class _Known:
     subnets: list[subnets.Subnet] = field(default_factory=list)
     role: str = ""
     """The ARN of the role in aws.instance_profile."""
+    default_keys: dict[str, str] = field(default_factory=dict)
+    """Region -> the user's own key of EBS encryption by default there."""
     regions: list[str] = field(default_factory=list)
     """The regions of aws.copy_to that can be used."""
 
@@ -56,8 +58,11 @@ class _Known:
         """Return what is known of a region."""
         _, partition, _, _, number, _ = self.arn.split(":", 5)
         image = self.image.at(region, self.account.region)
+        key = self.default_keys.get(region, "")
         if region != self.account.region:
-            return needs.Place(partition=partition, account=number, region=region, image=image)
+            return needs.Place(
+                partition=partition, account=number, region=region, image=image, default_key=key
+            )
         first = next(iter(self.subnets), None)
         return needs.Place(
             partition=partition,
@@ -68,6 +73,7 @@ class _Known:
             subnet=first.id if first is not None else "",
             vpc=first.vpc if first is not None else "",
             role=self.role,
+            default_key=key,
         )
 
 
@@ -111,6 +117,7 @@ def _probes(known: _Known) -> Iterator[tuple[str, _Look]]:
     yield "account", _account
     yield "quota of vCPUs", _quota
     yield "copies", _copies
+    yield "encryption by default", _default_keys
     yield permissions.NAME, _permissions
     yield "lifetime", _lifetime
     yield "cost", _cost
@@ -286,6 +293,31 @@ def _instance_profile(known: _Known) -> Iterator[Finding]:
 def _account(known: _Known) -> Iterator[Finding]:
     probes = account_settings.of_build(known.account, known.image, known.base, public=False)
     yield from (_told(name, probe) for name, probe in probes)
+
+
+def _default_keys(known: _Known) -> Iterator[Finding]:
+    """Yield the user's own keys of EBS encryption by default, which the printed policy can't know."""
+    home = known.account.region
+    for region in (home, *known.regions):
+        if known.image.aws.at(region, home).kms_key:
+            continue
+        name = f"encryption by default in {region}"
+        try:
+            key = account_settings.default_key(known.account.in_region(region))
+        except CloudFailed as failed:
+            text = f"unknown: {failed.message}"
+            yield Finding(name=name, state=State.NOTE, found=text, hint=failed.hint or "")
+            continue
+        if not key:
+            continue
+        known.default_keys[region] = key
+        named = "aws.encrypt and aws.kms_key" if region == home else f"{region}=KEY in aws.copy_to"
+        yield Finding(
+            name=name,
+            state=State.NOTE,
+            found=f"with {key}, which these credentials must be allowed to use",
+            hint=f"`ami-builder iam-policy` names it with {named}",
+        )
 
 
 def _quota(known: _Known) -> Iterator[Finding]:

@@ -98,6 +98,44 @@ def test_what_is_not_allowed_is_named_with_its_part(
     assert f"iam-policy {section}" in of.hint
 
 
+def test_a_default_key_of_the_user_s_is_asked_for_too(cloud: Cloud, caller: str) -> None:
+    cloud.client().enable_ebs_encryption_by_default()
+    key = f"arn:aws:kms:{REGION}:123456789012:key/01234567-89ab-cdef-0123-456789abcdef"
+    cloud.options.default_ebs_key = key
+    image = configured()
+    cloud.enforce(policy.document(Section.ALL, image.aws), caller)
+    findings = list(preflight.check(image))
+    (default,) = [one for one in findings if one.name.startswith("encryption by default")]
+    assert default.state is State.NOTE
+    assert "aws.kms_key" in default.hint
+    (unknown,) = [one for one in findings if one.name == permissions.NAME]
+    assert "kms:CreateGrant on key" in unknown.found
+    named = configured(encrypt=True, kms_key=key)
+    cloud.enforce(policy.document(Section.ALL, named.aws), caller)
+    (only,) = found(named)
+    assert only.state is State.OK, only
+
+
+@pytest.mark.parametrize(
+    ("condition", "state"),
+    [
+        ({"StringNotLike": {"ec2:InstanceType": ["m6i.*", "t3.*"]}}, State.OK),
+        ({"Null": {"aws:RequestTag/Owner": "true"}}, State.NOTE),
+    ],
+    ids=["an instance type", "a tag that is missing"],
+)
+def test_an_organization_s_policy_is_no_more_than_a_note(
+    cloud: Cloud, caller: str, condition: dict[str, Any], state: State
+) -> None:
+    image = configured()
+    deny = {"Effect": "Deny", "Action": "ec2:RunInstances", "Resource": "arn:aws:ec2:*:*:instance/*"}
+    control = {"Version": "2012-10-17", "Statement": [{**deny, "Condition": condition}]}
+    cloud.enforce(policy.document(Section.ALL, image.aws), caller, controls=[control])
+    (only,) = found(image)
+    assert only.state is state, only
+    assert only.exit_code == 0
+
+
 def test_without_simulation_nothing_is_said_to_be_refused(cloud: Cloud, caller: str) -> None:
     image = configured()
     document = without(policy.document(Section.ALL, image.aws), "iam:SimulatePrincipalPolicy")
@@ -199,8 +237,8 @@ def test_a_role_whose_path_is_not_told(cloud: Cloud) -> None:
         ({"EvalDecision": "explicitDeny"}, State.STOPS, "(a policy denies it)"),
         (
             {"OrganizationsDecisionDetail": {"AllowedByOrganizations": False}},
-            State.STOPS,
-            "(the organization's policy denies it)",
+            State.NOTE,
+            "unless the organization's policies do",
         ),
         (
             {"PermissionsBoundaryDecisionDetail": {"AllowedByPermissionsBoundary": False}},
