@@ -221,7 +221,12 @@ class Ec2Machine:
             "UserData": user_data,
             "SecurityGroupIds": [self.group],
             "InstanceInitiatedShutdownBehavior": "terminate",
-            "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},
+            # An account's default may turn metadata off, which cloud-init needs.
+            "MetadataOptions": {
+                "HttpEndpoint": "enabled",
+                "HttpTokens": "required",
+                "HttpPutResponseHopLimit": 1,
+            },
             "BlockDeviceMappings": [{"DeviceName": disk[0], "Ebs": disk[1]}],
             "TagSpecifications": tagging.specifications(self.tags, "instance", "volume", "network-interface"),
         }

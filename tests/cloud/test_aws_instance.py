@@ -72,7 +72,11 @@ def test_what_is_launched(
         assert request["ClientToken"] == entry.find["token"]
         assert len(request["ClientToken"]) == 64
         assert request["InstanceInitiatedShutdownBehavior"] == "terminate"
-        assert request["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
+        assert request["MetadataOptions"] == {
+            "HttpEndpoint": "enabled",
+            "HttpTokens": "required",
+            "HttpPutResponseHopLimit": 1,
+        }
         (disk,) = request["BlockDeviceMappings"]
         assert disk["DeviceName"] == "/dev/xvda"
         assert disk["Ebs"]["VolumeType"] == "gp3"

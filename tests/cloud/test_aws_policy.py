@@ -136,7 +136,8 @@ def test_checking_makes_nothing(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, c
     assert "ami-builder iam-policy" in refused.hint
     # What a plain configuration does not ask, and a user has no role.
     later = {"ec2:GetInstanceMetadataDefaults"} if plugins.has_plugins() else set()
-    unasked = SETTINGS - {"ec2:GetInstanceMetadataDefaults", "servicequotas:GetServiceQuota"}
+    asked = {"GetInstanceMetadataDefaults", "GetEbsEncryptionByDefault"}
+    unasked = SETTINGS - {f"ec2:{each}" for each in asked} - {"servicequotas:GetServiceQuota"}
     assert held.unused == unasked | later | {"iam:GetRole"}
     enforced(cloud, monkeypatch, Section.ALL)
     found = {one.name: one for one in preflight.check(configured)}

@@ -72,8 +72,9 @@ def test_each_region_has_its_own_subnets_and_key(cloud: Cloud) -> None:
     assert places(cloud) == {(REGION, home), (OTHER, there), (THIRD, "")}
     assert disk_keys(cloud) == {(REGION, True, ours), (OTHER, True, theirs), (THIRD, True, "")}
     assert {(OTHER, there), (THIRD, "")} <= places(cloud, dry=True)
-    asked = [call for call in cloud.calls if call.action == "DescribeSubnets" and "SubnetIds" in call.params]
-    assert {(call.region, *call.params["SubnetIds"]) for call in asked} == {(REGION, home), (OTHER, there)}
+    asked = [call for call in cloud.calls if call.action == "DescribeSubnets" and "Filters" in call.params]
+    named = {(call.region, *call.params["Filters"][0]["Values"]) for call in asked}
+    assert named == {(REGION, home), (OTHER, there)}
 
 
 @pytest.mark.parametrize("word", ["of the image", "of the AMI"])

@@ -10,9 +10,10 @@ It does not emulate:
 - durations: everything but VMs changes its state at once, except new images
   (CloudOptions.image_describes, image_seconds); snapshots are complete as soon as they exist;
 - eventual consistency, except for new ids that describes do not find yet (CloudOptions.hidden_describes);
-- quotas of instances, addresses, images and requests; prices, except those in CloudOptions.region_prices;
+- quotas: GetServiceQuota has CloudOptions.vcpu_quotas, and launch_refusal refuses launches, but nothing
+  is counted; prices, except those in CloudOptions.region_prices;
 - networks: a security group only decides whether port 22 of an instance is reachable from this host;
-  there are no routes, gateways or IPv6, and every address is a loopback address of this host;
+  routes and gateways are described but lead nowhere, and every address is one of this host's loopback;
 - volumes other than the root disk, which have no content; KMS keys, which are only names;
 - interruptions of spot instances, Session Manager's tunnels, instance refresh, fleets;
 - permissions, except of access keys given to `enforce`, and then as guard.py and policy.py document.
