@@ -228,6 +228,9 @@ def _instance_types(known: _Known) -> Iterator[Finding]:
 def _network(known: _Known) -> Iterator[Finding]:
     account, aws = known.account, known.image.aws
     known.subnets = subnets.get(account, aws.subnets) if aws.subnets else subnets.default(account)
+    if not aws.subnets:
+        # EC2 chooses one: those of an account as it was made are all public.
+        known.subnets = [one for one in known.subnets if one.public] or known.subnets
     vpcs = {one.vpc for one in known.subnets}
     if len(vpcs) > 1:
         raise UsageError(

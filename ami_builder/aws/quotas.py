@@ -17,13 +17,15 @@ _STANDARD = re.compile(r"[acdhimrtz][0-9]|is4|im4")
 
 
 def vcpus(account: Account, image: Image) -> str:
-    """Return how many vCPUs the account may run, and how many are needed. Raises UsageError, CloudFailed.
+    """Return how many vCPUs may run, how many are needed, and whether they fit beside what runs now.
 
-    Baking comes before verification, which runs an instance of every type at the same time.
+    Baking comes before verification, which runs an instance of every type at the same time. Raises UsageError
+    if the work can never fit, CloudFailed.
     """
     aws, kinds = image.aws, image.verify.instance_types
     of = _vcpus_of(account, [*aws.instance_types, *kinds])
-    baking = max((of[kind] for kind in aws.instance_types if kind in of and _counts(kind)), default=0)
+    # Another type is tried when EC2 has none of the first.
+    baking = min((of[kind] for kind in aws.instance_types if kind in of and _counts(kind)), default=0)
     verifying = sum(of.get(kind, 0) for kind in kinds if _counts(kind))
     needed = {
         _ON_DEMAND: max(verifying, 0 if aws.spot else baking),
@@ -36,13 +38,13 @@ def vcpus(account: Account, image: Image) -> str:
             continue
         quota, running = _quota(account, code), used[code]
         text = f"{needed[code]} vCPUs {name} of {quota:.0f}, {running} are in use"
-        if needed[code] + running > quota:
+        if needed[code] > quota:
             raise UsageError(
                 f"{account.region}: a build needs {text}",
-                hint=f"end what runs, verify on fewer or smaller types, or ask for more of quota {code}: "
+                hint=f"verify on fewer or smaller types, or ask for more of quota {code}: "
                 f"`aws service-quotas request-service-quota-increase --service-code ec2 --quota-code {code}`",
             )
-        texts.append(text)
+        texts.append(text if needed[code] + running <= quota else f"{text}: too many to fit beside them now")
     return "; ".join(texts) or "no quota is known for these instance types"
 
 

@@ -35,6 +35,8 @@ _LOOK_SECONDS = 15.0
 _VALUES = 200
 PAGES = {
     "ec2": 1000,
+    "describe_instance_types": 100,
+    "describe_route_tables": 100,
     "describe_launch_templates": 200,
     "describe_launch_template_versions": 200,
     "autoscaling": 100,

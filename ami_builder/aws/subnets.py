@@ -15,7 +15,7 @@ from ami_builder.core.errors import UsageError
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import RouteTableTypeDef, RouteTypeDef, SubnetTypeDef
 
-_ANYWHERE = ("0.0.0.0/0", "::/0")
+_ANYWHERE = "0.0.0.0/0"
 _WAYS = ("NatGatewayId", "TransitGatewayId", "NetworkInterfaceId", "InstanceId", "VpcPeeringConnectionId")
 _REACH = 'use a subnet with public addresses, aws.connect = "session-manager", or set aws.source_cidrs'
 
@@ -107,7 +107,7 @@ def ways_out(account: Account, subnets: Sequence[Subnet]) -> Mapping[str, str]:
     """Return what leads out of each subnet, by its id: the type of the gateway, or nothing."""
     vpcs = list(dict.fromkeys(one.vpc for one in subnets))
     tables = account.matching("describe_route_tables", "RouteTables", "vpc-id", vpcs)
-    return {one.id: _way_out(_table_of(one, tables)) for one in subnets}
+    return {one.id: way_out(_table_of(one, tables)) for one in subnets}
 
 
 def _table_of(subnet: Subnet, tables: Sequence[RouteTableTypeDef]) -> RouteTableTypeDef | None:
@@ -118,15 +118,17 @@ def _table_of(subnet: Subnet, tables: Sequence[RouteTableTypeDef]) -> RouteTable
     return next((t for t in of_vpc if any(one.get("Main") for one in t.get("Associations", []))), None)
 
 
-def _way_out(table: RouteTableTypeDef | None) -> str:
+def way_out(table: RouteTableTypeDef | None) -> str:
+    """Return what the routes of a subnet lead to outside: the type of the gateway, or nothing."""
     routes = table.get("Routes", []) if table is not None else []
     active = [route for route in routes if route.get("State", "active") == "active"]
-    found = [_gateway(route) for route in active if route.get("DestinationCidrBlock") in _ANYWHERE]
+    found = [_gateway(route) for route in active if route.get("DestinationCidrBlock") == _ANYWHERE]
     return next(filter(None, found), "")
 
 
 def _gateway(route: RouteTypeDef) -> str:
-    if str(route.get("GatewayId", "")).startswith("igw-"):
+    # A firewall's endpoint stands before the internet gateway, whose route is in another table.
+    if str(route.get("GatewayId", "")).startswith(("igw-", "vpce-")):
         return "internet gateway"
     return next((name.removesuffix("Id") for name in _WAYS if route.get(name)), "gateway")
 

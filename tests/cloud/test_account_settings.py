@@ -249,6 +249,24 @@ def test_public_addresses_without_an_internet_gateway(cloud: Cloud, private: str
     assert "no internet gateway" in finding.found
 
 
+def test_a_firewall_before_the_internet_gateway() -> None:
+    """https://docs.aws.amazon.com/network-firewall/latest/developerguide/arch-single-zone-igw.html"""
+    gateways = {"igw-0123456789abcdef0": "internet gateway", "vpce-0123456789abcdef0": "internet gateway"}
+    for gateway, way in gateways.items():
+        route: Any = {"DestinationCidrBlock": "0.0.0.0/0", "GatewayId": gateway, "State": "active"}
+        assert subnets.way_out({"Routes": [route]}) == way
+    local: Any = {"DestinationCidrBlock": "10.9.0.0/16", "GatewayId": "local", "State": "active"}
+    assert subnets.way_out({"Routes": [local]}) == ""
+
+
+def test_one_default_subnet_without_public_addresses(cloud: Cloud) -> None:
+    ec2 = cloud.client()
+    first = ec2.describe_subnets()["Subnets"][0]["SubnetId"]
+    ec2.modify_subnet_attribute(SubnetId=first, MapPublicIpOnLaunch={"Value": False})
+    findings = found(configured(source_cidrs=()))
+    assert findings["network"].state is State.OK
+
+
 @pytest.mark.usefixtures("home")
 def test_a_subnet_for_ipv6_alone(cloud: Cloud, private: str) -> None:
     cloud.backend().get_subnet(private).ipv6_native = True
@@ -287,9 +305,14 @@ def test_more_vcpus_than_the_account_may_run(cloud: Cloud) -> None:
     )
     assert quotas.vcpus(Account.open(), image) == "6 vCPUs on demand of 6, 0 are in use"
     cloud.client().run_instances(ImageId=cloud.base_ami(), MinCount=1, MaxCount=1, InstanceType="m6i.large")
-    with pytest.raises(UsageError, match="6 vCPUs on demand of 6, 2 are in use") as caught:
+    assert "6, 2 are in use: too many to fit beside them now" in quotas.vcpus(Account.open(), image)
+    cloud.options.vcpu_quotas["L-1216C47A"] = 5
+    with pytest.raises(UsageError, match="6 vCPUs on demand of 5") as caught:
         quotas.vcpus(Account.open(), image)
     assert "request-service-quota-increase" in str(caught.value.hint)
+    larger = replace(image.aws, instance_types=("m6i.large", "m6i.16xlarge"))
+    fitting = replace(image, aws=larger, verify=replace(image.verify, instance_types=("m6i.large",)))
+    assert "2 vCPUs on demand of 5" in quotas.vcpus(Account.open(), fitting), "the first type is enough"
 
 
 def test_spot_instances_have_a_quota_of_their_own(cloud: Cloud) -> None:

@@ -92,6 +92,10 @@ def _require_limits(params: Mapping[str, Any]) -> None:
         raise Refused("InvalidParameterValue", f"Value ( {reserved[0]} ) for parameter key is invalid.")
 
 
+def _size(value: Any) -> float:
+    return value if isinstance(value, int | float) else len(value) if isinstance(value, str | list) else 0
+
+
 def _mismatched(shape: Any, params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the values at the top that don't match their model's pattern, and their names."""
     for name, each in params.items():
@@ -110,7 +114,13 @@ def _untimed(value: Any) -> Any:
 
 
 def _impossible(shape: Any, value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the values that are none of an enumeration's, and where they are."""
+    """Yield the values that are none of an enumeration's, or above the model's bound, and where they are.
+
+    botocore itself checks lower bounds alone.
+    """
+    most = shape.metadata.get("max")
+    if most is not None and _size(value) > most:
+        yield path, value
     match shape.type_name:
         case "structure":
             for name, each in value.items():

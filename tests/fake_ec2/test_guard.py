@@ -264,6 +264,7 @@ def test_the_tags_of_a_fleets_template_need_create_tags(cloud: Cloud) -> None:
     ("call", "parameters", "code"),
     [
         ("DescribeImages", {"Colour": "red"}, "UnknownParameter"),
+        ("DescribeInstanceTypes", {"MaxResults": "1000"}, "InvalidParameterValue"),
         ("DescribeImages", {"Owner.1": "self", "Owner.1.Name": "x"}, "UnknownParameter"),
         ("RunInstances", {"ImageId": "ami-1", "MinCount": "1"}, "MissingParameter"),
         (
