@@ -18,12 +18,13 @@ from ami_builder.aws import (
     orphans,
     packer_limits,
     packer_messages,
+    packer_variables,
     presence,
     source_ami,
     tags,
     user_data,
 )
-from ami_builder.aws.session import Account, code_of, look_for
+from ami_builder.aws.session import Account, look_for
 from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
 from ami_builder.config.schema import Image
@@ -106,7 +107,7 @@ def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, pub
     run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
         tags.ami_name(inputs.image.name, inputs.digest, "")
     )
-    return images.finish(account, ami.id, _image_tags(inputs, run_id), public=public)
+    return images.finish(account, ami.id, packer_variables.image_tags(inputs, run_id), public=public)
 
 
 def _types(image: Image, account: Account, step: Step) -> Sequence[str]:
@@ -196,11 +197,22 @@ class _Bake:
             self.aws,
             run_id=self.run_id,
             purpose=tags.Purpose.BAKE,
-            tags=_tags(self.inputs, self.run_id, tags.Purpose.BAKE),
+            tags=packer_variables.bake_tags(self.inputs, self.run_id),
             subnets=[subnet] if subnet else [],
         )
         with group as group_id:
-            variables = self._variables(kind, subnet, group_id, key, data_file)
+            variables = packer_variables.of_bake(
+                self.inputs,
+                self.base,
+                self.account,
+                self.run_,
+                name=self.name,
+                kind=kind,
+                subnet=subnet,
+                group=group_id,
+                key=key,
+                user_data=data_file,
+            )
             retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(self._nothing_was_made),
                 stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -257,8 +269,8 @@ class _Bake:
 
         def limit() -> float:
             timeout, gone = self.inputs.image.bake.timeout, time.monotonic() - began
-            # Packer would wait on with credentials that have expired.
-            if not self.imaging or gone < timeout or self._is_expired():
+            # Packer would wait on with credentials that have expired, or for an EC2 that always fails.
+            if not self.imaging or gone < timeout or self._refused() is not None:
                 return timeout
             # EC2 makes the snapshot, and takes its time.
             return min(gone + _LOOK_SECONDS, imaging_after + AVAILABLE_SECONDS)
@@ -307,7 +319,8 @@ class _Bake:
                     tail=crashed.tail,
                 ) from crashed
             except TimedOut as late:
-                if not self._is_expired():
+                refused = self._refused()
+                if refused is None or not hints.is_expired(refused.message):
                     raise
                 raise CloudFailed(
                     "the AWS credentials expired while Packer waited",
@@ -336,12 +349,13 @@ class _Bake:
                     failed.message, hint=failed.hint, log=failed.log, tail=failed.tail
                 ) from failed
 
-    def _is_expired(self) -> bool:
+    def _refused(self) -> AmiBuilderError | None:
+        """Return why EC2 does not answer these credentials; None when it does."""
         try:
             images.describe(self.account, self.base.id)
-        except CloudFailed as failed:
-            return code_of(failed) in hints.EXPIRED
-        return False
+        except AmiBuilderError as failed:
+            return failed
+        return None
 
     def _more_services(self) -> Sequence[str]:
         """Return the services that Packer uses beside EC2."""
@@ -377,50 +391,3 @@ class _Bake:
                 self.ledger.deleted(template)
             return True
         return False
-
-    def _variables(
-        self, kind: str, subnet: str, group: str, key: Path, data_file: Path
-    ) -> Mapping[str, packer.Variable]:
-        image, aws = self.inputs.image, self.aws
-        size = max(image.base.disk_size, self.base.size)
-        return {
-            "image_name": image.name,
-            "image_digest": self.inputs.digest,
-            "run_id": self.run_id,
-            **container.variables(image),
-            "packages": list(image.base.packages),
-            "records_directory": str(self.run_.directory),
-            "manifest_file": str(self.run_.directory / "manifest.json"),
-            "ssh_username": image.base.ssh_user,
-            "ssh_private_key_file": str(key),
-            "ssh_port": aws.ssh_port,
-            "ssh_interface": "session_manager" if aws.connect is Connect.SESSION_MANAGER else "",
-            "region": self.account.region,
-            "endpoint": self.account.endpoint("ec2"),
-            "ami_name": self.name,
-            "source_ami": self.base.id,
-            "root_device": self.base.root_device,
-            "volume_size": -(-size // _GIB),
-            "instance_type": kind,
-            "spot": aws.spot,
-            "subnet_id": subnet,
-            "security_group_id": group,
-            # EC2 takes a name alone here.
-            "instance_profile": aws.instance_profile.rpartition("/")[2],
-            "user_data_file": str(data_file),
-            "encrypt": aws.encrypt,
-            "kms_key": aws.kms_key,
-            # 1.6.6 would tag what it has made, as `finish` does, but gives up on what EC2 does not show yet.
-            "tags": _image_tags(self.inputs, self.run_id) if plugins.has_plugins() else {},
-            "run_tags": _tags(self.inputs, self.run_id, tags.Purpose.BAKE),
-        }
-
-
-def _image_tags(inputs: Inputs, run_id: str) -> Mapping[str, str]:
-    return _tags(inputs, run_id, tags.Purpose.IMAGE, {tags.BASE_AMI: inputs.base_digest})
-
-
-def _tags(
-    inputs: Inputs, run_id: str, purpose: tags.Purpose, more: Mapping[str, str] | None = None
-) -> Mapping[str, str]:
-    return tags.resource_tags(inputs.image, inputs.digest, run_id, purpose, more)
