@@ -22,6 +22,7 @@ from ami_builder.state.workspace import Workspace
 
 _NO_POLICY = "no policy: ami-builder.toml does not have this image in this region"
 _PUBLIC = "public"
+_GONE = "gone already"
 _COOLDOWN = "a protection from deregistration with a cooldown lasts 24 hours longer"
 # EC2 lists a snapshot before the AMI that it is made for.
 _LEAST_AGE = timedelta(days=1)
@@ -39,8 +40,9 @@ def plan_cleanup(
     anything that may need an AMI can't be read.
     """
     owned = amis.list_owned(account)
+    by_id = {ami.id: ami for ami in owned}
     uses = [
-        *references.find(account),
+        *references.find(account, owned),
         *(
             Reference(id=location, by=f"nightly run {journal.id} continues with it")
             for journal in unfinished(workspace)
@@ -65,9 +67,7 @@ def plan_cleanup(
         candidates = [_candidate(account, ami, name, been) for ami in ruled]
         rules = policy(images[name].lifecycle, deprecates=True)
         needed = [*references_of(record), *uses]
-        decisions += _unshared(
-            candidates, needed, rules, lambda one: _shared(sharing.image_users(account, one))
-        )
+        decisions += _unshared(candidates, needed, rules, lambda one: _shared(_users(account, by_id[one])))
     return (*decisions, *_orphans(account, images, owned, uses))
 
 
@@ -112,14 +112,19 @@ def _deregistered(account: Account, ami: str) -> str:
 
 
 def _kept_by_now(account: Account, candidate: Candidate) -> str:
-    """Return what protects an AMI that was planned to go, or whom it was shared with since."""
+    """Return what protects what was planned to go, whom it was shared with since, or that it is gone."""
     if candidate.id.startswith("snap-"):
-        return ""
-    if (ami := amis.get(account, candidate.id)) is None:
-        return ""
-    if reason := _protected(ami):
-        return reason
-    return "" if candidate.shared else _shared(sharing.image_users(account, ami.id))
+        if not amis.describe_snapshots(account, [candidate.id]):
+            return _GONE
+        shared = _shared(sharing.snapshot_users(account, candidate.id))
+    else:
+        if (ami := amis.get(account, candidate.id)) is None:
+            return _GONE
+        if reason := _protected(ami):
+            return reason
+        shared = _shared(_users(account, ami))
+    # The plan allows for the accounts that it was shared with, but never for everyone.
+    return "" if candidate.shared and shared != _PUBLIC else shared
 
 
 def _orphans(
@@ -171,6 +176,12 @@ def _unshared(
 
 def _shared_as(one: Candidate, shared: str) -> Candidate:
     return replace(one, shared=one.shared or shared, public=one.public or shared == _PUBLIC)
+
+
+def _users(account: Account, ami: amis.Ami) -> frozenset[str]:
+    """Return who can launch an AMI or use one of its snapshots, besides its own account."""
+    snapshots = (sharing.snapshot_users(account, one) for one in ami.snapshots)
+    return sharing.image_users(account, ami.id).union(*snapshots)
 
 
 def _shared(users: frozenset[str]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ami_builder.aws import images, tags
@@ -25,8 +26,11 @@ _FRESH_SECONDS = 60.0
 _AT_ONCE = 10  # SSM's limit of names in one GetParameters call
 
 
-def find(account: Account) -> list[Reference]:
+def find(account: Account, owned: Sequence[images.Ami] = ()) -> list[Reference]:
     """Return every reference to an AMI or a snapshot in this region.
+
+    What needs a snapshot of one of the AMIs `owned` also needs that AMI: it is deregistered with its
+    snapshots.
 
     An id anywhere in a parameter's current value is a reference; so is one in a version that a template, a
     group or a fleet resolves, and in any version with a label of a parameter that names an AMI now. Raises
@@ -41,12 +45,13 @@ def find(account: Account) -> list[Reference]:
         *_spot_fleets(account),
         *_fleets(account),
     ]
-    return [
+    found = [
         *_instances(account),
         *(Reference(id=named, by=by) for named, by in uses if _NAMED.fullmatch(named)),
         *_resolved(account, uses),
         *_parameters(account),
     ]
+    return [*found, *_through_snapshots(found, owned)]
 
 
 class Watch:
@@ -64,8 +69,10 @@ class Watch:
     def of(self, named: str) -> str:
         """Return what needs this AMI or snapshot, in words; empty for nothing. Raises CloudFailed."""
         if time.monotonic() - self._read > _FRESH_SECONDS:
+            owned = images.list_owned(self._account)
+            self._by = {one.id: one.by for one in find(self._account, owned)}
+            # The end of a look that may itself take longer than a minute.
             self._read = time.monotonic()
-            self._by = {one.id: one.by for one in find(self._account)}
         if by := self._by.get(named, ""):
             return by
         for one in self._account.listed(
@@ -75,6 +82,16 @@ class Watch:
                 return f"named by SSM parameter {one['Name']}"
         image = [{"Name": "image-id", "Values": [named]}]
         return next((one.by for one in _instances(self._account, Filters=image)), "")
+
+
+def _through_snapshots(found: Sequence[Reference], owned: Sequence[images.Ami]) -> Iterator[Reference]:
+    by_id: dict[str, list[str]] = defaultdict(list)
+    for one in found:
+        by_id[one.id].append(one.by)
+    for ami in owned:
+        for snapshot in ami.snapshots:
+            for by in by_id.get(snapshot, []):
+                yield Reference(id=ami.id, by=f"its snapshot {snapshot} is {by}")
 
 
 def _instances(account: Account, **which: Any) -> Iterator[Reference]:

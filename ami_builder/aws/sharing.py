@@ -68,19 +68,27 @@ def _share(account: Account, ami: Ami, share_with: Sequence[str]) -> Shared:
 
 
 def image_users(account: Account, ami: str) -> frozenset[str]:
-    """Return who can launch an AMI besides its own account: ids and ARNs; `all` means everyone."""
-    with aws_errors():
+    """Return who can launch an AMI besides its own account: ids and ARNs; `all` means everyone.
+
+    Nobody can when EC2 does not show it.
+    """
+    with aws_errors(ignore=r"InvalidAMIID\.(NotFound|Unavailable)"):
         found = account.ec2.describe_image_attribute(ImageId=ami, Attribute="launchPermission")
-    return _users(found.get("LaunchPermissions", []))
+        return _users(found.get("LaunchPermissions", []))
+    return frozenset()
 
 
 def snapshot_users(account: Account, snapshot: str) -> frozenset[str]:
-    """Return who can use a snapshot besides its own account: ids; `all` means everyone."""
-    with aws_errors():
+    """Return who can use a snapshot besides its own account: ids; `all` means everyone.
+
+    Nobody can when EC2 does not show it.
+    """
+    with aws_errors(ignore=r"InvalidSnapshot\.NotFound"):
         found = account.ec2.describe_snapshot_attribute(
             SnapshotId=snapshot, Attribute="createVolumePermission"
         )
-    return _users(found["CreateVolumePermissions"])
+        return _users(found["CreateVolumePermissions"])
+    return frozenset()
 
 
 def _users(permissions: Iterable[Any]) -> frozenset[str]:

@@ -167,7 +167,7 @@ def _retired(one: Candidate, policy: RetentionPolicy, now: datetime) -> tuple[Ac
     assert one.created is not None, "images of unknown age are kept"
     why = "revoked" if one.revoked else f"{_days(now - one.created)} old, and nothing needs it"
     if one.shared:
-        why += f" here; {one.shared}, for longer than allowed"
+        why += f" here; {one.shared}, and older than {_days(policy.shared)}"
     if not policy.grace:
         return Action.DELETE, why
     if one.deprecated is None:

@@ -224,6 +224,19 @@ def _group(cloud: Cloud, ami: str) -> str:
     return "used by Auto Scaling group workers"
 
 
+def _snapshot(cloud: Cloud, ami: str) -> str:
+    return str(cloud.backend().amis[ami].mapping[0]["Ebs"]["SnapshotId"])
+
+
+def _disk_of_its_snapshot(cloud: Cloud, ami: str) -> str:
+    snapshot = _snapshot(cloud, ami)
+    return f"its snapshot {snapshot} is {_disk_of_a_template(cloud, snapshot)}"
+
+
+def _lent_disk(cloud: Cloud, ami: str) -> str:
+    return _lent_snapshot(cloud, _snapshot(cloud, ami))
+
+
 def _shared(cloud: Cloud, ami: str) -> str:
     cloud.client().modify_image_attribute(ImageId=ami, LaunchPermission={"Add": [{"UserId": "999999999999"}]})
     return "shared with 999999999999"
@@ -267,6 +280,8 @@ def _predecessor(cloud: Cloud, ami: str) -> str:
         _spot_fleet,
         _fleet,
         _group,
+        _disk_of_its_snapshot,
+        _lent_disk,
         _shared,
         _public,
         _protected,
@@ -476,6 +491,7 @@ def test_ten_thousand_images_take_no_more_calls_than_pages(
     assert counted.pop("DescribeImages") == 10
     # Whom they are shared with is asked of the ten that would go.
     assert counted.pop("DescribeImageAttribute") == 10
+    assert counted.pop("DescribeSnapshotAttribute") == 10
     assert max(counted.values()) <= 2, counted
 
 
@@ -540,25 +556,129 @@ def test_an_unreadable_account_is_an_error(cloud: Cloud, monkeypatch: pytest.Mon
         references.find(Account.open())
 
 
+def _after_the_plan(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    planned = cleanup.plan_cleanup
+
+    def then(*arguments: Any) -> Any:
+        found = planned(*arguments)
+        monkeypatch.setattr(cleanup, "plan_cleanup", planned)
+        happens()
+        return found
+
+    monkeypatch.setattr(cleanup, "plan_cleanup", then)
+
+
 def test_an_ami_that_is_promoted_after_the_plan_stays(
     cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ami, free = aged(cloud, "late", 200, deprecated=50), aged(cloud, "free", 100, deprecated=50)
-    planned = cleanup.plan_cleanup
-
-    def then_promoted(*arguments: Any) -> Any:
-        found = planned(*arguments)
-        monkeypatch.setattr(cleanup, "plan_cleanup", planned)
-        cloud.client("ssm").put_parameter(
-            Name="/ami-builder/dask/x86_64/stable", Value=ami, Type="String", DataType="aws:ec2:image"
-        )
-        return found
-
-    monkeypatch.setattr(cleanup, "plan_cleanup", then_promoted)
+    named = {"Value": ami, "Type": "String", "DataType": "aws:ec2:image"}
+    put = cloud.client("ssm").put_parameter
+    _after_the_plan(monkeypatch, lambda: put(Name="/ami-builder/dask/x86_64/stable", **named))
     plan = pruned(capsys, "--apply")
     assert plan[ami] == ("keep", "named by SSM parameter /ami-builder/dask/x86_64/stable")
     assert plan[free][0] == "delete"
     assert cloud.left()["image"] == [ami]
+
+
+@pytest.mark.parametrize("use", [_disk_of_its_snapshot, _lent_disk])
+def test_an_ami_whose_snapshot_is_used_after_the_plan_stays(
+    cloud: Cloud,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    use: Callable[[Cloud, str], str],
+) -> None:
+    ami = aged(cloud, "late", deprecated=50)
+    reasons: list[str] = []
+    _after_the_plan(monkeypatch, lambda: reasons.append(use(cloud, ami)))
+    action, reason = pruned(capsys, "--apply")[ami]
+    assert action == "keep"
+    assert reasons[0] in reason
+    assert cloud.left()["image"] == [ami]
+
+
+def test_what_another_prune_deleted_is_gone_already(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, free = aged(cloud, "old", 200, deprecated=50), aged(cloud, "new"), aged(cloud, "free")
+    lost = orphan(cloud)
+
+    def elsewhere() -> None:
+        for ami in (old, new):
+            cloud.client().deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+        cloud.client().delete_snapshot(SnapshotId=lost)
+
+    _after_the_plan(monkeypatch, elsewhere)
+    plan = pruned(capsys, "--apply")
+    gone = ("keep", "gone already")
+    assert (plan[old], plan[new], plan[lost]) == (gone, gone, gone)
+    assert plan[free][0] == "deprecate"
+
+
+@pytest.mark.parametrize("action", ["DescribeImageAttribute", "DescribeSnapshotAttribute"])
+def test_what_goes_during_the_plan_does_not_end_it(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    ami, lost, free = aged(cloud, "old", 200, deprecated=50), orphan(cloud), aged(cloud, "free")
+    find = references.find
+
+    def then_gone(*arguments: Any) -> Any:
+        found = find(*arguments)
+        monkeypatch.setattr(references, "find", find)
+        if action == "DescribeImageAttribute":
+            cloud.client().deregister_image(ImageId=ami, DeleteAssociatedSnapshots=True)
+        else:
+            del cloud.backend().snapshots[_snapshot(cloud, ami)]
+            cloud.client().delete_snapshot(SnapshotId=lost)
+        return found
+
+    monkeypatch.setattr(references, "find", then_gone)
+    plan = pruned(capsys)
+    assert plan[ami][0] == "delete"
+    assert plan[free][0] == "deprecate"
+
+
+def test_a_shared_ami_that_is_made_public_after_the_plan_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ami-builder.toml").write_text(POLICY + "shared_days = 50\n")
+    ami, shared = aged(cloud, "public", deprecated=50), aged(cloud, "shared", deprecated=50)
+    for one in (ami, shared):
+        _shared(cloud, one)
+    _after_the_plan(monkeypatch, lambda: _public(cloud, ami))
+    plan = pruned(capsys, "--apply")
+    assert plan[ami] == ("keep", "public")
+    assert plan[shared][0] == "delete"
+    assert cloud.left()["image"] == [ami]
+
+
+def test_an_orphan_that_is_shared_after_the_plan_stays(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = orphan(cloud)
+    _after_the_plan(monkeypatch, lambda: _lent_snapshot(cloud, lost))
+    assert pruned(capsys, "--apply")[lost] == ("keep", f"shared with {'9' * 12}")
+    assert cloud.left()["snapshot"] == [lost]
+
+
+def test_a_long_look_for_uses_is_not_repeated_for_each_deletion(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, seconds = references.Watch(Account.open()), [0.0]
+    find = references.find
+
+    def slow(*arguments: Any) -> Any:
+        seconds[0] += 90
+        return find(*arguments)
+
+    monkeypatch.setattr(references, "find", slow)
+    monkeypatch.setattr("ami_builder.aws.references.time.monotonic", lambda: seconds[0])
+    for _ in range(3):
+        assert watch.of("ami-0123456789abcdef0") == ""
+    assert seconds[0] == 90
+    seconds[0] += 61
+    watch.of("ami-0123456789abcdef0")
+    assert seconds[0] == 90 + 61 + 90
 
 
 def test_uses_are_read_again_before_each_deletion(
@@ -611,7 +731,7 @@ def test_shared_amis_have_an_age_limit_of_their_own(
     assert plan[young] == ("keep", "shared with 999999999999, and younger than 180 days")
     assert plan[public] == ("keep", "public")
     assert plan[old][0] == "delete"
-    assert "shared with 999999999999, for longer than allowed" in plan[old][1]
+    assert "shared with 999999999999, and older than 180 days" in plan[old][1]
 
 
 def test_a_deprecated_ami_that_was_lent_to_us_needs_its_snapshots(

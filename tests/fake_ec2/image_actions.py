@@ -179,6 +179,11 @@ class ImageActions(EC2Action):
             raise Refused("InvalidParameter", "snapshots encrypted with the default key can't be shared")
         return super().modify_image_attribute()
 
+    def describe_image_attribute(self) -> ActionResult:
+        """DescribeImageAttribute, of an image of this account."""
+        self.own_image(self._get_param("ImageId"))
+        return super().describe_image_attribute()
+
     def enable_image_deprecation(self) -> ActionResult:
         """EnableImageDeprecation, to the minute."""
         image = self.own_image(self._get_param("ImageId"))

@@ -149,6 +149,12 @@ def test_unknown_images(cloud: Cloud, ec2: Any) -> None:
         launch(cloud, ec2, ImageId="ami-0123456789abcdef0")
     with refused("InvalidAMIID.NotFound"):
         image(ec2, "ami-0123456789abcdef0")
+    with refused("InvalidAMIID.NotFound"):
+        ec2.describe_image_attribute(ImageId="ami-0123456789abcdef0", Attribute="launchPermission")
+    with refused("InvalidSnapshot.NotFound"):
+        ec2.describe_snapshot_attribute(
+            SnapshotId="snap-0123456789abcdef0", Attribute="createVolumePermission"
+        )
     with refused("InvalidAMIID.Malformed"):
         launch(cloud, ec2, ImageId="image")
 
