@@ -43,8 +43,9 @@ def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
         with urllib.request.urlopen(CHECKIP_URL, timeout=_CHECKIP_SECONDS) as answer:
             return (str(ipaddress.ip_network(answer.read(64).decode("ascii").strip())),)
     except (OSError, ValueError) as wrong:
+        why = getattr(wrong, "reason", wrong)
         raise CloudFailed(
-            f"this host's public address can't be determined with {CHECKIP_URL}: {wrong}",
+            f"this host's public address can't be determined with {CHECKIP_URL}: {why}",
             hint="set aws.source_cidrs to the address that instances see, such as 203.0.113.7/32",
         ) from wrong
 

@@ -156,6 +156,13 @@ def _regions(known: _Known) -> Iterator[Finding]:
     account, wanted = known.account, [one.region for one in known.image.aws.copy_to]
     status = account_settings.opt_in(account)
     for region in wanted:
+        if region == account.region:
+            twice = UsageError(
+                f"aws.copy_to: {region} is where the AMI is baked",
+                hint="aws.region, or else AWS_REGION or the profile, says where that is",
+            )
+            yield stops(f"copies in {region}", twice)
+            continue
         finding = found(f"copies in {region}", partial(account_settings.require_region, region, status))
         if finding.state is State.OK:
             known.regions.append(region)

@@ -327,7 +327,10 @@ def _check_environment() -> None:
     """Raise UsageError for an endpoint or a bundle of certificates that can't be one."""
     for name, value in os.environ.items():
         if name.startswith("AWS_ENDPOINT_URL") and value and not _is_url(value):
-            raise UsageError(f"{name} = {value!r}: expected a URL, such as https://ec2.us-east-1.api.aws")
+            raise UsageError(
+                f"{name} = {value!r}: expected a URL that begins with http:// or https://",
+                hint=f"write http:// or https:// before it, or unset {name} to use AWS's own endpoints",
+            )
         if name == "AWS_CA_BUNDLE" and value and not os.access(value, os.R_OK):
             raise UsageError(f"{name} = {value!r}: there is no such file that can be read")
 

@@ -58,14 +58,14 @@ def selftest(
 ) -> None:
     """Bake, verify, copy, promote, roll back, prune and collect an AMI in an account, and compare.
 
-    It prints a plan, and with --apply carries it out, under an image name of its own. It changes only what
-    has the tag of that image, and removes all of it. Then it prints, call by call, what AWS did and
-    what the test cloud of ami-builder does: no ids, names or addresses are in it, so that you can send it to
-    the maintainers.
+    It prints a plan, and with --apply carries it out, under an image name of its own.
+    It changes only what has the tag of that image, and removes all of it.
+    Then it prints, call by call, what AWS did and what ami-builder's test cloud does.
+    There are no ids, names or addresses in it, so that you can send it to the maintainers.
 
-    Exit codes: 0 no difference that matters, 2 the first step that costs something does not fit --spend, or
-    a price is unknown, 5 AWS differs, or --spend ended it early; those of `build`, `copy` and
-    so on when a step failed.
+    Exit codes: 0 no difference that matters, 5 AWS differs, or --spend ended it early,
+    2 the first step that costs something does not fit --spend, or a price is unknown.
+    If a step fails, the code is that of its command, such as `build` or `copy`.
     """
     if target is not TargetKind.AWS:
         raise UsageError(f"--target {target}: a selftest is for an AWS account", hint="use --target aws")
@@ -125,6 +125,8 @@ def _print_plan(plan: Plan, spend: float, *, as_json: bool, apply: bool) -> None
     elif not as_json:
         console.table(("step", "what", "where", "on", "at most"), rows)
     console.note(f"image {plan.image.name}; at most {plan.most:.2f} USD, {spend:.2f} may be spent")
+    if plan.most > spend:
+        console.note(f"it may stop before its end: the whole plan needs --spend {plan.most + 0.005:.2f}")
     if len(plan.regions) == 1:
         console.note("nothing is copied to another region: set aws.copy_to, or add --copy-region")
     if not apply:

@@ -94,7 +94,7 @@ def _decide(
         return Action.KEEP, "a finished image"
     if one.used_by:
         return Action.KEEP, f"used by {one.used_by}, which is not ours"
-    subject = "it is a copy" if one.copied else f"run {one.run_id} is another host's"
+    subject = "it is a copy" if one.copied else f"run {one.run_id} is not known here"
     state = None if one.copied else runs.get(one.run_id)
     if state is RunState.LIVE:
         return Action.KEEP, f"run {one.run_id} is still running"

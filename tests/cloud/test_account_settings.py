@@ -168,6 +168,14 @@ def test_a_region_that_is_not_enabled(cloud: Cloud) -> None:
     assert found(image)["copies in me-south-1"].state is State.OK
 
 
+def test_a_copy_to_where_the_ami_is_baked(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration alone can't tell when the region comes from the environment."""
+    monkeypatch.setenv("AWS_REGION", REGION)
+    image = configured(region="", copy_to=(Destination(region=REGION),))
+    finding = found(image)[f"copies in {REGION}"]
+    assert (finding.state, finding.exit_code) == (State.STOPS, 2)
+
+
 def test_a_region_that_there_is_not(cloud: Cloud) -> None:
     finding = found(configured(copy_to=(Destination(region="eu-west-9"),)))["copies in eu-west-9"]
     assert (finding.state, finding.exit_code) == (State.STOPS, 2)
