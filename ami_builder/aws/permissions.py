@@ -24,12 +24,17 @@ from ami_builder.core.errors import CloudFailed
 from ami_builder.core.records import Finding, State
 
 NAME = "permissions"
+"""The name, or its beginning, of what the simulator found."""
+DRY_RUN = "dry run of "
+"""The beginning of the name of what a dry run found."""
 _NEEDED = (Section.BUILD, Section.VERIFY)
 """What `build` does; without the rest, other commands fail."""
 
 
 _SIDE_BY_SIDE = 4
 """How many simulations are asked for at a time: a region takes some 50."""
+_ATTEMPTS = 2
+"""How often the first call is attempted: a network may have no way to IAM, which costs only a note."""
 
 
 class _Answer(StrEnum):
@@ -118,19 +123,22 @@ def _simulated(account: Account, arn: str, needs: Sequence[Need]) -> list[_Verdi
     for need in needs:
         groups[need.resource, tuple(sorted(need.context.items()))].append(need)
 
-    def verdicts(group: _Group) -> list[_Verdict]:
+    def verdicts(group: _Group, attempts: int = 0) -> list[_Verdict]:
         (resource, context), of = group
         actions = list(dict.fromkeys(one.action for one in of))
-        results = _simulate(account, principal, actions, resource, context)
+        client = account.client("iam", attempts=attempts)
+        results = _simulate(client, principal, actions, resource, context)
         by_action = {result["EvalActionName"]: result for result in results}
         return [_verdict(need, by_action[need.action]) for need in of]
 
+    first, *others = groups.items()
+    begun = verdicts(first, _ATTEMPTS)
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
-        return [one for found in pool.map(verdicts, groups.items()) for one in found]
+        return [*begun, *(one for found in pool.map(verdicts, others) for one in found)]
 
 
 def _simulate(
-    account: Account,
+    client: Any,
     principal: str,
     actions: Sequence[str],
     resource: str,
@@ -146,7 +154,7 @@ def _simulate(
     ]
     try:
         with aws_errors("iam"):
-            pages = account.client("iam").get_paginator("simulate_principal_policy")
+            pages = client.get_paginator("simulate_principal_policy")
             asked = pages.paginate(
                 PolicySourceArn=principal,
                 ActionNames=actions,
@@ -171,7 +179,8 @@ def _simulate(
 def _principal(account: Account, arn: str) -> str:
     """Return the user or role whose policies decide about calls with an ARN of STS.
 
-    An assumed role's ARN lacks the role's path, which iam:GetRole tells. Raises _Untried for others.
+    An assumed role's ARN lacks the role's path, which iam:GetRole tells. Raises _Untried for others, and when
+    IAM does not answer.
     """
     _, partition, _, _, number, of = arn.split(":", 5)
     kind, _, rest = of.partition("/")
@@ -179,8 +188,11 @@ def _principal(account: Account, arn: str) -> str:
         role = rest.partition("/")[0]
         try:
             with aws_errors("iam"):
-                return str(account.client("iam").get_role(RoleName=role)["Role"]["Arn"])
-        except CloudFailed:
+                client = account.client("iam", attempts=_ATTEMPTS)
+                return str(client.get_role(RoleName=role)["Role"]["Arn"])
+        except CloudFailed as failed:
+            if not code_of(failed):
+                raise _Untried(failed.message, failed.hint or "") from failed
             return f"arn:{partition}:iam::{number}:role/{role}"
     if kind == "root":
         raise _Untried(
@@ -266,4 +278,4 @@ def tried(account: Account, image: Image, *, ami: str, kind: str, vpc: str) -> I
             # A launch without a group of ours is one in the VPC's own, which a policy need not allow.
             if call == "run_instances" and code_of(failed) in DENIED:
                 continue
-            yield stops(f"dry run of {action}", failed)
+            yield stops(f"{DRY_RUN}{action}", failed)

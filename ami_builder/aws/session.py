@@ -62,8 +62,9 @@ _REGION = re.compile(r"[a-z]{2,}(-[a-z]+)+-[0-9]+")
 class Account:
     """One account in one region, safe to share between threads."""
 
-    def __init__(self, session: Any, core: Any, region: str) -> None:
+    def __init__(self, session: Any, core: Any, region: str, attempts: int = 0) -> None:
         self.region = region
+        self._attempts = attempts
         self._session = session
         self._core = core
         self._clients: dict[tuple[str, str, int], Any] = {}
@@ -105,9 +106,9 @@ class Account:
             )
         return cls(session, core, found)
 
-    def in_region(self, region: str) -> Account:
-        """Return the same account in another region."""
-        other = Account(self._session, self._core, region)
+    def in_region(self, region: str, *, attempts: int = 0) -> Account:
+        """Return the same account in another region, where a call is attempted `attempts` times; 0: 10."""
+        other = Account(self._session, self._core, region, attempts)
         other._lock = self._lock  # a session is not safe to create two clients at once
         return self if region == self.region else other
 
@@ -134,9 +135,9 @@ class Account:
     def client(self, name: str, region: str = "", *, attempts: int = 0) -> Any:
         """Return the client of a service, in this region unless `region` is given.
 
-        A call is attempted `attempts` times; 0 means the default of 10.
+        A call is attempted `attempts` times; 0 means the account's number, by default 10.
         """
-        key = (name, region or self.region, attempts or ATTEMPTS)
+        key = (name, region or self.region, attempts or self._attempts or ATTEMPTS)
         with self._lock:
             if key not in self._clients:
                 config = Config(

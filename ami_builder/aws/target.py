@@ -40,6 +40,8 @@ from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.executor import open_executor
 from ami_builder.verify.machine import MachineResult
 
+_ATTEMPTS_ELSEWHERE = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AwsTarget:
@@ -177,11 +179,17 @@ class AwsTarget:
         )
 
     def unconfigured(self, image: Image) -> Sequence[AwsTarget]:
-        """Return the account's other enabled regions: a region may have been removed from aws.copy_to."""
+        """Return the account's other enabled regions: a region may have been removed from aws.copy_to.
+
+        A call there is attempted twice only: a network may have no route to some region.
+        """
         known = {self.home, self.name, *(one.region for one in image.aws.copy_to)}
         with aws_errors():
             regions = [one["RegionName"] for one in self.account.ec2.describe_regions()["Regions"]]
-        return self.elsewhere(others) if (others := sorted(set(regions) - known)) else ()
+        return tuple(
+            replace(self, account=self.account.in_region(region, attempts=_ATTEMPTS_ELSEWHERE))
+            for region in sorted(set(regions) - known)
+        )
 
     def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
         """Return an AMI as it is here, finished or not; None without a copy of it. Raises CloudFailed."""

@@ -118,12 +118,13 @@ def _more_with_copies(home: Target, image: Image, stored: StoredImage, progress:
         except CloudFailed as failed:
             step.done(f"not done: {failed.message}")
             return []
+        step.update(f"in {', '.join(target.name for target in targets)}")
         answers = side_by_side([partial(has_copy, target) for target in targets])
-        found = [target for target, answer in zip(targets, answers, strict=True) if answer]
+        found = [target.name for target, answer in zip(targets, answers, strict=True) if answer]
         unknown = [target.name for target, answer in zip(targets, answers, strict=True) if answer is None]
-        text = f"found in {', '.join(target.name for target in found)}" if found else "none found"
+        text = f"found in {', '.join(found)}" if found else "none found"
         step.done(text + (f"; could not look in {', '.join(unknown)}" if unknown else ""))
-    return found
+    return list(home.elsewhere(found)) if found else []
 
 
 def history(

@@ -93,7 +93,10 @@ class Target(Protocol):
         """Return the targets of these regions, once each; this one for none. Raises UsageError."""
 
     def unconfigured(self, image: Image) -> Sequence[Target]:
-        """Return other targets where copies of the image may be, though it is not copied there now."""
+        """Return other targets where copies of the image may be, though it is not copied there now.
+
+        They are to look only: they give up soon where nothing answers.
+        """
 
     def find_copy(self, image: Image, stored: StoredImage) -> StoredImage | None:
         """Return an image as it is here, finished or not; None without a copy. Raises CloudFailed."""

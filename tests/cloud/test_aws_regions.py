@@ -599,3 +599,15 @@ def test_regions_where_copies_can_not_be_looked_for_are_named(
     cloud.faults.add("DescribeImages", "http500", times=None, region="eu-west-1")
     assert cli.run(["revoke", ami, "--reason", "leaks"]) == 0
     assert "could not look in eu-west-1" in capsys.readouterr().err
+
+
+def test_a_region_without_a_route_is_soon_passed_over(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ami = baked(cloud)
+    configure(copy_to=[])
+    cloud.faults.add("DescribeImages", "reset", times=None, region="eu-west-1")
+    assert cli.run(["revoke", ami, "--reason", "leaks"]) == 0
+    assert "could not look in eu-west-1" in capsys.readouterr().err
+    asked = [one for one in cloud.calls if one.region == "eu-west-1" and one.action == "DescribeImages"]
+    assert len(asked) == 2

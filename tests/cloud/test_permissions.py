@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.aws import needs, permissions, policy, preflight
+from ami_builder.aws import needs, permissions, policy, preflight, session
 from ami_builder.aws.policy import Section
 from ami_builder.aws.session import Account
 from ami_builder.config.types import Destination
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
 from tests.cloud.test_base_ami import DEFAULT
+from tests.fake_ec2.faults import Fault
 from tests.fake_ec2.server import REGION, Cloud
 from tests.sample_image import image as guest_image
 
@@ -228,6 +229,35 @@ def test_a_role_whose_path_is_not_told(cloud: Cloud) -> None:
     (only,) = permissions.findings(Account.open(), arn, [NEED])
     assert only.state is State.NOTE
     assert "iam:GetRole" in only.hint
+
+
+@pytest.mark.parametrize(
+    ("arn", "asked"),
+    [
+        ("arn:aws:sts::123456789012:assumed-role/machine/me", {"GetRole": 2, "SimulatePrincipalPolicy": 0}),
+        ("arn:aws:iam::123456789012:user/ann", {"GetRole": 0, "SimulatePrincipalPolicy": 2}),
+    ],
+    ids=["role", "user"],
+)
+def test_iam_that_does_not_answer_is_soon_given_up(cloud: Cloud, arn: str, asked: dict[str, int]) -> None:
+    for action in asked:
+        cloud.faults.add(action, Fault.RESET, times=None)
+    several = [replace(NEED, resource=f"arn:{number}") for number in range(5)]
+    (only,) = permissions.findings(Account.open(), arn, several)
+    assert only.state is State.NOTE
+    assert "5 calls were not tried" in only.found
+    assert {action: cloud.count(action) for action in asked} == asked
+
+
+def test_simulations_that_are_throttled_are_asked_for_again(
+    cloud: Cloud, caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "ATTEMPTS", 10)
+    image = configured()
+    cloud.enforce(policy.document(Section.ALL, image.aws), caller)
+    cloud.faults.add("SimulatePrincipalPolicy", Fault.THROTTLE, nth=2, times=5)
+    (only,) = found(image)
+    assert only.state is State.OK, only
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ami_builder.aws.tags import SELFTEST
+from ami_builder.aws.tags import RUN, SELFTEST, specifications
 from ami_builder.core.errors import ChecksFailed, CloudFailed, UsageError
 from ami_builder.selftest import compare, probes
 from ami_builder.selftest.compare import Kind
@@ -23,6 +23,7 @@ from tests.cloud.faulting import BOUND
 from tests.cloud.flow import captured
 from tests.cloud.stopping import start
 from tests.fake_ec2.faults import Fault
+from tests.fake_ec2.server import ACCESS_KEY
 from tests.selftest.record import COPY_REGION, recordings, run
 
 if TYPE_CHECKING:
@@ -123,6 +124,44 @@ def test_the_command_finds_no_difference_and_leaves_nothing(cloud: Cloud, tmp_pa
     assert {one.name for one in (tmp_path / "home/state/images").iterdir()} == set()
 
 
+def _fill(cloud: Cloud, region: str) -> None:
+    """Put things of somebody else's into a region, of the kinds that `prune` and `gc` look through."""
+    ec2, ssm = cloud.client(region=region), cloud.client("ssm", region=region)
+    scaling = cloud.client("autoscaling", region=region)
+    ami = cloud.base_ami(region)
+    for number in range(3):
+        data = {"ImageId": f"resolve:ssm:/theirs/{number}:9", "InstanceType": "t3.small"}
+        ec2.create_launch_template(LaunchTemplateName=f"theirs-{number}", LaunchTemplateData=data)
+    scaling.create_launch_configuration(
+        LaunchConfigurationName="theirs", ImageId=ami, InstanceType="t3.small"
+    )
+    for number in range(60):
+        ssm.put_parameter(Name=f"/theirs/{number}", Value=ami, Type="String", DataType="aws:ec2:image")
+    ssm.label_parameter_version(Name="/theirs/1", ParameterVersion=1, Labels=["blue"])
+    ec2.request_spot_instances(LaunchSpecification={"ImageId": ami, "InstanceType": "t3.small"})
+    of_a_run = specifications({RUN: "20260101T000000Z-aaaa"}, "security-group", "volume")
+    ec2.create_security_group(GroupName="theirs", Description="x", TagSpecifications=of_a_run[:1])
+    ec2.create_volume(AvailabilityZone=f"{region}a", Size=1, TagSpecifications=of_a_run[1:])
+
+
+def test_an_account_in_use_whose_organization_denies_regions_does_not_differ(
+    cloud: Cloud, tmp_path: Path
+) -> None:
+    regions = ["us-east-1", COPY_REGION]
+    for region in regions:
+        _fill(cloud, region)
+    version, anything = {"Version": "2012-10-17"}, {"Action": "*", "Resource": "*"}
+    outside = {"StringNotEquals": {"aws:RequestedRegion": regions}}
+    cloud.enforce(
+        {**version, "Statement": [{"Effect": "Allow", **anything}]},
+        ACCESS_KEY,
+        controls=[{**version, "Statement": [{"Effect": "Deny", **anything, "Condition": outside}]}],
+    )
+    result = run(tmp_path)
+    assert result.error is None, result.error
+    assert _compared(result).matters == ()
+
+
 def test_everything_has_its_tag_from_the_call_that_makes_it(cloud: Cloud, tmp_path: Path) -> None:
     assert run(tmp_path).error is None
     makers = ("CopyImage", "CreateSecurityGroup", "RunInstances")
@@ -164,6 +203,21 @@ def test_what_check_finds_stops_it_before_anything_is_made(cloud: Cloud) -> None
     assert ran.status == UsageError.exit_code, ran.err
     assert "m99.large" in ran.err
     assert not [call for call in cloud.calls if call.outcome == "ok" and call.action.startswith("Create")]
+
+
+@pytest.mark.parametrize("verdict", ["simulated", "dry run"])
+def test_a_verdict_on_permissions_does_not_stop_it(cloud: Cloud, tmp_path: Path, verdict: str) -> None:
+    """The simulator or a dry run refuses what the bake needs, which may be right or wrong."""
+    if verdict == "simulated":
+        acts = {"Allow": "*", "Deny": "ec2:StopInstances"}
+        statements = [{"Effect": effect, "Action": one, "Resource": "*"} for effect, one in acts.items()]
+        cloud.enforce({"Version": "2012-10-17", "Statement": statements}, ACCESS_KEY)
+    else:
+        cloud.options.other_codes = {"DryRunOperation": "UnauthorizedOperation"}
+    result = run(tmp_path, spend=0.01)
+    assert isinstance(result.error, UsageError), result.error
+    assert "can cost" in result.error.message
+    assert Part.CHECK in result.parts
 
 
 def test_it_is_not_copied_to_where_it_is_baked(cloud: Cloud) -> None:

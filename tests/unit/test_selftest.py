@@ -14,7 +14,7 @@ from ami_builder.core.errors import ChecksFailed, UsageError
 from ami_builder.selftest import compare, probes
 from ami_builder.selftest.budget import Budget, Cost
 from ami_builder.selftest.compare import Kind
-from ami_builder.selftest.plan import selftest_image
+from ami_builder.selftest.plan import Part, selftest_image
 from ami_builder.selftest.recording import Behaviour, Recorder, Recording
 from tests.sample_image import image
 
@@ -73,6 +73,7 @@ def kinds(ours: Recording, theirs: Recording, unfinished: tuple[str, ...] = ()) 
             [Kind.LATE],
         ),
         ([], [behaviour("ec2:ModifyInstanceMetadataOptions")], [Kind.SOMETIMES]),
+        ([behaviour("ec2:DescribeLaunchTemplateVersions")], [], [Kind.SOMETIMES]),
         ([behaviour("ec2:CopyImage elsewhere")], [behaviour()], [Kind.UNEXPECTED, Kind.NOT_CALLED]),
     ],
 )
@@ -105,6 +106,35 @@ def test_without_a_copy_only_the_home_region_is_compared() -> None:
     theirs = recording(behaviour(step="check"), behaviour("ec2:CreateTags elsewhere", step="check"))
     assert compare.compare(ours, {"all": theirs}, ["check"]).differences == ()
     assert len(compare.compare(ours, {"all": theirs}, ["check", "copy"]).differences) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "step", "outcomes", "expected"),
+    [
+        ("DescribeImages elsewhere", Part.REVOKE, {"ok": 9, "UnauthorizedOperation": 7}, Kind.ELSEWHERE),
+        (
+            "DescribeImages elsewhere",
+            Part.REVOKE,
+            {"ok": 9, "no answer": 2, "AuthFailure": 1},
+            Kind.ELSEWHERE,
+        ),
+        ("DescribeImages elsewhere", Part.REVOKE, {"UnauthorizedOperation": 16}, Kind.OUTCOME),
+        ("DescribeImages elsewhere", Part.REVOKE, {"ok": 9, "Weird": 7}, Kind.OUTCOME),
+        ("DescribeImages elsewhere", Part.COPY, {"ok": 9, "UnauthorizedOperation": 7}, Kind.OUTCOME),
+        ("DescribeImages", Part.REVOKE, {"ok": 9, "UnauthorizedOperation": 7}, Kind.OUTCOME),
+        ("CreateTags elsewhere", Part.REVOKE, {"ok": 1, "UnauthorizedOperation": 1}, Kind.OUTCOME),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_revoke_can_not_look_is_only_noted(
+    call: str, step: Part, outcomes: dict[str, int], expected: Kind, *, whole: bool
+) -> None:
+    ours = recording(behaviour(f"ec2:{call}", step=step, outcomes=outcomes))
+    theirs = recording(behaviour(f"ec2:{call}", step=step, outcomes={"ok": 16}))
+    done = [one for one in (Part.COPY, Part.REVOKE) if whole or one is not step]
+    (found,) = compare.compare(ours, {"all": theirs}, done, [] if whole else [step]).differences
+    assert found.kind is expected
+    assert found.kind.matters is (expected is Kind.OUTCOME)
 
 
 def test_the_nearest_recording_counts() -> None:
