@@ -14,7 +14,7 @@ from ami_builder.aws import images
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account, aws_errors, code_of, look_for, poll
 from ami_builder.core.channels import ChannelEntry, Move
-from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
+from ami_builder.core.errors import AmiBuilderError, CloudFailed, TimedOut, UsageError
 from ami_builder.core.options import Arch
 from ami_builder.state.workspace import StoredImage, Workspace
 from ami_builder.system import processes
@@ -54,10 +54,10 @@ class ChannelParameters:
         return FileLock(self.workspace.state / "locks" / name)
 
     def id_of(self, stored: StoredImage) -> str:
-        """Return the id of an AMI. Raises UsageError when it is not a finished one of ours."""
+        """Return the id of an AMI, also when disabled. Raises UsageError if it is no finished one of ours."""
         image_id = stored.artifact.location
         found = images.get(self.account, image_id)
-        if found is None or not found.finished or found.state != "available":
+        if found is None or not found.finished:
             raise UsageError(
                 f"{image_id} is not a finished AMI of ours in {self.account.region}",
                 hint="`ami-builder build --target aws` makes one",
@@ -109,7 +109,7 @@ class ChannelParameters:
                 f"the parameter {name} in {self.account.region} is of another type ({kind}) and has the value"
                 f" {found['Value']!r}: expected String, aws:ec2:image",
                 hint="SSM can't change a parameter's type: if nobody needs it, delete it with"
-                f" `aws ssm delete-parameter --name {name}`, and promote the image again",
+                f" `aws ssm delete-parameter --name {name}`, and run this command again",
             )
 
     def write(self, entry: ChannelEntry) -> None:
@@ -153,10 +153,19 @@ class ChannelParameters:
             )
 
     def revoke(self, image_id: str, reason: str, entries: Sequence[ChannelEntry]) -> None:
-        """Tag the AMI, then write each parameter. A parameter without a current image is deleted."""
+        """Tag the AMI, then write each parameter. A parameter without a current image is deleted.
+
+        Raises the first error after all other parameters were written.
+        """
         images.revoke(self.account, image_id, reason)
+        errors = []
         for entry in entries:
-            self.write(entry)
+            try:
+                self.write(entry)
+            except AmiBuilderError as failed:
+                errors.append(failed)
+        if errors:
+            raise errors[0]
 
 
 def _label(account: Account, name: str, version: int) -> None:

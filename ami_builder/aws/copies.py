@@ -22,8 +22,9 @@ _LATER = frozenset({tagging.FINISHED, tagging.VERDICT, tagging.MEASURED, tagging
 
 
 def find(there: Account, source: images.Ami) -> images.Ami | None:
-    """Return the copy of an AMI in another region, available or pending; None when there is none."""
-    return _best(images.find_copies(there, source.id, source.name))
+    """Return the copy of an AMI in another region, available or pending, else disabled; None without one."""
+    known = images.find_copies(there, source.id, source.name)
+    return _best(known) or next((ami for ami in known if ami.state == "disabled"), None)
 
 
 def copy(

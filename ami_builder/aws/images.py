@@ -345,7 +345,7 @@ def _modify(account: Account, ami: str, **attribute: Any) -> None:
 
 
 def _search(account: Account, *filters: FilterTypeDef) -> list[Ami]:
-    return _listed(account, Owners=["self"], Filters=list(filters))
+    return _listed(account, Owners=["self"], IncludeDisabled=True, Filters=list(filters))
 
 
 def _listed(account: Account, **which: Any) -> list[Ami]:

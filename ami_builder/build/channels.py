@@ -22,7 +22,7 @@ class ChannelStore(Protocol):
         """Lock the record, as far as that is possible, while it is read and changed."""
 
     def id_of(self, stored: StoredImage) -> str:
-        """Return the id of an image in the record. Raises UsageError if it can't be current in a channel."""
+        """Return the id of an image in the record. Raises UsageError if it is not a finished one of ours."""
 
     def find(self, image_id: str) -> StoredImage | None:
         """Return the image of an id; None if it does not exist any more."""
@@ -74,11 +74,12 @@ def promote(
         # Since it was chosen it may have been pruned or verified again.
         if (found := channels.find(image_id)) is None:
             raise UsageError(
-                f"{image_id} does not exist any more", hint="`ami-builder list` shows the images"
+                f"{image_id} does not exist any more, or can't be launched",
+                hint="`ami-builder list` shows the images",
             )
         _require_verified(found)
         channels.require_movable(channel)
-        if current(channels, channel) == image_id:
+        if _named(channels, channel) == image_id:
             return ChannelMove(stored=stored, entries=())
         entry = _entry(channel, Move.PROMOTED, image_id, reason)
         channels.write(entry)
@@ -88,23 +89,26 @@ def promote(
 def rollback(channels: ChannelStore, channel: str, known: Sequence[str], reason: str = "") -> ChannelMove:
     """Make the previous image of a channel the current one again.
 
+    If the record names an image that does not exist any more, this is the newest of the channel that does.
     Raises UsageError when there is none, when it does not exist any more, or is not verified any more.
     """
     _require_known(channel, [*known, *channels.used()])
     with channels.locked():
         channels.require_movable(channel)
         ids = _stack(channels, channel)
-        if len(ids) < 2:
+        before = ids if is_lost(channels, channel) else ids[:-1]
+        if not before:
             what = "no image is current" if not ids else "there is no image before the current one"
             raise UsageError(f"{what} in channel {channel}", hint="`ami-builder promote` makes one current")
-        stored = channels.find(ids[-2])
+        stored = channels.find(before[-1])
         if stored is None:
             raise UsageError(
-                f"the previous image of channel {channel}, {ids[-2]}, does not exist any more",
+                f"the previous image of channel {channel}, {before[-1]}, does not exist any more,"
+                " or can't be launched",
                 hint=f"make another one current: `ami-builder promote IMAGE {channel}`",
             )
         _require_verified(stored)
-        entry = _entry(channel, Move.ROLLED_BACK, ids[-2], reason)
+        entry = _entry(channel, Move.ROLLED_BACK, before[-1], reason)
         channels.write(entry)
     return ChannelMove(stored=stored, entries=(entry,))
 
@@ -147,6 +151,11 @@ def current(channels: ChannelStore, channel: str) -> str:
     return next(iter(_stack(channels, channel)[-1:]), "")
 
 
+def is_lost(channels: ChannelStore, channel: str) -> bool:
+    """Return whether the record of a channel names an image that was deleted or revoked meanwhile."""
+    return current(channels, channel) != _named(channels, channel)
+
+
 def references(channels: ChannelStore) -> Iterator[Reference]:
     """Yield the images that channels need: the current one of each, and the one before it."""
     for channel in channels.used():
@@ -165,6 +174,11 @@ def taken_out(channels: ChannelStore, channel: str, image_id: str) -> str:
         return ""
     why = f": {entry.reason}" if entry.reason else ""
     return f"channel {channel} was {entry.move} from it on {entry.at:%Y-%m-%d} by {entry.by}{why}"
+
+
+def _named(channels: ChannelStore, channel: str) -> str:
+    """Return the id that the record names now, even if that image does not exist any more."""
+    return next((entry.id for entry in channels.entries(channel)[-1:]), "")
 
 
 def _stack(channels: ChannelStore, channel: str) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def revoke(
     """Remove an image and its copies from every channel of every target, reachable or not.
 
     Copies are also looked for where the configuration does not name a target any more. A copy that is made
-    later is revoked too. Raises UsageError if it is not an image of ours.
+    later is revoked too. Raises UsageError if it is not an image of ours or if a channel can't be
+    moved, after it was revoked everywhere else.
     """
 
     def act(target: Target, step: Step) -> ChannelMove | None:
@@ -95,10 +96,11 @@ def revoke(
         return moved
 
     moves = at_each(targets, act, progress, "revoke")
+    moves += at_each(_more_with_copies(targets[0], image, stored, progress), act, progress, "revoke")
     for one in moves:
         if isinstance(one.error, UsageError):
             raise one.error
-    return [*moves, *at_each(_more_with_copies(targets[0], image, stored, progress), act, progress, "revoke")]
+    return moves
 
 
 def _more_with_copies(home: Target, image: Image, stored: StoredImage, progress: Progress) -> list[Target]:

@@ -215,6 +215,8 @@ class NightlyStatus(StrEnum):
     FAILED = "failed"
     PARTLY = "partly"
     """Promoted in some regions, failed in others."""
+    UNSHARED = "unshared"
+    """The current image has the same inputs, but sharing it failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

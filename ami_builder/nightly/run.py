@@ -194,6 +194,7 @@ class _ImageRun:
             stored = record.find(current) if current else None
             if (
                 stored is None
+                or channels.is_lost(record, self.channel)
                 or stored.artifact.digest != inputs.digest
                 or not is_verified(stored, self.image)
             ):
@@ -204,13 +205,14 @@ class _ImageRun:
     def _shared(self, target: Target, stored: StoredImage) -> RegionResult:
         """Share an unchanged image, since the configuration of that is no part of its digest."""
         try:
+            id_there = target.channels(self.image).id_of(stored)
             with self.progress.step(f"share in {target.name}") as step:
                 added = target.share(self.image, stored, step).added
         except AmiBuilderError as failed:
-            return _failed(target, stored.name, failed)
+            return replace(_failed(target, stored.name, failed), ending=NightlyStatus.UNSHARED)
         return RegionResult(
             place=target.name,
-            id=target.channels(self.image).id_of(stored),
+            id=id_there,
             ending=NightlyStatus.UNCHANGED,
             text="already current" + (f"; now shared with {', '.join(added)}" if added else ""),
         )
@@ -303,11 +305,13 @@ def _failed(target: Target, id_there: str, failed: AmiBuilderError) -> RegionRes
 def _together(results: Sequence[RegionResult]) -> Mapping[str, object]:
     """Return how a nightly run ended, from its results at all targets."""
     endings = {one.ending for one in results}
-    if NightlyStatus.FAILED in endings:
-        whole = endings == {NightlyStatus.FAILED}
-        failed = [f"{one.place}: {one.text}" for one in results if one.ending is NightlyStatus.FAILED]
+    wrong = {NightlyStatus.FAILED, NightlyStatus.UNSHARED}
+    if found := endings & wrong:
+        # A run that fails to share an unchanged image promotes nothing, so it never has both.
+        whole = NightlyStatus.UNSHARED in found or endings == {NightlyStatus.FAILED}
+        failed = [f"{one.place}: {one.text}" for one in results if one.ending in wrong]
         return {
-            "ending": NightlyStatus.FAILED if whole else NightlyStatus.PARTLY,
+            "ending": next(iter(found)) if whole else NightlyStatus.PARTLY,
             "error": ", ".join(failed),
             "exit_code": CloudFailed.exit_code,
         }

@@ -92,6 +92,9 @@ def _outcome(run: NightlyRun) -> str:
             well = len(run.places) - len(failed)
             where = f"in {well} of {len(run.places)} regions"
             return f"PARTLY promoted to {run.channel}, {where}; FAILED in {', '.join(failed)}"
+        case NightlyStatus.UNSHARED:
+            unshared = [one.place for one in run.places if one.ending is NightlyStatus.UNSHARED]
+            return f"unchanged, nothing was built for {run.channel}; sharing FAILED in {', '.join(unshared)}"
         case NightlyStatus.FAILED:
             return f"FAILED, {_first_line(run)}{'; ' + stays if stays else ''}"
 
@@ -123,9 +126,11 @@ def _details(run: NightlyRun) -> Iterable[tuple[str, tuple[str, ...]]]:
         for one in run.places
         if one.ending in {NightlyStatus.FAILED, NightlyStatus.HELD}
     )
+    unshared = tuple(f"{one.place}: {one.text}" for one in run.places if one.ending is NightlyStatus.UNSHARED)
     details = {
         "On hold because of": run.drifts,
         "Not promoted": failed,
+        "Not shared": unshared,
         "Changed packages": run.moved,
         "Deprecated or deleted": run.retired,
     }

@@ -152,6 +152,9 @@ def _night_ended(record: NightlyRun) -> tuple[Tone, str, str]:
         case NightlyStatus.PARTLY:
             sentence = f"The image is now the current one of {channel}, but not in every region."
             return Tone.BAD, "Promoted in part", sentence
+        case NightlyStatus.UNSHARED:
+            sentence = f"The current image of {channel} has these inputs, but it was not shared everywhere."
+            return Tone.BAD, "Not shared", sentence
         case NightlyStatus.FAILED:
             return Tone.BAD, "Failed", f"Nothing was promoted to {channel}."
 

@@ -368,3 +368,63 @@ def test_an_ami_that_is_deleted_while_it_is_promoted_is_an_error(
         patch.setattr(adapter, "_label", label_late)
         with pytest.raises(CloudFailed, match="was deleted while it was promoted"):
             promote(channels, stored, "stable", KNOWN)
+
+
+@pytest.mark.parametrize("how", ["promote", "rollback"])
+def test_a_parameter_that_names_a_deregistered_ami_is_set_to_the_newest_that_exists(
+    cloud: Cloud, channels: ChannelParameters, how: str
+) -> None:
+    first, second, third = (verified(cloud, channels, name) for name in "abc")
+    for one in (first, second, third):
+        promote(channels, one, "stable", KNOWN)
+    cloud.client().deregister_image(ImageId=third.artifact.location)
+    if how == "promote":
+        moved = promote(channels, second, "stable", KNOWN)
+    else:
+        moved = rollback(channels, "stable", KNOWN)
+    assert moved.stored.artifact.location == second.artifact.location
+    assert held(cloud) == second.artifact.location
+    assert promote(channels, second, "stable", KNOWN).entries == ()
+    rollback(channels, "stable", KNOWN)
+    assert held(cloud) == first.artifact.location
+
+
+def test_a_deregistered_ami_is_rolled_back_from_when_one_other_is_left(
+    cloud: Cloud, channels: ChannelParameters
+) -> None:
+    first, second = (verified(cloud, channels, name) for name in "ab")
+    for one in (first, second):
+        promote(channels, one, "stable", KNOWN)
+    cloud.client().deregister_image(ImageId=second.artifact.location)
+    rollback(channels, "stable", KNOWN)
+    assert held(cloud) == first.artifact.location
+    cloud.client().deregister_image(ImageId=first.artifact.location)
+    with pytest.raises(UsageError, match="no image is current in channel stable"):
+        rollback(channels, "stable", KNOWN)
+
+
+def test_a_revoked_ami_leaves_the_other_channels_when_one_can_not_be_moved(
+    cloud: Cloud, channels: ChannelParameters
+) -> None:
+    stored = verified(cloud, channels, "a")
+    theirs, ours = (NAME.replace("stable", channel) for channel in ("a-text", "stable"))
+    promote(channels, stored, "stable", KNOWN)
+    cloud.client("ssm").put_parameter(Name=theirs, Value=stored.artifact.location, Type="String")
+    with pytest.raises(UsageError, match=f"{theirs} .*another type") as caught:
+        revoke(channels, stored, "leaks")
+    assert "promote the image" not in str(caught.value.hint)
+    assert held(cloud, theirs) == stored.artifact.location
+    assert held(cloud, ours) is None
+
+
+def test_a_disabled_ami_can_be_revoked_but_not_promoted(cloud: Cloud, channels: ChannelParameters) -> None:
+    stored = verified(cloud, channels, "a")
+    promote(channels, stored, "stable", KNOWN)
+    cloud.backend().amis[stored.artifact.location].state = "disabled"
+    with pytest.raises(UsageError, match="can't be launched"):
+        promote(channels, stored, "testing", KNOWN)
+    revoke(channels, stored, "leaks")
+    assert held(cloud) is None
+    cloud.backend().amis[stored.artifact.location].state = "available"
+    with pytest.raises(UsageError, match="was revoked"):
+        promote(channels, stored, "stable", KNOWN)

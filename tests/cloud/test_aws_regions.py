@@ -611,3 +611,37 @@ def test_a_region_without_a_route_is_soon_passed_over(
     assert "could not look in eu-west-1" in capsys.readouterr().err
     asked = [one for one in cloud.calls if one.region == "eu-west-1" and one.action == "DescribeImages"]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("region", [REGION, "us-west-2"])
+def test_a_parameter_that_can_not_be_moved_does_not_keep_other_regions_copies_promotable(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], region: str
+) -> None:
+    ami = baked(cloud)
+    copies_there = {REGION: ami, **copied(capsys, ami)}
+    configure(copy_to=["us-west-2"])
+    cloud.client("ssm", region=region).put_parameter(
+        Name="/ami-builder/dask/x86_64/stable", Value=copies_there[region], Type="String"
+    )
+    assert cli.run(["revoke", ami, "--reason", "leaks"]) == 2
+    said = capsys.readouterr().err
+    assert f"in {region} is of another type" in said
+    assert "promote the image" not in said
+    for where, copy in copies_there.items():
+        told = tagging.as_dict(image(cloud.client(region=where), copy)["Tags"])
+        assert told[tagging.REVOKED] == "leaks"
+
+
+@pytest.mark.parametrize("copy_to", [list(TWO), []], ids=["configured", "no longer configured"])
+def test_a_disabled_copy_is_revoked_and_not_promoted(
+    cloud: Cloud, configure: Configure, capsys: pytest.CaptureFixture[str], copy_to: list[str]
+) -> None:
+    ami, region = baked(cloud), TWO[0]
+    copy = copied(capsys, ami)[region]
+    cloud.backend(region).amis[copy].state = "disabled"
+    assert cli.run(["promote", ami, "stable"]) == 6
+    assert f"{copy} does not exist any more, or can't be launched" in capsys.readouterr().err
+    configure(copy_to=copy_to)
+    assert cli.run(["revoke", ami, "--reason", "leaks"]) == 0
+    cloud.backend(region).amis[copy].state = "available"
+    assert tagging.as_dict(image(cloud.client(region=region), copy)["Tags"])[tagging.REVOKED] == "leaks"

@@ -13,6 +13,7 @@ from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.state.journal import NightlyJournal, NightlyStep, unfinished
 from ami_builder.state.workspace import Workspace
+from tests.cloud.aws import make_ami
 from tests.cloud.faulting import BOUND
 from tests.cloud.flow import captured, in_haste, without_ssh
 from tests.cloud.stopping import DIES_AFTER, start
@@ -176,3 +177,41 @@ def test_a_night_that_is_killed_after_any_entry_goes_on_where_it_was(
         assert len(there) == 1 + len(COPIES)
         assert all(len(owned(cloud, region)) == number + 1 for region in there)
     assert set(cloud.left()) <= {"image", "snapshot"}
+
+
+def test_an_unchanged_image_that_can_not_be_shared_everywhere_is_still_current_everywhere(
+    cloud: Cloud, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "ATTEMPTS", 3)
+    night()
+    there = standing(cloud)
+    bad = COPIES[1]
+    cloud.faults.add("ModifyImageAttribute", Fault.THROTTLE, times=None, region=bad)
+    found = night("--set", f"aws.share_with={'9' * 12}", status=6)
+    assert found["ending"] == "unshared"
+    endings = {one["place"]: (one["ending"], one["id"]) for one in found["places"]}
+    assert endings == {
+        region: ("unshared" if region == bad else "unchanged", ami) for region, ami in there.items()
+    }
+    assert bad in found["error"]
+    assert standing(cloud) == there
+
+
+def test_a_channel_that_names_a_deregistered_ami_gets_the_unchanged_image_again(
+    cloud: Cloud, workspace: Workspace
+) -> None:
+    night()
+    there = standing(cloud)
+    theirs = make_ami(cloud, "theirs")
+    baked = cloud.count("CreateImage")
+    cloud.client("ssm").put_parameter(
+        Name=PARAMETER, Value=theirs, DataType="aws:ec2:image", Overwrite=True, Description="by hand"
+    )
+    cloud.client().deregister_image(ImageId=theirs)
+    assert standing(cloud)[REGION] == theirs
+    found = night()
+    assert {one["place"]: one["ending"] for one in found["places"]} == {
+        REGION: "promoted", **dict.fromkeys(COPIES, "unchanged"),
+    }  # fmt: skip
+    assert standing(cloud) == there
+    assert cloud.count("CreateImage") == baked

@@ -80,6 +80,15 @@ PARTLY = replace(
         RegionResult(place="eu-west-1", id="", ending=NightlyStatus.FAILED, text="quota"),
     ),
 )
+UNSHARED = replace(
+    PARTLY,
+    ending=NightlyStatus.UNSHARED,
+    error="eu-west-1: denied",
+    places=(
+        RegionResult(place="us-east-1", id="ami-1", ending=NightlyStatus.UNCHANGED, text="already current"),
+        RegionResult(place="eu-west-1", id="ami-2", ending=NightlyStatus.UNSHARED, text="denied"),
+    ),
+)
 UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(), steps=())
 
 
@@ -115,6 +124,7 @@ UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(),
             "inconclusive; testing has no image",
         ),
         (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 regions; FAILED in eu-west-1"),
+        (UNSHARED, "dask (aws): unchanged, nothing was built for testing; sharing FAILED in eu-west-1"),
     ],
 )
 def test_the_first_line_tells_it_all(night: NightlyRun, line: str) -> None:
@@ -155,6 +165,12 @@ def test_the_message_names_the_places_that_failed_alone() -> None:
     said = summary.text(PARTLY)
     assert "• eu-west-1: failed, quota" in said
     assert "• us-east-1" not in said
+
+
+def test_a_failed_sharing_is_not_called_a_failed_promotion() -> None:
+    said = summary.text(UNSHARED)
+    assert "Not shared:\n• eu-west-1: denied" in said
+    assert "promoted" not in said.lower()
 
 
 def test_a_long_list_is_cut_off() -> None:
