@@ -147,22 +147,26 @@ def _settings() -> Iterator[str]:
 
 def _probes() -> Iterator[str]:
     yield "# Probes\n"
-    yield "What the test cloud of ami-builder believes about AWS. A [selftest](../how-to/selftest.md) asks an"
-    yield "account. Each row is a call, with what the test cloud answers to credentials that may do"
-    yield "everything, and to those with the policy of `iam-policy` where that differs.\n"
-    yield "| probe | call | answer | with the policy |\n|---|---|---|---|"
+    yield "What ami-builder assumes about AWS, and its test cloud (an emulated EC2 API) does. A"
+    yield "[selftest](../how-to/selftest.md) asks a real account. Each row is a call, with the answer to"
+    yield "credentials that may do everything, and to those with the policy of `iam-policy` if it differs.\n"
     found = [
         {(one.step, one.call): compare.summary(one) for one in each.behaviours}
         for each in compare.recorded().values()
     ]
-    for probe in (*probes.WITHOUT_AMI, *probes.WITH_AMI):
-        name = f"**{probe.name[0].upper()}{probe.name[1:]}.** {probe.belief}"
-        for call, step in zip(probe.calls, probe.steps(), strict=True):
-            all_of_it, policy = (_cell(each.get((step, call.action), "")) for each in found)
-            action = _code(call.action) + (", a dry run" if "DryRun" in call.parameters else "")
-            yield f"| {name} | {action} | {all_of_it} | {policy if policy != all_of_it else ''} |"
-            name = ""
-    yield ""
+    asked = (*probes.WITHOUT_AMI, *probes.WITH_AMI)
+    for belief in dict.fromkeys(probe.belief for probe in asked):
+        yield f"**{belief}**\n"
+        yield "| probe | call | answer | with the policy |\n|---|---|---|---|"
+        for probe in (one for one in asked if one.belief == belief):
+            name = f"{probe.name[0].upper()}{probe.name[1:]}"
+            for call, step in zip(probe.calls, probe.steps(), strict=True):
+                all_of_it, policy = (_cell(each.get((step, call.action), "")) for each in found)
+                action = _code(call.action.partition(":")[2])
+                action += ", a dry run" if "DryRun" in call.parameters else ""
+                yield f"| {name} | {action} | {all_of_it} | {policy if policy != all_of_it else ''} |"
+                name = ""
+        yield ""
 
 
 def _exit_codes() -> Iterator[str]:

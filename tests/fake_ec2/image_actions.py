@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_ID = re.compile(r"ami-(?:[0-9a-f]{8}|[0-9a-f]{17})")
 
 
 class ImageActions(EC2Action):
@@ -116,7 +120,9 @@ class ImageActions(EC2Action):
         """DescribeImages: new ones are pending at first, others' deprecated ones out of sight."""
         backend = self.ec2_backend
         ids = self._get_param("ImageIds", [])
-        if gone := [each for each in ids if each.startswith("ami-") and each not in backend.amis]:
+        if bad := [each for each in ids if not _ID.fullmatch(each)]:
+            raise Refused("InvalidAMIID.Malformed", f'Invalid id: "{bad[0]}" (expecting "ami-...")')
+        if gone := [each for each in ids if each not in backend.amis]:
             raise _not_found(gone)
 
         def wanted(image: FakeImage) -> bool:
