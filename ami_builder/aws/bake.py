@@ -58,8 +58,10 @@ metadata_options {
 fleet_tags = var.spot ? var.run_tags : null
 """,
 )
-# How often the credentials are tried once bake.timeout is over.
+# How often ami-builder looks at the AMI once bake.timeout is over.
 _LOOK_SECONDS = 60.0
+# How long Packer may then take to see that an AMI is available: it looks every two minutes at most.
+_LATE_SECONDS = 300.0
 # For the snapshots of large, encrypted volumes.
 AVAILABLE_SECONDS = 2 * 3600.0
 
@@ -265,15 +267,18 @@ class _Bake:
         """Run Packer, and record what it creates."""
         log = self.run_.log("packer")
         began = time.monotonic()
-        imaging_after = 0.0
+        imaging_after = pending_at = 0.0
 
         def limit() -> float:
+            nonlocal pending_at
             timeout, gone = self.inputs.image.bake.timeout, time.monotonic() - began
-            # Packer would wait on with credentials that have expired, or for an EC2 that always fails.
-            if not self.imaging or gone < timeout or self._refused() is not None:
+            if not self.imaging or gone < timeout:
                 return timeout
             # EC2 makes the snapshot, and takes its time.
-            return min(gone + _LOOK_SECONDS, imaging_after + AVAILABLE_SECONDS)
+            if gone < imaging_after + AVAILABLE_SECONDS and self._is_pending():
+                pending_at = gone
+                return gone + _LOOK_SECONDS
+            return max(timeout, pending_at + _LATE_SECONDS if pending_at else 0.0)
 
         def read(line: str) -> None:
             nonlocal imaging_after
@@ -348,6 +353,14 @@ class _Bake:
                 raise CloudFailed(
                     failed.message, hint=failed.hint, log=failed.log, tail=failed.tail
                 ) from failed
+
+    def _is_pending(self) -> bool:
+        try:
+            found = self._made()
+        except AmiBuilderError:
+            # Packer's credentials have expired too, or EC2 fails.
+            return False
+        return found is not None and found.pending
 
     def _refused(self) -> AmiBuilderError | None:
         """Return why EC2 does not answer these credentials; None when it does."""
