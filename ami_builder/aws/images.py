@@ -174,8 +174,8 @@ def find_copies(account: Account, source: str, name: str) -> list[Ami]:
 
 
 def deprecate(account: Account, ami: str) -> None:
-    """Deprecate an AMI: searches no longer list it, but its id can still be launched."""
-    presence.once_visible(
+    """Deprecate an AMI, which may be missing already: searches no longer list it, but it can be launched."""
+    presence.if_present(
         account,
         ami,
         lambda: account.ec2.enable_image_deprecation(ImageId=ami, DeprecateAt=datetime.now(UTC) + _SOON),
