@@ -83,8 +83,11 @@ def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None
     """Run `calls` in threads and return their results in order.
 
     When one raises, or this thread is interrupted, the child processes of the others are stopped and the
-    first error is raised. All threads have ended when this returns.
+    first error is raised. All threads have ended when this returns. One call alone runs in this thread, where
+    an interruption ends it at once.
     """
+    if len(calls) == 1:
+        return [calls[0]()]
     with threads(workers or len(calls) or 1) as pool:
         futures = [pool.submit(call) for call in calls]
         wait(futures, return_when=FIRST_EXCEPTION)
