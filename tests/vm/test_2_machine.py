@@ -157,7 +157,8 @@ def test_verify_is_red_on_a_broken_disk(built: Mapping[str, Any], tmp_path: Path
     raw.unlink()
     answer = ami_builder("verify", disk)
     assert answer.status == 5, answer.stderr
-    for name in ("service: service is active", "container: one container runs"):
+    # Between two attempts the service may be active for a moment.
+    for name in ("service: service started once", "container: one container runs"):
         assert name in answer.stderr
     folder = next(Path(w) for w in answer.stderr.split() if w.rstrip(".").endswith("/machines"))
     # A machine that got stuck under emulation was booted again, beside the first one's records.
