@@ -273,5 +273,8 @@ def never(*, spot: bool) -> set[str]:
     other_kind = "ec2:StopInstances" if spot else "ec2:DeleteLaunchTemplate"
     # Volumes go with their instances; consoles are read of those that don't answer.
     found = {other_kind, "ec2:DeleteVolume", "ec2:GetConsoleOutput"} | imds_later()
+    if plugins.has_plugins():
+        # Only 1.6.6 has to know whether the account enforces IMDSv2.
+        found.add("ec2:GetInstanceMetadataDefaults")
     # Asked where a role calls, where EBS encrypts by default, and where an AMI is to be public.
     return found | {"iam:GetRole", "ec2:GetEbsDefaultKmsKeyId", "ec2:GetImageBlockPublicAccessState"}
