@@ -13,7 +13,7 @@ from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import Orphan, RunState, plan
 from ami_builder.state.ledger import FILE as LEDGER
-from ami_builder.state.ledger import Ledger, read
+from ami_builder.state.ledger import Ledger, LedgerEntry, read
 from ami_builder.state.workspace import Workspace
 
 Regions = Mapping[Account, float]
@@ -23,12 +23,12 @@ Regions = Mapping[Account, float]
 def find_orphans(regions: Regions, workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
     """Decide about everything that runs have made; change nothing. Raises CloudFailed."""
     workspace.ensure()
-    entries = [entry for run in _runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
-    runs = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in _runs(workspace)}
+    known = entries(workspace)
+    states = {run: RunState.LIVE if workspace.is_live(run) else RunState.ENDED for run in runs(workspace)}
     decisions: list[Orphan] = []
     for account, lifetime in regions.items():
         with progress.step(f"look in {account.region}") as step:
-            planned = plan(orphans.find(account, entries), runs, datetime.now(UTC), lifetime)
+            planned = plan(orphans.find(account, known), states, datetime.now(UTC), lifetime)
             step.done(
                 f"{len(planned)} found, {sum(one.action is Action.DELETE for one in planned)} to delete"
             )
@@ -66,7 +66,7 @@ def remove_orphans(
 
 def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
     """Mark the entries of ended runs in their ledgers as deleted: the accounts have none of them any more."""
-    for run in _runs(workspace):
+    for run in runs(workspace):
         path = workspace.runs_dir / run / LEDGER
         if workspace.is_live(run) or not path.exists():
             continue
@@ -76,7 +76,13 @@ def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
                 ledger.deleted(entry)
 
 
-def _runs(workspace: Workspace) -> list[str]:
+def entries(workspace: Workspace) -> list[LedgerEntry]:
+    """Return what the ledgers of this host's runs have."""
+    return [entry for run in runs(workspace) for entry in read(workspace.runs_dir / run / LEDGER)]
+
+
+def runs(workspace: Workspace) -> list[str]:
+    """Return the ids of this host's runs."""
     return sorted(path.name for path in workspace.runs_dir.glob("*/"))
 
 

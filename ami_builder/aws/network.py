@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,19 +192,11 @@ def delete_group(account: Account, group: str, *, appears: float = 0.0) -> None:
     A new one may take `appears` seconds until EC2 shows it. Raises CloudFailed when it is still used after
     5 minutes.
     """
-    try:
-        presence.if_present(
-            account,
-            group,
-            lambda: account.ec2.delete_security_group(GroupId=group),
-            appears=appears,
-            busy=_IN_USE,
-            frees=_DELETE_SECONDS,
-        )
-    except CloudFailed as failed:
-        if not re.fullmatch(_IN_USE, code_of(failed)):
-            raise
-        raise CloudFailed(
-            f"security group {group} can't be deleted: it is still in use",
-            hint="`ami-builder gc` lists what is left; with --apply it tries again",
-        ) from failed
+    presence.if_present(
+        account,
+        group,
+        lambda: account.ec2.delete_security_group(GroupId=group),
+        appears=appears,
+        busy=_IN_USE,
+        frees=_DELETE_SECONDS,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ami_builder.aws import images, instances, network, presence
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.session import Account, code_of
+from ami_builder.aws.session import Account
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource
@@ -261,15 +261,10 @@ def _time(text: str | None) -> datetime | None:
 
 def _delete_volume(account: Account, volume: str) -> None:
     # Its instance, which deletes it too, may still be shutting down.
-    try:
-        presence.if_present(
-            account,
-            volume,
-            lambda: account.ec2.delete_volume(VolumeId=volume),
-            busy=_IN_USE,
-            frees=_RELEASED_SECONDS,
-        )
-    except CloudFailed as failed:
-        if not re.fullmatch(_IN_USE, code_of(failed)):
-            raise
-        raise CloudFailed(f"volume {volume} can't be deleted: an instance still uses it") from failed
+    presence.if_present(
+        account,
+        volume,
+        lambda: account.ec2.delete_volume(VolumeId=volume),
+        busy=_IN_USE,
+        frees=_RELEASED_SECONDS,
+    )

@@ -88,8 +88,8 @@ def if_present(
     """Make an EC2 call on resources that may be missing; return False when one of them is.
 
     A resource that was made just now may take `appears` seconds until EC2 shows it. The call is repeated for
-    `frees` seconds while its error code matches `busy`. Raises CloudFailed for any other error, and for a
-    denial that concerns resources that EC2 shows.
+    `frees` seconds while its error code matches `busy`. Raises CloudFailed when something still uses the
+    resource then, for any other error, and for a denial that concerns resources that EC2 shows.
     """
     ids = [resources] if isinstance(resources, str) else resources
     began = time.monotonic()
@@ -103,8 +103,13 @@ def if_present(
                 call()
         except CloudFailed as failed:
             waited, code = time.monotonic() - began, code_of(failed)
-            if busy and re.fullmatch(busy, code) and waited < frees:
-                return False
+            if busy and re.fullmatch(busy, code):
+                if waited < frees:
+                    return False
+                raise CloudFailed(
+                    f"{', '.join(ids)} can't be deleted: it is still in use",
+                    hint="`ami-builder gc` lists what is left; with --apply it tries again",
+                ) from failed
             missing = _MISSING.fullmatch(code) is not None
             if not missing and code not in DENIED:
                 raise

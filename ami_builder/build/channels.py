@@ -152,7 +152,7 @@ def current(channels: ChannelStore, channel: str) -> str:
 
 
 def is_lost(channels: ChannelStore, channel: str) -> bool:
-    """Return whether the record of a channel names an image that was deleted or revoked meanwhile."""
+    """Return whether the record of a channel names an image that is deleted or revoked."""
     return current(channels, channel) != _named(channels, channel)
 
 

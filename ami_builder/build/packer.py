@@ -143,8 +143,8 @@ def build(
     """Run `packer build` in a staged folder.
 
     `env` is added to Packer's own environment; `on_line` gets every line of its output; `timeout` in seconds
-    may grow. Raises BuildFailed,
-    with the name of the provisioner that failed, or the console if ssh never answered; PluginCrashed.
+    may grow. Raises BuildFailed, with the name of the provisioner that failed, or the console if ssh never
+    answered; PluginCrashed.
     """
     output = _Output(on_progress)
 

@@ -19,10 +19,10 @@ FILE = "recorded.json"
 SOMETIMES = {
     "ec2:GetInstanceMetadataDefaults": "only with Packer 1.6.6",
     "ec2:ModifyInstanceMetadataOptions": "only with Packer 1.6.6",
-    "ec2:DescribeSubnets": "only with aws.subnets",
+    "ec2:DescribeSubnets": "for a launch only with aws.subnets",
     "ec2:DescribeVpcs": "only without aws.subnets",
-    "ec2:GetEbsEncryptionByDefault": "only if AMIs are shared",
-    "ec2:GetEbsDefaultKmsKeyId": "only if AMIs are shared and encrypted",
+    "ec2:GetEbsEncryptionByDefault": "only without a KMS key, or if AMIs are shared",
+    "ec2:GetEbsDefaultKmsKeyId": "only if EBS encrypts by default, or shared AMIs are encrypted",
     "kms:DescribeKey": "only with a KMS key",
     "ec2:DescribeRegions": "only with aws.copy_to",
     "iam:SimulatePrincipalPolicy": "as often as regions and settings need",

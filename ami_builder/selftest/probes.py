@@ -33,6 +33,19 @@ _DELETING = "A delete of an id that does not exist says so to those who may dele
 _DESCRIBING = "A describe of an id that does not exist is an error; a filter that matches nothing is not."
 _TRYING = "A dry run of an id that does not exist says nothing about permissions that depend on tags."
 
+_WRITE = Call(
+    action="ssm:PutParameter",
+    parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
+    facts={"version": "Version"},
+)
+_READ = Call(
+    action="ssm:GetParameter",
+    parameters={"Name": "{folder}again"},
+    facts={"there": "Parameter.Value == kept.base", "version": "Parameter.Version"},
+    until="there",
+)
+_DELETE = Call(action="ssm:DeleteParameter", parameters={"Name": "{folder}again"})
+
 WITHOUT_AMI: tuple[Probe, ...] = (
     _missing("deregister a missing AMI", _DELETING, "ec2:DeregisterImage", ImageId=_AMI),
     _missing("delete a missing snapshot", _DELETING, "ec2:DeleteSnapshot", SnapshotId=_SNAPSHOT),
@@ -190,17 +203,8 @@ WITHOUT_AMI: tuple[Probe, ...] = (
         name="a parameter that is deleted and made again",
         belief="A deleted parameter can be made again, and counts from version 1.",
         calls=(
-            Call(
-                action="ssm:PutParameter",
-                parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
-                facts={"version": "Version"},
-            ),
-            Call(
-                action="ssm:GetParameter",
-                parameters={"Name": "{folder}again"},
-                facts={"there": "Parameter.Value == kept.base", "version": "Parameter.Version"},
-                until="there",
-            ),
+            _WRITE,
+            _READ,
             Call(
                 action="ssm:PutParameter",
                 parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
@@ -209,20 +213,11 @@ WITHOUT_AMI: tuple[Probe, ...] = (
                 action="ssm:LabelParameterVersion",
                 parameters={"Name": "{folder}again", "ParameterVersion": 9, "Labels": ["selftest"]},
             ),
-            Call(action="ssm:DeleteParameter", parameters={"Name": "{folder}again"}),
+            _DELETE,
             Call(action="ssm:GetParameter", parameters={"Name": "{folder}again"}),
-            Call(
-                action="ssm:PutParameter",
-                parameters={"Name": "{folder}again", "Value": "{base}", **_IMAGE_VALUE},
-                facts={"version": "Version"},
-            ),
-            Call(
-                action="ssm:GetParameter",
-                parameters={"Name": "{folder}again"},
-                facts={"there": "Parameter.Value == kept.base", "version": "Parameter.Version"},
-                until="there",
-            ),
-            Call(action="ssm:DeleteParameter", parameters={"Name": "{folder}again"}),
+            _WRITE,
+            _READ,
+            _DELETE,
         ),
     ),
 )

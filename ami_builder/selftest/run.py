@@ -32,7 +32,7 @@ from ami_builder.selftest.plan import CHANNEL, PREFIX, Part, Plan, PlannedStep
 from ami_builder.selftest.probing import Probe
 from ami_builder.selftest.recording import Recorder, Recording
 from ami_builder.state.ledger import FILE as LEDGER
-from ami_builder.state.ledger import Ledger, read
+from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import StoredImage, Workspace
 
 PATIENCE = 1.0
@@ -372,7 +372,7 @@ class Selftest:
         ]
 
     def _remnants(self) -> list[Remnant]:
-        entries = [entry for path in self.workspace.runs_dir.glob(f"*/{LEDGER}") for entry in read(path)]
+        entries = gc.entries(self.workspace)
         found: dict[tuple[str, str, str], None] = {}
         for target in self._targets():
             region = target.name
@@ -387,7 +387,7 @@ class Selftest:
         return [Remnant(region=region, kind=str(kind), id=each) for region, kind, each in found]
 
     def _ours(self, run_id: str) -> bool:
-        return run_id in {path.name for path in self.workspace.runs_dir.glob("*/")}
+        return run_id in gc.runs(self.workspace)
 
 
 def _reasons(decisions: Sequence[Decision]) -> str:

@@ -100,14 +100,14 @@ def stopped(
     home: Path,
     *settings: str,
     access_key: str = ACCESS_KEY,
-    anew: bool = True,
+    reset: bool = True,
 ) -> Ran:
     """Build in a workspace of its own, and stop it while the call has been done, but not answered.
 
-    Without `anew` the account stays as it is. Returns once Packer has ended too; raises Leak when the command
-    does not end.
+    Without `reset` the account stays as it is. Returns once Packer has ended too; raises Leak when the
+    command does not end.
     """
-    if anew:
+    if reset:
         fresh(cloud, home)
     before = cloud.count(place.action, packer=place.packer)
     cloud.faults.add(place.action, Fault.SLOW, nth=place.nth, seconds=_HELD_SECONDS, packer=place.packer)

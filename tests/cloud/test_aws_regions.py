@@ -87,9 +87,9 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
 def baked(cloud: Cloud, name: str = NAME, *, passed: bool = True, digest: str = DIGEST) -> str:
     """Make a finished AMI of ours, with a tag of its owner's."""
     account = Account.open()
-    told = tags(Purpose.IMAGE, digest=digest)
-    ami = make_ami(cloud, name, **told, team="data")
-    images.finish(account, ami, told)
+    tagged = tags(Purpose.IMAGE, digest=digest)
+    ami = make_ami(cloud, name, **tagged, team="data")
+    images.finish(account, ami, tagged)
     images.record_verdict(account, ami, Outcome.PASSED if passed else Outcome.FAILED, "c" * 64)
     return ami
 
@@ -505,9 +505,9 @@ def test_what_is_under_the_default_key_is_not_shared(
     held = cloud.backend().amis[ami]
     held.mapping[0]["Ebs"]["Encrypted"] = held.ebs_snapshot.encrypted = True
     assert cli.run(["--quiet", "share", ami]) == 6
-    told = capsys.readouterr().err
-    assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in told
-    assert "aws.kms_key" in told
+    stderr = capsys.readouterr().err
+    assert f"{REGION}: AWS refused ec2:ModifyImageAttribute" in stderr
+    assert "aws.kms_key" in stderr
 
 
 def test_the_copy_of_an_encrypted_base_s_ami_is_encrypted(
@@ -523,8 +523,8 @@ def test_the_copy_of_an_encrypted_base_s_ami_is_encrypted(
     assert cli.run(["--quiet", "copy", ami, "--region", "us-west-2"]) == 0
     capsys.readouterr()
     assert cli.run(["--quiet", "share", ami]) == 6
-    told = capsys.readouterr().err
-    assert "aws.copy_to" in told
+    stderr = capsys.readouterr().err
+    assert "aws.copy_to" in stderr
     # The region with a key of its owner's is shared all the same.
     (other,) = mine(cloud, "us-west-2")
     found = cloud.client(region="us-west-2").describe_image_attribute(
@@ -628,8 +628,8 @@ def test_a_parameter_that_can_not_be_moved_does_not_keep_other_regions_copies_pr
     assert f"in {region} is of another type" in said
     assert "promote the image" not in said
     for where, copy in copies_there.items():
-        told = tagging.as_dict(image(cloud.client(region=where), copy)["Tags"])
-        assert told[tagging.REVOKED] == "leaks"
+        tagged = tagging.as_dict(image(cloud.client(region=where), copy)["Tags"])
+        assert tagged[tagging.REVOKED] == "leaks"
 
 
 @pytest.mark.parametrize("copy_to", [list(TWO), []], ids=["configured", "no longer configured"])

@@ -82,7 +82,7 @@ def test_build_and_verify(
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
     held = allowed(cloud, monkeypatch, "build", "verify")
     imaging = places[_made(places) + 1]
-    stopped(cloud, imaging, "SIGINT", tmp_path / "stopped", access_key=KEY, anew=False)
+    stopped(cloud, imaging, "SIGINT", tmp_path / "stopped", access_key=KEY, reset=False)
     assert cloud.left() == {}
     # Packer may try it too, before anybody has tagged the AMI; then ours claims it for the run.
     assert {action for action, _ in held.refused} <= {"ec2:DeregisterImage"}
@@ -139,7 +139,7 @@ def test_collecting(
 ) -> None:
     # Before Packer 1.6.6 could tag the instance, and before any version reports it.
     stopped(cloud, _FLEET, POWER_LOSS, tmp_path, *SPOT)
-    stopped(cloud, places[_made(places) + 1], POWER_LOSS, tmp_path, anew=False)
+    stopped(cloud, places[_made(places) + 1], POWER_LOSS, tmp_path, reset=False)
     ec2 = cloud.client()
     (group, *_) = ec2.describe_security_groups(Filters=[{"Name": "tag-key", "Values": [tagging.RUN]}])[
         "SecurityGroups"
@@ -235,7 +235,7 @@ def test_the_whole_flow(
 
     # What a killed build leaves.
     killed_at = _FLEET if spot else places[_made(places) + 1]
-    stopped(cloud, killed_at, POWER_LOSS, tmp_path / "home", *settings, access_key=KEY, anew=False)
+    stopped(cloud, killed_at, POWER_LOSS, tmp_path / "home", *settings, access_key=KEY, reset=False)
     collected = run("gc", "--apply")
     assert cloud.left() == {}, collected.err
 
@@ -258,7 +258,7 @@ def test_the_whole_flow(
     assert cloud.left()["image"] == [first]
     assert len(cloud.left(THERE)["image"]) == 1
 
-    # Nights that make an image each, and delete the one that has become neither current nor previous.
+    # Nightly runs that make an image each, and delete the one that has become neither current nor previous.
     for reserve in ("32MiB", "16MiB", "16MiB"):
         aged(cloud, 100)
         run("--set", f"memory.reserve={reserve}", "nightly", "--target", "aws")

@@ -38,7 +38,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     return Workspace.open({"AMI_BUILDER_HOME": str(home)})
 
 
-def night(*flags: str, status: int = 0) -> dict[str, Any]:
+def nightly_run(*flags: str, status: int = 0) -> dict[str, Any]:
     ran = captured(*flags, *NIGHT, "--json")
     assert ran.status == status, ran.err
     (found,) = json.loads(ran.out)["nights"]
@@ -65,18 +65,18 @@ def owned(cloud: Cloud, region: str) -> list[str]:
 def test_a_night_brings_one_ami_to_every_region_and_the_next_does_nothing(
     cloud: Cloud, workspace: Workspace
 ) -> None:
-    first = night()
+    first = nightly_run()
     assert first["ending"] == "promoted"
     there = standing(cloud)
     assert set(there) == {REGION, *COPIES}
     assert all(owned(cloud, region) == [ami] for region, ami in there.items())
     before = len(cloud.calls)
-    assert night()["ending"] == "unchanged"
+    assert nightly_run()["ending"] == "unchanged"
     asked = Counter(call.action for call in cloud.calls[before:])
     assert not [action for action in asked if not action.startswith(("Describe", "Get", "List"))]
     assert standing(cloud) == there
     # Whom it is shared with is no part of the digest.
-    shared = night("--set", f"aws.share_with={'9' * 12}")
+    shared = nightly_run("--set", f"aws.share_with={'9' * 12}")
     assert shared["ending"] == "unchanged"
     assert {one["text"] for one in shared["places"]} == {f"already current; now shared with {'9' * 12}"}
     for region, ami in there.items():
@@ -98,7 +98,7 @@ def test_a_region_in_trouble_is_named_and_the_next_night_brings_it_up(
             cloud.faults.add("CopyImage", Fault.THROTTLE, times=None, region=bad)
         case _:
             cloud.options.full_regions = {bad}
-    partly = night(status=6)
+    partly = nightly_run(status=6)
     assert partly["ending"] == "partly"
     endings = {one["place"]: one["ending"] for one in partly["places"]}
     assert endings == {REGION: "promoted", COPIES[0]: "promoted", bad: "failed"}
@@ -107,7 +107,7 @@ def test_a_region_in_trouble_is_named_and_the_next_night_brings_it_up(
     cloud.options.full_regions = set()
     assert set(standing(cloud)) == {REGION, COPIES[0]}
     baked = cloud.count("CreateImage")
-    assert night()["ending"] == "promoted"
+    assert nightly_run()["ending"] == "promoted"
     assert set(standing(cloud)) == {REGION, *COPIES}
     assert cloud.count("CreateImage") == baked
 
@@ -183,11 +183,11 @@ def test_an_unchanged_image_that_can_not_be_shared_everywhere_is_still_current_e
     cloud: Cloud, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "ATTEMPTS", 3)
-    night()
+    nightly_run()
     there = standing(cloud)
     bad = COPIES[1]
     cloud.faults.add("ModifyImageAttribute", Fault.THROTTLE, times=None, region=bad)
-    found = night("--set", f"aws.share_with={'9' * 12}", status=6)
+    found = nightly_run("--set", f"aws.share_with={'9' * 12}", status=6)
     assert found["ending"] == "unshared"
     endings = {one["place"]: (one["ending"], one["id"]) for one in found["places"]}
     assert endings == {
@@ -200,7 +200,7 @@ def test_an_unchanged_image_that_can_not_be_shared_everywhere_is_still_current_e
 def test_a_channel_that_names_a_deregistered_ami_gets_the_unchanged_image_again(
     cloud: Cloud, workspace: Workspace
 ) -> None:
-    night()
+    nightly_run()
     there = standing(cloud)
     theirs = make_ami(cloud, "theirs")
     baked = cloud.count("CreateImage")
@@ -209,7 +209,7 @@ def test_a_channel_that_names_a_deregistered_ami_gets_the_unchanged_image_again(
     )
     cloud.client().deregister_image(ImageId=theirs)
     assert standing(cloud)[REGION] == theirs
-    found = night()
+    found = nightly_run()
     assert {one["place"]: one["ending"] for one in found["places"]} == {
         REGION: "promoted", **dict.fromkeys(COPIES, "unchanged"),
     }  # fmt: skip

@@ -186,12 +186,12 @@ def test_policies_are_simulated(cloud: Cloud) -> None:
     bare = simulated(cloud, user, "ec2:TerminateInstances", ResourceArns=[one, two])["ec2:TerminateInstances"]
     assert bare["EvalDecision"] == "implicitDeny"
     assert bare["MissingContextValues"] == ["aws:ResourceTag/team"]
-    told = simulated(
+    result = simulated(
         cloud, user, "ec2:TerminateInstances", ResourceArns=[one, two], ContextEntries=context(team="ours")
     )["ec2:TerminateInstances"]
-    assert told["EvalDecision"] == "allowed"
-    assert [each["EvalResourceDecision"] for each in told["ResourceSpecificResults"]] == ["allowed"] * 2
-    assert told["OrganizationsDecisionDetail"] == {"AllowedByOrganizations": True}
+    assert result["EvalDecision"] == "allowed"
+    assert [each["EvalResourceDecision"] for each in result["ResourceSpecificResults"]] == ["allowed"] * 2
+    assert result["OrganizationsDecisionDetail"] == {"AllowedByOrganizations": True}
     denied = simulated(cloud, user, "ec2:RunInstances", ResourceArns=[one])["ec2:RunInstances"]
     assert denied["EvalDecision"] == "explicitDeny"
     assert denied["OrganizationsDecisionDetail"] == {"AllowedByOrganizations": False}
