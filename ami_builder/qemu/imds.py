@@ -17,7 +17,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,28 +90,25 @@ class MetadataServer:
         self._clock = clock
         self._tokens: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._server: ThreadingHTTPServer | None = None
+        self._running = ExitStack()
+        self._port = 0
 
     def __enter__(self) -> MetadataServer:
-        handler = type("_BoundHandler", (_Handler,), {"service": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        threading.Thread(
-            target=self._server.serve_forever, args=(_STOP_SECONDS,), name="imds", daemon=True
-        ).start()
+        with ExitStack() as stack:
+            self._port = stack.enter_context(serving(lambda _: self))
+            self._running = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None
-        self._server.shutdown()
-        self._server.server_close()
+        self._running.close()
 
     @property
     def port(self) -> int:
         """The loopback port that QEMU's forwarder connects to."""
-        assert self._server is not None, "the server runs only inside its context"
-        return int(self._server.server_address[1])
+        assert self._port, "the server runs only inside its context"
+        return self._port
 
     def new_token(self, seconds: int) -> str:
         """Return a token that is valid for `seconds`."""
@@ -138,6 +136,24 @@ class MetadataServer:
         return self._pages.get(f"{key}/")
 
 
+@contextmanager
+def serving(
+    find: Callable[[str], MetadataServer | None], *, address: str = "127.0.0.1", port: int = 0
+) -> Iterator[int]:
+    """Answer requests while the context lasts, each by what `find` returns for the client's address.
+
+    Yields the port. A client that `find` returns None for gets 404, as from no instance.
+    """
+    handler = type("_BoundHandler", (_Handler,), {"find": staticmethod(find)})
+    server = _Server((address, port), handler)
+    threading.Thread(target=server.serve_forever, args=(_STOP_SECONDS,), name="imds", daemon=True).start()
+    try:
+        yield int(server.server_address[1])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Print no traceback when a guest hangs up in the middle of an answer, as in a reboot."""
@@ -146,6 +162,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    find: Callable[[str], MetadataServer | None]
     service: MetadataServer
     protocol_version = "HTTP/1.1"
     # For request lines without a version; 0.9 would be answered without a status.
@@ -153,6 +170,17 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "EC2ws"
     sys_version = ""
     timeout = _SOCKET_SECONDS
+
+    def parse_request(self) -> bool:
+        """Find the instance that asks, beside what the base class does."""
+        if not super().parse_request():
+            return False
+        found = type(self).find(self.client_address[0])
+        if found is None:
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return False
+        self.service = found
+        return True
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
