@@ -5,7 +5,7 @@ requests: an image that finds its key and user data here finds them on an instan
 
 - the hop limit (the address is reached through QEMU's user network, so there are no hops to count);
 - throttling, and the 503 that EC2 answers while an instance is being set up;
-- signatures of the identity document (pkcs7, rsa2048, signature are absent), IAM roles, instance tags;
+- signatures of the identity document (pkcs7, rsa2048, signature are absent);
 - older versions of the tree: every version shows the newest;
 - IPv6, ENI secondary addresses, elastic IPs and public names.
 """
@@ -82,11 +82,53 @@ class InstanceMetadata:
         return f"ip-{self.local_ipv4.replace('.', '-')}.{domain}"
 
 
+class MetadataTree:
+    """The pages of one instance.
+
+    Values that EC2 sets while an instance runs are announced, and can be withdrawn.
+    """
+
+    def __init__(self, metadata: InstanceMetadata) -> None:
+        self._metadata = metadata
+        self._announced: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._pages = _pages(metadata, {})
+
+    def announce(self, path: str, value: str) -> None:
+        """Set a value below meta-data/ that instances have only at times, such as spot/instance-action."""
+        self._change(path, value)
+
+    def withdraw(self, path: str) -> None:
+        """Remove an announced value. Raises KeyError if there is none."""
+        self._change(path, None)
+
+    def _change(self, path: str, value: str | None) -> None:
+        with self._lock:
+            if value is None:
+                del self._announced[path]
+            else:
+                self._announced[path] = value
+            self._pages = _pages(self._metadata, self._announced)
+
+    def lookup(self, path: str) -> bytes | None:
+        """Return the content of `path`: the bytes of a leaf, the listing of a folder, or None."""
+        pages = self._pages
+        parts = [part for part in path.split("/") if part]
+        if not parts:
+            return "\n".join(VERSIONS).encode()
+        if parts[0] not in VERSIONS:
+            return None
+        key = "/".join(parts[1:])
+        if key in pages and not path.endswith("/"):
+            return pages[key]
+        return pages.get(f"{key}/")
+
+
 class MetadataServer:
     """Serves one instance's metadata on a free port of 127.0.0.1 while the context lasts."""
 
     def __init__(self, metadata: InstanceMetadata, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._pages = _pages(metadata)
+        self.tree = MetadataTree(metadata)
         self._clock = clock
         self._tokens: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -122,18 +164,6 @@ class MetadataServer:
         with self._lock:
             expires = self._tokens.get(token or "")
         return expires is not None and self._clock() < expires
-
-    def lookup(self, path: str) -> bytes | None:
-        """Return the content of `path`: the bytes of a leaf, the listing of a folder, or None."""
-        parts = [part for part in path.split("/") if part]
-        if not parts:
-            return "\n".join(VERSIONS).encode()
-        if parts[0] not in VERSIONS:
-            return None
-        key = "/".join(parts[1:])
-        if key in self._pages and not path.endswith("/"):
-            return self._pages[key]
-        return self._pages.get(f"{key}/")
 
 
 @contextmanager
@@ -188,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, allow="OPTIONS, PUT")
         elif not self.service.knows(self.headers.get("X-aws-ec2-metadata-token")):
             self._refuse(HTTPStatus.UNAUTHORIZED)
-        elif (body := self.service.lookup(path)) is None:
+        elif (body := self.service.tree.lookup(path)) is None:
             self._refuse(HTTPStatus.NOT_FOUND)
         else:
             binary = path.rstrip("/").endswith("/user-data")
@@ -248,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep the standard library from writing to stderr."""
 
 
-def _pages(it: InstanceMetadata) -> dict[str, bytes]:
+def _pages(it: InstanceMetadata, announced: Mapping[str, str]) -> dict[str, bytes]:
     """Return every page below a version: leaves as they are sent, folders (with a slash) as listings."""
     zone = it.region + it.zone
     document = {
@@ -302,6 +332,7 @@ def _pages(it: InstanceMetadata) -> dict[str, bytes]:
         "meta-data/services/domain": "amazonaws.com",
         "meta-data/services/partition": "aws",
         "meta-data/system": "nitro",
+        **{f"meta-data/{path}": value for path, value in announced.items()},
     }
     if it.public_key is not None:
         leaves["meta-data/public-keys/0/openssh-key"] = it.public_key.strip() + "\n"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install Docker and Compose if they are missing, then the guest's files.
+# Install Docker, Compose and curl if they are missing, then the guest's files.
 # Run by Packer as root, with
 #   PACKAGES  further packages that the image must have, such as agents
 # GUEST_ROOT and GUEST_ARCHIVE are for tests.
@@ -45,6 +45,20 @@ install_docker() {
     has_compose || die "docker compose does not run after the installation of $packages"
 }
 
+# The guest's programs ask EC2 and AWS by curl. Only calls to AWS need a version that can sign them.
+install_curl() {
+    if ! command -v curl >/dev/null; then
+        command -v apt-get >/dev/null || die "the base has no curl, and no apt-get to install it: use a base that has curl"
+        echo "10-guest: installing curl"
+        apt update
+        apt install --no-install-recommends curl ca-certificates
+    fi
+    case $(curl --version) in
+        'curl 7.8'[789].* | 'curl '[89].* | 'curl '[1-9][0-9]*) ;;
+        *) echo "10-guest: the base's curl is older than 7.87, so instances can't tell an Auto Scaling group of their health, nor read TLS certificates from Secrets Manager or SSM" ;;
+    esac
+}
+
 # Print the $PACKAGES that are not installed; our own base disk has them all.
 missing() {
     for package in ${PACKAGES:-}; do
@@ -65,6 +79,7 @@ install_packages() {
 if [ -e /run/cloud-init/enabled ]; then cloud-init status --wait >/dev/null || true; fi
 
 if ! has_compose; then install_docker; fi
+install_curl
 lacking=$(missing)
 # shellcheck disable=SC2086 # one word for each package
 if [ -n "$lacking" ]; then install_packages $lacking; fi

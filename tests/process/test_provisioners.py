@@ -355,6 +355,35 @@ def test_packages_that_the_base_lacks_are_installed(tmp_path: Path, programs: Pa
     assert calls(programs, "apt-get")[-1].endswith("install --no-install-recommends some-agent other")
 
 
+@pytest.mark.parametrize("apt", [True, False])
+def test_a_base_without_curl_gets_it(tmp_path: Path, programs: Path, apt: bool) -> None:
+    for name in ("sh", "tar", "gzip"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    fake(programs, "docker", "")
+    if apt:
+        install = 'echo \'echo curl 8.14.1\' >"${0%/*}/curl"; chmod 755 "${0%/*}/curl"'
+        (programs / "chmod").symlink_to("/usr/bin/chmod")
+        fake(programs, "apt-get", f'case "$*" in *" install "*) {install} ;; esac')
+    done = _guest(tmp_path, programs, PATH=str(programs))
+    if apt:
+        assert done.returncode == 0, done.stderr
+        assert calls(programs, "apt-get")[-1].endswith("install --no-install-recommends curl ca-certificates")
+    else:
+        assert done.returncode == 1
+        assert "the base has no curl, and no apt-get" in done.stderr
+
+
+@pytest.mark.parametrize(("version", "said"), [("7.81.0", True), ("7.88.1", False), ("8.5.0", False)])
+def test_a_curl_that_cannot_sign_is_reported(
+    tmp_path: Path, programs: Path, version: str, said: bool
+) -> None:
+    fake(programs, "docker", "")
+    fake(programs, "curl", f"echo 'curl {version} (x86_64)'")
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 0, done.stderr
+    assert ("older than 7.87" in done.stdout) == said
+
+
 @pytest.fixture
 def docker(programs: Path) -> Path:
     fake(programs, "docker", 'case "$1 $2" in "image inspect") [ "$5" = a/b:1 ] && echo sha256:1234 ;; esac')

@@ -242,6 +242,42 @@ def test_unknown_paths_are_404(server: MetadataServer, path: str) -> None:
     assert get(server, path)[0] == 404
 
 
+# What EC2 tells while the instance runs
+
+ACTION = '{"action": "terminate", "time": "2026-08-01T08:22:00Z"}'
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spot/instance-action", ACTION),
+        ("spot/termination-time", "2026-08-01T08:22:00Z"),
+        ("events/recommendations/rebalance", '{"noticeTime": "2026-08-01T08:20:00Z"}'),
+        ("autoscaling/target-lifecycle-state", "Terminated"),
+        ("iam/security-credentials/dask", '{"Code": "Success"}'),
+        ("tags/instance/aws:autoscaling:groupName", "workers"),
+    ],
+)
+def test_a_value_is_there_while_it_is_announced(server: MetadataServer, path: str, value: str) -> None:
+    folder, _, name = f"/latest/meta-data/{path}".rpartition("/")
+    assert get(server, f"{folder}/{name}")[0] == get(server, f"{folder}/")[0] == 404
+    before = get(server, "/latest/meta-data/")
+    server.tree.announce(path, value)
+    assert get(server, f"{folder}/{name}") == (200, value.encode())
+    assert get(server, f"{folder}/") == (200, name.encode())
+    assert f"{path.partition('/')[0]}/" in get(server, "/latest/meta-data/")[1].decode().split("\n")
+    server.tree.announce(path, "changed")
+    assert get(server, f"{folder}/{name}") == (200, b"changed")
+    server.tree.withdraw(path)
+    assert get(server, f"{folder}/{name}")[0] == get(server, f"{folder}/")[0] == 404
+    assert get(server, "/latest/meta-data/") == before
+
+
+def test_what_was_not_announced_cannot_be_withdrawn(server: MetadataServer) -> None:
+    with pytest.raises(KeyError):
+        server.tree.withdraw("spot/instance-action")
+
+
 @pytest.mark.parametrize("user_data", [None, b""])
 def test_what_an_instance_does_not_have_is_404(user_data: bytes | None) -> None:
     with MetadataServer(InstanceMetadata(instance_id="i-0", user_data=user_data)) as bare:
