@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from ami_builder.system.certificates import Certificate
+
+TLS_FILES = {"ca-file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
+
 
 @contextmanager
 def dask(*arguments: str, log: Path, **environment: str) -> Iterator[Path]:
@@ -42,6 +46,19 @@ def said(log: Path, text: str) -> str:
         return found if text in found else None
 
     return processes.wait_until(look, what=f"{text!r} in {log}", timeout=300, interval=0.1)
+
+
+def tls_flags(folder: Path) -> tuple[str, ...]:
+    """Return the flags that let a dask command use the certificate in a folder."""
+    return tuple(f"--tls-{name}={folder / file}" for name, file in TLS_FILES.items())
+
+
+def tls_folder(folder: Path, issued: Certificate) -> Path:
+    """Write a certificate with its key and its CA's certificate into a new folder, and return the folder."""
+    folder.mkdir(parents=True)
+    for name, text in (("ca.pem", issued.ca), ("cert.pem", issued.certificate), ("key.pem", issued.key)):
+        (folder / name).write_text(text)
+    return folder
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,14 @@ def doctor(
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="DURATION", help="Time limit for all workers together.")
     ] = "30s",
+    tls: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls",
+            metavar="FOLDER",
+            help="Use TLS, with the client's files of a folder from `ami-builder certificates`.",
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List the workers of a running Dask cluster whose memory limit is missing, too high or too low.
@@ -34,9 +43,9 @@ def doctor(
     wrong or can't be read, and 7 if the scheduler or some workers did not answer and all other limits are
     right.
 
-    For a TLS cluster, use a tls:// address and Dask's own configuration:
-    DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
-    DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY.
+    For a TLS cluster, use --tls FOLDER: a folder that `ami-builder certificates` made, or one with ca.pem,
+    cert.pem and key.pem. Without --tls, a tls:// address uses Dask's own configuration
+    (distributed.comm.tls).
     """
     from ami_builder.doctor.client import read_cluster
     from ami_builder.doctor.rules import Health, diagnose, summary
@@ -46,7 +55,7 @@ def doctor(
     except ValueError as invalid:
         raise UsageError(f"--timeout {timeout}: {invalid}") from invalid
     with console.open_progress(mode()) as progress, progress.step("ask the workers", address) as step:
-        workers = read_cluster(address, seconds)
+        workers = read_cluster(address, seconds, tls)
         step.done(f"{sum(not worker.silent for worker in workers)} of {len(workers)} answered")
     diagnoses = sorted(
         diagnose(workers), key=lambda d: (d.health is Health.RIGHT, d.worker.name, d.worker.address)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
+from ami_builder.doctor import tls
 from ami_builder.doctor.rules import CgroupLimit, Reading, Worker
 from ami_builder.verify.executor import INSTALL
 
@@ -38,17 +39,18 @@ class _Source:
         return eval, (f"{made}({{'__name__': 'ami_builder_probe'}})",)
 
 
-def read_cluster(address: str, seconds: float) -> tuple[Worker, ...]:
+def read_cluster(address: str, seconds: float, certificates: Path | None = None) -> tuple[Worker, ...]:
     """Return every worker of a scheduler with its reading, within about `seconds`.
 
-    Raises UsageError (address), MissingTool (distributed) and TimedOut (the scheduler does not answer).
+    `certificates` is a folder for TLS; without one, Dask's own configuration applies. Raises UsageError
+    (address, TLS), MissingTool (distributed) and TimedOut (the scheduler does not answer).
     """
     with _quiet():
         try:
             import distributed
         except ImportError as missing:
             raise MissingTool(f"Dask is not installed on this host: {missing}", hint=INSTALL) from missing
-        return asyncio.run(_read(distributed, address, seconds))
+        return asyncio.run(_read(distributed, tls.address(address, certificates), seconds, certificates))
 
 
 @contextmanager
@@ -64,14 +66,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker, ...]:
+async def _read(
+    distributed: Any, address: str, seconds: float, certificates: Path | None
+) -> tuple[Worker, ...]:
+    end = time.monotonic() + seconds
     try:
-        distributed.comm.parse_host_port(distributed.comm.parse_address(address)[1])
-        connection = distributed.Security().get_connection_args("client")
+        scheme, location = distributed.comm.parse_address(address)
+        host, port = distributed.comm.parse_host_port(location)
+    except (ValueError, TypeError, KeyError) as wrong:
+        raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
+    connection = tls.connection(distributed, scheme, certificates)
+    await asyncio.to_thread(tls.check, connection["ssl_context"], scheme, host, port, seconds)
+    try:
         scheduler = distributed.rpc(address, timeout=seconds, connection_args=connection)
     except (ValueError, TypeError, KeyError) as wrong:
         raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
-    end = time.monotonic() + seconds
     try:
         try:
             known = await asyncio.wait_for(_identity(scheduler), seconds)
@@ -79,7 +88,9 @@ async def _read(distributed: Any, address: str, seconds: float) -> tuple[Worker,
             # distributed repeats the address and the time limit.
             text = str(failed).strip()
             why = "" if not text or text.startswith("Timed out") else f": {text}"
-            hint = "check that a scheduler listens there; for TLS, see `ami-builder doctor --help`"
+            if scheme == "tcp" and await asyncio.to_thread(tls.speaks_tls, host, port, seconds):
+                raise UsageError(f"{address}: the scheduler uses TLS", hint=tls.HOW) from failed
+            hint = "check that a scheduler listens there"
             took = seconds - max(0.0, end - time.monotonic())
             raise TimedOut(f"{address} did not answer within {took:.0f} s{why}", hint=hint) from failed
         except (ValueError, RuntimeError, TypeError) as wrong:

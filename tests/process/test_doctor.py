@@ -22,7 +22,8 @@ import pytest
 from ami_builder.cli import app as cli
 from ami_builder.core.units import GIB, MIB
 from ami_builder.doctor import client
-from tests.real_dask import dask, said, scheduler
+from ami_builder.system.certificates import Authority
+from tests.real_dask import dask, said, scheduler, tls_flags, tls_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,6 +155,65 @@ def test_a_tls_cluster_is_reached_by_dask_s_own_configuration(
         assert capsys.readouterr().err == "the scheduler has no workers\n"
     monkeypatch.undo()
     dask_module.config.refresh()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A scheduler with TLS, and a folder with certificates of its CA and of others."""
+    folder = tmp_path_factory.mktemp("tls")
+    own = Authority.create(days=2)
+    for name, authority, serves in (
+        ("server", own, True),
+        ("mine/client", own, False),
+        ("other", Authority.create(days=2), False),
+    ):
+        tls_folder(folder / name, authority.issue(name, days=1, serves=serves))
+    other = tls_folder(folder / "half", Authority.create(days=2).issue("a", days=1, serves=False))
+    (other / "ca.pem").write_text(own.pem)
+    with scheduler(folder, "tls", *tls_flags(folder / "server")) as address:
+        yield address, folder
+
+
+@pytest.mark.parametrize("given", ["mine", "mine/client"])
+@pytest.mark.parametrize("scheme", ["tls://", ""])
+def test_a_folder_is_enough_for_tls(
+    tls: tuple[str, Path], given: str, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, folder = tls
+    where = scheme + address.removeprefix("tls://")
+    assert cli.run(["-q", "doctor", where, "--tls", str(folder / given)]) == 5
+    assert capsys.readouterr().err == "the scheduler has no workers\n"
+
+
+def test_what_is_wrong_with_tls_is_said_at_once(
+    tls: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, folder = tls
+    (tmp_path / "empty").mkdir()
+    broken = tls_folder(tmp_path / "broken", Authority.create(days=2).issue("a", days=1, serves=False))
+    (broken / "key.pem").write_text("not a key")
+    plain = f"tcp://{address.removeprefix('tls://')}"
+    cases = (
+        ([address, "--tls", str(folder / "other")], "the scheduler's certificate is refused"),
+        ([address, "--tls", str(folder / "half")], "the scheduler refuses this certificate"),
+        ([address, "--tls", str(tmp_path / "empty")], "empty has no ca.pem, cert.pem, key.pem"),
+        ([address, "--tls", str(broken)], "broken can't be used"),
+        ([address], "tls:// needs certificates"),
+        ([plain, "--tls", str(folder / "mine")], "tcp:// is without TLS"),
+    )
+    for arguments, reason in cases:
+        assert cli.run(["-q", "doctor", *arguments, "--timeout", "1h"]) == 2, arguments
+        assert reason in capsys.readouterr().err
+    assert cli.run(["-q", "doctor", plain, "--timeout", "2s"]) == 2
+    assert "the scheduler uses TLS" in capsys.readouterr().err
+
+
+def test_a_scheduler_without_tls(
+    address: str, tls: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = address.replace("tcp", "tls")
+    assert cli.run(["-q", "doctor", where, "--tls", str(tls[1] / "mine"), "--timeout", "1h"]) == 2
+    assert "the scheduler does not use TLS" in capsys.readouterr().err
 
 
 def test_an_address_where_nobody_is(capsys: pytest.CaptureFixture[str]) -> None:
