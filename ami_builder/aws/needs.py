@@ -14,7 +14,7 @@ from ami_builder.aws.policy import Section
 from ami_builder.aws.tags import Purpose
 from ami_builder.build import plugins
 from ami_builder.config.schema import Image
-from ami_builder.core.options import Connect
+from ami_builder.core.options import Connect, Role
 
 _NO_ID = "0123456789abcdef0"
 Context = Mapping[str, tuple[str, ...]]
@@ -215,8 +215,32 @@ def _released(writer: _Writer) -> Iterator[Need]:
     if image.aws.share_with:
         yield from writer.use(Section.COPY, "ModifyImageAttribute", "image")
         yield from writer.use(Section.COPY, "ModifySnapshotAttribute", "snapshot")
+    yield from _templates(writer)
     yield from writer.use(Section.PRUNE, "EnableImageDeprecation DeregisterImage", "image")
     yield from writer.use(Section.PRUNE, "DeleteSnapshot", "snapshot")
+
+
+def _templates(writer: _Writer) -> Iterator[Need]:
+    """Yield what the launch templates of channels need; they have no run's tag."""
+    place, section = writer.place, Section.LAUNCH_TEMPLATE
+    tags = {
+        **tagging.own_tags(place.image.aws),
+        tagging.NAME: place.image.name,
+        tagging.IMAGE: place.image.name,
+        tagging.CHANNEL: place.image.lifecycle.channels[0],
+        tagging.ROLE: str(Role.WORKER),
+    }
+    asked: dict[str, tuple[str, ...]] = {f"aws:RequestTag/{key}": (value,) for key, value in tags.items()}
+    asked["aws:TagKeys"] = tuple(tags)
+    tagged = {f"{service}:ResourceTag/{k}": (v,) for service in ("aws", "ec2") for k, v in tags.items()}
+    new, what = place.arn("launch-template"), "a channel's launch template"
+    created = {**asked, "ec2:CreateAction": ("CreateLaunchTemplate",)}
+    yield from writer.need(section, "CreateLaunchTemplate", new, what, asked)
+    yield from writer.need(section, "CreateTags", new, what, created)
+    own = place.arn("launch-template", _OWN["launch-template"])
+    calls = "CreateLaunchTemplateVersion ModifyLaunchTemplate DeleteLaunchTemplate"
+    yield from writer.need(section, calls, own, what, tagged)
+    yield from writer.need(section, "CreateTags", own, what, {**tagged, **asked})
 
 
 def _spot(writer: _Writer) -> Iterator[Need]:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ami_builder.aws import tags as tagging
+from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Connect
 
 if TYPE_CHECKING:  # `--help` needs no pydantic
@@ -50,6 +51,7 @@ class Section(StrEnum):
     PROMOTE = "promote"
     PRUNE = "prune"
     LIFECYCLE = "lifecycle"
+    LAUNCH_TEMPLATE = "launch-template"
     ALL = "all"
 
 
@@ -88,6 +90,46 @@ def document(section: Section | str, aws: AwsSettings | None = None) -> dict[str
         for part, more in (("Action", actions), ("Resource", row.resources)):
             statement[part] += [one for one in more if one not in statement[part]]
     return {"Version": _VERSION, "Statement": list(statements.values())}
+
+
+def of_instances(aws: AwsSettings, *, tls: str = "", group: str = "", key: str = "") -> dict[str, Any]:
+    """Return the policy for the role of instances that `launch-template` launches.
+
+    `tls` is what they read, `secretsmanager:NAME` or `ssm:NAME`, and `key` its KMS key. `group` is the name
+    of their Auto Scaling group: they report their health to it, and complete its lifecycle hooks.
+    Raises UsageError if these name nothing.
+    """
+    arns, statements = _Arns(aws), []
+
+    def allow(sid: str, calls: str, resource: str, condition: dict[str, Any] | None = None) -> None:
+        service, _, names = calls.partition(":")
+        new = {"Sid": sid, "Effect": "Allow", "Action": [f"{service}:{name}" for name in names.split()]}
+        more = {"Condition": condition} if condition else {}
+        statements.append(new | {"Resource": [resource]} | more)
+
+    service, _, name = tls.partition(":")
+    reads = {
+        # Secrets Manager adds six characters to a secret's name.
+        "secretsmanager": ("secretsmanager:GetSecretValue", f"secret:{name}-??????"),
+        "ssm": ("ssm:GetParameter", f"parameter/{name.lstrip('/')}"),
+    }
+    if tls:
+        if service not in reads or not name:
+            raise UsageError(f"--tls {tls}: expected secretsmanager:NAME or ssm:NAME")
+        call, resource = reads[service]
+        allow("ReadCertificates", call, arns.of(service, "*", resource))
+    if key:
+        if not tls:
+            raise UsageError("--kms-key is the key of what --tls names", hint="add --tls")
+        via = {"StringLike": {"kms:ViaService": f"{service}.*"}}
+        allow("DecryptCertificates", "kms:Decrypt", arns.key(key, ""), via)
+    if group:
+        resource = f"autoScalingGroup:*:autoScalingGroupName/{group}"
+        calls = "autoscaling:SetInstanceHealth CompleteLifecycleAction"
+        allow("TellGroup", calls, arns.of("autoscaling", "*", resource))
+    if not statements:
+        raise UsageError("--instance: nothing to allow", hint="add --tls, --group or both")
+    return {"Version": _VERSION, "Statement": statements}
 
 
 def size(policy: Mapping[str, Any]) -> int:
@@ -154,6 +196,10 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
     # It is one that makes the resource.
     created = _all({"StringEquals": {"ec2:CreateAction": makers}}, only_ours)
     removing = "ec2:DeregisterImage DeleteSnapshot"
+    launch = str(Section.LAUNCH_TEMPLATE)
+    asked_for_channel = _all({"Null": {f"aws:RequestTag/{tagging.CHANNEL}": "false"}}, only_ours)
+    tagged_for_channel = _all({"StringEquals": {"ec2:CreateAction": "CreateLaunchTemplate"}}, only_ours)
+    of_channel: dict[str, Any] = {"Null": {f"aws:ResourceTag/{tagging.CHANNEL}": "false"}}
     launched_from = ec2("image", "snapshot", "subnet", "network-interface")
     settings = "GetEbsEncryptionByDefault GetEbsDefaultKmsKeyId GetImageBlockPublicAccessState"
     yield from (
@@ -204,6 +250,18 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         _Row("ChangeImagesOfRuns", "prune", "ec2:EnableImageDeprecation", ec2("image"), _OURS),
         _Row("UseTemplatesOfRuns", "lifecycle", "ec2:DeleteLaunchTemplate", template, _OURS),
         _Row("DeleteVolumesOfRuns", "lifecycle", "ec2:DeleteVolume", ec2("volume"), _OURS),
+        # Templates of channels have no run.
+        _Row("MakeTemplates", launch, "ec2:CreateLaunchTemplate", template, asked_for_channel),
+        _Row("TagTemplates", launch, "ec2:CreateTags", template, tagged_for_channel),
+        _Row(
+            "ChangeTemplates",
+            launch,
+            "ec2:CreateLaunchTemplateVersion ModifyLaunchTemplate DeleteLaunchTemplate CreateTags",
+            template,
+            of_channel,
+        ),
+        _Row("ReadChannels", launch, "ssm:GetParameter", [arns.of("ssm", "*", "parameter/ami-builder/*")]),
+        _Row("FindUses", launch, "autoscaling:DescribeAutoScalingGroups", ["*"]),
     )
     if aws.source.startswith("ssm:"):
         name = aws.source[4:].lstrip("/")

@@ -35,6 +35,7 @@ from ami_builder.verify.executor import side_by_side
 from ami_builder.verify.machine import MachineResult
 
 T = TypeVar("T")
+K = TypeVar("K", bound="Target")
 
 
 class Target(Protocol):
@@ -149,14 +150,14 @@ class TargetOutcome(Generic[T]):
 
 
 def at_each(
-    targets: Sequence[Target], act: Callable[[Target, Step], T], progress: Progress | Step, what: str = ""
+    targets: Sequence[K], act: Callable[[K, Step], T], progress: Progress | Step, what: str = ""
 ) -> list[TargetOutcome[T]]:
     """Call `act` for all targets in parallel. One that fails does not end the others.
 
     A step of the progress has the name of its target, with `what` is done there if that is given.
     """
 
-    def one(target: Target) -> TargetOutcome[T]:
+    def one(target: K) -> TargetOutcome[T]:
         try:
             with progress.step(_step_name(target, what)) as step:
                 return TargetOutcome(target=target.name, value=act(target, step))

@@ -17,7 +17,18 @@ import typer.core
 from ami_builder import console
 
 # Importing them registers their commands.
-from ami_builder.cli import aws, channels, cleanup, doctor, images, inspect, nightly, report, selftest  # noqa: F401
+from ami_builder.cli import (  # noqa: F401
+    aws,
+    channels,
+    cleanup,
+    doctor,
+    images,
+    inspect,
+    launch_template,
+    nightly,
+    report,
+    selftest,
+)
 from ami_builder.cli.options import app, config_app, shared
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
 from ami_builder.system import processes
@@ -29,7 +40,7 @@ _PANELS = {
     "Inspect": ("list", "show", "diff", "report", "doctor"),
     "Channels and nightly runs": ("nightly", "promote", "rollback", "revoke", "history"),
     "Clean up": ("prune", "gc"),
-    "AWS": ("copy", "share", "iam-policy", "selftest"),
+    "AWS": ("copy", "share", "launch-template", "iam-policy", "selftest"),
 }
 """The groups of commands in the help, in this order."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ami_builder import console
-from ami_builder.aws.policy import LONGEST, Section, document, parts, size
+from ami_builder.aws.policy import LONGEST, Section, document, of_instances, parts, size
 from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, plain
 from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
@@ -143,6 +143,32 @@ def iam_policy(
             help="Write ami-builder-1.json and so on there, each short enough for a managed policy.",
         ),
     ] = None,
+    instance: Annotated[
+        bool,
+        typer.Option("--instance", help="The policy for the role of instances of `launch-template` instead."),
+    ] = False,
+    tls: Annotated[
+        str,
+        typer.Option(
+            "--tls",
+            metavar="secretsmanager:NAME|ssm:NAME",
+            help="With --instance: read these certificates.",
+        ),
+    ] = "",
+    key: Annotated[
+        str,
+        typer.Option(
+            "--kms-key", metavar="KEY", help="With --instance: the KMS key of --tls, if it is yours."
+        ),
+    ] = "",
+    group: Annotated[
+        str,
+        typer.Option(
+            "--group",
+            metavar="NAME",
+            help="With --instance: report health to this Auto Scaling group, complete its hooks.",
+        ),
+    ] = "",
 ) -> None:
     """Print the least-privilege IAM policy for work in an AWS account.
 
@@ -154,7 +180,10 @@ def iam_policy(
     from ami_builder.aws.session import default_region
 
     aws = load_config(TargetKind.AWS).select(image).aws
-    policy = document(section, replace(aws, region=aws.region or default_region()))
+    aws = replace(aws, region=aws.region or default_region())
+    if not instance and (tls or key or group):
+        raise UsageError("--tls, --kms-key and --group need --instance")
+    policy = of_instances(aws, tls=tls, group=group, key=key) if instance else document(section, aws)
     if directory is not None:
         console.result([str(path) for path in _write(parts(policy), directory)])
         return

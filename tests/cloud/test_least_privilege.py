@@ -249,6 +249,8 @@ def test_the_whole_flow(
     run("copy", second)
     for channel in ("testing", "stable"):
         run("promote", second, channel)
+    for more in ((), ("--disk", "50GiB"), ("--delete", "--apply")):
+        run("launch-template", "stable", "--scheduler", "10.0.0.7", *more)
     run("rollback", "testing", "--target", "aws")
     run("revoke", second, "--reason", "it is bad")
     for _ in range(2):

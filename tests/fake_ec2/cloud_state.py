@@ -84,6 +84,8 @@ class CloudOptions:
     """Regions that have to be enabled, and are."""
     vcpu_quotas: dict[str, float] = field(default_factory=lambda: {"L-1216C47A": 64.0, "L-34B43A08": 64.0})
     """Service Quotas of EC2: vCPUs of standard instances that run at once, on demand and on spot."""
+    no_initialization_rate: bool = False
+    """Refuses launch templates with a Provisioned Rate for Volume Initialization."""
     region_prices: dict[str, str] = field(
         default_factory=lambda: {
             "t3.small": "0.0208", "m5.large": "0.0960", "m6i.large": "0.0960", "m7i.large": "0.1008",
@@ -144,6 +146,8 @@ class CloudState:
         """The write of a parameter that is to be done once `parameter_reads` have passed."""
         self.deleted_parameters: dict[tuple[str, str], int] = {}
         """(region, name) -> how many creations of it are still lost."""
+        self.answers: dict[str, Any] = {}
+        """What the calls of client tokens answered, where ids don't say it all."""
         self.copies: list[FakeImage] = []
         self.chance = random.Random(0)
         """Decides which calls do not find what they name, while `flapping`."""

@@ -26,6 +26,7 @@ from tests.fake_ec2.guard import Guard
 from tests.fake_ec2.identity_actions import Iam, Sts
 from tests.fake_ec2.image_actions import ImageActions
 from tests.fake_ec2.instance_actions import InstanceActions
+from tests.fake_ec2.template_actions import TemplateActions
 from tests.fake_ec2.touched_resources import not_found, touched
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class _Request(Request):
     from_wsgi_server = True
 
 
-class EC2(AccountActions, ImageActions, InstanceActions):
+class EC2(AccountActions, ImageActions, InstanceActions, TemplateActions):
     """One call to EC2."""
 
 

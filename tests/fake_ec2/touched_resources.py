@@ -36,6 +36,8 @@ EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("ImageId", "SubnetId", "SecurityGroupIds", "KeyName"),
     ),
     "CreateLaunchTemplate": (("launch-template",), ()),
+    "CreateLaunchTemplateVersion": ((), ("LaunchTemplateId", "LaunchTemplateName")),
+    "ModifyLaunchTemplate": ((), ("LaunchTemplateId", "LaunchTemplateName")),
     "DeleteLaunchTemplate": ((), ("LaunchTemplateId", "LaunchTemplateName")),
     "CreateFleet": (("fleet", "instance", "volume"), ()),
     "TerminateInstances": ((), ("InstanceIds",)),

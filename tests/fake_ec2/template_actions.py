@@ -1,0 +1,65 @@
+"""EC2 actions on launch templates, where moto does less or something else."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from moto.core.responses import ActionResult
+
+from tests.fake_ec2.api_call import Refused
+from tests.fake_ec2.ec2_action import EC2Action
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class TemplateActions(EC2Action):
+    """The actions that create a launch template, or a version of it."""
+
+    def create_launch_template(self) -> ActionResult:
+        """CreateLaunchTemplate: once per client token; its own tags are none of what it launches."""
+        return self._once(super().create_launch_template, "LaunchTemplate", self._without_own_tags)
+
+    def create_launch_template_version(self) -> ActionResult:
+        """CreateLaunchTemplateVersion: once per client token."""
+        return self._once(super().create_launch_template_version, "LaunchTemplateVersion", lambda made: made)
+
+    def describe_launch_templates(self) -> ActionResult:
+        """DescribeLaunchTemplates, with tags that were added since they were made."""
+        for template in self.ec2_backend.launch_templates.values():
+            template.tags = template.get_tags()
+        return super().describe_launch_templates()
+
+    def _once(
+        self, make: Callable[[], ActionResult], key: str, changed: Callable[[Any], Any]
+    ) -> ActionResult:
+        params = copy.deepcopy(self.original_params())
+        token = params.pop("ClientToken", "")
+        self._allowed_rate()
+        made: list[Any] = []
+
+        def create() -> list[str]:
+            result: Any = make().result
+            made.append(changed(result[key]))
+            self.state.answers[token] = result
+            return [token]
+
+        scope = (self.current_account, self.region, self._get_action(), token)
+        self.state.once(scope, params, create)
+        return ActionResult(self.state.answers[token])
+
+    def _without_own_tags(self, made: Any) -> Any:
+        """Take the template's tags out of its data, where moto puts them too."""
+        data = self.ec2_backend.launch_templates[made["LaunchTemplateId"]].versions[0].data
+        data["TagSpecifications"] = [
+            one for one in data.get("TagSpecifications", []) if one["ResourceType"] != "launch-template"
+        ]
+        return made
+
+    def _allowed_rate(self) -> None:
+        mappings = self._get_param("LaunchTemplateData.BlockDeviceMappings", [])
+        if self.state.options.no_initialization_rate and any(
+            "VolumeInitializationRate" in one.get("Ebs", {}) for one in mappings
+        ):
+            raise Refused("InvalidParameterValue", "VolumeInitializationRate is not supported here.")
