@@ -358,7 +358,8 @@ def test_the_printed_policy_is_exactly_what_it_needs(cloud: Cloud, monkeypatch: 
     ran(*owned, "launch-template", "stable", "--delete", "--apply")
     assert held.refused == []
     assert held.unused == set()
-    account, plain = Account.open(), {"InstanceType": "m6i.large"}
+    account = Account.open()
+    plain: Any = {"InstanceType": "m6i.large"}
     for call in (
         lambda: account.ec2.delete_launch_template(LaunchTemplateId=theirs),
         lambda: account.ec2.create_tags(Resources=[theirs], Tags=[{"Key": tagging.CHANNEL, "Value": "x"}]),
