@@ -178,10 +178,24 @@ def run_image(
             exists=True, dir_okay=False, metavar="FILE", help="User data for cloud-init, as a file."
         ),
     ] = None,
+    instance_store: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--instance-store",
+            metavar="SIZE",
+            help="An empty NVMe disk that the VM takes for an EC2 instance store, e.g. 4GiB; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Boot an image in a local VM, as EC2 would, until Ctrl-C. Its disk changes are discarded."""
+    from ami_builder.core.units import parse_size
+    from ami_builder.qemu.extra_disks import ExtraDisk
     from ami_builder.qemu.target import Launched, launch
 
+    try:
+        disks = [ExtraDisk(size=parse_size(one)) for one in instance_store or ()]
+    except ValueError as error:
+        raise UsageError(f"--instance-store: {error}") from None
     shared.override("verify.memory", "--memory", memory)
     chosen, stored, _ = find_image(image, TargetKind.QEMU)
     is_up = False
@@ -206,6 +220,7 @@ def run_image(
                 stored.path,
                 memory=chosen.verify.memory[0],
                 user_data=user_data,
+                disks=disks,
                 workspace=open_workspace(),
                 progress=progress,
                 on_ready=ready,

@@ -4,7 +4,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
@@ -14,7 +14,9 @@ from typing import TypeVar
 from ami_builder.core.errors import BuildFailed
 from ami_builder.core.options import Arch, Network
 from ami_builder.core.records import Endpoint
+from ami_builder.qemu import extra_disks
 from ami_builder.qemu.disks import create_overlay
+from ami_builder.qemu.extra_disks import ExtraDisk
 from ami_builder.qemu.hardware import (
     DEFAULT_INSTANCE,
     EC2_NETWORK,
@@ -79,8 +81,8 @@ class VirtualMachine:
     With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and is kept.
 
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
-    NVMe. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or BuildFailed; it
-    returns once QEMU runs, long before the guest is up.
+    NVMe. `disks` are further NVMe disks. `memory` and `disk_size` are bytes. Entering raises MissingTool,
+    UsageError or BuildFailed; it returns once QEMU runs, long before the guest is up.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class VirtualMachine:
         instance_id: str = DEFAULT_INSTANCE,
         writable: bool = False,
         arch: Arch = Arch.AMD64,
+        disks: Sequence[ExtraDisk] = (),
     ) -> None:
         self._hardware = HARDWARE[arch]
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
@@ -108,6 +111,9 @@ class VirtualMachine:
         self._user, self._instance_id = user, instance_id
         self._directory = directory
         self._root = disk if writable else directory / "overlay.qcow2"
+        self._disks = [
+            (one, one.path or directory / f"disk-{number}.raw") for number, one in enumerate(disks, start=1)
+        ]
         self._log = directory / "qemu.log"
         self.console_log = directory / "console.log"
         self._console_start = 0
@@ -123,6 +129,10 @@ class VirtualMachine:
             if not self._writable:
                 owned.callback(self._root.unlink, missing_ok=True)
                 create_overlay(self._disk, self._root, self._disk_size)
+            for one, path in self._disks:
+                if one.path is None:
+                    owned.callback(path.unlink, missing_ok=True)
+                extra_disks.create(path, one.size)
             self.console_log.touch()
             self._console_start = self.console_log.stat().st_size
             self._start()
@@ -329,6 +339,9 @@ class VirtualMachine:
             root = f"detect-zeroes=unmap,{root}"
         volume = f"vol{self._instance_id.removeprefix('i-')}"[:20]
         argv += ["-drive", root, "-device", f"nvme,drive=root,serial={volume},bootindex=0"]
+        argv += extra_disks.arguments(
+            [one for one, _ in self._disks], [_escaped(path) for _, path in self._disks]
+        )
         if self._seed is not None:
             seed = f"if=none,id=seed,format=raw,readonly=on,file={_escaped(self._seed)}"
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]

@@ -26,6 +26,7 @@ from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.bake import bake
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.qemu.disks import image_info, nocloud_iso
+from ami_builder.qemu.extra_disks import ExtraDisk
 from ami_builder.qemu.hardware import HARDWARE, Accelerator
 from ami_builder.qemu.machine import VirtualMachine, boot_again
 from ami_builder.state.workspace import Run, StoredImage, Workspace
@@ -47,6 +48,7 @@ class QemuMachine:
     disk: Path
     accelerator: Accelerator
     memory: int
+    disks: tuple[ExtraDisk, ...] = ()
     _vm: VirtualMachine | None = field(default=None, init=False)
     _used_before: float = field(default=0.0, init=False)
     """CPU seconds of the boots before, if QEMU's process is the same."""
@@ -97,6 +99,7 @@ class QemuMachine:
             seed=iso,
             network=settings.network,
             instance_id=instance_id,
+            disks=self.disks,
         )
         return stack.enter_context(self._vm)
 
@@ -310,6 +313,7 @@ def launch(
     *,
     memory: int,
     user_data: Path | None,
+    disks: Sequence[ExtraDisk] = (),
     workspace: Workspace,
     progress: Progress,
     on_ready: Callable[[Launched], None],
@@ -330,7 +334,9 @@ def launch(
             step.done(reason)
         with progress.step("boot", detail=WAITING) as step:
             key = ssh.generate_key(run.work)
-            machine = QemuMachine(image=settings, disk=disk, accelerator=accelerator, memory=memory)
+            machine = QemuMachine(
+                image=settings, disk=disk, accelerator=accelerator, memory=memory, disks=tuple(disks)
+            )
             content = user_data.read_bytes() if user_data is not None else None
             endpoint = machine.boot(stack, run.work, content, key.with_suffix(".pub").read_text().strip())
             session = stack.enter_context(ssh.Session(endpoint, key=key, directory=run.work / "ssh"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import accelerator, hardware, machine
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.disks import create_overlay, image_info
+from ami_builder.qemu.extra_disks import ExtraDisk
 from ami_builder.qemu.hardware import HARDWARE, Accelerator
 from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.system import processes
@@ -294,6 +296,30 @@ def test_an_emulated_machine_puts_programs_where_they_were(
     with build():
         text = arguments(folder)
     assert "type=11,value=io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0" in text
+
+
+def test_further_disks(fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path) -> None:
+    """Empty ones go with the VM; a file that is given stays. The guest sees the models of EC2's disks."""
+    folder, kept = fake(), tmp_path / "a,kept.raw"
+    kept.write_bytes(b"mine")
+    disks = [
+        ExtraDisk(size=MIB),
+        ExtraDisk(path=kept),
+        ExtraDisk(size=MIB, instance_store=False, serial="vol1"),
+    ]
+    with build(disks=disks):
+        text = arguments(folder)
+        assert (tmp_path / "vm/disk-1.raw").stat().st_size == MIB
+    assert f"id=disk2,format=raw,cache=unsafe,discard=unmap,file={tmp_path}/a,,kept.raw" in text
+    serials = re.findall(r"nvme,drive=disk\d,id=nvme\d,serial=(\S+)", text)
+    assert [(serial[:3], len(serial) <= 20) for serial in serials] == [("AWS", True)] * 2 + [("vol", True)]
+    assert serials[0] != serials[1]
+    (encoded,) = re.findall(r"credential\.binary:systemd\.unit-dropin\.mount-spill\.service=(\S+)", text)
+    assert "Amazon EC2 NVMe Instance Storage" in base64.b64decode(encoded).decode()
+    assert [path.name for path in (tmp_path / "vm").glob("disk-*")] == []
+    assert kept.read_bytes() == b"mine"
+    with build():
+        assert "mount-spill" not in arguments(folder)
 
 
 def test_a_folder_with_a_comma(fake: Fake, build: Callable[..., VirtualMachine], tmp_path: Path) -> None:
