@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
-LOCAL = "tcp://127.0.0.1:8786"
+LOCAL = "127.0.0.1:8786"  # without a scheme: the container's variables decide about TLS
 
 
 def ask_worker(dask_worker: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Awaitable, Coroutine, Iterator, Optional, TypeVar  # noqa: UP035 - Python 3.9
 
-SCHEDULER = "tcp://127.0.0.1:8786"
+SCHEDULER = "127.0.0.1:8786"  # without a scheme: the container's variables decide about TLS
 TOPIC = "ami-builder-pressure"
 BLOCK = 1 << 16
 # A task fails with its first lost worker. With Dask's default of 3 it takes four, and each costs a restart.

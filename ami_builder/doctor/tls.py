@@ -14,12 +14,10 @@ HOW = "use --tls FOLDER, with a folder from `ami-builder certificates`, and an a
 
 _MOST_SECONDS = 10.0
 """For one handshake: a scheduler that takes longer is asked anyway, and its error tells more."""
-_NO_TLS = (
-    "WRONG_VERSION_NUMBER",
-    "PACKET_LENGTH_TOO_LONG",
-    "UNEXPECTED_EOF_WHILE_READING",
-    "RECORD_LAYER_FAILURE",
-)
+_NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
+"""OpenSSL's reasons when the answer is not TLS."""
+_OTHER_CA = (18, 19, 20, 21)
+"""OpenSSL's verify codes for a self-signed certificate, and for an issuer that is not known."""
 
 
 def address(text: str, certificates: Path | None) -> str:
@@ -83,8 +81,9 @@ def check(context: ssl.SSLContext | None, scheme: str, host: str, port: int, sec
             # In TLS 1.3 a refusal comes after the handshake. A scheduler sends first.
             encrypted.recv(1)
     except ssl.SSLCertVerificationError as wrong:
+        why = "another CA issued it" if wrong.verify_code in _OTHER_CA else wrong.verify_message
         raise UsageError(
-            f"{where}: the scheduler's certificate is refused: {wrong.verify_message}",
+            f"{where}: the scheduler's certificate is refused: {why}",
             hint="use the ca.pem of the CA that issued the scheduler's certificate",
         ) from wrong
     except ssl.SSLError as wrong:

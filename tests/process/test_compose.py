@@ -69,11 +69,18 @@ def test_each_role_has_what_the_field_taught(role: str) -> None:
     assert service["init"] is True
     assert service["restart"] == "no", "Docker must never bring back a container with a stored limit"
     assert service["healthcheck"] == {"disable": True}
-    assert service["volumes"] == ["/var/lib/dask/spill:/spill"]
+    assert service["volumes"] == ["/var/lib/dask/spill:/spill", "/run/dask/private/tls:/run/dask/tls:ro"]
     assert service["ulimits"] == {"nofile": 65536}
     assert service["logging"]["driver"] == "json-file"
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
     assert service["environment"]["DASK_DISTRIBUTED__WORKER__MEMORY__MAX_SPILL"] == "${DASK_MAX_SPILL:-false}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_takes_tls_from_start_dask(role: str) -> None:
+    """An address with a scheme would decide for itself, against the variables of that file."""
+    assert _services(image())[role]["env_file"] == "/run/dask/comm.env"
+    assert "://" not in _command(image(), role)
 
 
 def test_there_is_one_service_a_role() -> None:

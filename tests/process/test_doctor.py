@@ -194,7 +194,10 @@ def test_what_is_wrong_with_tls_is_said_at_once(
     (broken / "key.pem").write_text("not a key")
     plain = f"tcp://{address.removeprefix('tls://')}"
     cases = (
-        ([address, "--tls", str(folder / "other")], "the scheduler's certificate is refused"),
+        (
+            [address, "--tls", str(folder / "other")],
+            "the scheduler's certificate is refused: another CA issued it",
+        ),
         ([address, "--tls", str(folder / "half")], "the scheduler refuses this certificate"),
         ([address, "--tls", str(tmp_path / "empty")], "empty has no ca.pem, cert.pem, key.pem"),
         ([address, "--tls", str(broken)], "broken can't be used"),

@@ -32,6 +32,7 @@ MEMINFO = Path(__file__).with_name("meminfo")
 PAGE = os.sysconf("SC_PAGESIZE")
 START_DASK = PurePosixPath("/usr/local/sbin/start-dask")
 MEASURE_MEMORY = PurePosixPath("/usr/local/sbin/measure-memory")
+DASK_TLS = PurePosixPath("/usr/local/sbin/dask-tls")
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 
 SHELLS = {name: found for name in ("dash", "busybox") if (found := shutil.which(name))}
@@ -110,7 +111,7 @@ class Machine:
 
     def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
         guest = render.guest(of or image())
-        for path in (START_DASK, MEASURE_MEMORY):
+        for path in (START_DASK, MEASURE_MEMORY, DASK_TLS):
             script = self.root / path.relative_to("/")
             script.write_bytes(guest[path].content)
             script.chmod(0o755)
@@ -783,7 +784,7 @@ def test_the_rendered_scripts_pass_shellcheck(tmp_path: Path, of: Image) -> None
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     for path, file in render.guest(of).items():
-        if file.mode == 0o755 or path.suffix == ".sh":
+        if file.content.startswith(b"#!/bin/sh") or path.suffix == ".sh":
             script = tmp_path / path.name
             script.write_bytes(file.content)
             argv = [shellcheck, "--shell=sh", str(script)]
