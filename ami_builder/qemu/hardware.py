@@ -27,6 +27,20 @@ EC2_NETWORK = f"net=169.254.169.0/24,host={HOST_ADDRESS},dns=169.254.169.3,dhcps
 SAME_ADDRESSES = "io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """A network device of this host that a VM's one is connected to, in place of QEMU's user network.
+
+    What is behind it, the caller decides: DHCP, metadata at 169.254.169.254, and how far packets get.
+    """
+
+    name: str
+    mac: str
+    """The guest's own hardware address."""
+    address: str
+    """The address that the guest will have, where ssh reaches it."""
+
+
 class Accelerator(StrEnum):
     """What runs the guest's instructions."""
 

@@ -24,6 +24,7 @@ from ami_builder.qemu.hardware import (
     MAC,
     SAME_ADDRESSES,
     Accelerator,
+    Tap,
     firmware,
     smbios,
 )
@@ -81,8 +82,9 @@ class VirtualMachine:
     With `writable` there is no overlay: the disk itself, a qcow2 file, takes all writes and is kept.
 
     With `imds_port` it looks like an EC2 instance: SMBIOS as Amazon's, metadata at 169.254.169.254, a root on
-    NVMe. `disks` are further NVMe disks. `memory` and `disk_size` are bytes. Entering raises MissingTool,
-    UsageError or BuildFailed; it returns once QEMU runs, long before the guest is up.
+    NVMe. With `tap` it does too, and has that network in place of `imds_port` and `network`. `disks` are
+    further NVMe disks. `memory` and `disk_size` are bytes. Entering raises MissingTool, UsageError or
+    BuildFailed; it returns once QEMU runs, long before the guest is up.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class VirtualMachine:
         imds_port: int | None = None,
         seed: Path | None = None,
         network: Network = Network.ISOLATED,
+        tap: Tap | None = None,
         instance_id: str = DEFAULT_INSTANCE,
         writable: bool = False,
         arch: Arch = Arch.AMD64,
@@ -107,7 +110,7 @@ class VirtualMachine:
         self._disk, self._disk_size, self._seed = disk, disk_size, seed
         self._writable = writable
         self._memory, self._cpus, self._accelerator = memory, cpus, accelerator
-        self._imds_port, self._network = imds_port, network
+        self._imds_port, self._network, self._tap = imds_port, network, tap
         self._user, self._instance_id = user, instance_id
         self._directory = directory
         self._root = disk if writable else directory / "overlay.qcow2"
@@ -138,9 +141,8 @@ class VirtualMachine:
             self._start()
             owned.callback(lambda: self._running.close())
             self._owned = owned.pop_all()
-        return Endpoint(
-            address="127.0.0.1", port=self._ssh_port, user=self._user, console_log=self.console_log
-        )
+        address, port = (self._tap.address, 22) if self._tap is not None else ("127.0.0.1", self._ssh_port)
+        return Endpoint(address=address, port=port, user=self._user, console_log=self.console_log)
 
     def _start(self) -> None:
         """Start QEMU; `_running` ends it."""
@@ -154,7 +156,8 @@ class VirtualMachine:
                 )
             try:
                 self._monitor = running.enter_context(Monitor(ours))
-                self._ssh_port = self._forwarded()
+                if self._tap is None:
+                    self._ssh_port = self._forwarded()
             except FAILURES as error:
                 raise self._ended() from error
             running.callback(self._quit)
@@ -345,17 +348,25 @@ class VirtualMachine:
         if self._seed is not None:
             seed = f"if=none,id=seed,format=raw,readonly=on,file={_escaped(self._seed)}"
             argv += ["-drive", seed, "-device", "virtio-blk-pci,drive=seed"]
+        if self._imds_port is not None or self._tap is not None:
+            argv += smbios(self._instance_id, hardware.arch)
+        if self._tap is not None:
+            argv += ["-netdev", f"tap,id=net,ifname={self._tap.name},script=no,downscript=no"]
+        else:
+            argv += ["-netdev", self._user_network()]
+        mac = self._tap.mac if self._tap is not None else MAC
+        return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={mac},romfile="]
+
+    def _user_network(self) -> str:
         user = ["user", "id=net", "ipv6=off"]
         if self._imds_port is not None:
-            argv += smbios(self._instance_id, hardware.arch)
             forwarder = f"{processes.find('socat')} STDIO TCP4:127.0.0.1:{self._imds_port}"
             user += [EC2_NETWORK, f"guestfwd=tcp:169.254.169.254:80-cmd:{forwarder}"]
         if self._network is Network.ISOLATED:
             user.append("restrict=on")
         # QEMU chooses a free port when it starts first, and takes it again after a reboot.
         user.append(f"hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22")
-        argv += ["-netdev", ",".join(user)]
-        return [*argv, "-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile="]
+        return ",".join(user)
 
 
 def _escaped(path: Path) -> str:

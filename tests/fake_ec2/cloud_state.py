@@ -99,6 +99,8 @@ class Hypervisor(Protocol):
 
     port: int
     """Where ssh answers, at each instance's address."""
+    in_vpc: bool
+    """Whether instances have their addresses in the VPC, public ones too; else each has one of loopback."""
     lock: threading.RLock
     """The cloud's own; held whenever something of moto's is changed."""
 
@@ -187,8 +189,13 @@ class CloudState:
             )
         return backend
 
-    def address(self) -> str:
-        """Return an address on loopback that no instance has had before; none may lead off this machine."""
+    def address(self, instance: Instance, subnet: Any) -> str:
+        """Return an address for a new instance in a subnet that leads nowhere off this machine.
+
+        Without a network of instances it is one on loopback, which no instance has had before.
+        """
+        if self.machines is not None and self.machines.in_vpc:
+            return str(subnet.get_available_subnet_ip(instance))
         while True:
             address = f"127.77.{secrets.randbelow(256)}.{secrets.randbelow(254) + 1}"
             if address not in self._addresses:

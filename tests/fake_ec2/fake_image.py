@@ -43,10 +43,12 @@ class FakeImage(Ami):
 
     captured: bool = True
 
-    def __init__(self, *args: Any, mapping: list[dict[str, Any]], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mapping: list[dict[str, Any]], root_device: str = ROOT_DEVICE, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.root_device_type, self.root_device_name = "ebs", ROOT_DEVICE
-        root = next(m for m in mapping if m["DeviceName"] == ROOT_DEVICE)["Ebs"]
+        self.root_device_type, self.root_device_name = "ebs", root_device
+        root = next(m for m in mapping if m["DeviceName"] == root_device)["Ebs"]
         snapshot = self.ebs_snapshot
         snapshot.volume.size = root["VolumeSize"]
         snapshot.encrypted = bool(root["Encrypted"])

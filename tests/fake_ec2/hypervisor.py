@@ -3,7 +3,8 @@
 An AMI is a qcow2 file. A launch puts an overlay on it, which is the instance's root volume; CreateImage
 freezes that overlay as the AMI's file and puts a new one on top, so nothing is copied. Files that no AMI and
 no instance uses are removed. Port 22 of an instance's address leads to its guest while a security group
-lets this machine in. Not for use where this process calls `proc.cancel`, which ends all children, these too.
+lets this machine in. With an InstanceNetwork (network.py) it has its own address there instead, where other
+instances reach it. Not for use where this process calls `proc.cancel`, which ends all children, these too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
 from ami_builder.qemu.hardware import Accelerator
 from ami_builder.system import processes
+from tests.fake_ec2 import network as instance_network
 from tests.fake_ec2.cloud_state import end, set_state
 from tests.fake_ec2.fake_image import DEBIAN_ACCOUNT, FakeImage
 from tests.fake_ec2.instance_vm import InstanceVm, VmLaunch
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from moto.ec2.models.instances import Instance
+
+    from tests.fake_ec2.network import InstanceNetwork
 
 GIB = 1 << 30
 MOST_MIB = 2048
@@ -49,7 +53,7 @@ class VmHypervisor:
     """What runs the instances: give it to `Cloud.machines`; the context ends them and removes their disks.
 
     `base` is the disk of every image that a region begins with. `memory` says how many MiB an instance type
-    has; DescribeInstanceTypes tells the same.
+    has; DescribeInstanceTypes tells the same. `shared` takes the place of `network`.
     """
 
     def __init__(
@@ -60,10 +64,12 @@ class VmHypervisor:
         accelerator: Accelerator,
         memory: Mapping[str, int] | None = None,
         network: Network = Network.ISOLATED,
+        shared: InstanceNetwork | None = None,
         port: int | None = None,
         cpus: int = 2,
     ) -> None:
         self.lock = threading.RLock()
+        self.in_vpc, self._shared = shared is not None, shared
         self.port = port if port is not None else (22 if os.geteuid() == 0 else 2222)
         """Where ssh answers, at each instance's address."""
         self._base, self._directory = base.resolve(), directory.resolve()
@@ -112,28 +118,37 @@ class VmHypervisor:
         key = backend.key_pairs.get(instance.key_name)
         mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
         arch = Arch.named(str(image.architecture)) or Arch.AMD64
+        address = str(instance.private_ip_address)
+        there = {} if self._shared is None else instance_network.placed(address)
+        metadata = imds.MetadataServer(
+            imds.InstanceMetadata(
+                instance_id=instance.id,
+                ami_id=image.id,
+                instance_type=instance.instance_type,
+                arch=arch,
+                region=backend.region_name,
+                zone=str(instance.availability_zone).removeprefix(backend.region_name),
+                public_key=key.public_key.strip() if key is not None else None,
+                key_name=instance.key_name or "",
+                user_data=base64.b64decode(str(instance.user_data)) if instance.user_data else None,
+                **there,
+            )
+        )
+        tap = self._shared.connect(metadata, address) if self._shared is not None else None
         vm = InstanceVm(
             VmLaunch(
                 instance_id=instance.id,
-                address=str(instance.private_ip_address),
+                address=address,
                 port=self.port,
                 memory=self.memory_of(instance.instance_type, mib) << 20,
                 cpus=self._cpus,
                 accelerator=self._accelerator if arch.is_native else Accelerator.TCG,
                 network=self._network,
+                tap=tap,
                 directory=self._directory / instance.id,
-                metadata=imds.InstanceMetadata(
-                    instance_id=instance.id,
-                    ami_id=image.id,
-                    instance_type=instance.instance_type,
-                    arch=arch,
-                    region=backend.region_name,
-                    zone=str(instance.availability_zone).removeprefix(backend.region_name),
-                    public_key=key.public_key.strip() if key is not None else None,
-                    key_name=instance.key_name or "",
-                    user_data=base64.b64decode(str(instance.user_data)) if instance.user_data else None,
-                ),
+                arch=arch,
             ),
+            metadata=metadata,
             volume=volume,
             owner=_Owner(self, backend, instance),
         )
@@ -176,8 +191,12 @@ class VmHypervisor:
         if source.id in self._images:
             self._images[image.id] = self._images[source.id]
 
+    def register(self, image_id: str, disk: Path) -> None:
+        """Let an image have a qcow2 file as its disk, which is never changed or removed."""
+        self._images[image_id] = disk.resolve()
+
     def disk(self, image_id: str) -> Path:
-        """Return the disk of an image that was captured or copied here: what EC2 calls its snapshot."""
+        """Return the disk of an image that was captured, copied or registered here: EC2's snapshot."""
         return self._images[image_id]
 
     def drop(self, image_id: str) -> None:
@@ -190,9 +209,16 @@ class VmHypervisor:
         log = self._directory / instance_id / "console.log"
         return log.read_bytes() if log.exists() else b""
 
+    def metadata(self, instance_id: str) -> imds.MetadataServer:
+        """Return the metadata service of an instance, as its guest sees it."""
+        return self._vms[instance_id].metadata
+
     def forget(self, instance_id: str) -> None:
         """Forget an instance that was terminated."""
-        self._vms.pop(instance_id, None)
+        vm = self._vms.pop(instance_id, None)
+        if vm is not None and vm.launch.tap is not None:
+            assert self._shared is not None
+            self._shared.disconnect(vm.launch.tap)
         self._collect()
 
     def _overlay(self, backing: Path, size: int | None) -> Path:

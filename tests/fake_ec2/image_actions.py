@@ -13,7 +13,7 @@ from moto.ec2.utils import random_ami_id
 
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.ec2_action import EC2Action
-from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
+from tests.fake_ec2.fake_image import FakeImage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ class ImageActions(EC2Action):
             region_name=instance.placement.availability_zone,
             snapshot_description=f"Created by CreateImage({instance.id})",
             mapping=mapping,
+            root_device=instance.root_device_name,
         )
         image.imds_support = getattr(source, "imds_support", None)
         for block in instance.block_device_mapping.values():
@@ -99,6 +100,7 @@ class ImageActions(EC2Action):
                 hypervisor="xen",
                 region_name=f"{self.region}a",
                 mapping=mapping,
+                root_device=source.root_device_name,
             )
             image.imds_support = source.imds_support
             if params.get("CopyImageTags"):
@@ -252,7 +254,7 @@ class ImageActions(EC2Action):
 
 def root_of(image: FakeImage) -> dict[str, Any]:
     """Return the root disk of an image."""
-    return dict(next(m for m in image.mapping if m["DeviceName"] == ROOT_DEVICE)["Ebs"])
+    return dict(next(m for m in image.mapping if m["DeviceName"] == image.root_device_name)["Ebs"])
 
 
 def _not_found(ids: Sequence[str]) -> Refused:

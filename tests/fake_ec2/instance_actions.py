@@ -13,7 +13,7 @@ from moto.ec2.utils import random_fleet_id, random_spot_request_id
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.cloud_state import set_state
 from tests.fake_ec2.ec2_action import EC2Action
-from tests.fake_ec2.fake_image import ROOT_DEVICE, FakeImage
+from tests.fake_ec2.fake_image import FakeImage
 from tests.fake_ec2.image_actions import root_of
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ class InstanceActions(EC2Action):
                 volumes = [block.volume_id for block in instance.block_device_mapping.values()]
                 for nic in instance.nics.values():
                     nic.add_tags(self.tags().get("network-interface", {}))
-                    nic.private_ip_address = self.state.address()
+                    address = self.state.address(instance, nic.subnet)
+                    nic.private_ip_address = address
+                    nic.private_ip_addresses = [{"Primary": True, "PrivateIpAddress": address}]
                     if nic.public_ip is not None:
-                        nic.public_ip, nic.public_ip_auto_assign = nic.private_ip_address, False
+                        nic.public_ip, nic.public_ip_auto_assign = address, False
                 self.state.made(instance.id, *volumes)
                 if self.state.machines is not None:
                     self.state.machines.launch(self.ec2_backend, instance, image)
@@ -313,15 +315,15 @@ class InstanceActions(EC2Action):
 
     def _fill_in(self, image: FakeImage) -> None:
         """Complete the call's parameters by what the image says."""
-        root = root_of(image)
+        root, name = root_of(image), image.root_device_name
         mapping = self._get_param("BlockDeviceMappings", [])
-        others = [each for each in mapping if each.get("DeviceName") != ROOT_DEVICE]
-        own: dict[str, Any] = next((m["Ebs"] for m in mapping if m.get("DeviceName") == ROOT_DEVICE), {})
+        others = [each for each in mapping if each.get("DeviceName") != name]
+        own: dict[str, Any] = next((m["Ebs"] for m in mapping if m.get("DeviceName") == name), {})
         if own.get("VolumeSize", root["VolumeSize"]) < root["VolumeSize"]:
             size = f"Volume of size {own['VolumeSize']}GB is smaller than snapshot '{root['SnapshotId']}'"
             raise Refused("InvalidBlockDeviceMapping", f"{size}, expect size >= {root['VolumeSize']}GB")
         ebs = {**root, **own, "Encrypted": root["Encrypted"] or bool(own.get("Encrypted"))}
-        self.params["BlockDeviceMappings"] = [{"DeviceName": ROOT_DEVICE, "Ebs": ebs}, *others]
+        self.params["BlockDeviceMappings"] = [{"DeviceName": name, "Ebs": ebs}, *others]
         if image.imds_support == "v2.0":
             self.params["MetadataOptions"] = {
                 "HttpTokens": "required",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.options import Network
+from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
-from ami_builder.qemu.hardware import Accelerator
+from ami_builder.qemu.hardware import Accelerator, Tap
 from ami_builder.qemu.machine import GuestStuck, VirtualMachine
 from ami_builder.system import processes
 
@@ -59,17 +59,21 @@ class VmLaunch:
     cpus: int
     accelerator: Accelerator
     network: Network
+    tap: Tap | None
+    """Its place in a network of instances; with None, `port` is forwarded to it while a group says so."""
     directory: Path
-    metadata: imds.InstanceMetadata
+    arch: Arch
 
 
 class InstanceVm(threading.Thread):
     """An instance from its launch to its end: `ask` returns at once, things are done in order."""
 
-    def __init__(self, launch: VmLaunch, *, volume: Path, owner: Owner) -> None:
+    def __init__(
+        self, launch: VmLaunch, *, metadata: imds.MetadataServer, volume: Path, owner: Owner
+    ) -> None:
         super().__init__(name=launch.instance_id, daemon=True)
-        self.volume = volume
-        self._launch, self._owner = launch, owner
+        self.launch, self.metadata, self.volume = launch, metadata, volume
+        self._owner = owner
         self._asked: queue.SimpleQueue[tuple[str, Callable[[], None]]] = queue.SimpleQueue()
         self._machine: VirtualMachine | None = None
         self._endpoint: Endpoint | None = None
@@ -84,7 +88,7 @@ class InstanceVm(threading.Thread):
     def run(self) -> None:
         """Own the machine until the instance is terminated."""
         try:
-            with imds.MetadataServer(self._launch.metadata) as metadata, self._power:
+            with self.metadata as metadata, self._power:
                 self._boot(metadata.port)
                 while True:
                     try:
@@ -137,7 +141,7 @@ class InstanceVm(threading.Thread):
         return False
 
     def _boot(self, imds_port: int) -> None:
-        launch = self._launch
+        launch = self.launch
         machine = VirtualMachine(
             disk=self.volume,
             writable=True,
@@ -148,8 +152,9 @@ class InstanceVm(threading.Thread):
             user="",
             imds_port=imds_port,
             network=launch.network,
+            tap=launch.tap,
             instance_id=launch.instance_id,
-            arch=launch.metadata.arch,
+            arch=launch.arch,
         )
         self._endpoint = self._power.enter_context(machine)
         self._machine = machine
@@ -178,13 +183,15 @@ class InstanceVm(threading.Thread):
 
     def _sync_relay(self) -> None:
         """Make the port reachable exactly while a security group says so."""
-        admitted = self._owner.admits(self._launch.port)
+        if self.launch.tap is not None:
+            return
+        admitted = self._owner.admits(self.launch.port)
         if admitted == self._open:
             return
         self._relay.close()
         self._open = admitted
         if admitted:
             assert self._endpoint is not None
-            listen = f"TCP4-LISTEN:{self._launch.port},bind={self._launch.address},fork,reuseaddr"
+            listen = f"TCP4-LISTEN:{self.launch.port},bind={self.launch.address},fork,reuseaddr"
             to = f"TCP4:127.0.0.1:{self._endpoint.port}"
             self._relay.enter_context(processes.running(["socat", listen, to]))
