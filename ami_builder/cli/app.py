@@ -19,6 +19,7 @@ from ami_builder import console
 # Importing them registers their commands.
 from ami_builder.cli import (  # noqa: F401
     aws,
+    certificates,
     channels,
     cleanup,
     doctor,
@@ -37,7 +38,8 @@ __all__ = ["app", "config_app", "run"]
 
 _PANELS = {
     "Build and verify": ("build", "verify", "run", "check", "render"),
-    "Inspect": ("list", "show", "diff", "report", "doctor"),
+    "Inspect": ("list", "show", "diff", "report"),
+    "Clusters": ("certificates", "doctor"),
     "Channels and nightly runs": ("nightly", "promote", "rollback", "revoke", "history"),
     "Clean up": ("prune", "gc"),
     "AWS": ("copy", "share", "launch-template", "iam-policy", "selftest"),
