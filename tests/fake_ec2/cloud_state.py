@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
@@ -84,6 +85,8 @@ class CloudOptions:
     """Regions that have to be enabled, and are."""
     vcpu_quotas: dict[str, float] = field(default_factory=lambda: {"L-1216C47A": 64.0, "L-34B43A08": 64.0})
     """Service Quotas of EC2: vCPUs of standard instances that run at once, on demand and on spot."""
+    seconds_ahead: float = 0.0
+    """How far the time of Auto Scaling groups is ahead, so that no test waits for a hook."""
     no_initialization_rate: bool = False
     """Refuses launch templates with a Provisioned Rate for Volume Initialization."""
     region_prices: dict[str, str] = field(
@@ -134,6 +137,9 @@ class Hypervisor(Protocol):
     def drop(self, image_id: str) -> None:
         """Forget the disk of a deregistered image."""
 
+    def announce(self, instance_id: str, path: str, value: str) -> None:
+        """Set a value of the instance's metadata."""
+
     def console(self, instance_id: str) -> bytes:
         """Return what the guest wrote to its serial console."""
 
@@ -148,6 +154,8 @@ class CloudState:
         """The write of a parameter that is to be done once `parameter_reads` have passed."""
         self.deleted_parameters: dict[tuple[str, str], int] = {}
         """(region, name) -> how many creations of it are still lost."""
+        self.announced: dict[str, dict[str, str]] = {}
+        """Instance -> what its metadata have beside what it was launched with, by path."""
         self.answers: dict[str, Any] = {}
         """What the calls of client tokens answered, where ids don't say it all."""
         self.copies: list[FakeImage] = []
@@ -201,6 +209,33 @@ class CloudState:
             if address not in self._addresses:
                 self._addresses.add(address)
                 return address
+
+    def announce(self, instance_id: str, path: str, value: str) -> None:
+        """Set a value of an instance's metadata, below meta-data/."""
+        self.announced.setdefault(instance_id, {})[path] = value
+        if self.machines is not None:
+            self.machines.announce(instance_id, path, value)
+
+    def describe(self, instance: Instance) -> None:
+        """Let an instance's metadata have its tags, if it was launched so, and its role's credentials."""
+        # behaviour: tags-in-metadata
+        if instance.metadata_options.instance_metadata_tags == "enabled":
+            for tag in instance.get_tags():
+                self.announce(instance.id, f"tags/instance/{tag['key']}", tag["value"])
+        backend: Any = instance.ec2_backend
+        if (found := backend.iam_instance_profile_associations.get(instance.id)) is not None:
+            for role in found.iam_instance_profile.roles:
+                # behaviour: role-credentials-in-metadata
+                credentials = {
+                    "Code": "Success",
+                    "LastUpdated": "2026-01-01T00:00:00Z",
+                    "Type": "AWS-HMAC",
+                    "AccessKeyId": role_key(role.name),
+                    "SecretAccessKey": "secret",
+                    "Token": "token",
+                    "Expiration": "2036-01-01T00:00:00Z",
+                }
+                self.announce(instance.id, f"iam/security-credentials/{role.name}", json.dumps(credentials))
 
     def require_valid(self, call: ApiCall) -> None:
         """Raise Refused for credentials that have expired by now."""
@@ -277,6 +312,11 @@ def _let_out(backend: Any) -> None:
 def base_ami(backend: Any) -> str:
     """Return the id of the newest Debian 13 image for amd64."""
     return str(next(image.id for image in backend.amis.values() if image.name == NEWEST))
+
+
+def role_key(role: str) -> str:
+    """Return the access key that instances with a role get."""
+    return f"ASIA{base64.b32encode(role.encode()).decode().rstrip('='):0<16.16}"
 
 
 def end(instance: Instance, *, code: str, message: str) -> None:

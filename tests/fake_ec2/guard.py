@@ -202,7 +202,7 @@ class Guard:
             return Refused(
                 "UnauthorizedOperation", f"You are not authorized to perform this operation. {message}", 403
             )
-        if call.service in ("sts", "iam"):
+        if call.service in ("sts", "iam", "autoscaling"):
             return Refused("AccessDenied", message, 403)
         return Refused("AccessDeniedException", message, 400)
 

@@ -15,6 +15,7 @@ from tests.fake_ec2.cloud_state import set_state
 from tests.fake_ec2.ec2_action import EC2Action
 from tests.fake_ec2.fake_image import FakeImage
 from tests.fake_ec2.image_actions import root_of
+from tests.fake_ec2.other_services import resolved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,7 @@ class InstanceActions(EC2Action):
         def launched() -> list[str]:
             if self._get_param("InstanceMarketOptions.MarketType") == "spot":
                 self.have_spot_role()
+            self.params["ImageId"] = resolved(self.region, self._get_param("ImageId"))
             image = self._launchable(self._get_param("ImageId"))
             if (refusal := self.state.options.launch_refusal)[0]:
                 raise Refused(*refusal)
@@ -53,6 +55,7 @@ class InstanceActions(EC2Action):
                 self.state.made(instance.id, *volumes)
                 if self.state.machines is not None:
                     self.state.machines.launch(self.ec2_backend, instance, image)
+                self.state.describe(instance)
             return [reservation.id]
 
         scope = (self.current_account, self.region, "RunInstances", token)

@@ -49,6 +49,22 @@ def parameter_call(call: ApiCall, state: CloudState, by_moto: Callable[[], HttpA
     return _json({"Version": (versions[-1].version if versions else 0) + 1, "Tier": "Standard"})
 
 
+def resolved(region: str, image_id: str) -> str:
+    """Return an AMI id as it is, or the one that `resolve:ssm:NAME` or `resolve:ssm:NAME:VERSION` means."""
+    # behaviour: image-by-parameter
+    if not str(image_id).startswith("resolve:ssm:"):
+        return image_id
+    name, _, version = image_id.removeprefix("resolve:ssm:").partition(":")
+    versions = ssm_backends[ACCOUNT][region]._parameters.get(name, [])
+    found = [one for one in versions if version in ("", str(one.version)) or version in one.labels]
+    if not found:
+        raise Refused(
+            "InvalidParameterValue",
+            f"The SSM parameter {name} in {image_id} does not exist, or has no such version.",
+        )
+    return str(found[-1].value)
+
+
 def _validate(state: CloudState) -> None:
     if state.parameter is not None:
         state.parameter()

@@ -195,6 +195,11 @@ class Cloud:
         with self._shim.lock:
             self._shim.state.made(*ids)
 
+    def metadata(self, instance_id: str) -> dict[str, str]:
+        """Return what an instance finds in its metadata beside what it was launched with, by path."""
+        with self._shim.lock:
+            return dict(self._shim.state.announced.get(instance_id, {}))
+
     def left(self, region: str = REGION) -> dict[str, list[str]]:
         """Return what the account has beside what it began with: kind -> ids, empty kinds left out."""
         backend = self.backend(region)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from moto.core.exceptions import ServiceException
 from moto.core.request import Request
 from moto.core.responses import BaseResponse
+from moto.core.utils import camelcase_to_underscores
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
-from tests.fake_ec2 import other_services, strict
+from tests.fake_ec2 import other_services, scaling_actions, strict
 from tests.fake_ec2.account_actions import AccountActions
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, HttpAnswer, Refused, parse, refusal
 from tests.fake_ec2.cloud_state import CloudState
@@ -26,6 +27,8 @@ from tests.fake_ec2.guard import Guard
 from tests.fake_ec2.identity_actions import Iam, Sts
 from tests.fake_ec2.image_actions import ImageActions
 from tests.fake_ec2.instance_actions import InstanceActions
+from tests.fake_ec2.scaling_actions import ScalingActions, ScalingGroup
+from tests.fake_ec2.scaling_launches import Launches
 from tests.fake_ec2.template_actions import TemplateActions
 from tests.fake_ec2.touched_resources import not_found, touched
 
@@ -77,6 +80,7 @@ class Shim:
         self.calls: list[ApiCall] = []
         self.on_reset: Callable[[], None] = lambda: None
         self._moto = DomainDispatcherApplication(create_backend_app)
+        ScalingGroup.launcher = Launches(lambda: self.state, self._acted)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -128,6 +132,7 @@ class Shim:
     ) -> HttpAnswer:
         with self.lock:
             self.state.require_valid(call)
+            scaling_actions.advance()
             call.params = strict.parsed(call.service, call.action, form, body)
             if call.service == "ec2":
                 backend = self.state.backend(ACCOUNT, call.region)
@@ -143,6 +148,8 @@ class Shim:
                 return _performed(Iam(self.guard, call), environ, body)
             if call.service == "sts":
                 return _performed(Sts(self.guard, call), environ, body)
+            if call.service == "autoscaling":
+                return _performed(ScalingActions(), environ, body)
             if call.service == "pricing":
                 return other_services.products(call.params, self.state.options.region_prices)
             if call.service == "servicequotas":
@@ -152,6 +159,15 @@ class Shim:
                 self.state.backend(ACCOUNT, call.region)
                 return other_services.parameter_call(call, self.state, lambda: self._by_moto(environ, body))
             return self._by_moto(environ, body)
+
+    def _acted(self, call: ApiCall, environ: dict[str, Any], body: bytes) -> Any:
+        """Do an action of EC2 for another service, and return its result; raises Refused."""
+        action = EC2(self.state, call, self.guard)
+        try:
+            action.setup_class(_Request({**environ, "wsgi.input": io.BytesIO(body)}))
+            return getattr(action, camelcase_to_underscores(call.action))().result
+        except ServiceException as error:
+            raise Refused(error.code, error.message) from error
 
     def _by_moto(self, environ: dict[str, Any], body: bytes) -> HttpAnswer:
         heard: dict[str, Any] = {}

@@ -8,9 +8,11 @@ from typing import Any
 
 from moto.ec2.models import ec2_backends
 from moto.iam.models import iam_backends
+from moto.secretsmanager.models import secretsmanager_backends
 
 from tests.fake_ec2 import arns, authorization
 from tests.fake_ec2.api_call import ACCOUNT, ApiCall, Refused
+from tests.fake_ec2.scaling_actions import find_group
 
 NEW = "*"
 """The id of what the call is about to make."""
@@ -300,6 +302,19 @@ def _others(call: ApiCall) -> Iterator[Touched]:
     match call.service, call.action:
         case "sts", "GetCallerIdentity":
             return
+        case "autoscaling", _ if {"AutoScalingGroupName", "InstanceId"} & call.params.keys():
+            named = call.params.get("AutoScalingGroupName", "")
+            group = find_group(call.region, name=named, instance=call.params.get("InstanceId", ""))
+            missing = arns.arn("autoscaling", call.region, f"autoScalingGroup:*:autoScalingGroupName/{named}")
+            yield Touched(action=call.name, arn=missing if group is None else group.arn)
+        case "secretsmanager", "GetSecretValue":
+            secrets, named = secretsmanager_backends[ACCOUNT][call.region].secrets, call.params["SecretId"]
+            arn = (
+                secrets[named].arn
+                if named in secrets
+                else arns.arn("secretsmanager", call.region, f"secret:{named}")
+            )
+            yield Touched(action=call.name, arn=arn)
         case "ssm", _ if {"Name", "Names", "Path"} & call.params.keys():
             given = call.params.get("Names") or [call.params.get("Name") or call.params.get("Path")]
             requested = {tag["Key"]: tag["Value"] for tag in call.params.get("Tags", [])}
