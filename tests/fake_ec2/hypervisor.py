@@ -213,6 +213,11 @@ class VmHypervisor:
         """Return the metadata service of an instance, as its guest sees it."""
         return self._vms[instance_id].metadata
 
+    def announce(self, instance_id: str, path: str, value: str) -> None:
+        """Set a value of the instance's metadata."""
+        if instance_id in self._vms:
+            self._vms[instance_id].metadata.tree.announce(path, value)
+
     def forget(self, instance_id: str) -> None:
         """Forget an instance that was terminated."""
         vm = self._vms.pop(instance_id, None)

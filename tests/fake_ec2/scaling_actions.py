@@ -64,6 +64,7 @@ class ScalingGroup(FakeAutoScalingGroup):
     launcher: ClassVar[Launcher]
     refusals: list[str]
     """Why launches were refused."""
+    _courses: dict[str, _Course]
 
     def set_desired_capacity(self, new_capacity: int | None) -> None:
         """Launch or terminate as many instances as it takes."""

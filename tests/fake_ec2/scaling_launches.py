@@ -10,12 +10,13 @@ import botocore.session
 from botocore.serialize import create_serializer
 from werkzeug.test import EnvironBuilder
 
+from tests.fake_ec2.api_call import ApiCall
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moto.ec2.models.instances import Instance
 
-    from tests.fake_ec2.api_call import ApiCall
     from tests.fake_ec2.cloud_state import CloudState
 
 _SERVICE_ROLE = "AKIAAUTOSCALING00000"
@@ -55,19 +56,21 @@ class Launches:
         self._state().announce(instance_id, path, value)
 
     def _call(self, region: str, action: str, params: dict[str, Any]) -> Any:
-        from tests.fake_ec2.api_call import ApiCall
-
         request = create_serializer("ec2", include_validation=False).serialize_to_request(
             params, self._model.operation_model(action)
         )
-        body = urlencode(request["body"]).encode()
+        form: Any = request["body"]
+        body = urlencode(form).encode()
         credential = f"{_SERVICE_ROLE}/20260101/{region}/ec2/aws4_request"
         builder = EnvironBuilder(
             method="POST",
             base_url=f"https://ec2.{region}.amazonaws.com/",
-            headers={
-                "Authorization": f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders=host, Signature=0"
-            },
+            headers=[
+                (
+                    "Authorization",
+                    f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders=host, Signature=0",
+                )
+            ],
             content_type="application/x-www-form-urlencoded; charset=utf-8",
             data=body,
         )
