@@ -137,6 +137,9 @@ class DaskSettings(_Table):
     """Threads of each worker. `auto`: the machine's CPUs divided by the workers."""
     spill_percent: Annotated[int, t.count(1, 100, example=50)] = 80
     """How much of the disk's free space all workers together can fill with spilled data, in percent."""
+    instance_store: StrictBool = True
+    """Whether the machine's instance-store disks, if it has any, are formatted at each boot and take spilled
+    data. A disk that has a file system or partitions is never touched."""
     after: t.Many[t.SystemdUnit] = ()
     """Units, such as agents, that must be up before the available memory is measured."""
 

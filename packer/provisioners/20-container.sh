@@ -53,7 +53,9 @@ id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
 
 # Not earlier: Docker's start would start Dask too, which must not run during the build.
 systemctl enable --quiet dask.service dask-memory.service dask-health.timer
-[ ! -e /etc/systemd/system/security-updates.service ] || systemctl enable --quiet security-updates.service
+for unit in mount-spill.service security-updates.service; do
+    [ ! -e "/etc/systemd/system/$unit" ] || systemctl enable --quiet "$unit"
+done
 
 mkdir -p "${record%/*}"
 {

@@ -436,6 +436,14 @@ def test_a_container_that_may_use_more_is_said(machine: Machine, maximum: str | 
     assert (notices.read_text() if notices.exists() else "") == (f"{said}\n" if said else "")
 
 
+def test_what_mount_spill_reports_is_a_notice_at_each_start(machine: Machine) -> None:
+    (machine.root / "run/dask").mkdir(parents=True)
+    machine.write("run/dask/spill-notices", "no file system on instance store\n")
+    for _ in range(2):
+        machine.start()
+        assert (machine.root / "run/dask/notices").read_text() == "no file system on instance store\n"
+
+
 def test_the_end_of_an_older_container_is_none_of_this_start(machine: Machine) -> None:
     """Docker takes whole seconds: on a fast machine a restart of the service is within one."""
     fake(machine.programs, "docker", EVENTS)

@@ -434,6 +434,7 @@ def test_settings_are_shown_as_toml_writes_them() -> None:
     assert again["dask"] == {
         "role": "local",
         "workers": 1,
+        "instance_store": True,
         "threads": "auto",
         "listen": "127.0.0.1",
         "spill_percent": 80,

@@ -97,6 +97,17 @@ def test_what_nobody_asked_for_is_no_file() -> None:
     opened = ImageSettings().overlaid({"container.instance_metadata": True}).image("opened")
     closed = set(guest.guest(image())) - set(guest.guest(opened))
     assert {path.name for path in closed} == {"20-metadata.conf"}
+    without = ImageSettings().overlaid({"dask.instance_store": False}).image("without")
+    missing = set(guest.guest(image())) - set(guest.guest(without))
+    assert {path.name for path in missing} == {"mount-spill.service"}
+
+
+def test_what_mounts_for_the_whole_machine_has_no_mounts_of_its_own() -> None:
+    """With any of these, systemd gives a service a mount namespace (systemd.exec(5)): nobody sees its mounts."""
+    unit = _text(guest.guest(image()), "/etc/systemd/system/mount-spill.service")
+    names = [line.partition("=")[0] for line in unit.splitlines() if not line.startswith("#")]
+    hidden = ("Protect", "Private", "ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "Bind", "Temporary")
+    assert not [name for name in names if name.startswith(hidden)]
 
 
 def test_nothing_of_dask_is_ordered_after_user_datas_commands() -> None:
