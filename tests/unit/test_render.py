@@ -24,6 +24,9 @@ CONTRACT = {
     "/usr/local/sbin/dask-wanted": 0o755,
     "/usr/local/sbin/wait-for-unit": 0o755,
     "/usr/local/sbin/dask-health": 0o755,
+    "/usr/local/sbin/mount-spill": 0o755,
+    "/etc/systemd/system/mount-spill.service": 0o644,
+    "/etc/tmpfiles.d/dask.conf": 0o644,
     "/usr/local/sbin/remove-dask": 0o755,
     "/etc/systemd/system/dask.service": 0o644,
     "/etc/systemd/system/dask-memory.service": 0o644,
@@ -103,10 +106,18 @@ def test_what_nobody_asked_for_is_no_file() -> None:
 
 
 def test_what_mounts_for_the_whole_machine_has_no_mounts_of_its_own() -> None:
-    """With any of these, systemd gives a service a mount namespace (systemd.exec(5)): nobody sees its mounts."""
+    """With any of these it has a mount namespace (systemd.exec(5)), and nobody else sees what it mounts."""
     unit = _text(guest.guest(image()), "/etc/systemd/system/mount-spill.service")
     names = [line.partition("=")[0] for line in unit.splitlines() if not line.startswith("#")]
-    hidden = ("Protect", "Private", "ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "Bind", "Temporary")
+    hidden = (
+        "Protect",
+        "Private",
+        "ReadWritePaths",
+        "ReadOnlyPaths",
+        "InaccessiblePaths",
+        "Bind",
+        "Temporary",
+    )
     assert not [name for name in names if name.startswith(hidden)]
 
 
