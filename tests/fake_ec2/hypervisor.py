@@ -1,10 +1,11 @@
 """Instances that are real: each is a QEMU machine that looks like EC2's, at a loopback address of its own.
 
 An AMI is a qcow2 file. A launch puts an overlay on it, which is the instance's root volume; CreateImage
-freezes that overlay as the AMI's file and puts a new one on top, so nothing is copied. Files that no AMI and
-no instance uses are removed. Port 22 of an instance's address leads to its guest while a security group
-lets this machine in. With an InstanceNetwork (network.py) it has its own address there instead, where other
-instances reach it. Not for use where this process calls `proc.cancel`, which ends all children, these too.
+freezes that overlay as the AMI's file and puts a new one on top, so nothing is copied. Further volumes are
+empty disks. Files that no AMI and no instance uses are removed. Port 22 of an instance's address leads to its
+guest while a security group lets this machine in. With an InstanceNetwork (network.py) it has its own address
+there instead, where other instances reach it. Not for use where this process calls `proc.cancel`, which ends
+all children, these too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 
 from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
+from ami_builder.qemu.extra_disks import ExtraDisk
 from ami_builder.qemu.hardware import Accelerator
 from ami_builder.system import processes
 from tests.fake_ec2 import network as instance_network
@@ -113,8 +115,20 @@ class VmHypervisor:
         if disk is None and image.owner_id == DEBIAN_ACCOUNT:
             disk = self._base
         assert disk is not None, f"{image.id} has no disk: it was neither captured nor copied here"
-        root = next(iter(instance.block_device_mapping.values()))
-        volume = self._overlay(disk, backend.get_volume(root.volume_id).size * GIB)
+        root, *others = (
+            backend.get_volume(block.volume_id) for block in instance.block_device_mapping.values()
+        )
+        volume = self._overlay(disk, root.size * GIB)
+        directory = self._directory / instance.id
+        disks = [
+            ExtraDisk(
+                size=each.size * GIB,
+                path=directory / f"{each.id}.raw",
+                instance_store=False,
+                serial=each.id.replace("-", ""),
+            )
+            for each in others
+        ]
         key = backend.key_pairs.get(instance.key_name)
         mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
         arch = Arch.named(str(image.architecture)) or Arch.AMD64
@@ -145,8 +159,9 @@ class VmHypervisor:
                 accelerator=self._accelerator if arch.is_native else Accelerator.TCG,
                 network=self._network,
                 tap=tap,
-                directory=self._directory / instance.id,
+                directory=directory,
                 arch=arch,
+                disks=tuple(disks),
             ),
             metadata=metadata,
             volume=volume,
@@ -224,6 +239,9 @@ class VmHypervisor:
         if vm is not None and vm.launch.tap is not None:
             assert self._shared is not None
             self._shared.disconnect(vm.launch.tap)
+        for disk in vm.launch.disks if vm is not None else ():
+            assert disk.path is not None
+            disk.path.unlink(missing_ok=True)
         self._collect()
 
     def _overlay(self, backing: Path, size: int | None) -> Path:

@@ -10,6 +10,7 @@ from moto.core.utils import utcnow
 from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.utils import random_fleet_id, random_spot_request_id
 
+from ami_builder.qemu.imds import MAX_USER_DATA
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.cloud_state import set_state
 from tests.fake_ec2.ec2_action import EC2Action
@@ -34,8 +35,10 @@ class InstanceActions(EC2Action):
         def launched() -> list[str]:
             if self._get_param("InstanceMarketOptions.MarketType") == "spot":
                 self.have_spot_role()
+            template_tags = self._take_from_template()
             self.params["ImageId"] = resolved(self.region, self._get_param("ImageId"))
             image = self._launchable(self._get_param("ImageId"))
+            self._have_short_user_data()
             if (refusal := self.state.options.launch_refusal)[0]:
                 raise Refused(*refusal)
             self._have_capacity()
@@ -53,6 +56,7 @@ class InstanceActions(EC2Action):
                     if nic.public_ip is not None:
                         nic.public_ip, nic.public_ip_auto_assign = address, False
                 self.state.made(instance.id, *volumes)
+                instance.add_tags(template_tags)
                 if self.state.machines is not None:
                     self.state.machines.launch(self.ec2_backend, instance, image)
                 self.state.describe(instance)
@@ -276,6 +280,28 @@ class InstanceActions(EC2Action):
         if self.state.machines is not None:
             mib = self.state.machines.memory_of(kind, mib)
         return self.state.options.memory.get(kind, mib)
+
+    def _take_from_template(self) -> dict[str, str]:
+        """Complete the call's parameters by those of its launch template, and return EC2's tags for that."""
+        asked = self.original_params()
+        if not (named := asked.pop("LaunchTemplate", None)):
+            return {}
+        version = self.ec2_backend._get_template_from_args(named)
+        settings = {key: value for key, value in version.data.items() if value}
+        if "UserData" in settings:
+            settings["UserData"] = str(settings["UserData"])
+        tags = [*settings.get("TagSpecifications", []), *asked.get("TagSpecifications", [])]
+        self.params.clear()
+        self.params |= settings | asked | {"TagSpecifications": tags}
+        return {
+            "aws:ec2launchtemplate:id": version.template.id,
+            "aws:ec2launchtemplate:version": str(version.number),
+        }
+
+    def _have_short_user_data(self) -> None:
+        # behaviour: user-data-limit
+        if len(base64.b64decode(self._get_param("UserData", ""))) > MAX_USER_DATA:
+            raise Refused("InvalidParameterValue", f"User data is limited to {MAX_USER_DATA} bytes")
 
     def _launchable(self, image_id: str) -> FakeImage:
         if not str(image_id).startswith("ami-"):

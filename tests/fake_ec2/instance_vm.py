@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Arch, Network
 from ami_builder.qemu import imds
+from ami_builder.qemu.extra_disks import ExtraDisk
 from ami_builder.qemu.hardware import Accelerator, Tap
 from ami_builder.qemu.machine import GuestStuck, VirtualMachine
 from ami_builder.system import processes
@@ -63,6 +64,8 @@ class VmLaunch:
     """Its place in a network of instances; with None, `port` is forwarded to it while a group says so."""
     directory: Path
     arch: Arch
+    disks: tuple[ExtraDisk, ...]
+    """Beside the root disk, which is the volume."""
 
 
 class InstanceVm(threading.Thread):
@@ -155,6 +158,7 @@ class InstanceVm(threading.Thread):
             tap=launch.tap,
             instance_id=launch.instance_id,
             arch=launch.arch,
+            disks=launch.disks,
         )
         self._endpoint = self._power.enter_context(machine)
         self._machine = machine

@@ -13,8 +13,9 @@ It does not emulate:
 - quotas: GetServiceQuota has CloudOptions.vcpu_quotas, and launch_refusal refuses launches, but nothing
   is counted; prices, except those in CloudOptions.region_prices;
 - networks: a security group only decides whether port 22 of an instance is reachable from this host;
-  routes and gateways are described but lead nowhere, and every address is one of this host's loopback;
-- volumes other than the root disk, which have no content; KMS keys, which are only names;
+  routes and gateways are described but lead nowhere, and every address is one of this host's loopback, or
+  of the network in network.py;
+- volumes without an instance, and snapshots of those that are no root disk; KMS keys, which are only names;
 - interruptions of spot instances, Session Manager's tunnels, instance refresh, fleets;
 - permissions, except of access keys given to `enforce`, and then as guard.py and policy.py document.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 from typing import TYPE_CHECKING, Any
 
 from moto.core.responses import ActionResult
 
+from ami_builder.qemu.imds import MAX_USER_DATA
 from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.ec2_action import EC2Action
 
@@ -37,6 +39,9 @@ class TemplateActions(EC2Action):
         params = copy.deepcopy(self.original_params())
         token = params.pop("ClientToken", "")
         self._allowed_rate()
+        # behaviour: user-data-limit
+        if len(base64.b64decode(self._get_param("LaunchTemplateData.UserData", ""))) > MAX_USER_DATA:
+            raise Refused("InvalidUserData.Malformed", f"User data is limited to {MAX_USER_DATA} bytes.")
         made: list[Any] = []
 
         def create() -> list[str]:

@@ -216,3 +216,20 @@ def test_what_a_type_has_is_what_is_told(cloud: Cloud, machines: VmHypervisor) -
     told = ec2.describe_instance_types(InstanceTypes=types)["InstanceTypes"]
     memory = {each["InstanceType"]: each["MemoryInfo"]["SizeInMiB"] for each in told}
     assert memory == {"t3.micro": 1024, "t3.small": 2048, "m6i.large": 2048}
+
+
+def test_a_second_volume_is_an_empty_disk_while_its_instance_is(
+    cloud: Cloud, machines: VmHypervisor, tmp_path: Path
+) -> None:
+    ec2 = cloud.client()
+    ebs = {"VolumeSize": 40, "DeleteOnTermination": True}
+    launched = launch(cloud, ec2, BlockDeviceMappings=[{"DeviceName": "/dev/sdf", "Ebs": ebs}])
+    until(ec2, launched, "running")
+    wait((tmp_path / "fake/argv.json").exists)
+    (disk,) = (tmp_path / "vms").rglob("*.raw")
+    assert disk.stat().st_size == 40 << 30
+    assert disk.stat().st_blocks == 0
+    assert f"serial={disk.stem.replace('-', '')}" in (tmp_path / "fake/argv.json").read_text()
+    ec2.terminate_instances(InstanceIds=[launched])
+    until(ec2, launched, "terminated")
+    assert not disk.exists()
