@@ -129,6 +129,14 @@ class VmHypervisor:
             )
             for each in others
         ]
+        disks += [
+            # Empty again after a stop, as on EC2.
+            ExtraDisk(size=store["SizeInGB"] * GIB)
+            for store in INSTANCE_TYPES[instance.instance_type]
+            .get("InstanceStorageInfo", {})
+            .get("Disks", [])
+            for _ in range(store["Count"])
+        ]
         key = backend.key_pairs.get(instance.key_name)
         mib = int(INSTANCE_TYPES[instance.instance_type]["MemoryInfo"]["SizeInMiB"])
         arch = Arch.named(str(image.architecture)) or Arch.AMD64

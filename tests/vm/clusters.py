@@ -1,0 +1,114 @@
+"""What scenarios look at on a cluster's machines, and what they ask of its scheduler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ami_builder.system import processes
+from tests.experiment import work
+from tests.experiment.scheduler import load
+from tests.vm.conftest import DASK_SECONDS, ROOT, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from distributed import Client
+
+    from ami_builder.system.ssh import Session
+
+WORK = "ami_builder_work"
+"""The name of tests/experiment/work.py on workers."""
+_LIMITS = """
+sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=/variable /p' /run/dask/memory.env
+id=$(docker ps -q --no-trunc | head -n 1)
+docker inspect -f 'docker {{.HostConfig.Memory}}' "$id"
+echo memory_max $(cat /sys/fs/cgroup/system.slice/docker-$id.scope/memory.max | sed s/max/-1/)
+"""
+_KILLS = "journalctl -k -b -o short-unix --no-pager"
+
+
+def limits(session: Session) -> dict[str, int]:
+    """Return the variable, what Docker was asked for, and memory.max of a machine's one container; bytes."""
+    words = session.run(_LIMITS, sudo=True, timeout=DASK_SECONDS).stdout.split()
+    return {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def health(session: Session) -> list[str]:
+    """Return the lines of /run/dask/health; none while there is no such file."""
+    return session.run("cat /run/dask/health", check=False, timeout=DASK_SECONDS).stdout.splitlines()
+
+
+def spill_folder(session: Session) -> dict[str, Any]:
+    """Return where the spill folder is, and how many bytes are in it."""
+    found = session.run(
+        "findmnt -n -o SOURCE,FSTYPE --target /var/lib/dask/spill; du -sb /var/lib/dask/spill",
+        sudo=True, timeout=DASK_SECONDS,
+    ).stdout.split()  # fmt: skip
+    return {"source": found[0], "type": found[1], "bytes": int(found[2])}
+
+
+def kernel_log(session: Session) -> str:
+    """Return the kernel's log of this boot, for core.oom."""
+    return session.run(_KILLS, sudo=True, timeout=DASK_SECONDS).stdout
+
+
+def workers(client: Client, count: int, seconds: float = 1800.0) -> dict[str, dict[str, Any]]:
+    """Return address -> what the scheduler knows of each worker, once there are so many."""
+
+    def there() -> dict[str, dict[str, Any]] | None:
+        found = client.scheduler_info(n_workers=-1)["workers"]
+        return dict(found) if len(found) == count else None
+
+    return processes.wait_until(there, what=f"{count} workers", timeout=seconds, interval=2)
+
+
+def load_work(client: Client) -> Any:
+    """Send the experiment's functions to all workers and return their module.
+
+    Functions of a module are pickled by name: another Python's byte code may not run in the container.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f"{WORK}.py"
+        copy.write_text(Path(work.__file__).read_text())
+        client.upload_file(str(copy))
+        return load(WORK, str(copy))
+
+
+def doctor(address: str, *more: str) -> dict[str, Any]:
+    """Return what `ami-builder doctor --json` says of a cluster, with its exit status."""
+    argv = [sys.executable, "-m", "ami_builder", "doctor", address, "--timeout", "5min", "--json", *more]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    return {**json.loads(done.stdout or "{}"), "status": done.returncode}
+
+
+def is_refused(address: str) -> bool:
+    """Return whether a client without TLS gets no answer from a scheduler."""
+    plain = address.rpartition("/")[2]
+    program = (
+        "import sys; from distributed import Client, Security\n"
+        "try: Client('tcp://' + sys.argv[1], timeout='20s', security=Security(require_encryption=False))\n"
+        "except Exception: sys.exit(0)\n"
+        "sys.exit(1)"
+    )
+    quiet = {"capture_output": True, "check": False, "timeout": 300}
+    return (
+        subprocess.run([sys.executable, "-c", program, plain], env=_without_dask(), **quiet).returncode == 0
+    )  # type: ignore[call-overload,no-any-return]
+
+
+def _without_dask() -> dict[str, str]:
+    return {key: value for key, value in environment().items() if not key.startswith("DASK_")}
+
+
+def same_limits(found: Sequence[Mapping[str, int]]) -> bool:
+    """Return whether variable, memory.max and the worker's limit are equal to the byte on each machine."""
+    return bool(found) and all(
+        one["variable"] == one["memory_max"] == one["worker"] > 0 and one["docker"] in (0, one["variable"])
+        for one in found
+    )
