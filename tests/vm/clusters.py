@@ -96,10 +96,9 @@ def is_refused(address: str) -> bool:
         "except Exception: sys.exit(0)\n"
         "sys.exit(1)"
     )
-    quiet = {"capture_output": True, "check": False, "timeout": 300}
-    return (
-        subprocess.run([sys.executable, "-c", program, plain], env=_without_dask(), **quiet).returncode == 0
-    )  # type: ignore[call-overload,no-any-return]
+    argv = [sys.executable, "-c", program, plain]
+    done = subprocess.run(argv, env=_without_dask(), capture_output=True, check=False, timeout=300)
+    return done.returncode == 0
 
 
 def _without_dask() -> dict[str, str]:
