@@ -80,6 +80,8 @@ class Launch:
     rate: int = 0
     """Provisioned Rate for Volume Initialization, in MiB/s."""
     spot: bool = False
+    endpoint: str = ""
+    """Where instances call AWS with their role; empty: the region's own endpoints."""
     user_data: str = ""
     """More user data, of any cloud-init type."""
 
@@ -110,6 +112,12 @@ class Launch:
             if not re.fullmatch(r"[A-Za-z0-9_/-]{1,255}", self.hook):
                 raise UsageError(f"--lifecycle-hook {self.hook}: expected a name of A-Z, a-z, 0-9, - _ and /")
             found["DASK_LIFECYCLE_HOOK"] = self.hook
+        if self.endpoint:
+            if not re.fullmatch(r"https?://[A-Za-z0-9.:-]+/?", self.endpoint):
+                raise UsageError(
+                    f"--aws-endpoint {self.endpoint}: expected a URL, such as https://vpce-….amazonaws.com"
+                )
+            found["DASK_AWS_ENDPOINT"] = self.endpoint
         if not self.profile and (flag := self._needs_role()):
             raise UsageError(
                 f"{flag} needs --instance-profile: the instance calls AWS with that role",

@@ -90,6 +90,14 @@ def launch_template(
             help="Lifecycle hook of the group to complete once a worker is retired.",
         ),
     ] = "",
+    endpoint: Annotated[
+        str,
+        typer.Option(
+            "--aws-endpoint",
+            metavar="URL",
+            help="Where instances call AWS, e.g. a VPC endpoint. Default: the region's own endpoints.",
+        ),
+    ] = "",
     user_data: Annotated[
         Path | None,
         typer.Option("--user-data", metavar="FILE", help="More user data, of any cloud-init type."),
@@ -144,6 +152,7 @@ def launch_template(
         disk=disk,
         rate=rate or 0,
         spot=spot,
+        endpoint=endpoint,
         user_data=user_data,
     )
     outcomes = _keep(regions, chosen, channel, launch)

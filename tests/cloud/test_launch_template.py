@@ -87,7 +87,8 @@ def settings(launched: dict[str, Any]) -> dict[str, str]:
 def test_a_template_launches_what_is_current_in_its_channel(cloud: Cloud) -> None:
     ami = current(cloud)
     made = captured(*BOTH[2:], *WORKER, "--instance-profile", "worker", "--tls", "secretsmanager:dask/worker",
-                    "--replace-unhealthy-after", "10min", "--lifecycle-hook", "retire", "--disk", "100GiB",
+                    "--replace-unhealthy-after", "10min", "--lifecycle-hook", "retire",
+                    "--aws-endpoint", "https://vpce-1.amazonaws.com", "--disk", "100GiB",
                     "--initialization-rate", "200", "--security-group", "sg-0123456789abcdef0",
                     "--security-group", f"{THERE}=sg-0123456789abcdef1", "--key-name", "ours", "--spot",
                     "--instance-type", "r7i.xlarge")  # fmt: skip
@@ -127,6 +128,7 @@ def test_a_template_launches_what_is_current_in_its_channel(cloud: Cloud) -> Non
         "DASK_TLS": "secretsmanager:dask/worker",
         "DASK_GROUP_HEALTH_SECONDS": "600",
         "DASK_LIFECYCLE_HOOK": "retire",
+        "DASK_AWS_ENDPOINT": "https://vpce-1.amazonaws.com",
     }
 
 
@@ -269,6 +271,7 @@ def test_the_template_of_another_is_left_alone(cloud: Cloud) -> None:
         ("stable --scheduler h --disk big", "expected a size"),
         ("stable --scheduler h --security-group web", "expected sg-…"),
         ("stable --scheduler h --region eu-west-9", "is not in this region"),
+        ("stable --scheduler h --aws-endpoint vpce-1", "expected a URL"),
         ("stable --scheduler h --apply", "--apply is for --delete only"),
         ("stable --scheduler h --user-data missing", "No such file"),
     ],
