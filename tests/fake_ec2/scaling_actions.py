@@ -159,8 +159,11 @@ class ScalingGroup(FakeAutoScalingGroup):
     def _launch(self) -> None:
         # behaviour: template-version-at-launch
         assert self.ec2_launch_template is not None
-        data = self.ec2_launch_template.get_version(self.launch_template_version).data
-        settings = {key: value for key, value in data.items() if value}
+        template = {
+            "LaunchTemplateId": self.ec2_launch_template.id,
+            "Version": str(self.launch_template_version),
+        }
+        settings: dict[str, Any] = {"LaunchTemplate": template}
         places = (self.vpc_zone_identifier or "").split(",")
         number = next(self._next)
         if places != [""]:
@@ -168,11 +171,7 @@ class ScalingGroup(FakeAutoScalingGroup):
         else:
             zone = self.availability_zones[number % len(self.availability_zones)]
             settings["Placement"] = {"AvailabilityZone": zone}
-        tags = {
-            **self.get_propagated_tags(),
-            _GROUP_TAG: self.name,
-            "aws:ec2launchtemplate:id": self.ec2_launch_template.id,
-        }
+        tags = {**self.get_propagated_tags(), _GROUP_TAG: self.name}
         instance = self.launcher.run(self.region, settings, tags)
         instance.autoscaling_group = self  # type: ignore[attr-defined]
         self.launcher.announce(instance.id, _STATE, "InService")

@@ -37,10 +37,9 @@ class Launches:
         return time.monotonic() + self._state().options.seconds_ahead
 
     def run(self, region: str, settings: dict[str, Any], tags: dict[str, str]) -> Instance:
-        """Launch one instance with the settings of a launch template's version; raises Refused."""
-        params = {**settings, "MinCount": 1, "MaxCount": 1}
-        params["UserData"] = str(params.get("UserData", ""))
-        (instance,) = self._call(region, "RunInstances", params).instances
+        """Launch one instance with these parameters of RunInstances; raises Refused."""
+        made = self._call(region, "RunInstances", {**settings, "MinCount": 1, "MaxCount": 1})
+        (instance,) = made.instances
         # No request may set these.
         instance.add_tags(tags)
         self._state().describe(instance)

@@ -92,6 +92,7 @@ def test_a_group_launches_what_its_template_says(cloud: Cloud, template: str) ->
         "Team": "data",
         "aws:autoscaling:groupName": GROUP,
         "aws:ec2launchtemplate:id": template,
+        "aws:ec2launchtemplate:version": "1",
     }
     told = cloud.metadata(instances[0]["InstanceId"])
     assert told["tags/instance/aws:autoscaling:groupName"] == GROUP
