@@ -76,7 +76,11 @@ def _newest(workspace: Workspace) -> tuple[Path, RunRecord]:
     return run, record
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    # Both go one way: tests/process/test_start_up.py and test_processes.py.
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)],
+)
 def test_a_signal_while_baking_leaves_nothing(
     built: Mapping[str, Any], workspace: Workspace, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -32,6 +32,8 @@ def runs(built: Mapping[str, Any], policy: str, repeat: int) -> Sequence[Mapping
     return found
 
 
+# In CI the phase `pressure` of test_1_build.py shows a leak with the limit, and tests/experiment the command.
+@pytest.mark.whole
 def test_a_leak_with_the_limit(built: Mapping[str, Any]) -> None:
     for limited in runs(built, "available", 2):
         assert 0 < limited["limit"] == limited["available"] < limited["total"] < GIB
