@@ -84,6 +84,8 @@ section stored
 grep -rIsE "AVAILABLE_MEMORY_FOR_DASK=[\"']?[0-9]" /etc /root /home /opt /srv
 section failed
 systemctl list-units --failed --plain --no-legend --no-pager
+section spill-notices
+cat /run/dask/spill-notices 2>/dev/null
 section health
 timeout 60 bash -c \
     'exec 3<>/dev/tcp/127.0.0.1/8787 && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -c 500 <&3' 2>&1

@@ -46,6 +46,12 @@ def test_measured_after_the_commands_of_user_data(machine: MachineState) -> None
     assert early <= CLOCK_SECONDS, f"measured {early:.1f} s before cloud-final.service had ended"
 
 
+def test_instance_store_is_used(machine: MachineState) -> None:
+    """Disks of the instance that can't be formatted or mounted leave Dask on the slower root disk."""
+    reasons = machine.lines("spill-notices")
+    assert not reasons, f"mount-spill: {'; '.join(reasons)}"
+
+
 def test_service_started_once(machine: MachineState) -> None:
     """A start that needed several attempts hides a fault that may not always pass."""
     restarts = machine.service.get("NRestarts")

@@ -1,7 +1,7 @@
 """The figures of docs/explanation/performance.md: `python -m tests.benchmarks [NAME ...]`.
 
 Each benchmark runs what a user would do otherwise in the same run, in turns, and reports the ratio. Without
-names all run, which takes about half an hour without KVM. The result is a Markdown table on stdout.
+names all run, which takes about 45 minutes without KVM. The result is a Markdown table on stdout.
 
 Two take hours, and have options of their own (--help):
   against     what a build costs here and in another commit
@@ -29,7 +29,7 @@ from ami_builder.qemu import bake
 from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.target import QemuTarget
 from ami_builder.state.workspace import Workspace
-from tests.benchmarks import against, slow_host
+from tests.benchmarks import against, slow_host, spilling
 from tests.benchmarks.doctoring import doctor_seconds, judging_seconds
 from tests.benchmarks.planning import planning_seconds
 from tests.vm.conftest import HOME, ROOT, booted, environment
@@ -252,11 +252,31 @@ def doctor() -> Sequence[Row]:
     )
 
 
+def spill() -> Sequence[Row]:
+    """Spilling to the container's layer, the root disk, one NVMe disk and two joined, with bounded disks."""
+    workspace, image = _workspace(), _image()
+    _command(sys.executable, "-m", "ami_builder", "build")
+    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
+    stored = workspace.image(image.name, inputs.digest)
+    assert stored is not None
+    with tempfile.TemporaryDirectory() as folder:
+        found = spilling.measure(image, stored.path, Path(folder))
+    return [
+        Row(
+            what=f"spilling to {place}",
+            figure=f"{write:.0f} s written, {read:.0f} s read, {cpu:.0f} s of the worker's CPU",
+            against=f"{ratio:.2f} × {spilling.LAYER}",
+            bound="",
+        )
+        for place, write, read, cpu, ratio in spilling.table(found)
+    ]
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning, doctor)}
+BENCHMARKS = {b.__name__: b for b in (startup, build, unchanged, baking, checks, planning, doctor, spill)}
 
 
 COMMANDS = {"against": against.main, "slow-host": slow_host.main}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ami_builder.core.errors import UsageError
-from tests.benchmarks import against, cgroups, host, slow_host, slowdown, without_limit
+from tests.benchmarks import against, cgroups, host, slow_host, slowdown, spilling, without_limit
 from tests.benchmarks.against import Kind, Phase, Side
 from tests.benchmarks.slow_host import Job, Outcome, Subject
 from tests.benchmarks.slowdown import Slowdown
@@ -609,3 +609,9 @@ def test_packages_are_not_installed_while_it_is_measured(
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119.4, "119 s"), (120, "2:00 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert host.minutes(seconds) == text
+
+
+def test_places_to_spill_to_are_compared_with_the_first() -> None:
+    turn = {"write": 20.0, "read": 10.0, "cpu": 5.0}
+    found = {"layer": [turn, turn], "disk": [{"write": 6.0, "read": 3.0, "cpu": 5.0}]}
+    assert spilling.table(found) == [("layer", 20.0, 10.0, 5.0, 1.0), ("disk", 6.0, 3.0, 5.0, 0.3)]

@@ -490,6 +490,11 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE),
         {"service: service starts after the system"},
     ),
+    "instance store broken": (
+        [put("spill-notices", "no file system on instance store (nvme1n1)")],
+        dask(VALUE),
+        {"service: instance store is used"},
+    ),
     "service restarted": (
         [sub("service", "^NRestarts=.*", "NRestarts=1")],
         dask(VALUE),
