@@ -27,7 +27,7 @@ from ami_builder.qemu import accelerator, hardware, machine
 from ami_builder.qemu.accelerator import choose_accelerator, known_accelerator
 from ami_builder.qemu.disks import create_overlay, image_info
 from ami_builder.qemu.extra_disks import ExtraDisk
-from ami_builder.qemu.hardware import HARDWARE, Accelerator
+from ami_builder.qemu.hardware import HARDWARE, Accelerator, Tap
 from ami_builder.qemu.machine import GuestStuck, MachineDied, VirtualMachine
 from ami_builder.system import processes
 from tests.saved_vm import SavedVm
@@ -259,6 +259,19 @@ def test_an_instance_of_ec2(fake: Fake, build: Callable[..., VirtualMachine]) ->
     assert "if=none,id=seed" not in text
     forwards = re.findall(r"hostfwd=tcp:127.0.0.1:(\d+)-:(\d+)", text)
     assert forwards == [("0", "22")], "QEMU chooses free ports itself"
+
+
+def test_an_instance_on_a_network_of_the_hosts(fake: Fake, build: Callable[..., VirtualMachine]) -> None:
+    folder = fake()
+    tap = Tap(name="tap7", mac="02:00:ac:1f:00:05", address="172.31.0.5")
+    with build(tap=tap) as endpoint:
+        text = arguments(folder)
+    assert (endpoint.address, endpoint.port) == ("172.31.0.5", 22)
+    assert "-netdev tap,id=net,ifname=tap7,script=no,downscript=no" in text
+    assert "virtio-net-pci,netdev=net,mac=02:00:ac:1f:00:05," in text
+    assert "manufacturer=Amazon EC2" in text
+    assert "user,id=net" not in text
+    assert "hostfwd" not in text
 
 
 def test_a_machine_with_a_seed_is_no_instance(
