@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.core.errors import TimedOut
 from ami_builder.system import processes
 from tests.experiment import work
 from tests.experiment.scheduler import load
 from tests.vm.conftest import DASK_SECONDS, ROOT, environment
+from tests.vm.instances import KEY_NAME, Instances
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,6 +80,19 @@ def load_work(client: Client) -> Any:
         copy.write_text(Path(work.__file__).read_text())
         client.upload_file(str(copy))
         return load(WORK, str(copy))
+
+
+def left(there: Instances, seconds: float = 300.0) -> dict[str, list[str]]:
+    """Return what the account still has beside the AMI and the tests' key pair, once machines have ended."""
+
+    def found() -> dict[str, list[str]]:
+        kinds = there.cloud.left()
+        own = {"image": [there.ami], "key-pair": [KEY_NAME]}
+        return {kind: ids for kind, ids in kinds.items() if ids != own.get(kind)}
+
+    with suppress(TimedOut):
+        processes.wait_until(lambda: not found(), what="the end of all machines", timeout=seconds, interval=1)
+    return found()
 
 
 def doctor(address: str, *more: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
             refused = clusters.is_refused(address)
             found = {**_look(there, connected, machines), "doctor": doctor, "refused": refused}
         there.cloud.client().terminate_instances(InstanceIds=[scheduler, *machines])
-        return found
+        return {**found, "replaced": "by nothing", "left": clusters.left(there)}
 
 
 def _launch(there: Instances, kind: str, made: certificates.Folder, role: str) -> str:
@@ -128,6 +128,7 @@ def _interrupt(
         "seconds": round(seconds, 1),
         "health": state,
         "journal": journal.stdout.splitlines()[-12:],
+        "of": len(held),
         "results": results,
         "computed_again": again,
         "left": left == others,
