@@ -40,6 +40,8 @@ class Context:
     """The pid of the process on this host that runs the VM; 0 if there is none."""
     phase: str = FIRST_BOOT
     """`boot`, `restart`, `reboot` or `pressure`."""
+    tls: bool = False
+    """Whether the machine has certificates now, so that its Dask must use TLS."""
 
     def write(self, path: Path) -> None:
         """Write the context as JSON; only its owner can read the file."""

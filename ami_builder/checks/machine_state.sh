@@ -112,6 +112,33 @@ fi
 section mounts
 [ -z "$pid" ] || cat "/proc/$pid/mountinfo" 2>/dev/null
 
+section tls
+# What Dask's port does with a client that has a certificate, one that has none, and one without TLS. Without TLS a
+# scheduler sends the first byte; with TLS it answers with an alert (21) or ends the connection.
+[ ! -s /run/dask/comm.env ] || timeout 120 python3 -I -c 'import socket, ssl
+folder = "/run/dask/private/tls/"
+def client(*pair):
+    made = ssl.create_default_context(cafile=folder + "ca.pem")
+    made.check_hostname = False
+    if pair:
+        made.load_cert_chain(*pair)
+    return made.wrap_socket
+def ask(wrap):
+    try:
+        with socket.create_connection(("127.0.0.1", 8786), 60) as plain, wrap(plain) as one:
+            if one is plain:
+                one.sendall(bytes(64))
+            return "answers" if one.recv(1) not in (b"", b"\x15") else "refuses"
+    except (ssl.SSLError, ConnectionResetError):
+        return "refuses"
+    except OSError as failed:
+        return f"gives no answer: {failed}"
+print("with a certificate:", ask(client(folder + "cert.pem", folder + "key.pem")))
+print("without a certificate:", ask(client()))
+print("without TLS:", ask(lambda plain: plain))' 2>&1
+section tls.variables
+cat /run/dask/comm.env 2>/dev/null
+
 if [ "$phase" = boot ]; then
     # Five seconds of grace for a clock that is set while booting.
     boot="@$(($(sed -n 's/^btime //p' /proc/stat) - 5))"
@@ -175,8 +202,15 @@ if [ "$phase" = boot ]; then
             [ ! -e "$home/$name" ] || printf '%s\n' "$home/$name"
         done
     done
-    find /etc/dask -type f \( -name '*.pem' -o -name '*.key' \) -printf '%p\n' 2>/dev/null
-    grep -rlIsE -e '-----BEGIN [A-Z ]*PRIVATE KEY-----' /root /home /etc/dask /opt /srv /var/lib/dask
+    {
+        find /etc/dask -type f \( -name '*.pem' -o -name '*.key' \) -printf '%p\n' 2>/dev/null
+        grep -rlIsE -e '-----BEGIN [A-Z ]*PRIVATE KEY-----' /root /home /etc/dask /opt /srv /var/lib/dask
+    } | while read -r path; do
+        case $path in
+            /etc/dask/tls/*) older "$path" ;; # user data brings certificates
+            *) printf '%s\n' "$path" ;;
+        esac
+    done
     section instances
     find /var/lib/cloud/instances -mindepth 1 -maxdepth 1 -printf '%f\n' 2>/dev/null
     section cloud-id

@@ -66,6 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "first_boot: run in the phase `boot` only")
+    config.addinivalue_line("markers", "tls: run where the machine has certificates only")
     config.addinivalue_line("markers", "pressure: run in the phase `pressure` only, alone there")
     config.pluginmanager.register(_CheckSession(config), "ami-builder-run")
 
@@ -234,8 +235,8 @@ class _CheckSession:
         empty = [path for path in sorted(wanted) if not any(item.path.is_relative_to(path) for item in items)]
         if empty and not config.option.collectonly and not self.unreadable:
             self.refuse("guard: every file has checks", f"none in {', '.join(str(path) for path in empty)}")
-        phase = self.read_context().phase
-        others = [item for item in items if not _in_phase(item, phase)]
+        context = self.read_context()
+        others = [item for item in items if not _applies(item, context)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
         items.sort(key=lambda item: "client" in getattr(item, "fixturenames", ()))
@@ -293,10 +294,13 @@ def _container(waited: Sections) -> tuple[str, str]:
     return name, pid
 
 
-def _in_phase(item: pytest.Item, phase: str) -> bool:
+def _applies(item: pytest.Item, context: Context) -> bool:
+    """Return whether a check is one of this phase, and of this machine."""
     if item.get_closest_marker("pressure"):
-        return phase == PRESSURE
-    return phase != PRESSURE and (phase == FIRST_BOOT or not item.get_closest_marker("first_boot"))
+        return context.phase == PRESSURE
+    if context.phase == PRESSURE or (item.get_closest_marker("tls") and not context.tls):
+        return False
+    return context.phase == FIRST_BOOT or not item.get_closest_marker("first_boot")
 
 
 def _text(script: str) -> str:

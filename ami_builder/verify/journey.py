@@ -13,6 +13,7 @@ from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Measurement, Outcome
 from ami_builder.system import processes, ssh, templates
+from ami_builder.system.certificates import Authority, Certificate
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from ami_builder.verify.boot_progress import SHUTTING_DOWN, WAITING, reporting
@@ -29,12 +30,15 @@ _CONTROL = """
 i=0; while [ "$i" -lt 40000 ]; do i=$((i + 1)); done
 i=0; while [ "$i" -lt 40 ]; do /bin/true; i=$((i + 1)); done
 """
-# There is no scheduler for a worker here, so the image's own Compose file is verified in role local.
+# There is no scheduler for a worker here, so the image's own Compose file is verified in role local: here
+# with TLS, and without after the reboot.
 _OWN_COMPOSE_FILE = """
 cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
+cp -r /var/lib/ami-builder/tls /etc/dask
 sed -i s/^DASK_ROLE=.*/DASK_ROLE=local/ /etc/dask/dask.env
 systemctl restart dask.service
 """
+_NO_TLS = "rm -r /etc/dask/tls"
 _READ_MEASURED = "sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env"
 
 _USER_DATA = "user-data.yaml.j2"
@@ -61,14 +65,14 @@ def verify_machine(
     return _Journey(image, machine, work / name, evidence / name).go(step)
 
 
-def user_data(image: Image, *, nonce: str) -> str:
+def user_data(image: Image, *, nonce: str, certificate: Certificate | None = None) -> str:
     """Return a cloud-config with its own Compose file, as a control plane sends it.
 
-    The checks read `nonce` on the machine, to know that it is the right one. Raises UsageError with the
-    template's name and line.
+    The checks read `nonce` on the machine, to know that it is the right one. `certificate` is put aside for
+    the phase with TLS. Raises UsageError with the template's name and line.
     """
     environment = templates.environment(checks_dir())
-    return templates.render(environment, _USER_DATA, image=image, nonce=nonce)
+    return templates.render(environment, _USER_DATA, image=image, nonce=nonce, certificate=certificate)
 
 
 class _Journey:
@@ -93,7 +97,8 @@ class _Journey:
     def go(self, step: Step) -> MachineResult:
         with ExitStack() as stack:
             stack.callback(self._keep_console)
-            text = user_data(self.image, nonce=self.nonce)
+            certificate = Authority.create(days=2).issue("verification", days=2, serves=True)
+            text = user_data(self.image, nonce=self.nonce, certificate=certificate)
             with step.step("start"):
                 endpoint = self.machine.start(stack, self.work, text, self.public_key)
             # After the start: how long EC2 takes to launch an instance says nothing about the image.
@@ -107,14 +112,15 @@ class _Journey:
                     # The boot is the control: if it took three times as long, so may everything else.
                     self.patience = min(_MOST_PATIENCE, max(1.0, seconds / _PROMPT_BOOT_SECONDS))
                     self._check(session, FIRST_BOOT, child, began, ssh_seconds=seconds)
-                with step.step("service restart, with the image's own Compose file") as child:
+                with step.step("service restart, with the image's own Compose file and TLS") as child:
                     began = time.monotonic()
                     session.run(_OWN_COMPOSE_FILE, sudo=True, check=False, timeout=self.timeout)
-                    self._check(session, "restart", child, began)
+                    self._check(session, "restart", child, began, tls=True)
                 # After a failure, skip the longest steps. A machine without the right limit may stall
                 # for good under memory pressure, and then its evidence can't be fetched.
                 if not self._failed():
                     with step.step("reboot", detail=SHUTTING_DOWN) as child:
+                        session.run(_NO_TLS, sudo=True, check=False, timeout=self.timeout)
                         began = time.monotonic()
                         alive = reporting(self.machine.check_alive, child, endpoint.console_log, reboot=True)
                         self.machine.reboot(session, self.timeout, alive)
@@ -135,7 +141,14 @@ class _Journey:
         return MachineResult(results=tuple(self.results), measured=tuple(self.measured))
 
     def _check(
-        self, session: ssh.Session, phase: str, step: Step, began: float, ssh_seconds: float | None = None
+        self,
+        session: ssh.Session,
+        phase: str,
+        step: Step,
+        began: float,
+        *,
+        ssh_seconds: float | None = None,
+        tls: bool = False,
     ) -> None:
         dask_seconds: float | None = None
         cpu_seconds: float | None = None
@@ -147,7 +160,7 @@ class _Journey:
                 cpu_seconds = self.machine.cpu_seconds(session)
 
         step.update("waiting for Dask")
-        self._judge(session, phase, step, ready)
+        self._judge(session, phase, step, ready, tls=tls)
         short = _SHORT_SECONDS * self.patience
         measured = session.run(_READ_MEASURED, sudo=True, check=False, timeout=short).stdout.strip()
         if measured.isdigit():
@@ -187,7 +200,13 @@ class _Journey:
         return used, time.monotonic() - began
 
     def _judge(
-        self, session: ssh.Session, phase: str, step: Step, on_ready: Callable[[], None] = lambda: None
+        self,
+        session: ssh.Session,
+        phase: str,
+        step: Step,
+        on_ready: Callable[[], None] = lambda: None,
+        *,
+        tls: bool = False,
     ) -> None:
         """Run the checks of a phase, and report their results on the step."""
         settings = self.image.verify
@@ -210,6 +229,7 @@ class _Journey:
                 public_key=self.public_key,
                 timeout=self.timeout,
                 emulator=self.machine.emulator,
+                tls=tls,
             ),
             directory=self.evidence,
             timeout=self.timeout,
