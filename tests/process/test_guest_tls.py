@@ -11,8 +11,10 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+import boto3
 import pytest
 import time_machine
 from cryptography.hazmat.primitives.serialization import (
@@ -21,10 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from moto.server import ThreadedMotoServer
 
 from ami_builder.build import guest as render
+from ami_builder.qemu.imds import InstanceMetadata, MetadataServer
 from ami_builder.system.certificates import Authority
 from tests.fake_programs import calls, fake
+from tests.process.test_instance_metadata import give_role
 from tests.process.test_start_dask import DASK_TLS, HOST, Machine
 from tests.real_dask import tls_folder
 from tests.sample_image import image
@@ -440,3 +445,48 @@ def test_a_scheduler_with_tls_gives_a_plain_connection_nothing(
         machine.write("etc/dask/dask.env", f"DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=127.0.0.1:{port}\n")
         machine.start()
     assert (machine.programs / "bash.status").read_text() == f"{status}\n"
+
+
+@pytest.fixture(scope="module")
+def aws() -> Iterator[str]:
+    """Secrets Manager and SSM on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def _client(service: str, endpoint: str) -> Any:
+    key = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    return boto3.client(service, region_name="eu-central-1", endpoint_url=endpoint, **key)  # type: ignore[call-overload]
+
+
+@pytest.mark.needs("curl")
+def test_a_bundle_comes_all_the_way_from_aws(machine: Machine, issued: Certificate, aws: str) -> None:
+    """By the instance's role, with the guest's own programs: what is missing is tried again, then found."""
+    for name in ("dask-aws", "instance-metadata"):
+        program = machine.root / "usr/local/sbin" / name
+        program.write_bytes(render.guest(image())[PurePosixPath("/usr/local/sbin", name)].content)
+        program.chmod(0o755)
+    metadata = InstanceMetadata(instance_id="i-0123456789abcdef0", region="eu-central-1")
+    secrets, parameters = _client("secretsmanager", aws), _client("ssm", aws)
+    with MetadataServer(metadata) as imds:
+        give_role(imds)
+        environment = {
+            "INSTANCE_METADATA_URL": f"http://127.0.0.1:{imds.port}",
+            "DASK_AWS_ROOT": str(machine.root),
+        }
+        for source in ("secretsmanager:dask/worker", "ssm:/dask/worker"):
+            lines = ("DASK_ROLE=local", f"DASK_TLS={source}", f"DASK_AWS_ENDPOINT={aws}")
+            machine.write("etc/dask/dask.env", "\n".join((*lines, "")))
+            assert machine.start(environment=environment).status == 1
+            assert "NotFound" in machine.health[1]
+            if source.startswith("ssm"):
+                parameters.put_parameter(Name="/dask/worker", Type="SecureString", Value=issued.bundle)
+            else:
+                secrets.create_secret(Name="dask/worker", SecretString=issued.bundle)
+            started = machine.start(environment=environment)
+            assert started.status == 0, started.output
+            assert _installed(machine)["key.pem"] == issued.key
+            assert _variables(machine) == VARIABLES
