@@ -20,6 +20,7 @@ from ami_builder.aws import (
     packer_messages,
     packer_variables,
     presence,
+    root_device,
     source_ami,
     tags,
     user_data,
@@ -62,9 +63,6 @@ fleet_tags = var.spot ? var.run_tags : null
 _LOOK_SECONDS = 60.0
 # How long Packer may then take to see that an AMI is available: it looks every two minutes at most.
 _LATE_SECONDS = 300.0
-# For the snapshots of large, encrypted volumes.
-AVAILABLE_SECONDS = 2 * 3600.0
-
 ATTEMPTS = 5
 PAUSE = tenacity.wait_exponential_jitter(initial=1, max=20)
 
@@ -95,7 +93,7 @@ def bake_ami(
     try:
         ami = bake.run(step)
         with step.step("finish the AMI") as child:
-            done = finish(inputs, account, ami, child, public=public)
+            done = finish(inputs, account, ami, bake.ledger, child, public=public)
             child.done(f"{done.id}, {done.size // _GIB} GiB")
     except Interrupted:
         bake.drop()
@@ -103,13 +101,17 @@ def bake_ami(
     return done
 
 
-def finish(inputs: Inputs, account: Account, ami: images.Ami, step: Step, *, public: bool) -> images.Ami:
-    """Wait for an AMI of ours and finish it: tags on its snapshots, IMDSv2 only, private or `public`."""
-    images.wait_available(account, ami.id, AVAILABLE_SECONDS, step.update)
-    run_id = ami.tags.get(tags.RUN) or ami.name.removeprefix(
+def finish(
+    inputs: Inputs, account: Account, ami: images.Ami, ledger: Ledger, step: Step, *, public: bool
+) -> images.Ami:
+    """Wait for an AMI of ours and finish it: root device, tags, IMDSv2 only, private or `public`."""
+    whole = images.wait_available(account, ami.id, images.AVAILABLE_SECONDS, step.update)
+    run_id = ami.tags.get(tags.RUN) or root_device.final_name(ami.name).removeprefix(
         tags.ami_name(inputs.image.name, inputs.digest, "")
     )
-    return images.finish(account, ami.id, packer_variables.image_tags(inputs, run_id), public=public)
+    tagged = packer_variables.image_tags(inputs, run_id)
+    final = root_device.renamed(account, ledger, whole, inputs.image.aws.root_device, tagged)
+    return images.finish(account, final.id, tagged, public=public)
 
 
 def _types(image: Image, account: Account, step: Step) -> Sequence[str]:
@@ -146,7 +148,9 @@ class _Bake:
         self.aws = inputs.image.aws
         self.kinds, self.upload = kinds, upload
         self.run_id = run.record.run_id
-        self.name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
+        self.final_name = tags.ami_name(inputs.image.name, inputs.digest, self.run_id)
+        registers = root_device.differs(base, self.aws.root_device)
+        self.name = root_device.baked_name(self.final_name) if registers else self.final_name
         self.ledger = Ledger(run.directory / LEDGER)
         self.instance = ""
         self.ami = ""
@@ -155,11 +159,14 @@ class _Bake:
         self.imdsv1: AmiBuilderError | None = None
 
     def drop(self) -> None:
-        """Deregister an unfinished AMI, if that is allowed; otherwise the ledger has it."""
+        """Deregister unfinished AMIs, if that is allowed; otherwise the ledger has them."""
         with suppress(AmiBuilderError):
-            found = look_for(self._made) if self.imaging else self._made()
-            if found is not None and not found.finished:
-                orphans.delete_image(self.account, found.id, self.run_id)
+            left = [look_for(self._made) if self.imaging else self._made()]
+            if self.name != self.final_name:
+                left.append(images.find_by_name(self.account, self.final_name))
+            for found in left:
+                if found is not None and not found.finished:
+                    orphans.delete_image(self.account, found.id, self.run_id)
 
     def _made(self) -> images.Ami | None:
         # By name: another host may have baked the same digest.
@@ -275,7 +282,7 @@ class _Bake:
             if not self.imaging or gone < timeout:
                 return timeout
             # EC2 makes the snapshot, and takes its time.
-            if gone < imaging_after + AVAILABLE_SECONDS and self._is_pending():
+            if gone < imaging_after + images.AVAILABLE_SECONDS and self._is_pending():
                 pending_at = gone
                 return gone + _LOOK_SECONDS
             return max(timeout, pending_at + _LATE_SECONDS if pending_at else 0.0)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
 GIB = 1 << 30
+AVAILABLE_SECONDS = 2 * 3600.0
+"""How long an AMI may be pending: the snapshots of large, encrypted volumes take long."""
 _POLL_SECONDS = 5.0
 _SEEN_SECONDS = 300.0
 _UNPROTECTED = ("disabled", "")
@@ -259,8 +261,11 @@ def revoke(account: Account, ami: str, reason: str) -> None:
         tag(account, ami, {tagging.REVOKED: reason[: tagging.LONGEST]})
 
 
-def deregister(account: Account, ami: str) -> None:
+def deregister(account: Account, ami: str, *, with_snapshots: bool = True) -> None:
     """Deregister an AMI, which may be missing already, and delete its snapshots that no other AMI uses."""
+    if not with_snapshots:
+        presence.if_present(account, ami, lambda: account.ec2.deregister_image(ImageId=ami))
+        return
     found = get(account, ami)
     if found is None:
         return

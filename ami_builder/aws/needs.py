@@ -174,6 +174,9 @@ def at_home(place: Place) -> Iterator[Need]:
         new = place.arn(kind, _OWN[kind])
         yield from writer.need(build, "CreateTags", new, f"a new {kind}", writer.asked)
         yield from writer.use(build, "CreateTags", kind, writer.asked)
+    if aws.root_device:
+        yield from writer.make(build, "RegisterImage", "image")
+        yield from writer.use(build, "RegisterImage", "snapshot")
     yield from writer.use(build, "ModifyImageAttribute DeregisterImage", "image")
     yield from writer.use(build, "DeleteSnapshot", "snapshot")
     yield from writer.use(verify, "CreateTags", "image", writer.asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -162,12 +163,12 @@ def _images_and_snapshots(
     Packer may be killed between deregistering an AMI and deleting its snapshots.
     """
     ids, names = _by_id(entries, Resource.IMAGE), _by_name(entries, Resource.IMAGE)
-    using: dict[str, str] = {}
+    using: dict[str, list[str]] = defaultdict(list)
     ours: dict[str, FoundResource] = {}
     # A disabled AMI uses its snapshots too.
     for image in account.listed("describe_images", "Images", Owners=["self"], IncludeDisabled=True):
         for snapshot in images.snapshot_ids(image):
-            using[snapshot] = image["ImageId"]
+            using[snapshot].append(image["ImageId"])
         name, created = image.get("Name", ""), _time(image.get("CreationDate"))
         run = ids.get(image["ImageId"]) or names.get(name, "")
         found = _found(account, Resource.IMAGE, image["ImageId"], image, run, name=name, created=created)
@@ -175,7 +176,9 @@ def _images_and_snapshots(
             ours[found.id] = found
     yield from ours.values()
     made_from = {f"Created by CreateImage({instance})*": run for instance, run in instances.items()}
-    of_ours = {snapshot: ours[image].run_id for snapshot, image in using.items() if image in ours}
+    of_ours = {
+        snapshot: ours[image].run_id for snapshot, used in using.items() for image in used if image in ours
+    }
     for one in (
         *_tagged(account, "describe_snapshots", "Snapshots", OwnerIds=["self"]),
         *account.matching("describe_snapshots", "Snapshots", "snapshot-id", of_ours, OwnerIds=["self"]),
@@ -183,7 +186,7 @@ def _images_and_snapshots(
     ):
         if match := _MADE_FROM.match(one.get("Description", "")):
             of_ours.setdefault(one["SnapshotId"], instances.get(match[1], ""))
-        image_id = using.get(one["SnapshotId"], "")
+        used = using.get(one["SnapshotId"], [])
         yield _found(
             account,
             Resource.SNAPSHOT,
@@ -191,8 +194,8 @@ def _images_and_snapshots(
             one,
             of_ours.get(one["SnapshotId"], ""),
             created=one.get("StartTime"),
-            image=image_id,
-            used_by="" if image_id in ours else image_id,
+            images=tuple(used),
+            used_by=next((image for image in used if image not in ours), ""),
         )
 
 
@@ -224,7 +227,7 @@ def _found(
     *,
     created: datetime | None,
     name: str = "",
-    image: str = "",
+    images: tuple[str, ...] = (),
     used_by: str = "",
 ) -> FoundResource:
     """Return a resource; a tag of its own overrides `run_id`."""
@@ -237,7 +240,7 @@ def _found(
         name=name or tags.get(tagging.NAME, ""),
         created=created,
         finished=kind is Resource.IMAGE and tagging.FINISHED in tags,
-        image=image,
+        images=images,
         used_by=used_by,
         copied=tagging.COPY_OF in tags,
     )

@@ -191,6 +191,8 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
 
     made = ec2("instance", "volume", "network-interface", "security-group", "image", "snapshot")
     makers = ["RunInstances", "CreateSecurityGroup", "CreateImage", "CopyImage"]
+    if aws.root_device:
+        makers += ["RegisterImage"]
     if aws.spot:
         made, makers = made + template + ec2("fleet"), [*makers, "CreateLaunchTemplate", "CreateFleet"]
     # It is one that makes the resource.
@@ -282,6 +284,10 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         # Packer's plugin brings its key this way, since version 1.2.
         yield _Row("UseInstancesOfRuns", "build", "ec2-instance-connect:SendSSHPublicKey", instance, _OURS)
         yield _Row("EndConnections", "build verify", "ssm:TerminateSession ResumeSession", session)
+    if aws.root_device:
+        # By Packer's snapshot, under another name of the root device.
+        yield _Row("Make", "build", "ec2:RegisterImage", ec2("image"), _ASKED)
+        yield _Row("ChangeImagesOfRuns", "build", "ec2:RegisterImage", ec2("snapshot"), _OURS)
     copies = [arns.key(one.kms_key, one.region) for one in aws.copy_to if one.kms_key]
     own = [arns.key(aws.kms_key, aws.region)] if aws.kms_key else []
     # A copy is decrypted with its source's key, whatever its own is.

@@ -15,6 +15,7 @@ from ami_builder.aws import (
     permissions,
     prices,
     quotas,
+    root_device,
     source_ami,
     subnets,
 )
@@ -106,6 +107,7 @@ def _probes(known: _Known) -> Iterator[tuple[str, _Look]]:
     if aws.copy_to:
         yield "regions", _regions
     yield "base AMI", _base
+    yield "root device", _root_device
     yield "newer AMIs, passed over", _passed_over
     yield "instance types", _instance_types
     yield "network", _network
@@ -193,6 +195,16 @@ def _base(known: _Known) -> Iterator[Finding]:
         hint="to take one kind alone, write digits as #: "
         + " or ".join(source_ami.exact(name) for name in (ami.name, *ami.other_names)),
     )
+
+
+def _root_device(known: _Known) -> Iterator[Finding]:
+    """Yield what the AMI's root device will be, which launchers name to change its disk's size."""
+    if (base := known.base) is None:
+        return
+    wanted = known.image.aws.root_device
+    registered = root_device.differs(base, wanted)
+    text = f"{wanted}, registered from Packer's snapshot: the base's is {base.root_device}"
+    yield Finding(name="root device", state=State.OK, found=text if registered else base.root_device)
 
 
 def _passed_over(known: _Known) -> Iterator[Finding]:

@@ -34,6 +34,8 @@ class BaseAmi:
     """Of AMIs that the same pattern matches, the newest of each other kind of name: digits don't count."""
     root_device: str
     """Name of its root device, such as /dev/xvda."""
+    other_devices: tuple[str, ...] = ()
+    """Names of its other disks."""
     size: int
     """Size of its root volume, in bytes."""
     by_debian: bool = False
@@ -183,6 +185,11 @@ def _base_ami(image: ImageTypeDef, other_names: Sequence[str] = ()) -> BaseAmi:
         created=image.get("CreationDate", ""),
         other_names=tuple(other_names),
         root_device=root,
+        other_devices=tuple(
+            name
+            for one in image.get("BlockDeviceMappings", [])
+            if (name := one.get("DeviceName", "")) != root
+        ),
         size=size * _GIB,
         by_debian=image.get("OwnerId") == DEBIAN_ACCOUNT,
     )

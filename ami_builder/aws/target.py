@@ -36,6 +36,8 @@ from ami_builder.core.cleanup import Decision
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.options import ContainerSource
 from ami_builder.core.records import Artifact, CheckResult, Finding, Measurement, Outcome, TargetKind, Verdict
+from ami_builder.state.ledger import FILE as LEDGER
+from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify.executor import open_executor
 from ami_builder.verify.machine import MachineResult
@@ -106,7 +108,7 @@ class AwsTarget:
             self.workspace,
             base,
             resolved={"source", "suite", "mirror", "checksum"},
-            more=f" {image.aws.encrypt} {image.aws.kms_key}",
+            more=f" {image.aws.encrypt} {image.aws.kms_key} {image.aws.root_device}",
             refresh=refresh,
         )
         return replace(inputs, base=str(self.bases[inputs.base_digest]))
@@ -127,7 +129,8 @@ class AwsTarget:
         ami = None if again else images.find_by_digest(self.account, inputs.image.name, inputs.digest)
         if ami is not None:
             with step.step("finish the AMI of a killed run", detail=ami.id) as child:
-                ami = finish(inputs, self.account, ami, child, public=self.public)
+                ledger = Ledger(run.directory / LEDGER)
+                ami = finish(inputs, self.account, ami, ledger, child, public=self.public)
                 child.done(ami.id)
         else:
             here = replace(inputs, image=self._here(inputs.image))

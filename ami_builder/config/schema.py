@@ -212,6 +212,9 @@ class AwsSettings(_Table):
     kms_key: t.KmsKey = ""
     """The KMS key for `encrypt`: id, alias/… or ARN. Empty: the account's default key. Other regions have
     those of `copy_to`."""
+    root_device: t.RootDevice = "/dev/sda1"
+    """The name of the AMI's root device, which launchers map to set its disk's size: dask-cloudprovider's
+    EC2Cluster maps /dev/sda1. Empty: the base's, which is /dev/xvda for Debian."""
     spot: StrictBool = False
     """Whether baking runs on a spot instance. `instance_types` are tried in order, in each subnet."""
     lifetime: t.Duration = 2 * 3600.0

@@ -402,6 +402,9 @@ InstanceProfile = Annotated[
 ]
 Cidr = Annotated[str, ValueType("an IP network", _cidr, "203.0.113.7/32")]
 KmsKey = Annotated[str, text(_KMS_KEY, "the id, alias/… or ARN of a KMS key, or nothing", "alias/ours")]
+RootDevice = Annotated[
+    str, text(r"(?:/dev/(?:sda1|xvda))?", "/dev/sda1, /dev/xvda, or nothing", "/dev/xvda", most=40)
+]
 CopyTo = Annotated[
     Destination,
     ValueType(

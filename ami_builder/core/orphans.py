@@ -50,8 +50,8 @@ class FoundResource:
     """None if unknown."""
     finished: bool = False
     """A completed AMI: the result of a run."""
-    image: str = ""
-    """The AMI that a snapshot belongs to."""
+    images: tuple[str, ...] = ()
+    """The AMIs that a snapshot belongs to."""
     used_by: str = ""
     """A foreign resource that uses it."""
     copied: bool = False
@@ -79,8 +79,9 @@ def plan(
     orphans, kept = [], dict[str, str]()
     for one in sorted(found, key=lambda one: (ORDER.index(one.kind), one.created is not None, one.id)):
         action, reason = _decide(one, runs, now, lifetime)
-        if action is Action.DELETE and one.kind is Resource.SNAPSHOT and one.image in kept:
-            action, reason = Action.KEEP, f"belongs to {one.image}: {kept[one.image]}"
+        using = next((image for image in one.images if image in kept), "")
+        if action is Action.DELETE and one.kind is Resource.SNAPSHOT and using:
+            action, reason = Action.KEEP, f"belongs to {using}: {kept[using]}"
         if action is Action.KEEP:
             kept[one.id] = reason
         orphans.append(Orphan(found=one, action=action, reason=reason))

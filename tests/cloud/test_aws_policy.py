@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ami_builder.aws import images, instances, machine, orphans, preflight, session
+from ami_builder.aws import images, instances, machine, orphans, preflight, root_device, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.policy import LONGEST, Section, document, parts, size
 from ami_builder.aws.session import Account
@@ -89,10 +89,11 @@ def test_building(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         with subject:
             instances.require_imdsv2(account, subject.instance_id)
             account.ec2.stop_instances(InstanceIds=[subject.instance_id])
-            name = tagging.ami_name("dask", DIGEST, RUN)
+            name = root_device.baked_name(tagging.ami_name("dask", DIGEST, RUN))
             ami = account.ec2.create_image(InstanceId=subject.instance_id, Name=name)["ImageId"]
             half = account.ec2.create_image(InstanceId=subject.instance_id, Name="half")["ImageId"]
-    images.wait_available(account, ami, 10)
+    baked = images.wait_available(account, ami, 10)
+    ami = root_device.renamed(account, ledger, baked, "/dev/sda1", tags(Purpose.IMAGE)).id
     images.finish(account, ami, tags(Purpose.IMAGE))
     # As after Ctrl-C.
     orphans.delete_image(account, half, RUN)

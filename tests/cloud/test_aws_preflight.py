@@ -157,6 +157,7 @@ def test_one_failing_probe_hides_no_other(
     assert findings[name].state is not State.OK
     assert whole.keys() - findings.keys() <= {
         "newer AMIs, passed over",
+        "root device",
         "instance types to bake on",
         "instance types to verify on",
         "ssh is open to",

@@ -115,7 +115,7 @@ def test_what_settings_add(cloud: Cloud, places: Sequence[Place], monkeypatch: p
     assert built.status == 0, built.err
     assert held.refused == []
     # What cleans up, what reads the console of a dead machine; and a spot instance is never stopped.
-    never = {"ec2:DeregisterImage", "ec2:DeleteSnapshot", "ec2:GetConsoleOutput", "ec2:StopInstances"}
+    never = {"ec2:DeleteSnapshot", "ec2:GetConsoleOutput", "ec2:StopInstances"}
     assert held.unused - ABOUT_THE_ACCOUNT == never | imds_later()
     only_the_ami(cloud)
 

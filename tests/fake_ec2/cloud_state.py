@@ -134,8 +134,8 @@ class Hypervisor(Protocol):
     def memory_of(self, kind: str, mib: int) -> int:
         """Return how many MiB a type has here, where EC2's has `mib`."""
 
-    def drop(self, image_id: str) -> None:
-        """Forget the disk of a deregistered image."""
+    def drop(self, snapshot_id: str) -> None:
+        """Forget the disk of a deleted snapshot."""
 
     def announce(self, instance_id: str, path: str, value: str) -> None:
         """Set a value of the instance's metadata."""

@@ -30,6 +30,16 @@ NEWEST = _DEBIAN[0][0]
 """Name of the newest amd64 image of Debian 13."""
 
 
+_INHERITED = (
+    "boot_mode",
+    "ena_support",
+    "imds_support",
+    "sriov_net_support",
+    "tpm_support",
+    "uefi_data",
+)
+
+
 class Pending(Protocol):
     """How long an image is pending; see CloudOptions."""
 
@@ -42,27 +52,47 @@ class FakeImage(Ami):
     """moto's image, with what EC2 shows beside."""
 
     captured: bool = True
+    ena_support: bool
+    sriov_net_support: str | None = "simple"
+    tpm_support: str | None = None
+    uefi_data: str | None = None
+    imds_support: str | None = None
 
     def __init__(
-        self, *args: Any, mapping: list[dict[str, Any]], root_device: str = ROOT_DEVICE, **kwargs: Any
+        self,
+        backend: Any,
+        *args: Any,
+        mapping: list[dict[str, Any]],
+        like: FakeImage | None = None,
+        root_device: str = "",
+        snapshot: Any = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.root_device_type, self.root_device_name = "ebs", root_device
-        root = next(m for m in mapping if m["DeviceName"] == root_device)["Ebs"]
-        snapshot = self.ebs_snapshot
-        snapshot.volume.size = root["VolumeSize"]
-        snapshot.encrypted = bool(root["Encrypted"])
-        snapshot.kms_key_id = root.get("KmsKeyId")
+        """Make an image: as a launch sees it `like` another one, or of a `snapshot` that exists."""
+        super().__init__(backend, *args, **kwargs)
+        self.root_device_type = "ebs"
+        self.root_device_name = root_device or (like.root_device_name if like is not None else ROOT_DEVICE)
+        root = next(m for m in mapping if m["DeviceName"] == self.root_device_name)["Ebs"]
+        if snapshot is None:
+            snapshot = self.ebs_snapshot
+            snapshot.volume.size = root["VolumeSize"]
+            snapshot.encrypted = bool(root["Encrypted"])
+            snapshot.kms_key_id = root.get("KmsKeyId")
+        else:
+            del backend.snapshots[self.ebs_snapshot.id]
+            self.ebs_snapshot = snapshot
         root["SnapshotId"] = snapshot.id
         root.pop("KmsKeyId", None)
         self.mapping = mapping
-        self.imds_support: str | None = None
+        self.ena_support = True
+        for name in _INHERITED if like is not None else ():
+            setattr(self, name, getattr(like, name))
         self.deprecation_time: str | None = None
         self.deregistration_protection = "disabled"
         self.cooling = False
         """Whether its protection was disabled less than 24 hours ago."""
         self.state_reason: dict[str, str] | None = None
-        self.ena_support = True
+        self.platform_details, self.usage_operation = "Linux/UNIX", "RunInstances"
         self.last_describe = 0
         self.available_at = 0.0
         self.failure = ""

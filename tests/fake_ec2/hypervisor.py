@@ -78,7 +78,7 @@ class VmHypervisor:
         self._accelerator, self._network, self._cpus = accelerator, network, cpus
         self._memory = dict(memory or {})
         self._vms: dict[str, InstanceVm] = {}
-        self._images: dict[str, Path] = {}
+        self._snapshots: dict[str, Path] = {}
         self._disks: dict[Path, _Disk] = {}
         self._number = 0
 
@@ -106,12 +106,12 @@ class VmHypervisor:
             vm.join()
         with self.lock:
             self._vms.clear()
-            self._images.clear()
+            self._snapshots.clear()
             self._collect()
 
     def launch(self, backend: Any, instance: Instance, image: FakeImage) -> None:
         """Boot the instance on a new overlay of the image's disk."""
-        disk = self._images.get(image.id)
+        disk = self._snapshots.get(image.ebs_snapshot.id)
         if disk is None and image.owner_id == DEBIAN_ACCOUNT:
             disk = self._base
         assert disk is not None, f"{image.id} has no disk: it was neither captured nor copied here"
@@ -203,7 +203,7 @@ class VmHypervisor:
             vm = self._vms[instance.id]
             with self.lock:
                 frozen = vm.volume
-                self._images[image.id] = frozen
+                self._snapshots[image.ebs_snapshot.id] = frozen
                 vm.volume = self._overlay(frozen, None)
                 image.captured = True
 
@@ -211,20 +211,20 @@ class VmHypervisor:
 
     def copy(self, source: FakeImage, image: FakeImage) -> None:
         """Let a copy of an image have the same disk."""
-        if source.id in self._images:
-            self._images[image.id] = self._images[source.id]
+        if (disk := self._snapshots.get(source.ebs_snapshot.id)) is not None:
+            self._snapshots[image.ebs_snapshot.id] = disk
 
-    def register(self, image_id: str, disk: Path) -> None:
-        """Let an image have a qcow2 file as its disk, which is never changed or removed."""
-        self._images[image_id] = disk.resolve()
+    def register(self, snapshot_id: str, disk: Path) -> None:
+        """Let a snapshot have a qcow2 file as its disk, which is never changed or removed."""
+        self._snapshots[snapshot_id] = disk.resolve()
 
-    def disk(self, image_id: str) -> Path:
-        """Return the disk of an image that was captured, copied or registered here: EC2's snapshot."""
-        return self._images[image_id]
+    def disk(self, snapshot_id: str) -> Path:
+        """Return the disk of a snapshot that was captured, copied or registered here."""
+        return self._snapshots[snapshot_id]
 
-    def drop(self, image_id: str) -> None:
-        """Forget the disk of a deregistered image."""
-        self._images.pop(image_id, None)
+    def drop(self, snapshot_id: str) -> None:
+        """Forget the disk of a deleted snapshot."""
+        self._snapshots.pop(snapshot_id, None)
         self._collect()
 
     def console(self, instance_id: str) -> bytes:
@@ -263,7 +263,7 @@ class VmHypervisor:
     def _collect(self) -> None:
         """Remove the files that no instance uses."""
         wanted: set[Path] = set()
-        for path in [*self._images.values(), *(vm.volume for vm in self._vms.values())]:
+        for path in [*self._snapshots.values(), *(vm.volume for vm in self._vms.values())]:
             at: Path | None = path
             while at in self._disks and at not in wanted:
                 wanted.add(at)

@@ -55,10 +55,10 @@ class ImageActions(EC2Action):
             hypervisor="xen",
             region_name=instance.placement.availability_zone,
             snapshot_description=f"Created by CreateImage({instance.id})",
-            mapping=mapping,
+            like=source,
             root_device=instance.root_device_name,
+            mapping=mapping,
         )
-        image.imds_support = getattr(source, "imds_support", None)
         for block in instance.block_device_mapping.values():
             image.ebs_snapshot.volume = self.ec2_backend.get_volume(block.volume_id)
             break
@@ -67,6 +67,85 @@ class ImageActions(EC2Action):
             image.captured = False
             self.state.machines.capture(instance, image)
         return ActionResult({"ImageId": image.id})
+
+    def register_image(self) -> ActionResult:
+        """RegisterImage, of a snapshot: the parameters' defaults are those of an AMI that boots nowhere."""
+        name, root = self._free_name(), self._get_param("RootDeviceName", "")
+        if unknown := set(self.tags()) - {"image"}:
+            raise Refused("InvalidParameterValue", f"'{unknown.pop()}' is not a valid taggable resource type")
+        mapping = copy.deepcopy(self._get_param("BlockDeviceMappings", []))
+        for disk in mapping:
+            self._register_disk(disk.get("Ebs", {}))
+        disk = next((one["Ebs"] for one in mapping if one["DeviceName"] == root), None)
+        if disk is None or not disk.get("SnapshotId"):
+            # behaviour: register-root-snapshot
+            raise Refused(
+                "InvalidBlockDeviceMapping", f"the root device {root} must be in the block device mapping"
+            )
+        image = FakeImage(
+            self.ec2_backend,
+            random_ami_id(),
+            name=name,
+            description=self._get_param("Description", ""),
+            image_location=f"{self.current_account}/{name}",
+            hypervisor="xen",
+            architecture=self._get_param("Architecture", "i386"),
+            virtualization_type=self._get_param("VirtualizationType", "paravirtual"),
+            boot_mode=self._get_param("BootMode"),
+            region_name=f"{self.region}a",
+            root_device=root,
+            snapshot=self.ec2_backend.snapshots[disk["SnapshotId"]],
+            mapping=mapping,
+        )
+        image.sriov_net_support = self._get_param("SriovNetSupport")
+        image.ena_support = bool(self._get_param("EnaSupport", False))
+        image.tpm_support, image.uefi_data = self._get_param("TpmSupport"), self._get_param("UefiData")
+        image.imds_support = self._get_param("ImdsSupport")
+        image.add_tags(self.tags().get("image", {}))
+        image.wait(self.state.options)
+        if not (self.state.options.image_describes or self.state.options.image_seconds):
+            image.look()
+        self.ec2_backend.amis[image.id] = image
+        self.state.made(image.id)
+        return ActionResult({"ImageId": image.id})
+
+    def _register_disk(self, disk: dict[str, Any]) -> None:
+        """Complete a disk by its snapshot; raises Refused."""
+        if not (snapshot_id := disk.get("SnapshotId")):
+            return
+        snapshot = self.ec2_backend.snapshots.get(snapshot_id)
+        if snapshot is None:
+            raise Refused("InvalidSnapshot.NotFound", f"The snapshot '{snapshot_id}' does not exist.")
+        if any(one.state == "pending" for one in self._using(snapshot_id)):
+            raise Refused("IncorrectState", f"The snapshot '{snapshot_id}' is not completed")
+        if "Encrypted" in disk or "KmsKeyId" in disk:
+            raise Refused(
+                "InvalidParameter", "the encryption state of a snapshot's volume can't be specified"
+            )
+        size = disk.setdefault("VolumeSize", snapshot.volume.size)
+        if size < snapshot.volume.size:
+            raise Refused("InvalidBlockDeviceMapping", f"a volume of {size}GB is smaller than its snapshot")
+        disk.setdefault("DeleteOnTermination", True)
+        disk["Encrypted"] = bool(snapshot.encrypted)
+
+    def _using(self, snapshot_id: str) -> list[FakeImage]:
+        return [
+            image
+            for image in self.ec2_backend.amis.values()
+            if any(one.get("Ebs", {}).get("SnapshotId") == snapshot_id for one in image.mapping)
+        ]
+
+    def delete_snapshot(self) -> ActionResult:
+        """DeleteSnapshot, unless an image uses it."""
+        snapshot_id = self._get_param("SnapshotId")
+        if used := self._using(snapshot_id):
+            raise Refused(
+                "InvalidSnapshot.InUse", f"The snapshot {snapshot_id} is currently in use by {used[0].id}"
+            )
+        answer: ActionResult = super().delete_snapshot()
+        if self.state.machines is not None:
+            self.state.machines.drop(snapshot_id)
+        return answer
 
     def copy_image(self) -> ActionResult:
         """CopyImage, within the account."""
@@ -99,10 +178,9 @@ class ImageActions(EC2Action):
                 image_location=f"{self.current_account}/{params['Name']}",
                 hypervisor="xen",
                 region_name=f"{self.region}a",
+                like=source,
                 mapping=mapping,
-                root_device=source.root_device_name,
             )
-            image.imds_support = source.imds_support
             if params.get("CopyImageTags"):
                 own = source.ec2_backend.tags.get(source.id, {})
                 image.add_tags({key: value for key, value in own.items() if not key.startswith("aws:")})
@@ -158,9 +236,9 @@ class ImageActions(EC2Action):
                 else:
                     self.ec2_backend.delete_snapshot(snapshot)
                     code = "success"
+                    if self.state.machines is not None:
+                        self.state.machines.drop(snapshot)
                 results.append({"SnapshotId": snapshot, "ReturnCode": code})
-        if self.state.machines is not None:
-            self.state.machines.drop(image.id)
         return ActionResult({"Return": True, "DeleteSnapshotResults": results})
 
     def modify_image_attribute(self) -> ActionResult:
@@ -189,7 +267,10 @@ class ImageActions(EC2Action):
 
     def describe_image_attribute(self) -> ActionResult:
         """DescribeImageAttribute, of an image of this account."""
-        self.own_image(self._get_param("ImageId"))
+        image = self.own_image(self._get_param("ImageId"))
+        if self._get_param("Attribute") == "uefiData":
+            data = {"Value": image.uefi_data} if image.uefi_data else {}
+            return ActionResult({"ImageId": image.id, "UefiData": data})
         return super().describe_image_attribute()
 
     def enable_image_deprecation(self) -> ActionResult:

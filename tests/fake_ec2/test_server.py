@@ -380,3 +380,37 @@ def test_a_disabled_image_is_described_only_when_asked_for(cloud: Cloud) -> None
     assert (found["ImageId"], found["State"]) == (ami, "disabled")
     ec2.enable_image(ImageId=ami)
     assert [one["ImageId"] for one in ec2.describe_images(Owners=["self"])["Images"]] == [ami]
+
+
+def test_a_snapshot_is_registered_under_another_root_device(cloud: Cloud, ec2: Any) -> None:
+    source = launch(cloud, ec2)
+    made = image(ec2, ec2.create_image(InstanceId=source, Name="image")["ImageId"])
+    snapshot = made["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"]
+    plain: dict[str, Any] = {
+        "Name": "again",
+        "RootDeviceName": "/dev/sda1",
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"SnapshotId": snapshot}}],
+    }
+    with refused("InvalidBlockDeviceMapping"):
+        ec2.register_image(**{**plain, "RootDeviceName": "/dev/xvda"})
+    with refused("InvalidParameterValue"):
+        ec2.register_image(**plain, TagSpecifications=tagged("snapshot"))
+    with refused("InvalidParameter"):
+        disk = {"SnapshotId": snapshot, "Encrypted": True}
+        ec2.register_image(**{**plain, "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}]})
+    bare = image(ec2, ec2.register_image(**plain, TagSpecifications=tagged("image"))["ImageId"])
+    assert (bare["Architecture"], bare["VirtualizationType"]) == ("i386", "paravirtual")
+    assert {"BootMode", "ImdsSupport", "SriovNetSupport", "TpmSupport"}.isdisjoint(bare)
+    assert bare["EnaSupport"] is False
+    assert bare["RootDeviceName"] == "/dev/sda1"
+    assert bare["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"] == snapshot
+    with refused("InvalidAMIName.Duplicate"):
+        ec2.register_image(**plain)
+    # A snapshot stays as long as any image has it.
+    ec2.deregister_image(ImageId=made["ImageId"], DeleteAssociatedSnapshots=True)
+    with refused("InvalidSnapshot.InUse"):
+        ec2.delete_snapshot(SnapshotId=snapshot)
+    ec2.deregister_image(ImageId=bare["ImageId"])
+    ec2.delete_snapshot(SnapshotId=snapshot)
+    with refused("InvalidSnapshot.NotFound"):
+        ec2.register_image(**plain)

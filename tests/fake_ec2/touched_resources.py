@@ -54,6 +54,7 @@ EC2: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ModifyInstanceMetadataOptions": ((), ("InstanceId",)),
     "CreateImage": (("image", "snapshot"), ("InstanceId",)),
     "CopyImage": (("image", "snapshot"), ()),
+    "RegisterImage": (("image",), ()),
     "DeregisterImage": ((), ("ImageId",)),
     "ModifyImageAttribute": ((), ("ImageId",)),
     "EnableImageDeprecation": ((), ("ImageId",)),
@@ -186,6 +187,10 @@ def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
         # behaviour: copy-source-is-authorized
         origin = params["SourceRegion"]
         yield _existing(name, params["SourceImageId"], "", origin, ec2_backends[ACCOUNT][origin], None)
+    if call.action == "RegisterImage":
+        for disk in params.get("BlockDeviceMappings", []):
+            if snapshot := disk.get("Ebs", {}).get("SnapshotId"):
+                yield _existing(name, snapshot, "", call.region, backend, None)
     if call.action == "CreateSecurityGroup" and not params.get("VpcId"):
         yield Touched(action=name, arn=arns.ec2(call.region, "vpc", "vpc-default"))
     if call.action == "DeregisterImage" and params.get("DeleteAssociatedSnapshots"):

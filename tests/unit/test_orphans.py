@@ -43,7 +43,7 @@ def test_another_machines_things_stay_until_they_are_too_old() -> None:
 
 def test_a_finished_image_stays_with_its_snapshots() -> None:
     image = found(Resource.IMAGE, id="ami-1", finished=True)
-    snapshot = found(Resource.SNAPSHOT, image="ami-1")
+    snapshot = found(Resource.SNAPSHOT, images=("ami-1",))
     assert decided(image).action is Action.KEEP
     kept = decided(snapshot, image)
     assert kept.action is Action.KEEP
@@ -52,6 +52,9 @@ def test_a_finished_image_stays_with_its_snapshots() -> None:
     assert decided(unfinished).action is Action.DELETE
     assert decided(snapshot, unfinished).action is Action.DELETE
     assert decided(snapshot).action is Action.DELETE
+    # As while an AMI is registered again under another name of its root device.
+    shared = found(Resource.SNAPSHOT, images=("ami-2", "ami-1", "ami-3"))
+    assert decided(shared, image, found(Resource.IMAGE, id="ami-2")).reason == kept.reason
 
 
 def test_what_others_use_stays() -> None:
@@ -68,7 +71,7 @@ things = st.builds(
     run_id=st.sampled_from(["live", "ended", "other", ""]),
     created=st.none() | st.integers(-100, 100_000).map(lambda s: NOW - timedelta(seconds=s)),
     finished=st.booleans(),
-    image=st.integers(0, 6).map(lambda n: f"thing-{n}" if n else ""),
+    images=st.lists(st.integers(1, 6).map(lambda n: f"thing-{n}"), max_size=2).map(tuple),
     used_by=st.sampled_from(["", "", "ami-theirs"]),
 )
 
@@ -95,5 +98,5 @@ def test_whatever_is_found(several: list[FoundResource]) -> None:
             assert one.run_id == "ended" or (
                 one.created is not None and NOW - one.created > timedelta(seconds=LIFETIME) + MARGIN
             )
-            assert one.kind is not Resource.SNAPSHOT or one.image not in kept_images
+            assert one.kind is not Resource.SNAPSHOT or kept_images.isdisjoint(one.images)
     assert plan(list(reversed(several)), RUNS, NOW, LIFETIME) == decisions

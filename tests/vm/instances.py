@@ -144,5 +144,5 @@ def register(
         root_device=root_device,
     )
     backend.amis[image.id] = image
-    machines.register(image.id, disk)
+    machines.register(image.ebs_snapshot.id, disk)
     return str(image.id)

@@ -82,5 +82,8 @@ def test_an_ami_keeps_the_promise_on_an_instance(
     # The snapshot is a copy of the disk: what was deleted must be gone from that too.
     run = Workspace.open({"AMI_BUILDER_HOME": str(HOME)}).runs_dir / artifact["run_id"]
     identity = run / traces.IDENTITY_FILE
-    traces.require_clean(machines.disk(artifact["location"]), identity.read_text(), tmp_path)
+    (image,) = cloud.client().describe_images(ImageIds=[artifact["location"]])["Images"]
+    assert image["RootDeviceName"] == "/dev/sda1"
+    snapshot = image["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"]
+    traces.require_clean(machines.disk(snapshot), identity.read_text(), tmp_path)
     assert {kind: len(ids) for kind, ids in cloud.left().items()} == {"image": 1, "snapshot": 1}
