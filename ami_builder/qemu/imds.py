@@ -58,6 +58,8 @@ class InstanceMetadata:
     user_data: bytes | None = None
     key_name: str = "ami-builder"
     ami_id: str = "ami-0123456789abcdef0"
+    root_device: str = "/dev/sda1"
+    """The name that the AMI has for it; the guest sees an NVMe disk."""
     instance_type: str = "m6i.large"
     region: str = "us-east-1"
     zone: str = "a"
@@ -313,8 +315,8 @@ def _pages(it: InstanceMetadata, announced: Mapping[str, str]) -> dict[str, byte
         "meta-data/ami-id": it.ami_id,
         "meta-data/ami-launch-index": "0",
         "meta-data/ami-manifest-path": "(unknown)",
-        "meta-data/block-device-mapping/ami": "/dev/xvda",
-        "meta-data/block-device-mapping/root": "/dev/xvda",
+        "meta-data/block-device-mapping/ami": it.root_device,
+        "meta-data/block-device-mapping/root": it.root_device,
         "meta-data/hostname": it.hostname,
         "meta-data/instance-action": "none",
         "meta-data/instance-id": it.instance_id,

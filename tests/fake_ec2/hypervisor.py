@@ -146,6 +146,7 @@ class VmHypervisor:
             imds.InstanceMetadata(
                 instance_id=instance.id,
                 ami_id=image.id,
+                root_device=image.root_device_name,
                 instance_type=instance.instance_type,
                 arch=arch,
                 region=backend.region_name,
