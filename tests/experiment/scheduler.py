@@ -12,11 +12,14 @@ import json
 import sys
 import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future, Scheduler
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 _LOOK_SECONDS = 0.5
 
@@ -86,19 +89,27 @@ class Watch(SchedulerPlugin):
         self.spilled = max(self.spilled, int((metrics.get("spilled_bytes") or {}).get("disk", 0)))
 
 
-async def run(scheduler: Scheduler, client: Client, message: dict[str, Any]) -> None:
-    """Submit the tasks, and wait until all have ended or the time is up."""
-    module = load(message["module"], message["path"])
-    watch = Watch()
-    scheduler.add_plugin(watch)
+async def work(
+    client: Client,
+    module: Any,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    timeout: float,
+    look: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Submit the tasks, and wait until all have ended or `timeout` seconds have passed; return the counts.
+
+    Writes the progress to stdout, and calls `look` in between.
+    """
+    began = time.monotonic()
     futures: dict[str, Future[Any]] = {}
-    for task in message["tasks"]:
+    for task in tasks:
         arguments = [*(futures[key] for key in task["after"]), *task["arguments"]]
         futures[task["key"]] = client.submit(
             getattr(module, task["function"]), *arguments, key=task["key"], pure=False
         )
-    kept = {task["key"]: futures[task["key"]] for task in message["tasks"] if task["kept"]}
-    taken = {task["key"] for task in message["tasks"] if task["taken"]}
+    kept = {task["key"]: futures[task["key"]] for task in tasks if task["kept"]}
+    taken = {task["key"] for task in tasks if task["taken"]}
     futures.clear()
     wanted, done, reported = len(kept), 0, 0.0
     while True:
@@ -108,26 +119,33 @@ async def run(scheduler: Scheduler, client: Client, message: dict[str, Any]) -> 
             done += 1
         counts = Counter(future.status for future in kept.values())
         ended = done + counts["finished"] + counts["error"] + counts["cancelled"]
-        watch.look(scheduler)
-        spent = time.monotonic() - watch.began
-        if ended == wanted or spent > message["timeout"]:
+        look()
+        spent = time.monotonic() - began
+        if ended == wanted or spent > timeout:
             break
         if spent - reported >= 5:
             reported = spent
             send(done=done + counts["finished"], failed=counts["error"], of=wanted)
         await asyncio.sleep(_LOOK_SECONDS)
     reasons = Counter([type(await f.exception()).__name__ for f in kept.values() if f.status == "error"])
-    send(
-        ended={
-            "done": done + counts["finished"],
-            "failed": counts["error"] + counts["cancelled"],
-            "unfinished": wanted - ended,
-            "seconds": round(spent, 2),
-            "spilled": watch.spilled,
-            "marks": watch.marks,
-            "reasons": reasons,
-        }
+    return {
+        "done": done + counts["finished"],
+        "failed": counts["error"] + counts["cancelled"],
+        "unfinished": wanted - ended,
+        "seconds": round(spent, 2),
+        "reasons": reasons,
+    }
+
+
+async def run(scheduler: Scheduler, client: Client, message: dict[str, Any]) -> None:
+    """Do the work of a message, and watch the worker meanwhile."""
+    module = load(message["module"], message["path"])
+    watch = Watch()
+    scheduler.add_plugin(watch)
+    ended = await work(
+        client, module, message["tasks"], timeout=message["timeout"], look=lambda: watch.look(scheduler)
     )
+    send(ended={**ended, "spilled": watch.spilled, "marks": watch.marks})
 
 
 async def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import PROGRAMS
-from tests.vm.conftest import ROOT, environment
+from tests.vm.conftest import HOME, ROOT, environment
 
 _PROBE = "ip link add probe type bridge && ip tuntap add probe0 mode tap && ip link set probe0 master probe"
 
@@ -55,4 +55,4 @@ def _unshare() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return environment(PATH=PROGRAMS)
+    return environment(PATH=PROGRAMS, AMI_BUILDER_TEST_HOME=str(HOME))
