@@ -18,7 +18,8 @@ from ami_builder.core.records import TargetKind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ami_builder.aws.launch_template import Deletion, Launch, Template
+    from ami_builder.aws.launch_settings import Launch
+    from ami_builder.aws.launch_template import Deletion, Template
     from ami_builder.aws.target import AwsTarget
     from ami_builder.build.target import TargetOutcome
     from ami_builder.config.schema import Image
@@ -166,7 +167,7 @@ def launch_template(
 
 
 def _launch(*, replace_after: str, disk: str, user_data: Path | None, **values: Any) -> Launch:
-    from ami_builder.aws.launch_template import Launch
+    from ami_builder.aws.launch_settings import Launch
     from ami_builder.core.units import parse_duration, parse_size
 
     def parsed(flag: str, text: str, parse: Any) -> Any:
@@ -207,11 +208,13 @@ def _keep(
     regions: Sequence[AwsTarget], image: Image, channel: str, launch: Launch
 ) -> list[TargetOutcome[Template]]:
     from ami_builder.aws.launch_template import keep
+    from ami_builder.aws.target import named
     from ami_builder.build.target import at_each
 
     def kept(target: AwsTarget, step: Step) -> Template:
         parameter = target.channels(image).folder + channel
-        found = keep(target.account, image, channel, launch, parameter, step)
+        with named(target.name):
+            found = keep(target.account, image, channel, launch, parameter, step)
         step.done(f"{found.change}: {found.name}, version {found.version}, launches {found.ami}")
         return found
 
@@ -223,18 +226,17 @@ def _delete(
     regions: Sequence[AwsTarget], image: Image, channel: str, role: Role, *, apply: bool, as_json: bool
 ) -> None:
     from ami_builder.aws.launch_template import delete, plan_deletion
+    from ami_builder.aws.target import named
     from ami_builder.build.target import at_each, require_all
 
     def planned(target: AwsTarget, step: Step) -> tuple[Deletion, ...]:
-        found = plan_deletion(target.account, image, channel, role)
+        with named(target.name):
+            found = plan_deletion(target.account, image, channel, role)
+            if found is not None and apply:
+                delete(target.account, found)
         if found is None:
             step.done("there is none")
-            return ()
-        if apply:
-            delete(target.account, found)
-        elif not found.deletable:
-            step.done(f"in use by {', '.join(found.groups)}")
-        return (found,)
+        return () if found is None else (found,)
 
     with console.open_progress(mode()) as progress:
         outcomes = at_each(regions, planned, progress, "launch template")
