@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from moto.core.utils import utcnow
 
 from ami_builder.aws import channels as adapter
-from ami_builder.aws import images
+from ami_builder.aws import images, references
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
@@ -338,6 +340,12 @@ def test_neither_gc_nor_prune_takes_it_or_its_ami(cloud: Cloud) -> None:
         MinCount=1, MaxCount=1, LaunchTemplate={"LaunchTemplateId": made["id"]}, ImageId=ami,
         TagSpecifications=data(cloud)["TagSpecifications"],
     )["Instances"]  # fmt: skip
+    # Older than anything that a live run has.
+    backend, old = cloud.backend(), utcnow() - timedelta(days=30)
+    backend.launch_templates[made["id"]].create_time = old
+    for one in launched:
+        backend.get_instance(one["InstanceId"]).launch_time = old
+    assert any("launch template" in one.by for one in references.find(Account.open()) if one.id == ami)
     collected = captured("gc", "--apply", "--json")
     assert collected.status == 0, collected.err
     kept = {"launch-template": [made["id"]], "instance": [one["InstanceId"] for one in launched]}
