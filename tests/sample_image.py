@@ -22,6 +22,7 @@ def image(
     after: tuple[str, ...] = (),
     reference: str = "ami-builder/dask:2026.8.0",
     network: ContainerNetwork = ContainerNetwork.HOST,
+    retire_on_rebalance: bool = False,
 ) -> Image:
     """Return an image with the given settings of the guest, and the defaults elsewhere."""
     default = ImageSettings().image("default")
@@ -30,6 +31,13 @@ def image(
         container=replace(
             default.container, reference=reference, requirements=Path("requirements.txt"), network=network
         ),
-        dask=replace(default.dask, role=role, workers=workers, threads=threads, after=after),
+        dask=replace(
+            default.dask,
+            role=role,
+            workers=workers,
+            threads=threads,
+            after=after,
+            retire_on_rebalance=retire_on_rebalance,
+        ),
         memory=MemorySettings(reserve=reserve or Reserve(), nanny_headroom=headroom),
     )

@@ -142,6 +142,9 @@ class DaskSettings(_Table):
     data. A disk that has a file system or partitions is never touched."""
     after: t.Many[t.SystemdUnit] = ()
     """Units, such as agents, that must be up before the available memory is measured."""
+    retire_on_rebalance: bool = False
+    """Whether workers retire when EC2 recommends to replace their spot instance. They retire in any case when
+    EC2 interrupts it, or its Auto Scaling group terminates it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

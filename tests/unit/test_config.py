@@ -439,6 +439,7 @@ def test_settings_are_shown_as_toml_writes_them() -> None:
         "listen": "127.0.0.1",
         "spill_percent": 80,
         "after": ["a.service"],
+        "retire_on_rebalance": False,
     }
     assert again["base"]["disk_size"] == "4GiB"
     rewritten = loaded("\n".join(f"images.dask.{line}" for line in written.splitlines()))

@@ -1,0 +1,355 @@
+"""retire.py and retire_workers.py with real schedulers and workers; a machine is an address of loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from distributed import Client
+from distributed.security import Security
+
+from ami_builder.system import resources
+from tests import real_dask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+PROGRAMS = resources.packer_dir() / "guest/usr/local/lib/dask"
+SCHEDULER, HERE, OTHER = "127.0.0.5", "127.0.0.3", "127.0.0.4"
+
+
+def load(name: str) -> ModuleType:
+    """Import a program of the guest."""
+    specification = importlib.util.spec_from_file_location(f"guest_{name}", PROGRAMS / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+retire_workers = load("retire_workers")
+
+
+# Which processes are Dask's
+
+
+@pytest.mark.parametrize(
+    ("executable", "command", "kind", "words"),
+    [
+        (
+            "/usr/local/bin/python3.13",
+            ["/usr/local/bin/python3", "/usr/local/bin/dask", "worker", "10.0.0.1:8786", "--nworkers", "1"],
+            "worker",
+            ["10.0.0.1:8786", "--nworkers", "1"],
+        ),
+        (
+            "/opt/conda/bin/python3.12",
+            ["python", "-m", "distributed.cli.dask_spec", "tls://10.0.0.1:8786", "--spec", '{"cls": 1}'],
+            "spec",
+            ["tls://10.0.0.1:8786", "--spec", '{"cls": 1}'],
+        ),
+        ("/usr/bin/python3", ["python3", "-m", "dask", "worker"], "worker", []),
+        ("/usr/bin/python3", ["python3", "/opt/bin/dask-worker", "a:1", ""], "worker", ["a:1", ""]),
+        ("/usr/bin/python3", ["python3", "/opt/bin/dask", "cuda", "worker", "a:1"], "worker", ["a:1"]),
+        ("/usr/bin/python3", ["python3", "-m", "distributed.cli.dask_worker", "a:1"], "worker", ["a:1"]),
+        ("/usr/bin/python3 (deleted)", ["python", "/x/dask-scheduler"], "scheduler", []),
+        ("/usr/bin/python3", ["python", "-m", "distributed.cli.dask_scheduler"], "scheduler", []),
+    ],
+)
+def test_a_process_of_dask_is_recognized(
+    executable: str, command: list[str], kind: str, words: list[str]
+) -> None:
+    found = retire_workers.recognized(7, executable, "".join(f"{word}\0" for word in command).encode())
+    assert found is not None
+    assert (found.pid, found.kind, found.words) == (7, kind, words)
+    assert found.interpreter == command[0]
+
+
+@pytest.mark.parametrize(
+    ("executable", "command"),
+    [
+        ("/usr/bin/dash", ["sh", "-c", "dask worker a:1"]),
+        ("/sbin/docker-init", ["/sbin/docker-init", "--", "dask", "worker", "a:1"]),
+        ("/usr/bin/docker", ["docker", "run", "image", "dask", "worker", "a:1"]),
+        ("/usr/bin/python3", ["python", "-c", "from multiprocessing.spawn import spawn_main"]),
+        ("/usr/bin/python3", ["python", "my-dask", "worker"]),
+        ("/usr/bin/python3", ["python", "/opt/bin/dask", "config", "list"]),
+        ("/usr/bin/python3", []),
+    ],
+)
+def test_another_process_is_not(executable: str, command: list[str]) -> None:
+    assert retire_workers.recognized(7, executable, "".join(f"{word}\0" for word in command).encode()) is None
+
+
+def test_addresses_are_those_of_the_network(tmp_path: Path) -> None:
+    found = retire_workers.addresses(os.getpid())
+    assert not [each for each in found if each.startswith("127.") or each == "::1"]
+    listed = json.loads(subprocess.check_output(["ip", "-json", "address"], text=True))
+    expected = {
+        address["local"]
+        for interface in listed
+        for address in interface["addr_info"]
+        if address["scope"] == "global"
+    }
+    assert set(found) == expected
+
+
+# Retiring
+
+
+@contextmanager
+def cluster(
+    folder: Path, protocol: str = "tcp", others: int = 1, settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run a scheduler, a worker of this machine and others, and yield the scheduler's address."""
+    where = ("--host", f"{protocol}://{SCHEDULER}", "--port", "0", "--no-dashboard")
+    with real_dask.dask("scheduler", *where, log=folder / "scheduler.log", **settings or {}) as log:
+        address = real_dask.said(log, "Scheduler at:").split("Scheduler at:")[1].split()[0]
+        with workers(folder, address, HERE, *[OTHER] * others, **settings or {}):
+            yield address
+
+
+@contextmanager
+def workers(folder: Path, scheduler: str, *hosts: str, **environment: str) -> Iterator[None]:
+    if not hosts:
+        yield
+        return
+    log = folder / f"worker-{len(hosts)}.log"
+    options = ("--host", hosts[0], "--nthreads", "1", "--no-dashboard", "--local-directory", str(folder))
+    with real_dask.dask("worker", scheduler, *options, log=log, **environment):
+        real_dask.said(log, "Registered to:")
+        with workers(folder, scheduler, *hosts[1:], **environment):
+            yield
+
+
+def retire(
+    scheduler: str,
+    *,
+    seconds: float = 120,
+    spec: bool = False,
+    here: str = HERE,
+    settings: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    words = [
+        scheduler,
+        *(("--spec", "{}") if spec else ("--host", here, "--nworkers", "1", "--no-dashboard")),
+    ]
+    argument = {"seconds": seconds, "addresses": [here, "10.9.9.9"], "spec": spec, "words": words}
+    return subprocess.run(
+        [sys.executable, "-c", (PROGRAMS / "retire.py").read_text(), json.dumps(argument)],
+        env={**os.environ, **(settings or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def compute(path: str) -> str:
+    """A task that notes each of its runs."""
+    with Path(path).open("a") as file:
+        file.write("run\n")
+    return "x" * 100_000
+
+
+def runs(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def store(client: Any, path: Path, on: str = HERE) -> Any:
+    """Compute something on the worker of one machine alone."""
+    (worker,) = (each for each in client.nthreads() if on in each)
+    future = client.submit(compute, str(path), workers=[worker], allow_other_workers=True, pure=False)
+    assert future.result(timeout=120)
+    assert client.who_has(future)[future.key] == (worker,)
+    return future
+
+
+@pytest.mark.parametrize("spec", [False, True])
+def test_other_workers_take_the_data_and_nothing_is_computed_again(tmp_path: Path, spec: bool) -> None:
+    with cluster(tmp_path) as scheduler, Client(scheduler) as client:
+        future = store(client, tmp_path / "runs")
+        done = retire(scheduler, spec=spec)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"tcp://{HERE}:" in done.stdout
+        assert OTHER not in done.stdout
+        assert [each for each in client.nthreads() if HERE in each] == []
+        assert all(OTHER in each for each in client.who_has(future)[future.key])
+        assert len(future.result(timeout=120)) == 100_000
+        assert runs(tmp_path / "runs") == 1
+        # its nanny does not start it again
+        real_dask.said(tmp_path / "worker-2.log", "End worker")
+        assert retire(scheduler).returncode == 0, "there is nothing more to retire"
+
+
+def test_without_a_retirement_the_work_is_done_again(tmp_path: Path) -> None:
+    """What the retirement is for: the same cluster, and a machine that just goes."""
+    (tmp_path / "here").mkdir()
+    with cluster(tmp_path, others=0) as scheduler, Client(scheduler) as client:
+        with workers(tmp_path / "here", scheduler, OTHER):
+            future = store(client, tmp_path / "runs", on=OTHER)
+        assert len(client.gather(future)) == 100_000
+        assert runs(tmp_path / "runs") == 2
+
+
+def test_a_retirement_that_nobody_takes_ends_with_its_time_and_the_worker_goes_on(tmp_path: Path) -> None:
+    with cluster(tmp_path, others=0) as scheduler, Client(scheduler) as client:
+        future = store(client, tmp_path / "runs")
+        done = retire(scheduler, seconds=8)
+        assert done.returncode == 1
+        assert "<3>retire-workers: not retired within 8 s: no other worker takes the data" in done.stdout
+        assert client.submit(len, future).result(timeout=120) == 100_000
+        # as soon as there is another worker, it takes the data
+        (tmp_path / "later").mkdir()
+        with workers(tmp_path / "later", scheduler, OTHER):
+            assert retire(scheduler).returncode == 0
+            assert runs(tmp_path / "runs") == 1
+
+
+def test_a_scheduler_that_is_gone_is_reported(tmp_path: Path) -> None:
+    done = retire("tcp://127.0.0.5:9", seconds=8)
+    assert done.returncode == 1
+    assert "<3>retire-workers: not retired within 8 s: the scheduler does not answer" in done.stdout
+
+
+def test_a_scheduler_on_this_machine_cannot_be_moved(tmp_path: Path) -> None:
+    with cluster(tmp_path, others=0) as scheduler:
+        done = retire(scheduler, here=SCHEDULER)
+        assert done.returncode == 3
+        assert "it can't be moved" in done.stdout
+
+
+def test_a_command_line_without_a_scheduler_starts_no_cluster_of_its_own() -> None:
+    done = retire("", seconds=30)
+    assert done.returncode == 1
+    assert "names no scheduler" in done.stderr
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> dict[str, str]:
+    """The settings of a scheduler and its workers that talk TLS alone; there is none for a client."""
+    security = Security.temporary()
+    names = {}
+    for name, text in (
+        ("CA_FILE", security.tls_ca_file),
+        ("SCHEDULER__CERT", security.tls_scheduler_cert),
+        ("SCHEDULER__KEY", security.tls_scheduler_key),
+        ("WORKER__CERT", security.tls_worker_cert),
+        ("WORKER__KEY", security.tls_worker_key),
+    ):
+        file = tmp_path / f"{name}.pem"
+        file.write_text(text)
+        names[f"DASK_DISTRIBUTED__COMM__TLS__{name}"] = str(file)
+    return {**names, "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true"}
+
+
+def test_with_tls_too(tmp_path: Path, tls: dict[str, str]) -> None:
+    with cluster(tmp_path, "tls", settings=tls) as scheduler:
+        security = Security(
+            tls_ca_file=tls["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"],
+            tls_client_cert=tls["DASK_DISTRIBUTED__COMM__TLS__WORKER__CERT"],
+            tls_client_key=tls["DASK_DISTRIBUTED__COMM__TLS__WORKER__KEY"],
+            require_encryption=True,
+        )
+        with Client(scheduler, security=security) as client:
+            future = store(client, tmp_path / "runs")
+            done = retire(scheduler, settings=tls)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert f"tls://{HERE}:" in done.stdout
+            assert len(future.result(timeout=120)) == 100_000
+            assert runs(tmp_path / "runs") == 1
+
+
+# In a container's namespaces
+
+MACHINE = """
+set -eu
+python=$1
+mount -t proc proc /proc
+mount -t tmpfs tmpfs /mnt
+chmod 1777 /mnt
+programs=$PWD
+cd /mnt
+ip link set lo up
+ip link add to-other type veth peer name other
+unshare --net sleep 600 & holder=$!
+there() { nsenter --target "$holder" --net "$@"; }
+wait_for() {
+    tries=300
+    until grep -q "$1" "$2"; do
+        sleep 0.2
+        [ "$((tries -= 1))" -gt 0 ] || { cat here.log; exit 9; }
+    done
+}
+until [ "$(readlink "/proc/$holder/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+ip link set other netns "$holder"
+ip address add 10.99.0.1/24 dev to-other
+ip link set to-other up
+there ip address add 10.99.0.2/24 dev other
+there ip link set other up
+there ip link set lo up
+mkdir -m 1777 here other
+set -- "$2" --no-dashboard --local-directory
+there "$python" -m dask scheduler --host 10.99.0.2 --port 8786 --no-dashboard >scheduler.log 2>&1 &
+there "$python" -m dask worker 10.99.0.2:8786 --host 10.99.0.2 "$2" "$3" other >other.log 2>&1 &
+env SECRET=1 TMPDIR=/mnt/here HOME=/mnt/here \\
+    unshare --mount --ipc --uts setpriv --regid 7 --groups 7,65534 \\
+    "$python" -m dask worker 10.99.0.2:8786 --host 10.99.0.1 "$2" "$3" here >here.log 2>&1 &
+wait_for 'Registered to' here.log
+wait_for 'Registered to' other.log
+status=0
+"$1" -I "$programs/retire_workers.py" 120 || status=$?
+cat status
+wait_for 'End worker' here.log
+exit $status
+"""
+
+SEEN = """
+import os
+with open("status", "w") as file:
+    for line in open("/proc/self/status"):
+        if line.startswith(("Uid", "Gid", "Groups", "Cap", "NoNewPrivs")):
+            file.write(line)
+    file.write(f"secret {os.environ.get('SECRET')}\\n")
+"""
+
+
+@pytest.mark.needs("unshare", "nsenter", "setpriv", "ip")
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes namespaces")
+def test_a_containers_worker_retires_from_outside_and_without_privileges(tmp_path: Path) -> None:
+    """The machine is a pid namespace: no other Dask of this host is seen."""
+    (tmp_path / "retire_workers.py").write_bytes((PROGRAMS / "retire_workers.py").read_bytes())
+    body = (PROGRAMS / "retire.py").read_text()
+    (tmp_path / "retire.py").write_text(
+        body.replace("from __future__ import annotations\n", "", 1).replace(
+            '"""\n\n', f'"""\nfrom __future__ import annotations\n{SEEN}\n', 1
+        )
+    )
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--net"]
+    done = subprocess.run(
+        [*unshare, "sh", "-c", MACHINE, "machine", sys.executable, "/usr/bin/python3"],
+        cwd=tmp_path,
+        env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "info"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tcp://10.99.0.1:" in done.stdout
+    assert "the scheduler of process" in done.stdout, "the other machine's, which this host's /proc has too"
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines() if line[:1] != "<")
+    assert lines["Gid:"].split() == ["7"] * 4
+    assert lines["Groups:"].split() == ["7", "65534"]
+    assert {int(lines[f"Cap{name}:"], 16) for name in ("Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert lines["NoNewPrivs:"] == "1"
+    assert lines["secret"] == "1"
