@@ -107,6 +107,12 @@ async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
         answer = await scheduler.identity(n_workers=-1)
     except TypeError:
         answer = await scheduler.identity()
+    except ValueError as wrong:
+        # tornado's words for a connection that was closed before the handshake, as `ssh -L` does when nothing
+        # listens at its other end.
+        if "not idle" not in str(wrong):
+            raise
+        raise ConnectionResetError("the connection was closed") from wrong
     if answer.get("type") != "Scheduler":
         raise ValueError(f"expected a scheduler, got {answer.get('type', 'something else')}")
     return dict(answer["workers"])

@@ -12,8 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,28 @@ def test_what_is_wrong_with_tls_is_said_at_once(
         assert reason in capsys.readouterr().err
     assert cli.run(["-q", "doctor", plain, "--timeout", "2s"]) == 2
     assert "the scheduler uses TLS" in capsys.readouterr().err
+
+
+def test_a_connection_that_is_closed_at_once_is_no_answer(
+    tls: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `ssh -L` does when nothing listens at its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def close_all() -> None:
+            with suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=close_all)
+        thread.start()
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        status = cli.run(["-q", "doctor", where, "--tls", str(tls[1] / "mine"), "--timeout", "5s"])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    err = capsys.readouterr().err
+    assert status == 7, err
+    assert "did not answer within" in err
 
 
 def test_a_scheduler_without_tls(

@@ -332,8 +332,9 @@ def _scheduler(issued: Certificate | None, folder: Path, first: bytes = bytes([2
                 try:
                     with context.wrap_socket(connection, server_side=True) if context else connection as one:
                         one.sendall(first)
-                        while first and one.recv(1000):
-                            pass
+                        if first or context is None:
+                            while one.recv(1000) and first:
+                                pass
                 except OSError:
                     pass
 
@@ -376,6 +377,7 @@ def test_tls_in_an_address_needs_certificates(machine: Machine) -> None:
         ("plain", "it does not use TLS, but this machine has certificates"),
         ("another CA's", "its certificate is refused: another CA issued it"),
         ("mute", "it closes the connection"),
+        ("closed", "it closes the connection"),
     ],
 )
 def test_a_worker_waits_and_says_why_if_its_scheduler_does_not_fit(
@@ -384,11 +386,13 @@ def test_a_worker_waits_and_says_why_if_its_scheduler_does_not_fit(
     """It tries again: the scheduler may get other certificates."""
     _put(machine, issued)
     fake(machine.programs, "sleep", "kill $PPID")
-    its = {"plain": None, "another CA's": Authority.create(days=2), "mute": authority}[scheduler]
+    its = {"plain": None, "another CA's": Authority.create(days=2), "mute": authority, "closed": None}[
+        scheduler
+    ]
     with _scheduler(
         None if its is None else its.issue("a", days=1, serves=True),
         tmp_path / "its",
-        first=b"" if scheduler == "mute" else bytes([2] * 64),
+        first=b"" if scheduler in ("mute", "closed") else bytes([2] * 64),
     ) as port:
         machine.write("etc/dask/dask.env", f"DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=127.0.0.1:{port}\n")
         assert machine.start().calls == []

@@ -11,6 +11,7 @@ import yaml
 
 from ami_builder.cli import app as cli
 from ami_builder.core.records import PRESSURE
+from ami_builder.system import processes
 from tests.vm.conftest import Booted, Saved, ami_builder, guest_of, red
 
 if TYPE_CHECKING:
@@ -58,6 +59,16 @@ def doctor(port: int, *arguments: str | Path, scheme: str = "tls") -> Any:
     return ami_builder("doctor", f"{scheme}://127.0.0.1:{port}", "--timeout", "2min", *arguments)
 
 
+def workers(port: int, folder: Path) -> Any:
+    """Wait until a worker is there, and return what doctor says."""
+
+    def ask() -> Any:
+        told = doctor(port, "--tls", folder, "--json")
+        return told if told.status != 7 and told.json["workers"] else None
+
+    return processes.wait_until(ask, what="a worker", timeout=600, interval=2)
+
+
 def test_a_whole_cluster_passes_all_checks_and_takes_no_other_client(
     guest: Booted, folder: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +81,7 @@ def test_a_whole_cluster_passes_all_checks_and_takes_no_other_client(
     other = tmp_path / "other"
     assert cli.run(["-q", "certificates", str(other)]) == 0
     with guest.forwarded(8786) as port:
-        right = doctor(port, "--tls", folder, "--json")
+        right = workers(port, folder)
         assert right.status == 0, right.stderr
         assert [one["worker"]["address"][:6] for one in right.json["workers"]] == ["tls://"]
         assert "another CA issued it" in doctor(port, "--tls", other).stderr
@@ -106,7 +117,7 @@ def test_a_worker_waits_for_its_scheduler_and_joins_it(guest: Booted, folder: Pa
     guest.root(f"docker rm -f other; {start.format(tls)}")
     guest.root(HEALTHY)
     with guest.forwarded(OTHER_PORT) as port:
-        told = doctor(port, "--tls", folder, "--json")
+        told = workers(port, folder)
     (worker,) = told.json["workers"]
     measured = guest.root("sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env").strip()
     assert worker["worker"]["reading"]["limit"] == int(measured)
