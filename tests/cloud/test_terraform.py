@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from ami_builder.aws import tags as tagging
 from tests.cloud.test_launch_template import NAME, current, data, ran
+from tests.terraform import Terraform
 
 if TYPE_CHECKING:
     from tests.fake_ec2.server import Cloud
@@ -117,16 +116,10 @@ def test_terraform_makes_the_same_and_a_group_of_it(cloud: Cloud, tmp_path: Path
     group = cloud.client().create_security_group(GroupName="workers", Description="x", VpcId=vpc)["GroupId"]
     subnet = cloud.client().describe_subnets()["Subnets"][0]["SubnetId"]
     (tmp_path / "main.tf").write_text(HCL.replace("sg-0123456789abcdef0", group))
-    (tmp_path / "provider.tf").write_text(PROVIDER % {"url": cloud.url})
-    run = Terraform(cloud, tmp_path)
-    if (begun := run("init")).returncode != 0:
-        pytest.skip(
-            "terraform's AWS provider is not on this machine (TF_PLUGIN_DIR):"
-            f" {' '.join(begun.stderr.split())[:200]}"
-        )
-    assert (checked := run("validate")).returncode == 0, checked.stderr
-    applied = run("apply", "-auto-approve", f'-var=subnet_ids=["{subnet}"]')
-    assert applied.returncode == 0, applied.stderr
+    terraform = Terraform(tmp_path, cloud.url, cloud.environment())
+    terraform.init()
+    terraform.run("validate")
+    terraform.run("apply", "-auto-approve", "-input=false", f'-var=subnet_ids=["{subnet}"]')
     made = comparable(data(cloud, name="dask-worker"))
     assert made == expected | {"SecurityGroupIds": [group]}
     (workers,) = cloud.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
@@ -135,48 +128,6 @@ def test_terraform_makes_the_same_and_a_group_of_it(cloud: Cloud, tmp_path: Path
         "LifecycleHooks"
     ]
     assert (hook["LifecycleHookName"], hook["HeartbeatTimeout"]) == ("retire", 900)
-
-
-PROVIDER = """
-provider "aws" {
-  region                      = "us-east-1"
-  skip_credentials_validation = true
-  skip_requesting_account_id  = true
-  skip_metadata_api_check     = true
-  endpoints {
-    ec2         = "%(url)s"
-    autoscaling = "%(url)s"
-    iam         = "%(url)s"
-    sts         = "%(url)s"
-  }
-}
-"""
-
-
-class Terraform:
-    """Terraform in a folder, with providers of this machine alone: a test fetches nothing."""
-
-    def __init__(self, cloud: Cloud, folder: Path) -> None:
-        plugins = os.environ.get("TF_PLUGIN_DIR", str(Path.home() / ".terraform.d" / "plugins"))
-        settings = folder / "terraform.rc"
-        settings.write_text(
-            f'provider_installation {{\n  filesystem_mirror {{\n    path = "{plugins}"\n  }}\n}}\n'
-        )
-        own = {"CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": str(settings)}
-        self._folder, self._env = folder, dict(os.environ) | cloud.environment() | own
-
-    def __call__(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        quiet = [] if command == "validate" else ["-input=false"]
-        return subprocess.run(
-            ["terraform", command, "-no-color", *quiet, *arguments],
-            cwd=self._folder,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
 
 
 def plain(value: Any) -> Any:

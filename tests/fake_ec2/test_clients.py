@@ -14,6 +14,7 @@ from ami_builder.aws.bake import SOURCE
 from tests.fake_ec2.requests import launch, tagged
 from tests.fake_ec2.server import ACCESS_KEY, Cloud
 from tests.packer_plugins import needs_plugin
+from tests.terraform import Terraform
 
 TEMPLATE = """
 source "amazon-ebs" "image" {
@@ -123,13 +124,6 @@ terraform {
     aws = { source = "hashicorp/aws" }
   }
 }
-provider "aws" {
-  region                      = "us-east-1"
-  skip_credentials_validation = true
-  skip_requesting_account_id  = true
-  skip_metadata_api_check     = true
-  endpoints { ec2 = "%(url)s" }
-}
 data "aws_ami" "ours" {
   owners      = ["self"]
   most_recent = true
@@ -151,33 +145,8 @@ def test_terraform_finds_it(cloud: Cloud, tmp_path: Path) -> None:
         TagSpecifications=tagged("image", tags={"ami-builder:image": "dask"}),
     )["ImageId"]
     ec2.modify_image_attribute(ImageId=made, ImdsSupport={"Value": "v2.0"})
-    (tmp_path / "main.tf").write_text(TERRAFORM % {"url": cloud.url})
-
-    # Of plugins that are on this machine: a test fetches nothing.
-    plugins = Path.home() / ".terraform.d" / "plugins"
-    settings = tmp_path / "terraform.rc"
-    settings.write_text(
-        f'provider_installation {{\n  filesystem_mirror {{\n    path = "{plugins}"\n  }}\n}}\n'
-    )
-
-    def terraform(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["terraform", *arguments],
-            cwd=tmp_path,
-            env=dict(os.environ)
-            | cloud.environment()
-            | {"CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": str(settings)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    if (begun := terraform("init", "-input=false", "-no-color")).returncode != 0:
-        why = " ".join(begun.stderr.split())[:300]
-        pytest.skip(f"terraform's AWS provider is not in {plugins}: {why}")
-    applied = terraform("apply", "-auto-approve", "-input=false", "-no-color")
-    assert applied.returncode == 0, applied.stderr
-    shown = terraform("output", "-json", "ami")
-    assert json.loads(shown.stdout) == [made, "v2.0"]
+    (tmp_path / "main.tf").write_text(TERRAFORM)
+    terraform = Terraform(tmp_path, cloud.url, cloud.environment())
+    terraform.init()
+    terraform.run("apply", "-auto-approve", "-input=false")
+    assert json.loads(terraform.run("output", "-json", "ami")) == [made, "v2.0"]
