@@ -120,6 +120,8 @@ class Booted:
     session: ssh.Session
     context: runner.Context
     directory: Path
+    metadata: imds.MetadataTree
+    """What the instance is told about itself, which can change."""
 
     def root(self, script: str, *, check: bool = True) -> str:
         """Run a shell script as root and return its output."""
@@ -229,7 +231,9 @@ def running(
             public_key=instance.metadata.public_key or "",
             timeout=DASK_SECONDS,
         )
-        yield Booted(machine=machine, session=session, context=context, directory=directory)
+        yield Booted(
+            machine=machine, session=session, context=context, directory=directory, metadata=server.tree
+        )
 
 
 @contextmanager
