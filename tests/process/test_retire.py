@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import dask.config
 import pytest
 from distributed import Client
 from distributed.security import Security
@@ -234,35 +235,35 @@ def test_a_command_line_without_a_scheduler_starts_no_cluster_of_its_own() -> No
     assert "names no scheduler" in done.stderr
 
 
-@pytest.fixture
-def tls(tmp_path: Path) -> dict[str, str]:
-    """The settings of a scheduler and its workers that talk TLS alone; there is none for a client."""
-    security = Security.temporary()
-    names = {}
-    for name, text in (
-        ("CA_FILE", security.tls_ca_file),
-        ("SCHEDULER__CERT", security.tls_scheduler_cert),
-        ("SCHEDULER__KEY", security.tls_scheduler_key),
-        ("WORKER__CERT", security.tls_worker_cert),
-        ("WORKER__KEY", security.tls_worker_key),
-    ):
-        file = tmp_path / f"{name}.pem"
+def tls(folder: Path, security: Security, *, inherited: bool) -> dict[str, str]:
+    """Return the settings of a scheduler and its workers that talk TLS alone; a client has no certificate.
+
+    They are names of files, or the configuration that EC2Cluster sends along, with the texts in it.
+    """
+    names = ("ca-file", "scheduler.cert", "scheduler.key", "worker.cert", "worker.key")
+    texts = {name: getattr(security, f"tls_{name.replace('-', '_').replace('.', '_')}") for name in names}
+    if inherited:
+        settings: dict[str, Any] = {f"distributed.comm.tls.{name}": text for name, text in texts.items()}
+        with dask.config.set(settings | {"distributed.comm.require-encryption": True}):
+            return {"DASK_INTERNAL_INHERIT_CONFIG": dask.config.serialize(dask.config.global_config)}
+    found = {"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true"}
+    for name, text in texts.items():
+        file = folder / f"{name}.pem"
         file.write_text(text)
-        names[f"DASK_DISTRIBUTED__COMM__TLS__{name}"] = str(file)
-    return {**names, "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true"}
+        variable = name.upper().replace("-", "_").replace(".", "__")
+        found[f"DASK_DISTRIBUTED__COMM__TLS__{variable}"] = str(file)
+    return found
 
 
-def test_with_tls_too(tmp_path: Path, tls: dict[str, str]) -> None:
-    with cluster(tmp_path, "tls", settings=tls) as scheduler:
-        security = Security(
-            tls_ca_file=tls["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"],
-            tls_client_cert=tls["DASK_DISTRIBUTED__COMM__TLS__WORKER__CERT"],
-            tls_client_key=tls["DASK_DISTRIBUTED__COMM__TLS__WORKER__KEY"],
-            require_encryption=True,
-        )
+@pytest.mark.parametrize("inherited", [False, True])
+def test_with_tls_too(tmp_path: Path, inherited: bool) -> None:
+    security = Security.temporary()
+    settings = tls(tmp_path, security, inherited=inherited)
+    with cluster(tmp_path, "tls", settings=settings) as scheduler:
+        assert scheduler.startswith("tls://")
         with Client(scheduler, security=security) as client:
             future = store(client, tmp_path / "runs")
-            done = retire(scheduler, settings=tls)
+            done = retire(scheduler, settings=settings)
             assert done.returncode == 0, done.stdout + done.stderr
             assert f"tls://{HERE}:" in done.stdout
             assert len(future.result(timeout=120)) == 100_000
