@@ -6,17 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from ami_builder.system.certificates import Certificate
 
+PRELOAD = Path(__file__).parent / "process" / "dask_machine.py"
 TLS_FILES = {"ca-file": "ca.pem", "cert": "cert.pem", "key": "key.pem"}
 
 
@@ -59,6 +60,24 @@ def tls_folder(folder: Path, issued: Certificate) -> Path:
     for name, text in (("ca.pem", issued.ca), ("cert.pem", issued.certificate), ("key.pem", issued.key)):
         (folder / name).write_text(text)
     return folder
+
+
+def worker(
+    folder: Path, address: str, name: str, *flags: str, total: int, available: int, instance: str = ""
+) -> AbstractContextManager[Path]:
+    """Run a worker with one thread on a machine of its own, an EC2 instance or not; sizes are bytes."""
+    machine = folder / name
+    machine.mkdir()
+    (machine / "boot_id").write_text(f"boot-of-{name}\n")
+    held = 100 << 20  # about what a worker and its nanny hold
+    lines = f"MemTotal: {total // 1024} kB\nMemAvailable: {(available - held) // 1024} kB\n"
+    (machine / "meminfo").write_text(lines)
+    if instance:
+        (machine / "sys_vendor").write_text("Amazon EC2\n")
+        (machine / "board_asset_tag").write_text(f"{instance}\n")
+    argv = ["worker", address, "--name", name, "--nthreads", "1", "--no-dashboard", *flags]
+    argv += ["--preload", str(PRELOAD), "--local-directory", str(machine)]
+    return dask(*argv, log=folder / f"{name}.log", TEST_MACHINE=str(machine))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class ChannelParameters:
     @property
     def folder(self) -> str:
         """The beginning of the parameters' names, with EC2's name of the architecture."""
-        return f"{tagging.CHANNELS}{self.image}/{self.arch.ec2}/"
+        return tagging.channels_of(self.image, self.arch)
 
     def locked(self) -> AbstractContextManager[object]:
         """Let no other process of this host move the channels; reading back shows what other hosts do."""

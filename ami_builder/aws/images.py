@@ -140,11 +140,10 @@ def find_by_name(account: Account, name: str) -> Ami | None:
     return next(iter(_search(account, {"Name": "name", "Values": [name]})), None)
 
 
-def find_by_ids(account: Account, ids: Sequence[str]) -> dict[str, Ami]:
-    """Return those of the AMIs that exist, by id."""
-    found = account.matching(
-        "describe_images", "Images", "image-id", ids, Owners=["self"], IncludeDisabled=True
-    )
+def find_by_ids(account: Account, ids: Sequence[str], *, owned: bool = True) -> dict[str, Ami]:
+    """Return those of the AMIs that exist, by id; of this account only if `owned`."""
+    who: Any = {"Owners": ["self"]} if owned else {"IncludeDeprecated": True}
+    found = account.matching("describe_images", "Images", "image-id", ids, IncludeDisabled=True, **who)
     return {one["ImageId"]: _ami(one) for one in found}
 
 

@@ -52,6 +52,7 @@ class Section(StrEnum):
     PRUNE = "prune"
     LIFECYCLE = "lifecycle"
     LAUNCH_TEMPLATE = "launch-template"
+    DOCTOR = "doctor"
     ALL = "all"
 
 
@@ -210,6 +211,12 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
         _Row("LookAtQuotas", "check build", "servicequotas:GetServiceQuota", ["*"]),
         _Row("LookAtPermissions", "check", "iam:SimulatePrincipalPolicy", arns.iam("user/*", "role/*")),
         _Row("LookAtRole", "check", "iam:GetRole", arns.iam("role/*")),
+        _Row(
+            "ReadChannels",
+            "doctor",
+            "ssm:GetParametersByPath",
+            [arns.of("ssm", "*", "parameter/ami-builder/*")],
+        ),
         _Row("Prices", "check", "pricing:GetProducts", ["*"]),
         _Row("Make", "build verify", "ec2:RunInstances", ec2("instance", "volume"), _ASKED),
         _Row("LaunchFrom", "build verify", "ec2:RunInstances", launched_from),

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ami_builder import __version__
+from ami_builder.core.options import Arch
 from ami_builder.core.records import FIRST_BOOT, Measurement
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ def ami_name_pattern(image: str, digest: str) -> str:
 def group_name(run_id: str, purpose: Purpose) -> str:
     """Return the name of a run's security group."""
     return f"ami-builder-{purpose}-{run_id}"
+
+
+def channels_of(image: str, arch: Arch) -> str:
+    """Return the beginning of the names of an image's channels, with EC2's name of the architecture."""
+    return f"{CHANNELS}{image}/{arch.ec2}/"
 
 
 def as_list(tags: Mapping[str, str]) -> list[TagTypeDef]:

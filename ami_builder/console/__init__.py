@@ -5,7 +5,7 @@ Progress and errors go to stderr, results to stdout. rich is imported only where
 
 from ami_builder.console.progress import Progress, Step
 from ami_builder.console.renderers import open_progress
-from ami_builder.console.results import error, note, result, result_json, table, verdict
+from ami_builder.console.results import error, is_terminal, note, result, result_json, table, verdict
 from ami_builder.console.style import Mode, amount, choose_mode, clean, duration, size
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "clean",
     "duration",
     "error",
+    "is_terminal",
     "note",
     "open_progress",
     "result",

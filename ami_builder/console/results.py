@@ -37,13 +37,21 @@ def result_json(value: Mapping[str, Any]) -> None:
     _out(json.dumps({"schema_version": SCHEMA_VERSION, **value}, default=_plain_value, ensure_ascii=False))
 
 
+def is_terminal() -> bool:
+    """Return whether results go to a person and not to a program."""
+    return sys.stdout.isatty()
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows as a table on a terminal, and tab-separated without a heading for other programs."""
-    texts = [[clean(str(cell)) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        if texts:
-            _out("\n".join("\t".join(row) for row in texts))
+    """Print rows as a table on a terminal, and tab-separated without a heading for other programs.
+
+    A cell may have several lines on a terminal.
+    """
+    if not is_terminal():
+        if lines := ["\t".join(clean(str(cell)) for cell in row) for row in rows]:
+            _out("\n".join(lines))
         return
+    texts = [["\n".join(map(clean, str(cell).split("\n"))) for cell in row] for row in rows]
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -54,6 +54,25 @@ class Endpoint:
     """ssh's ProxyCommand; empty for none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The AMI that a running EC2 instance was launched from."""
+
+    instance_type: str
+    ami: str
+    name: str = ""
+    """Empty if the AMI was deregistered since, or belongs to an account that no longer shares it."""
+    image: str = ""
+    """The image's name in ami-builder.toml; empty for an AMI that is not of this account's ami-builder."""
+    digest: str = ""
+    channels: tuple[str, ...] = ()
+    """Those in which the AMI is current."""
+    others: tuple[str, ...] = ()
+    """What is current in the other channels of its image, as CHANNEL=AMI."""
+    revoked: str | None = None
+    """Why it was revoked; None when it was not."""
+
+
 class Outcome(StrEnum):
     """How one check ended."""
 

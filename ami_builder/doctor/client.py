@@ -1,4 +1,4 @@
-"""Read the memory of every worker of a cluster, through its scheduler.
+"""Read the memory of every worker of a cluster, and the machines of all, through its scheduler.
 
 This sends the same operations as `Client.scheduler_info` and `Client.run`, without a `Client`, because a new
 one does not connect to an old scheduler.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
-from ami_builder.doctor import tls
-from ami_builder.doctor.rules import CgroupLimit, Reading, Worker
+from ami_builder.doctor import probe, tls
+from ami_builder.doctor.rules import CgroupLimit, Cluster, Reading, Scheduler, Worker
 from ami_builder.verify.executor import INSTALL
 
 _ONE_BY_ONE = 64
@@ -39,8 +39,8 @@ class _Source:
         return eval, (f"{made}({{'__name__': 'ami_builder_probe'}})",)
 
 
-def read_cluster(address: str, seconds: float, certificates: Path | None = None) -> tuple[Worker, ...]:
-    """Return every worker of a scheduler with its reading, within about `seconds`.
+def read_cluster(address: str, seconds: float, certificates: Path | None = None) -> Cluster:
+    """Return every worker of a scheduler with its reading, and the scheduler, within about `seconds`.
 
     `certificates` is a folder for TLS; without one, Dask's own configuration applies. Raises UsageError
     (address, TLS), MissingTool (distributed) and TimedOut (the scheduler does not answer).
@@ -66,9 +66,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-async def _read(
-    distributed: Any, address: str, seconds: float, certificates: Path | None
-) -> tuple[Worker, ...]:
+async def _read(distributed: Any, address: str, seconds: float, certificates: Path | None) -> Cluster:
     end = time.monotonic() + seconds
     try:
         scheme, location = distributed.comm.parse_address(address)
@@ -96,9 +94,11 @@ async def _read(
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
         answers = await _answers(scheduler, list(known), end)
+        own = await _scheduler(scheduler, address, max(1.0, end - time.monotonic()))
     finally:
         await scheduler.close_rpc()
-    return tuple(_worker(each, known[each], answers.get(each)) for each in known)
+    workers = tuple(_worker(each, known[each], answers.get(each)) for each in known)
+    return Cluster(workers=workers, scheduler=own, here=probe.versions())
 
 
 async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -146,10 +146,28 @@ async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapp
     return answers
 
 
-async def _ask(scheduler: Any, addresses: Sequence[str]) -> Mapping[str, Any]:
+async def _scheduler(scheduler: Any, address: str, seconds: float) -> Scheduler:
+    """Return the scheduler's machine and versions, or why it does not tell them."""
+    try:
+        asked = scheduler.run_function(function=_pickled("scheduler"), wait=True)
+        answer = await asyncio.wait_for(asked, seconds)
+    except (OSError, ValueError, RuntimeError, TypeError) as failed:
+        return Scheduler(address=address, problem=str(failed) or "it did not answer in time")
+    found = answer.get("result") if isinstance(answer, Mapping) else None
+    if not isinstance(found, Mapping):
+        reason = answer.get("text") if isinstance(answer, Mapping) else None
+        return Scheduler(address=address, problem=str(reason or "unknown reason"))
+    return Scheduler(address=address, **found)
+
+
+def _pickled(name: str) -> bytes:
+    """Return a function of the probe in the form in which it is sent."""
     text = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
-    function = pickle.dumps(_Source(text=text, name="read"), protocol=4)
-    message = {"op": "run", "function": function, "wait": True}
+    return pickle.dumps(_Source(text=text, name=name), protocol=4)
+
+
+async def _ask(scheduler: Any, addresses: Sequence[str]) -> Mapping[str, Any]:
+    message = {"op": "run", "function": _pickled("read"), "wait": True}
     answers = await scheduler.broadcast(msg=message, workers=list(addresses), on_error="return_pickle")
     return dict(answers)
 

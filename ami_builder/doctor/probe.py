@@ -1,12 +1,14 @@
-"""Runs inside the workers of any Dask cluster and returns their memory. Needs Python 3.8 and Dask only.
+"""Runs in the workers and the scheduler of any Dask cluster: their memory, machines and versions.
 
-The source is sent to the workers, so they need neither this package nor the same version of Python.
+Needs Python 3.8 and Dask only. The source is sent there, so they need neither this package nor the same
+version of Python.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from typing import Any
 
@@ -23,15 +25,48 @@ def read(dask_worker: Any) -> dict[str, Any]:
         found.update(machine(), **processes(dask_worker))
         found["levels"] = levels()
         found["spill_system"] = file_system(str(found["directory"]))
+        found["spill_size"], found["spill_free"] = space(str(found["directory"]))
     except (OSError, ValueError, KeyError, IndexError) as unreadable:
         found["error"] = f"its memory can't be read: {type(unreadable).__name__}: {unreadable}"
     return found
 
 
+def scheduler() -> dict[str, Any]:
+    """Return the machine and the versions of the scheduler that this runs in."""
+    found = {"versions": versions(), "host": platform.node(), "instance": instance(), "boot": ""}
+    if sys.platform.startswith("linux"):
+        found["boot"] = text("/proc/sys/kernel/random/boot_id").strip()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what has to be the same all over a cluster."""
+    import dask
+    import distributed
+
+    return {
+        "dask": getattr(dask, "__version__", "unknown"),
+        "distributed": getattr(distributed, "__version__", "unknown"),
+        "python": platform.python_version(),
+    }
+
+
+def instance() -> str:
+    """Return the id of the EC2 instance that this runs on, in a container too; empty elsewhere.
+
+    Source: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/identify_ec2_instances.html
+    """
+    try:
+        vendor = text("/sys/class/dmi/id/sys_vendor").strip()
+        tag = text("/sys/class/dmi/id/board_asset_tag").strip()
+    except OSError:
+        return ""
+    return tag if vendor == "Amazon EC2" and re.match(r"i-[0-9a-f]{8,17}$", tag) else ""
+
+
 def managed(worker: Any) -> dict[str, Any]:
     """Return the limit and the thresholds that Dask uses; None for 0 and False."""
     import dask
-    import distributed
 
     manager = getattr(worker, "memory_manager", worker)
     found = {
@@ -44,10 +79,8 @@ def managed(worker: Any) -> dict[str, Any]:
         nthreads=getattr(worker.state, "nthreads", 0) if hasattr(worker, "state") else worker.nthreads,
         nanny=bool(getattr(worker, "nanny", None)),
         directory=getattr(worker, "local_directory", ""),
-        versions={
-            "distributed": getattr(distributed, "__version__", "unknown"),
-            "python": platform.python_version(),
-        },
+        max_spill=getattr(manager, "max_spill", None) or None,
+        versions=versions(),
     )
 
 
@@ -72,6 +105,8 @@ def machine() -> dict[str, Any]:
     memory = sizes("/proc/meminfo")
     return {
         "boot": text("/proc/sys/kernel/random/boot_id").strip(),
+        "host": platform.node(),
+        "instance": instance(),
         "total": memory["MemTotal"],
         "available": memory["MemAvailable"],
         "swap": memory.get("SwapTotal", 0),
@@ -205,3 +240,9 @@ def file_system(directory: str) -> str:
         if (folder + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
             best, kind = mount, after.split(" ")[0]
     return kind
+
+
+def space(directory: str) -> tuple[int, int]:
+    """Return the size of the file system that a folder is on, and what a worker can still write there."""
+    status = os.statvfs(directory)
+    return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize

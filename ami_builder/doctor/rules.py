@@ -78,6 +78,10 @@ class Reading:
     nthreads: int
     total: int
     available: int
+    host: str = ""
+    """The name of the machine, or of the container."""
+    instance: str = ""
+    """The id of the EC2 instance; empty elsewhere."""
     swap: int = 0
     page: int = 4096
     levels: tuple[CgroupLimit, ...] = ()
@@ -93,6 +97,11 @@ class Reading:
     terminate: float | None = None
     directory: str = ""
     spill_system: str = ""
+    spill_size: int | None = None
+    """Of the file system that it spills to."""
+    spill_free: int | None = None
+    max_spill: int | None = None
+    """What Dask spills at most (distributed.worker.memory.max-spill); None: no bound."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -106,6 +115,28 @@ class Worker:
     reading: Reading | None = None
     problem: str = ""
     silent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """The scheduler's machine and versions, as far as it told them."""
+
+    address: str
+    host: str = ""
+    instance: str = ""
+    boot: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a cluster's machines told."""
+
+    workers: tuple[Worker, ...]
+    scheduler: Scheduler
+    here: Mapping[str, str]
+    """The versions on this host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Preloaded into a real Dask worker, so that several workers on one machine tell of machines of their own.
 
-Only the boot id and /proc/meminfo are imitated, from the folder that the environment names.
+Only the boot id, /proc/meminfo and the DMI's files are imitated, from the folder that the environment names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from _io import open as really_open
 from typing import Any
 
 _FOLDER = os.environ["TEST_MACHINE"]
-_IMITATED = {"/proc/sys/kernel/random/boot_id": "boot_id", "/proc/meminfo": "meminfo"}
+_IMITATED = {
+    "/proc/sys/kernel/random/boot_id": "boot_id",
+    "/proc/meminfo": "meminfo",
+    "/sys/class/dmi/id/sys_vendor": "sys_vendor",
+    "/sys/class/dmi/id/board_asset_tag": "board_asset_tag",
+}
 
 
 def _opened(file: Any, *arguments: Any, **keywords: Any) -> Any:

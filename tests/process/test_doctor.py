@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,14 +25,14 @@ from ami_builder.cli import app as cli
 from ami_builder.core.units import GIB, MIB
 from ami_builder.doctor import client
 from ami_builder.system.certificates import Authority
-from tests.real_dask import dask, said, scheduler, tls_flags, tls_folder
+from tests.real_dask import said, scheduler, tls_flags, tls_folder, worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PRELOAD = Path(__file__).with_name("dask_machine.py")
 TOTAL, AVAILABLE = 8 * GIB, 7500 * MIB
 LIMITS = {"healthy": AVAILABLE, "unlimited": 0, "low": GIB}
+INSTANCES = {"healthy": "i-0123456789abcdef0"}
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +41,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with ExitStack() as stack:
         address = stack.enter_context(scheduler(folder))
         for name, limit in LIMITS.items():
-            machine = folder / name
-            machine.mkdir()
-            (machine / "boot_id").write_text(f"boot-of-{name}\n")
-            held = 100 * MIB  # about what a worker and its nanny hold
-            (machine / "meminfo").write_text(
-                f"MemTotal: {TOTAL // 1024} kB\nMemAvailable: {(AVAILABLE - held) // 1024} kB\n"
+            flags = ("--memory-limit", str(limit))
+            instance = INSTANCES.get(name, "")
+            made = worker(
+                *(folder, address, name, *flags), total=TOTAL, available=AVAILABLE, instance=instance
             )
-            flags = ["--name", name, "--nthreads", "1", "--memory-limit", str(limit), "--no-dashboard"]
-            flags += ["--preload", str(PRELOAD), "--local-directory", str(machine)]
-            stack.enter_context(
-                dask(
-                    *("worker", address, *flags),
-                    log=folder / f"{name}.log",
-                    TEST_MACHINE=str(machine),
-                )
-            )
+            stack.enter_context(made)
         for name in LIMITS:
             said(folder / f"{name}.log", "Registered to")
         yield address
@@ -105,6 +96,45 @@ def test_the_verdict_comes_first_and_the_rows_go_to_programs(
         ("healthy", "right"),
     ]
     assert rows[0][3] == f"{GIB} (1 GiB)"
+
+
+def test_machines_and_what_they_have(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    _, told = examined(capsys, address)
+    scheduler, *others = told["machines"]
+    assert (scheduler["scheduler"], scheduler["workers"]) == (True, [])
+    assert scheduler["host"] == told["scheduler"]["host"] == socket.gethostname()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert scheduler["boot"] == told["scheduler"]["boot"] == boot
+    found = {one["boot"].removeprefix("boot-of-"): one for one in others}
+    assert found.keys() == LIMITS.keys()
+    assert found["healthy"]["name"] == found["healthy"]["instance"] == INSTANCES["healthy"]
+    assert (found["low"]["name"], found["low"]["instance"]) == (socket.gethostname(), "")
+    assert found["low"]["total"] == TOTAL
+    (spill,) = found["low"]["spills"]
+    assert spill["folder"].endswith("/low")
+    assert (spill["system"], spill["bound"]) != ("", 0)
+    assert 0 < spill["free"] <= spill["size"]
+    assert told["here"]["dask"] == version("dask")
+    assert [one["versions"] for one in told["machines"]] == [[told["here"]]] * 4
+    assert told["warnings"] == []
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_terminal_of_that_width_is_enough(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.run(["-q", "doctor", address]) == 5
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= columns
+    text = " ".join(" ".join(lines).split())
+    for whole in (INSTANCES["healthy"], "set it to", "unbounded", "needlessly low"):
+        assert whole in text
+    # One header for workers, one for machines.
+    assert sum(line.startswith("─") for line in lines) == 2
 
 
 def test_a_worker_that_does_not_answer_is_listed_and_the_others_are_judged(
