@@ -316,11 +316,10 @@ exit $status
 
 SEEN = """
 import os
-with open("status", "w") as file:
-    for line in open("/proc/self/status"):
-        if line.startswith(("Uid", "Gid", "Groups", "Cap", "NoNewPrivs")):
-            file.write(line)
-    file.write(f"secret {os.environ.get('SECRET')}\\n")
+if "SECRET" in os.environ:
+    with open("/proc/self/status") as seen, open("status", "w") as file:
+        file.writelines(line for line in seen if line.startswith(("Gid", "Groups", "Cap", "NoNewPrivs")))
+        file.write(f"secret {os.environ['SECRET']}\\n")
 """
 
 
