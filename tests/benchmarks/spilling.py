@@ -1,7 +1,7 @@
 """How fast Dask spills, by where it spills to: `python -m tests.benchmarks spill`
 
 One VM with bounded disks: the root disk, and three NVMe disks of which two are joined as instance store. A
-worker of 512 MiB makes 1.5 GiB and reads it again, in each place in turn. All disks are files of one host and
+worker of 512 MiB makes 1 GiB and reads it again, in each place in turn. All disks are files of one host and
 the bounds are ours: the ratios show that the data goes where it should, and what a bound costs. They say
 nothing about EC2's disks.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 ROOT_BOUND, NVME_BOUND = 12 * MIB, 36 * MIB
 """Bytes per second. The root disk has a tenth of gp3's 125 MiB/s, because an emulated Dask is slow too."""
-BLOCKS = 96
+BLOCKS = 64
 MEMORY = 900 * MIB
 """Of the container: with more, the kernel's cache would take most of what is spilled."""
 SPILL = "/var/lib/dask/spill"
@@ -47,7 +47,7 @@ findmnt {SPILL}
 
 
 def measure(
-    image: Image, disk: Path, directory: Path, turns: int = 2
+    image: Image, disk: Path, directory: Path, turns: int = 1
 ) -> Mapping[str, Sequence[dict[str, Any]]]:
     """Return what each place measured, once a turn. The order of the places is reversed each time."""
     third = ExtraDisk(size=4096 * MIB, instance_store=False, serial="vol3")
