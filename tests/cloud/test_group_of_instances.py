@@ -6,25 +6,36 @@ import json
 import os
 import subprocess
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ami_builder.build import guest as render
 from ami_builder.qemu.imds import InstanceMetadata, MetadataServer
-from ami_builder.system import resources
 from tests.cloud.flow import captured
 from tests.cloud.test_launch_template import NAME, current, data, ran, settings
 from tests.fake_ec2.cloud_state import role_key
 from tests.fake_ec2.server import REGION
+from tests.fake_programs import fake
+from tests.sample_image import image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.fake_ec2.guard import Enforced
     from tests.fake_ec2.server import Cloud
 
-SBIN = resources.packer_dir() / "guest/usr/local/sbin"
 GROUP, HOOK, ROLE, SECRET = "workers", "retire", "dask-worker", "dask/worker"
+TLS = ("--tls", f"secretsmanager:{SECRET}")
+PEM = "-----BEGIN CERTIFICATE-----"
+SYSTEMCTL = """
+case $* in
+    "start retire-workers@"*) exit "${FAKE_STATUS:-0}" ;;
+    show*) echo "${FAKE_STATUS:-0}" ;;
+esac
+"""
+"""Ends as retire-workers does."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,48 +44,74 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
 
 
+class Guest:
+    """A folder that the guest's programs take for /, with the dask.env of the template's user data."""
+
+    def __init__(self, cloud: Cloud, instance: str, root: Path, server: MetadataServer) -> None:
+        self._instance, self._root, self._server = instance, root, server
+        self._programs, self._state = root / "programs", root / "run/dask"
+        self._state.mkdir(parents=True)
+        (root / "etc/dask").mkdir(parents=True)
+        text = "".join(f"{name}={value}\n" for name, value in settings(data(cloud)).items())
+        (root / "etc/dask/dask.env").write_text(text)
+        fake(self._programs, "systemctl", SYSTEMCTL)
+        files = render.guest(image())
+        for name in ("dask-aws", "dask-health", "instance-metadata", "watch-notices"):
+            program = self._programs / name
+            program.write_bytes(files[PurePosixPath("/usr/local/sbin") / name].content)
+            program.chmod(0o755)
+        self.learn(cloud)
+
+    def learn(self, cloud: Cloud) -> None:
+        """Let the metadata say what the cloud says by now."""
+        for path, value in cloud.metadata(self._instance).items():
+            self._server.tree.announce(path, value)
+
+    def write(self, name: str, text: str) -> None:
+        (self._state / name).write_text(text)
+
+    def run(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the guest; watch-notices looks once."""
+        environment = {
+            "PATH": f"{self._programs}:{os.environ['PATH']}",
+            "INSTANCE_METADATA_URL": f"http://127.0.0.1:{self._server.port}",
+            "DASK_AWS_ROOT": str(self._root),
+            "DASK_HEALTH_STATE": str(self._state / "health"),
+            "DASK_HEALTH_SETTINGS": str(self._root / "etc/dask/dask.env"),
+            "DASK_HEALTH_PORT": "1",
+            "WATCH_NOTICES_ROOT": str(self._root),
+            "WATCH_NOTICES_POLLS": "1",
+        }
+        return subprocess.run(
+            [str(self._programs / arguments[0]), *arguments[1:]],
+            env=environment | more,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
 @contextmanager
-def guest(cloud: Cloud, instance: str, root: Path) -> Iterator[MetadataServer]:
-    """Serve an instance's metadata, and write the dask.env of its user data below `root`."""
-    text = "".join(f"{name}={value}\n" for name, value in settings(data(cloud)).items())
-    (root / "etc/dask").mkdir(parents=True)
-    (root / "etc/dask/dask.env").write_text(text)
+def guest(cloud: Cloud, instance: str, root: Path) -> Iterator[Guest]:
+    """Yield the guest of an instance, with its metadata service."""
     with MetadataServer(InstanceMetadata(instance_id=instance, region=REGION)) as server:
-        for path, value in cloud.metadata(instance).items():
-            server.tree.announce(path, value)
-        yield server
+        yield Guest(cloud, instance, root, server)
 
 
-def called(server: MetadataServer, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(SBIN / arguments[0]), *arguments[1:]],
-        env={
-            "PATH": os.environ["PATH"],
-            "INSTANCE_METADATA_URL": f"http://127.0.0.1:{server.port}",
-            "DASK_AWS_ROOT": str(root),
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.needs("curl")
-def test_an_instance_reads_its_certificates_and_tells_its_group(cloud: Cloud, tmp_path: Path) -> None:
+@pytest.fixture
+def group(cloud: Cloud) -> str:
+    """A group of one worker with a hook, by the command's template, and the role that the policy limits."""
     current(cloud)
     iam = cloud.client("iam")
     iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument='{"Statement": []}')
     iam.create_instance_profile(InstanceProfileName=ROLE)
     iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
-    tls = ("--tls", f"secretsmanager:{SECRET}")
     ran(
-        *("launch-template", "stable", "--scheduler", "10.0.0.7", *tls, "--instance-profile", ROLE),
+        *("launch-template", "stable", "--scheduler", "10.0.0.7", *TLS, "--instance-profile", ROLE),
         *("--replace-unhealthy-after", "1min", "--lifecycle-hook", HOOK, "--aws-endpoint", cloud.url),
     )
-    cloud.client("secretsmanager").create_secret(Name=SECRET, SecretString="-----BEGIN CERTIFICATE-----")
-    printed = captured("iam-policy", "--instance", *tls, "--group", GROUP)
-    held = cloud.enforce(json.loads(printed.out), role_key(ROLE))
+    cloud.client("secretsmanager").create_secret(Name=SECRET, SecretString=PEM)
     scaling = cloud.client("autoscaling")
     scaling.create_auto_scaling_group(
         AutoScalingGroupName=GROUP,
@@ -83,36 +120,78 @@ def test_an_instance_reads_its_certificates_and_tells_its_group(cloud: Cloud, tm
         MaxSize=2,
         DesiredCapacity=1,
         AvailabilityZones=[f"{REGION}a"],
+        HealthCheckGracePeriod=300,
     )
     scaling.put_lifecycle_hook(
         AutoScalingGroupName=GROUP,
         LifecycleHookName=HOOK,
         LifecycleTransition="autoscaling:EC2_INSTANCE_TERMINATING",
     )
+    return GROUP
+
+
+@pytest.fixture
+def held(cloud: Cloud, group: str) -> Enforced:
+    """What the role of the instances may do: what `iam-policy` prints."""
+    printed = captured("iam-policy", "--instance", *TLS, "--group", group)
+    return cloud.enforce(json.loads(printed.out), role_key(ROLE))
+
+
+@pytest.mark.needs("curl")
+def test_a_role_may_read_its_certificates_and_nothing_else(
+    cloud: Cloud, group: str, held: Enforced, tmp_path: Path
+) -> None:
+    (only,) = members(cloud)
+    with guest(cloud, only, tmp_path) as machine:
+        secret = machine.run("dask-aws", "secretsmanager", "GetSecretValue", f'{{"SecretId":"{SECRET}"}}')
+        assert json.loads(secret.stdout)["SecretString"] == PEM, secret.stderr
+        named = machine.run("instance-metadata", "tags/instance/aws:autoscaling:groupName")
+        assert named.stdout.strip() == group
+        more = f"AutoScalingGroupName={group}&DesiredCapacity=2"
+        refused = machine.run("dask-aws", "autoscaling", "SetDesiredCapacity", more)
+    assert refused.returncode == 1
+    assert "AccessDenied" in refused.stderr
+    assert [action for action, _ in held.refused] == ["autoscaling:SetDesiredCapacity"]
+
+
+@pytest.mark.needs("curl")
+def test_an_instance_that_is_unhealthy_for_good_is_replaced_by_its_own_word(
+    cloud: Cloud, group: str, held: Enforced, tmp_path: Path
+) -> None:
     (first,) = members(cloud)
-    with guest(cloud, first, tmp_path / "guest") as server:
-        root = tmp_path / "guest"
-        secret = called(
-            server, root, "dask-aws", "secretsmanager", "GetSecretValue", f'{{"SecretId":"{SECRET}"}}'
-        )
-        assert json.loads(secret.stdout)["SecretString"] == "-----BEGIN CERTIFICATE-----", secret.stderr
-        named = called(server, root, "instance-metadata", "tags/instance/aws:autoscaling:groupName")
-        assert named.stdout.strip() == GROUP
-        unhealthy = f"InstanceId={first}&HealthStatus=Unhealthy&ShouldRespectGracePeriod=false"
-        told = called(server, root, "dask-aws", "autoscaling", "SetInstanceHealth", unhealthy)
-        assert told.returncode == 0, told.stderr
-        assert members(cloud)[first] == "Terminating:Wait"
-        action = f"AutoScalingGroupName={GROUP}&LifecycleHookName={HOOK}&InstanceId={first}"
-        action += "&LifecycleActionResult=CONTINUE"
-        done = called(server, root, "dask-aws", "autoscaling", "CompleteLifecycleAction", action)
-        assert done.returncode == 0, done.stderr
-        more = f"AutoScalingGroupName={GROUP}&DesiredCapacity=2"
-        refused = called(server, root, "dask-aws", "autoscaling", "SetDesiredCapacity", more)
-        assert refused.returncode == 1
-        assert "AccessDenied" in refused.stderr
-    assert first not in members(cloud)
-    assert len(members(cloud)) == 1
-    assert held.unused == set()
+    with guest(cloud, first, tmp_path) as machine:
+        machine.write("health", "refused\nDASK_ROLE is wrong\n")
+        assert machine.run("dask-health").returncode == 1
+        assert members(cloud) == {first: "InService"}, "not for long yet"
+        machine.write("unhealthy-since", "0\n")
+        told = machine.run("dask-health")
+        assert "the Auto Scaling group is told" in told.stdout, told
+        (_, second) = members(cloud)
+        assert members(cloud) == {first: "Terminating:Wait", second: "InService"}
+        machine.learn(cloud)
+        retired = machine.run("watch-notices")
+        assert f"lifecycle hook {HOOK} of group {group}: completed" in retired.stdout, retired
+    assert members(cloud) == {second: "InService"}
+    assert held.refused == []
+
+
+@pytest.mark.needs("curl")
+def test_scale_in_waits_for_the_worker_and_no_longer(
+    cloud: Cloud, group: str, held: Enforced, tmp_path: Path
+) -> None:
+    (only,) = members(cloud)
+    with guest(cloud, only, tmp_path) as machine:
+        machine.run("watch-notices")
+        cloud.client("autoscaling").set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=0)
+        assert members(cloud) == {only: "Terminating:Wait"}
+        machine.learn(cloud)
+        # The worker could not hand over its data: the hook holds the instance.
+        machine.run("watch-notices", FAKE_STATUS="1")
+        assert members(cloud) == {only: "Terminating:Wait"}
+        machine.run("watch-notices")
+    assert members(cloud) == {}
+    assert held.used == {"autoscaling:CompleteLifecycleAction"}
+    assert "instance" not in cloud.left()
 
 
 def members(cloud: Cloud) -> dict[str, str]:

@@ -69,7 +69,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
         )
         try:
             with Client(f"tcp://{address}", timeout=f"{SECONDS:.0f}s", set_as_default=False) as client:
-                found = _look(there, client)
+                found = _look(there, client, image)
         finally:
             scaling.delete_auto_scaling_group(AutoScalingGroupName=GROUP, ForceDelete=True)
             cloud.client().terminate_instances(InstanceIds=[scheduler])
@@ -83,14 +83,12 @@ def main(disk: str, directory: str) -> dict[str, Any]:
         }
 
 
-def _look(there: Instances, client: Client) -> dict[str, Any]:
+def _look(there: Instances, client: Client, image: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     first = _members(there)
     found["limits"] = [_limits(there, client, one) for one in _workers(there, client)]
     # Only what is launched from now on has it; nothing else changes.
-    other = register(
-        there.cloud, there.machines, there.machines.disk(there.ami), root_device="/dev/sda1", name="b"
-    )
+    other = register(there.cloud, there.machines, image, root_device="/dev/sda1", name="b")
     _promote(there, other)
     broken, kept = first
     began = time.monotonic()
