@@ -6,6 +6,7 @@ limits and cgroups are real.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -321,3 +322,23 @@ def test_what_a_worker_could_not_tell_is_unknown() -> None:
     failed = client._worker("a", known, {"status": "error", "text": "No module named dask"})
     assert "No module named dask" in failed.problem
     assert client._worker("a", known, b"a pickled error").silent
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (OSError("closed"), "closed"),
+        (TimeoutError(), "it did not answer in time"),
+        ({"status": "error", "text": "not allowed"}, "not allowed"),
+        ("nonsense", "unknown reason"),
+    ],
+)
+def test_a_scheduler_that_tells_nothing_of_itself_is_a_scheduler_still(answer: Any, problem: str) -> None:
+    class Remote:
+        async def run_function(self, **_: Any) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    told = asyncio.run(client._scheduler(Remote(), "tcp://s", 5.0))
+    assert (told.address, told.boot, told.problem) == ("tcp://s", "", problem)
