@@ -117,6 +117,38 @@ def test_stopped_captured_and_started_again(cloud: Cloud, machines: VmHypervisor
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
+def test_a_disk_follows_its_snapshot(cloud: Cloud, machines: VmHypervisor, tmp_path: Path) -> None:
+    ec2 = cloud.client()
+    first = launch(cloud, ec2)
+    until(ec2, first, "running")
+    made = ec2.create_image(InstanceId=first, Name="image")["ImageId"]
+    wait(lambda: image(ec2, made)["State"] == "available")
+    ec2.terminate_instances(InstanceIds=[first])
+    until(ec2, first, "terminated")
+    snapshot = image(ec2, made)["BlockDeviceMappings"][0]["Ebs"]["SnapshotId"]
+    disk = machines.disk(snapshot)
+    again = ec2.register_image(
+        Name="again",
+        Architecture="x86_64",
+        VirtualizationType="hvm",
+        RootDeviceName="/dev/sda1",
+        BlockDeviceMappings=[{"DeviceName": "/dev/sda1", "Ebs": {"SnapshotId": snapshot}}],
+    )["ImageId"]
+    ec2.deregister_image(ImageId=made)
+    assert machines.disk(snapshot) == disk
+    # The root has the size that the launch maps to the AMI's own name of it.
+    sized = [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 40}}]
+    second = launch(cloud, ec2, ImageId=again, BlockDeviceMappings=sized)
+    until(ec2, second, "running")
+    (mapped,) = instance(ec2, second)["BlockDeviceMappings"]
+    assert mapped["DeviceName"] == "/dev/sda1"
+    ec2.terminate_instances(InstanceIds=[second])
+    until(ec2, second, "terminated")
+    ec2.deregister_image(ImageId=again)
+    ec2.delete_snapshot(SnapshotId=snapshot)
+    assert disks(tmp_path) == 0
+
+
 def test_a_running_instance_is_captured(cloud: Cloud, machines: VmHypervisor, tmp_path: Path) -> None:
     ec2 = cloud.client()
     launched = launch(cloud, ec2)
