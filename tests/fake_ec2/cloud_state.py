@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import random
 import re
@@ -316,7 +317,7 @@ def base_ami(backend: Any) -> str:
 
 def role_key(role: str) -> str:
     """Return the access key that instances with a role get."""
-    return f"ASIA{base64.b32encode(role.encode()).decode().rstrip('='):0<16.16}"
+    return f"ASIA{base64.b32encode(hashlib.sha256(role.encode()).digest()[:10]).decode()}"
 
 
 def end(instance: Instance, *, code: str, message: str) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WORK = "ami_builder_work"
 """The name of tests/experiment/work.py on workers."""
+BLOCK = 32 << 20
+"""Bytes of what `spill` gives a worker."""
 _LIMITS = """
 sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=/variable /p' /run/dask/memory.env
 id=$(docker ps -q --no-trunc | head -n 1)
@@ -53,6 +55,16 @@ def spill_folder(session: Session) -> dict[str, Any]:
         sudo=True, timeout=DASK_SECONDS,
     ).stdout.split()  # fmt: skip
     return {"source": found[0], "type": found[1], "bytes": int(found[2])}
+
+
+def spill(there: Instances, client: Client, machine: str, worker: str, module: Any) -> dict[str, Any]:
+    """Give one worker a third more blocks than its limit, and return where they are."""
+    limit = int(client.scheduler_info(n_workers=-1)["workers"][worker]["memory_limit"])
+    count = limit * 4 // 3 // BLOCK
+    blocks = [client.submit(module.block, BLOCK, key=f"block-{n}", workers=[worker]) for n in range(count)]
+    client.gather([client.submit(module.digest, one, workers=[worker]) for one in blocks])
+    with there.session(machine) as session:
+        return {**spill_folder(session), "held": count * BLOCK}
 
 
 def kernel_log(session: Session) -> str:

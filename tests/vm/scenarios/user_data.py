@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SCHEDULER, WORKER = "t3.small", "m5d.large"
 MIB = 1 << 20
-BLOCK = 32 * MIB
 
 
 def main(disk: str, directory: str) -> dict[str, Any]:
@@ -75,19 +74,9 @@ def _look(there: Instances, client: Client, machines: list[str]) -> dict[str, An
             limit = int(registered[of[key]]["memory_limit"])
             found["limits"].append({**clusters.limits(session), "worker": limit})
     module = clusters.load_work(client)
-    found["spill"] = _spill(there, client, machines[0], of[machines[0]], module)
+    found["spill"] = clusters.spill(there, client, machines[0], of[machines[0]], module)
     found["spot"] = _interrupt(there, client, machines[0], of, module)
     return found
-
-
-def _spill(there: Instances, client: Client, machine: str, worker: str, module: Any) -> dict[str, Any]:
-    """Give one worker a third more blocks than its limit, and look where they are."""
-    limit = int(client.scheduler_info(n_workers=-1)["workers"][worker]["memory_limit"])
-    count = limit * 4 // 3 // BLOCK
-    blocks = [client.submit(module.block, BLOCK, key=f"block-{n}", workers=[worker]) for n in range(count)]
-    client.gather([client.submit(module.digest, one, workers=[worker]) for one in blocks])
-    with there.session(machine) as session:
-        return {**clusters.spill_folder(session), "held": count * BLOCK}
 
 
 def _interrupt(
