@@ -78,6 +78,9 @@ def main(
             "docker_args": "--volume /var/lib/dask/spill:/spill",
             "worker_options": {"local_directory": "/spill"},
         }
+        if whole:
+            # Where work.py remembers on a machine that a task has had its spike.
+            call["docker_args"] += f" --volume /var/tmp:{Path(experiment_work.SEEN).parent}"
         began = user.ask("start", call=call, upload=str(upload))
         found: dict[str, Any] = {
             "scheduler": began["scheduler"],
