@@ -5,6 +5,7 @@ For scenarios only (tests.vm.namespace): it needs a network namespace.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KEY_NAME = "tests"
 SSH_SECONDS = 900.0
+CONSOLE_LINES = 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +109,24 @@ def instances(
         key = ssh.generate_key(directory)
         public = key.with_suffix(".pub").read_bytes()
         cloud.client().import_key_pair(KeyName=KEY_NAME, PublicKeyMaterial=public)
-        yield Instances(
-            cloud=cloud,
-            machines=machines,
-            ami=register(cloud, machines, disk, root_device=root_device),
-            key=key,
-            directory=directory,
-        )
+        try:
+            yield Instances(
+                cloud=cloud,
+                machines=machines,
+                ami=register(cloud, machines, disk, root_device=root_device),
+                key=key,
+                directory=directory,
+            )
+        except BaseException:
+            _show_consoles(directory / "machines")
+            raise
+
+
+def _show_consoles(directory: Path) -> None:
+    """Write the end of what each machine printed to stderr; it says why a cluster never came up."""
+    for log in sorted(directory.glob("*/console.log")):
+        lines = log.read_text(errors="replace").splitlines()[-CONSOLE_LINES:]
+        sys.stderr.write("\n".join([f"--- {log.parent.name}", *lines, ""]))
 
 
 def register(
