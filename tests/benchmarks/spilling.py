@@ -42,6 +42,7 @@ mkdir -p {FOLDERS[FOLDER]} {FOLDERS[ONE]}
 disk=$(grep -l '^vol3 *$' /sys/block/nvme*/device/serial | cut -d / -f 4)
 mke2fs -q -t ext4 -m 0 -O ^has_journal -E nodiscard,lazy_itable_init=1 /dev/$disk
 mount -o nodev,nosuid,noatime,noinit_itable /dev/$disk {FOLDERS[ONE]}
+chmod 1777 {FOLDERS[FOLDER]} {FOLDERS[ONE]}
 findmnt {SPILL}
 """
 
