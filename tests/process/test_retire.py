@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -299,7 +300,7 @@ there ip address add 10.99.0.2/24 dev other
 there ip link set other up
 there ip link set lo up
 mkdir -m 1777 here other
-set -- "$2" --no-dashboard --local-directory
+set -- "$2" --no-dashboard --local-directory "$3"
 there "$python" -m dask scheduler --host 10.99.0.2 --port 8786 --no-dashboard >scheduler.log 2>&1 &
 there "$python" -m dask worker 10.99.0.2:8786 --host 10.99.0.2 "$2" "$3" other >other.log 2>&1 &
 env SECRET=1 TMPDIR=/mnt/here HOME=/mnt/here \\
@@ -308,7 +309,8 @@ env SECRET=1 TMPDIR=/mnt/here HOME=/mnt/here \\
 wait_for 'Registered to' here.log
 wait_for 'Registered to' other.log
 status=0
-"$1" -I "$programs/retire_workers.py" 120 || status=$?
+confined="setpriv --bounding-set $4 --inh-caps -all --no-new-privs" # as the unit does
+$confined "$1" -I "$programs/retire_workers.py" 120 || status=$?
 cat status
 wait_for 'End worker' here.log
 exit $status
@@ -334,9 +336,13 @@ def test_a_containers_worker_retires_from_outside_and_without_privileges(tmp_pat
             '"""\n\n', f'"""\nfrom __future__ import annotations\n{SEEN}\n', 1
         )
     )
+    unit = resources.packer_dir() / "guest/etc/systemd/system/retire-workers@.service"
+    allowed = re.search(r"^CapabilityBoundingSet=(.*)$", unit.read_text(), re.MULTILINE)
+    assert allowed is not None
+    bounds = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in allowed[1].split())])
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--net"]
     done = subprocess.run(
-        [*unshare, "sh", "-c", MACHINE, "machine", sys.executable, "/usr/bin/python3"],
+        [*unshare, "sh", "-c", MACHINE, "machine", sys.executable, "/usr/bin/python3", bounds],
         cwd=tmp_path,
         env={**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "info"},
         capture_output=True,
