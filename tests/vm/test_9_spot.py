@@ -20,7 +20,7 @@ HERE, OTHER = "10.99.0.1", "10.99.0.2"
 
 CLUSTER = f"""
 set -eu
-docker run -d --name other --network none --env DASK_DISTRIBUTED__WORKER__DAEMON=true %s sh -c '
+docker run -d --name other --network none %s sh -c '
     until [ -e /tmp/connected ]; do sleep 0.2; done
     dask scheduler --host {OTHER} --port 8786 --no-dashboard &
     exec dask worker {OTHER}:8786 --host {OTHER} --nthreads 1 --no-dashboard --local-directory /tmp/spill'
@@ -33,6 +33,7 @@ nsenter -t "$pid" -n ip address add {OTHER}/24 dev other
 nsenter -t "$pid" -n ip link set other up
 nsenter -t "$pid" -n ip link set lo up
 docker exec other touch /tmp/connected
+cp /var/lib/ami-builder/compose.image.yaml /etc/dask/compose.yaml
 printf 'DASK_ROLE=worker\\nDASK_SCHEDULER_ADDRESS={OTHER}:8786\\n' >/etc/dask/dask.env
 systemctl restart dask
 """
