@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,23 @@ def load_work(client: Client) -> Any:
         return load(WORK, str(copy))
 
 
+def announce_interruption(there: Instances, machine: str, seconds: float = 600.0) -> None:
+    """Announce in a machine's metadata that EC2 terminates it in so many seconds."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+    action = json.dumps({"action": "terminate", "time": end})
+    there.metadata(machine).tree.announce("spot/instance-action", action)
+
+
+def interrupt(there: Instances, machine: str) -> float:
+    """Announce a machine's end, wait until it has ended by itself, and return after how many seconds."""
+    began = time.monotonic()
+    announce_interruption(there, machine)
+    processes.wait_until(
+        lambda: machine not in there.running(), what="the end of the machine", timeout=600, interval=1
+    )
+    return round(time.monotonic() - began, 1)
+
+
 def left(there: Instances, seconds: float = 300.0) -> dict[str, list[str]]:
     """Return what the account still has beside the AMI and the tests' key pair, once machines have ended."""
 
@@ -139,3 +157,18 @@ def same_limits(found: Sequence[Mapping[str, int]]) -> bool:
         one["variable"] == one["memory_max"] == one["worker"] > 0 and one["docker"] in (0, one["variable"])
         for one in found
     )
+
+
+def launcher_row(launcher: str, found: Mapping[str, Any]) -> str:
+    """Return a launcher's row of the table in docs/explanation/launchers.md."""
+    each, spot, spill = found["limits"], found["spot"], found["spill"]
+    lost = f"{len(spot['computed_again'])} of {spot['of']}"
+    cells = (
+        launcher,
+        f"{sum(same_limits([one]) for one in each)} of {len(each)}",
+        "yes" if found["refused"] else "no",
+        f"{lost} results computed again, left after {spot['seconds']:.0f} s",
+        f"{spill['type']} on {spill['source']}",
+        found["replaced"],
+    )
+    return f"| {' | '.join(cells)} |"

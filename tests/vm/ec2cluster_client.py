@@ -59,11 +59,30 @@ class User:
             "workers": {address: {name: one[name] for name in names} for address, one in workers.items()},
         }
 
-    def hold(self, count: int, size: int) -> int:
-        """Let the workers hold so many blocks of random bytes; returns how many there are."""
-        blocks = [self.client.submit(self.module.block, size, pure=False) for _ in range(count)]
-        self.held = self.client.gather(self.client.map(self.module.digest, blocks, pure=False)) and blocks
+    def hold(self, worker: str, count: int, size: int) -> int:
+        """Let a worker hold so many blocks of random bytes; returns how many there are."""
+        where = {"workers": [worker], "pure": False}
+        blocks = [self.client.submit(self.module.block, size, **where) for _ in range(count)]
+        self.held = self.client.gather(self.client.map(self.module.digest, blocks, **where)) and blocks
+        self.client.get_task_stream()  # the scheduler records tasks from now on
         return len(self.held)
+
+    def gathered(self) -> dict[str, Any]:
+        """Return how many bytes the held blocks have, and the keys of those that were computed again."""
+        keys = {block.key for block in self.held}
+        size = sum(len(block) for block in self.client.gather(self.held))
+        again = [one["key"] for one in self.client.get_task_stream() if one["key"] in keys]
+        return {"bytes": size, "computed_again": again}
+
+    def certificates(self, folder: str) -> None:
+        """Write the client's certificates, as docs/how-to/ec2cluster.md has it."""
+        security = self.cluster.security
+        texts = {
+            "ca": security.tls_ca_file, "cert": security.tls_client_cert, "key": security.tls_client_key
+        }  # fmt: skip
+        Path(folder).mkdir(mode=0o700, parents=True)
+        for name, text in texts.items():
+            Path(folder, f"{name}.pem").write_text(text)
 
     def release(self) -> None:
         """Hold nothing any more."""

@@ -8,7 +8,8 @@ import pytest
 
 from ami_builder.core.units import GIB, MIB
 from tests.vm import ec2cluster
-from tests.vm.clusters import same_limits
+from tests.vm.clusters import launcher_row, same_limits
+from tests.vm.conftest import HOME
 from tests.vm.namespace import scenario
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ def started(found: Mapping[str, Any], workers: int, filesystem: int) -> None:
         assert filesystem * GIB * 9 // 10 < one["root"] <= one["disk"] == filesystem * GIB
         assert one["devices"] == ["nvme0n1"], "the size went to a second, empty disk"
     assert [one["system"] for one in found["kills"]] == [0] * (workers + 1), "system-wide OOM kills"
+    assert {one["health"] for one in found["doctor"]["workers"]} == {"right"}
+    spilled = found["spilled"]
+    assert spilled["bytes"] > 100 * MIB
+    assert spilled["layer"] < MIB, "it went into the container's layer"
     assert found["left"]
 
 
@@ -54,9 +59,6 @@ def test_ec2cluster_does_all_that_its_documentation_says(
         whole=False,
     )
     started(found, 1, 40)
-    spilled = found["spilled"]
-    assert spilled["bytes"] > 100 * MIB
-    assert spilled["layer"] < MIB, "it went into the container's layer"
     assert found["leak"] == {"leak": "KilledWorker", "next": "done"}
     (before,), (after,) = found["machines"], found["after"]
     assert after["address"] != before["address"], "the worker was not restarted"
@@ -81,3 +83,7 @@ def test_a_cluster_of_three_workers_does_the_experiments_work(
     started(found, 3, 20)
     for work in found["work"].values():
         assert (work["failed"], work["unfinished"]) == (0, 0), found["work"]
+    assert found["spot"]["computed_again"] == []
+    assert found["spot"]["bytes"] == found["spot"]["of"] * MIB
+    row = {**found, "limits": found["machines"], "spill": found["spilled"], "replaced": "by nothing"}
+    (HOME / "launcher-ec2cluster.md").write_text(launcher_row("`EC2Cluster`", row) + "\n")

@@ -17,7 +17,7 @@ from tests.experiment.cases import DEFAULT, Case, Work
 from tests.experiment.tasks import Memory, tasks
 from tests.fake_ec2.server import REGION
 from tests.vm import ec2cluster
-from tests.vm.clusters import WORK, is_refused, kernel_log, limits, spill_folder
+from tests.vm.clusters import WORK, doctor, interrupt, is_refused, kernel_log, limits, spill_folder
 from tests.vm.conftest import DASK_SECONDS
 from tests.vm.instances import KEY_NAME, Instances, instances
 from tests.vm.scenarios import answer
@@ -88,13 +88,17 @@ def main(
             "user_data": _user_data_sizes(there),
             "machines": _machines(there, began["workers"]),
         }
+        user.ask("certificates", folder=str(here / "certificates"))
+        found["doctor"] = doctor(began["scheduler"], "--tls", str(here / "certificates"))
+        found["spilled"] = _spilled(there, user, found["machines"][0])
         if whole:
             found["work"] = _both_works(user, found["machines"])
         else:
-            found["spilled"] = _spilled(there, user, found["machines"][0])
             found["leak"] = _leaked(user, found["machines"][0])
         found["after"] = _machines(there, user.ask("info")["workers"])
         found["kills"] = [_kills(there, one) for one in there.running()]
+        if whole:
+            found["spot"] = _interrupted(there, user, found["after"][0])
         user.ask("close")
         # Of the kinds that an instance has; what was there before is there still.
         found["left"] = processes.wait_until(
@@ -156,7 +160,7 @@ def _spilled(there: Instances, user: User, machine: dict[str, Any]) -> dict[str,
     """Let one worker hold nearly as much as its limit, and return where the rest has gone to."""
     size = 8 * MIB
     count = machine["worker"] * 9 // 10 // size
-    held = user.ask("hold", count=count, size=size)
+    held = user.ask("hold", worker=machine["address"], count=count, size=size)
     with there.session(machine["instance"]) as session:
         spill = spill_folder(session)
         layer = session.run(_LAYER, sudo=True, timeout=DASK_SECONDS).stdout
@@ -183,6 +187,14 @@ def _both_works(user: User, machines: list[dict[str, Any]]) -> dict[str, Any]:
         wanted = [asdict(task) for task in tasks(case, memory)]
         found[work.value] = user.ask("work", tasks=wanted, timeout=3600)
     return found
+
+
+def _interrupted(there: Instances, user: User, machine: dict[str, Any]) -> dict[str, Any]:
+    """Announce the end of a machine that holds results; it ends by itself once its worker has retired."""
+    count = 20
+    user.ask("hold", worker=machine["address"], count=count, size=MIB)
+    seconds = interrupt(there, machine["instance"])
+    return {"seconds": seconds, "of": count, **user.ask("gathered")}
 
 
 def _kills(there: Instances, instance: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
             require_encryption=True,
         )
         with there.session(machines[0]), _connected(f"tls://{address}", security) as connected:
+            clusters.workers(connected, len(machines))
             doctor = clusters.doctor(address, "--tls", str(made.folder))
             refused = clusters.is_refused(address)
             found = {**_look(there, connected, machines), "doctor": doctor, "refused": refused}
@@ -91,11 +92,8 @@ def _interrupt(
         client.submit(module.ordinary, MIB, 2.0, key=f"running-{n}", workers=list(of.values()))
         for n in range(8)
     ]
-    tree = there.metadata(machine).tree
-    end = time.gmtime(time.time() + 600)
-    action = f'{{"action": "terminate", "time": "{time.strftime("%Y-%m-%dT%H:%M:%SZ", end)}"}}'
     began = time.monotonic()
-    tree.announce("spot/instance-action", action)
+    clusters.announce_interruption(there, machine)
     processes.wait_until(
         lambda: worker not in client.scheduler_info(n_workers=-1)["workers"],
         what="the end of the worker", timeout=600, interval=1,
