@@ -72,7 +72,7 @@ def test_the_command(cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture
 
     def told(*flags: str) -> tuple[int, dict[str, Any], str]:
         capsys.readouterr()
-        status = cli.run(["-q", "doctor", address, "--json", *flags])
+        status = cli.run(["-q", "doctor", address, "--json", "--timeout", "10min", *flags])
         printed = capsys.readouterr()
         return status, json.loads(printed.out or "{}"), printed.err
 

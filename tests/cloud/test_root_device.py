@@ -55,7 +55,7 @@ def bake(cloud: Cloud, account: Account, *, tagged: bool = True, **more: Any) ->
     given = tagging.specifications(tags(Purpose.IMAGE), "image", "snapshot") if tagged else []
     made = ec2.create_image(InstanceId=launched, Name=BAKED, Description="words", TagSpecifications=given)
     ec2.terminate_instances(InstanceIds=[launched])
-    return images.wait_available(account, made["ImageId"], 10)
+    return images.wait_available(account, made["ImageId"], 600)
 
 
 def rename(account: Account, ledger: Ledger, ami: images.Ami) -> images.Ami:
