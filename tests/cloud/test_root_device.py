@@ -93,7 +93,8 @@ def test_all_but_the_name_stays(cloud: Cloud, account: Account, ledger: Ledger, 
     assert root["Ebs"]["Encrypted"] is encrypted
     assert other == {"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"}
     assert cloud.backend().amis[made.id].uefi_data == "QU1aTlVFRkk="
-    assert made.tags == tags(Purpose.IMAGE)
+    assert made.tags.keys() == tags(Purpose.IMAGE).keys()
+    assert made.tags[tagging.RUN] == RUN
     assert images.get(account, baked.id) is None
     assert kinds(cloud) == {"image": 1, "snapshot": 1}
     (gone,) = (call.params for call in cloud.calls if call.action == "DeregisterImage")
