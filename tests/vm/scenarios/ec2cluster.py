@@ -59,8 +59,9 @@ def main(
         ssm = there.cloud.client("ssm")
         ssm.put_parameter(Name=PARAMETER, Value=there.ami, Type="String", DataType="aws:ec2:image")
         before = there.cloud.left()
-        impatient = {} if whole else {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
-        environment = {**there.cloud.environment(), **PATIENCE, **impatient}
+        # Dask's default, 3, is for one machine: a task has its spike once on each.
+        failures = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(3 * workers if whole else 0)}
+        environment = {**there.cloud.environment(), **PATIENCE, **failures}
         user = stack.enter_context(ec2cluster.using(here / "user", environment))
         upload = here / f"{WORK}.py"
         shutil.copy(experiment_work.__file__, upload)
