@@ -249,8 +249,9 @@ class VmHypervisor:
             assert self._shared is not None
             self._shared.disconnect(vm.launch.tap)
         for disk in vm.launch.disks if vm is not None else ():
-            assert disk.path is not None
-            disk.path.unlink(missing_ok=True)
+            # An instance store's file ends with its VM.
+            if disk.path is not None:
+                disk.path.unlink(missing_ok=True)
         self._collect()
 
     def _overlay(self, backing: Path, size: int | None) -> Path:
