@@ -4,7 +4,7 @@ FOLDER/ca.pem, ca-key.pem      the CA; its key is nowhere else
 FOLDER/ROLE/ca.pem, cert.pem, key.pem
 FOLDER/ROLE/bundle.pem         all three in one text, for Secrets Manager or SSM
 FOLDER/ROLE/user-data.yaml     for an instance that has no other user data
-FOLDER/client/dask.yaml        for whoever connects to the scheduler
+FOLDER/client/dask.yaml        for a client of the scheduler
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Holder(StrEnum):
         return f"DASK_ROLE={self}\n" + (f"DASK_LISTEN={Listen.NETWORK}\n" if self.value == Role.LOCAL else "")
 
 
+_IGNORE = ".gitignore"
+_IGNORED = "".join(f"/{name}\n" for name in (_IGNORE, _CA, _CA_KEY, *(f"{holder}/" for holder in Holder)))
+_IGNORED_BEFORE = b"*\n"
+"""What this command wrote before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
     """What one holder got."""
@@ -64,6 +70,8 @@ class Folder:
     folder: Path
     new_ca: bool
     ca_end: datetime.datetime
+    git_ignored: bool
+    """Whether its .gitignore is of this command."""
     issued: tuple[Issued, ...]
 
 
@@ -83,14 +91,17 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
         if authority is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             authority = Authority.create(days=CA_DAYS)
-            # So that nobody commits a key.
-            write_atomically(folder / ".gitignore", "*\n")
+            # So that nobody commits a key; a folder may have other files too.
+            if not (folder / _IGNORE).exists():
+                write_atomically(folder / _IGNORE, _IGNORED)
             write_atomically(folder / _CA_KEY, authority.key_pem)
             write_atomically(folder / _CA, authority.pem)
+        ignore = folder / _IGNORE
+        ignored = ignore.is_file() and ignore.read_bytes() in (_IGNORED.encode(), _IGNORED_BEFORE)
         issued = tuple(_issue(folder, authority, holder, days, address) for holder in Holder)
     except OSError as failed:
         raise UsageError(f"{failed.filename or folder}: {failed.strerror}") from failed
-    return Folder(folder=folder, new_ca=new, ca_end=authority.end, issued=issued)
+    return Folder(folder=folder, new_ca=new, ca_end=authority.end, git_ignored=ignored, issued=issued)
 
 
 def normalized(address: str) -> str:

@@ -36,8 +36,8 @@ def certificates(
     In a folder with a CA, it makes new certificates and keeps the CA: certificates that are in use
     continue to work until they end. The CA's key, ca-key.pem, is only needed here.
 
-    Whoever has a scheduler's or a worker's key can act as either, and whoever has any key can run programs
-    on the cluster. Dask does not compare host names.
+    A scheduler's or a worker's key lets its holder act as either. Any key lets its holder run programs on
+    the cluster. Dask does not compare host names.
     """
     from ami_builder.build.certificates import make
 
@@ -57,6 +57,8 @@ def _explain(made: Folder, days: int) -> None:
     console.note(f"valid until {min(ends):%Y-%m-%d}; to renew, run this command again")
     if min(ends) == made.ca_end and days > 1:
         console.note("the certificates end with the CA: a new CA needs a new folder")
+    if not made.git_ignored:
+        console.note(f"{made.folder}/.gitignore does not keep keys out of Git: don't commit them")
     console.note("next: launch machines with the user data of their role")
     for one in made.issued:
         if one.user_data is not None:

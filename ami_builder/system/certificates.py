@@ -73,6 +73,7 @@ class Authority:
         from cryptography import x509
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+        from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         try:
@@ -80,7 +81,9 @@ class Authority:
             private = load_pem_private_key(key, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as wrong:
             raise UsageError(f"it can't be read: {wrong}") from wrong
-        if not isinstance(private, EllipticCurvePrivateKey) or private.public_key() != found.public_key():
+        if not isinstance(private, (EllipticCurvePrivateKey, RSAPrivateKey)):
+            raise UsageError("its key is neither EC nor RSA")
+        if private.public_key() != found.public_key():
             raise UsageError("its key does not belong to its certificate")
         try:
             is_ca = found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -88,6 +91,11 @@ class Authority:
             is_ca = False
         if not is_ca:
             raise UsageError("its certificate is not a CA's")
+        try:
+            found.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+        except x509.ExtensionNotFound:
+            # Python 3.13 refuses it by default.
+            raise UsageError("its certificate has no subject key identifier") from None
         if found.not_valid_after_utc <= _now():
             raise UsageError(f"it ended on {found.not_valid_after_utc:%Y-%m-%d}")
         return cls(_certificate=found, _key=private)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,7 +69,6 @@ def test_keys_are_for_their_owner_and_the_ca_s_key_is_nowhere_else(folder: Path)
         assert path.stat().st_mode & 0o077 == 0, path
     key = (folder / "ca-key.pem").read_bytes().splitlines()[1]
     assert [name for name, content in _files(folder).items() if key in content] == ["ca-key.pem"]
-    assert (folder / ".gitignore").read_text() == "*\n"
 
 
 @pytest.mark.parametrize("role", MACHINES)
@@ -206,6 +206,83 @@ def test_files_of_another_origin_are_left_alone(
     assert cli.run(["-q", "certificates", str(tmp_path)]) == 2
     assert reason in capsys.readouterr().err
     assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("ignored", [None, "build/\n"])
+def test_a_folder_of_others_files_does_not_become_ignored(
+    tmp_path: Path, ignored: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("")
+    if ignored is not None:
+        (tmp_path / ".gitignore").write_text(ignored)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for _ in range(2):
+        assert cli.run(["certificates", str(tmp_path)]) == 0
+        assert ("does not keep keys out of Git" in capsys.readouterr().err) is (ignored is not None)
+    listed = ["git", "-C", str(tmp_path), "status", "--porcelain", "--untracked-files=all"]
+    seen = {line[3:] for line in subprocess.check_output(listed, text=True).splitlines()}
+    assert "mine.py" in seen
+    if ignored is None:
+        assert seen == {"mine.py"}
+    else:
+        assert (tmp_path / ".gitignore").read_text() == ignored
+
+
+@pytest.mark.needs("openssl")
+@pytest.mark.parametrize(
+    ("algorithm", "extensions", "reason"),
+    [
+        (["rsa", "-pkeyopt", "rsa_keygen_bits:2048"], [], ""),
+        (["ec", "-pkeyopt", "ec_paramgen_curve:P-384"], [], ""),
+        (["ed25519"], [], "its key is neither EC nor RSA"),
+        (
+            ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
+            ["-addext", "subjectKeyIdentifier=none"],
+            "its certificate has no subject key identifier",
+        ),
+    ],
+    ids=["rsa", "ec", "ed25519", "no-identifier"],
+)
+def test_a_ca_that_the_user_brings(
+    tmp_path: Path,
+    algorithm: list[str],
+    extensions: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = ["-keyout", str(tmp_path / "ca-key.pem"), "-out", str(tmp_path / "ca.pem")]
+    usage = ["-addext", "keyUsage=critical,keyCertSign"]
+    kind = ["-newkey", *algorithm, "-nodes", "-subj", "/CN=mine", "-days", "9"]
+    _openssl("req", "-x509", *kind, *files, *usage, *extensions)
+    status = cli.run(["-q", "certificates", str(tmp_path)])
+    assert (status, reason in capsys.readouterr().err) == (2 if reason else 0, True)
+    if reason:
+        return
+    verify = ("verify", "-x509_strict", "-CAfile", tmp_path / "ca.pem")
+    _openssl(*verify, *(tmp_path / role / "cert.pem" for role in Holder))
+    for role in MACHINES:
+        assert len((tmp_path / role / "bundle.pem").read_text()) <= LONGEST_PARAMETER
+
+
+def test_certificates_pass_the_strict_mode_of_python(folder: Path) -> None:
+    def context(purpose: ssl.Purpose, role: Holder) -> ssl.SSLContext:
+        made = ssl.create_default_context(purpose, cafile=str(folder / role / "ca.pem"))
+        made.check_hostname, made.verify_mode = False, ssl.CERT_REQUIRED
+        # Python's default since 3.13; distributed clears it.
+        made.verify_flags |= ssl.VERIFY_X509_STRICT
+        made.load_cert_chain(folder / role / "cert.pem", folder / role / "key.pem")
+        return made
+
+    for role in Holder:
+        left, right = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = context(ssl.Purpose.CLIENT_AUTH, Holder.SCHEDULER).wrap_bio(left, right, server_side=True)
+        client = context(ssl.Purpose.SERVER_AUTH, role).wrap_bio(right, left)
+        unfinished = [client, server]
+        while unfinished:
+            for side in list(unfinished):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+                    unfinished.remove(side)
 
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
