@@ -24,6 +24,7 @@ homes() {
 identity() {
     printf '%s\n' etc/ssh/ssh_host_* var/lib/dbus/machine-id \
         var/lib/systemd/random-seed boot/efi/loader/random-seed var/lib/systemd/credential.secret \
+        etc/dask/tls/* run/dask/private/tls/* \
         var/lib/docker/engine-id etc/docker/key.json var/lib/containerd/io.containerd.grpc.v1.introspection/uuid
     homes | while read -r home; do
         printf '%s\n' "$home"/.ssh/authorized_keys* "$home"/.ssh/known_hosts*
@@ -35,7 +36,7 @@ state() {
         etc/ssh/sshd_config.d/50-cloud-init.conf \
         var/lib/dhcp/* var/lib/dhcpcd/* var/lib/NetworkManager/*.lease var/lib/systemd/network/* \
         var/lib/systemd/timers/stamp-* var/lib/systemd/coredump/* var/lib/wtmpdb/* var/lib/lastlog/* \
-        var/lib/dask/spill var/lib/ami-builder
+        etc/dask/tls run/dask/private var/lib/dask/spill var/lib/ami-builder
 }
 caches() {
     printf '%s\n' var/lib/apt/lists/* var/cache/apt/*.bin var/cache/apt/archives/*.deb \

@@ -60,6 +60,10 @@ LEFT = (
     "var/lib/dhcp/dhclient.eth0.leases",
     "var/lib/docker/engine-id",
     "var/lib/dask/spill/old",
+    "etc/dask/tls/ca.pem",
+    "etc/dask/tls/key.pem",
+    "etc/dask/tls/.old/key.pem",
+    "run/dask/private/tls/key.pem",
     "var/lib/ami-builder/nonce",
     "var/lib/apt/lists/deb_dists_trixie_InRelease",
     "var/cache/apt/pkgcache.bin",
@@ -116,7 +120,12 @@ def test_cleaning_keeps_a_shutdown_from_writing_again(machine: Path, programs: P
 
 
 def test_identity_is_overwritten_where_it_was(machine: Path, programs: Path, tmp_path: Path) -> None:
-    names = ("etc/machine-id", "etc/ssh/ssh_host_ed25519_key", "home/admin/.ssh/authorized_keys")
+    names = (
+        "etc/machine-id",
+        "etc/ssh/ssh_host_ed25519_key",
+        "home/admin/.ssh/authorized_keys",
+        "etc/dask/tls/key.pem",
+    )
     for number, name in enumerate(names):
         (tmp_path / f"same-{number}").hardlink_to(machine / name)
     other = tmp_path / "other"
@@ -127,7 +136,7 @@ def test_identity_is_overwritten_where_it_was(machine: Path, programs: Path, tmp
     assert done.returncode == 0, done.stderr
     left = [(tmp_path / f"same-{number}").read_bytes() for number in range(len(names))]
     assert {text.strip(b"\0") for text in left} == {b""}
-    assert [len(text) > 0 for text in left] == [False, True, True], "machine-id is emptied too"
+    assert [len(text) > 0 for text in left] == [False, True, True, True], "machine-id is emptied too"
     assert other.read_text() == "other", "what a link leads to stays"
 
 
