@@ -69,7 +69,10 @@ def test_each_role_has_what_the_field_taught(role: str) -> None:
     assert service["init"] is True
     assert service["restart"] == "no", "Docker must never bring back a container with a stored limit"
     assert service["healthcheck"] == {"disable": True}
-    assert service["volumes"] == ["/var/lib/dask/spill:/spill", "/run/dask/private/tls:/run/dask/tls:ro"]
+    assert service["volumes"] == [
+        "/var/lib/dask/spill/service:/spill",
+        "/run/dask/private/tls:/run/dask/tls:ro",
+    ]
     assert service["ulimits"] == {"nofile": 65536}
     assert service["logging"]["driver"] == "json-file"
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}

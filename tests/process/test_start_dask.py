@@ -53,7 +53,13 @@ HOST, FROM_ENV = "network_mode: host", "command: '${DASK_SCHEDULER_ADDRESS} ${DA
 # Answers as Docker does, and writes down the environment that Compose gets. Dask runs until it is stopped.
 DOCKER = """
 case $1 in
-    ps) [ -z "${FAKE_DOCKER_DOWN:-}" ] || exit 1; printf '%s' "${FAKE_CONTAINERS:-}" ;;
+    ps)
+        [ -z "${FAKE_DOCKER_DOWN:-}" ] || exit 1
+        case $* in
+            *.Mounts*) printf '%b\n' "${FAKE_MOUNTS:-}" ;;
+            *) printf '%s' "${FAKE_CONTAINERS:-}" ;;
+        esac
+        ;;
     compose) shift; env >"$0.env" ;;
     events) touch "$START_DASK_ROOT/run/dask/stopping" ;;
 esac
@@ -720,8 +726,36 @@ def test_the_spill_directory_is_purged_and_open_to_any_user(machine: Machine) ->
     (old / "key").write_text("left by a killed worker")
     (machine.spill / ".hidden").write_text("")
     machine.start()
-    assert list(machine.spill.iterdir()) == []
-    assert machine.spill.stat().st_mode & 0o7777 == 0o1777
+    assert list(machine.spill.rglob("*")) == [machine.spill / "service"]
+    for folder in (machine.spill, machine.spill / "service"):
+        assert folder.stat().st_mode & 0o7777 == 0o1777
+
+
+@pytest.mark.parametrize("mount", ["", "/mine"])
+def test_files_of_others_running_containers_are_not_purged(machine: Machine, mount: str) -> None:
+    own, others = (machine.spill / name / "key" for name in ("service/worker-abc", "worker-def"))
+    for file in (own, others):
+        file.parent.mkdir(parents=True)
+        file.write_text("spilled")
+    for mounts, left in (
+        (f"/srv\n/etc/hosts,{machine.spill}{mount},/srv", True),
+        (f"/srv,{machine.spill}2\n{machine.root}", False),
+    ):
+        started = machine.start(environment={"FAKE_MOUNTS": mounts})
+        assert started.status == 0, started.output
+        assert others.exists() is left
+        assert list((machine.spill / "service").iterdir()) == []
+
+
+def test_purging_follows_no_link_of_others(machine: Machine, tmp_path: Path) -> None:
+    kept = tmp_path / "kept/file"
+    kept.parent.mkdir()
+    kept.write_text("")
+    machine.spill.mkdir(parents=True)
+    (machine.spill / "service").symlink_to(kept.parent)
+    machine.start(environment={"FAKE_MOUNTS": str(machine.spill)})
+    assert kept.exists()
+    assert not (machine.spill / "service").is_symlink()
 
 
 def test_the_spill_directory_may_be_a_link_to_another_disk(one: Machine, tmp_path: Path) -> None:
@@ -732,7 +766,7 @@ def test_the_spill_directory_may_be_a_link_to_another_disk(one: Machine, tmp_pat
     one.spill.symlink_to(disk)
     one.start()
     assert one.spill.is_symlink()
-    assert list(disk.iterdir()) == []
+    assert list(disk.iterdir()) == [disk / "service"]
 
 
 def test_spilling_has_a_bound_for_each_worker(machine: Machine) -> None:

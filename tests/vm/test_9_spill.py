@@ -56,7 +56,7 @@ def facts(machine: Booted) -> dict[str, str]:
     env = f"docker inspect -f '{{{{json .Config.Env}}}}' {containers}"
     bounds = [one for one in json.loads(machine.root(env)) if "MAX_SPILL=" in one]
     found["bound"] = bounds[0].partition("=")[2]
-    found["scratch"] = machine.root(f"ls {SPILL}").strip()
+    found["scratch"] = machine.root(f"ls {SPILL} {SPILL}/service").strip()
     found["journal"] = machine.root("journalctl -q -b -o cat -u mount-spill")
     found["failed"] = machine.root(
         "systemctl --failed --plain --no-legend; cat /run/dask/spill-notices || :", check=False
