@@ -10,7 +10,7 @@ ANSWERS = ("with a certificate: answers", "without a certificate: refuses", "wit
 
 
 def test_only_clients_with_a_certificate_get_an_answer(machine: MachineState) -> None:
-    """Whoever can connect to Dask's ports can run programs here."""
+    """A client that can connect to Dask's ports can run programs here."""
     found = machine.lines("tls")
     assert found == ANSWERS, f"port 8786 {'; '.join(found) or 'has no certificates'}"
 

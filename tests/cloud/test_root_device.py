@@ -1,4 +1,4 @@
-"""An AMI is registered again under the root device's name that launchers map, whatever happens meanwhile."""
+"""An AMI is registered again under the root device's name that launchers map, whatever happens in between."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def workers(port: int, folder: Path) -> Any:
     """Wait until a worker is there, and return what doctor says."""
 
     def ask() -> Any:
-        told = doctor(port, "--tls", folder, "--json")
-        return told if told.status != 7 and told.json["workers"] else None
+        result = doctor(port, "--tls", folder, "--json")
+        return result if result.status != 7 and result.json["workers"] else None
 
     return processes.wait_until(ask, what="a worker", timeout=600, interval=2)
 
@@ -99,8 +99,8 @@ def test_a_scheduler_answers_its_own_client(guest: Booted, folder: Path) -> None
     apply(guest, folder, "scheduler")
     guest.root(HEALTHY)
     with guest.forwarded(8786) as port:
-        told = doctor(port, "--tls", folder)
-        assert (told.status, told.stderr.splitlines()[-1]) == (5, "the scheduler has no workers")
+        result = doctor(port, "--tls", folder)
+        assert (result.status, result.stderr.splitlines()[-1]) == (5, "the scheduler has no workers")
 
 
 def test_a_worker_waits_for_its_scheduler_and_joins_it(guest: Booted, folder: Path, image: Image) -> None:
@@ -117,8 +117,8 @@ def test_a_worker_waits_for_its_scheduler_and_joins_it(guest: Booted, folder: Pa
     guest.root(f"docker rm -f other; {start.format(tls)}")
     guest.root(HEALTHY)
     with guest.forwarded(OTHER_PORT) as port:
-        told = workers(port, folder)
-    (worker,) = told.json["workers"]
+        result = workers(port, folder)
+    (worker,) = result.json["workers"]
     measured = guest.root("sed -n s/^AVAILABLE_MEMORY_FOR_DASK=//p /run/dask/memory.env").strip()
     assert worker["worker"]["reading"]["limit"] == int(measured)
     guest.root("docker rm -f other")

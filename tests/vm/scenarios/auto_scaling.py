@@ -116,7 +116,7 @@ def _look(
     (new,) = set(_states(there)) - {kept}
     of = _workers(there, client)
     launched = there.cloud.client().describe_instances(InstanceIds=[new])["Reservations"][0]["Instances"][0]
-    assert launched["ImageId"] == other, "the replacement has the image that was promoted meanwhile"
+    assert launched["ImageId"] == other, "the replacement has the image that was promoted since"
     found["replaced"] = f"by its group, after {seconds:.0f} s (asked for 45 s)"
     found["limits"].append(_limits(there, client, new))
     clusters.load_work(client)

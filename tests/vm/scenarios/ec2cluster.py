@@ -158,7 +158,7 @@ def _machines(there: Instances, workers: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _spilled(there: Instances, user: User, machine: dict[str, Any]) -> dict[str, Any]:
-    """Let one worker hold nearly as much as its limit, and return where the rest has gone to."""
+    """Let one worker hold nearly as much as its limit, and return where the rest is."""
     size = 8 * MIB
     count = machine["worker"] * 9 // 10 // size
     held = user.ask("hold", worker=machine["address"], count=count, size=size)
