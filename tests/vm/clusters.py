@@ -16,7 +16,6 @@ from ami_builder.system import processes
 from tests.experiment import work
 from tests.experiment.scheduler import load
 from tests.vm.conftest import DASK_SECONDS, ROOT, environment
-from tests.vm.instances import KEY_NAME, Instances
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from ami_builder.system.ssh import Session
+    from tests.vm.instances import Instances
 
 WORK = "ami_builder_work"
 """The name of tests/experiment/work.py on workers."""
@@ -112,13 +112,12 @@ def interrupt(there: Instances, machine: str) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def left(there: Instances, seconds: float = 300.0) -> dict[str, list[str]]:
-    """Return what the account still has beside the AMI and the tests' key pair, once machines have ended."""
+def left(there: Instances, before: Mapping[str, list[str]], seconds: float = 300.0) -> dict[str, list[str]]:
+    """Return what the account has that it had not `before`, once machines have ended: kind -> ids."""
 
     def found() -> dict[str, list[str]]:
-        kinds = there.cloud.left()
-        own = {"image": [there.ami], "key-pair": [KEY_NAME]}
-        return {kind: ids for kind, ids in kinds.items() if ids != own.get(kind)}
+        now = {kind: sorted(set(ids) - set(before.get(kind, ()))) for kind, ids in there.cloud.left().items()}
+        return {kind: ids for kind, ids in now.items() if ids}
 
     with suppress(TimedOut):
         processes.wait_until(lambda: not found(), what="the end of all machines", timeout=seconds, interval=1)

@@ -45,6 +45,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
         processes.running(_relay(there)),
     ):
         ec2, scaling = there.cloud.client(), there.cloud.client("autoscaling")
+        before = there.cloud.left()
         made = certificates.make(folder / "certificates", days=30)
         _promote(there, there.ami)
         _template(there, made, "scheduler", "--instance-type", SCHEDULER)
@@ -83,7 +84,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
         ec2.deregister_image(ImageId=found.pop("other"))
         for role in ("worker", "scheduler"):
             _ami_builder(there, "launch-template", "stable", "--role", role, "--delete", "--apply")
-        return {**found, "left": clusters.left(there)}
+        return {**found, "left": clusters.left(there, before)}
 
 
 def _from_outside(address: str, made: certificates.Folder) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
     folder = Path(directory)
     memory = {SCHEDULER: 1024, WORKER: 1280}
     with instances(Path(disk), folder, memory=memory) as there:
+        before = there.cloud.left()
         made = certificates.make(folder / "certificates", days=30)
         scheduler = _launch(there, SCHEDULER, made, "scheduler")
         address = f"{there.running()[scheduler]['PrivateIpAddress']}:8786"
@@ -44,7 +45,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
             refused = clusters.is_refused(address)
             found = {**_look(there, connected, machines), "doctor": doctor, "refused": refused}
         there.cloud.client().terminate_instances(InstanceIds=[scheduler, *machines])
-        return {**found, "replaced": "by nothing", "left": clusters.left(there)}
+        return {**found, "replaced": "by nothing", "left": clusters.left(there, before)}
 
 
 def _launch(there: Instances, kind: str, made: certificates.Folder, role: str) -> str:
