@@ -81,7 +81,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
             found = _look(there, client, image, lambda: _from_outside(address, made))
         scaling.delete_auto_scaling_group(AutoScalingGroupName=GROUP, ForceDelete=True)
         ec2.terminate_instances(InstanceIds=[scheduler])
-        ec2.deregister_image(ImageId=found.pop("other"))
+        ec2.deregister_image(ImageId=found.pop("other"), DeleteAssociatedSnapshots=True)
         for role in ("worker", "scheduler"):
             _ami_builder(there, "launch-template", "stable", "--role", role, "--delete", "--apply")
         return {**found, "left": clusters.left(there, before)}
