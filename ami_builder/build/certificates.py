@@ -91,12 +91,12 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
         if authority is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             authority = Authority.create(days=CA_DAYS)
-            # So that nobody commits a key; a folder may have other files too.
-            if not (folder / _IGNORE).exists():
-                write_atomically(folder / _IGNORE, _IGNORED)
             write_atomically(folder / _CA_KEY, authority.key_pem)
             write_atomically(folder / _CA, authority.pem)
         ignore = folder / _IGNORE
+        if not (ignore.exists() or ignore.is_symlink()):
+            # So that nobody commits a key; a folder may have other files too.
+            write_atomically(ignore, _IGNORED)
         ignored = ignore.is_file() and ignore.read_bytes() in (_IGNORED.encode(), _IGNORED_BEFORE)
         issued = tuple(_issue(folder, authority, holder, days, address) for holder in Holder)
     except OSError as failed:

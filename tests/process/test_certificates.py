@@ -258,6 +258,7 @@ def test_a_ca_that_the_user_brings(
     assert (status, reason in capsys.readouterr().err) == (2 if reason else 0, True)
     if reason:
         return
+    assert (tmp_path / ".gitignore").exists()
     verify = ("verify", "-x509_strict", "-CAfile", tmp_path / "ca.pem")
     _openssl(*verify, *(tmp_path / role / "cert.pem" for role in Holder))
     for role in MACHINES:
