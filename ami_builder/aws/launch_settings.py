@@ -50,8 +50,6 @@ class Launch:
     rate: int = 0
     """Provisioned Rate for Volume Initialization, in MiB/s."""
     spot: bool = False
-    endpoint: str = ""
-    """Where instances call AWS with their role; empty: the region's own endpoints."""
     user_data: str = ""
     """More user data, of any cloud-init type."""
 
@@ -82,12 +80,6 @@ class Launch:
             if not re.fullmatch(r"[A-Za-z0-9_/-]{1,255}", self.hook):
                 raise UsageError(f"--lifecycle-hook {self.hook}: expected a name of A-Z, a-z, 0-9, - _ and /")
             found["DASK_LIFECYCLE_HOOK"] = self.hook
-        if self.endpoint:
-            if not re.fullmatch(r"https?://[A-Za-z0-9.:-]+/?", self.endpoint):
-                raise UsageError(
-                    f"--aws-endpoint {self.endpoint}: expected a URL, such as https://vpce-….amazonaws.com"
-                )
-            found["DASK_AWS_ENDPOINT"] = self.endpoint
         if not self.profile and (flag := self._needs_role()):
             raise UsageError(
                 f"{flag} needs --instance-profile: the instance calls AWS with that role",
@@ -113,13 +105,11 @@ def launch_data(
     root: str,
     tags: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the LaunchTemplateData of EC2's requests. Raises UsageError."""
+    """Return the LaunchTemplateData of EC2's requests. Raises UsageError.
+
+    Only what a flag asks for is said of the root volume, whose name is another AMI's too then.
+    """
     text = with_settings(launch.settings(), launch.user_data)
-    ebs: dict[str, Any] = {"VolumeType": "gp3", "DeleteOnTermination": True}
-    if launch.disk:
-        ebs["VolumeSize"] = -(-launch.disk // _GIB)
-    if launch.rate:
-        ebs["VolumeInitializationRate"] = launch.rate
     data: dict[str, Any] = {
         "ImageId": f"resolve:ssm:{parameter}",
         "InstanceType": launch.instance_type,
@@ -131,9 +121,16 @@ def launch_data(
             "HttpPutResponseHopLimit": 2 if network is ContainerNetwork.BRIDGE else 1,
             "InstanceMetadataTags": "enabled",
         },
-        "BlockDeviceMappings": [{"DeviceName": root, "Ebs": ebs}],
         "TagSpecifications": tagging.specifications(tags, "instance", "volume"),
     }
+    ebs: dict[str, Any] = {}
+    if launch.disk:
+        ebs["VolumeSize"] = -(-launch.disk // _GIB)
+    if launch.rate:
+        ebs["VolumeInitializationRate"] = launch.rate
+    if ebs:
+        ebs |= {"VolumeType": "gp3", "DeleteOnTermination": True}
+        data["BlockDeviceMappings"] = [{"DeviceName": root, "Ebs": ebs}]
     if launch.profile:
         key = "Arn" if launch.profile.startswith("arn:") else "Name"
         data["IamInstanceProfile"] = {key: launch.profile}
@@ -161,10 +158,13 @@ def tags_of(image: Image, channel: str, role: Role) -> dict[str, str]:
     return {
         **own,
         tagging.NAME: f"{image.name} {role}",
-        tagging.IMAGE: image.name,
-        tagging.CHANNEL: channel,
-        tagging.ROLE: str(role),
+        **identity(image, channel, role),
     }
+
+
+def identity(image: Image, channel: str, role: Role) -> dict[str, str]:
+    """Return the tags that tell whose a template is."""
+    return {tagging.IMAGE: image.name, tagging.CHANNEL: channel, tagging.ROLE: str(role)}
 
 
 def _address(scheduler: str, *, tls: bool) -> str:

@@ -15,25 +15,20 @@ from typing import Any
 
 from ami_builder.aws import instances
 from ami_builder.aws import tags as tagging
-from ami_builder.aws.launch_settings import Launch, launch_data, tags_of
-from ami_builder.aws.session import Account, aws_errors, code_of
+from ami_builder.aws.launch_settings import Launch, identity, launch_data, tags_of
+from ami_builder.aws.session import Account, aws_errors
 from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Role
 
 _LONGEST_NAME = 128
-# What EC2 may answer to a parameter that it does not take in a region.
-_NOT_TAKEN = frozenset(
-    {
-        "InvalidParameter",
-        "InvalidParameterCombination",
-        "InvalidParameterValue",
-        "UnknownParameter",
-        "Unsupported",
-        "UnsupportedOperation",
-    }
-)
+_NO_RATE = " at the default rate"
+"""Added to the description of a version that has no initialization rate because EC2 does not take it."""
+
+
+class _NotValid(CloudFailed):
+    """EC2 made the template, or the version, and says that it can't launch from it."""
 
 
 class Change(StrEnum):
@@ -96,32 +91,34 @@ def keep(
     instances.require_offered(account, [launch.instance_type], setting)
     instances.require_arch(account, [launch.instance_type], image.arch, setting)
     tags = tags_of(image, channel, launch.role)
-    data = launch_data(
-        launch,
-        image.container.network,
-        region=account.region,
-        parameter=parameter,
-        root=ami.get("RootDeviceName", ""),
-        tags=tags,
-    )
+    root = ami.get("RootDeviceName", "")
+    if launch.disk or launch.rate:
+        _require_lasting(account, image, channel, ami["ImageId"], root)
+    network = image.container.network
+    place = {"region": account.region, "parameter": parameter, "root": root}
+    data = launch_data(launch, network, **place, tags=tags)
+    description = _description(data)
     name = name_of(image, channel, launch.role)
     found = _find(account, name, tags)
     try:
-        return _kept(account, found, name, data, tags, ami["ImageId"])
-    except CloudFailed as refused:
-        about_rate = code_of(refused) in _NOT_TAKEN and "initialization" in refused.message.lower()
-        if not launch.rate or not about_rate:
+        return _kept(account, found, name, data, description, tags, ami["ImageId"])
+    except _NotValid as invalid:
+        if not launch.rate or "initialization" not in invalid.message.lower():
             raise
         step.announce(
             f"{account.region}: EC2 does not take --initialization-rate {launch.rate} here, so volumes are"
-            f" initialized at the default rate ({refused.message})"
+            f" initialized at the default rate ({invalid.message})"
         )
-    return _kept(account, found, name, _without_rate(data), tags, ami["ImageId"])
+    data = launch_data(replace(launch, rate=0), network, **place, tags=tags)
+    return _kept(account, found, name, data, f"{description}{_NO_RATE}", tags, ami["ImageId"])
 
 
 def plan_deletion(account: Account, image: Image, channel: str, role: Role) -> Deletion | None:
-    """Return the template of a channel in a region and what uses it; None if there is none."""
-    found = _find(account, name_of(image, channel, role), tags_of(image, channel, role))
+    """Return the template of a channel in a region and what uses it; None if there is none.
+
+    The channel and the region may not be in the configuration any more.
+    """
+    found = _find(account, name_of(image, channel, role), identity(image, channel, role))
     if found is None:
         return None
     template = found["LaunchTemplateId"]
@@ -150,33 +147,40 @@ def _kept(
     found: Mapping[str, Any] | None,
     name: str,
     data: Mapping[str, Any],
+    description: str,
     tags: Mapping[str, str],
     ami: str,
 ) -> Template:
-    description = _description(data)
     if found is None:
         with aws_errors():
-            made = account.ec2.create_launch_template(
+            answer = account.ec2.create_launch_template(
                 LaunchTemplateName=name,
                 LaunchTemplateData=data,  # type: ignore[arg-type]
                 VersionDescription=description,
                 TagSpecifications=tagging.specifications(tags, "launch-template"),
-            )["LaunchTemplate"]
+            )
+        made = answer["LaunchTemplate"]
+        if invalid := _not_valid(account, answer):
+            delete(account, Deletion(id=made["LaunchTemplateId"], name=name))
+            raise invalid
         template, version = made.get("LaunchTemplateId", ""), made.get("DefaultVersionNumber", 1)
         return Template(id=template, name=name, version=version, change=Change.CREATED, ami=ami)
     template = found["LaunchTemplateId"]
     default, latest = _versions(account, template)
     change = Change.UNCHANGED
     version = int(latest["VersionNumber"])
-    if latest.get("VersionDescription") != description:
+    # What is the latest, but not the default, may be what EC2 said that it can't launch.
+    known = latest.get("VersionDescription", "") in (description, f"{description}{_NO_RATE}")
+    if not known or int(default["VersionNumber"]) != version:
         with aws_errors():
             new = account.ec2.create_launch_template_version(
                 LaunchTemplateId=template,
                 LaunchTemplateData=data,  # type: ignore[arg-type]
                 VersionDescription=description,
-            )["LaunchTemplateVersion"]
-        version, change = new.get("VersionNumber", 0), Change.CHANGED
-    if int(default["VersionNumber"]) != version:
+            )
+        if invalid := _not_valid(account, new):
+            raise invalid
+        version = new["LaunchTemplateVersion"].get("VersionNumber", 0)
         with aws_errors():
             account.ec2.modify_launch_template(LaunchTemplateId=template, DefaultVersion=str(version))
         change = Change.CHANGED
@@ -208,12 +212,27 @@ def _description(data: Mapping[str, Any]) -> str:
     return f"ami-builder {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
-def _without_rate(data: Mapping[str, Any]) -> dict[str, Any]:
-    mappings = [
-        {**one, "Ebs": {k: v for k, v in one["Ebs"].items() if k != "VolumeInitializationRate"}}
-        for one in data["BlockDeviceMappings"]
-    ]
-    return {**data, "BlockDeviceMappings": mappings}
+def _not_valid(account: Account, answer: Mapping[str, Any]) -> _NotValid | None:
+    """Return what EC2 says of a template or version that it made, but can't launch from."""
+    errors = answer.get("Warning", {}).get("Errors", [])
+    if not errors:
+        return None
+    said = "; ".join(f"{one.get('Code', '')}: {one.get('Message', '')}" for one in errors)
+    return _NotValid(
+        f"{account.region}: EC2 can't launch from this template: {said}",
+        hint="what was launched before stays as it is; change the flags, and run it again",
+    )
+
+
+def _require_lasting(account: Account, image: Image, channel: str, ami: str, root: str) -> None:
+    """Raise UsageError if images to come have another root device: a template names one."""
+    wanted = image.aws.root_device
+    if wanted and root != wanted:
+        raise UsageError(
+            f"{account.region}: --disk and --initialization-rate name the root device, but that of {ami},"
+            f" which is current in {channel}, is {root}, and that of new images is {wanted}",
+            hint=f"build and promote an image with this version, or set aws.root_device to {root}",
+        )
 
 
 def _find(account: Account, name: str, tags: Mapping[str, str]) -> Mapping[str, Any] | None:
@@ -253,7 +272,7 @@ def _current(account: Account, parameter: str, channel: str, image: str) -> Mapp
 
 
 def _templates_of(group: Mapping[str, Any]) -> set[str]:
-    """Return the ids of the templates that a group, or an instance in it, was launched from."""
+    """Return the ids of the templates that a group launches from."""
     mixed = group.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {})
     used = [
         group,

@@ -269,7 +269,13 @@ def _rows(aws: AwsSettings) -> Iterator[_Row]:
             template,
             of_channel,
         ),
-        _Row("ReadChannels", launch, "ssm:GetParameter", [arns.of("ssm", "*", "parameter/ami-builder/*")]),
+        # EC2 asks for the second where a template names a parameter.
+        _Row(
+            "ReadChannels",
+            launch,
+            "ssm:GetParameter GetParameters",
+            [arns.of("ssm", "*", "parameter/ami-builder/*")],
+        ),
         _Row("FindUses", launch, "autoscaling:DescribeAutoScalingGroups", ["*"]),
     )
     if aws.source.startswith("ssm:"):

@@ -66,7 +66,10 @@ def launch_template(
             help="Read the root volume from its snapshot at 100 to 300 MiB/s. AWS charges for it.",
         ),
     ] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="Launch spot instances.")] = False,
+    spot: Annotated[
+        bool,
+        typer.Option("--spot", help="Launch spot instances. Not for groups with a mixed instances policy."),
+    ] = False,
     tls: Annotated[
         str,
         typer.Option(
@@ -89,14 +92,6 @@ def launch_template(
             "--lifecycle-hook",
             metavar="NAME",
             help="Lifecycle hook of the group to complete once a worker is retired.",
-        ),
-    ] = "",
-    endpoint: Annotated[
-        str,
-        typer.Option(
-            "--aws-endpoint",
-            metavar="URL",
-            help="Where instances call AWS, e.g. a VPC endpoint. Default: the region's own endpoints.",
         ),
     ] = "",
     user_data: Annotated[
@@ -123,7 +118,7 @@ def launch_template(
     from ami_builder.build.target import require_all
 
     chosen = load_config(TargetKind.AWS).select(image)
-    if channel not in chosen.lifecycle.channels:
+    if not delete and channel not in chosen.lifecycle.channels:
         raise UsageError(
             f"channel {channel!r} is not in lifecycle.channels of image {chosen.name!r}"
             f"{did_you_mean(channel, chosen.lifecycle.channels)}",
@@ -136,10 +131,12 @@ def launch_template(
             "--apply is for --delete only", hint="without --delete the templates are kept at once"
         )
     home = open_aws(chosen)
-    regions = _regions(home, chosen, region or ())
     if delete:
+        # A region may have been removed from aws.copy_to.
+        regions = home.elsewhere(region) if region else (home, *home.copies(chosen))
         _delete(regions, chosen, channel, Role(role), apply=apply, as_json=as_json)
         return
+    regions = _regions(home, chosen, region or ())
     launch = _launch(
         role=Role(role),
         scheduler=scheduler,
@@ -153,7 +150,6 @@ def launch_template(
         disk=disk,
         rate=rate or 0,
         spot=spot,
-        endpoint=endpoint,
         user_data=user_data,
     )
     outcomes = _keep(regions, chosen, channel, launch)
@@ -163,6 +159,9 @@ def launch_template(
         console.result_json({"templates": rows, "failed": failures(outcomes)})
     elif done:
         console.result([f"{where}\t{template.id}\t{template.version}" for where, template in done])
+    wrong = [one.error for one in outcomes if isinstance(one.error, UsageError)]
+    if wrong and len(wrong) == len(outcomes):
+        raise wrong[0]
     require_all(outcomes)
 
 

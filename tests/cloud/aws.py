@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,19 @@ def make_template(cloud: Cloud, name: str, **tags: str) -> str:
         TagSpecifications=tagging.specifications(tags, "launch-template") if tags else [],
     )
     return str(made["LaunchTemplate"]["LaunchTemplateId"])
+
+
+def call_here(cloud: Cloud, template: str, endpoint: str) -> None:
+    """Let instances of a launch template, by name, call the emulated cloud: its last setting of dask.env."""
+    ec2, named = cloud.client(), {"LaunchTemplateName": template}
+    (default,) = ec2.describe_launch_template_versions(**named, Versions=["$Default"])[
+        "LaunchTemplateVersions"
+    ]
+    data: Any = default["LaunchTemplateData"]
+    text = base64.b64decode(data["UserData"]).decode() + f"      DASK_AWS_ENDPOINT={endpoint}\n"
+    data["UserData"] = base64.b64encode(text.encode()).decode()
+    made = ec2.create_launch_template_version(**named, LaunchTemplateData=data)["LaunchTemplateVersion"]
+    ec2.modify_launch_template(**named, DefaultVersion=str(made["VersionNumber"]))
 
 
 def make_ami(cloud: Cloud, name: str, **tags: str) -> str:

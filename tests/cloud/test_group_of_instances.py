@@ -13,6 +13,7 @@ import pytest
 
 from ami_builder.build import guest as render
 from ami_builder.qemu.imds import InstanceMetadata, MetadataServer
+from tests.cloud.aws import call_here
 from tests.cloud.flow import captured
 from tests.cloud.test_launch_template import NAME, current, data, ran, settings
 from tests.fake_ec2.cloud_state import role_key
@@ -109,8 +110,9 @@ def group(cloud: Cloud) -> str:
     iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
     ran(
         *("launch-template", "stable", "--scheduler", "10.0.0.7", *TLS, "--instance-profile", ROLE),
-        *("--replace-unhealthy-after", "1min", "--lifecycle-hook", HOOK, "--aws-endpoint", cloud.url),
+        *("--replace-unhealthy-after", "1min", "--lifecycle-hook", HOOK),
     )
+    call_here(cloud, NAME, cloud.url)
     cloud.client("secretsmanager").create_secret(Name=SECRET, SecretString=PEM)
     scaling = cloud.client("autoscaling")
     scaling.create_auto_scaling_group(

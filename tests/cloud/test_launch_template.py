@@ -12,7 +12,6 @@ import pytest
 import yaml
 from moto.core.utils import utcnow
 
-from ami_builder.aws import channels as adapter
 from ami_builder.aws import images, references
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
@@ -35,19 +34,25 @@ NAME = "ami-builder-dask-stable"
 PARAMETER = "/ami-builder/dask/x86_64/stable"
 COPIES = ("--set", f"aws.copy_to={THERE}")
 BOTH = (*COPIES, "--set", "aws.tags=Owner=us")
+NO_RATE = ("InvalidParameter", "VolumeInitializationRate is not available in this Region.")
 WORKER = ("launch-template", "stable", "--scheduler", "10.0.0.7:8786")
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(adapter, "_POLL_SECONDS", 0.02)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AMI_BUILDER_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("AMI_BUILDER_CONFIG", raising=False)
 
 
-def current(cloud: Cloud, name: str = "a", region: str = REGION) -> str:
+def current(cloud: Cloud, name: str = "a", region: str = REGION, root: str = "/dev/sda1") -> str:
     """Make a verified AMI of the image `dask` current in `stable`; return its id."""
     ami = make_ami(cloud, f"dask-{name}", **tags(Purpose.IMAGE))
+    # As ours are registered; the emulated Debian's root is another.
+    image = cloud.backend().amis[ami]
+    for each in image.mapping:
+        if each["DeviceName"] == image.root_device_name:
+            each["DeviceName"] = root
+    image.root_device_name = root
     account = Account.open(REGION)
     images.finish(account, ami, tags(Purpose.IMAGE))
     images.record_verdict(account, ami, Outcome.PASSED, "c" * 64)
@@ -90,8 +95,8 @@ def test_a_template_launches_what_is_current_in_its_channel(cloud: Cloud) -> Non
     ami = current(cloud)
     made = captured(*BOTH[2:], *WORKER, "--instance-profile", "worker", "--tls", "secretsmanager:dask/worker",
                     "--replace-unhealthy-after", "10min", "--lifecycle-hook", "retire",
-                    "--aws-endpoint", "https://vpce-1.amazonaws.com", "--disk", "100GiB",
-                    "--initialization-rate", "200", "--security-group", "sg-0123456789abcdef0",
+                    "--disk", "100GiB", "--initialization-rate", "200",
+                    "--security-group", "sg-0123456789abcdef0",
                     "--security-group", f"{THERE}=sg-0123456789abcdef1", "--key-name", "ours", "--spot",
                     "--instance-type", "r7i.xlarge")  # fmt: skip
     assert made.status == 0, made.err
@@ -130,7 +135,6 @@ def test_a_template_launches_what_is_current_in_its_channel(cloud: Cloud) -> Non
         "DASK_TLS": "secretsmanager:dask/worker",
         "DASK_GROUP_HEALTH_SECONDS": "600",
         "DASK_LIFECYCLE_HOOK": "retire",
-        "DASK_AWS_ENDPOINT": "https://vpce-1.amazonaws.com",
     }
 
 
@@ -140,7 +144,10 @@ def test_without_flags_it_has_what_follows_from_the_image(cloud: Cloud) -> None:
     found = data(cloud)
     assert found["MetadataOptions"]["HttpPutResponseHopLimit"] == 2
     assert found["InstanceType"] == "m6i.large"
-    assert not {"KeyName", "SecurityGroupIds", "IamInstanceProfile", "InstanceMarketOptions"} & found.keys()
+    by_flags = {
+        "BlockDeviceMappings", "IamInstanceProfile", "InstanceMarketOptions", "KeyName", "SecurityGroupIds",
+    }  # fmt: skip
+    assert not by_flags & found.keys()
     ran(
         "launch-template",
         "stable",
@@ -179,15 +186,15 @@ def test_only_a_change_makes_a_new_version(cloud: Cloud) -> None:
     ec2 = cloud.client()
     ec2.modify_launch_template(LaunchTemplateId=template, DefaultVersion="1")
     (moved,) = ran(*WORKER, "--disk", "50GiB")["templates"]
-    assert (moved["version"], moved["change"]) == (2, "changed")
+    assert (moved["version"], moved["change"]) == (3, "changed")
     ec2.create_launch_template_version(
         LaunchTemplateId=template, LaunchTemplateData={"InstanceType": "t3.small"}
     )
     (ours,) = ran(*WORKER, "--disk", "50GiB")["templates"]
-    assert (ours["version"], ours["change"]) == (4, "changed")
+    assert (ours["version"], ours["change"]) == (5, "changed")
     (tagged,) = ran("--set", "aws.tags=Owner=them", *WORKER, "--disk", "50GiB")["templates"]
     (described,) = ec2.describe_launch_templates()["LaunchTemplates"]
-    assert tagged["version"] == 5
+    assert tagged["version"] == 6
     assert tagging.as_dict(described["Tags"])["Owner"] == "them"
 
 
@@ -247,7 +254,7 @@ def test_deletion_is_planned_and_refused_while_a_group_uses_it(cloud: Cloud) -> 
 def test_the_template_of_another_is_left_alone(cloud: Cloud) -> None:
     current(cloud)
     theirs = make_template(cloud, NAME, Owner="them")
-    assert "ami-builder did not create it" in ran(*WORKER, status=CloudFailed.exit_code)
+    assert "ami-builder did not create it" in ran(*WORKER, status=UsageError.exit_code)
     assert "ami-builder did not create it" in ran(
         "launch-template", "stable", "--delete", "--apply", status=6
     )
@@ -273,7 +280,6 @@ def test_the_template_of_another_is_left_alone(cloud: Cloud) -> None:
         ("stable --scheduler h --disk big", "expected a size"),
         ("stable --scheduler h --security-group web", "expected sg-…"),
         ("stable --scheduler h --region eu-west-9", "is not in this region"),
-        ("stable --scheduler h --aws-endpoint vpce-1", "expected a URL"),
         ("stable --scheduler h --apply", "--apply is for --delete only"),
         ("stable --scheduler h --user-data missing", "No such file"),
     ],
@@ -302,23 +308,83 @@ def test_more_user_data_is_joined_and_too_much_is_refused(cloud: Cloud, tmp_path
 
 def test_what_a_region_or_a_guest_would_refuse_is_said_at_once(cloud: Cloud) -> None:
     current(cloud)
-    refused = ran(*WORKER, "--instance-type", "m7g.large", status=CloudFailed.exit_code)
+    refused = ran(*WORKER, "--instance-type", "m7g.large", status=UsageError.exit_code)
     assert "m7g.large runs arm64" in refused
-    assert "does not offer m99.large" in ran(*WORKER, "--instance-type", "m99.large", status=6)
-    spaced = ran("--set", "aws.tags=Cost Center=1", *WORKER, status=CloudFailed.exit_code)
+    assert "does not offer m99.large" in ran(*WORKER, "--instance-type", "m99.large", status=2)
+    spaced = ran("--set", "aws.tags=Cost Center=1", *WORKER, status=UsageError.exit_code)
     assert "'Cost Center' can't be the key of a tag" in spaced
     assert "launch-template" not in cloud.left()
 
 
 def test_a_rate_that_a_region_does_not_take_is_left_out(cloud: Cloud) -> None:
     current(cloud)
-    cloud.options.no_initialization_rate = True
-    done = captured(*WORKER, "--initialization-rate", "300")
+    cloud.options.not_valid["VolumeInitializationRate"] = NO_RATE
+    flags = ("--initialization-rate", "300", "--disk", "50GiB")
+    done = captured(*WORKER, *flags)
     assert done.status == 0, done.err
     assert "default rate" in done.err
-    assert "VolumeInitializationRate" not in data(cloud)["BlockDeviceMappings"][0]["Ebs"]
-    (again,) = ran(*WORKER, "--initialization-rate", "300")["templates"]
+    assert data(cloud)["BlockDeviceMappings"][0]["Ebs"].keys() == {
+        "VolumeType", "VolumeSize", "DeleteOnTermination",
+    }  # fmt: skip
+    (again,) = ran(*WORKER, *flags)["templates"]
     assert (again["version"], again["change"]) == (1, "unchanged")
+    # The version that EC2 can't launch is never the default.
+    changed = captured(*WORKER, "--initialization-rate", "200", "--disk", "60GiB")
+    assert changed.status == 0, changed.err
+    assert [one["DefaultVersion"] for one in versions(cloud)] == [False, False, True]
+    assert data(cloud)["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] == 60
+    assert len(cloud.left()["launch-template"]) == 1
+
+
+def test_what_ec2_can_not_launch_is_an_error_and_never_the_default(cloud: Cloud) -> None:
+    current(cloud)
+    there = current(cloud, "copy", THERE)
+    cloud.options.not_valid["KeyName"] = ("InvalidKeyPair.NotFound", "The key pair 'ours' does not exist")
+    said = ran(*WORKER, "--key-name", "ours", status=CloudFailed.exit_code)
+    assert "The key pair 'ours' does not exist" in said
+    assert "launch-template" not in cloud.left()
+    (made,) = ran(*WORKER)["templates"]
+    for _ in range(2):
+        ran(*WORKER, "--key-name", "ours", status=CloudFailed.exit_code)
+        assert "KeyName" not in data(cloud)
+    (back,) = ran(*WORKER)["templates"]
+    assert (back["id"], back["version"], back["change"]) == (made["id"], 4, "changed")
+    del cloud.options.not_valid["KeyName"]
+    both = ran(*COPIES, *WORKER, "--key-name", "ours")["templates"]
+    assert [(one["region"], one["version"]) for one in both] == [(REGION, 5), (THERE, 1)]
+    assert both[1]["ami"] == there
+
+
+def test_a_template_names_no_root_device_that_its_next_ami_has_not(cloud: Cloud) -> None:
+    ami = current(cloud, root="/dev/xvda")
+    ran(*WORKER)
+    assert "BlockDeviceMappings" not in data(cloud)
+    for flags in (("--disk", "50GiB"), ("--initialization-rate", "200")):
+        said = ran(*WORKER, *flags, status=UsageError.exit_code)
+        assert f"that of {ami}, which is current in stable, is /dev/xvda" in said
+        assert "set aws.root_device to /dev/xvda" in said
+    for setting in ("/dev/xvda", ""):
+        ran("--set", f"aws.root_device={setting}", *WORKER, "--disk", "50GiB")
+        assert data(cloud)["BlockDeviceMappings"][0]["DeviceName"] == "/dev/xvda"
+    current(cloud, "b")
+    ran(*WORKER, "--disk", "50GiB")
+    assert data(cloud)["BlockDeviceMappings"][0]["DeviceName"] == "/dev/sda1"
+
+
+def test_a_template_is_deleted_whatever_the_configuration_has_by_now(cloud: Cloud) -> None:
+    current(cloud)
+    current(cloud, "copy", THERE)
+    ran(*COPIES, *WORKER)
+    later = (
+        *("--set", "lifecycle.channels=testing", "--set", "aws.tags=Cost Center=1"),
+        *("launch-template", "stable", "--delete", "--apply"),
+    )
+    (there,) = ran(*later, "--region", THERE)["plan"]
+    assert there["region"] == THERE
+    assert "launch-template" not in cloud.left(THERE)
+    (here,) = ran(*later)["plan"]
+    assert here["region"] == REGION
+    assert "launch-template" not in cloud.left()
 
 
 def test_a_lost_answer_makes_no_second_version(cloud: Cloud) -> None:

@@ -50,13 +50,7 @@ def comparable(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_command(cloud: Cloud) -> dict[str, Any]:
-    ami = current(cloud)
-    image = cloud.backend().amis[ami]
-    # As ours are registered; the emulated Debian's root is another.
-    for each in image.mapping:
-        if each["DeviceName"] == image.root_device_name:
-            each["DeviceName"] = "/dev/sda1"
-    image.root_device_name = "/dev/sda1"
+    current(cloud)
     ran(*FLAGS)
     return comparable(data(cloud, name=NAME))
 

@@ -88,8 +88,8 @@ class CloudOptions:
     """Service Quotas of EC2: vCPUs of standard instances that run at once, on demand and on spot."""
     seconds_ahead: float = 0.0
     """How far the time of Auto Scaling groups is ahead, so that no test waits for a hook."""
-    no_initialization_rate: bool = False
-    """Refuses launch templates with a Provisioned Rate for Volume Initialization."""
+    not_valid: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Parameters of launch templates that are not valid, by name, with the code and the message of each."""
     region_prices: dict[str, str] = field(
         default_factory=lambda: {
             "t3.small": "0.0208", "m5.large": "0.0960", "m6i.large": "0.0960", "m7i.large": "0.1008",

@@ -40,10 +40,11 @@ class EC2Action(EC2Response):
 
     def tags(self) -> dict[str, dict[str, str]]:
         """Return the tags that the call asks for, by resource type."""
-        return {
-            spec["ResourceType"]: {tag["Key"]: tag.get("Value", "") for tag in spec.get("Tags", [])}
-            for spec in self._get_param("TagSpecifications", [])
-        }
+        found: dict[str, dict[str, str]] = {}
+        for spec in self._get_param("TagSpecifications", []):
+            asked = {tag["Key"]: tag.get("Value", "") for tag in spec.get("Tags", [])}
+            found.setdefault(spec["ResourceType"], {}).update(asked)
+        return found
 
     def have_spot_role(self) -> None:
         """Make EC2's role for spot instances where there is none; raises Refused when the caller may not."""

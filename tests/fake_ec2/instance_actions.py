@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 from moto.core.responses import ActionResult, EmptyResult
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moto.ec2.models.instances import Instance
+
+_KEY_IN_METADATA = re.compile(r"[0-9a-zA-Z\-_+=,.@:]{1,255}")
 
 
 class InstanceActions(EC2Action):
@@ -367,6 +370,16 @@ class InstanceActions(EC2Action):
         tokens = given.get("HttpTokens") or ("optional" if default == "no-preference" else default)
         if self.state.options.imdsv2_enforced and tokens != "required":
             raise Refused("UnsupportedOperation", "HttpTokens must be required: the account enforces IMDSv2")
+        # behaviour: tag-keys-in-metadata
+        if given.get("InstanceMetadataTags") == "enabled":
+            for key in self.tags().get("instance", {}):
+                if not _KEY_IN_METADATA.fullmatch(key) or key in (".", "..", "_index"):
+                    raise Refused(
+                        "InvalidParameterValue",
+                        f"'{key}' is not a valid tag key. Tag keys must match pattern"
+                        r" ([0-9a-zA-Z\-_+=,.@:]{1,255}), and must not be a reserved name"
+                        " ('.', '..', '_index')",
+                    )
 
     def _instances(self, *states: str) -> list[Instance]:
         found = [self.instance(each) for each in self._get_param("InstanceIds", [])]

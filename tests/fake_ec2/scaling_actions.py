@@ -171,8 +171,10 @@ class ScalingGroup(FakeAutoScalingGroup):
         else:
             zone = self.availability_zones[number % len(self.availability_zones)]
             settings["Placement"] = {"AvailabilityZone": zone}
-        tags = {**self.get_propagated_tags(), _GROUP_TAG: self.name}
-        instance = self.launcher.run(self.region, settings, tags)
+        if propagated := self.get_propagated_tags():
+            listed = [{"Key": key, "Value": value} for key, value in propagated.items()]
+            settings["TagSpecifications"] = [{"ResourceType": "instance", "Tags": listed}]
+        instance = self.launcher.run(self.region, settings, {_GROUP_TAG: self.name})
         instance.autoscaling_group = self  # type: ignore[attr-defined]
         self.launcher.announce(instance.id, _STATE, "InService")
         self.instance_states.append(

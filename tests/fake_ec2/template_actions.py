@@ -13,7 +13,7 @@ from tests.fake_ec2.api_call import Refused
 from tests.fake_ec2.ec2_action import EC2Action
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class TemplateActions(EC2Action):
@@ -38,7 +38,6 @@ class TemplateActions(EC2Action):
     ) -> ActionResult:
         params = copy.deepcopy(self.original_params())
         token = params.pop("ClientToken", "")
-        self._allowed_rate()
         # behaviour: user-data-limit
         if len(base64.b64decode(self._get_param("LaunchTemplateData.UserData", ""))) > MAX_USER_DATA:
             raise Refused("InvalidUserData.Malformed", f"User data is limited to {MAX_USER_DATA} bytes.")
@@ -47,6 +46,9 @@ class TemplateActions(EC2Action):
         def create() -> list[str]:
             result: Any = make().result
             made.append(changed(result[key]))
+            # behaviour: template-warning
+            if errors := self._errors():
+                result["Warning"] = {"Errors": errors}
             self.state.answers[token] = result
             return [token]
 
@@ -62,9 +64,18 @@ class TemplateActions(EC2Action):
         ]
         return made
 
-    def _allowed_rate(self) -> None:
-        mappings = self._get_param("LaunchTemplateData.BlockDeviceMappings", [])
-        if self.state.options.no_initialization_rate and any(
-            "VolumeInitializationRate" in one.get("Ebs", {}) for one in mappings
-        ):
-            raise Refused("InvalidParameterValue", "VolumeInitializationRate is not supported here.")
+    def _errors(self) -> list[dict[str, str]]:
+        named = set(_names(self._get_param("LaunchTemplateData", {})))
+        return [
+            {"Code": code, "Message": message}
+            for name, (code, message) in self.state.options.not_valid.items()
+            if name in named
+        ]
+
+
+def _names(data: Any) -> Iterator[str]:
+    """Yield the names of all parameters in a template's data."""
+    if isinstance(data, dict):
+        yield from data
+    for each in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        yield from _names(each)

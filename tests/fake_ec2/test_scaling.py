@@ -113,6 +113,17 @@ def test_the_next_launch_takes_what_is_current_then(cloud: Cloud, template: str)
         scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=4)
 
 
+def test_a_propagated_tag_that_metadata_can_not_have_ends_every_launch(cloud: Cloud, template: str) -> None:
+    scaling = create(cloud, template, 0)
+    for key in ("Cost Center", "team/name", "_index"):
+        tag = {"ResourceId": GROUP, "ResourceType": "auto-scaling-group", "Key": key}
+        scaling.create_or_update_tags(Tags=[tag | {"Value": "1", "PropagateAtLaunch": True}])
+        scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=1)
+        assert members(scaling) == {}
+        scaling.create_or_update_tags(Tags=[tag | {"Value": "1", "PropagateAtLaunch": False}])
+    assert len(members(scaling)) == 1
+
+
 def test_an_unhealthy_instance_is_replaced_once_its_grace_is_over(cloud: Cloud, template: str) -> None:
     scaling = create(cloud, template, 1, HealthCheckGracePeriod=60)
     (first,) = members(scaling)

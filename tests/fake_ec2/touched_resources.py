@@ -181,6 +181,12 @@ def _implied(call: ApiCall, backend: Any) -> Iterator[Touched]:
         profile = params.get("IamInstanceProfile") or {}
         if profile.get("Name") or profile.get("Arn"):
             yield from _passed(profile.get("Name") or profile["Arn"].rpartition("/")[2], call.region)
+    if call.action in ("CreateLaunchTemplate", "CreateLaunchTemplateVersion"):
+        # behaviour: parameters-of-templates-are-read
+        kind, _, parameter = str(params.get("LaunchTemplateData", {}).get("ImageId", "")).rpartition("ssm:")
+        if kind:
+            arn = arns.arn("ssm", call.region, f"parameter/{parameter.lstrip('/')}")
+            yield Touched(action="ssm:GetParameters", arn=arn)
     if call.action == "CreateFleet":
         yield from _launched_by_fleet(call, backend)
     if call.action == "CopyImage":

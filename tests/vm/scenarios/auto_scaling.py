@@ -18,6 +18,7 @@ from distributed import Client, Security
 
 from ami_builder.build import certificates
 from ami_builder.system import processes
+from tests.cloud.aws import call_here
 from tests.fake_ec2.cloud_state import role_key
 from tests.fake_ec2.network import GATEWAY
 from tests.vm import clusters
@@ -193,10 +194,10 @@ def _template(there: Instances, made: certificates.Folder, role: str, *flags: st
     group = ("--group", GROUP) if role == "worker" else ()
     printed = _ami_builder(there, "iam-policy", "--instance", *tls, *group)
     there.cloud.enforce(json.loads(printed), role_key(profile))
-    common = ("--key-name", KEY_NAME, "--aws-endpoint", f"http://{GATEWAY}:{PORT}", *tls)
-    _ami_builder(
-        there, "launch-template", "stable", "--role", role, *flags, *common, "--instance-profile", profile
-    )
+    common = ("--key-name", KEY_NAME, *tls, "--instance-profile", profile)
+    _ami_builder(there, "launch-template", "stable", "--role", role, *flags, *common)
+    suffix = "-scheduler" if role == "scheduler" else ""
+    call_here(there.cloud, f"ami-builder-dask-stable{suffix}", f"http://{GATEWAY}:{PORT}")
 
 
 def _ami_builder(there: Instances, *arguments: str) -> str:
