@@ -120,7 +120,9 @@ def test_a_propagated_tag_that_metadata_can_not_have_ends_every_launch(cloud: Cl
         scaling.create_or_update_tags(Tags=[tag | {"Value": "1", "PropagateAtLaunch": True}])
         scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=1)
         assert members(scaling) == {}
+        scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=0)
         scaling.create_or_update_tags(Tags=[tag | {"Value": "1", "PropagateAtLaunch": False}])
+    scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=1)
     assert len(members(scaling)) == 1
 
 
