@@ -80,13 +80,13 @@ def renamed(
     """Return an available AMI of ours with its final name and root device; Packer's is gone then.
 
     `ami` is any of the two, tagged or not. Raises CloudFailed when EC2 registers something else than Packer's
-    AMI under another root device; TimedOut.
+    AMI under another root device, or when an AMI that is not of this build has the final name; TimedOut.
     """
     if ami.name == final_name(ami.name):
         baked = images.find_by_name(account, baked_name(ami.name)) if root else None
         if baked is None:
             return ami
-        final = ami
+        final = _ours(ami, tags)
     else:
         baked = ami
         # The policy allows to register a snapshot with a run's tag alone.
@@ -104,7 +104,7 @@ def _registered(
     """Register Packer's snapshots under the final name, or return the AMI that an earlier call registered."""
     name = final_name(baked.name)
     if (found := images.find_by_name(account, name)) is not None:
-        return found
+        return _ours(found, tags)
     entry = ledger.intend(Resource.IMAGE, account.region, run=tags[tagging.RUN], name=name)
     parameters = _parameters(account, _described(account, baked.id), root)
 
@@ -120,9 +120,24 @@ def _registered(
         found = look_for(lambda: images.find_by_name(account, name)) if _is_taken(failed) else None
         if found is None:
             raise
-        made = found.id
+        try:
+            made = _ours(found, tags).id
+        except CloudFailed:
+            # `gc` finds by the ledger what has the name: it must not take the other's AMI for ours.
+            ledger.deleted(entry)
+            raise
     ledger.made(entry, made)
     return images.wait_visible(account, made)
+
+
+def _ours(found: images.Ami, tags: Mapping[str, str]) -> images.Ami:
+    """Return an AMI that this build registered, with these tags in the same call; raises CloudFailed."""
+    if all(found.tags.get(key) == tags[key] for key in (tagging.RUN, tagging.DIGEST)):
+        return found
+    raise CloudFailed(
+        f"the name {found.name} is taken by {found.id}, which this build did not register",
+        hint=f"if nobody needs {found.id}, deregister it, and run the command again",
+    )
 
 
 def _is_taken(failed: CloudFailed) -> bool:

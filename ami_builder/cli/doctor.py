@@ -10,12 +10,14 @@ import typer
 
 from ami_builder import console
 from ami_builder.cli.options import JsonFlag, app, load_config, mode, plain
-from ami_builder.core.errors import ChecksFailed, TimedOut, UsageError
+from ami_builder.core.errors import ChecksFailed, CloudFailed, TimedOut, UsageError
 from ami_builder.core.units import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from ami_builder.aws.session import Account
+    from ami_builder.console import Progress
     from ami_builder.core.records import Origin
     from ami_builder.doctor.machines import Machine, Spill
     from ami_builder.doctor.rules import Cluster, Diagnosis
@@ -59,8 +61,8 @@ def doctor(
     code is 0 if all limits are right, 5 if a limit is wrong or can't be read, and 7 if the scheduler or some
     workers did not answer and all other limits are right.
 
-    With --aws it asks EC2 and SSM about the instances. The region is --region, else aws.region of the default
-    image, else that of the AWS chain.
+    With --aws it asks EC2 and SSM about the instances; if they refuse, that is a warning. The region is
+    --region, else aws.region of the default image, else that of the AWS chain.
 
     For a TLS cluster, use --tls FOLDER: a folder that `ami-builder certificates` made, or one with ca.pem,
     cert.pem and key.pem. Without --tls, a tls:// address uses Dask's own configuration
@@ -75,21 +77,21 @@ def doctor(
     except ValueError as invalid:
         raise UsageError(f"--timeout {timeout}: {invalid}") from invalid
     origins: Mapping[str, Origin] = {}
-    where = ""
+    asked = _Asked(region) if aws or region else None
     with console.open_progress(mode()) as progress:
         with progress.step("ask the workers", address) as step:
             cluster = read_cluster(address, seconds, tls)
             answered = sum(not worker.silent for worker in cluster.workers)
             step.done(f"{answered} of {len(cluster.workers)} answered")
-        if aws or region:
-            with progress.step("ask EC2") as step:
-                where, origins = _origins(cluster, region)
-                step.done(f"{len(origins)} instances in {where}")
+        if asked is not None:
+            origins = asked.origins(cluster, progress)
     diagnoses = sorted(
         diagnose(cluster.workers), key=lambda d: (d.health is Health.RIGHT, d.worker.name, d.worker.address)
     )
     found = machines(cluster, origins)
-    warned = warnings(cluster, found, where)
+    warned = warnings(cluster, found, asked.region if asked is not None else "")
+    if asked is not None and asked.problem:
+        warned = (*warned, asked.problem)
     if as_json:
         right = sum(d.health is Health.RIGHT for d in diagnoses)
         healthy = 0 < right == len(diagnoses)
@@ -106,8 +108,13 @@ def doctor(
             }
         )
     else:
-        _print(diagnoses, summary(diagnoses), found, every=every)
+        many = console.is_terminal() and not every and max(len(diagnoses), len(found)) > _MANY
+        console.note(summary(diagnoses))
+        _print(diagnoses, found, many=many)
         _warn(diagnoses, warned)
+        if many:
+            # The first line is scrolled away.
+            console.note(summary(diagnoses))
     wrong = {d.health for d in diagnoses} - {Health.RIGHT}
     if wrong == {Health.NO_ANSWER}:
         raise typer.Exit(TimedOut.exit_code)
@@ -115,51 +122,83 @@ def doctor(
         raise typer.Exit(ChecksFailed.exit_code)
 
 
-def _origins(cluster: Cluster, region: str) -> tuple[str, Mapping[str, Origin]]:
-    """Return the region, and where the instances of a cluster came from, by their ids."""
-    from ami_builder.aws import origins
-    from ami_builder.aws.session import Account
+class _Asked:
+    """The account that tells where instances came from. What fails there does not fail the diagnosis."""
 
-    account = Account.open(region or load_config().select().aws.region)
-    read = [worker.reading for worker in cluster.workers if worker.reading is not None]
-    instances = {cluster.scheduler.instance, *(one.instance for one in read)} - {""}
-    return account.region, origins.find(account, sorted(instances)) if instances else {}
+    def __init__(self, region: str) -> None:
+        """Open the account of a region, or of the default image's; raises UsageError."""
+        from ami_builder.aws.session import Account
+
+        self.region = ""
+        """The region that was asked; empty until it has answered."""
+        self.problem = ""
+        self._account: Account | None = None
+        try:
+            wanted = region or load_config().select().aws.region
+        except UsageError as unclear:
+            raise UsageError(unclear.message, hint=f"{unclear.hint}; or give --region") from unclear
+        try:
+            self._account = Account.open(wanted)
+        except CloudFailed as failed:
+            self._failed(failed)
+
+    def origins(self, cluster: Cluster, progress: Progress) -> Mapping[str, Origin]:
+        """Return where the instances of a cluster came from, by their ids."""
+        from ami_builder.aws import origins
+
+        account = self._account
+        if account is None:
+            return {}
+        read = [worker.reading for worker in cluster.workers if worker.reading is not None]
+        instances = {cluster.scheduler.instance, *(one.instance for one in read)} - {""}
+        try:
+            with progress.step("ask EC2") as step:
+                found = origins.find(account, sorted(instances)) if instances else {}
+                step.done(f"{len(found)} instances in {account.region}")
+        except CloudFailed as failed:
+            self._failed(failed)
+            return {}
+        self.region = account.region
+        return found
+
+    def _failed(self, failed: CloudFailed) -> None:
+        more = f" ({failed.hint})" if failed.hint else ""
+        self.problem = f"the images and channels of the machines are unknown: {failed.message}{more}"
 
 
-def _print(diagnoses: Sequence[Diagnosis], verdict: str, found: Sequence[Machine], *, every: bool) -> None:
-    console.note(verdict)
+def _print(diagnoses: Sequence[Diagnosis], found: Sequence[Machine], *, many: bool) -> None:
+    """Print workers and machines; of many, those that are alike share a row, and the workers come last."""
     if not diagnoses:
         return
     of = {address: machine for machine in found for address in machine.workers}
     if not console.is_terminal():
         console.table((), [_row(d, of.get(d.worker.address)) for d in diagnoses])
         return
-    many = len(diagnoses) > _MANY and not every
-    alike: dict[tuple[object, ...], list[tuple[str, str, Diagnosis]]] = defaultdict(list)
-    for number, d in enumerate(diagnoses):
-        machine = of.get(d.worker.address)
-        where = machine.name if machine is not None else d.worker.host
-        key = (d.health, d.reason, _short(d)) if many else (number,)
-        alike[key].append((_name(d), where, d))
-    console.table(
-        ("worker", "verdict", "limit", "what to do"),
-        [
-            (
-                _several([name for name, _, _ in same], _where(where, len(same))),
-                d.health,
-                _short(d),
-                _advice(d),
-            )
-            for same in alike.values()
-            for _, where, d in same[:1]
-        ],
-    )
+    if many:
+        _print_machines(found, many=True)
+        console.result("")
+        _print_workers(diagnoses, of, many=True)
+        return
+    _print_workers(diagnoses, of, many=False)
     console.result("")
-    _print_machines(found, every=every)
+    _print_machines(found, many=False)
 
 
-def _print_machines(found: Sequence[Machine], *, every: bool) -> None:
-    many = len(found) > _MANY and not every
+def _print_workers(diagnoses: Sequence[Diagnosis], machines: Mapping[str, Machine], *, many: bool) -> None:
+    alike: dict[tuple[object, ...], list[Diagnosis]] = defaultdict(list)
+    for number, d in enumerate(diagnoses):
+        # Machines of one type differ by a few pages, so by their limits no two would be alike.
+        alike[(d.health, d.reason) if many else (number,)].append(d)
+    rows = []
+    for same in alike.values():
+        machine = machines.get(same[0].worker.address)
+        where = machine.name if machine is not None else same[0].worker.host
+        names = _several([_name(d) for d in same], _where(where, len(same)))
+        rows.append((names, same[0].health, _short(same), _advice(same)))
+    console.table(("worker", "verdict", "limit", "what to do"), rows)
+
+
+def _print_machines(found: Sequence[Machine], *, many: bool) -> None:
     alike: dict[tuple[object, ...], list[Machine]] = defaultdict(list)
     for number, one in enumerate(found):
         folders = tuple((spill.folder, spill.system, spill.bound) for spill in one.spills)
@@ -174,7 +213,7 @@ def _print_machines(found: Sequence[Machine], *, every: bool) -> None:
         one = same[0]
         cells = {
             "machine": _several([each.name for each in same], _holds(one)),
-            "spills to": "\n".join(_spill(spill) for spill in one.spills) or "-",
+            "spills to": "\n".join(map(_spill, zip(*(each.spills for each in same), strict=True))) or "-",
             "versions": "\n".join(_versions(each, "\n") for each in one.versions),
             "image": _image(one.origin),
         }
@@ -238,23 +277,36 @@ def _holds(machine: Machine) -> str:
     return ", ".join(parts)
 
 
-def _short(d: Diagnosis) -> str:
-    reading = d.worker.reading
-    if reading is None:
+def _short(same: Sequence[Diagnosis]) -> str:
+    readings = [d.worker.reading for d in same if d.worker.reading is not None]
+    if not readings:
         return "?"
-    return console.size(reading.limit) if reading.limit else "none"
+    limits = [one.limit for one in readings if one.limit]
+    return _range(limits, "\n") if limits else "none"
 
 
-def _advice(d: Diagnosis) -> str:
-    return d.reason if d.advised is None else f"set it to {_sized(d.advised)}: {d.reason}"
+def _advice(same: Sequence[Diagnosis]) -> str:
+    advised = [d.advised for d in same if d.advised is not None]
+    if not advised:
+        return same[0].reason
+    if len(set(advised)) == 1:
+        return f"set it to {_sized(advised[0])}: {same[0].reason}"
+    return f"set them to {_range(advised)} (--all shows each): {same[0].reason}"
+
+
+def _range(sizes: Sequence[int], separator: str = " ") -> str:
+    least, most = console.size(min(sizes)), console.size(max(sizes))
+    return least if least == most else f"{least}{separator}to {most}"
 
 
 def _memory(machine: Machine) -> str:
     return f"{(machine.total or 0) / (1 << 30):.3g} GiB"
 
 
-def _spill(spill: Spill) -> str:
-    free = "" if spill.free is None else f", {console.size(spill.free)} free"
+def _spill(same: Sequence[Spill]) -> str:
+    """Return what one folder is on machines that are alike."""
+    spill, frees = same[0], [one.free for one in same if one.free is not None]
+    free = f", {'at least ' * (len(frees) > 1)}{console.size(min(frees))} free" if frees else ""
     bound = "unbounded" if spill.bound is None else f"at most {console.size(spill.bound)}"
     return f"{spill.folder}\n{spill.system}{free}\n{bound}"
 

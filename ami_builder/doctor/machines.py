@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ami_builder.doctor.probe import NOT_OF_SCHEDULERS, PACKAGES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 # Dask's folder of all workers of a user, and that of one worker below it, in new and old versions.
 _SCRATCH = ("/dask-scratch-space", "/dask-worker-space")
+
+_MISSING = "none"
+_NO_ID = "not an EC2 instance, or one on Xen, such as t2 and m4, which have no id in their firmware"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,28 +115,41 @@ def _spills(readings: Iterable[Reading]) -> Iterator[Spill]:
 def warnings(cluster: Cluster, found: Sequence[Machine], region: str = "") -> tuple[str, ...]:
     """Return what differs in the cluster but should not; of AMIs in `region`, if they were asked for."""
     more = _of_amis(found, region) if region else ()
-    return (*_of_versions(cluster), *_of_spilling(found), *more)
+    return (*_of_the_scheduler(cluster), *_of_versions(cluster), *_of_spilling(found), *more)
+
+
+def _of_the_scheduler(cluster: Cluster) -> Iterator[str]:
+    if cluster.scheduler.problem:
+        yield f"the scheduler's machine and versions can't be read: {cluster.scheduler.problem}"
 
 
 def _of_versions(cluster: Cluster) -> Iterator[str]:
-    """Warn where versions differ; Dask needs the same minor version of Python, and the same of itself."""
-    for key in ("python", "dask", "distributed"):
+    """Warn of the packages that distributed's VersionMismatchWarning is about, but less often.
+
+    A patch release of Python is no difference. The scheduler and this host are compared in what they have.
+    """
+    workers = [one for one in cluster.workers if one.reading is not None and one.reading.versions]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for key in PACKAGES:
         who: dict[str, list[str]] = defaultdict(list)
-        for worker in cluster.workers:
-            if worker.reading is not None and key in worker.reading.versions:
-                who[_version(key, worker.reading.versions)].append(worker.name or worker.address)
+        for worker in workers:
+            assert worker.reading is not None
+            who[_version(key, worker.reading.versions)].append(worker.name or worker.address)
         told = {version: _count(names, "worker") for version, names in who.items()}
-        for name, versions in (("the scheduler", cluster.scheduler.versions), ("this host", cluster.here)):
-            if key in versions:
+        others = [("the scheduler", cluster.scheduler.versions), ("this host", cluster.here)]
+        for name, versions in others[key in NOT_OF_SCHEDULERS :]:
+            # This host need not have all that the workers have, nor the workers all that it has.
+            if key in versions and told.keys() != {_MISSING}:
                 version = _version(key, versions)
                 told[version] = f"{told[version]}, {name}" if version in told else name
         if len(told) > 1:
-            listed = "; ".join(f"{version} on {names}" for version, names in sorted(told.items()))
-            yield f"{key} differs: {listed}"
+            alike["; ".join(f"{version} on {names}" for version, names in sorted(told.items()))].append(key)
+    for listed, keys in alike.items():
+        yield f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {listed}"
 
 
 def _version(key: str, versions: Mapping[str, str]) -> str:
-    found = versions[key]
+    found = versions.get(key, _MISSING)
     return ".".join(found.split(".")[:2]) if key == "python" else found
 
 
@@ -149,9 +167,9 @@ def _of_spilling(found: Sequence[Machine]) -> Iterator[str]:
 
 def _of_amis(found: Sequence[Machine], region: str) -> Iterator[str]:
     instances = [one for one in found if one.instance]
-    if not instances:
-        yield "no machine of this cluster is an EC2 instance"
-        return
+    if unknown := [one.name for one in found if not one.instance]:
+        which = "the AMI of {} is" if len(unknown) == 1 else "the AMIs of {} are"
+        yield f"{which.format(_count(unknown, 'machine'))} unknown: {_NO_ID}"
     if lost := [one.name for one in instances if one.origin is None]:
         yield f"{_count(lost, 'instance')} can't be found in this account in {region}"
     amis: dict[str, list[Machine]] = defaultdict(list)
@@ -159,9 +177,9 @@ def _of_amis(found: Sequence[Machine], region: str) -> Iterator[str]:
         if one.origin is not None:
             amis[one.origin.ami].append(one)
     if len(amis) > 1:
-        each = (f"{ami} on {_count([one.name for one in on], 'machine')}" for ami, on in amis.items())
+        each = (f"{ami} on {_count([one.name for one in on], 'machine')}" for ami, on in sorted(amis.items()))
         yield f"the machines run different AMIs: {'; '.join(each)}"
-    for ami, on in amis.items():
+    for ami, on in sorted(amis.items()):
         origin = on[0].origin
         assert origin is not None
         if origin.revoked is not None:

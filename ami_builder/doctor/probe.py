@@ -10,10 +10,19 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 NO_LIMIT = 1 << 60
 """In cgroup v1, no limit is a number near 2^63."""
+PACKAGES = (
+    *("python", "dask", "distributed", "cloudpickle", "msgpack", "tornado", "toolz"),
+    *("numpy", "pandas", "lz4"),
+)
+"""What distributed compares when a client connects (distributed.versions)."""
+NOT_OF_SCHEDULERS = frozenset({"numpy", "pandas"})
+"""Of these, what a scheduler need not have in the same version (the same source)."""
 
 
 def read(dask_worker: Any) -> dict[str, Any]:
@@ -44,11 +53,16 @@ def versions() -> dict[str, str]:
     import dask
     import distributed
 
-    return {
+    found = {
         "dask": getattr(dask, "__version__", "unknown"),
         "distributed": getattr(distributed, "__version__", "unknown"),
         "python": platform.python_version(),
     }
+    for name in PACKAGES:
+        if name not in found:
+            with suppress(Exception):
+                found[name] = version(name) or "unknown"
+    return found
 
 
 def instance() -> str:

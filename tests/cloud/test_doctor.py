@@ -64,7 +64,9 @@ def test_where_instances_came_from(cloud: Cloud, monkeypatch: pytest.MonkeyPatch
     assert "i-00000000000000000" not in found
 
 
-def test_the_command(cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     current = make_ami(cloud, "new", **tags(Purpose.IMAGE))
     older = make_ami(cloud, "old", **tags(Purpose.IMAGE))
     promoted(cloud, "stable", current)
@@ -89,16 +91,61 @@ def test_the_command(cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture
         by_name = {one["name"]: one for one in found["machines"]}
         assert by_name[instances["a"]]["origin"]["channels"] == ["stable"]
         assert by_name[instances["b"]]["origin"]["others"] == [f"stable={current}"]
-        assert found["warnings"] == [
-            f"the machines run different AMIs: {current} on machine {instances['a']};"
-            f" {older} on machine {instances['b']}",
+        elsewhere, *warned = found["warnings"]
+        assert elsewhere.startswith(f"the AMI of machine {found['scheduler']['host']} is unknown: ")
+        each = sorted((f"{current} on machine {instances['a']}", f"{older} on machine {instances['b']}"))
+        assert warned == [
+            f"the machines run different AMIs: {'; '.join(each)}",
             f"{older} is not current in any channel of dask: stable={current}",
         ]
         status, found, _ = told("--region", "eu-west-1")
-        assert (status, found["warnings"]) == (
+        assert (status, found["warnings"][1:]) == (
             0, ["2 instances can't be found in this account in eu-west-1"]
         )  # fmt: skip
+        # What AWS refuses or can't tell loses nothing else.
+        unknown = "the images and channels of the machines are unknown"
+        look, channels = document(Section.DOCTOR)["Statement"]
+        for allowed in (look, channels):
+            cloud.enforce({"Version": "2012-10-17", "Statement": [allowed]}, KEY)
+            with monkeypatch.context() as limited:
+                limited.setenv("AWS_ACCESS_KEY_ID", KEY)
+                status, found, _ = told("--region", "us-east-1")
+            assert (status, len(found["workers"]), len(found["machines"])) == (0, 2, 3)
+            (warning,) = found["warnings"]
+            assert warning.startswith(f"{unknown}: ")
+            assert "not authorized" in warning
+        with monkeypatch.context() as without:
+            without.delenv("AWS_ACCESS_KEY_ID")
+            without.delenv("AWS_SECRET_ACCESS_KEY")
+            without.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            without.setenv("HOME", str(tmp_path))
+            status, found, _ = told("--region", "us-east-1")
+            assert (status, len(found["workers"])) == (0, 2)
+            assert found["warnings"][0].startswith(f"{unknown}: no AWS credentials found")
+            # A limit that is missing still decides.
+            stack.enter_context(
+                worker(tmp_path, address, "c", "--memory-limit", "0", total=GIB, available=GIB)
+            )
+            said(tmp_path / "c.log", "Registered to")
+            assert cli.run(["-q", "doctor", address, "--region", "us-east-1"]) == 5
+            printed = capsys.readouterr()
+            assert len(printed.out.splitlines()) == 3
+            assert f"warning: {unknown}" in printed.err
         # Without the flag nobody is asked.
         cloud.reset()
         status, found, _ = told()
-        assert (status, found["warnings"], cloud.calls) == (0, [], ())
+        assert (status, found["warnings"], cloud.calls) == (5, [], ())
+
+
+def test_wrong_settings_fail_before_anybody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ami-builder.toml").write_text("[images.a]\n[images.b]\n")
+    monkeypatch.setenv("AMI_BUILDER_CONFIG", str(tmp_path / "ami-builder.toml"))
+    nobody = "127.0.0.1:1"
+    for flags, wrong in (
+        (["--aws"], "give --region"),
+        (["--region", "Paris"], "expected the name of a region"),
+    ):
+        assert cli.run(["-q", "doctor", nobody, *flags]) == 2
+        assert wrong in capsys.readouterr().err

@@ -24,7 +24,7 @@ from tests.cloud.flow import captured
 from tests.sample_image import image as sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from tests.cloud.faulting import Place
@@ -111,14 +111,56 @@ def test_an_answer_that_is_lost(cloud: Cloud, account: Account, ledger: Ledger) 
     assert kinds(cloud) == {"image": 1, "snapshot": 1}
 
 
-def test_a_name_that_somebody_else_took(cloud: Cloud, account: Account, ledger: Ledger) -> None:
+@pytest.mark.parametrize("more", [{}, {tagging.RUN: RUN}, {tagging.DIGEST: DIGEST}, {tagging.RUN: "another"}])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+def test_a_name_that_somebody_else_took(
+    cloud: Cloud,
+    account: Account,
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    more: Mapping[str, str],
+    late: bool,
+) -> None:
     baked = bake(cloud, account)
-    ec2 = cloud.client()
-    other = ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1)
-    ec2.create_image(InstanceId=other["Instances"][0]["InstanceId"], Name=NAME)
-    with pytest.raises(CloudFailed, match="with differences"):
-        rename(account, ledger, baked)
-    assert [one.name for one in images.list_owned(account)] == [BAKED]
+    taken = []
+
+    def take() -> None:
+        ec2 = cloud.client()
+        other = ec2.run_instances(ImageId=cloud.base_ami(), InstanceType="m6i.large", MinCount=1, MaxCount=1)
+        made = ec2.create_image(InstanceId=other["Instances"][0]["InstanceId"], Name=NAME)
+        if more:
+            ec2.create_tags(Resources=[made["ImageId"]], Tags=tagging.as_list(more))
+        taken.append(made["ImageId"])
+
+    register = account.ec2.register_image
+
+    def meanwhile(**given: Any) -> Any:
+        if not taken:
+            take()
+        return register(**given)
+
+    if late:
+        monkeypatch.setattr(account.ec2, "register_image", meanwhile)
+    else:
+        take()
+    for _ in range(2):
+        with pytest.raises(CloudFailed, match=rf"{NAME} is taken by ami-\w+, which this build") as failed:
+            rename(account, ledger, baked)
+        assert taken[0] in failed.value.message
+    assert {one.id for one in images.list_owned(account)} == {baked.id, *taken}
+    # `gc` does not take it for ours either.
+    assert [one for one in read(ledger.path) if not one.deleted] == []
+
+
+def test_of_two_amis_the_other_is_not_ours(cloud: Cloud, account: Account, ledger: Ledger) -> None:
+    baked = bake(cloud, account)
+    disk = {"DeviceName": ROOT, "Ebs": {"SnapshotId": baked.snapshots[0]}}
+    cloud.client().register_image(Name=NAME, RootDeviceName=ROOT, BlockDeviceMappings=[disk])
+    other = images.find_by_name(account, NAME)
+    assert other is not None
+    with pytest.raises(CloudFailed, match="is taken by"):
+        rename(account, ledger, other)
+    assert {one.id for one in images.list_owned(account)} == {baked.id, other.id}
 
 
 @pytest.mark.parametrize(

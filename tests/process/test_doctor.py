@@ -25,6 +25,7 @@ import pytest
 from ami_builder.cli import app as cli
 from ami_builder.core.units import GIB, MIB
 from ami_builder.doctor import client
+from ami_builder.doctor.rules import Cluster, Reading, Scheduler, Worker
 from ami_builder.system.certificates import Authority
 from tests.real_dask import said, scheduler, tls_flags, tls_folder, worker
 
@@ -136,6 +137,72 @@ def test_a_terminal_of_that_width_is_enough(
         assert whole in text
     # One header for workers, one for machines.
     assert sum(line.startswith("─") for line in lines) == 2
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_of_a_thousand_workers_those_that_differ_are_on_the_last_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(client, "read_cluster", lambda *_: thousand())
+    assert cli.run(["-q", "doctor", "10.0.0.1:8786"]) == 5
+    printed = capsys.readouterr()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed.out).splitlines()
+    screen = lines[-24 + len(printed.err.splitlines()) - 1 :]
+    text = " ".join(" ".join(screen).split())
+    for whole in ("dask-17", "missing", "dask-500", "needlessly low", "and 997 more"):
+        assert whole in text
+    first, differs, last = printed.err.splitlines()
+    assert first == last == "998 of 1000 workers have a right limit: 1 missing, 1 needlessly low"
+    assert differs == "warning: dask differs: 2025.1.0 on worker dask-900; 2026.8.0 on 999 workers"
+    assert "at least 20 GiB free" in " ".join(" ".join(lines).split())
+    # In all, what is alike is together, though no two machines have the same memory.
+    assert len(lines) < 40
+
+
+def thousand() -> Cluster:
+    """A thousand machines of one type with a worker each, three of which differ."""
+
+    def made(number: int) -> Worker:
+        available = AVAILABLE - number * 4096
+        limit = {17: None, 500: GIB}.get(number, available)
+        reading = Reading(
+            boot=str(number),
+            limit=limit,
+            nthreads=1,
+            total=TOTAL - number % 7 * 4096,
+            available=available,
+            instance=f"i-{number:017x}",
+            directory="/var/lib/dask/spill/dask-scratch-space/worker",
+            spill_system="xfs",
+            spill_size=30 * GIB,
+            spill_free=20 * GIB + number * MIB,
+            target=0.6,
+            spill=0.7,
+            pause=0.8,
+            terminate=0.95,
+            versions={"dask": "2025.1.0" if number == 900 else "2026.8.0"},
+        )
+        return Worker(address=f"tcp://{number}", name=f"dask-{number}", reading=reading)
+
+    return Cluster(workers=tuple(map(made, range(1000))), scheduler=Scheduler(address="tcp://s"), here={})
+
+
+def test_a_scheduler_that_runs_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As those did that had distributed.scheduler.pickle off, which newer ones don't start with."""
+    (tmp_path / "refuse.py").write_text(
+        "async def refuse(**_):\n"
+        "    raise ValueError('disallowed by distributed.scheduler.pickle')\n"
+        "def dask_setup(scheduler):\n"
+        "    scheduler.handlers['run_function'] = refuse\n"
+    )
+    with scheduler(tmp_path, "tcp", "--preload", str(tmp_path / "refuse.py")) as address:
+        assert cli.run(["-q", "doctor", address]) == 5
+    assert capsys.readouterr().err.splitlines() == [
+        "the scheduler has no workers",
+        "warning: the scheduler's machine and versions can't be read: disallowed by distributed.scheduler.pickle",
+    ]
 
 
 def test_a_worker_that_does_not_answer_is_listed_and_the_others_are_judged(
