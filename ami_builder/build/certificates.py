@@ -85,6 +85,8 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
         raise UsageError(f"--days {days}: expected 1 to {CA_DAYS}")
     address = normalized(scheduler) if scheduler else ""
     folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: expected a folder, which is made if it is missing")
     try:
         authority = _existing(folder)
         new = authority is None

@@ -28,16 +28,20 @@ def certificates(
     ] = 365,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a CA and certificates for a cluster that uses TLS. Prints one line per role: role and folder.
+    """Make a CA and certificates for a cluster that uses TLS.
 
-    Each role (scheduler, worker, local, client) gets a folder with ca.pem, cert.pem and key.pem. Machines
-    also get user-data.yaml, and bundle.pem for Secrets Manager or SSM; the client gets dask.yaml.
+    Prints one line per role: role and folder.
 
-    In a folder with a CA, it makes new certificates and keeps the CA: certificates that are in use
-    continue to work until they end. The CA's key, ca-key.pem, is only needed here.
+    Each role (scheduler, worker, local, client) gets a folder with ca.pem,
+    cert.pem and key.pem. Machines also get user-data.yaml, and bundle.pem for
+    Secrets Manager or SSM; the client gets dask.yaml.
 
-    A scheduler's or a worker's key lets its holder act as either. Any key lets its holder run programs on
-    the cluster. Dask does not compare host names.
+    In a folder with a CA, it makes new certificates and keeps the CA:
+    certificates that are in use continue to work until they end. The CA's key,
+    ca-key.pem, is only needed here.
+
+    A scheduler's or a worker's key lets its holder act as either. Any key lets
+    its holder run programs on the cluster. Dask does not compare host names.
     """
     from ami_builder.build.certificates import make
 

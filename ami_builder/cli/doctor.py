@@ -56,17 +56,19 @@ def doctor(
 ) -> None:
     """Examine a running Dask cluster: memory limits, machines, spilling and versions.
 
-    Lists the workers whose memory limit is missing, too high or too low, and the machines with what they
-    spill to. Warns about versions and AMIs that differ. Works on any cluster and changes nothing. The exit
-    code is 0 if all limits are right, 5 if a limit is wrong or can't be read, and 7 if the scheduler or some
+    Lists the workers whose memory limit is missing, too high or too low, and the
+    machines with what they spill to. Warns about versions and AMIs that differ.
+    Works on any cluster and changes nothing. The exit code is 0 if all limits are
+    right, 5 if a limit is wrong or can't be read, and 7 if the scheduler or some
     workers did not answer and all other limits are right.
 
-    With --aws it asks EC2 and SSM about the instances; if they refuse, that is a warning. The region is
-    --region, else aws.region of the default image, else that of the AWS chain.
+    With --aws it asks EC2 and SSM about the instances; if they refuse, that is a
+    warning. The region is --region, else aws.region of the default image, else
+    that of the AWS chain.
 
-    For a TLS cluster, use --tls FOLDER: a folder that `ami-builder certificates` made, or one with ca.pem,
-    cert.pem and key.pem. Without --tls, a tls:// address uses Dask's own configuration
-    (distributed.comm.tls).
+    For a TLS cluster, use --tls FOLDER: a folder that `ami-builder certificates`
+    made, or one with ca.pem, cert.pem and key.pem. Without --tls, a tls://
+    address uses Dask's own configuration (distributed.comm.tls).
     """
     from ami_builder.doctor.client import read_cluster
     from ami_builder.doctor.machines import machines, warnings
