@@ -35,7 +35,7 @@ class Launch:
     tls: str = ""
     """Where the machine's certificates are: `secretsmanager:NAME` or `ssm:NAME`."""
     unhealthy_seconds: float = 0.0
-    """After how long an unhealthy instance tells its Auto Scaling group; 0: never."""
+    """After how long an unhealthy instance reports itself to its Auto Scaling group; 0: never."""
     hook: str = ""
     """The group's lifecycle hook that an instance completes once its worker is retired."""
     instance_type: str = ""
@@ -107,7 +107,7 @@ def launch_data(
 ) -> dict[str, Any]:
     """Return the LaunchTemplateData of EC2's requests. Raises UsageError.
 
-    Only what a flag asks for is said of the root volume, whose name is another AMI's too then.
+    The root volume is named only if a flag needs it: another AMI's root may have another name.
     """
     text = with_settings(launch.settings(), launch.user_data)
     data: dict[str, Any] = {

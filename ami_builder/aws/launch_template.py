@@ -28,7 +28,7 @@ _NO_RATE = " at the default rate"
 
 
 class _NotValid(CloudFailed):
-    """EC2 made the template, or the version, and says that it can't launch from it."""
+    """EC2 made the template, or the version, and warns that it can't launch from it."""
 
 
 class Change(StrEnum):
@@ -169,7 +169,7 @@ def _kept(
     default, latest = _versions(account, template)
     change = Change.UNCHANGED
     version = int(latest["VersionNumber"])
-    # What is the latest, but not the default, may be what EC2 said that it can't launch.
+    # What is the latest, but not the default, may be one that EC2 can't launch.
     known = latest.get("VersionDescription", "") in (description, f"{description}{_NO_RATE}")
     if not known or int(default["VersionNumber"]) != version:
         with aws_errors():
@@ -204,7 +204,7 @@ def _versions(account: Account, template: str) -> tuple[Mapping[str, Any], Mappi
 
 
 def _description(data: Mapping[str, Any]) -> str:
-    """Return the description of a version: it tells whether a template has changed.
+    """Return the description of a version: it shows whether a template has changed.
 
     EC2 describes a version's data with values that nobody asked for.
     """
@@ -213,7 +213,7 @@ def _description(data: Mapping[str, Any]) -> str:
 
 
 def _not_valid(account: Account, answer: Mapping[str, Any]) -> _NotValid | None:
-    """Return what EC2 says of a template or version that it made, but can't launch from."""
+    """Return EC2's warning about a template or version that it made, but can't launch from."""
     errors = answer.get("Warning", {}).get("Errors", [])
     if not errors:
         return None

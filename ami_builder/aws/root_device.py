@@ -77,7 +77,7 @@ def final_name(name: str) -> str:
 def renamed(
     account: Account, ledger: Ledger, ami: images.Ami, root: str, tags: Mapping[str, str]
 ) -> images.Ami:
-    """Return an available AMI of ours with its final name and root device; Packer's is gone then.
+    """Return an available AMI of ours with its final name and root device; Packer's is deregistered.
 
     `ami` is any of the two, tagged or not. Raises CloudFailed when EC2 registers something else than Packer's
     AMI under another root device, or when an AMI that is not of this build has the final name; TimedOut.

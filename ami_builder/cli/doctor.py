@@ -125,7 +125,7 @@ def doctor(
 
 
 class _Asked:
-    """The account that tells where instances came from. What fails there does not fail the diagnosis."""
+    """The account that has the instances. An error there does not fail the diagnosis."""
 
     def __init__(self, region: str) -> None:
         """Open the account of a region, or of the default image's; raises UsageError."""

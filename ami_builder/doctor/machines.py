@@ -56,7 +56,7 @@ class Machine:
 
 
 def machines(cluster: Cluster, origins: Mapping[str, Origin]) -> tuple[Machine, ...]:
-    """Return the machines that told who they are, the scheduler's first; `origins` are by instance id."""
+    """Return the machines that could be read, the scheduler's first; `origins` are by instance id."""
     found: dict[str, dict[str, Reading]] = defaultdict(dict)
     scheduler = cluster.scheduler
     if scheduler.boot:
@@ -135,15 +135,17 @@ def _of_versions(cluster: Cluster) -> Iterator[str]:
         for worker in workers:
             assert worker.reading is not None
             who[_version(key, worker.reading.versions)].append(worker.name or worker.address)
-        told = {version: _count(names, "worker") for version, names in who.items()}
+        found_on = {version: _count(names, "worker") for version, names in who.items()}
         others = [("the scheduler", cluster.scheduler.versions), ("this host", cluster.here)]
         for name, versions in others[key in NOT_OF_SCHEDULERS :]:
             # This host need not have all that the workers have, nor the workers all that it has.
-            if key in versions and told.keys() != {_MISSING}:
+            if key in versions and found_on.keys() != {_MISSING}:
                 version = _version(key, versions)
-                told[version] = f"{told[version]}, {name}" if version in told else name
-        if len(told) > 1:
-            alike["; ".join(f"{version} on {names}" for version, names in sorted(told.items()))].append(key)
+                found_on[version] = f"{found_on[version]}, {name}" if version in found_on else name
+        if len(found_on) > 1:
+            alike["; ".join(f"{version} on {names}" for version, names in sorted(found_on.items()))].append(
+                key
+            )
     for listed, keys in alike.items():
         yield f"{', '.join(keys)} differ{'s' if len(keys) == 1 else ''}: {listed}"
 

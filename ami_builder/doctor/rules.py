@@ -119,7 +119,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduler:
-    """The scheduler's machine and versions, as far as it told them."""
+    """The scheduler's machine and versions, as far as it answered."""
 
     address: str
     host: str = ""
@@ -131,7 +131,7 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What a cluster's machines told."""
+    """The answers of a cluster's machines."""
 
     workers: tuple[Worker, ...]
     scheduler: Scheduler

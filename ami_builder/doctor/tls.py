@@ -13,7 +13,7 @@ FILES = ("ca.pem", "cert.pem", "key.pem")
 HOW = "use --tls FOLDER, with a folder from `ami-builder certificates`, and an address without tcp://"
 
 _MOST_SECONDS = 10.0
-"""For one handshake: a scheduler that takes longer is asked anyway, and its error tells more."""
+"""For one handshake: a scheduler that takes longer is asked anyway, and its error has the reason."""
 _NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 """OpenSSL's reasons when the answer is not TLS."""
 _OTHER_CA = (18, 19, 20, 21)

@@ -1,7 +1,7 @@
 """A small CA for one Dask cluster, and the certificates that it issues: ECDSA P-256, signed with SHA-256.
 
-Dask does not compare host names (`check_hostname = False` in distributed/security.py). So a certificate says
-that this CA issued it, and whether its holder may accept connections: a client may not.
+Dask does not compare host names (`check_hostname = False` in distributed/security.py). So a certificate
+shows that this CA issued it, and whether its holder may accept connections: a client may not.
 """
 
 from __future__ import annotations
