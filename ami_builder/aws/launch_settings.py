@@ -17,6 +17,8 @@ from ami_builder.core.options import ContainerNetwork, Role
 RATES = (100, 300)
 """The least and the most of EBS's Provisioned Rate for Volume Initialization, in MiB/s (EC2's API)."""
 
+LEAST_UNHEALTHY_SECONDS = 60
+
 _GIB = 1 << 30
 _ADDRESS = re.compile(r"(?:(tcp|tls)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*)(?::([0-9]{1,5}))?/?")
 _TLS = re.compile(r"(?:secretsmanager|ssm):[A-Za-z0-9/_+=.@-]+")
@@ -75,7 +77,12 @@ class Launch:
                 )
             found["DASK_TLS"] = self.tls
         if self.unhealthy_seconds:
-            found["DASK_GROUP_HEALTH_SECONDS"] = str(max(1, round(self.unhealthy_seconds)))
+            if self.unhealthy_seconds < LEAST_UNHEALTHY_SECONDS:
+                raise UsageError(
+                    f"--replace-unhealthy-after: {self.unhealthy_seconds:g} s, expected at least 1min",
+                    hint="a container that starts again is unhealthy meanwhile",
+                )
+            found["DASK_GROUP_HEALTH_SECONDS"] = str(round(self.unhealthy_seconds))
         if self.hook:
             if not re.fullmatch(r"[A-Za-z0-9_/-]{1,255}", self.hook):
                 raise UsageError(f"--lifecycle-hook {self.hook}: expected a name of A-Z, a-z, 0-9, - _ and /")

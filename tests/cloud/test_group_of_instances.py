@@ -162,12 +162,12 @@ def test_an_instance_that_is_unhealthy_for_good_is_replaced_by_its_own_word(
 ) -> None:
     (first,) = members(cloud)
     with guest(cloud, first, tmp_path) as machine:
-        machine.write("health", "refused\nDASK_ROLE is wrong\n")
+        machine.write("health", "unhealthy\nCompose could not start Dask\n")
         assert machine.run("dask-health").returncode == 1
         assert members(cloud) == {first: "InService"}, "not for long yet"
-        machine.write("unhealthy-since", "0\n")
-        told = machine.run("dask-health")
-        assert "the Auto Scaling group is told" in told.stdout, told
+        machine.write("unhealthy-since", "-100\n")
+        reported = machine.run("dask-health")
+        assert "reported to its Auto Scaling group" in reported.stdout, reported
         (_, second) = members(cloud)
         assert members(cloud) == {first: "Terminating:Wait", second: "InService"}
         machine.learn(cloud)

@@ -274,6 +274,7 @@ def test_the_template_of_another_is_left_alone(cloud: Cloud) -> None:
         ("stable --scheduler h --tls dask", "expected secretsmanager:NAME or ssm:NAME"),
         ("stable --scheduler h --tls ssm:dask", "--tls needs --instance-profile"),
         ("stable --scheduler h --replace-unhealthy-after 10min", "needs --instance-profile"),
+        ("stable --scheduler h --instance-profile p --replace-unhealthy-after 59s", "expected at least 1min"),
         ("stable --scheduler h --replace-unhealthy-after soon", "expected a duration"),
         ("stable --scheduler h --instance-profile p --lifecycle-hook 'a b'", "expected a name of"),
         ("stable --scheduler h --initialization-rate 50", "expected 100 to 300 MiB/s"),

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from datetime import UTC, datetime, timedelta
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +21,6 @@ from tests.sample_image import image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SBIN = resources.packer_dir() / "guest/usr/local/sbin"
 SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]
@@ -34,7 +33,11 @@ case $* in
         cat "$WATCH_NOTICES_ROOT/run/dask/leaving" >"$0.leaving"
         exit "${FAKE_STATUS:-0}"
         ;;
-    show*) echo "${FAKE_STATUS:-0}" ;;
+    show*)
+        echo "Result=${FAKE_RESULT:-exit-code}"
+        echo "ExecMainStatus=${FAKE_SHOWN:-${FAKE_STATUS:-0}}"
+        ;;
+    "is-active dask.service docker.service") printf '%s\n' ${FAKE_ACTIVE:-activating active}; exit 3 ;;
 esac
 """
 
@@ -119,7 +122,7 @@ def test_without_a_notice_nothing_happens(machine: Machine, shell: str) -> None:
     machine.imds.tree.announce(LIFECYCLE, "InService")
     assert machine.watch(3, shell=shell) == []
     assert machine.systemctl == machine.aws == []
-    assert list(machine.state.iterdir()) == []
+    assert [path.name for path in machine.state.iterdir()] == ["in-service"]
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
@@ -222,6 +225,92 @@ def test_data_that_has_not_moved_keeps_the_hook_open(machine: Machine) -> None:
     assert (machine.state / "leaving").exists()
 
 
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [("resources", "0"), ("resources", "3"), ("exit-code", "0"), ("exit-code", "203"), ("signal", "9")],
+)
+def test_a_program_that_could_not_run_has_not_retired_anything(
+    machine: Machine, result: str, shown: str
+) -> None:
+    machine.interrupt()
+    log = machine.watch(3, FAKE_STATUS="1", FAKE_RESULT=result, FAKE_SHOWN=shown)
+    assert "could not retire" in log[-1]
+    assert machine.read("health") == []
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
+def test_a_failed_retirement_does_not_hide_a_later_interruption(machine: Machine, shell: str) -> None:
+    machine.imds.tree.announce("events/recommendations/rebalance", '{"noticeTime": "2026-08-01T08:22:00Z"}')
+    at = (datetime.now(UTC) + timedelta(seconds=120)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Between two polls, EC2 interrupts the instance after all.
+    fake(
+        machine.programs,
+        "sleep",
+        '[ "$(wc -l <"$0.calls")" != 2 ] || touch "$WATCH_NOTICES_ROOT/interrupted"',
+    )
+    url = f"http://127.0.0.1:{machine.imds.port}"
+    curl = shutil.which("curl")
+    body = f'{{"action": "terminate", "time": "{at}"}}'
+    fake(
+        machine.programs,
+        "curl",
+        f'[ -e {machine.root}/interrupted ] || exec {curl} "$@"\n'
+        f'case "$*" in *PUT*) exec {curl} "$@" ;; esac\n'
+        f"printf '%s\\n<200>\\n\\n<404>\\n\\n<404>\\n' '{body}'",
+    )
+    fake(
+        machine.programs,
+        "systemctl",
+        'case $* in "start retire-workers@600"*) exit 1 ;; show*) echo Result=exit-code ;; esac',
+    )
+    log = machine.watch(5, on_rebalance=True, shell=shell, INSTANCE_METADATA_URL=url)
+    assert machine.retirements[0] == 600
+    assert len(machine.retirements) == 2, "each kind of notice once"
+    assert log[-1] == "<5>watch-notices: this machine's workers have retired"
+    assert machine.read("health")[0] == "retired"
+
+
+def test_after_a_failed_recommendation_dask_may_start_again(machine: Machine) -> None:
+    machine.imds.tree.announce("events/recommendations/rebalance", '{"noticeTime": "2026-08-01T08:22:00Z"}')
+    machine.write("health", "retired\nwhy\n")  # of dask-wanted, because some workers had gone
+    machine.watch(3, on_rebalance=True, FAKE_STATUS="1")
+    assert machine.retirements == [600]
+    assert not (machine.state / "leaving").exists()
+    assert not (machine.state / "stopping").exists()
+    assert machine.systemctl[-1] == "start --no-block dask.service"
+
+
+@pytest.mark.parametrize("pool", ["Warmed:Stopped", "Warmed:Hibernated", "Warmed:Running"])
+def test_workers_retire_before_the_instance_goes_to_a_warm_pool(machine: Machine, pool: str) -> None:
+    machine.settings("DASK_LIFECYCLE_HOOK=drain", "DASK_AUTO_SCALING_GROUP=workers")
+    machine.imds.tree.announce(LIFECYCLE, pool)
+    assert machine.watch(2) == [], "launched into the pool"
+    machine.write("in-service", "")
+    log = machine.watch(3)
+    assert log[0] == "<4>watch-notices: the Auto Scaling group moves this instance to its warm pool"
+    assert log[-1].endswith("completed")
+    assert machine.retirements == [600]
+
+
+def test_an_instance_that_comes_back_from_the_pool_starts_dask(machine: Machine) -> None:
+    machine.write("in-service", "")
+    machine.imds.tree.announce(LIFECYCLE, "Warmed:Running")
+    url = f"http://127.0.0.1:{machine.imds.port}"
+    curl = shutil.which("curl")
+    fake(machine.programs, "sleep", 'touch "$WATCH_NOTICES_ROOT/back"')
+    back = "printf '\\n<404>\\nInService\\n<200>\\n\\n<404>\\n'"
+    fake(
+        machine.programs,
+        "curl",
+        f'case "$*" in *PUT*) exec {curl} "$@" ;; esac\n'
+        f'[ ! -e {machine.root}/back ] || exec {back}\nexec {curl} "$@"',
+    )
+    machine.watch(3, INSTANCE_METADATA_URL=url)
+    assert machine.retirements == [600]
+    assert machine.systemctl[-1] == "start --no-block dask.service"
+    assert not (machine.state / "leaving").exists()
+
+
 def test_an_interruption_during_scale_in_retires_once(machine: Machine) -> None:
     machine.settings("DASK_LIFECYCLE_HOOK=drain", "DASK_AUTO_SCALING_GROUP=workers")
     machine.interrupt()
@@ -275,9 +364,9 @@ def test_a_service_that_does_not_answer_is_no_notice(machine: Machine) -> None:
     assert machine.retirements == []
 
 
-# Health told to the group
+# Health reported to the group
 
-TOLD = (
+REPORT = (
     f"autoscaling SetInstanceHealth InstanceId={INSTANCE}"
     "&HealthStatus=Unhealthy&ShouldRespectGracePeriod=false"
 )
@@ -288,8 +377,8 @@ def health(machine: Machine, **more: str) -> list[str]:
     return machine.run("health", **more)
 
 
-@pytest.mark.parametrize("word", ["unhealthy", "refused"])
-def test_a_dask_that_is_unhealthy_for_long_is_reported_to_the_group_once(machine: Machine, word: str) -> None:
+def test_a_dask_that_is_unhealthy_for_long_is_reported_to_the_group_once(machine: Machine) -> None:
+    word = "unhealthy"
     machine.settings("DASK_GROUP_HEALTH_SECONDS='300'")
     machine.write("health", f"{word}\nwhy\n")
     assert health(machine) == []
@@ -297,16 +386,16 @@ def test_a_dask_that_is_unhealthy_for_long_is_reported_to_the_group_once(machine
     machine.write("unhealthy-since", "-300\n")
     fake(machine.programs, "dask-aws", 'echo "out"; [ -e "$0.works" ]')
     (line,) = health(machine)
-    assert line.startswith("<3>dask-health: the Auto Scaling group could not be told")
+    assert line.startswith("<3>dask-health: this instance could not be reported")
     (machine.programs / "dask-aws.works").touch()
     (line,) = health(machine)
     assert line.startswith(f"<4>dask-health: Dask was {word} for ")
     assert health(machine) == []
-    assert machine.aws == [TOLD, TOLD]
+    assert machine.aws == [REPORT, REPORT]
     assert machine.read("health") == [word, "why"]
 
 
-@pytest.mark.parametrize("word", ["waiting", "starting", "off", "retired"])
+@pytest.mark.parametrize("word", ["waiting", "starting", "off", "retired", "refused"])
 def test_a_dask_that_is_not_unhealthy_is_not_reported(machine: Machine, word: str) -> None:
     machine.settings("DASK_GROUP_HEALTH_SECONDS=0")
     machine.write("health", f"{word}\nwhy\n")
@@ -319,10 +408,53 @@ def test_a_dask_that_is_not_unhealthy_is_not_reported(machine: Machine, word: st
 @pytest.mark.parametrize("line", ["", "DASK_GROUP_HEALTH_SECONDS=", "# DASK_GROUP_HEALTH_SECONDS=1"])
 def test_without_the_setting_no_group_is_asked(machine: Machine, line: str) -> None:
     machine.settings(line)
-    machine.write("health", "refused\nwhy\n")
+    machine.write("health", "unhealthy\nwhy\n")
     machine.write("unhealthy-since", "-9999\n")
     assert health(machine) == []
     assert machine.aws == []
+
+
+@pytest.mark.parametrize("value", ["10min", "600s", "-5", "1e3", "99999999"])
+def test_a_time_that_is_no_whole_number_is_noticed_once(machine: Machine, value: str) -> None:
+    machine.settings(f"DASK_GROUP_HEALTH_SECONDS={value}")
+    machine.write("health", "unhealthy\nwhy\n")
+    machine.write("unhealthy-since", "-99999\n")
+    (line,) = health(machine)
+    assert line.startswith(f"<4>dask-health: DASK_GROUP_HEALTH_SECONDS={value} in ")
+    assert health(machine) == []
+    assert machine.aws == []
+
+
+def test_a_time_is_at_least_a_minute(machine: Machine) -> None:
+    machine.settings("DASK_GROUP_HEALTH_SECONDS=1")
+    machine.write("health", "unhealthy\nwhy\n")
+    now = float(Path("/proc/uptime").read_text().split()[0])
+    machine.write("unhealthy-since", f"{int(now) - 20}\n")
+    assert health(machine) == []
+    machine.write("unhealthy-since", f"{int(now) - 61}\n")
+    assert len(health(machine)) == 1
+
+
+@pytest.mark.parametrize("docker", ["active", "inactive"])
+@pytest.mark.parametrize("before", ["healthy", "unhealthy", "waiting"])
+def test_a_dask_that_somebody_stopped_is_not_reported(machine: Machine, before: str, docker: str) -> None:
+    machine.settings("DASK_GROUP_HEALTH_SECONDS=60")
+    machine.write("health", f"{before}\nwhy\n")
+    machine.write("unhealthy-since", "-99999\n")
+    stopped = f"inactive {docker}"
+    assert health(machine, FAKE_ACTIVE=stopped) == ["<5>dask-health: off: dask.service was stopped"]
+    assert health(machine, FAKE_ACTIVE=stopped) == []
+    assert machine.read("health") == ["off", "dask.service was stopped"]
+    assert machine.aws == []
+
+
+@pytest.mark.parametrize("active", ["inactive failed", "inactive activating", "failed active"])
+def test_a_dask_without_docker_is_not_a_stopped_one(machine: Machine, active: str) -> None:
+    machine.settings("DASK_GROUP_HEALTH_SECONDS=60")
+    machine.write("health", "unhealthy\nwhy\n")
+    machine.write("unhealthy-since", "-99999\n")
+    assert len(health(machine, FAKE_ACTIVE=active)) == 1
+    assert machine.aws == [REPORT]
 
 
 def test_notices_to_the_instance_are_in_the_health_of_a_dask_that_goes_on(machine: Machine) -> None:

@@ -18,7 +18,7 @@ import pytest
 from distributed import Client
 from distributed.security import Security
 
-from ami_builder.system import resources
+from ami_builder.system import processes, resources
 from tests import real_dask
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load(name: str) -> ModuleType:
 
 
 retire_workers = load("retire_workers")
+retire_program = load("retire")
 
 
 # Which processes are Dask's
@@ -65,6 +66,7 @@ retire_workers = load("retire_workers")
         ("/usr/bin/python3", ["python3", "/opt/bin/dask", "cuda", "worker", "a:1"], "worker", ["a:1"]),
         ("/usr/bin/python3", ["python3", "-m", "distributed.cli.dask_worker", "a:1"], "worker", ["a:1"]),
         ("/usr/bin/python3 (deleted)", ["python", "/x/dask-scheduler"], "scheduler", []),
+        ("/usr/bin/python3.14t", ["python", "-m", "dask", "worker"], "worker", []),
         ("/usr/bin/python3", ["python", "-m", "distributed.cli.dask_scheduler"], "scheduler", []),
     ],
 )
@@ -141,12 +143,16 @@ def retire(
     spec: bool = False,
     here: str = HERE,
     settings: Mapping[str, str] | None = None,
+    words: list[str] | None = None,
+    boot: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    words = [
+    words = words or [
         scheduler,
         *(("--spec", "{}") if spec else ("--host", here, "--nworkers", "1", "--no-dashboard")),
     ]
-    argument = {"seconds": seconds, "addresses": [here, "10.9.9.9"], "spec": spec, "words": words}
+    argument = {
+        "seconds": seconds, "addresses": [here, "10.9.9.9"], "spec": spec, "words": words, "boot": boot,
+    }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", (PROGRAMS / "retire.py").read_text(), json.dumps(argument)],
         env={**os.environ, **(settings or {})},
@@ -217,6 +223,34 @@ def test_a_retirement_that_nobody_takes_ends_with_its_time_and_the_worker_goes_o
             assert runs(tmp_path / "runs") == 1
 
 
+def test_a_worker_that_advertises_another_address_is_known_by_the_boot_of_its_machine(tmp_path: Path) -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with cluster(tmp_path, others=0) as scheduler, Client(scheduler) as client:
+        done = retire(scheduler, here="127.0.0.9", boot="another-boot")
+        assert done.returncode == 0
+        assert len(client.nthreads()) == 1
+        done = retire(scheduler, here="127.0.0.9", boot=boot)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"tcp://{HERE}:" in done.stdout
+        assert client.nthreads() == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rmm-pool-size", "24GB", "ADDRESS"],
+        ["--enable-tcp-over-ucx", "ADDRESS", "--rmm-pool-size", "24GB"],
+        ["--net-devices", "mlx5_0:1", "tcp://ADDRESS"],
+    ],
+)
+def test_the_address_is_found_among_options_of_another_command(words: list[str]) -> None:
+    """`dask cuda worker` has more options than `dask worker`."""
+    found = retire_program.client_arguments(
+        [word.replace("ADDRESS", "10.0.0.1:8786") for word in words], spec=False
+    )
+    assert found["address"].removeprefix("tcp://") == "10.0.0.1:8786"
+
+
 def test_a_scheduler_that_is_gone_is_reported(tmp_path: Path) -> None:
     done = retire("tcp://127.0.0.5:9", seconds=8)
     assert done.returncode == 1
@@ -269,6 +303,92 @@ def test_with_tls_too(tmp_path: Path, inherited: bool) -> None:
             assert f"tls://{HERE}:" in done.stdout
             assert len(future.result(timeout=120)) == 100_000
             assert runs(tmp_path / "runs") == 1
+
+
+# What remains
+
+
+class Processes:
+    """Dask processes of a machine, and what asking the scheduler to retire them returns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: list[str]) -> None:
+        self.running = [
+            retire_workers.DaskProcess(pid=n, interpreter="python", kind="worker", words=each)
+            for n, each in enumerate(words, 10)
+        ]
+        self.ends, self.status = True, 0
+        self.asked: list[list[int]] = []
+        self.now = 0.0
+        monkeypatch.setattr(retire_workers, "dask_processes", lambda: list(self.running))
+        monkeypatch.setattr(retire_workers, "attempt", self.attempt)
+        monkeypatch.setattr(retire_workers, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def attempt(self, processes: list[Any], seconds: float) -> list[int]:
+        self.asked.append([each.pid for each in processes])
+        self.now += 1
+        if self.ends:
+            self.running = [each for each in self.running if each not in processes]
+        return [self.status] * len(processes)
+
+
+def test_a_worker_that_still_runs_has_not_retired(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scheduler may know it by another address."""
+    machine = Processes(monkeypatch, ["a:1"])
+    machine.ends = False
+    assert retire_workers.main(120) == 1
+    assert len(machine.asked) > 1
+    assert "<3>retire-workers: still running here: Dask's process 10" in capsys.readouterr().out
+    assert machine.now <= 130
+
+
+def test_many_processes_retire_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Processes(monkeypatch, *([f"{n}:1"] for n in range(6)))
+    assert retire_workers.main(120) == 0
+    assert machine.asked == [[10, 11, 12, 13], [14, 15]]
+
+
+def test_workers_of_a_scheduler_on_this_machine_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Processes(monkeypatch, ["a:1"])
+    machine.ends, machine.status = False, 3
+    assert retire_workers.main(120) == 3
+    assert machine.asked == [[10]]
+
+
+@pytest.mark.parametrize(
+    ("line", "logged"),
+    [
+        ("<5>retire-workers: done", "<5>retire-workers: done"),
+        ("<0>panic", "<4>panic"),
+        ("<3><0>panic", "<4>panic"),
+        ("<0><3>panic", "<4>panic"),
+        ("plain\x1b[2J", "<4>plain?[2J"),
+    ],
+)
+def test_a_container_cannot_choose_a_priority(line: str, logged: str) -> None:
+    assert retire_workers.harmless(line) == logged
+
+
+def test_workers_of_two_clusters_on_one_machine_are_both_found(tmp_path: Path) -> None:
+    """Both wait for schedulers that do not exist."""
+    options = ("--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path))
+    with (
+        real_dask.dask("worker", "127.0.0.5:9", *options, log=tmp_path / "a.log"),
+        real_dask.dask("worker", "127.0.0.6:9", *options, log=tmp_path / "b.log"),
+    ):
+
+        def seen() -> bool:
+            found = [each.words for each in retire_workers.dask_processes()]
+            return all(any(words[:1] == [each] for words in found) for each in ("127.0.0.5:9", "127.0.0.6:9"))
+
+        processes.wait_until(seen, what="both workers", timeout=60, interval=0.2)
 
 
 # In a container's namespaces

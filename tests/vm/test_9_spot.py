@@ -85,7 +85,7 @@ def interrupt(guest: Booted) -> int:
 
 @pytest.mark.whole
 def test_no_result_is_computed_again_after_an_interruption(machine: Booted, image: Image) -> None:
-    """Three minutes. That without the watcher they are: test_an_interrupted_machine_without_a_watcher."""
+    """Three minutes. Lost otherwise: test_results_of_a_container_that_is_killed_are_computed_again."""
     work(machine, image)
     at = interrupt(machine)
     until(machine, "grep -q 'same\\|again\\|Error' /run/work")
@@ -106,11 +106,10 @@ def test_no_result_is_computed_again_after_an_interruption(machine: Booted, imag
 
 
 @pytest.mark.whole
-def test_an_interrupted_machine_without_a_watcher(machine: Booted, image: Image) -> None:
-    """Three minutes. What the watcher is for."""
+def test_results_of_a_container_that_is_killed_are_computed_again(machine: Booted, image: Image) -> None:
+    """Three minutes. What happens to workers that do not retire: the machine's end kills them."""
     machine.root("systemctl stop dask-notices")
     work(machine, image)
-    interrupt(machine)
     machine.root(
         "docker kill $(docker ps -q --filter label=com.docker.compose.project=dask); systemctl stop dask"
     )

@@ -34,8 +34,8 @@ GROUP, HOOK = "dask-workers", "retire"
 PARAMETER = "/ami-builder/dask/x86_64/stable"
 PORT = 5080
 SECONDS = 1800.0
-# A role that there is none of, for good: dask.service is refused, and stays so.
-BREAK = "sed -i s/DASK_ROLE=worker/DASK_ROLE=broken/ /etc/dask/dask.env && systemctl restart --no-block dask"
+# A Compose file that Compose can't read: each start fails.
+BREAK = "echo broken >>/etc/dask/compose.yaml && systemctl restart --no-block dask"
 
 
 def main(disk: str, directory: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def main(disk: str, directory: str) -> dict[str, Any]:
         )
         scheduler = launched["Instances"][0]["InstanceId"]
         address = f"{there.running()[scheduler]['PrivateIpAddress']}:8786"
-        health = ("--replace-unhealthy-after", "45s", "--lifecycle-hook", HOOK)
+        health = ("--replace-unhealthy-after", "60s", "--lifecycle-hook", HOOK)
         _template(there, made, "worker", "--instance-type", WORKER, "--scheduler", address, *health)
         scaling.create_auto_scaling_group(
             AutoScalingGroupName=GROUP,
@@ -119,7 +119,7 @@ def _look(
     of = _workers(there, client)
     launched = there.cloud.client().describe_instances(InstanceIds=[new])["Reservations"][0]["Instances"][0]
     assert launched["ImageId"] == other, "the replacement has the image that was promoted since"
-    found["replaced"] = f"by its group, after {seconds:.0f} s (asked for 45 s)"
+    found["replaced"] = f"by its group, after {seconds:.0f} s (asked for 60 s)"
     found["limits"].append(_limits(there, client, new))
     clusters.load_work(client)
     return {**found, "spot": _scale_in(there, client, kept, of, module)}

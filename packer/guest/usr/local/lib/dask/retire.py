@@ -5,6 +5,7 @@ Python 3.9 and later, with the packages and the settings of the Dask process who
 Argument: JSON with
   seconds     the most that it may take
   addresses   this machine's, without loopback
+  boot        the id of this machine's boot; empty: a worker is known by its address alone
   spec        whether the process runs `dask spec`, and not `dask worker`
   words       what follows that on its command line
 Exit status: 0 if no worker of this machine is left, 1 if one is, 3 if the scheduler runs on this machine.
@@ -15,7 +16,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import linecache
 import logging
+import os
+import re
 import socket
 import sys
 from typing import Any
@@ -29,6 +33,10 @@ PAUSE = 5.0
 CONNECT = 10.0
 SCHEDULER_IS_HERE = 3
 LOOPBACK = {"127.0.0.1", "::1"}
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+NETWORK = "/proc/self/ns/net"
+ADDRESSES = (re.compile(r"[a-z][a-z0-9+]*://\S+"), re.compile(r"\S+:[0-9]{2,5}/?"), re.compile(r"[^-]\S*"))
+"""What a scheduler's address looks like, the surest first; a port may be missing."""
 
 
 def say(priority: int, text: str) -> None:
@@ -53,10 +61,25 @@ def addresses_of(host: str) -> frozenset[str]:
         return frozenset([host])
 
 
+def address_in(parsed: dict[str, Any]) -> str | None:
+    """Return the scheduler's address among the arguments of a command.
+
+    `dask cuda worker` has options that the command of `dask worker` does not know and takes for arguments.
+    """
+    # An argument that is not there has a value of its own kind.
+    values = [parsed.get(name) for name in ("scheduler", "args", "preload_argv")]
+    lists = [[value] if isinstance(value, str) else value for value in values]
+    words = [word for each in lists if isinstance(each, (list, tuple)) for word in each]
+    if words and not words[0].startswith("-"):
+        return words[0]
+    return next((word for like in ADDRESSES for word in words if like.fullmatch(word)), None)
+
+
 def client_arguments(words: list[str], *, spec: bool) -> dict[str, Any]:
     """Return what a client needs to connect to the scheduler of a worker with this command line."""
     command = dask_spec.main if spec else dask_worker.main
-    found = command.make_context(command.name, list(words), resilient_parsing=True).params
+    context = command.make_context(command.name, list(words), resilient_parsing=True)
+    found = context.params
     # A client's certificate may be missing from a worker's settings; one from its CA is what counts.
     tls = {
         "tls_ca_file": found.get("tls_ca_file"),
@@ -69,9 +92,7 @@ def client_arguments(words: list[str], *, spec: bool) -> dict[str, Any]:
         setattr(security, f"tls_client_{part}", own)
     if found.get("scheduler_file"):
         return {"scheduler_file": found["scheduler_file"], "security": security}
-    address = found.get("scheduler") or next(
-        (word for word in found.get("args", ()) if word[:1] != "-"), None
-    )
+    address = address_in(command.make_parser(context).parse_args(list(words))[0])
     address = address or dask.config.get("scheduler-address", None)
     if not address:
         # A client without an address would start a cluster of its own.
@@ -84,9 +105,11 @@ def client_arguments(words: list[str], *, spec: bool) -> dict[str, Any]:
 class Retirement:
     """The workers of one scheduler that run on this machine."""
 
-    def __init__(self, client: dict[str, Any], addresses: set[str]) -> None:
+    def __init__(self, client: dict[str, Any], addresses: set[str], boot: str) -> None:
         self.client = client
         self.addresses = addresses
+        self.boot = boot
+        self.any_retired = False
         self.problem = "the scheduler does not answer"
 
     async def run(self) -> int:
@@ -107,15 +130,17 @@ class Retirement:
             say(4, f"the scheduler {client.scheduler.address} runs on this machine; it can't be moved")
             return SCHEDULER_IS_HERE
         while True:
-            workers = [
-                each for each in await client.nthreads() if addresses_of(host_of(each)) & self.addresses
-            ]
+            everyone = list(await client.nthreads())
+            workers = [each for each in everyone if addresses_of(host_of(each)) & self.addresses]
+            if not workers and not self.any_retired:
+                workers = await self._by_boot(client, everyone)
             if not workers:
                 say(5, f"no worker of this machine is left at the scheduler {client.scheduler.address}")
                 return 0
             self.problem = f"the data of {' '.join(workers)} is still being moved"
             say(6, f"retiring {' '.join(workers)}")
             retired = await client.retire_workers(workers=workers, close_workers=True)
+            self.any_retired = self.any_retired or bool(retired)
             for worker in retired:
                 say(5, f"{worker} has retired: other workers have its data")
             if len(retired) < len(workers):
@@ -123,10 +148,29 @@ class Retirement:
                 self.problem = f"no other worker takes the data of {left}, or an actor is there"
                 await asyncio.sleep(PAUSE)
 
+    async def _by_boot(self, client: Any, workers: list[str]) -> list[str]:
+        """Return the workers of this machine and network, of those that may advertise another address."""
+        if not self.boot or not workers:
+            return []
+        here = await self._answers(client, workers, linecache.getline, BOOT_ID, 1)
+        here = [worker for worker, answer in here.items() if str(answer).strip() == self.boot]
+        # Workers of another container on this machine retire with their own process.
+        there = await self._answers(client, here, os.readlink, NETWORK) if here else {}
+        return [worker for worker, answer in there.items() if answer == os.readlink(NETWORK)]
 
-async def main(seconds: float, addresses: list[str], words: list[str], *, spec: bool) -> int:
+    @staticmethod
+    async def _answers(client: Any, workers: list[str], function: Any, *arguments: Any) -> dict[str, Any]:
+        """Return what a function of the standard library returns on the workers that answer in time."""
+        asked = client.run(function, *arguments, workers=workers, on_error="return")
+        try:
+            return await asyncio.wait_for(asked, CONNECT)
+        except asyncio.TimeoutError:
+            return {}
+
+
+async def main(seconds: float, addresses: list[str], words: list[str], *, spec: bool, boot: str = "") -> int:
     """Retire this machine's workers, and return the exit status."""
-    retirement = Retirement(client_arguments(words, spec=spec), set(addresses))
+    retirement = Retirement(client_arguments(words, spec=spec), set(addresses), boot)
     try:
         return await asyncio.wait_for(retirement.run(), seconds)
     except asyncio.TimeoutError:  # another one before Python 3.11

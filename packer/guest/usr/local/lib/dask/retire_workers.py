@@ -7,8 +7,8 @@ workers' limit does not have. Nothing of a container runs with privileges here: 
 changed its files.
 
 Argument: the most seconds that it may take.
-Exit status: 0 if no worker is left, 1 if one is, 3 if the scheduler is on this machine and nothing has
-retired.
+Exit status: 0 if no worker process is left, 1 if one is, 3 if the scheduler is on this machine and nothing
+has retired.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ PROGRAM = Path(__file__).with_name("retire.py")
 SCHEDULER_IS_HERE = 3
 GRACE = 5
 """Seconds to the kill of a process that does not keep to its time."""
+CLOSE = 30
+"""Seconds for a worker's process to end after its retirement."""
+AT_ONCE = 4
+"""How many programs run at the same time: each takes up to 100 MB."""
+LINES = 100
+"""Lines that are logged of a program of a container."""
 
 DASK = re.compile(
     rb"(?:^|\0)(?:[^\0]*/)?(?:dask\0|dask-|distributed\.cli\.dask_|dask_|dask_cuda\.cli\0)"
@@ -36,7 +42,8 @@ DASK = re.compile(
 """What names Dask's program in a command line, such as `python -m distributed.cli.dask_spec`."""
 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
-_NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")
+_NAMESPACES = {"ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
+"""Their names in /proc, and the types of clone(2)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ def recognized(pid: int, executable: str, command: bytes) -> DaskProcess | None:
     """Return the Dask process with this command line, as /proc has it; None if it is another program."""
     found = DASK.search(command)
     # A shell, an init, or `docker run` with Dask's command is not the process itself.
-    if found is None or not re.match(r"(python|pypy)[0-9.]*( \(deleted\))?$", executable.rpartition("/")[2]):
+    if found is None or not re.match(
+        r"(python|pypy)[0-9.]*t?d?( \(deleted\))?$", executable.rpartition("/")[2]
+    ):
         return None
     words = [os.fsdecode(word) for word in command[found.end() :].split(b"\0")][:-1]
     interpreter = os.fsdecode(command.partition(b"\0")[0])
@@ -67,7 +76,7 @@ def recognized(pid: int, executable: str, command: bytes) -> DaskProcess | None:
 
 
 def dask_processes() -> list[DaskProcess]:
-    """Return the Dask processes of this machine, one of a kind for each container."""
+    """Return the Dask processes of this machine, one of each command line for each container."""
     found: dict[tuple[str, ...], DaskProcess] = {}
     for folder in sorted(Path("/proc").iterdir()):
         if not folder.name.isdigit():
@@ -77,7 +86,7 @@ def dask_processes() -> list[DaskProcess]:
             process = recognized(int(folder.name), executable, (folder / "cmdline").read_bytes())
             if process is not None:
                 container = tuple(os.readlink(folder / "ns" / name) for name in ("mnt", "net"))
-                found.setdefault((process.kind, *container), process)
+                found.setdefault((process.kind, *process.words, *container), process)
         except OSError:  # a kernel thread, or it has ended
             continue
     return list(found.values())
@@ -102,8 +111,9 @@ def addresses(pid: int) -> list[str]:
 def enter(namespaces: list[int]) -> None:
     """Enter the namespaces of these files; os.setns came with Python 3.12."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for each in namespaces:
-        if libc.setns(each, 0):
+    for each, kind in zip(namespaces, _NAMESPACES.values()):
+        # The unit's RestrictNamespaces= refuses the type 0.
+        if libc.setns(each, kind):
             raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
         os.close(each)
 
@@ -124,7 +134,46 @@ def become(user: int, group: int, groups: list[int]) -> None:
         raise OSError(ctypes.get_errno(), f"prctl: {os.strerror(ctypes.get_errno())}")
 
 
-def start(process: DaskProcess, argument: str) -> int:
+class Output:
+    """What a program of a container prints, for the journal. It may be hostile."""
+
+    def __init__(self) -> None:
+        self.end, self.write = os.pipe()
+        self.lines = 0
+        self.rest = b""
+        os.set_blocking(self.end, False)
+
+    def log(self) -> None:
+        """Log what has come."""
+        while True:
+            try:
+                data = os.read(self.end, 65536)
+            except BlockingIOError:
+                return
+            *lines, self.rest = (self.rest + data).split(b"\n")
+            for line in lines:
+                self._log(line)
+            if not data or len(self.rest) > 65536:
+                self._log(self.rest)
+                self.rest = b""
+            if not data:
+                return
+
+    def _log(self, line: bytes) -> None:
+        self.lines += bool(line)
+        if line and self.lines <= LINES:
+            print(harmless(line.decode(errors="replace")), flush=True)
+
+
+def harmless(line: str) -> str:
+    """Return a line with a priority of 3 to 6, as retire.py's have; another is a warning."""
+    found = re.match(r"<[3-6]>(?!<)", line)
+    text = re.sub(r"^(<\d+>)+", "", line)
+    printable = "".join(each if each.isprintable() else "?" for each in text)[:1000]
+    return f"{found[0] if found else '<4>'}{printable}"
+
+
+def start(process: DaskProcess, argument: str, output: int) -> int:
     """Start retire.py beside a Dask process, and return the pid to wait for."""
     proc = Path(f"/proc/{process.pid}")
     variables = (proc / "environ").read_bytes().split(b"\0")
@@ -142,6 +191,8 @@ def start(process: DaskProcess, argument: str) -> int:
             os.close(each)
         return child
     try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         enter(namespaces)
         # Only a process's children are in the pid namespace that it has entered.
         below = os.fork()
@@ -160,48 +211,87 @@ def start(process: DaskProcess, argument: str) -> int:
 def attempt(processes: list[DaskProcess], seconds: float) -> list[int]:
     """Run retire.py beside each process, and return the exit statuses."""
     until = time.monotonic() + seconds
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     running = []
     for process in processes:
-        argument = {
-            "seconds": seconds,
-            "addresses": sorted({*addresses(process.pid), *addresses(os.getpid())}),
-            "spec": process.kind == "spec",
-            "words": process.words,
-        }
-        running.append(start(process, json.dumps(argument)))
+        output, child = Output(), 0
+        try:
+            argument = {
+                "seconds": seconds,
+                "addresses": sorted({*addresses(process.pid), *addresses(os.getpid())}),
+                "boot": boot,
+                "spec": process.kind == "spec",
+                "words": process.words,
+            }
+            child = start(process, json.dumps(argument), output.write)
+        except OSError as error:  # it has just ended
+            say(6, f"process {process.pid} can't be read: {error}")
+        os.close(output.write)
+        running.append((child, output))
     statuses = []
-    for child in running:
-        while True:
+    for child, _ in running:
+        if not child:
+            statuses.append(1)
+        while child:
             pid, outcome = os.waitpid(child, os.WNOHANG)
+            for _, each in running:
+                each.log()
             if pid:
                 statuses.append(os.WEXITSTATUS(outcome) if os.WIFEXITED(outcome) else 1)
                 break
             if time.monotonic() > until + GRACE:
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.1)
+    for _, output in running:
+        os.close(output.end)
+    return statuses
+
+
+def retired(processes: list[DaskProcess], until: float) -> list[int]:
+    """Retire the workers of each process, a few at a time, and return the exit statuses."""
+    statuses: list[int] = []
+    while len(statuses) < len(processes):
+        left = processes[len(statuses) :]
+        # A scheduler that does not answer must not take the time of the others.
+        share = (until - time.monotonic()) / -(-len(left) // AT_ONCE)
+        statuses += attempt(left[:AT_ONCE], share)
     return statuses
 
 
 def main(seconds: float) -> int:
     """Retire the workers, and return the exit status."""
     until = time.monotonic() + seconds
+    done = False
+    staying: set[int] = set()
     while True:
-        found = dask_processes()
-        schedulers = [process for process in found if process.kind == "scheduler"]
-        statuses = [SCHEDULER_IS_HERE] * len(schedulers)
-        for process in schedulers:
-            say(
-                4,
-                f"the scheduler of process {process.pid} can't be moved: its cluster ends with this machine",
-            )
-        statuses += attempt([each for each in found if each not in schedulers], until - time.monotonic())
-        if not statuses:
-            say(5, "no Dask worker runs on this machine")
-        if not set(statuses) - {0, SCHEDULER_IS_HERE}:
-            return SCHEDULER_IS_HERE if statuses and 0 not in statuses else 0
-        if until - time.monotonic() < GRACE:
+        found = [process for process in dask_processes() if process.pid not in staying]
+        for process in found:
+            if process.kind == "scheduler":
+                staying.add(process.pid)
+                say(
+                    4,
+                    f"the scheduler of process {process.pid} can't be moved: "
+                    "its cluster ends with this machine",
+                )
+        found = [process for process in found if process.pid not in staying]
+        if not found:
+            if not done and not staying:
+                say(5, "no Dask worker runs on this machine")
+            return SCHEDULER_IS_HERE if staying and not done else 0
+        statuses = dict(zip((process.pid for process in found), retired(found, until)))
+        # A worker may have advertised an address that is not known as this machine's.
+        closing = {pid for pid, status in statuses.items() if status == 0}
+        staying |= {pid for pid, status in statuses.items() if status == SCHEDULER_IS_HERE}
+        last = min(until, time.monotonic() + CLOSE)
+        while closing & {process.pid for process in dask_processes()} and time.monotonic() < last:
+            time.sleep(0.5)
+        left = sorted({process.pid for process in dask_processes()} - staying)
+        done = done or bool(closing - set(left))
+        if left and until - time.monotonic() < GRACE:
+            say(3, f"still running here: Dask's process {', '.join(map(str, left))}")
             return 1
-        time.sleep(GRACE)
+        if left:
+            time.sleep(GRACE)
 
 
 if __name__ == "__main__":
