@@ -152,8 +152,8 @@ class Retirement:
         """Return the workers of this machine and network, of those that may advertise another address."""
         if not self.boot or not workers:
             return []
-        here = await self._answers(client, workers, linecache.getline, BOOT_ID, 1)
-        here = [worker for worker, answer in here.items() if str(answer).strip() == self.boot]
+        boots = await self._answers(client, workers, linecache.getline, BOOT_ID, 1)
+        here = [worker for worker, boot in boots.items() if str(boot).strip() == self.boot]
         # Workers of another container on this machine retire with their own process.
         there = await self._answers(client, here, os.readlink, NETWORK) if here else {}
         return [worker for worker, answer in there.items() if answer == os.readlink(NETWORK)]
