@@ -121,7 +121,8 @@ def _look(
     assert launched["ImageId"] == other, "the replacement has the image that was promoted since"
     found["replaced"] = f"by its group, after {seconds:.0f} s (asked for 60 s)"
     found["limits"].append(_limits(there, client, new))
-    clusters.load_work(client)
+    # The new worker has it too; functions of the former module would be pickled with this Python's byte code.
+    module = clusters.load_work(client)
     return {**found, "spot": _scale_in(there, client, kept, of, module)}
 
 
