@@ -203,17 +203,21 @@ class InstanceActions(EC2Action):
         return super().delete_security_group()
 
     def terminate_instances(self) -> ActionResult:
-        """TerminateInstances."""
+        """TerminateInstances; again too, as botocore's model has it: "each call succeeds"."""
         instances = self._instances()
-        already = {each.id for each in instances if each.state == "terminated"}
-        result = super().terminate_instances()
+        ended = [each for each in instances if each.state == "terminated"]
+        self.params["InstanceIds"] = [each.id for each in instances if each not in ended]
+        result: Any = super().terminate_instances() if self.params["InstanceIds"] else None
         for instance in instances:
             for nic in instance.nics.values():
                 nic.public_ip = None
-            if self.state.machines is not None and instance.id not in already:
+            if self.state.machines is not None and instance not in ended:
                 set_state(instance, "shutting-down", 32)
                 self.state.machines.terminate(instance)
-        return result
+        state = {"Code": 48, "Name": "terminated"}
+        again = [{"InstanceId": one.id, "CurrentState": state, "PreviousState": state} for one in ended]
+        done = result.result["TerminatingInstances"] if result is not None else []
+        return ActionResult({"TerminatingInstances": [*done, *again]})
 
     def stop_instances(self) -> ActionResult:
         """StopInstances, gently."""

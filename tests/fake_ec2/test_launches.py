@@ -93,3 +93,11 @@ def test_a_device_that_is_not_the_root_is_a_second_volume(
     assert attached == (sizes or {"/dev/xvda": 8, "/dev/sda1": 40})
     ec2.terminate_instances(InstanceIds=[launched])
     assert cloud.left() == {}
+
+
+def test_an_instance_can_be_terminated_twice(ec2: Any, images: list[str]) -> None:
+    launched = ec2.run_instances(ImageId=images[0], MinCount=2, MaxCount=2, InstanceType="t3.micro")
+    first, second = (one["InstanceId"] for one in launched["Instances"])
+    ec2.terminate_instances(InstanceIds=[first])
+    again = ec2.terminate_instances(InstanceIds=[first, second])["TerminatingInstances"]
+    assert {one["InstanceId"] for one in again} == {first, second}

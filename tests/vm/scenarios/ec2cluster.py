@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -100,6 +102,8 @@ def main(
         found["kills"] = [_kills(there, one) for one in there.running()]
         if whole:
             found["spot"] = _interrupted(there, user, found["after"][0])
+        # What comes next may fail, after the longest part.
+        print(json.dumps(found), file=sys.stderr)
         user.ask("close")
         # Of the kinds that an instance has; what was there before is there still.
         found["left"] = processes.wait_until(
