@@ -86,7 +86,7 @@ def check(context: ssl.SSLContext | None, scheme: str, host: str, port: int, sec
             f"{where}: the scheduler's certificate is refused: {why}",
             hint="use the ca.pem of the CA that issued the scheduler's certificate",
         ) from wrong
-    except ssl.SSLEOFError:
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
         return  # as `ssh -L` ends it when nothing listens at its other end
     except ssl.SSLError as wrong:
         if wrong.reason in _NO_TLS:
