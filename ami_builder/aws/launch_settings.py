@@ -11,6 +11,7 @@ from typing import Any
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.user_data import with_settings
 from ami_builder.config.schema import Image
+from ami_builder.core.addresses import parse_scheduler
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import ContainerNetwork, Role
 
@@ -20,7 +21,6 @@ RATES = (100, 300)
 LEAST_UNHEALTHY_SECONDS = 60
 
 _GIB = 1 << 30
-_ADDRESS = re.compile(r"(?:(tcp|tls)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*)(?::([0-9]{1,5}))?/?")
 _TLS = re.compile(r"(?:secretsmanager|ssm):[A-Za-z0-9/_+=.@-]+")
 _GROUP = re.compile(r"(?:([a-z]{2}(?:-[a-z]+)+-[0-9]+)=)?(sg-[0-9a-f]{8,17})")
 # Keys of tags that are in the instance's metadata; EC2 refuses to launch with others.
@@ -80,7 +80,7 @@ class Launch:
             if self.unhealthy_seconds < LEAST_UNHEALTHY_SECONDS:
                 raise UsageError(
                     f"--replace-unhealthy-after: {self.unhealthy_seconds:g} s, expected at least 1min",
-                    hint="a container that starts again is unhealthy meanwhile",
+                    hint="a container is unhealthy while it starts again",
                 )
             found["DASK_GROUP_HEALTH_SECONDS"] = str(round(self.unhealthy_seconds))
         if self.hook:
@@ -181,13 +181,11 @@ def _address(scheduler: str, *, tls: bool) -> str:
             "a worker needs its scheduler",
             hint="add --scheduler HOST:8786, or --role scheduler for the scheduler's own template",
         )
-    found = _ADDRESS.fullmatch(scheduler)
-    if found is None or not 0 < int(found[3] or 8786) < 65536:
-        raise UsageError(
-            f"--scheduler {scheduler}: expected HOST:PORT, such as 10.0.0.7:8786 or scheduler.internal:8786"
-        )
-    scheme = f"{found[1]}://" if found[1] and not tls else ""
-    return f"{scheme}{found[2]}:{found[3] or 8786}"
+    try:
+        scheme, address = parse_scheduler(scheduler)
+    except ValueError as wrong:
+        raise UsageError(f"--scheduler {scheduler}: {wrong}") from wrong
+    return f"{scheme}://{address}" if scheme and not tls else address
 
 
 def _groups(words: Sequence[str], region: str) -> list[str]:

@@ -10,13 +10,13 @@ FOLDER/client/dask.yaml        for a client of the scheduler
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from textwrap import indent
 
+from ami_builder.core.addresses import parse_scheduler
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Listen, Role
 from ami_builder.state.workspace import write_atomically
@@ -27,9 +27,6 @@ LONGEST_PARAMETER = 4096
 """Characters of a standard parameter of SSM."""
 
 _CA, _CA_KEY = "ca.pem", "ca-key.pem"
-_ADDRESS = re.compile(
-    r"(?:(?:tcp|tls)://)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*)(?::([0-9]{1,5}))?/?"
-)
 
 
 class Holder(StrEnum):
@@ -48,8 +45,6 @@ class Holder(StrEnum):
 
 _IGNORE = ".gitignore"
 _IGNORED = "".join(f"/{name}\n" for name in (_IGNORE, _CA, _CA_KEY, *(f"{holder}/" for holder in Holder)))
-_IGNORED_BEFORE = b"*\n"
-"""What this command wrote before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +94,7 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
         if not (ignore.exists() or ignore.is_symlink()):
             # So that nobody commits a key; a folder may have other files too.
             write_atomically(ignore, _IGNORED)
-        ignored = ignore.is_file() and ignore.read_bytes() in (_IGNORED.encode(), _IGNORED_BEFORE)
+        ignored = ignore.is_file() and ignore.read_bytes() == _IGNORED.encode()
         issued = tuple(_issue(folder, authority, holder, days, address) for holder in Holder)
     except OSError as failed:
         raise UsageError(f"{failed.filename or folder}: {failed.strerror}") from failed
@@ -108,10 +103,10 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
 
 def normalized(address: str) -> str:
     """Return a scheduler's address as HOST:PORT. Raises UsageError if it is none."""
-    found = _ADDRESS.fullmatch(address)
-    if found is None or not 0 < int(found[2] or 8786) < 65536:
-        raise UsageError(f"--scheduler {address}: expected HOST or HOST:PORT, such as 10.0.0.7:8786")
-    return f"{found[1]}:{found[2] or 8786}"
+    try:
+        return parse_scheduler(address)[1]
+    except ValueError as wrong:
+        raise UsageError(f"--scheduler {address}: {wrong}") from wrong
 
 
 def user_data(holder: Holder, certificate: Certificate, scheduler: str = "") -> str:

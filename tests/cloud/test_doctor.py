@@ -1,4 +1,4 @@
-"""`doctor --aws`: a real Dask cluster whose workers are told to be instances of the emulated account."""
+"""`doctor --aws`: a real Dask cluster whose workers have the ids of instances of the emulated account."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_command(
     promoted(cloud, "stable", current)
     instances = {"a": launched(cloud, current), "b": launched(cloud, older)}
 
-    def told(*flags: str) -> tuple[int, dict[str, Any], str]:
+    def asked(*flags: str) -> tuple[int, dict[str, Any], str]:
         capsys.readouterr()
         status = cli.run(["-q", "doctor", address, "--json", "--timeout", "10min", *flags])
         printed = capsys.readouterr()
@@ -86,7 +86,7 @@ def test_the_command(
             stack.enter_context(one)
         for name in instances:
             said(tmp_path / f"{name}.log", "Registered to")
-        status, found, _ = told("--region", "us-east-1")
+        status, found, _ = asked("--region", "us-east-1")
         assert status == 0
         by_name = {one["name"]: one for one in found["machines"]}
         assert by_name[instances["a"]]["origin"]["channels"] == ["stable"]
@@ -98,7 +98,7 @@ def test_the_command(
             f"the machines run different AMIs: {'; '.join(each)}",
             f"{older} is not current in any channel of dask: stable={current}",
         ]
-        status, found, _ = told("--region", "eu-west-1")
+        status, found, _ = asked("--region", "eu-west-1")
         assert (status, found["warnings"][1:]) == (
             0, ["2 instances can't be found in this account in eu-west-1"]
         )  # fmt: skip
@@ -109,7 +109,7 @@ def test_the_command(
             cloud.enforce({"Version": "2012-10-17", "Statement": [allowed]}, KEY)
             with monkeypatch.context() as limited:
                 limited.setenv("AWS_ACCESS_KEY_ID", KEY)
-                status, found, _ = told("--region", "us-east-1")
+                status, found, _ = asked("--region", "us-east-1")
             assert (status, len(found["workers"]), len(found["machines"])) == (0, 2, 3)
             (warning,) = found["warnings"]
             assert warning.startswith(f"{unknown}: ")
@@ -119,7 +119,7 @@ def test_the_command(
             without.delenv("AWS_SECRET_ACCESS_KEY")
             without.setenv("AWS_EC2_METADATA_DISABLED", "true")
             without.setenv("HOME", str(tmp_path))
-            status, found, _ = told("--region", "us-east-1")
+            status, found, _ = asked("--region", "us-east-1")
             assert (status, len(found["workers"])) == (0, 2)
             assert found["warnings"][0].startswith(f"{unknown}: no AWS credentials found")
             # A limit that is missing still decides.
@@ -133,7 +133,7 @@ def test_the_command(
             assert f"warning: {unknown}" in printed.err
         # Without the flag nobody is asked.
         cloud.reset()
-        status, found, _ = told()
+        status, found, _ = asked()
         assert (status, found["warnings"], cloud.calls) == (5, [], ())
 
 

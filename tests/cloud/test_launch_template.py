@@ -267,8 +267,8 @@ def test_the_template_of_another_is_left_alone(cloud: Cloud) -> None:
     [
         ("stabel --scheduler h", "did you mean stable?"),
         ("stable", "a worker needs its scheduler"),
-        ("stable --scheduler http://h", "expected HOST:PORT"),
-        ("stable --scheduler h:99999", "expected HOST:PORT"),
+        ("stable --scheduler http://h", "expected HOST or HOST:PORT"),
+        ("stable --scheduler h:99999", "expected HOST or HOST:PORT"),
         ("stable --role scheduler --scheduler h", "only a worker has a scheduler"),
         ("stable --role local", "expected worker or scheduler"),
         ("stable --scheduler h --tls dask", "expected secretsmanager:NAME or ssm:NAME"),

@@ -112,7 +112,7 @@ def test_an_answer_that_is_lost(cloud: Cloud, account: Account, ledger: Ledger) 
 
 
 @pytest.mark.parametrize("more", [{}, {tagging.RUN: RUN}, {tagging.DIGEST: DIGEST}, {tagging.RUN: "another"}])
-@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "in between"])
 def test_a_name_that_somebody_else_took(
     cloud: Cloud,
     account: Account,
@@ -134,13 +134,13 @@ def test_a_name_that_somebody_else_took(
 
     register = account.ec2.register_image
 
-    def meanwhile(**given: Any) -> Any:
+    def taken_first(**given: Any) -> Any:
         if not taken:
             take()
         return register(**given)
 
     if late:
-        monkeypatch.setattr(account.ec2, "register_image", meanwhile)
+        monkeypatch.setattr(account.ec2, "register_image", taken_first)
     else:
         take()
     for _ in range(2):
@@ -293,16 +293,16 @@ def test_check_tells_it(cloud: Cloud, account: Account) -> None:
     image = sample()
     image = replace(image, aws=replace(image.aws, source=cloud.base_ami(), source_cidrs=("127.0.0.1/32",)))
 
-    def told(root: str) -> tuple[State, str]:
+    def judged(root: str) -> tuple[State, str]:
         findings = preflight.check(replace(image, aws=replace(image.aws, root_device=root)))
         one = next(one for one in findings if one.name == "root device")
         return one.state, one.found
 
-    assert told(ROOT) == (State.OK, "/dev/sda1, registered from Packer's snapshot: the base's is /dev/xvda")
-    assert told("/dev/xvda") == told("") == (State.OK, "/dev/xvda")
+    assert judged(ROOT) == (State.OK, "/dev/sda1, registered from Packer's snapshot: the base's is /dev/xvda")
+    assert judged("/dev/xvda") == judged("") == (State.OK, "/dev/xvda")
     base = cloud.backend().amis[cloud.base_ami()]
     base.mapping.append({"DeviceName": ROOT, "Ebs": dict(base.mapping[0]["Ebs"])})
-    state, found = told(ROOT)
+    state, found = judged(ROOT)
     assert state is State.STOPS
     assert "/dev/sda1 is another disk of" in found
     with pytest.raises(UsageError, match="another disk"):

@@ -32,7 +32,8 @@ PARAMETER = "/ami-builder/dask/current"
 PATIENCE = {
     # Emulated machines take minutes where others take seconds.
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "600s",
-    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "600s",
+    # A scheduler's machine may end before it has answered that it ends: then the client waits for so long.
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "120s",
     "DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "600s",
 }
 _LAYER = "docker ps -q | xargs docker inspect --size -f '{{.SizeRw}}'"
