@@ -80,7 +80,7 @@ class Shim:
         self.calls: list[ApiCall] = []
         self.on_reset: Callable[[], None] = lambda: None
         self._moto = DomainDispatcherApplication(create_backend_app)
-        ScalingGroup.launcher = Launches(lambda: self.state, self._acted)
+        self._launches = Launches(lambda: self.state, self._acted)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -132,6 +132,8 @@ class Shim:
     ) -> HttpAnswer:
         with self.lock:
             self.state.require_valid(call)
+            # moto's groups are the process's: another cloud of this process may have had them.
+            ScalingGroup.launcher = self._launches
             scaling_actions.advance()
             call.params = strict.parsed(call.service, call.action, form, body)
             if call.service == "ec2":

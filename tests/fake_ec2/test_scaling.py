@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,9 +12,7 @@ from ami_builder.aws.policy import of_instances
 from ami_builder.config.schema import AwsSettings
 from tests.fake_ec2.cloud_state import role_key
 from tests.fake_ec2.requests import refused
-
-if TYPE_CHECKING:
-    from tests.fake_ec2.server import Cloud
+from tests.fake_ec2.server import Cloud
 
 GROUP = "workers"
 PARAMETER = "/ours/current"
@@ -24,6 +22,10 @@ STATE = "autoscaling/target-lifecycle-state"
 @pytest.fixture
 def template(cloud: Cloud) -> str:
     """A template that names its AMI by a parameter."""
+    return make_template(cloud)
+
+
+def make_template(cloud: Cloud) -> str:
     promote(cloud, cloud.base_ami())
     cloud.client("iam").create_role(RoleName="worker", AssumeRolePolicyDocument='{"Statement": []}')
     cloud.client("iam").create_instance_profile(InstanceProfileName="worker")
@@ -124,6 +126,13 @@ def test_a_propagated_tag_that_metadata_can_not_have_ends_every_launch(cloud: Cl
         scaling.create_or_update_tags(Tags=[tag | {"Value": "1", "PropagateAtLaunch": False}])
     scaling.set_desired_capacity(AutoScalingGroupName=GROUP, DesiredCapacity=1)
     assert len(members(scaling)) == 1
+
+
+def test_a_former_cloud_of_the_process_does_not_keep_the_groups(cloud: Cloud) -> None:
+    with Cloud() as former:
+        former.client("autoscaling").describe_auto_scaling_groups()
+    cloud.reset()
+    assert list(members(create(cloud, make_template(cloud))).values()) == ["InService"] * 2
 
 
 def test_an_unhealthy_instance_is_replaced_once_its_grace_is_over(cloud: Cloud, template: str) -> None:
