@@ -26,6 +26,8 @@ def guest(image: Image) -> dict[PurePosixPath, RenderedFile]:
     environment = templates.environment(folder)
     files: dict[PurePosixPath, RenderedFile] = {}
     for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if source.parent.name == "__pycache__":  # of a program of the guest that ran on this host
+            continue
         name = source.relative_to(folder).as_posix()
         if name.endswith(SUFFIX):
             content = templates.render(environment, name, image=image).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import py_compile
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -62,6 +63,12 @@ def test_the_guest_is_the_contract() -> None:
     assert {str(path): file.mode for path, file in files.items()} == CONTRACT
     assert list(files) == sorted(files)
     assert guest.guest(image()) == files
+
+
+def test_what_python_compiled_on_this_host_is_not_in_the_image() -> None:
+    """A checkout whose programs of the guest have run here must bake the same image as a fresh one."""
+    py_compile.compile(str(resources.packer_dir() / "guest/usr/local/lib/dask/retire.py"), doraise=True)
+    assert not [path for path in guest.guest(image()) if "__pycache__" in path.parts]
 
 
 def test_every_file_ends_in_one_newline_and_nothing_is_left_of_the_templates() -> None:
