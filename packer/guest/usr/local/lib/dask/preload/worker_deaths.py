@@ -177,7 +177,7 @@ class Watch:
         if code == 0 or asked:
             return
         memory = nanny.memory_manager.memory_limit
-        event = {
+        event: dict[str, Any] = {
             "action": "worker-death",
             "worker": address,
             "name": nanny.name if nanny.name is None else str(nanny.name),
