@@ -23,7 +23,8 @@ from ami_builder.core.units import parse_duration, parse_size
 from ami_builder.state.workspace import StoredImage, Workspace
 from tests.experiment import docs, page, series
 from tests.experiment.cases import LimitPolicy, Work, plan
-from tests.experiment.criteria import groups, judge
+from tests.experiment.criteria import groups
+from tests.experiment.layers import IMAGE, LAYERS, parse_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(LimitPolicy),
         help="repeatable; default: none, available",
     )
+    add(
+        "--layers",
+        action="append",
+        type=_layers,
+        help="layers of defence: image (what it has; the default), off, or names joined by +: "
+        f"{', '.join(LAYERS)}, ttl-MILLISECONDS; repeatable",
+    )
     add("--work", action="append", type=Work, choices=list(Work), help="repeatable; default: spikes")
     add(
         "--memory",
@@ -68,13 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=3, help="runs of each kind; default: 3")
     add("--seed", type=int, default=1, help="decides the order and the work; default: 1")
     add("--jobs", type=int, help="VMs that run side by side; default: a quarter of what the processors allow")
-    add("--timeout", type=parse_duration, default=600.0, help="for the work of one run; default: 10min")
+    add("--timeout", type=parse_duration, help="for the work of one run; default: by work and memory")
     add("--for", type=parse_duration, dest="time", help="start no run after this time, such as 8h")
     add("--no-run", action="store_true", help="report the runs that exist, without making more")
     add("--docs", action="store_true", help="update the tables and the plot in docs from the recorded runs")
     add("--json", action="store_true", help="print one JSON object")
     add("--quiet", action="store_true", help="print no progress")
     return parser
+
+
+def _layers(text: str) -> str:
+    try:
+        return parse_layers(text)
+    except ValueError as wrong:
+        raise argparse.ArgumentTypeError(str(wrong)) from wrong
 
 
 def _experiment(flags: argparse.Namespace) -> int:
@@ -87,6 +102,7 @@ def _experiment(flags: argparse.Namespace) -> int:
         cpus=cpus,
         policies=flags.policy or (LimitPolicy.NONE, LimitPolicy.AVAILABLE),
         work=flags.work or (Work.SPIKES,),
+        layers=flags.layers or (IMAGE,),
         repeat=flags.repeat,
         seed=flags.seed,
     )
@@ -124,7 +140,7 @@ def _find(word: str | None, config: loading.Config, workspace: Workspace) -> tup
 
 
 def _print(outcome: series.SeriesResult, path: str, *, as_json: bool) -> None:
-    judged, found = judge(outcome.results), groups(outcome.results)
+    judged, found = page.judge_all(outcome.results), groups(outcome.results)
     if as_json:
         plain = TypeAdapter(Any).dump_python
         console.result_json(
@@ -141,7 +157,8 @@ def _print(outcome: series.SeriesResult, path: str, *, as_json: bool) -> None:
         console.note(f"{case.name} could not be run: {wrong.message}")
     if outcome.left:
         console.note(f"{len(outcome.left)} runs are left: the same command continues with them")
-    console.table(("VM", "work", "policy", "runs", *page.COLUMNS), [page.cells(group) for group in found])
+    columns = ("VM", "work", "policy", "layers", "runs", *page.COLUMNS)
+    console.table(columns, [page.cells(group) for group in found])
     console.table(
         ("criterion", "", "found", "runs"), [(one.text, one.grade, one.found, one.runs) for one in judged]
     )

@@ -10,6 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from ami_builder.core.units import GIB, MIB
+from tests.experiment.layers import OFF
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 METHOD = 1
 """Increase it with every change of the work or the measurements: results of other methods are ignored."""
 PAGE = 4096
-NANNY_HEADROOM = 64 * MIB
-"""`memory.nanny_headroom` under the policy `NANNY`."""
 
 Kind = tuple[int, int]
 """A VM's memory in bytes, and its number of CPUs."""
@@ -31,10 +30,12 @@ class LimitPolicy(StrEnum):
     """No limit: Dask uses the memory of the whole VM."""
     AVAILABLE = "available"
     """AVAILABLE_MEMORY_FOR_DASK with a `memory.reserve` of 0."""
+    HEADROOM_1 = "headroom-1"
+    """The same, less 1 %."""
     HEADROOM_2 = "headroom-2"
     """The same, less 2 %."""
     NANNY = "nanny"
-    """The same, and Dask's own limit is `NANNY_HEADROOM` below that of its cgroup."""
+    """As `HEADROOM_2`, and Dask's own limit is 64 MiB below that of its cgroup."""
     HEADROOM = "headroom"
     """As `AVAILABLE`, less 5 %."""
     FRACTION = "fraction"
@@ -43,6 +44,15 @@ class LimitPolicy(StrEnum):
     """What GKE's formula leaves of MemTotal."""
     DASK_ONLY = "dask-only"
     """Dask's own limit is that of `AVAILABLE`, and no cgroup has a limit."""
+    MEASURED = "measured"
+    """As `AVAILABLE`, less the files that the services which must respond have mapped."""
+    NANNY_8 = "nanny-8"
+    """As `AVAILABLE`, and Dask's own limit is 8 MiB below that of its cgroup."""
+    NANNY_16 = "nanny-16"
+    NANNY_32 = "nanny-32"
+    NANNY_64 = "nanny-64"
+    DEFAULT = "default"
+    """The image's own settings and its own Compose file."""
 
     @property
     def text(self) -> str:
@@ -77,23 +87,43 @@ class Work(StrEnum):
 _POLICIES = {
     LimitPolicy.NONE: "no limit",
     LimitPolicy.AVAILABLE: "all that is available",
+    LimitPolicy.HEADROOM_1: "available less 1 %",
     LimitPolicy.HEADROOM_2: "available less 2 %",
-    LimitPolicy.NANNY: f"available less 2 %; Dask's own limit {NANNY_HEADROOM // MIB} MiB lower",
+    LimitPolicy.NANNY: "available less 2 %; Dask's own limit 64 MiB lower",
     LimitPolicy.HEADROOM: "available less 5 %",
     LimitPolicy.FRACTION: "95 % of MemTotal",
     LimitPolicy.GKE: "GKE's formula",
     LimitPolicy.DASK_ONLY: "all that is available, as Dask's own limit only",
+    LimitPolicy.MEASURED: "available less what the system has mapped of files",
+    LimitPolicy.NANNY_8: "all that is available; Dask's own limit 8 MiB lower",
+    LimitPolicy.NANNY_16: "all that is available; Dask's own limit 16 MiB lower",
+    LimitPolicy.NANNY_32: "all that is available; Dask's own limit 32 MiB lower",
+    LimitPolicy.NANNY_64: "all that is available; Dask's own limit 64 MiB lower",
+    LimitPolicy.DEFAULT: "the image's own settings",
 }
+HEADROOM = {
+    LimitPolicy.NANNY: 64 * MIB,
+    LimitPolicy.NANNY_8: 8 * MIB,
+    LimitPolicy.NANNY_16: 16 * MIB,
+    LimitPolicy.NANNY_32: 32 * MIB,
+    LimitPolicy.NANNY_64: 64 * MIB,
+}
+"""`memory.nanny_headroom` under these policies."""
 RESERVE_PERCENT = {
     LimitPolicy.AVAILABLE: 0,
+    LimitPolicy.HEADROOM_1: 1,
     LimitPolicy.HEADROOM_2: 2,
     LimitPolicy.NANNY: 2,
     LimitPolicy.HEADROOM: 5,
     LimitPolicy.DASK_ONLY: 0,
+    LimitPolicy.NANNY_8: 0,
+    LimitPolicy.NANNY_16: 0,
+    LimitPolicy.NANNY_32: 0,
+    LimitPolicy.NANNY_64: 0,
 }
 """`memory.reserve` under these policies, in percent. It replaces the image's own."""
-DEFAULT = LimitPolicy.HEADROOM_2
-"""The policy with the default of `memory.reserve`."""
+TWO_PERCENT = LimitPolicy.HEADROOM_2
+"""The policy with the reserve that was the default in 2026."""
 _WORK = {
     Work.ARRAY: "W1: random blocks of 2.5 × memory, kept and reduced",
     Work.LEAK_SLOW: "W2: a leak up to the whole VM, slow",
@@ -117,12 +147,16 @@ class Case:
     """1 for the first run of this kind."""
     seed: int
     """Of the whole experiment. The order of the runs and the random parts of the work depend on it."""
+    layers: str = OFF
+    """The layers of defence that are on; see layers.py. Images of 2026 had none."""
 
     @property
     def name(self) -> str:
         """A short unique name, usable as a file name."""
+        layers = "" if self.layers == OFF else f"-{self.layers}"
         return (
-            f"{self.memory // MIB}MiB-{self.cpus}cpu-{self.policy}-{self.work}-seed{self.seed}-{self.repeat}"
+            f"{self.memory // MIB}MiB-{self.cpus}cpu-{self.policy}{layers}-{self.work}"
+            f"-seed{self.seed}-{self.repeat}"
         )
 
     @property
@@ -132,7 +166,7 @@ class Case:
 
     @property
     def draw(self) -> int:
-        """The seed of the work: the same under each policy, different for each repeat."""
+        """The seed of the work: the same under each policy and with all layers, different for each repeat."""
         return _number(self.seed, self.memory, self.cpus, self.work, self.repeat)
 
 
@@ -142,6 +176,7 @@ def plan(
     cpus: int,
     policies: Sequence[LimitPolicy],
     work: Sequence[Work],
+    layers: Sequence[str] = (OFF,),
     repeat: int,
     seed: int,
 ) -> tuple[Case, ...]:
@@ -152,8 +187,9 @@ def plan(
     wanted: list[Case] = []
     for number in range(1, repeat + 1):
         cases = [
-            Case(memory=m, cpus=cpus, policy=p, work=w, repeat=number, seed=seed)
+            Case(memory=m, cpus=cpus, policy=p, work=w, layers=each, repeat=number, seed=seed)
             for m, p, w in product(dict.fromkeys(memory), dict.fromkeys(policies), dict.fromkeys(work))
+            for each in dict.fromkeys(layers)
         ]
         # Sorted by a hash of the name: adding cases doesn't change the order of the others.
         wanted += sorted(cases, key=lambda case: _number(case.seed, case.name))
@@ -193,19 +229,36 @@ def gke_limit(total: int) -> int:
     return max(PAGE, (total - reserved - 100 * MIB) // PAGE * PAGE)
 
 
-def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int:
-    """Return the limit that Dask must have. `measured` is AVAILABLE_MEMORY_FOR_DASK on the VM."""
+def work_seconds(case: Case) -> float:
+    """Return how long the work of a run may take: about twice what it takes with the limit."""
+    gib = case.memory / GIB
+    match case.work:
+        case Work.ARRAY:
+            return 60 + 60 * gib
+        case Work.MATRIX:
+            return 120 + 330 * gib
+        case Work.LEAK_SLOW | Work.LEAK_FAST:
+            return 120 + 15 * gib
+        case Work.SPIKES | Work.AGENT | Work.RESTARTS:
+            return 180 + 30 * gib
+
+
+def expected_limit(policy: LimitPolicy, *, total: int, measured: int, headroom: int = 0) -> int:
+    """Return the limit that Dask must have.
+
+    `measured` is AVAILABLE_MEMORY_FOR_DASK on the VM, `headroom` the image's `memory.nanny_headroom`.
+    """
     match policy:
         case LimitPolicy.NONE:
             return total
-        case LimitPolicy.AVAILABLE | LimitPolicy.HEADROOM_2 | LimitPolicy.HEADROOM | LimitPolicy.DASK_ONLY:
-            return measured
-        case LimitPolicy.NANNY:
-            return measured - NANNY_HEADROOM
         case LimitPolicy.FRACTION:
             return fraction_limit(total)
         case LimitPolicy.GKE:
             return gke_limit(total)
+        case LimitPolicy.DEFAULT:
+            return measured - headroom
+        case _:
+            return measured - HEADROOM.get(policy, 0)
 
 
 def _number(*parts: object) -> int:

@@ -12,7 +12,8 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 from ami_builder.core.units import GIB, MIB
-from tests.experiment.cases import DEFAULT, RESERVE_PERCENT, Kind, LimitPolicy, Work
+from tests.experiment.cases import RESERVE_PERCENT, TWO_PERCENT, Kind, LimitPolicy, Work
+from tests.experiment.layers import OFF
 from tests.experiment.results import STALL_SECONDS, Result
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ PUBLISHED = 5
 
 _NAMES = {
     LimitPolicy.AVAILABLE: f"reserve {RESERVE_PERCENT[LimitPolicy.AVAILABLE]}",
-    DEFAULT: f"the default reserve of {RESERVE_PERCENT[DEFAULT]} %",
+    TWO_PERCENT: f"reserve {RESERVE_PERCENT[TWO_PERCENT]} %",
 }
 
 K = TypeVar("K")
@@ -79,6 +80,7 @@ class Group:
     kind: Kind
     work: Work
     policy: LimitPolicy
+    layers: str
     results: tuple[Result, ...]
 
     @property
@@ -102,11 +104,29 @@ def format_kind(kind: Kind) -> str:
 
 
 def groups(results: Iterable[Result]) -> tuple[Group, ...]:
-    """Group runs by VM, work and policy, in the order in which these are defined."""
-    found = grouped(results, lambda result: (result.case.kind, result.case.work, result.case.policy))
-    works, policies = list(Work), list(LimitPolicy)
-    ordered = sorted(found, key=lambda key: (key[0], works.index(key[1]), policies.index(key[2])))
-    return tuple(Group(kind=key[0], work=key[1], policy=key[2], results=tuple(found[key])) for key in ordered)
+    """Group runs by VM, work, policy and layers, in the order in which these are defined."""
+
+    def key(result: Result) -> tuple[Kind, int, int, bool, str]:
+        case = result.case
+        return (
+            case.kind,
+            list(Work).index(case.work),
+            list(LimitPolicy).index(case.policy),
+            case.layers != OFF,
+            case.layers,
+        )
+
+    found = grouped(results, key)
+    return tuple(
+        Group(
+            kind=runs[0].case.kind,
+            work=runs[0].case.work,
+            policy=runs[0].case.policy,
+            layers=runs[0].case.layers,
+            results=tuple(runs),
+        )
+        for _, runs in sorted(found.items())
+    )
 
 
 def grouped(values: Iterable[V], key: Callable[[V], K]) -> Mapping[K, list[V]]:
@@ -123,9 +143,9 @@ def without_control(results: Iterable[Result]) -> list[Result]:
 
 
 def judge(results: Sequence[Result]) -> tuple[Judged, ...]:
-    """Return every criterion with its grade."""
+    """Return every criterion with its grade. The runs have the same layers of defence."""
     results = without_control(results)
-    reserves = [LimitPolicy.AVAILABLE, *([DEFAULT] if _of(DEFAULT, results) else [])]
+    reserves = [LimitPolicy.AVAILABLE, *([TWO_PERCENT] if _of(TWO_PERCENT, results) else [])]
     return (
         *(one for policy in reserves for one in _outside(policy, results)),
         _fails_without(_of(LimitPolicy.NONE, results)),

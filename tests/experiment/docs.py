@@ -11,13 +11,14 @@ from ami_builder.core.units import GIB, MIB
 from ami_builder.report import html
 from ami_builder.state import jsonl
 from tests.experiment import results
-from tests.experiment.cases import DEFAULT, LimitPolicy, Work
+from tests.experiment.cases import TWO_PERCENT, LimitPolicy, Work
 from tests.experiment.charts import MemoryCurve, memory_chart
 from tests.experiment.criteria import Group, format_kind, groups, judge
 from tests.experiment.findings import shares
+from tests.experiment.layer_criteria import judge_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tests.experiment.results import Result
 
@@ -32,6 +33,11 @@ def recorded() -> tuple[Result, ...]:
     return tuple(map(results.parse, jsonl.read(_RECORDED / "results.jsonl")))
 
 
+def recorded_layers() -> tuple[Result, ...]:
+    """Return the recorded runs of an image with layers of defence, and their controls."""
+    return tuple(map(results.parse, jsonl.read(_RECORDED / "layers.jsonl")))
+
+
 def write() -> None:
     """Update the tables of the page, and draw its plot."""
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -40,16 +46,16 @@ def write() -> None:
 
 def with_tables(page: str) -> str:
     """Return the page with the tables that follow `<!-- recorded: NAME -->` replaced."""
-    for name, lines in _tables(recorded()).items():
+    for name, lines in (_tables(recorded()) | _layer_tables(recorded_layers())).items():
         table = "\n".join(lines)
         marked = re.compile(rf"(<!-- recorded: {name} -->\n\n)(?:\|.*\n)+")
         page = marked.sub(lambda found, table=table: f"{found[1]}{table}\n", page)  # type: ignore[misc]
     return page
 
 
-def _tables(runs: Sequence[Result]) -> Mapping[str, list[str]]:
+def _tables(runs: Sequence[Result]) -> dict[str, list[str]]:
     found = groups(runs)
-    main = (LimitPolicy.NONE, LimitPolicy.AVAILABLE, DEFAULT)
+    main = (LimitPolicy.NONE, LimitPolicy.AVAILABLE, TWO_PERCENT)
     return {
         "main": _table(
             "VM | policy | runs | tasks done, of 200 | VM stalled for | longest wait for ssh "
@@ -80,6 +86,30 @@ def _tables(runs: Sequence[Result]) -> Mapping[str, list[str]]:
             ),
         ),
     }
+
+
+def _layer_tables(runs: Sequence[Result]) -> dict[str, list[str]]:
+    return {
+        "layers": _table(
+            "VM, work | policy | layers | runs | tasks done | took | restarts | system-wide OOM kills "
+            "| killed outside | longest stall | ssh failed | login at rest | longest wait for ssh | held",
+            map(_with_layers, groups(runs)),
+        ),
+        "layer-criteria": _table(
+            "criterion | result | found | runs",
+            ((one.text, f"**{one.grade}**", one.found, str(one.runs)) for one in judge_layers(runs)),
+        ),
+    }
+
+
+def _with_layers(group: Group) -> tuple[str, ...]:
+    work, policy, runs, done, took, restarts, kills, longest, _, failed, wait = _all(group)
+    outside = sorted({task for result in group.results for task in result.killed_outside})
+    return (
+        *(work, policy, f"`{group.layers}`", runs, done, took, restarts, kills, ", ".join(outside) or "–"),
+        *(longest, failed, _spread(group, lambda r: r.ssh_rest or 0.0, 1) + " s", wait),
+        _spread(group, lambda r: (r.held_before_long_stall or 0) / MIB) + " MiB",
+    )
 
 
 def _table(columns: str, rows: Iterator[tuple[str, ...]]) -> list[str]:

@@ -17,6 +17,8 @@ from tests.experiment.cases import Case, LimitPolicy, Work
 from tests.experiment.charts import BarChart, MemoryChart, MemoryCurve, bar_chart, memory_chart
 from tests.experiment.criteria import PUBLISHED, Grade, Group, Judged, format_kind, grouped, groups, judge
 from tests.experiment.findings import notes, shares
+from tests.experiment.layer_criteria import judge_layers
+from tests.experiment.layers import IMAGE, OFF
 from tests.experiment.results import Result
 from tests.experiment.series import folder_of, read_results, read_trace
 
@@ -40,6 +42,7 @@ _NUMBERS: tuple[tuple[str, _Value, Callable[[float], str]], ...] = (
     ("CPU steal", lambda r: r.cpu_steal, duration),
     ("ssh failed", lambda r: r.ssh_failed, "{:g}".format),
     ("longest wait for ssh", lambda r: r.ssh_longest, duration),
+    ("login at rest", lambda r: r.ssh_rest or 0.0, duration),
     ("PSI full", lambda r: r.psi_full, duration),
     ("spilled", lambda r: r.spilled, lambda value: size(int(value))),
     ("peak", lambda r: r.peak, lambda value: size(int(value))),
@@ -59,7 +62,7 @@ class TextTable:
 
 def cells(group: Group) -> tuple[str, ...]:
     """Return a group's kind, number of runs, and the median and spread of each number, as text."""
-    about = (format_kind(group.kind), str(group.work), str(group.policy), str(group.runs))
+    about = (format_kind(group.kind), str(group.work), str(group.policy), group.layers, str(group.runs))
     return (*about, *(_cell(group, value, text) for _, value, text in _NUMBERS))
 
 
@@ -81,7 +84,9 @@ def write_page(image: str, digest: str, workspace: Workspace) -> Path | None:
 
 
 def _content(image: str, digest: str, folder: Path, results: Sequence[Result]) -> Mapping[str, object]:
-    judged, found = judge(results), groups(results)
+    judged, found = judge_all(results), groups(results)
+    # The same layers in all of them: those of the image, if it was run with them.
+    same = [r for r in results if r.case.layers == IMAGE] or [r for r in results if r.case.layers == OFF]
     tone, word, sentence = _verdict(judged)
     fewest = min(group.runs for group in found)
     few = f"; a published number should have {PUBLISHED}" if fewest < PUBLISHED else ""
@@ -100,10 +105,18 @@ def _content(image: str, digest: str, folder: Path, results: Sequence[Result]) -
         ),
         "curves": tuple(_curves(folder, found)),
         "panels": tuple(_panels(found)),
-        "notes": notes(results),
-        "tables": (_criteria(judged), _shares(results), _all(found)),
+        "notes": notes(same),
+        "tables": (_criteria(judged), _shares(same), _all(found)),
         "commands": _commands(image, results),
     }
+
+
+def judge_all(results: Sequence[Result]) -> tuple[Judged, ...]:
+    """Return the criteria of the limit, and those of the image's layers if it was run with them."""
+    by_layers = grouped(results, lambda result: result.case.layers)
+    if IMAGE not in by_layers:
+        return judge(by_layers.get(OFF, results))
+    return (*judge(by_layers[IMAGE]), *judge_layers(results))
 
 
 def _verdict(judged: Sequence[Judged]) -> tuple[Tone, str, str]:
@@ -130,9 +143,13 @@ def _panels(found: Sequence[Group]) -> Iterator[BarChart]:
     for kind in sorted({group.kind for group in found if group.work is work}):
         same = [group for group in found if (group.kind, group.work) == (kind, work)]
         for title, unit, value in numbers:
-            bars = [(str(group.policy), [value(result) for result in group.results]) for group in same]
+            bars = [(_label(group), [value(result) for result in group.results]) for group in same]
             if any(number for _, values in bars for number in values):
                 yield bar_chart(f"{format_kind(kind)}, {work}: {title}", unit, bars)
+
+
+def _label(group: Group) -> str:
+    return str(group.policy) if group.layers == OFF else f"{group.policy}, {group.layers}"
 
 
 def _curves(folder: Path, found: Sequence[Group]) -> Iterator[tuple[str, MemoryCurve, MemoryChart]]:
@@ -157,7 +174,7 @@ def _curves(folder: Path, found: Sequence[Group]) -> Iterator[tuple[str, MemoryC
             paused=tuple(time for time, kind in trace.marks if kind == "paused"),
             lost=tuple(time for time, kind in trace.marks if kind == "lost"),
         )
-        title = f"{format_kind(group.kind)}, {group.work}: {group.policy.text}"
+        title = f"{format_kind(group.kind)}, {group.work}: {_label(group)}"
         yield title, curve, memory_chart(curve)
 
 
@@ -196,19 +213,20 @@ def _all(found: Sequence[Group]) -> TextTable:
     return TextTable(
         title="All numbers",
         text="Medians, with the least and the most of all runs. Stalls are gaps of more than a second.",
-        columns=("VM", "work", "policy", "runs", *COLUMNS),
+        columns=("VM", "work", "policy", "layers", "runs", *COLUMNS),
         rows=tuple(cells(group) for group in found),
     )
 
 
 def _commands(image: str, results: Sequence[Result]) -> tuple[str, ...]:
     """Return the commands that make these runs; they may make more of some kinds."""
-    same = grouped((result.case for result in results), lambda case: (case.cpus, case.seed))
+    same = grouped((result.case for result in results), lambda case: (case.cpus, case.seed, case.layers))
     return tuple(_command(image, cases) for _, cases in sorted(same.items()))
 
 
 def _command(image: str, cases: Sequence[Case]) -> str:
     words = ["python", "-m", "tests.experiment", image, "--cpus", str(cases[0].cpus)]
+    words += ["--layers", cases[0].layers]
     for memory in sorted({case.memory for case in cases}):
         words += ["--memory", format_size(memory)]
     for policy in LimitPolicy:

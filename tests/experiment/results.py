@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 STALL_SECONDS = 1.0
 """A gap of more than this between two ticks is a stall of the VM: ten ticks are due in that time."""
+LONG_STALL_SECONDS = 5.0
+"""Also on 1 GiB, where VMs stall for a second and then go on."""
 SSH_LATE_SECONDS = 5.0
 """A login that takes longer is late. An emulated VM needs a second or two for one."""
 _POINTS = 400
 _TICK = re.compile(r"^tick (\d+\.\d+) (\d+) (\d+) (\d+) (\d+) \.\r?$", re.MULTILINE)
 # Linux, mm/oom_kill.c, __oom_kill_process.
 _CONSOLE_KILL = re.compile(r"(Out of memory|Memory cgroup out of memory): Killed process \d+")
+_SYSTEM_KILL_TIME = re.compile(r"\[ *(\d+\.\d+)\] Out of memory: Killed process")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,16 @@ class Result:
     """The same, until the first stall."""
     cpu_steal: float
     """How long the VM waited for a processor of the host. That causes stalls too, whatever the policy."""
+    # Results of 2026 have none of these.
+    ssh_rest: float | None = None
+    """The median time of three logins before the work."""
+    held_before_long_stall: int | None = None
+    """The most memory that the container held until the first stall of more than `LONG_STALL_SECONDS`, or
+    until the first system-wide OOM kill."""
+    container: int | None = None
+    """The container's own limit. 0: none. Dask's can be lower, for the nanny."""
+    protected: int | None = None
+    """The memory of the system that the kernel does not reclaim (MemoryMin)."""
 
 
 _RESULT = TypeAdapter(Result)
@@ -183,6 +196,18 @@ def held_before_stall(inside: Sequence[Tick]) -> int:
     most = inside[0].held
     for before, after in pairwise(inside):
         if after.uptime - before.uptime > STALL_SECONDS:
+            break
+        most = max(most, after.held)
+    return most
+
+
+def held_before_long_stall(inside: Sequence[Tick], console: str) -> int:
+    """Return the most memory that the container held before a long stall or a system-wide OOM kill."""
+    killed = [float(time) for time in _SYSTEM_KILL_TIME.findall(console)]
+    first = min((time for time in killed if time >= inside[0].uptime), default=float("inf"))
+    most = inside[0].held
+    for before, after in pairwise(inside):
+        if after.uptime - before.uptime > LONG_STALL_SECONDS or after.uptime > first:
             break
         most = max(most, after.held)
     return most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -19,10 +20,11 @@ from ami_builder.qemu.machine import boot_again
 from ami_builder.qemu.target import QemuMachine
 from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
-from tests.experiment.cases import METHOD, Case, expected_limit
+from tests.experiment.cases import METHOD, Case, expected_limit, work_seconds
 from tests.experiment.driver import Driver, driving
+from tests.experiment.layers import IMAGE
 from tests.experiment.results import LoginTry, Result, Trace
-from tests.experiment.user_data import FOLDER, user_data
+from tests.experiment.user_data import FOLDER, LAYERS_UNIT, user_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,11 +36,15 @@ if TYPE_CHECKING:
 _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
 _BACK_SECONDS = 60.0
+_LOGINS_AT_REST = 3
 
 _LOOK = """
 sed -n 's/^MemTotal: *\\([0-9]*\\) kB/total \\1/p' /proc/meminfo
 sed -n 's/^AVAILABLE_MEMORY_FOR_DASK=/measured /p' /run/dask/memory.env
 journalctl -u dask -b -o cat --no-pager | sed -n 's/.*; reserve \\([0-9]*\\)).*/reserve \\1/p' | tail -1
+sed 's/^/protected /' /sys/fs/cgroup/system.slice/memory.min
+[ ! -e /run/ami-builder-layers ] || echo layers 1
+cat /sys/fs/cgroup/system.slice/docker-*.scope/memory.max | sed 's/max/0/; s/^/container /' | sort | tail -1
 """
 _KERNEL = "journalctl -k -b -o short-unix --no-pager"
 _NANNY = "journalctl -u dask.service -b -o cat --no-pager | grep -c 'memory budget. Restarting' || true"
@@ -51,8 +57,8 @@ class Setup:
     image: Image
     disk: Path
     accelerator: Accelerator
-    timeout: float
-    """For the work of one run, in seconds."""
+    timeout: float | None
+    """For the work of one run, in seconds. None: what the work and the memory need."""
 
 
 def make(case: Case, setup: Setup, run: Run, step: Step) -> tuple[Result, Trace]:
@@ -96,6 +102,7 @@ class _OneRun:
     def __init__(self, case: Case, setup: Setup, directory: Path, step: Step) -> None:
         self.case, self.setup, self.directory, self.step = case, setup, directory, step
         self.working = False
+        self.timeout = setup.timeout or work_seconds(case)
         verify = replace(setup.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
         self.image = replace(setup.image, verify=verify)
         self.machine = QemuMachine(
@@ -110,16 +117,23 @@ class _OneRun:
             self.step.update("waiting for Dask")
             worker = driver.expect("limit", timeout=self.image.verify.timeout, alive=self.machine.check_alive)
             values = self._memory(session)
+            self._check_layers(session, values)
             memory = tasks.Memory(
                 total=values["total"] * 1024, available=values["measured"] + values["reserve"]
             )
             limit = int(worker["limit"])
-            expected = expected_limit(self.case.policy, total=memory.total, measured=values["measured"])
+            expected = expected_limit(
+                self.case.policy,
+                total=memory.total,
+                measured=values["measured"],
+                headroom=self.image.memory.nanny_headroom,
+            )
             if limit != expected:
                 raise BuildFailed(
                     f"Dask's limit under policy {self.case.policy} is {limit}, expected {expected}",
                     hint="check that the container of the image has no limit of its own",
                 )
+            at_rest = statistics.median(login.ended - login.began for login in _log_in_at_rest(session))
             self._start_agent(session, memory)
             with _logins(session) as seen:
                 # After the login: its time is not part of the work.
@@ -127,12 +141,20 @@ class _OneRun:
                 waited = host_load.cpu_waits(self.machine.emulator)
                 ended = self._work(driver, memory)
                 cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.machine.emulator))
-            return self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
+            result, trace = self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
+            result = replace(
+                result,
+                ssh_rest=round(at_rest, 2),
+                container=values["container"],
+                protected=values["protected"],
+            )
+            return result, trace
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
         key = ssh.generate_key(self.directory)
-        data = user_data(self.image, self.case.policy, f"tcp://{HOST_ADDRESS}:{driver.port}")
+        scheduler = f"tcp://{HOST_ADDRESS}:{driver.port}"
+        data = user_data(self.image, self.case.policy, scheduler, self.case.layers)
         public_key = key.with_suffix(".pub").read_text().strip()
         endpoint = self.machine.boot(stack, self.directory, data, public_key)
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))
@@ -142,9 +164,17 @@ class _OneRun:
     def _memory(self, session: ssh.Session) -> Mapping[str, int]:
         words = session.run(_LOOK, sudo=True).stdout.split()
         found = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-        if missing := {"total", "measured", "reserve"} - found.keys():
+        if missing := {"total", "measured", "reserve", "protected", "container"} - found.keys():
             raise BuildFailed(f"the VM reports no {', '.join(sorted(missing))}")
         return found
+
+    def _check_layers(self, session: ssh.Session, values: Mapping[str, int]) -> None:
+        wanted = self.case.layers
+        if "layers" not in values:
+            log = session.run(f"journalctl -u {LAYERS_UNIT} -b -o cat --no-pager", sudo=True).stdout
+            raise BuildFailed(f"the layers {wanted!r} were not set", tail=tuple(log.splitlines()[-10:]))
+        if wanted != IMAGE and "protect" not in wanted and values["protected"]:
+            raise BuildFailed(f"{values['protected']} bytes are protected in spite of the layers {wanted!r}")
 
     def _uptime(self, session: ssh.Session) -> float:
         return float(session.run("cat /proc/uptime").stdout.split()[0])
@@ -162,13 +192,13 @@ class _OneRun:
                 "module": tasks.MODULE,
                 "path": str(work),
                 "tasks": [asdict(task) for task in tasks.tasks(self.case, memory)],
-                "timeout": self.setup.timeout,
+                "timeout": self.timeout,
             }
         )
         self.step.update("working")
         ended = driver.expect(
             "ended",
-            timeout=self.setup.timeout + 120,
+            timeout=self.timeout + 120,
             alive=self.machine.check_alive,
             on_other=lambda message: self.step.update(
                 f"{message['done']} of {message['of']} tasks done, {message['failed']} failed"
@@ -221,6 +251,7 @@ class _OneRun:
             spilled=ended["spilled"],
             peak=max(tick.held for tick in inside),
             held_before_stall=results.held_before_stall(inside),
+            held_before_long_stall=results.held_before_long_stall(inside, console),
             cpu_steal=round(cpu_steal, 2),
         )
         return result, results.trace(inside, began, ended["marks"])
@@ -244,29 +275,37 @@ class _OneRun:
         return (int(nanny), *results.counted(kills(kernel)))
 
 
+def _log_in(session: ssh.Session, start: float) -> LoginTry:
+    """Log in over a new connection. Times are relative to `start`."""
+    argv: list[str | Path] = [
+        "ssh", "-F", session.config, "-o", "ControlPath=none",
+        "-o", f"ConnectTimeout={_LOGIN_SECONDS:.0f}", ssh.HOST, "--", "true",
+    ]  # fmt: skip
+    began = time.monotonic()
+    try:
+        answered = processes.capture(argv, what="a login", timeout=_LOGIN_SECONDS).status == 0
+    except AmiBuilderError:
+        answered = False
+    return LoginTry(began=began - start, ended=time.monotonic() - start, answered=answered)
+
+
+def _log_in_at_rest(session: ssh.Session) -> list[LoginTry]:
+    start = time.monotonic()
+    return [_log_in(session, start) for _ in range(_LOGINS_AT_REST)]
+
+
 @contextmanager
 def _logins(session: ssh.Session) -> Iterator[list[LoginTry]]:
     """Log in again and again over new connections until the block ends."""
     seen: list[LoginTry] = []
     over = threading.Event()
-    argv: list[str | Path] = [
-        "ssh", "-F", session.config, "-o", "ControlPath=none",
-        "-o", f"ConnectTimeout={_LOGIN_SECONDS:.0f}", ssh.HOST, "--", "true",
-    ]  # fmt: skip
     start = time.monotonic()
-
-    def log_in() -> None:
-        began = time.monotonic()
-        try:
-            answered = processes.capture(argv, what="a login", timeout=_LOGIN_SECONDS).status == 0
-        except AmiBuilderError:
-            answered = False
-        if not over.is_set() or answered:
-            seen.append(LoginTry(began=began - start, ended=time.monotonic() - start, answered=answered))
 
     def watch() -> None:
         while not over.is_set():
-            log_in()
+            login = _log_in(session, start)
+            if not over.is_set() or login.answered:
+                seen.append(login)
             over.wait(_LOGIN_EVERY)
 
     watcher = threading.Thread(target=watch, name="logins", daemon=True)

@@ -13,9 +13,12 @@ def case(**changes: Any) -> Case:
     """Return a case of W3 on 1 GiB."""
     values: dict[str, Any] = {
         "memory": GIB, "cpus": 2, "policy": LimitPolicy.AVAILABLE, "work": Work.SPIKES,
-        "repeat": 1, "seed": 1,
+        "repeat": 1, "seed": 1, "layers": "off",
     }  # fmt: skip
     return Case(**(values | {name: value for name, value in changes.items() if name in values}))
+
+
+_NEW = ("ssh_rest", "held_before_long_stall", "container", "protected")
 
 
 def result(**changes: Any) -> Result:
@@ -32,7 +35,7 @@ def result(**changes: Any) -> Result:
         "psi_full": 1.0, "spilled": 0, "peak": 730 * MIB, "held_before_stall": 730 * MIB,
         "cpu_steal": 0.3,
     }  # fmt: skip
-    known = values | {name: value for name, value in changes.items() if name in values}
+    known = values | {name: value for name, value in changes.items() if name in values or name in _NEW}
     return Result(case=case(**changes), **known)
 
 

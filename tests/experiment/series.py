@@ -41,8 +41,8 @@ class Wanted:
 
     cases: tuple[Case, ...]
     """In their order. Those that exist are skipped."""
-    timeout: float
-    """For the work of one run, in seconds."""
+    timeout: float | None
+    """For the work of one run, in seconds. None: what the work and the memory need."""
     jobs: int
     """VMs side by side."""
     time: float | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,12 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.config import loading
-from ami_builder.core.units import GIB, MIB, Reserve
+from ami_builder.core.units import GIB, MIB
 from ami_builder.qemu.imds import MAX_USER_DATA
 from tests.experiment import tasks
 from tests.experiment.cases import (
-    DEFAULT,
-    NANNY_HEADROOM,
+    HEADROOM,
     RESERVE_PERCENT,
     Case,
     LimitPolicy,
@@ -32,8 +33,10 @@ from tests.experiment.cases import (
     left,
     plan,
 )
+from tests.experiment.layers import parse_layers
 from tests.experiment.samples import case
-from tests.experiment.user_data import user_data
+from tests.experiment.user_data import LAYERS_UNIT, user_data
+from tests.fake_programs import calls, fake
 
 if TYPE_CHECKING:
     from random import Random
@@ -47,14 +50,11 @@ PLANS = st.fixed_dictionaries(
         "cpus": st.integers(1, 4),
         "policies": st.lists(st.sampled_from(LimitPolicy), min_size=1, max_size=4),
         "work": st.lists(st.sampled_from(Work), min_size=1, max_size=4),
+        "layers": st.lists(st.sampled_from(["image", "off", "ttl", "ttl+protect"]), min_size=1, max_size=3),
         "repeat": st.integers(1, 5),
         "seed": st.integers(0, 10),
     }
 )
-
-
-def test_the_default_policy_is_the_image_s_default() -> None:
-    assert IMAGE.memory.reserve == Reserve(percent=RESERVE_PERCENT[DEFAULT])
 
 
 @given(PLANS, st.randoms(use_true_random=False))
@@ -64,7 +64,7 @@ def test_what_was_made_is_not_made_again_and_nothing_else_moves(
     whole = plan(**asked)
     assert len(set(whole)) == len(whole)
     assert len({one.name for one in whole}) == len(whole)
-    kinds = len(set(asked["memory"])) * len(set(asked["policies"])) * len(set(asked["work"]))
+    kinds = math.prod(len(set(asked[name])) for name in ("memory", "policies", "work", "layers"))
     assert len(whole) == kinds * asked["repeat"]
     assert [one.repeat for one in whole] == sorted(one.repeat for one in whole)
     made = random.sample(whole, random.randint(0, len(whole)))
@@ -114,7 +114,11 @@ def test_the_limit_that_dask_has_to_have() -> None:
         == limits[LimitPolicy.HEADROOM]
         == 7 * GIB
     )
-    assert limits[LimitPolicy.NANNY] == 7 * GIB - NANNY_HEADROOM
+    assert limits[LimitPolicy.MEASURED] == limits[LimitPolicy.DEFAULT] == 7 * GIB
+    assert limits[LimitPolicy.NANNY] == limits[LimitPolicy.NANNY_64] == 7 * GIB - 64 * MIB
+    assert limits[LimitPolicy.NANNY_8] == 7 * GIB - 8 * MIB
+    own = expected_limit(LimitPolicy.DEFAULT, total=8 * GIB, measured=7 * GIB, headroom=MIB)
+    assert own == 7 * GIB - MIB
     assert limits[LimitPolicy.FRACTION] == fraction_limit(8 * GIB)
     assert limits[LimitPolicy.GKE] == gke_limit(8 * GIB)
 
@@ -199,19 +203,20 @@ def test_the_user_data_is_what_ec2_takes_and_cloud_init_and_compose_read(policy:
     worker = service(files)
     assert worker["mem_limit"] == worker["memswap_limit"]
     assert (worker["mem_limit"] == "0") == (policy in (LimitPolicy.NONE, LimitPolicy.DASK_ONLY))
-    assert "tcp://169.254.169.2:8786" in " ".join(worker["command"]).split()
+    assert "tcp://169.254.169.2:8786" in json.dumps(worker["command"])
     for path, content in files.items():
         if path.endswith(".py"):
             compile(content, path, "exec")
 
 
-def test_dask_is_told_less_than_its_cgroup_has_for_the_nanny() -> None:
-    shell, c, command = service(written(user_data(IMAGE, LimitPolicy.NANNY, "tcp://x:1")))["command"]
+@pytest.mark.parametrize(("policy", "headroom"), HEADROOM.items())
+def test_dask_gets_less_than_its_cgroup_for_the_nanny(policy: LimitPolicy, headroom: int) -> None:
+    shell, c, command = service(written(user_data(IMAGE, policy, "tcp://x:1")))["command"]
     # As Compose reads it: its own variables first, and `$$` is a dollar.
     command = command.replace("${AVAILABLE_MEMORY_FOR_DASK:?}", "734003200").replace("$$", "$")
     argv = [shell, c, command.replace("exec", "echo")]
     said = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert f"--memory-limit {734003200 - NANNY_HEADROOM} " in said.stdout
+    assert f"--memory-limit {734003200 - headroom} " in said.stdout
 
 
 @pytest.mark.parametrize("total_kb", [1003912, 2030000, 8130000, 16380000, 264000000])
@@ -240,6 +245,101 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()
     assert "\nreserve_bytes=" in template
     assert "\nreserve_millipercent=" in template
+
+
+def test_the_default_policy_is_the_image_s_own_compose_file() -> None:
+    raw = user_data(IMAGE, LimitPolicy.DEFAULT, "tcp://x:1", "image")
+    worker = service(written(raw))
+    assert worker["mem_limit"] == "${AVAILABLE_MEMORY_FOR_DASK:-0}"
+    assert "dask worker tcp://x:1 --nworkers" in worker["command"]
+    assert worker["environment"]["PYTHONPATH"] == "/experiment"
+    assert "profiles" not in worker
+    assert "sed" not in json.dumps(yaml.safe_load(raw)["bootcmd"])
+
+
+def test_the_names_of_layers() -> None:
+    assert parse_layers("image") == "image"
+    assert parse_layers("protect+ttl+protect") == "ttl+protect"
+    assert parse_layers("ttl-500+oom-score") == "oom-score+ttl-500"
+    for wrong in ("", "ttl+", "off+ttl", "ttl-0", "TTL"):
+        with pytest.raises(ValueError, match="is not a layer"):
+            parse_layers(wrong)
+    assert case(layers="ttl+protect").name == "1024MiB-2cpu-available-ttl+protect-spikes-seed1-1"
+    assert case(layers="ttl").draw == case().draw
+
+
+def test_layers_are_set_before_memory_is_measured() -> None:
+    def unit(policy: LimitPolicy, layers: str) -> list[str]:
+        commands = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1", layers))["bootcmd"]
+        (found,) = [one for one in commands if f"--unit={LAYERS_UNIT}" in one]
+        assert "--property=Before=dask-memory.service" in found
+        return list(found[found.index("sh") + 2 :])
+
+    assert unit(LimitPolicy.NONE, "image") == []
+    assert unit(LimitPolicy.NONE, "off") == ["off"]
+    assert unit(LimitPolicy.NONE, "ttl+protect") == ["off", "ttl", "protect"]
+    assert unit(LimitPolicy.MEASURED, "ttl") == ["off", "ttl", "measured"]
+    scores = {layers: service(written(user_data(IMAGE, LimitPolicy.NONE, "tcp://x:1", layers)))
+              .get("oom_score_adj") for layers in ("off", "ttl+oom-score", "image")}  # fmt: skip
+    image_s = service(written(user_data(IMAGE, LimitPolicy.DEFAULT, "tcp://x:1", "image")))
+    assert scores == {"off": None, "ttl+oom-score": 500, "image": image_s.get("oom_score_adj")}
+
+
+STAT = "anon 4096\nfile 999999\nkernel 100\nshmem 0\nfile_mapped 8192\nfile_dirty 7\n"
+
+
+def test_layers_on_a_machine(tmp_path: Path) -> None:
+    root, bin_ = tmp_path / "root", tmp_path / "bin"
+    files = {
+        "sys/kernel/mm/lru_gen/min_ttl_ms": "1000",
+        "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never",
+        "proc/sys/vm/watermark_scale_factor": "100",
+        "proc/sys/vm/min_free_kbytes": "1000",
+        "proc/meminfo": "MemTotal: 4000 kB\n",
+        "sys/block/zram0/disksize": "0",
+        "usr/local/sbin/measure-memory": "reserve_bytes=1\nreserve_millipercent=2000\n",
+        "usr/local/sbin/protect-system": "#!/bin/sh\nfalse\n",
+        "run/other": "",
+    }
+    units = ("ssh", "systemd-journald", "systemd-networkd", "systemd-logind", "dbus", "docker", "containerd")
+    for unit in units:
+        files[f"sys/fs/cgroup/system.slice/{unit}.service/memory.stat"] = STAT
+        files[f"sys/fs/cgroup/system.slice/{unit}.service/cgroup.procs"] = "1\n"
+    files["sys/fs/cgroup/init.scope/memory.stat"] = STAT
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+    for program in ("systemctl", "modprobe", "mkswap", "swapon"):
+        fake(bin_, program, "")
+    environment = {"PATH": f"{bin_}:{os.environ['PATH']}", "LAYERS_ROOT": str(root)}
+
+    def set_layers(*layers: str) -> int:
+        argv = ["sh", str(Path(tasks.__file__).with_name("layers.sh")), *layers]
+        return subprocess.run(argv, env=environment, check=False).returncode
+
+    def read(path: str) -> str:
+        return (root / path).read_text().strip()
+
+    assert set_layers("off") == 0
+    assert read("sys/kernel/mm/lru_gen/min_ttl_ms") == "0"
+    assert read("sys/kernel/mm/transparent_hugepage/enabled") == "always"
+    assert read("usr/local/sbin/protect-system") == "#!/bin/sh"
+    assert read("run/ami-builder-layers") == "off"
+    (root / "run/ami-builder-layers").unlink()
+    assert set_layers("off", "ttl-500", "protect", "min-free", "zram", "madvise", "measured") == 0
+    assert read("sys/kernel/mm/lru_gen/min_ttl_ms") == "500"
+    assert read("proc/sys/vm/min_free_kbytes") == "4000"
+    assert read("sys/block/zram0/disksize") == str(4000 * 1024 // 4)
+    assert read("usr/local/sbin/measure-memory") == "reserve_bytes=57344\nreserve_millipercent=0"
+    assert calls(bin_, "systemctl") == [
+        *(f"set-property --runtime {unit}.service MemoryMin=12388" for unit in units),
+        "set-property --runtime system.slice MemoryMin=86716",
+    ]
+    assert set_layers("protect-all") == 0
+    assert read("sys/fs/cgroup/init.scope/memory.min") == "12388"
+    (root / "run/ami-builder-layers").unlink()
+    assert set_layers("off", "other") == 2
+    assert not (root / "run/ami-builder-layers").exists()
 
 
 def test_a_case_is_a_key() -> None:

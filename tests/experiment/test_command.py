@@ -19,6 +19,7 @@ from tests.experiment import __main__ as cli
 from tests.experiment import series
 from tests.experiment.cases import METHOD, Case, LimitPolicy, Work
 from tests.experiment.docs import PAGE as DOCS
+from tests.experiment.layers import LAYERS
 from tests.experiment.results import Result, Trace
 from tests.experiment.samples import result
 from tests.stored_images import stored
@@ -47,9 +48,8 @@ class Machines:
             if case.policy is LimitPolicy.NONE
             else {}
         )
-        fields = {
-            name: getattr(case, name) for name in ("memory", "policy", "work", "repeat", "seed", "cpus")
-        }
+        names = ("memory", "policy", "work", "repeat", "seed", "cpus", "layers")
+        fields = {name: getattr(case, name) for name in names}
         return result(**fields, **stalls), TRACE
 
 
@@ -165,8 +165,8 @@ def test_the_page_shows_the_criteria_the_policies_and_the_command(capsys: pytest
     assert text.count("<svg") == 5 + 2
     assert "W3 completes at least as many tasks as without a limit" in parsed.text
     assert (
-        "python -m tests.experiment dask --cpus 2 --memory 1GiB --policy none --policy available "
-        "--work array --work spikes --repeat 2 --seed 1" in parsed.text
+        "python -m tests.experiment dask --cpus 2 --layers image --memory 1GiB --policy none "
+        "--policy available --work array --work spikes --repeat 2 --seed 1" in parsed.text
     )
     answer(capsys, "--no-run")
     assert page.read_text(encoding="utf-8") == text
@@ -182,15 +182,22 @@ def test_the_commands_in_docs_are_valid(capsys: pytest.CaptureFixture[str], comm
     assert "no run of this image has been made yet" in capsys.readouterr().err
 
 
-def test_docs_name_every_policy_and_work() -> None:
-    assert len(COMMANDS) == 4
-    for word in (*LimitPolicy, *Work):
+def test_an_unknown_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--layers", "ttl+tll"])
+    assert ended.value.code == 2
+    assert "'tll' is not a layer; known: image, off, ttl" in capsys.readouterr().err
+
+
+def test_docs_name_every_policy_work_and_layer() -> None:
+    assert len(COMMANDS) >= 4
+    for word in (*LimitPolicy, *Work, *LAYERS):
         assert f"`{word}`" in PAGE
 
 
 def test_a_table_for_a_pipe_has_the_criteria_and_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--quiet", "--repeat", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split("\t")[:4] == ["2 GiB, 2 CPUs", "spikes", "none", "1"]
+    assert out[0].split("\t")[:5] == ["2 GiB, 2 CPUs", "spikes", "none", "image", "1"]
     assert any("\tpassed\t" in line for line in out)
     assert Path(out[-1]).name == "report.html"

@@ -19,7 +19,7 @@ from ami_builder.core.oom import kills
 from ami_builder.core.units import GIB, MIB
 from ami_builder.system import processes
 from tests.experiment import results
-from tests.experiment.cases import DEFAULT, LimitPolicy, Work
+from tests.experiment.cases import TWO_PERCENT, LimitPolicy, Work
 from tests.experiment.criteria import (
     MOST_SECONDS,
     PUBLISHED,
@@ -104,6 +104,13 @@ def test_memory_held_before_the_first_stall() -> None:
     assert results.held_before_stall(held[:1]) == 5
 
 
+def test_memory_held_before_a_long_stall_or_a_system_wide_kill() -> None:
+    held = [tick(0, 5), tick(3, 9), tick(6, 11), tick(12, 100)]
+    assert results.held_before_long_stall(held, "") == 11
+    assert results.held_before_long_stall(held, "[    3.5] Out of memory: Killed process 7 (python)") == 9
+    assert results.held_before_long_stall(held, "[  3.5] Memory cgroup out of memory: Killed process 7") == 11
+
+
 def test_a_wait_for_a_login_goes_on_until_one_is_answered() -> None:
     tries = [(0, 1, True), (2, 12, False), (14, 24, False), (26, 27, True), (29, 39, False)]
     logins = [LoginTry(began=b, ended=e, answered=a) for b, e, a in tries]
@@ -178,9 +185,9 @@ def test_an_array_that_is_not_finished_is_not_fast() -> None:
 def test_the_default_reserve_is_judged_where_it_was_run() -> None:
     def judged(*extra: results.Result) -> dict[str, Grade]:
         grades = answers((*GOOD, *extra))
-        return {text: answer for text, answer in grades.items() if "the default reserve of 2 %" in text}
+        return {text: answer for text, answer in grades.items() if "reserve 2 %" in text}
 
-    given_it = [replace(one, case=replace(one.case, policy=DEFAULT)) for one in (GOOD[3], GOOD[7])]
+    given_it = [replace(one, case=replace(one.case, policy=TWO_PERCENT)) for one in (GOOD[3], GOOD[7])]
     assert judged() == {}
     well = judged(*given_it)
     assert set(well.values()) == {Grade.PASSED}
@@ -263,7 +270,7 @@ def test_recorded_grades() -> None:
         "W1 takes at most 1.15 × as long as without a limit",
         "Dask may use at least 95 % of what the system can give",
     )
-    reserves = ("reserve 0", "the default reserve of 2 %")
+    reserves = ("reserve 0", "reserve 2 %")
     assert {text: answer for text, answer in found.items() if text.startswith("2 GiB")} == {
         f"2 GiB, 2 CPUs, {reserve}: {text}": Grade.PASSED for reserve, text in product(reserves, asked_for)
     }
@@ -273,7 +280,7 @@ def test_recorded_grades() -> None:
         "reserve 0: no system-wide OOM kill",
         "reserve 0: no stall and no wait for ssh of more than 5 s",
         "reserve 0: no ssh login fails",
-        "the default reserve of 2 %: no stall and no wait for ssh of more than 5 s",
+        "reserve 2 %: no stall and no wait for ssh of more than 5 s",
     ]
 
 
@@ -292,8 +299,8 @@ def test_recorded_default_reserve() -> None:
     runs = recorded()
     agent = [r for r in runs if r.case.work is Work.AGENT]
     assert {r.case.policy for r in agent if r.system_oom_kills or r.ssh_failed} == {LimitPolicy.AVAILABLE}
-    assert all(r.stalled < 2 for r in agent if r.case.policy is DEFAULT)
-    default = [r for r in without_control(runs) if r.case.policy is DEFAULT]
+    assert all(r.stalled < 2 for r in agent if r.case.policy is TWO_PERCENT)
+    default = [r for r in without_control(runs) if r.case.policy is TWO_PERCENT]
     assert {r.case.work for r in default if r.case.memory == 2 * GIB} == set(Work) - {Work.RESTARTS}
     assert all(r.longest_stall < 3 for r in default)
     assert [r.ssh_longest > MOST_SECONDS for r in default].count(True) == 4
@@ -303,7 +310,7 @@ def test_recorded_default_reserve() -> None:
 
 
 def test_recorded_limit_in_w3() -> None:
-    limited = (LimitPolicy.AVAILABLE, DEFAULT)
+    limited = (LimitPolicy.AVAILABLE, TWO_PERCENT)
     runs = recorded()
     spikes = [r for r in runs if r.case.work is Work.SPIKES and r.case.policy in limited]
     assert all(r.done == 200 for r in spikes)
@@ -311,7 +318,7 @@ def test_recorded_limit_in_w3() -> None:
     assert all(r.case.memory < 2 * GIB for r in spikes if r.longest_stall >= 1)
     late = [r for r in spikes if r.ssh_longest > MOST_SECONDS]
     assert sorted((r.case.memory // GIB, r.case.policy) for r in late) == [
-        (1, LimitPolicy.AVAILABLE), (1, DEFAULT), (1, DEFAULT), (2, LimitPolicy.AVAILABLE),
+        (1, LimitPolicy.AVAILABLE), (1, TWO_PERCENT), (1, TWO_PERCENT), (2, LimitPolicy.AVAILABLE),
     ]  # fmt: skip
     assert all(r.ssh_late == r.ssh_longest for r in late), "one login each"
     counts = Counter((r.case.memory // GIB, r.case.policy) for r in spikes if r.case.memory <= 4 * GIB)
@@ -324,7 +331,7 @@ def test_recorded_w4() -> None:
     assert Counter(r.case.policy for r in matrix) == {
         LimitPolicy.NONE: 4,
         LimitPolicy.AVAILABLE: 4,
-        DEFAULT: PUBLISHED,
+        TWO_PERCENT: PUBLISHED,
     }
     assert all(
         r.done == 16 and not r.system_oom_kills for r in matrix if r.case.policy is not LimitPolicy.NONE
@@ -363,14 +370,14 @@ def test_recorded_memory_before_a_stall_on_1_gib() -> None:
     assert sorted(limited) == [1.15, 1.66]
     text = "Dask may use at least 95 % of what the system can give"
     found = answers(runs)
-    for reserve in ("reserve 0", "the default reserve of 2 %"):
+    for reserve in ("reserve 0", "reserve 2 %"):
         assert found[f"1 GiB, 2 CPUs, {reserve}: {text}"] is Grade.NOT_SHOWN
 
 
 def test_docs_are_made_from_the_recorded_runs() -> None:
     """Otherwise run `python -m tests.experiment --docs`."""
     page = PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- recorded: ") == 4
+    assert page.count("<!-- recorded: ") == 6
     assert with_tables(page) == page
     assert PLOT.read_text(encoding="utf-8") == plot()
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from ami_builder.build.guest import guest
 from ami_builder.core.units import GIB, MIB
-from tests.experiment.cases import NANNY_HEADROOM, PAGE, RESERVE_PERCENT, LimitPolicy
+from tests.experiment import layers
+from tests.experiment.cases import HEADROOM, PAGE, RESERVE_PERCENT, LimitPolicy
 from tests.experiment.tasks import MODULE
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 FOLDER = "/var/lib/ami-builder-experiment"
 CONSOLE = "/dev/ttyS0"
 TICKER_UNIT = "ami-builder-ticker"
+LAYERS_UNIT = "ami-builder-layers"
 
 _VARIABLE = "${AVAILABLE_MEMORY_FOR_DASK:-0}"
 _COMPUTED = "${EXPERIMENT_LIMIT:?}"
@@ -49,8 +54,8 @@ _COMPUTE = {
 }
 
 
-def user_data(image: Image, policy: LimitPolicy, scheduler: str) -> bytes:
-    """Return a cloud-config whose Compose file starts one worker of the scheduler under a policy."""
+def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = layers.OFF) -> bytes:
+    """Return a cloud-config that sets layers, and whose Compose file starts one worker under a policy."""
     watch = f"until [ -e {FOLDER}/ticker.py ]; do sleep 0.2; done; exec python3 {FOLDER}/ticker.py {CONSOLE}"
     # It starts before memory is measured, so that its own memory does not count as available.
     ticker = [
@@ -60,8 +65,17 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str) -> bytes:
     commands: list[list[str]] = [["mkdir", "-p", "-m", "1777", FOLDER, f"{FOLDER}/seen"], ticker]
     if policy in _COMPUTE:
         commands.append(["sh", "-c", _COMPUTE[policy]])
+    set_layers = [*layers.arguments(which), *(["measured"] if policy is LimitPolicy.MEASURED else [])]
+    # What the system uses is measured just before Dask's memory is.
+    properties = (
+        "Type=oneshot", "RemainAfterExit=yes", "After=multi-user.target", "After=docker.service",
+        "Before=dask-memory.service", "Before=dask.service",
+    )  # fmt: skip
+    run = ["systemd-run", "--no-block", f"--unit={LAYERS_UNIT}", *(f"--property={p}" for p in properties)]
+    commands.append([*run, "sh", f"{FOLDER}/layers.sh", *set_layers])
     files = {
-        "/etc/dask/compose.yaml": json.dumps(_compose(image, policy, scheduler), indent=1),
+        "/etc/dask/compose.yaml": json.dumps(_compose(image, policy, scheduler, which), indent=1),
+        f"{FOLDER}/layers.sh": (_HERE / "layers.sh").read_text(encoding="utf-8"),
         f"{FOLDER}/{MODULE}.py": (_HERE / "work.py").read_text(encoding="utf-8"),
         f"{FOLDER}/ticker.py": (_HERE / "ticker.py").read_text(encoding="utf-8"),
     }
@@ -70,26 +84,52 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str) -> bytes:
     return ("#cloud-config\n" + json.dumps({"bootcmd": commands, "write_files": written})).encode()
 
 
-def _compose(image: Image, policy: LimitPolicy, scheduler: str) -> dict[str, object]:
+def _compose(image: Image, policy: LimitPolicy, scheduler: str, which: str) -> dict[str, object]:
+    own = _own_service(image)
+    if policy is LimitPolicy.DEFAULT:
+        service = _default_service(own, scheduler)
+    else:
+        service = _service(image, policy, scheduler)
+    score = own.get("oom_score_adj") if which == layers.IMAGE else None
+    if layers.OOM_SCORE in which.split("+"):
+        score = layers.OOM_SCORE_ADJ
+    service.pop("oom_score_adj", None)
+    return {"services": {"cluster": service | ({} if score is None else {"oom_score_adj": score})}}
+
+
+def _own_service(image: Image) -> dict[str, Any]:
+    """Return the service `worker` of the image's own Compose file."""
+    content = guest(image)[PurePosixPath("/etc/dask/compose.yaml")].content
+    service: dict[str, Any] = yaml.safe_load(content)["services"]["worker"]
+    return service
+
+
+def _default_service(own: dict[str, Any], scheduler: str) -> dict[str, Any]:
+    service = {key: value for key, value in own.items() if key != "profiles"}
+    service["command"] = own["command"].replace("${DASK_SCHEDULER_ADDRESS:-}", scheduler)
+    service["volumes"] = [*own["volumes"], f"{FOLDER}:/experiment"]
+    service["environment"] = own["environment"] | {"PYTHONPATH": "/experiment"}
+    return service
+
+
+def _service(image: Image, policy: LimitPolicy, scheduler: str) -> dict[str, Any]:
     limit = {
         LimitPolicy.NONE: "0",
-        LimitPolicy.AVAILABLE: _VARIABLE,
-        LimitPolicy.HEADROOM_2: _VARIABLE,
-        LimitPolicy.NANNY: _VARIABLE,
-        LimitPolicy.HEADROOM: _VARIABLE,
         LimitPolicy.FRACTION: _COMPUTED,
         LimitPolicy.GKE: _COMPUTED,
         LimitPolicy.DASK_ONLY: "0",
-    }[policy]
+    }.get(policy, _VARIABLE)
     variable = "${AVAILABLE_MEMORY_FOR_DASK:?}"
-    own_limit = {LimitPolicy.NANNY: f"$$(({variable} - {NANNY_HEADROOM}))", LimitPolicy.DASK_ONLY: variable}
+    own_limit = variable if policy is LimitPolicy.DASK_ONLY else "1.0"
+    if policy in HEADROOM:
+        own_limit = f"$$(({variable} - {HEADROOM[policy]}))"
     worker = [
-        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", own_limit.get(policy, "1.0"),
+        "dask", "worker", scheduler, "--nworkers", "1", "--memory-limit", own_limit,
         "--local-directory", "/spill", "--no-dashboard",
     ]  # fmt: skip
-    if policy is LimitPolicy.NANNY:  # Compose can't subtract, but the container's shell can
+    if policy in HEADROOM:  # Compose can't subtract, but the container's shell can
         worker = ["sh", "-c", f"exec {' '.join(worker)}"]
-    service = {
+    return {
         "image": image.container.reference,
         "command": worker,
         "network_mode": "host",
@@ -106,4 +146,3 @@ def _compose(image: Image, policy: LimitPolicy, scheduler: str) -> dict[str, obj
         "ulimits": {"nofile": 65536},
         "logging": {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}},
     }
-    return {"services": {"cluster": service}}

@@ -15,7 +15,7 @@ from ami_builder.core.oom import Constraint, kills
 from ami_builder.core.units import GIB, MIB
 from ami_builder.system import processes
 from tests.experiment import work as experiment_work
-from tests.experiment.cases import DEFAULT, Case, Work
+from tests.experiment.cases import TWO_PERCENT, Case, Work
 from tests.experiment.tasks import Memory, tasks
 from tests.fake_ec2.server import REGION
 from tests.vm import ec2cluster
@@ -189,7 +189,7 @@ def _both_works(user: User, machines: list[dict[str, Any]]) -> dict[str, Any]:
     )
     found = {}
     for work, memory in ((Work.ARRAY, every), (Work.SPIKES, one)):
-        case = Case(memory=memory.total, cpus=2, policy=DEFAULT, work=work, repeat=1, seed=1)
+        case = Case(memory=memory.total, cpus=2, policy=TWO_PERCENT, work=work, repeat=1, seed=1)
         wanted = [asdict(task) for task in tasks(case, memory)]
         found[work.value] = user.ask("work", tasks=wanted, timeout=3600)
     return found

@@ -1,0 +1,80 @@
+"""The criteria for layers of defence, on invented runs."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from ami_builder.core.units import GIB, MIB
+from tests.experiment.cases import LimitPolicy, Work
+from tests.experiment.criteria import PUBLISHED, Grade
+from tests.experiment.layer_criteria import KINDS, WORKS, judge_layers
+from tests.experiment.results import Result
+from tests.experiment.samples import result
+
+
+def run(**changes: object) -> Result:
+    values: dict[str, object] = {
+        "layers": "image", "ssh_rest": 1.5, "container": 740 * MIB, "held_before_long_stall": 750 * MIB,
+    }  # fmt: skip
+    return result(**(values | changes))
+
+
+TIMES = tuple(product(KINDS, WORKS, range(1, PUBLISHED + 1)))
+SETTINGS = "1 GiB, 2 CPUs, default settings"
+DEFAULT, NONE = LimitPolicy.DEFAULT, LimitPolicy.NONE
+GOOD = (
+    *(run(policy=DEFAULT, work=work, memory=memory, repeat=n) for (memory, _), work, n in TIMES),
+    *(
+        run(policy=NONE, work=work, memory=memory, repeat=n, ssh_longest=11.0, system_oom_kills=4)
+        for (memory, _), work, n in TIMES
+    ),
+    *(run(policy=DEFAULT, work=work, layers="off") for work in (Work.ARRAY, Work.MATRIX)),
+)
+
+
+def grades(*runs: Result) -> dict[str, Grade]:
+    return {one.text: one.grade for one in judge_layers(runs)}
+
+
+def test_good_runs_pass() -> None:
+    found = grades(*GOOD)
+    assert len(found) == 4 * 5 + 3 + 2
+    assert set(found.values()) == {Grade.PASSED}, found
+
+
+def test_nothing_is_shown_without_runs_or_with_too_few() -> None:
+    assert set(grades().values()) == {Grade.NOT_SHOWN}
+    few = (GOOD[0], next(one for one in GOOD if one.case.policy is NONE))
+    assert set(grades(*few).values()) - {Grade.PASSED} == {Grade.NOT_SHOWN}
+    assert [text for text, grade in grades(*few).items() if grade is Grade.PASSED] == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "text"),
+    [
+        (DEFAULT, {"system_oom_kills": 1}, f"{SETTINGS}: no system-wide OOM kill"),
+        (DEFAULT, {"ssh_failed": 1}, f"{SETTINGS}: no login fails"),
+        (
+            DEFAULT,
+            {"ssh_longest": 6.6},
+            f"{SETTINGS}: no login takes 5 s longer than at rest",
+        ),
+        (NONE, {"ssh_failed": 1}, "no limit: no login fails"),
+        (NONE, {"killed_outside": ("sshd",)}, "no limit: no process outside the container is killed"),
+        (NONE, {"ssh_longest": 11.6}, "no limit: no login takes 10 s longer than at rest"),
+    ],
+)
+def test_one_bad_run_fails(policy: LimitPolicy, changes: dict[str, object], text: str) -> None:
+    found = grades(*GOOD, run(policy=policy, repeat=9, **changes))
+    assert [name for name, grade in found.items() if grade is not Grade.PASSED] == [text]
+
+
+def test_less_than_97_percent_or_a_slower_work_fails() -> None:
+    less = [run(policy=DEFAULT, repeat=n, container=700 * MIB) for n in range(10, 60)]
+    text = f"{SETTINGS}: Dask gets at least 97 % of what the system could give"
+    assert grades(*GOOD, *less)[text] is Grade.FAILED
+    fast = run(policy=DEFAULT, work=Work.ARRAY, repeat=1, layers="off", seconds=59.0)
+    assert grades(*GOOD, fast)["W1 takes at most 1 % longer with the layers"] is Grade.FAILED
+    assert KINDS[0][0] == GIB
