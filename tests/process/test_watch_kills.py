@@ -1,0 +1,209 @@
+"""watch-kills outside a VM: real shells, the kernel's own lines, and a folder that it takes for /."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder.system import resources
+from tests.fake_programs import fake
+
+PROGRAM = resources.packer_dir() / "guest/usr/local/sbin/watch-kills"
+SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]
+ID = "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+SCOPE = f"/system.slice/docker-{ID}.scope"
+MIB = 1 << 20
+
+
+def summary(pid: int, task: str, cgroup: str = SCOPE, full: str = "") -> str:
+    """The line of mm/oom_kill.c, dump_oom_summary; `full` is the cgroup at its limit."""
+    constraint = "CONSTRAINT_MEMCG" if full else "CONSTRAINT_NONE"
+    memory = f"oom_memcg={full}" if full else "global_oom"
+    return (
+        f"<6>[   71.106231] oom-kill:constraint={constraint},nodemask=(null),cpuset=docker-{ID}.scope,"
+        f"mems_allowed=0,{memory},task_memcg={cgroup},task={task},pid={pid},uid=0"
+    )
+
+
+def kill(
+    pid: int, task: str, message: str = "Memory cgroup out of memory", anonymous: int = 1571 * 1024
+) -> str:
+    """The line of mm/oom_kill.c, __oom_kill_process; sizes are kB."""
+    return (
+        f"<3>[   71.106281] {message}: Killed process {pid} ({task}) total-vm:2290112kB,"
+        f" anon-rss:{anonymous}kB, file-rss:4444kB, shmem-rss:0kB, UID:0 pgtables:3508kB oom_score_adj:0"
+    )
+
+
+class Machine:
+    """A folder that watch-kills takes for /."""
+
+    def __init__(self, root: Path, shell: str) -> None:
+        self.root, self.shell = root, shell
+        self.state = root / "run/dask"
+
+    def container(self, arguments: str = '["worker"]', limit: str = str(1638 * MIB)) -> Path:
+        """Add a container, and return what its first process has as its stderr."""
+        settings = self.root / f"var/lib/docker/containers/{ID}/config.v2.json"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(
+            f'{{"ID":"{ID}","Args":{arguments},"Config":{{}},"Name":"/dask-worker-1","Driver":"x"}}'
+        )
+        self.cgroup(SCOPE, limit, "40\n41\n")
+        for process, inside in ((40, 9), (41, 1)):
+            (self.root / f"proc/{process}/fd").mkdir(parents=True)
+            (self.root / f"proc/{process}/status").write_text(f"Name:\tx\nNSpid:\t{process}\t{inside}\n")
+        stderr = self.root / "proc/41/fd/2"
+        stderr.touch()
+        return stderr
+
+    def cgroup(self, path: str, limit: str, processes: str = "") -> None:
+        folder = self.root / f"sys/fs/cgroup{path}"
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "cgroup.procs").write_text(processes)
+
+    def watch(self, *lines: str) -> list[str]:
+        """Run until the kernel has logged these lines, and return the log."""
+        (self.root / "lines").write_text("".join(f"{line}\n" for line in lines))
+        fake(self.root / "programs", "dmesg", 'cat "$WATCH_KILLS_ROOT/lines"')
+        environment = {
+            "PATH": f"{self.root}/programs:{os.environ['PATH']}",
+            "WATCH_KILLS_ROOT": str(self.root),
+        }
+        argv = [self.shell, *(["sh"] if self.shell.endswith("busybox") else []), str(PROGRAM)]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.stderr == ""
+        assert done.returncode == 1, "systemd starts it again"
+        *log, last = done.stdout.splitlines()
+        assert last == "<3>watch-kills: dmesg has ended"
+        return log
+
+    def deaths(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.state / "deaths").read_text().splitlines()]
+
+
+@pytest.fixture(params=SHELLS, ids=os.path.basename)
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
+    return Machine(tmp_path, request.param)
+
+
+def test_a_kill_at_a_containers_limit(machine: Machine) -> None:
+    stderr = machine.container()
+    text = (
+        "the kernel killed python (pid 812, which held 1571 MiB) of container dask-worker-1"
+        " at its limit of 1638 MiB"
+    )
+    log = machine.watch("<6>[   70.0] another line", summary(812, "python", full=SCOPE), kill(812, "python"))
+    assert log == [f"<4>watch-kills: {text}"]
+    assert stderr.read_text() == f"{text}\n"
+    (death,) = machine.deaths()
+    assert death.pop("time") > 1.7e9
+    assert death == {
+        "number": 1,
+        "pid": 812,
+        "process": "python",
+        "held": 1571 * MIB,
+        "cgroup": SCOPE,
+        "container": "dask-worker-1",
+        "cause": "own",
+        "limit": 1638 * MIB,
+        "text": text,
+    }
+    notice = (machine.state / "kill-notice").read_text()
+    assert notice == f"processes that the kernel has killed since the boot: 1; the last: {text}\n"
+
+
+def test_the_container_that_reports_itself_is_not_told(machine: Machine) -> None:
+    stderr = machine.container('["worker","a:1","--preload-nanny","/run/dask/preload/worker_deaths.py"]')
+    assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1
+    assert stderr.read_text() == ""
+
+
+def test_a_kill_for_the_whole_machine(machine: Machine) -> None:
+    machine.container()
+    unit = "/system.slice/amazon-ssm-agent.service"
+    log = machine.watch(
+        summary(812, "python"),
+        kill(812, "python", "Out of memory"),
+        summary(500, "ssm-agent", unit),
+        kill(500, "ssm-agent", "Out of memory", 61 * 1024),
+    )
+    why = "because the machine had no memory left"
+    python, agent = "python (pid 812, which held 1571 MiB)", "ssm-agent (pid 500, which held 61 MiB)"
+    assert log == [
+        f"<4>watch-kills: the kernel killed {python} of container dask-worker-1 {why}",
+        f"<3>watch-kills: the kernel killed {agent} of amazon-ssm-agent.service {why}",
+    ]
+    assert [(each["cause"], each["limit"], each["container"]) for each in machine.deaths()] == [
+        ("machine", None, "dask-worker-1"),
+        ("machine", None, ""),
+    ]
+
+
+def test_a_kill_at_the_limit_of_an_outer_cgroup(machine: Machine) -> None:
+    machine.container()
+    machine.cgroup("/system.slice/outer.slice", str(100 * MIB))
+    (line,) = machine.watch(summary(812, "python", full="/system.slice/outer.slice"), kill(812, "python"))
+    assert line.endswith("of container dask-worker-1 at the limit of 100 MiB of outer.slice")
+
+
+def test_without_the_summary_the_process_is_asked(machine: Machine) -> None:
+    """The kernel prints ten summaries in five seconds, and each kill."""
+    machine.container()
+    (machine.root / "proc/813").mkdir()
+    (machine.root / "proc/813/cgroup").write_text(f"0::{SCOPE}\n")
+    log = machine.watch(summary(812, "python", full=SCOPE), kill(813, "dask"), kill(814, "dask"))
+    assert [line.partition("MiB) of ")[2] for line in log] == [
+        "container dask-worker-1 at its limit of 1638 MiB",
+        "an unknown unit at its limit",
+    ]
+
+
+def test_an_unknown_container_goes_by_its_id(machine: Machine) -> None:
+    (line,) = machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))
+    assert line.endswith(f"of container {ID[:12]} at its limit")
+
+
+def test_a_process_can_have_any_name(machine: Machine) -> None:
+    machine.container()
+    name = '") total-vm:"\\n'
+    (line,) = machine.watch(summary(812, name, full=SCOPE), kill(812, name))
+    assert "killed ?? total-vm:??n (pid 812, which held 1571 MiB)" in line
+    assert machine.deaths()[0]["process"] == "?? total-vm:??n"
+
+
+def test_the_records_are_bounded_and_outlive_the_program(machine: Machine) -> None:
+    machine.watch(*(kill(pid, "dask") for pid in range(1, 151)))
+    machine.watch(*(kill(pid, "dask") for pid in range(151, 301)))
+    deaths = machine.deaths()
+    assert 100 <= len(deaths) <= 200
+    assert [each["number"] for each in deaths] == list(range(301 - len(deaths), 301))
+    assert (
+        (machine.state / "kill-notice")
+        .read_text()
+        .startswith("processes that the kernel has killed since the boot: 300;")
+    )
+
+
+def test_a_full_pipe_does_not_hang_it(machine: Machine) -> None:
+    stderr = machine.container()
+    stderr.unlink()
+    os.mkfifo(stderr)
+    reader = os.open(stderr, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(stderr, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        while True:
+            os.write(writer, b"x" * 4096)
+    except BlockingIOError:
+        pass
+    assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1
+    os.close(writer)
+    os.close(reader)
+    assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1, "nobody reads"
