@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus", type=int, help="of a VM; default: verify.cpus")
     add("--repeat", type=int, default=3, help="runs of each kind; default: 3")
     add("--seed", type=int, default=1, help="decides the order and the work; default: 1")
+    add("--saved", action="store_true", help="boot one VM of each kind, and let each run go on from there")
     add("--jobs", type=int, help="VMs that run side by side; default: a quarter of what the processors allow")
     add("--timeout", type=parse_duration, help="for the work of one run; default: by work and memory")
     add("--for", type=parse_duration, dest="time", help="start no run after this time, such as 8h")
@@ -112,6 +113,7 @@ def _experiment(flags: argparse.Namespace) -> int:
         # QEMU's disks, the scheduler and the observer need as many processors again: a VM that thrashes
         # would take them from its neighbour, and the neighbour's results would be wrong.
         jobs=flags.jobs or max(1, (os.cpu_count() or 1) // (2 * cpus)),
+        saved=flags.saved,
         time=flags.time,
     )
     with console.open_progress(console.choose_mode(quiet=flags.quiet)) as progress:

@@ -104,6 +104,8 @@ class Result:
     cpu_steal: float
     """How long the VM waited for a processor of the host. That causes stalls too, whatever the policy."""
     # Results of 2026 have none of these.
+    saved: bool = False
+    """Whether the VM was saved before Dask started and went on for this run, in place of a boot."""
     ssh_rest: float | None = None
     """The median time of three logins before the work."""
     held_before_long_stall: int | None = None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
 from ami_builder.core.options import Datasource, Network
+from ami_builder.core.units import MIB
 from ami_builder.qemu.hardware import HOST_ADDRESS, Accelerator
-from ami_builder.qemu.machine import boot_again
+from ami_builder.qemu.machine import VirtualMachine, boot_again
 from ami_builder.qemu.target import QemuMachine
 from ami_builder.system import host_load, processes, ssh
 from tests.experiment import results, tasks
@@ -24,6 +25,7 @@ from tests.experiment.cases import METHOD, Case, expected_limit, work_seconds
 from tests.experiment.driver import Driver, driving
 from tests.experiment.layers import IMAGE
 from tests.experiment.results import LoginTry, Result, Trace
+from tests.experiment.saved import SavedMachine, as_script
 from tests.experiment.user_data import FOLDER, LAYERS_UNIT, user_data
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Setup:
     image: Image
     disk: Path
     accelerator: Accelerator
+    saved: Path | None = None
+    """Where VMs are saved once they have booted, for all runs to go on from; None: each run boots."""
     timeout: float | None
     """For the work of one run, in seconds. None: what the work and the memory need."""
 
@@ -105,9 +109,7 @@ class _OneRun:
         self.timeout = setup.timeout or work_seconds(case)
         verify = replace(setup.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
         self.image = replace(setup.image, verify=verify)
-        self.machine = QemuMachine(
-            image=self.image, disk=setup.disk, accelerator=setup.accelerator, memory=case.memory
-        )
+        self.vm: VirtualMachine | None = None
 
     def go(self) -> tuple[Result, Trace]:
         when = datetime.now(UTC).isoformat(timespec="seconds")
@@ -115,7 +117,7 @@ class _OneRun:
             driver = stack.enter_context(driving(self.directory / "scheduler.log"))
             session = self._boot(stack, driver)
             self.step.update("waiting for Dask")
-            worker = driver.expect("limit", timeout=self.image.verify.timeout, alive=self.machine.check_alive)
+            worker = driver.expect("limit", timeout=self.image.verify.timeout, alive=self._check_alive)
             values = self._memory(session)
             self._check_layers(session, values)
             memory = tasks.Memory(
@@ -138,12 +140,14 @@ class _OneRun:
             with _logins(session) as seen:
                 # After the login: its time is not part of the work.
                 began = self._uptime(session)
-                waited = host_load.cpu_waits(self.machine.emulator)
+                assert self.vm is not None
+                waited = host_load.cpu_waits(self.vm.pid)
                 ended = self._work(driver, memory)
-                cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.machine.emulator))
+                cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.vm.pid))
             result, trace = self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
             result = replace(
                 result,
+                saved=self.setup.saved is not None,
                 ssh_rest=round(at_rest, 2),
                 container=values["container"],
                 protected=values["protected"],
@@ -152,14 +156,38 @@ class _OneRun:
 
     def _boot(self, stack: ExitStack, driver: Driver) -> ssh.Session:
         self.step.update("waiting for ssh")
-        key = ssh.generate_key(self.directory)
         scheduler = f"tcp://{HOST_ADDRESS}:{driver.port}"
         data = user_data(self.image, self.case.policy, scheduler, self.case.layers)
+        if self.setup.saved is not None:
+            saved = SavedMachine(
+                image=self.image,
+                source=self.setup.disk,
+                folder=self.setup.saved / f"{self.case.memory // MIB}MiB-{self.case.cpus}cpu",
+                memory=self.case.memory,
+                cpus=self.case.cpus,
+                accelerator=self.setup.accelerator,
+            )
+            saved.ensure()
+            self.vm, session = saved.go_on(stack, self.directory)
+            session.run("sh -s", sudo=True, stdin=as_script(data))
+            return session
+        key = ssh.generate_key(self.directory)
         public_key = key.with_suffix(".pub").read_text().strip()
-        endpoint = self.machine.boot(stack, self.directory, data, public_key)
+        machine = QemuMachine(
+            image=self.image,
+            disk=self.setup.disk,
+            accelerator=self.setup.accelerator,
+            memory=self.case.memory,
+        )
+        endpoint = machine.boot(stack, self.directory, data, public_key)
+        self.vm = machine.vm
         session = stack.enter_context(ssh.Session(endpoint, key=key, directory=self.directory / "ssh"))
-        session.wait(self.image.verify.timeout, self.machine.check_alive)
+        session.wait(self.image.verify.timeout, self._check_alive)
         return session
+
+    def _check_alive(self) -> None:
+        assert self.vm is not None
+        self.vm.check_alive()
 
     def _memory(self, session: ssh.Session) -> Mapping[str, int]:
         words = session.run(_LOOK, sudo=True).stdout.split()
@@ -199,7 +227,7 @@ class _OneRun:
         ended = driver.expect(
             "ended",
             timeout=self.timeout + 120,
-            alive=self.machine.check_alive,
+            alive=self._check_alive,
             on_other=lambda message: self.step.update(
                 f"{message['done']} of {message['of']} tasks done, {message['failed']} failed"
             ),
@@ -260,9 +288,9 @@ class _OneRun:
         """Return the restarts by the nanny and the kills by the kernel; None if the VM stays unresponsive."""
 
         def read() -> tuple[str, str] | None:
-            self.machine.check_alive()
+            self._check_alive()
             try:
-                session.wait(_BACK_SECONDS, self.machine.check_alive)
+                session.wait(_BACK_SECONDS, self._check_alive)
                 kernel = session.run(_KERNEL, sudo=True, timeout=_BACK_SECONDS).stdout
                 return kernel, session.run(_NANNY, sudo=True, timeout=_BACK_SECONDS).stdout
             except (ssh.Unreachable, TimedOut):

@@ -45,6 +45,8 @@ class Wanted:
     """For the work of one run, in seconds. None: what the work and the memory need."""
     jobs: int
     """VMs side by side."""
+    saved: bool = False
+    """Let runs go on from VMs that were saved before Dask started, in place of booting."""
     time: float | None
     """Start no run after so many seconds."""
 
@@ -128,7 +130,13 @@ def _make_all(
             stored.path, cache=workspace.cache / "accelerator.json", directory=run.work
         )
         step.done(reason)
-    setup = Setup(image=image, disk=stored.path, accelerator=accelerator, timeout=wanted.timeout)
+    setup = Setup(
+        image=image,
+        disk=stored.path,
+        accelerator=accelerator,
+        saved=folder / "saved" if wanted.saved else None,
+        timeout=wanted.timeout,
+    )
 
     def one(number: int, case: Case) -> None:
         if wanted.time is not None and time.monotonic() - began > wanted.time:

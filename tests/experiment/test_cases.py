@@ -35,6 +35,7 @@ from tests.experiment.cases import (
 )
 from tests.experiment.layers import parse_layers
 from tests.experiment.samples import case
+from tests.experiment.saved import as_script
 from tests.experiment.user_data import LAYERS_UNIT, user_data
 from tests.fake_programs import calls, fake
 
@@ -340,6 +341,21 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     (root / "run/ami-builder-layers").unlink()
     assert set_layers("off", "other") == 2
     assert not (root / "run/ami-builder-layers").exists()
+
+
+def test_user_data_as_a_script_for_a_saved_vm(tmp_path: Path) -> None:
+    content = "it's `one`\n$two\n"
+    config = {
+        "bootcmd": [["cp", f"{tmp_path}/a/file", f"{tmp_path}/copy"]],
+        "write_files": [{"path": f"{tmp_path}/a/file", "content": content}],
+    }
+    fake(tmp_path / "bin", "systemctl", "")
+    fake(tmp_path / "bin", "touch", "")
+    script = as_script(f"#cloud-config\n{json.dumps(config)}".encode())
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-s"], input=script, text=True, env=environment, check=True)
+    assert (tmp_path / "copy").read_text() == content
+    assert calls(tmp_path / "bin", "systemctl")[-1].endswith("dask-memory.service dask.service")
 
 
 def test_a_case_is_a_key() -> None:
