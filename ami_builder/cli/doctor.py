@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ami_builder.aws.session import Account
     from ami_builder.console import Progress
     from ami_builder.core.records import Origin
+    from ami_builder.doctor.history import Death
     from ami_builder.doctor.machines import Machine, Spill
     from ami_builder.doctor.rules import Cluster, Diagnosis
 
@@ -52,6 +54,9 @@ def doctor(
     every: Annotated[
         bool, typer.Option("--all", help="Show every worker and machine, also if there are many alike.")
     ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Show why workers ended, instead of examining those that run.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Examine a running Dask cluster: memory limits, machines, spilling and versions.
@@ -61,6 +66,9 @@ def doctor(
     Works on any cluster and changes nothing. The exit code is 0 if all limits are
     right, 5 if a limit is wrong or can't be read, and 7 if the scheduler or some
     workers did not answer and all other limits are right.
+
+    --history lists the workers that ended, as far as the scheduler remembers: when,
+    who ended them, the limit, and the tasks they had. The exit code is then 0.
 
     With --aws it asks EC2 and SSM about the instances; if they refuse, that is a
     warning. The region is --region, else aws.region of the default image, else
@@ -78,6 +86,11 @@ def doctor(
         seconds = parse_duration(timeout)
     except ValueError as invalid:
         raise UsageError(f"--timeout {timeout}: {invalid}") from invalid
+    if history:
+        if aws or region or every:
+            raise UsageError("--history goes with --timeout, --tls and --json only")
+        _history(address, seconds, tls, as_json=as_json)
+        return
     origins: Mapping[str, Origin] = {}
     asked = _Asked(region) if aws or region else None
     with console.open_progress(mode()) as progress:
@@ -122,6 +135,49 @@ def doctor(
         raise typer.Exit(TimedOut.exit_code)
     if wrong or not diagnoses:
         raise typer.Exit(ChecksFailed.exit_code)
+
+
+def _history(address: str, seconds: float, tls: Path | None, *, as_json: bool) -> None:
+    """Print the ends of workers that a scheduler remembers."""
+    from ami_builder.doctor.client import read_history
+
+    with console.open_progress(mode()) as progress, progress.step("ask the scheduler", address) as step:
+        found = read_history(address, seconds, tls)
+        step.done(f"{len(found.deaths)} workers ended")
+    if as_json:
+        console.result_json({"address": address, **plain(found)})
+        return
+    if found.deaths or not console.is_terminal():
+        console.table(
+            ("when", "worker", "why", "limit", "tasks"), [_death_row(each) for each in found.deaths]
+        )
+    else:
+        console.note("no worker ended unexpectedly")
+    since = "" if found.since is None else f"; the oldest of its events is from {_when(found.since)}"
+    if found.started is not None:
+        console.note(f"the scheduler started {_when(found.started)}{since}")
+
+
+def _death_row(death: Death) -> tuple[str, ...]:
+    who = death.name if death.name not in ("", death.worker) else death.worker or "(it was starting)"
+    more = (death.task_count or 0) - len(death.tasks or ())
+    listed = ", ".join(death.tasks or ()) + (f" and {more} more" if more > 0 else "")
+    return (
+        _when(death.time),
+        f"{who}\non {death.host}" if death.host and console.is_terminal() else who,
+        death.cause,
+        ""
+        if death.limit is None
+        else console.size(death.limit)
+        if console.is_terminal()
+        else str(death.limit),
+        "?" if death.tasks is None else listed,
+        *(() if console.is_terminal() else (death.worker, death.host, death.by)),
+    )
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 class _Asked:

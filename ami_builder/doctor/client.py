@@ -11,14 +11,14 @@ import logging
 import pickle
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
-from ami_builder.doctor import probe, tls
+from ami_builder.doctor import history, probe, tls
 from ami_builder.doctor.rules import CgroupLimit, Cluster, Reading, Scheduler, Worker
 from ami_builder.verify.executor import INSTALL
 
@@ -46,11 +46,22 @@ def read_cluster(address: str, seconds: float, certificates: Path | None = None)
     (address, TLS), MissingTool (distributed) and TimedOut (the scheduler does not answer).
     """
     with _quiet():
-        try:
-            import distributed
-        except ImportError as missing:
-            raise MissingTool(f"Dask is not installed on this host: {missing}", hint=INSTALL) from missing
-        return asyncio.run(_read(distributed, tls.address(address, certificates), seconds, certificates))
+        return asyncio.run(_read(_distributed(), tls.address(address, certificates), seconds, certificates))
+
+
+def read_history(address: str, seconds: float, certificates: Path | None = None) -> history.History:
+    """Return why workers ended, as far as the scheduler remembers; the same errors as `read_cluster`."""
+    with _quiet():
+        where = tls.address(address, certificates)
+        return asyncio.run(_read_history(_distributed(), where, seconds, certificates))
+
+
+def _distributed() -> Any:
+    try:
+        import distributed
+    except ImportError as missing:
+        raise MissingTool(f"Dask is not installed on this host: {missing}", hint=INSTALL) from missing
+    return distributed
 
 
 @contextmanager
@@ -68,6 +79,38 @@ def _quiet() -> Iterator[None]:
 
 async def _read(distributed: Any, address: str, seconds: float, certificates: Path | None) -> Cluster:
     end = time.monotonic() + seconds
+    async with _connected(distributed, address, seconds, certificates) as (scheduler, identity):
+        known = dict(identity["workers"])
+        answers = await _answers(scheduler, list(known), end)
+        own = await _scheduler(scheduler, address, max(1.0, end - time.monotonic()))
+    workers = tuple(_worker(each, known[each], answers.get(each)) for each in known)
+    return Cluster(workers=workers, scheduler=own, here=probe.versions())
+
+
+async def _read_history(
+    distributed: Any, address: str, seconds: float, certificates: Path | None
+) -> history.History:
+    end = time.monotonic() + seconds
+    async with _connected(distributed, address, seconds, certificates) as (scheduler, identity):
+        events = {}
+        for topic in history.TOPICS:
+            try:
+                asked = scheduler.events(topic=topic)
+                events[topic] = await asyncio.wait_for(asked, max(1.0, end - time.monotonic()))
+            except OSError as failed:
+                hint = "give it more time with --timeout"
+                raise TimedOut(
+                    f"{address} did not send its events within {seconds:.0f} s", hint=hint
+                ) from failed
+        return history.history(events, identity.get("started"))
+
+
+@asynccontextmanager
+async def _connected(
+    distributed: Any, address: str, seconds: float, certificates: Path | None
+) -> AsyncIterator[tuple[Any, Mapping[str, Any]]]:
+    """Connect to a scheduler, and yield it and what it says of itself."""
+    end = time.monotonic() + seconds
     try:
         scheme, location = distributed.comm.parse_address(address)
         host, port = distributed.comm.parse_host_port(location)
@@ -81,7 +124,7 @@ async def _read(distributed: Any, address: str, seconds: float, certificates: Pa
         raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
     try:
         try:
-            known = await asyncio.wait_for(_identity(scheduler), seconds)
+            identity = await asyncio.wait_for(_identity(scheduler), seconds)
         except OSError as failed:
             # distributed repeats the address and the time limit.
             text = str(failed).strip()
@@ -93,16 +136,13 @@ async def _read(distributed: Any, address: str, seconds: float, certificates: Pa
             raise TimedOut(f"{address} did not answer within {took:.0f} s{why}", hint=hint) from failed
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
-        answers = await _answers(scheduler, list(known), end)
-        own = await _scheduler(scheduler, address, max(1.0, end - time.monotonic()))
+        yield scheduler, identity
     finally:
         await scheduler.close_rpc()
-    workers = tuple(_worker(each, known[each], answers.get(each)) for each in known)
-    return Cluster(workers=workers, scheduler=own, here=probe.versions())
 
 
-async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
-    """Return what the scheduler knows about each worker. Newer versions list only some of them by default."""
+async def _identity(scheduler: Any) -> Mapping[str, Any]:
+    """Return what the scheduler says of itself and of each worker. Newer versions list some by default."""
     try:
         answer = await scheduler.identity(n_workers=-1)
     except TypeError:
@@ -115,7 +155,7 @@ async def _identity(scheduler: Any) -> Mapping[str, Mapping[str, Any]]:
         raise ConnectionResetError("the connection was closed") from wrong
     if answer.get("type") != "Scheduler":
         raise ValueError(f"expected a scheduler, got {answer.get('type', 'something else')}")
-    return dict(answer["workers"])
+    return dict(answer)
 
 
 async def _answers(scheduler: Any, addresses: Sequence[str], end: float) -> Mapping[str, Any]:

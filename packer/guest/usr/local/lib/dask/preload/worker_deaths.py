@@ -3,13 +3,14 @@
 `dask worker --preload-nanny` loads this into a nanny. The event is on the topic `worker-deaths`, and on `all`
 for the dashboard's page /events. A worker that was asked to end, as by `Client.restart`, is not
 reported. The kernel's kills are found by the cgroup's own counters (memory.events, cgroup v2). Python 3.9,
-distributed 2023 and later.
+distributed 2023 and later. WORKER_DEATHS_CGROUP is a folder in place of the cgroup's, for tests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TOPIC = "worker-deaths"
-PERIOD = 500
+PERIOD = 200
 """Milliseconds between two looks at the worker's process and the counters."""
 GRACE = 5.0
 """Seconds after a kill in which the end of a worker explains it. A large process ends slowly."""
@@ -58,6 +59,8 @@ def _kills() -> Kills:
 
 def own_cgroup() -> Path:
     """Return the folder of this process's cgroup."""
+    if "WORKER_DEATHS_CGROUP" in os.environ:
+        return Path(os.environ["WORKER_DEATHS_CGROUP"])
     path = ""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         if line.startswith("0::"):
@@ -128,6 +131,8 @@ class Watch:
         self.nanny, self.kills = nanny, kills
         self.pid: int | None = None
         self.address: str | None = None
+        self.last: str | None = None
+        """The address of the worker that ended last: the nanny has it until the next one is up."""
         self.requested = False
         self.terminated: dict[str, Any] = {}
         self.reports: set[Any] = set()
@@ -159,7 +164,7 @@ class Watch:
         if process is not None:
             self.pid = process.pid or self.pid
             self.requested = worker.status.name == "stopping"
-            if worker.status.name == "running":  # before that, it has the address of the last one
+            if worker.status.name == "running":
                 self.address = worker.worker_address
         self.kills.look()
         others = self.kills.others()
@@ -171,9 +176,10 @@ class Watch:
 
     def ended(self, code: int) -> None:
         """Report the end of the worker's process, unless somebody asked for it."""
-        nanny, pid, address = self.nanny, self.pid, self.address
+        nanny, pid = self.nanny, self.pid
+        address = nanny.worker_address if nanny.worker_address != self.last else self.address
         asked = self.requested or nanny.status.name in ("closing", "closed", "closing_gracefully", "failed")
-        self.pid, self.address, self.requested = None, None, False
+        self.pid, self.address, self.requested, self.last = None, None, False, nanny.worker_address
         if code == 0 or asked:
             return
         memory = nanny.memory_manager.memory_limit
