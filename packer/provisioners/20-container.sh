@@ -52,7 +52,8 @@ id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
     die "Docker has no image $CONTAINER_REFERENCE after loading: check the name in the archive"
 
 # Not earlier: Docker's start would start Dask too, which must not run during the build.
-systemctl enable --quiet dask.service dask-memory.service dask-health.timer dask-notices.service watch-kills.service
+systemctl enable --quiet dask.service dask-memory.service dask-health.timer dask-notices.service \
+    dask-reports.socket watch-kills.service
 for unit in mount-spill.service security-updates.service; do
     [ ! -e "/etc/systemd/system/$unit" ] || systemctl enable --quiet "$unit"
 done

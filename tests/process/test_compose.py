@@ -73,6 +73,7 @@ def test_each_role_has_what_the_field_taught(role: str) -> None:
         "/var/lib/dask/spill/service:/spill",
         "/run/dask/private/tls:/run/dask/tls:ro",
         "/usr/local/lib/dask/preload:/run/dask/preload:ro",
+        "/run/dask/reports:/run/dask/reports",
     ]
     assert service["ulimits"] == {"nofile": 65536}
     assert service["logging"]["driver"] == "json-file"

@@ -433,8 +433,9 @@ def test_a_reference_is_pulled(docker: Path, tmp_path: Path) -> None:
     done = _container(docker, tmp_path, CONTAINER_ARCHIVE="", INSECURE_REGISTRY="")
     assert done.returncode == 0, done.stderr
     assert calls(docker, "docker")[0] == "pull --quiet a/b:1"
-    units = "dask.service dask-memory.service dask-health.timer dask-notices.service watch-kills.service"
-    assert calls(docker, "systemctl") == ["start docker.service", f"enable --quiet {units}"]
+    units = "dask.service dask-memory.service dask-health.timer dask-notices.service"
+    enable = f"enable --quiet {units} dask-reports.socket watch-kills.service"
+    assert calls(docker, "systemctl") == ["start docker.service", enable]
 
 
 def test_a_dask_that_cannot_be_enabled_stops_the_bake(docker: Path, tmp_path: Path) -> None:

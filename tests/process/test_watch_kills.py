@@ -207,3 +207,20 @@ def test_a_full_pipe_does_not_hang_it(machine: Machine) -> None:
     os.close(writer)
     os.close(reader)
     assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1, "nobody reads"
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
+def test_reports_of_containers_are_harmless_lines(shell: str) -> None:
+    """A report may be hostile: lines of other priorities, escape sequences, and more than anybody reads."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    os.write(write, b"Worker a: ended by its nanny\n<0>\x1b[31mpanic \xc3\xa4\n\n" + b"x" * 50000)
+    os.set_blocking(read, False)
+    argv = [shell, *(["sh"] if shell.endswith("busybox") else []), str(PROGRAM.with_name("log-reports"))]
+    done = subprocess.run(argv, stdin=read, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "<4>a container reports: Worker a: ended by its nanny",
+        "<4>a container reports: <0>?[31mpanic ??",
+    ]
+    os.close(read)
+    os.close(write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ def leak() -> None:
         time.sleep(0.05)
 
 
+def count(cgroup: Path, *, kills: int, limit_reached: int) -> None:
+    """Let a cgroup count so many kills and times that its limit was reached."""
+    text = f"low 0\nhigh 0\nmax 99\noom {limit_reached}\noom_kill {kills}\noom_group_kill 0\n"
+    (cgroup / "memory.events.new").write_text(text)
+    (cgroup / "memory.events.new").rename(cgroup / "memory.events")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """A scheduler, and a worker with a nanny that reports."""
@@ -46,17 +54,14 @@ class Cluster:
     client: Client
     cgroup: Path
     log: Path
-
-    def counted(self, *, kills: int, limit_reached: int) -> None:
-        """Let the cgroup count so many kills and times that its limit was reached."""
-        text = f"low 0\nhigh 0\nmax 99\noom {limit_reached}\noom_kill {kills}\noom_group_kill 0\n"
-        (self.cgroup / "memory.events.new").write_text(text)
-        (self.cgroup / "memory.events.new").rename(self.cgroup / "memory.events")
+    reports: int
+    """The end of the pipe to the machine's journal."""
 
     def running(self) -> tuple[str, int]:
         """Wait for the worker, and return its address and pid."""
         self.client.wait_for_workers(1, timeout=120)
         ((address, pid),) = self.client.run(os.getpid).items()
+        time.sleep(0.5)  # the nanny knows the worker's address later than the scheduler
         return address, pid
 
     def next(self, number: int) -> dict[str, Any]:
@@ -81,17 +86,20 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cgroup, log = tmp_path / "cgroup", tmp_path / "worker.log"
+    cgroup, log, reports = tmp_path / "cgroup", tmp_path / "worker.log", tmp_path / "reports"
     cgroup.mkdir()
     (cgroup / "memory.max").write_text(f"{CONTAINER}\n")
+    count(cgroup, kills=3, limit_reached=4)
+    os.mkfifo(reports)
+    end = os.open(reports, os.O_RDWR | os.O_NONBLOCK)
     flags = ("--name", "alice", "--nthreads", "1", "--memory-limit", str(LIMIT), "--no-dashboard")
     preload = ("--preload-nanny", str(PRELOADS / "worker_deaths.py"))
+    environment = {"WORKER_DEATHS_CGROUP": str(cgroup), "WORKER_DEATHS_REPORTS": str(reports)}
     with real_dask.scheduler(tmp_path) as address:
-        environment = {"WORKER_DEATHS_CGROUP": str(cgroup)}
         arguments = ("worker", address, *flags, *preload, "--local-directory", str(tmp_path / "spill"))
-        Cluster(address=address, client=None, cgroup=cgroup, log=log).counted(kills=3, limit_reached=4)  # type: ignore[arg-type]
         with real_dask.dask(*arguments, log=log, **environment), Client(address) as client:
-            yield Cluster(address=address, client=client, cgroup=cgroup, log=log)
+            yield Cluster(address=address, client=client, cgroup=cgroup, log=log, reports=end)
+    os.close(end)
 
 
 def test_every_end_has_its_reason(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,14 +118,14 @@ def test_every_end_has_its_reason(cluster: Cluster, capsys: pytest.CaptureFixtur
 
     # The kernel kills it, because the machine has no memory left.
     worker, pid = cluster.running()
-    cluster.counted(kills=4, limit_reached=4)
+    count(cluster.cgroup, kills=4, limit_reached=4)
     os.kill(pid, signal.SIGKILL)
     found.append(cluster.next(2))
     assert (found[1]["by"], found[1]["worker"], found[1]["limit"]) == ("kernel-machine", worker, None)
 
     # The kernel kills it at the container's limit.
     worker, pid = cluster.running()
-    cluster.counted(kills=5, limit_reached=5)
+    count(cluster.cgroup, kills=5, limit_reached=5)
     os.kill(pid, signal.SIGKILL)
     found.append(cluster.next(3))
     assert (found[2]["by"], found[2]["limit"], found[2]["tasks"]) == ("kernel-container", CONTAINER, ())
@@ -165,7 +173,7 @@ def test_every_end_has_its_reason(cluster: Cluster, capsys: pytest.CaptureFixtur
 
 def test_another_process_of_the_container(cluster: Cluster) -> None:
     cluster.running()
-    cluster.counted(kills=5, limit_reached=6)
+    count(cluster.cgroup, kills=5, limit_reached=6)
     text = "The kernel killed 2 other processes of this container at the container's limit of 477 MiB"
     assert text in real_dask.said(cluster.log, "of this container")
     assert cluster.client.get_events("worker-deaths") == ()

@@ -1,9 +1,11 @@
 """Report why a worker's process ended: a warning in its nanny's log, and an event of the scheduler.
 
 `dask worker --preload-nanny` loads this into a nanny. The event is on the topic `worker-deaths`, and on `all`
-for the dashboard's page /events. A worker that was asked to end, as by `Client.restart`, is not
+for the dashboard's page /events. What the kernel did not do also goes to /run/dask/reports, for the machine's
+journal: watch-kills has the kernel's. A worker that was asked to end, as by `Client.restart`, is not
 reported. The kernel's kills are found by the cgroup's own counters (memory.events, cgroup v2). Python 3.9,
-distributed 2023 and later. WORKER_DEATHS_CGROUP is a folder in place of the cgroup's, for tests.
+distributed 2023 and later. For tests, WORKER_DEATHS_CGROUP is a folder in place of the cgroup's, and
+WORKER_DEATHS_REPORTS another pipe.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ GRACE = 5.0
 """Seconds after a kill in which the end of a worker explains it. A large process ends slowly."""
 AT_LIMIT = 10.0
 """Seconds before the end of a worker in which the limit was reached, if that is why it was killed."""
+REPORTS = Path(os.environ.get("WORKER_DEATHS_REPORTS", "/run/dask/reports"))
+"""A pipe to the machine's journal, where the container mounts it."""
 MOST_TASKS = 20
 """How many tasks an event lists."""
 
@@ -230,7 +234,10 @@ class Watch:
         doing = while_doing(event["tasks"], len(tasks or ()), self.nanny.nthreads)
         who = f"{event['name']}, pid {pid}" if event["name"] else f"pid {pid}"
         worker = event["worker"] or "that was starting"
-        logger.warning("Worker %s (%s): %s%s", worker, who, event["cause"], doing)
+        line = f"Worker {worker} ({who}): {event['cause']}{doing}"
+        logger.warning("%s", line)
+        if not event["by"].startswith("kernel"):
+            to_journal(line)
         for pause in (1, 5, 20, 60):
             try:
                 sent = self.nanny.scheduler.log_event(topic=[TOPIC, "all"], msg=event)
@@ -256,6 +263,20 @@ class Watch:
 
 
 MACHINE = "because the machine had no memory left"
+
+
+def to_journal(line: str) -> None:
+    """Write a line to the machine's journal, if it takes it."""
+    try:
+        pipe = os.open(REPORTS, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # nothing is mounted there
+        return
+    try:
+        os.write(pipe, line.encode(errors="replace")[:1000] + b"\n")
+    except OSError:  # it is full
+        pass
+    finally:
+        os.close(pipe)
 
 
 def of_container(limit: int | None) -> str:
