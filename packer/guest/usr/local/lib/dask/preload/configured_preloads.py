@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_loaded: dict[int, list[Any]] = globals().get(
-    "_loaded", {}
-)  # Dask imports this again for each nanny of a process
+# Dask imports this again for each nanny of a process.
+_loaded: dict[int, list[Any]] = globals().get("_loaded", {})
 
 
 async def dask_setup(server: Any) -> None:

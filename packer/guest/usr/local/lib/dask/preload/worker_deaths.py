@@ -32,9 +32,8 @@ MOST_TASKS = 20
 """How many tasks an event lists."""
 
 logger = logging.getLogger("distributed.nanny")
-_watches: dict[int, Any] = globals().get(
-    "_watches", {}
-)  # Dask imports this again for each nanny of a process
+# Dask imports this again for each nanny of a process.
+_watches: dict[int, Any] = globals().get("_watches", {})
 
 
 def dask_setup(nanny: Any) -> None:
@@ -51,6 +50,8 @@ def dask_teardown(nanny: Any) -> None:
     watch = _watches.pop(id(nanny), None)
     if watch is not None:
         watch.callback.stop()
+        for report in watch.reports:
+            report.cancel()
 
 
 def _kills() -> Kills:
@@ -162,7 +163,15 @@ class Watch:
         self.callback.start()
 
     def look(self) -> None:
-        """Remember what is not known any more when the worker has ended."""
+        """Look at the worker and the counters; after an error, never again."""
+        try:
+            self._look()
+        except Exception as error:
+            self.callback.stop()
+            logger.warning("The ends of this nanny's workers will not be explained: %r", error)
+
+    def _look(self) -> None:
+        # This is not known any more when the worker has ended.
         worker = self.nanny.process
         process = getattr(worker, "process", None)
         if process is not None:
