@@ -19,6 +19,7 @@ def image(
     threads: int | None = None,
     reserve: Reserve | None = None,
     headroom: int = 0,
+    follow: bool = False,
     after: tuple[str, ...] = (),
     reference: str = "ami-builder/dask:2026.8.0",
     network: ContainerNetwork = ContainerNetwork.HOST,
@@ -39,5 +40,5 @@ def image(
             after=after,
             retire_on_rebalance=retire_on_rebalance,
         ),
-        memory=MemorySettings(reserve=reserve or Reserve(), nanny_headroom=headroom),
+        memory=MemorySettings(reserve=reserve or Reserve(), nanny_headroom=headroom, follow=follow),
     )

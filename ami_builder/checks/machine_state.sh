@@ -1,4 +1,5 @@
-# Print everything that the checks need, in one call. POSIX sh, run by root; nothing here changes the machine.
+# Print everything that the checks need, in one call. POSIX sh, run by root; nothing here changes the machine,
+# but for a process that takes memory for a moment.
 # Arguments: the login user, the phase, the main pid of the Dask container (empty without one).
 set -u
 export LC_ALL=C
@@ -228,4 +229,30 @@ for name in containers plain compose.unset image.unset; do
         cat "$scratch/$name"
     }
 done
+if [ "$phase" = boot ]; then
+    # A process that takes more than the reserve, and ends. The image's own unit compares.
+    compare() {
+        timeout 60 systemctl restart dask-health.service
+        section "growth.$1"
+        cat /run/dask/health 2>/dev/null
+    }
+    grower=ami-builder-grows.service
+    compare before
+    excess=$(sed -n 's/.*"excess": \(-\{0,1\}[0-9]*\),.*/\1/p' /run/dask/public/memory.json 2>/dev/null)
+    [ "${excess:-0}" -lt 0 ] || excess=0
+    size=$((67108864 - excess))
+    # tail keeps all of it until its input ends.
+    systemd-run --quiet --collect --unit "$grower" sh -c "{ head -c $size /dev/zero; sleep 600; } | tail -c $size >/dev/null"
+    tries=0 taken=0
+    while [ "$taken" -lt "$size" ] && [ "$tries" -lt 120 ]; do
+        sleep 0.5
+        read -r taken <"/sys/fs/cgroup/system.slice/$grower/memory.current" || taken=0
+        tries=$((tries + 1))
+    done 2>/dev/null
+    compare grown
+    systemctl stop "$grower"
+    compare ended
+fi
+section growth
+cat /run/dask/public/memory.json 2>/dev/null
 section end

@@ -260,7 +260,9 @@ def _print_machines(found: Sequence[Machine], *, many: bool) -> None:
     alike: dict[tuple[object, ...], list[Machine]] = defaultdict(list)
     for number, one in enumerate(found):
         folders = tuple((spill.folder, spill.system, spill.bound) for spill in one.spills)
-        key = (one.scheduler, _memory(one), folders, str(one.versions), one.origin) if many else (number,)
+        key: tuple[object, ...] = (number,)
+        if many:
+            key = (one.scheduler, _memory(one), _outgrown(one), folders, str(one.versions), one.origin)
         alike[key].append(one)
     versions = {_versions(each) for one in found for each in one.versions}
     columns = ["machine", "spills to"]
@@ -332,7 +334,13 @@ def _holds(machine: Machine) -> str:
     parts = [_memory(machine)] if machine.total is not None else []
     parts += ["scheduler"] if machine.scheduler else []
     parts += [f"{count} worker{'s' if count > 1 else ''}"] if count else []
-    return ", ".join(parts)
+    return ", ".join(parts) + _outgrown(machine)
+
+
+def _outgrown(machine: Machine) -> str:
+    """Return a line about a system that has taken what Dask's limit promises; the warning says who."""
+    excess = machine.growth.excess if machine.growth is not None else 0
+    return f"\noutgrown by {console.size(excess)}" if excess > 0 else ""
 
 
 def _short(same: Sequence[Diagnosis]) -> str:

@@ -120,6 +120,10 @@ class MemorySettings(_Table):
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
     runs in the container too, restarts a worker before the kernel kills it. Useful on small machines: on 1
     GiB, 64MiB shortened the longest wait for a login from 9.2 to 3.4 s."""
+    follow: StrictBool = False
+    """Whether the limit of Dask and of its container goes down when the system has outgrown its reserve, and
+    up again when it has shrunk, while Dask runs. Never below five fourths of what the container holds, nor
+    below half of the limit at the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
 from ami_builder.doctor import history, probe, tls
-from ami_builder.doctor.rules import CgroupLimit, Cluster, Reading, Scheduler, Worker
+from ami_builder.doctor.rules import CgroupLimit, Cluster, Growth, Reading, Scheduler, Worker
 from ami_builder.verify.executor import INSTALL
 
 _ONE_BY_ONE = 64
@@ -224,6 +224,8 @@ def _worker(address: str, known: Mapping[str, Any], answer: Any) -> Worker:
         return Worker(address=address, name=name, host=host, problem=problem)
     if "error" in found:
         return Worker(address=address, name=name, host=host, problem=str(found["error"]))
-    fields = {key: value for key, value in found.items() if key != "levels"}
+    fields = {key: value for key, value in found.items() if key not in ("levels", "growth")}
     levels = tuple(CgroupLimit(**level) for level in found["levels"])
-    return Worker(address=address, name=name, host=host, reading=Reading(**fields, levels=levels))
+    growth = Growth(**found["growth"]) if found["growth"] else None
+    reading = Reading(**fields, levels=levels, growth=growth)
+    return Worker(address=address, name=name, host=host, reading=reading)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ami_builder.core.records import Origin
-    from ami_builder.doctor.rules import Cluster, Reading
+    from ami_builder.doctor.rules import Cluster, Growth, Reading
 
 # Dask's folder of all workers of a user, and that of one worker below it, in new and old versions.
 _SCRATCH = ("/dask-scratch-space", "/dask-worker-space")
@@ -49,6 +49,8 @@ class Machine:
     """Addresses."""
     total: int | None
     available: int | None
+    growth: Growth | None
+    """Of its system; None if the machine says nothing of it."""
     spills: tuple[Spill, ...]
     versions: tuple[Mapping[str, str], ...]
     """Of its workers, and of the scheduler; each once."""
@@ -88,6 +90,7 @@ def _machine(
         workers=tuple(readings),
         total=min((one.total for one in all_of), default=None),
         available=min((one.available for one in all_of), default=None),
+        growth=next((one.growth for one in all_of if one.growth is not None), None),
         spills=tuple(_spills(all_of)),
         versions=tuple(one for n, one in enumerate(versions) if one and one not in versions[:n]),
         origin=origins.get(instance),

@@ -6,16 +6,22 @@ version of Python.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import sys
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 NO_LIMIT = 1 << 60
 """In cgroup v1, no limit is a number near 2^63."""
+GROWTH = "/run/dask/public/memory.json"
+"""What compare-memory writes every 30 seconds. The image's own Compose file mounts it."""
+STALE = 300
+"""Seconds after which it is out of date."""
 PACKAGES = (
     *("python", "dask", "distributed", "cloudpickle", "msgpack", "tornado", "toolz"),
     *("numpy", "pandas", "lz4"),
@@ -33,6 +39,7 @@ def read(dask_worker: Any) -> dict[str, Any]:
     try:
         found.update(machine(), **processes(dask_worker))
         found["levels"] = levels()
+        found["growth"] = growth()
         found["spill_system"] = file_system(str(found["directory"]))
         found["spill_size"], found["spill_free"] = space(str(found["directory"]))
     except (OSError, ValueError, KeyError, IndexError) as unreadable:
@@ -126,6 +133,25 @@ def machine() -> dict[str, Any]:
         "swap": memory.get("SwapTotal", 0),
         "page": os.sysconf("SC_PAGE_SIZE"),
     }
+
+
+def growth(path: str = GROWTH) -> dict[str, Any] | None:
+    """Return what a machine of ami-builder says of the growth of its system; None elsewhere.
+
+    `excess` is by how much its reserve is exceeded now; a limit that followed down is no excess.
+    """
+    try:
+        if time.time() - os.stat(path).st_mtime > STALE:  # noqa: PTH116
+            return None
+        found = json.loads(text(path))
+        return {
+            "reserve": int(found["reserve"]),
+            "growth": int(found["growth"]),
+            "excess": int(found["excess"]) - int(found["limit_at_start"]) + int(found["limit"]),
+            "by": {str(one["cgroup"]): int(one["bytes"]) for one in found["grown"]},
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def held(pid: int) -> int:

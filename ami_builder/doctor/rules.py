@@ -69,6 +69,24 @@ class CgroupLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """How much more a machine's system uses than when Dask started, as the machine itself says."""
+
+    reserve: int
+    """What was left to the system then."""
+    growth: int
+    excess: int
+    """By how much Dask's limit is more than the machine can give now; negative if it is less."""
+    by: Mapping[str, int]
+    """The cgroups that have grown most."""
+
+    def __str__(self) -> str:
+        """Return it as a part of a sentence."""
+        by = ", ".join(f"{name} +{_mib(size)}" for name, size in self.by.items())
+        return f"the system has grown by {_mib(self.growth)} since Dask started{f' ({by})' if by else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """The memory of one worker and its machine, as the worker read it."""
 
@@ -103,6 +121,8 @@ class Reading:
     max_spill: int | None = None
     """What Dask spills at most (distributed.worker.memory.max-spill); None: no bound."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    growth: Growth | None = None
+    """Of its machine; None if that says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,7 +345,12 @@ def _pages(size: float, page: int) -> int:
     return max(1, int(size) // page) * page
 
 
+def _mib(size: float) -> str:
+    return f"{size / MIB:.0f} MiB"
+
+
 def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
+    yield from _outgrown(reading, domains[-1])
     if reading.spill_system in IN_MEMORY:
         yield f"spills to {reading.spill_system} ({reading.directory}), which is memory; use a disk"
     if reading.levels and reading.swap and not any(level.swap == 0 for level in reading.levels):
@@ -340,6 +365,20 @@ def _warnings(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:
         for key in ("target", "spill", "pause"):
             if not getattr(reading, key):
                 yield f"{key} is off (distributed.worker.memory.{key})"
+
+
+def _outgrown(reading: Reading, machine: _Domain) -> Iterable[str]:
+    """Warn if the machine can't give what the limit promises: by its own comparison, or by this reading."""
+    growth, short = reading.growth, machine.taken - machine.capacity
+    if not reading.limit:
+        return
+    if growth is not None and growth.excess > 0:
+        yield f"its machine can give {_mib(growth.excess)} less than the limit promises: {growth}"
+    elif machine.exceeded_by(reading) and short > 0:
+        yield (
+            f"its machine can give {_mib(short)} less than the limits promise: they are too high, or what"
+            " runs beside Dask has grown since they were set"
+        )
 
 
 def _late_nanny(reading: Reading, domains: Sequence[_Domain]) -> Iterable[str]:

@@ -57,6 +57,8 @@ class Start:
     available: int | None
     """AVAILABLE_MEMORY_FOR_DASK; None if the machine had none."""
     times: tuple[str, ...]
+    growth: str
+    """Of the system since Dask started; empty if it is not known."""
     """Wall time and CPU time until ssh and Dask answered; empty if not measured."""
     further: tuple[ChainNumber, ...]
     holds: bool | None

@@ -20,6 +20,7 @@ from ami_builder.core.records import (
     StepRecord,
     Verdict,
 )
+from ami_builder.core.units import MIB
 from ami_builder.report.page import ChainNumber, Start, Trend
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def starts(verdict: Verdict, evidence: Path) -> tuple[Start, ...]:
                 total=one.total if one else None,
                 available=variable,
                 times=_times(one) if one else (),
+                growth=_growth(_folder(evidence, machine), phase),
                 further=_further(_folder(evidence, machine), phase, variable),
                 holds=_holds(outcomes),
             )
@@ -107,6 +109,18 @@ def _times(one: Measurement) -> tuple[str, ...]:
         ratio = f" ({multiple(one.boot_ratio)})" if one.boot_ratio is not None else ""
         times.append(f"{duration(one.cpu_seconds)} of CPU time{ratio}")
     return tuple(times)
+
+
+def _growth(folder: Path, phase: str) -> str:
+    """Return how much more the system used at the end than when Dask started, and what has grown."""
+    try:
+        found = json.loads(_json(folder / f"machine-{phase}.json")["growth"])
+        growth, excess = int(found["growth"]), int(found["excess"])
+        by = ", ".join(f"{one['cgroup']} +{int(one['bytes']) / MIB:.0f} MiB" for one in found["grown"])
+    except (ValueError, KeyError, TypeError):  # older images compare nothing
+        return ""
+    beyond = f", {excess / MIB:.0f} MiB more than its reserve" if excess > 0 else ""
+    return f"the system has grown by {growth / MIB:.0f} MiB{beyond}{f' ({by})' if by else ''}"
 
 
 def _folder(evidence: Path, machine: str) -> Path:

@@ -54,7 +54,7 @@ id=$(docker image inspect --format '{{.Id}}' "$CONTAINER_REFERENCE") ||
 # Not earlier: Docker's start would start Dask too, which must not run during the build.
 systemctl enable --quiet dask.service dask-memory.service dask-health.timer dask-notices.service \
     dask-reports.socket watch-kills.service
-for unit in mount-spill.service security-updates.service; do
+for unit in mount-spill.service security-updates.service dask-follow.service; do
     [ ! -e "/etc/systemd/system/$unit" ] || systemctl enable --quiet "$unit"
 done
 

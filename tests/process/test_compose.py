@@ -74,6 +74,7 @@ def test_each_role_has_what_the_field_taught(role: str) -> None:
         "/run/dask/private/tls:/run/dask/tls:ro",
         "/usr/local/lib/dask/preload:/run/dask/preload:ro",
         "/run/dask/reports:/run/dask/reports",
+        "/run/dask/public:/run/dask/public:ro",
     ]
     assert service["ulimits"] == {"nofile": 65536}
     assert service["logging"]["driver"] == "json-file"

@@ -32,6 +32,7 @@ MEMINFO = Path(__file__).with_name("meminfo")
 PAGE = os.sysconf("SC_PAGESIZE")
 START_DASK = PurePosixPath("/usr/local/sbin/start-dask")
 MEASURE_MEMORY = PurePosixPath("/usr/local/sbin/measure-memory")
+COMPARE_MEMORY = PurePosixPath("/usr/local/sbin/compare-memory")
 DASK_TLS = PurePosixPath("/usr/local/sbin/dask-tls")
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 
@@ -117,7 +118,7 @@ class Machine:
 
     def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
         guest = render.guest(of or image())
-        for path in (START_DASK, MEASURE_MEMORY, DASK_TLS):
+        for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY, DASK_TLS):
             script = self.root / path.relative_to("/")
             script.write_bytes(guest[path].content)
             script.chmod(0o755)
@@ -145,6 +146,7 @@ class Machine:
             "PATH": f"{self.programs}:{os.environ['PATH']}",
             "START_DASK_ROOT": str(self.root),
             "MEASURE_MEMORY_ROOT": str(self.root),
+            "COMPARE_MEMORY_ROOT": str(self.root),
             **more,
         }
 
@@ -472,7 +474,7 @@ esac
 """
     fake(one.programs, "docker", script)
     guest = render.guest(image())
-    for path in (START_DASK, MEASURE_MEMORY):
+    for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY):
         (one.root / path.relative_to("/")).write_bytes(guest[path].content)
         (one.root / path.relative_to("/")).chmod(0o755)
     argv = [*one.shell, str(one.root / START_DASK.relative_to("/"))]
@@ -892,3 +894,38 @@ def test_health_is_kept_and_said_only_when_it_changes(
     assert state.read_text() == ("healthy\n" if status == 0 else "unhealthy\n")
     assert line.startswith(said)
     assert bool(line) == bool(said)
+
+
+def test_what_the_system_uses_is_recorded_after_the_measurement(machine: Machine) -> None:
+    started = machine.start(image(reserve=Reserve(bytes=64 << 20)))
+    assert started.status == 0, started.output
+    limit, available = (
+        line.split() for line in (machine.root / "run/dask/memory-at-start").read_text().splitlines()
+    )
+    assert limit == ["limit", started.exported]
+    assert int(available[1]) - int(limit[1]) == pytest.approx(64 << 20, abs=PAGE)
+
+
+def test_the_ids_of_dasks_running_containers_are_known(one: Machine) -> None:
+    one.write("running", "c2\n")
+    (one.root / "run/dask/containers").mkdir(parents=True)
+    one.write("run/dask/containers/c0", "")
+    fake(one.programs, "docker", EVENTS)
+    events = "start c1 dask-init-1 -\\nstart c2 dask-worker-1 -\\ndie c1 dask-init-1 0\\n"
+    one.start(environment={"FAKE_EVENTS": events, "FAKE_COMMAND": "true []"})
+    (container,) = (one.root / "run/dask/containers").iterdir()
+    assert (container.name, container.read_text()) == ("c2", "dask-worker-1\n")
+
+
+def test_a_limit_that_follows_needs_a_dask_that_knows(machine: Machine) -> None:
+    following = image(follow=True)
+    started = machine.start(following)
+    assert "<4>start-dask: memory.follow: the limit stays as it is" in started.output
+    assert not (machine.root / "run/dask/follows").exists()
+    preload = "command: dask worker --preload-nanny /run/dask/preload/follow_limit.py"
+    machine.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}, {FROM_ENV}}}}}\n# {preload}\n")
+    assert "the limit stays" in machine.start(following).output
+    machine.write("etc/dask/compose.yaml", f"services: {{w: {{{HOST}, {preload}}}}}\n")
+    assert "the limit stays" not in machine.start(following).output
+    assert (machine.root / "run/dask/follows").exists()
+    assert not any("follow" in path.name for path in render.guest(image()) if path.name != "follow_limit.py")

@@ -144,6 +144,7 @@ def judge(text: Text, answer: Told, context: Context = CONTEXT) -> dict[str, str
         "variable": partial(inspect.unwrap(plugin.variable), machine),
         "dask": partial(inspect.unwrap(plugin.dask), machine),
         "workers": partial(inspect.unwrap(plugin.workers), client),
+        "note": lambda: lambda text: None,
     }
     failed: dict[str, str] = {}
     for name, check, given in each_check():
@@ -497,6 +498,16 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         [put("spill-notices", "no file system on instance store (nvme1n1)")],
         dask(VALUE),
         {"service: instance store is used"},
+    ),
+    "nothing compares": (
+        [put("growth", ""), put("growth.grown", "healthy\n"), put("growth.ended", "healthy\n")],
+        dask(VALUE),
+        {"growth: growth is compared", "growth: who has grown is reported"},
+    ),
+    "growth stays": (
+        [lambda text: text.__setitem__("growth.ended", text["growth.grown"])],
+        dask(VALUE),
+        {"growth: growth that has ended is no longer reported"},
     ),
     "service restarted": (
         [sub("service", "^NRestarts=.*", "NRestarts=1")],

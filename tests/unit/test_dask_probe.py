@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,15 @@ def test_the_innermost_and_last_mount_is_the_file_system(monkeypatch: pytest.Mon
     mounts = "1 0 8:1 / / rw - ext4 a rw\n2 1 0:3 / /tmp rw - tmpfs b rw\n3 1 0:4 / /tmpx rw - xfs c rw"
     machine(monkeypatch, "", mounts)
     assert [probe.file_system(f) for f in ("/tmp/spill", "/tmpx", "/var")] == ["tmpfs", "xfs", "ext4"]
+
+
+def test_the_growth_of_a_machine_is_what_the_limit_has_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    assert probe.growth(str(path)) is None
+    record = {"limit_at_start": 900, "limit": 880, "reserve": 32, "growth": 84, "excess": 52}
+    path.write_text(json.dumps({**record, "grown": [{"cgroup": "a.service", "bytes": 61}]}))
+    assert probe.growth(str(path)) == {"reserve": 32, "growth": 84, "excess": 32, "by": {"a.service": 61}}
+    os.utime(path, (0, 0))
+    assert probe.growth(str(path)) is None, "nothing has compared for a long time"
+    path.write_text("{")
+    assert probe.growth(str(path)) is None

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ami_builder.core.units import GIB, MIB
-from ami_builder.doctor.rules import RUNTIME, CgroupLimit, Diagnosis, Health, Reading, Worker, diagnose
+from ami_builder.doctor.rules import (
+    RUNTIME,
+    CgroupLimit,
+    Diagnosis,
+    Growth,
+    Health,
+    Reading,
+    Worker,
+    diagnose,
+)
 
 PAGE = 4096
 HELD = {"worker": 100 * MIB, "nanny": 64 * MIB}
@@ -265,3 +274,31 @@ def test_limits_that_exceed_a_machine_are_never_all_right(workers: list[Worker])
         capacity = first.available + sum(held.values())
         if limits > capacity + max(capacity // 50, RUNTIME) + PAGE:
             assert any(each.health is Health.TOO_HIGH for each in here)
+
+
+def test_a_machine_that_can_not_give_what_the_limit_promises_is_a_warning() -> None:
+    (one,) = judged(reading(7 * GIB, available=7 * GIB - 300 * MIB - sum(HELD.values())))
+    assert one.health is Health.TOO_HIGH
+    (warning,) = one.warnings
+    assert warning.startswith("its machine can give 300 MiB less than the limits promise")
+    assert judged(reading(7 * GIB))[0].warnings == ()
+
+
+def test_a_machine_that_says_who_has_grown_is_believed_before_the_limit_is_too_high() -> None:
+    grown = Growth(reserve=32 * MIB, growth=84 * MIB, excess=52 * MIB, by={"agent.service": 61 * MIB})
+    (one,) = judged(reading(7 * GIB, available=7 * GIB - 52 * MIB - sum(HELD.values()), growth=grown))
+    assert one.health is Health.RIGHT
+    (warning,) = one.warnings
+    assert "52 MiB less" in warning
+    assert "84 MiB since Dask started (agent.service +61 MiB)" in warning
+
+
+def test_a_limit_that_has_followed_its_machine_down_is_right() -> None:
+    """The kernel's limit is as low, and the worker has no more to get."""
+    low, left = 5 * GIB, 5 * GIB + 10 * MIB
+    level = CgroupLimit(id="a", path="/sys/fs/cgroup", limit=low, swap=0, held=sum(HELD.values()))
+    grown = Growth(reserve=32 * MIB, growth=2 * GIB, excess=-10 * MIB, by={})
+    (one,) = judged(
+        reading(low, available=left - sum(HELD.values()), levels=(level,), growth=grown, nanny_process=None)
+    )
+    assert (one.health, one.warnings) == (Health.RIGHT, ())

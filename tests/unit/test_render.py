@@ -22,11 +22,13 @@ CONTRACT = {
     "/usr/local/sbin/start-dask": 0o755,
     "/usr/local/sbin/stop-dask": 0o755,
     "/usr/local/sbin/measure-memory": 0o755,
+    "/usr/local/sbin/compare-memory": 0o755,
     "/usr/local/sbin/dask-wanted": 0o755,
     "/usr/local/sbin/wait-for-unit": 0o755,
     "/usr/local/sbin/dask-health": 0o755,
     "/usr/local/sbin/mount-spill": 0o755,
     "/usr/local/lib/dask/preload/configured_preloads.py": 0o644,
+    "/usr/local/lib/dask/preload/follow_limit.py": 0o644,
     "/usr/local/lib/dask/preload/worker_deaths.py": 0o644,
     "/usr/local/lib/dask/retire.py": 0o644,
     "/usr/local/lib/dask/retire_workers.py": 0o644,
@@ -108,11 +110,13 @@ def test_what_nobody_asked_for_is_no_file() -> None:
         "container.unlimited": ("agent-*", "logs"),
         "base.security_updates": True,
         "base.packages": ("htop",),
+        "memory.follow": True,
     }
     asked = ImageSettings().overlaid(settings).image("asked")
     files = guest.guest(asked)
     assert {str(path) for path in set(files) - set(guest.guest(image()))} == {
         "/etc/systemd/system/docker-.scope.d/30-unlimited.conf",
+        "/etc/systemd/system/dask-follow.service",
         "/etc/systemd/system/dask-unlimited@.service",
         "/etc/systemd/system/security-updates.service",
         "/usr/local/sbin/dask-unlimited",

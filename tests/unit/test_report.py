@@ -32,6 +32,7 @@ from ami_builder.core.records import (
     TargetKind,
     Verdict,
 )
+from ami_builder.core.units import MIB
 from ami_builder.report import html, sections
 from ami_builder.report.collect import save_nightly_run, write_page
 from ami_builder.report.page import ChainNumber, Page, Tone, Trend
@@ -690,3 +691,15 @@ def test_any_trend_can_be_drawn(values: list[float]) -> None:
         links={},
     )
     assert Parsed(html.render(page)).find("svg")
+
+
+def test_the_growth_of_the_system_is_one_line(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    line = "the system has grown by 24 MiB (docker.service +11 MiB)"
+    assert line in page_of(run, workspace).text
+    evidence = run.directory / "machines/2GiB/machine-boot.json"
+    grown = {**json.loads(MACHINE["growth"]), "excess": 52 * MIB}
+    evidence.write_text(json.dumps({**MACHINE, "growth": json.dumps(grown)}))
+    assert "by 24 MiB, 52 MiB more than its reserve (" in page_of(run, workspace).text
+    evidence.write_text(json.dumps({**MACHINE, "growth": ""}))
+    assert "has grown" not in page_of(run, workspace).text

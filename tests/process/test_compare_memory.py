@@ -1,0 +1,285 @@
+"""compare-memory outside a VM: real shells, and a folder of cgroups whose use grows and shrinks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ami_builder.core.units import MIB
+from ami_builder.system import resources
+from tests.fake_programs import calls, fake
+
+PROGRAM = resources.packer_dir() / "guest/usr/local/sbin/compare-memory"
+SHELLS = [name for name in ("dash", "busybox") if shutil.which(name)]
+TOTAL, AVAILABLE, RESERVE = 2048 * MIB, 1800 * MIB, 32 * MIB
+LIMIT = AVAILABLE - RESERVE
+STEP = TOTAL // 100
+PAGE = 65536
+CONTAINER = "c0ffee" + "0" * 58
+OTHER = "beef" * 16
+
+
+class Machine:
+    """A folder that compare-memory takes for /. Sizes are MiB."""
+
+    def __init__(self, root: Path, shell: str) -> None:
+        self.root, self.programs = root, root / "programs"
+        self.shell = [shell, "sh"] if shell == "busybox" else [shell]
+        self.run = root / "run/dask"
+        self.cgroups = root / "sys/fs/cgroup"
+        for folder in (self.run / "containers", root / "proc", root / "run/systemd/system/docker-.scope.d"):
+            folder.mkdir(parents=True)
+        self.limit = LIMIT
+        self.available(1800)
+        self.cgroup("init.scope", 10)
+        self.cgroup("user.slice", 5)
+        self.cgroup("system.slice", 400)
+        self.cgroup("system.slice/docker.service", 90)
+        self.cgroup("system.slice/agent.service", 20)
+        self.cgroup("system.slice/my_agent\\x2da.service", 1)
+        self.cgroup(f"system.slice/docker-{OTHER}.scope", 20)
+        (self.run / "containers" / CONTAINER).touch()
+        fake(self.programs, "sleep", "exit 1")  # ends --follow
+        fake(self.programs, "curl", "exit ${FAKE_CURL:-0}")
+
+    @property
+    def limit(self) -> int:
+        """What memory.env has now."""
+        return int((self.run / "memory.env").read_text().partition("=")[2])
+
+    @limit.setter
+    def limit(self, size: int) -> None:
+        (self.run / "memory.env").write_text(f"AVAILABLE_MEMORY_FOR_DASK={size}\n")
+
+    def available(self, size: int) -> None:
+        text = f"MemTotal: {TOTAL // 1024} kB\nMemFree: 1 kB\nMemAvailable: {size * 1024} kB\nBuffers: 0 kB\n"
+        (self.root / "proc/meminfo").write_text(text)
+
+    def cgroup(self, name: str, size: int, maximum: str = "max") -> None:
+        folder = self.cgroups / name
+        folder.mkdir(parents=True, exist_ok=True)
+        # A part in each of two lines, beside what the kernel can reclaim.
+        lines = (
+            f"anon {(size - 1) * MIB}\nfile 99999999999\nkernel 99999999999\nshmem {MIB}\n"
+            "inactive_anon 99999999999\nslab_reclaimable 99999999999\nslab_unreclaimable 0\nslab 9999999999\n"
+        )
+        (folder / "memory.stat").write_text(lines)
+        (folder / "memory.max").write_text(f"{maximum}\n")
+
+    def container(self, size: int, maximum: int | None = None) -> None:
+        """Let Dask's container hold so much; what is available must be set for itself."""
+        self.cgroup(f"system.slice/docker-{CONTAINER}.scope", size, str(maximum or self.limit))
+
+    def compare(self, *arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [*self.shell, str(PROGRAM), *arguments],
+            env={
+                "PATH": f"{self.programs}:{os.environ['PATH']}",
+                "COMPARE_MEMORY_ROOT": str(self.root),
+                **environment,
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (1 if "--follow" in arguments else 0), done.stdout
+        return done.stdout
+
+    def follow(self, times: int = 1, **environment: str) -> str:
+        (self.run / "follows").touch()
+        return "".join(self.compare("--follow", **environment) for _ in range(times))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run / "public/memory.json").read_text())
+        return found
+
+    @property
+    def notice(self) -> str:
+        return (self.run / "memory-notice").read_text()
+
+
+@pytest.fixture(params=SHELLS)
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
+    found = Machine(tmp_path, request.param)
+    assert found.compare("--start") == ""
+    return found
+
+
+def test_a_system_that_has_not_outgrown_its_reserve_is_no_news(machine: Machine) -> None:
+    machine.container(500)
+    machine.available(1300)
+    assert machine.compare() == ""
+    machine.available(1270)
+    assert machine.compare() == ""
+    assert machine.record == {
+        "limit_at_start": LIMIT,
+        "limit": LIMIT,
+        "reserve": RESERVE,
+        "growth": 30 * MIB,
+        "excess": -2 * MIB,
+        "grown": [{"cgroup": "kernel and others", "bytes": 30 * MIB}],
+    }
+    assert not (machine.run / "memory-notice").exists()
+
+
+def test_growth_is_reported_with_who_has_grown(machine: Machine) -> None:
+    machine.container(500)
+    machine.available(1300 - 84)
+    machine.cgroup("system.slice/agent.service", 71)
+    machine.cgroup("system.slice/my_agent\\x2da.service", 13)
+    machine.cgroup(f"system.slice/docker-{OTHER}.scope", 28)
+    machine.cgroup("user.slice/user-0.slice", 1000)  # its parent counts
+    machine.cgroup("system.slice/new.service", 10)
+    machine.cgroup("init.scope", 1)
+    line = (
+        "the system uses 84 MiB more than when Dask started, 52 MiB more than its reserve of 32 MiB: "
+        "agent.service +51 MiB, my_agent-a.service +12 MiB, new.service +10 MiB, "
+        "container beefbeefbeef +8 MiB, kernel and others +12 MiB"
+    )
+    first, sorted_line = machine.compare(), line.partition(": ")
+    assert first.startswith(f"<4>compare-memory: {sorted_line[0]}: ")
+    assert sorted(first.strip().partition(": the")[2].partition(": ")[2].split(", ")) == sorted(
+        sorted_line[2].split(", ")
+    )
+    assert machine.notice == first.removeprefix("<4>compare-memory: ")
+    assert machine.record["grown"][0] == {"cgroup": "agent.service", "bytes": 51 * MIB}
+
+
+def test_the_journal_gets_a_line_for_each_step_and_one_at_the_end(machine: Machine) -> None:
+    machine.container(500)
+    reports = []
+    for excess in (1, 5, 20, 22, 30, 5, -1, -5, 3):
+        machine.available(1300 - 32 - excess)
+        machine.cgroup("system.slice/agent.service", 20 + 32 + excess)
+        reports.append(machine.compare()[:3])
+        assert (machine.run / "memory-notice").exists() is (excess > 0)
+        if excess > 0:
+            assert f" {excess} MiB more than its reserve" in machine.notice
+    assert reports == ["<4>", "", "", "<4>", "", "", "<5>", "", "<4>"]
+
+
+def test_a_start_begins_again(machine: Machine) -> None:
+    machine.container(500)
+    machine.available(1200)
+    machine.compare()
+    machine.container(1)
+    assert machine.compare("--start") == ""
+    assert sorted(path.name for path in machine.run.iterdir()) == [
+        *("containers", "memory-at-start", "memory.env", "public")
+    ]
+    assert list((machine.run / "public").iterdir()) == []
+    (machine.run / "memory.env").unlink()
+    assert machine.compare("--start") == ""
+    assert machine.compare() == ""
+    assert not (machine.run / "memory-at-start").exists()
+
+
+def test_where_dask_service_starts_nothing_all_containers_are_dasks(machine: Machine) -> None:
+    shutil.rmtree(machine.run / "containers")
+    machine.compare("--start")
+    machine.container(500)
+    machine.cgroup(f"system.slice/docker-{OTHER}.scope", 300)
+    machine.available(1800 - 300 - 500)
+    machine.compare()
+    assert machine.record["growth"] == 0
+    assert machine.record["grown"] == []
+
+
+def test_without_cgroups_of_version_2_growth_is_the_kernels_or_others(machine: Machine) -> None:
+    shutil.rmtree(machine.cgroups)
+    machine.compare("--start")
+    machine.available(1700)
+    assert machine.compare().endswith(": kernel and others +100 MiB\n")
+
+
+def test_the_limit_follows_down_in_whole_steps_and_everywhere(machine: Machine) -> None:
+    drop_in = machine.root / "run/systemd/system/docker-.scope.d/10-dask.conf"
+    drop_in.write_text("")
+    machine.container(500)
+    machine.available(1800 - 500 - 32 - 10)
+    assert machine.follow().startswith("<5>compare-memory: the limit of Dask is ")
+    expected = (LIMIT - STEP) // PAGE * PAGE
+    assert machine.limit == expected
+    assert drop_in.read_text() == f"[Scope]\nMemoryMax={expected}\nMemorySwapMax=0\n"
+    (call,) = calls(machine.programs, "curl")
+    assert f'{{"Memory": {expected}, "MemorySwap": {expected}}}' in call
+    assert call.endswith(f"http://localhost/containers/{CONTAINER}/update")
+    machine.container(500)
+    assert machine.follow() == ""
+    machine.available(1800 - 500 - 32 - 30)
+    machine.follow()
+    assert machine.limit == (LIMIT - 2 * STEP) // PAGE * PAGE
+    machine.container(500)
+    machine.compare()
+    assert "; so Dask's limit is 1727 MiB, not 1768 MiB" in machine.notice
+    assert machine.record["limit"] == machine.limit
+
+
+def test_the_limit_leaves_room_above_what_the_container_holds(machine: Machine) -> None:
+    """Its nanny would end a worker at 95 % of it."""
+    machine.container(1360)
+    machine.available(1800 - 1360 - 32 - 100)
+    machine.follow()
+    assert machine.limit == 1700 * MIB
+    machine.container(1300)
+    machine.available(1800 - 1300 - 32 - 100)
+    machine.follow()
+    assert machine.limit == (LIMIT - 5 * STEP) // PAGE * PAGE
+
+
+def test_the_limit_is_never_less_than_half(machine: Machine) -> None:
+    machine.container(100)
+    machine.available(100)
+    machine.follow()
+    assert machine.limit == LIMIT // 2
+
+
+def test_a_container_that_holds_too_much_does_not_raise_the_limit(machine: Machine) -> None:
+    machine.limit = lowered = LIMIT - 4 * STEP // PAGE * PAGE
+    machine.container(1600)
+    machine.available(1800 - 1600 - 32 - 2 * STEP // MIB - 60)
+    assert machine.follow(20) == ""
+    assert machine.limit == lowered
+
+
+def test_the_limit_follows_up_when_there_was_room_for_half_a_minute(machine: Machine) -> None:
+    fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt "$FAKE_SLEEPS" ]')
+    machine.limit = lowered = LIMIT - 4 * STEP // PAGE * PAGE
+    machine.container(500)
+    machine.available(1290)
+    assert machine.follow(FAKE_SLEEPS="14") == ""
+    assert machine.limit == lowered
+    (machine.programs / "sleep.calls").unlink()
+    assert f"the limit of Dask is {LIMIT} bytes" in machine.follow(FAKE_SLEEPS="15")
+    assert machine.limit == LIMIT
+
+
+def test_what_does_not_follow_is_left_alone(machine: Machine) -> None:
+    machine.available(1200)
+    assert machine.follow() == "", "there is no container yet"
+    machine.container(500, maximum=LIMIT // 2)
+    machine.available(700)
+    assert machine.follow() == "", "its limit is its own"
+    machine.container(500)
+    (machine.run / "follows").unlink()
+    assert machine.compare("--follow") == "", "Dask would not know"
+    assert calls(machine.programs, "curl") == []
+    assert machine.limit == LIMIT
+
+
+def test_a_docker_that_does_not_answer_is_reported_once_and_asked_again(machine: Machine) -> None:
+    fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt 3 ]')
+    machine.container(500)
+    machine.available(1200)
+    assert machine.follow(FAKE_CURL="7").count("<3>") == 1
+    assert len(calls(machine.programs, "curl")) == 3
+    assert machine.limit == LIMIT
