@@ -15,7 +15,7 @@ from tests.experiment.cases import TWO_PERCENT, LimitPolicy, Work
 from tests.experiment.charts import MemoryCurve, memory_chart
 from tests.experiment.criteria import Group, format_kind, groups, judge
 from tests.experiment.findings import shares
-from tests.experiment.layer_criteria import judge_layers
+from tests.experiment.layer_criteria import above_rest, judge_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +92,8 @@ def _layer_tables(runs: Sequence[Result]) -> dict[str, list[str]]:
     return {
         "layers": _table(
             "VM, work | policy | layers | runs | tasks done | took | restarts | system-wide OOM kills "
-            "| killed outside | longest stall | ssh failed | login at rest | longest wait for ssh | held",
+            "| killed outside | longest stall | ssh failed | login at rest | longest wait for ssh "
+            "| above rest, without CPU steal | CPU steal | held",
             map(_with_layers, groups(runs)),
         ),
         "layer-criteria": _table(
@@ -108,6 +109,8 @@ def _with_layers(group: Group) -> tuple[str, ...]:
     return (
         *(work, policy, f"`{group.layers}`", runs, done, took, restarts, kills, ", ".join(outside) or "–"),
         *(longest, failed, _spread(group, lambda r: r.ssh_rest or 0.0, 1) + " s", wait),
+        _spread(group, above_rest, 1) + " s",
+        _spread(group, lambda r: r.cpu_steal) + " s",
         _spread(group, lambda r: (r.held_before_long_stall or 0) / MIB) + " MiB",
     )
 

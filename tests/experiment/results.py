@@ -13,7 +13,7 @@ from ami_builder.core.oom import Constraint, Kill
 from tests.experiment.cases import Case
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 STALL_SECONDS = 1.0
@@ -48,6 +48,13 @@ class LoginTry:
     began: float
     ended: float
     answered: bool
+    denied: float = 0.0
+    """CPU steal in that time."""
+
+    @property
+    def own(self) -> float:
+        """The time without CPU steal."""
+        return max(0.0, self.ended - self.began - self.denied)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,8 @@ class Result:
     """Whether the VM was saved before Dask started and went on for this run, in place of a boot."""
     ssh_rest: float | None = None
     """The median time of three logins before the work."""
+    ssh_above_rest: float | None = None
+    """By how much the longest wait exceeded the median at rest, both without CPU steal."""
     held_before_long_stall: int | None = None
     """The most memory that the container held until the first stall of more than `LONG_STALL_SECONDS`, or
     until the first system-wide OOM kill."""
@@ -220,16 +229,27 @@ def waits(logins: Sequence[LoginTry]) -> tuple[float, float]:
 
     A wait begins with a try and ends with the next one that is answered, or with the last one.
     """
-    found: list[float] = []
+    found = [seconds for seconds, _ in _waits(logins)]
+    return max(found, default=0.0), _sum_over(SSH_LATE_SECONDS, found)
+
+
+def longest_own_wait(logins: Sequence[LoginTry]) -> float:
+    """Return the longest wait for a login without CPU steal."""
+    return max((max(0.0, seconds - denied) for seconds, denied in _waits(logins)), default=0.0)
+
+
+def _waits(logins: Sequence[LoginTry]) -> Iterator[tuple[float, float]]:
+    """Yield each wait and the CPU steal in it."""
     since: float | None = None
+    denied = 0.0
     for login in logins:
         since = login.began if since is None else since
+        denied += login.denied
         if login.answered:
-            found.append(login.ended - since)
-            since = None
+            yield login.ended - since, denied
+            since, denied = None, 0.0
     if since is not None:
-        found.append(logins[-1].ended - since)
-    return max(found, default=0.0), _sum_over(SSH_LATE_SECONDS, found)
+        yield logins[-1].ended - since, denied
 
 
 def _sum_over(bound: float, values: Iterable[float]) -> float:

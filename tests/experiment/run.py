@@ -135,12 +135,13 @@ class _OneRun:
                     f"Dask's limit under policy {self.case.policy} is {limit}, expected {expected}",
                     hint="check that the container of the image has no limit of its own",
                 )
-            at_rest = statistics.median(login.ended - login.began for login in _log_in_at_rest(session))
+            assert self.vm is not None
+            at_rest = [_log_in(session, 0.0, self.vm.pid) for _ in range(_LOGINS_AT_REST)]
+            own_rest = statistics.median(login.own for login in at_rest)
             self._start_agent(session, memory)
-            with _logins(session) as seen:
+            with _logins(session, self.vm.pid) as seen:
                 # After the login: its time is not part of the work.
                 began = self._uptime(session)
-                assert self.vm is not None
                 waited = host_load.cpu_waits(self.vm.pid)
                 ended = self._work(driver, memory)
                 cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.vm.pid))
@@ -148,7 +149,8 @@ class _OneRun:
             result = replace(
                 result,
                 saved=self.setup.saved is not None,
-                ssh_rest=round(at_rest, 2),
+                ssh_rest=round(statistics.median(login.ended - login.began for login in at_rest), 2),
+                ssh_above_rest=round(results.longest_own_wait(seen) - own_rest, 2),
                 container=values["container"],
                 protected=values["protected"],
             )
@@ -303,27 +305,24 @@ class _OneRun:
         return (int(nanny), *results.counted(kills(kernel)))
 
 
-def _log_in(session: ssh.Session, start: float) -> LoginTry:
+def _log_in(session: ssh.Session, start: float, emulator: int) -> LoginTry:
     """Log in over a new connection. Times are relative to `start`."""
     argv: list[str | Path] = [
         "ssh", "-F", session.config, "-o", "ControlPath=none",
         "-o", f"ConnectTimeout={_LOGIN_SECONDS:.0f}", ssh.HOST, "--", "true",
     ]  # fmt: skip
-    began = time.monotonic()
+    began, waited = time.monotonic(), host_load.cpu_waits(emulator)
     try:
         answered = processes.capture(argv, what="a login", timeout=_LOGIN_SECONDS).status == 0
     except AmiBuilderError:
         answered = False
-    return LoginTry(began=began - start, ended=time.monotonic() - start, answered=answered)
-
-
-def _log_in_at_rest(session: ssh.Session) -> list[LoginTry]:
-    start = time.monotonic()
-    return [_log_in(session, start) for _ in range(_LOGINS_AT_REST)]
+    ended = time.monotonic()
+    denied = min(ended - began, host_load.longest_wait(waited, host_load.cpu_waits(emulator)))
+    return LoginTry(began=began - start, ended=ended - start, answered=answered, denied=denied)
 
 
 @contextmanager
-def _logins(session: ssh.Session) -> Iterator[list[LoginTry]]:
+def _logins(session: ssh.Session, emulator: int) -> Iterator[list[LoginTry]]:
     """Log in again and again over new connections until the block ends."""
     seen: list[LoginTry] = []
     over = threading.Event()
@@ -331,7 +330,7 @@ def _logins(session: ssh.Session) -> Iterator[list[LoginTry]]:
 
     def watch() -> None:
         while not over.is_set():
-            login = _log_in(session, start)
+            login = _log_in(session, start, emulator)
             if not over.is_set() or login.answered:
                 seen.append(login)
             over.wait(_LOGIN_EVERY)

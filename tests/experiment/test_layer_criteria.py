@@ -23,6 +23,7 @@ def run(**changes: object) -> Result:
 
 TIMES = tuple(product(KINDS, WORKS, range(1, PUBLISHED + 1)))
 SETTINGS = "1 GiB, 2 CPUs, default settings"
+TEN_SECONDS = "no limit: no login takes 10 s longer than at rest"
 DEFAULT, NONE = LimitPolicy.DEFAULT, LimitPolicy.NONE
 GOOD = (
     *(run(policy=DEFAULT, work=work, memory=memory, repeat=n) for (memory, _), work, n in TIMES),
@@ -63,7 +64,12 @@ def test_nothing_is_shown_without_runs_or_with_too_few() -> None:
         ),
         (NONE, {"ssh_failed": 1}, "no limit: no login fails"),
         (NONE, {"killed_outside": ("sshd",)}, "no limit: no process outside the container is killed"),
-        (NONE, {"ssh_longest": 11.6}, "no limit: no login takes 10 s longer than at rest"),
+        (
+            NONE,
+            {"ssh_longest": 3.0, "ssh_above_rest": 10.1},
+            TEN_SECONDS,
+        ),
+        (NONE, {"ssh_longest": 11.6}, TEN_SECONDS),
     ],
 )
 def test_one_bad_run_fails(policy: LimitPolicy, changes: dict[str, object], text: str) -> None:

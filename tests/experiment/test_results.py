@@ -116,6 +116,8 @@ def test_a_wait_for_a_login_goes_on_until_one_is_answered() -> None:
     logins = [LoginTry(began=b, ended=e, answered=a) for b, e, a in tries]
     assert results.waits(logins) == (25, 35)
     assert results.waits([]) == (0.0, 0.0)
+    stolen = [replace(login, denied=denied) for login, denied in zip(logins, (0, 3, 4, 1, 0), strict=True)]
+    assert results.longest_own_wait(stolen) == 25 - 8
 
 
 HEAD = "dask kernel: oom-kill:constraint=CONSTRAINT"

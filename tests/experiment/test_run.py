@@ -85,7 +85,7 @@ def test_logins_are_tried_until_the_work_is_over(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
     monkeypatch.setattr(run, "_LOGIN_EVERY", 0.01)
     session: Any = SimpleNamespace(config=tmp_path / "ssh_config")
-    with run._logins(session) as seen:
+    with run._logins(session, os.getpid()) as seen:
         processes.wait_until(lambda: len(seen) >= 3, what="three logins", timeout=120, interval=0.01)
     assert [login.answered for login in seen[:3]] == [True, False, True]
     assert all(login.ended >= login.began for login in seen)
