@@ -461,7 +461,14 @@ def test_notices_to_the_instance_are_in_the_health_of_a_dask_that_goes_on(machin
     machine.write("health", "healthy\nan open port\n")
     machine.write("notices", "an open port\n")
     machine.write("instance-notices", "EC2 recommends\n")
+    machine.write("kill-notice", "processes that the kernel has killed\n")
     with Recorder() as dask:
         assert health(machine, DASK_HEALTH_PORT=dask.url.rpartition(":")[2]) == []
-    assert machine.read("health") == ["healthy", "an open port", "EC2 recommends"]
-    assert sorted(path.name for path in machine.state.iterdir()) == ["health", "instance-notices", "notices"]
+    assert machine.read("health") == [
+        "healthy",
+        "an open port",
+        "EC2 recommends",
+        "processes that the kernel has killed",
+    ]
+    found = sorted(path.name for path in machine.state.iterdir())
+    assert found == ["health", "instance-notices", "kill-notice", "notices"]
