@@ -1,4 +1,4 @@
-"""worker_deaths.py and configured_preloads.py in real nannies and workers; their cgroup is a folder."""
+"""worker_deaths.py in real nannies; their cgroup is a folder."""
 
 from __future__ import annotations
 
@@ -177,35 +177,6 @@ def test_another_process_of_the_container(cluster: Cluster) -> None:
     text = "The kernel killed 2 other processes of this container at the container's limit of 477 MiB"
     assert text in real_dask.said(cluster.log, "of this container")
     assert cluster.client.get_events("worker-deaths") == ()
-
-
-def test_preloads_of_the_containers_files_stay(tmp_path: Path) -> None:
-    """A variable would replace their list."""
-    own = 'open({!r} + type(server).__name__, "w").write(" ".join(argv))'
-    settings: dict[str, Any] = {}
-    for kind in ("worker", "nanny"):
-        preload = tmp_path / f"own_{kind}.py"
-        preload.write_text(
-            "import click\n"
-            '@click.command()\n@click.argument("argv", nargs=-1)\n'
-            f"def dask_setup(server, argv):\n    {own.format(f'{tmp_path}/loaded-')}\n"
-        )
-        settings[kind] = {"preload": [str(preload)], "preload-argv": [["of", kind]]}
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/dask.yaml").write_text(json.dumps({"distributed": settings}))
-    ours = str([str(PRELOADS / "configured_preloads.py")])
-    environment = {"DASK_CONFIG": str(tmp_path / "config")}
-    for kind in ("WORKER", "NANNY"):
-        environment[f"DASK_DISTRIBUTED__{kind}__PRELOAD"] = ours
-        environment[f"DASK_DISTRIBUTED__{kind}__PRELOAD_ARGV"] = "[]"
-    log = tmp_path / "worker.log"
-    with real_dask.scheduler(tmp_path) as address:
-        # `dask spec` starts nannies that read their configuration; `dask worker` does not.
-        specification = {"cls": "dask.distributed.Nanny", "opts": {"nthreads": 1}}
-        with real_dask.dask("spec", address, "--spec", json.dumps(specification), log=log, **environment):
-            real_dask.said(log, "Registered to")
-    assert (tmp_path / "loaded-Worker").read_text() == "of worker"
-    assert (tmp_path / "loaded-Nanny").read_text() == "of nanny"
 
 
 def test_a_nanny_that_can_not_be_watched_works(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ CONTRACT = {
     "/usr/local/sbin/wait-for-unit": 0o755,
     "/usr/local/sbin/dask-health": 0o755,
     "/usr/local/sbin/mount-spill": 0o755,
-    "/usr/local/lib/dask/preload/configured_preloads.py": 0o644,
     "/usr/local/lib/dask/preload/follow_limit.py": 0o644,
     "/usr/local/lib/dask/preload/worker_deaths.py": 0o644,
     "/usr/local/lib/dask/retire.py": 0o644,
