@@ -63,7 +63,14 @@ def tls_folder(folder: Path, issued: Certificate) -> Path:
 
 
 def worker(
-    folder: Path, address: str, name: str, *flags: str, total: int, available: int, instance: str = ""
+    folder: Path,
+    address: str,
+    name: str,
+    *flags: str,
+    total: int,
+    available: int,
+    instance: str = "",
+    growth: str = "",
 ) -> AbstractContextManager[Path]:
     """Run a worker with one thread on a machine of its own, an EC2 instance or not; sizes are bytes."""
     machine = folder / name
@@ -72,6 +79,8 @@ def worker(
     held = 100 << 20  # about what a worker and its nanny hold
     lines = f"MemTotal: {total // 1024} kB\nMemAvailable: {(available - held) // 1024} kB\n"
     (machine / "meminfo").write_text(lines)
+    if growth:
+        (machine / "memory.json").write_text(growth)
     if instance:
         (machine / "sys_vendor").write_text("Amazon EC2\n")
         (machine / "board_asset_tag").write_text(f"{instance}\n")

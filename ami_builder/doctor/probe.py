@@ -141,9 +141,10 @@ def growth(path: str = GROWTH) -> dict[str, Any] | None:
     `excess` is by how much its reserve is exceeded now; a limit that followed down is no excess.
     """
     try:
-        if time.time() - os.stat(path).st_mtime > STALE:  # noqa: PTH116
-            return None
-        found = json.loads(text(path))
+        with open(path) as file:  # noqa: PTH123
+            if time.time() - os.fstat(file.fileno()).st_mtime > STALE:
+                return None
+            found = json.load(file)
         return {
             "reserve": int(found["reserve"]),
             "growth": int(found["growth"]),

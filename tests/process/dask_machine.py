@@ -1,6 +1,7 @@
 """Preloaded into a real Dask worker, so that several workers on one machine tell of machines of their own.
 
-Only the boot id, /proc/meminfo and the DMI's files are imitated, from the folder that the environment names.
+Only the boot id, /proc/meminfo, the DMI's files and compare-memory's record are imitated, from the folder
+that the environment names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _IMITATED = {
     "/proc/meminfo": "meminfo",
     "/sys/class/dmi/id/sys_vendor": "sys_vendor",
     "/sys/class/dmi/id/board_asset_tag": "board_asset_tag",
+    "/run/dask/public/memory.json": "memory.json",
 }
 
 

@@ -189,6 +189,36 @@ def thousand() -> Cluster:
     return Cluster(workers=tuple(map(made, range(1000))), scheduler=Scheduler(address="tcp://s"), here={})
 
 
+def test_a_machine_that_has_outgrown_its_reserve_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's limit still fits, within the noise of a reading; its machine knows better, and by whom."""
+    sizes = {"limit_at_start": AVAILABLE, "limit": AVAILABLE, "reserve": 32 * MIB, "growth": 84 * MIB}
+    grown = [{"cgroup": "agent.service", "bytes": 61 * MIB}, {"cgroup": "user.slice", "bytes": 12 * MIB}]
+    growth = json.dumps({**sizes, "excess": 52 * MIB, "grown": grown})
+    with (
+        scheduler(tmp_path) as address,
+        worker(
+            *(tmp_path, address, "grown", "--memory-limit", str(AVAILABLE)),
+            **{"total": TOTAL, "available": AVAILABLE - 52 * MIB, "growth": growth},
+        ),
+    ):
+        said(tmp_path / "grown.log", "Registered to")
+        status, told = examined(capsys, address)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert cli.run(["-q", "doctor", address]) == 0
+    printed = capsys.readouterr()
+    (one,) = told["workers"]
+    assert (status, one["health"]) == (0, "right")
+    assert one["worker"]["reading"]["growth"]["by"] == {"agent.service": 61 * MIB, "user.slice": 12 * MIB}
+    assert told["machines"][-1]["growth"]["excess"] == 52 * MIB
+    assert (
+        "warning: grown: its machine can give 52 MiB less than the limit promises: the system has grown"
+        " by 84 MiB since Dask started (agent.service +61 MiB, user.slice +12 MiB)"
+    ) in printed.err
+    assert "outgrown by 52 MiB" in printed.out
+
+
 def test_a_scheduler_that_runs_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As those did that had distributed.scheduler.pickle off, which newer ones don't start with."""
     (tmp_path / "refuse.py").write_text(
