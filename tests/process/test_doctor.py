@@ -200,7 +200,9 @@ def test_a_machine_that_has_outgrown_its_reserve_is_a_warning(
         scheduler(tmp_path) as address,
         worker(
             *(tmp_path, address, "grown", "--memory-limit", str(AVAILABLE)),
-            **{"total": TOTAL, "available": AVAILABLE - 52 * MIB, "growth": growth},
+            total=TOTAL,
+            available=AVAILABLE - 52 * MIB,
+            growth=growth,
         ),
     ):
         said(tmp_path / "grown.log", "Registered to")
