@@ -100,6 +100,8 @@ async def follow(scheduler: Any, workers: int, work: float, end: float, path: st
     answer["leaks"] = [{"time": t, "pid": m["pid"]} for t, m in events(TOPIC)]
     by_nanny = events("worker-restart-memory")
     answer["nanny"] = [{"time": t, "pid": m["pid"], "rss": m["rss"]} for t, m in by_nanny]
+    ends = events("worker-deaths")
+    answer["deaths"] = [{"time": t, "pid": m.get("pid"), "by": m.get("by")} for t, m in ends]
     done = Path(f"{path}.json")
     done.with_suffix(".new").write_text(json.dumps(answer))
     done.with_suffix(".new").rename(done)

@@ -89,5 +89,12 @@ container
 section kernel
 journalctl --sync
 journalctl -q --no-pager -k -b -o short-unix --since "@${began%.*}" | grep -F oom-kill:
+section journal
+journalctl -q --no-pager -b -t dask -o short-unix --since "@${began%.*}" |
+    grep -F -e 'the kernel killed ' -e 'a container reports: '
+section deaths
+cat /run/dask/deaths
+section container.log
+docker logs --since "${began%.*}" "$id" 2>&1 | grep -F ': ended '
 section end
 echo end

@@ -1,7 +1,7 @@
 """What a machine under memory pressure reported: memory_pressure.sh, memory_pressure.py and the logins."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -29,6 +29,18 @@ class EndedBy(StrEnum):
     CONTAINER = "the kernel, at the container's limit"
     MACHINE = "the kernel, because the whole machine had no memory left"
     UNKNOWN = "an unknown cause"
+
+    @property
+    def reported_as(self) -> str:
+        """Return what worker_deaths.py calls this; empty for an unknown cause."""
+        return _REPORTED_AS.get(self, "")
+
+
+_REPORTED_AS = {
+    EndedBy.NANNY: "nanny",
+    EndedBy.CONTAINER: "kernel-container",
+    EndedBy.MACHINE: "kernel-machine",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +94,12 @@ class PressureResult:
     """What the client printed that started the steps; empty if all went well."""
     grower: Grower
     kills: tuple[Kill, ...]
+    journal: tuple[tuple[float, str], ...]
+    """The journal's lines about ends, of watch-kills and worker_deaths.py: time and text."""
+    deaths: tuple[Mapping[str, Any], ...]
+    """What /run/dask/deaths has."""
+    container_log: str
+    """The container's own lines about ends of workers."""
     before: Mapping[str, ServiceState]
     after: Mapping[str, ServiceState]
     container: tuple[str, str]
@@ -117,6 +135,9 @@ class PressureResult:
                     ended=float(grower["ended"]),
                 ),
                 kills=oom.kills(text["kernel"]),
+                journal=tuple(_timed(text["journal"])),
+                deaths=tuple(json.loads(line) for line in text["deaths"].splitlines()),
+                container_log=text["container.log"],
                 before=_services(text["services.before"]),
                 after=_services(text["services.after"]),
                 container=(text["container.before"].strip(), text["container.after"].strip()),
@@ -132,6 +153,12 @@ class PressureResult:
         """Why the steps did not complete; empty if they did."""
         last = (self.client_output.splitlines() or ["it reported no result"])[-1]
         return str(self.dask["error"]) if self.dask else last
+
+    @property
+    def moment(self) -> float:
+        """Seconds that count as at once: a second, or as long as a login takes at rest."""
+        at_rest = sorted(wait.seconds for wait in waits(self.watched.rest))
+        return max(BESIDE_SECONDS, at_rest[len(at_rest) // 2] if at_rest else 0.0)
 
     def worker_ends(self) -> tuple[EndedBy, ...]:
         """Return for each worker that leaked what ended it first."""
@@ -157,13 +184,18 @@ class PressureResult:
         on emulated VMs, in three of about twenty runs. The image does not cause this.
         """
         inside = [kill for kill in self.kills if kill.inside(self.memcg)]
-        at_rest = sorted(wait.seconds for wait in waits(self.watched.rest))
-        bound = max(BESIDE_SECONDS, at_rest[len(at_rest) // 2] if at_rest else 0.0)
         for first, second in pairwise(inside):
             seconds = second.seconds - first.seconds
-            if seconds < bound:
+            if seconds < self.moment:
                 return f"the kernel killed {second.task} {seconds:.2f} s after {first.task}, in the container"
         return ""
+
+
+def _timed(text: str) -> Iterator[tuple[float, str]]:
+    """Yield the lines of `journalctl -o short-unix`."""
+    for line in text.splitlines():
+        seconds, _, rest = line.strip().partition(" ")
+        yield float(seconds), rest
 
 
 def _processes(text: str) -> dict[int, int]:

@@ -126,6 +126,43 @@ def test_another_process_is_killed_alone(pressure: PressureResult) -> None:
     assert not others, f"the kernel killed other processes too: {', '.join(others)}"
 
 
+def test_each_kill_is_reported_at_once(pressure: PressureResult) -> None:
+    """What the kernel kills is in the journal within a second, with the reason, and in /run/dask/deaths."""
+    recorded = {death["pid"] for death in pressure.deaths}
+    missing = [
+        f"{kill.task} ({kill.pid})"
+        for kill in pressure.kills
+        if kill.pid not in recorded or not _reported_at_once(pressure, kill)
+    ]
+    assert not missing, f"the kernel's kills are not reported by watch-kills.service: {', '.join(missing)}"
+
+
+def _reported_at_once(pressure: PressureResult, kill: oom.Kill) -> bool:
+    return any(
+        abs(seconds - kill.seconds) < pressure.moment and f"(pid {kill.pid}," in text
+        for seconds, text in pressure.journal
+    )
+
+
+def test_each_end_of_a_worker_has_its_reason(pressure: PressureResult) -> None:
+    """Else KilledWorker is all that a user sees: the scheduler's events and the container's log have it."""
+    result_of(pressure, "back")
+    events = {death["pid"]: death["by"] for death in pressure.dask.get("deaths", ())}
+    for leak, ended_by in zip(pressure.dask["leaks"], pressure.worker_ends(), strict=False):
+        pid = leak["pid"]
+        by = events.get(pid)
+        assert by, f"the scheduler has no event of the end of the worker with pid {pid}"
+        assert by == (ended_by.reported_as or by), (
+            f"the worker with pid {pid} was ended by {ended_by}, but reported as {by}"
+        )
+        assert f"pid {pid}): ended " in pressure.container_log, (
+            f"the container's log has no line about the end of the worker with pid {pid}"
+        )
+        if ended_by is EndedBy.NANNY:
+            found = any(f"pid {pid}): ended " in text for _, text in pressure.journal)
+            assert found, f"the journal has no line about the end of the worker with pid {pid}"
+
+
 def test_no_kill_outside_the_container(pressure: PressureResult) -> None:
     """A system-wide OOM kill may hit any process, and the machine freezes before it."""
     found = [

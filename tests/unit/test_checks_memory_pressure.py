@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 # Both were recorded when a worker that leaked was tried twice, and only the time of each answer was kept,
-# with a pause of 1 s after it. Here only the first leak is left, with its kill, and a login took the time
+# with a pause of 1 s after it. Both are older than the reports of kills, which were added later.
+# Here only the first leak is left, with its kill, and a login took the time
 # between two answers without that pause. The first login, before Dask had work, is the one at rest.
 GOOD = json.loads((RECORDED / "memory_pressure.json").read_text())
 """What a VM of 2 GiB answered, limited as ours are."""
@@ -173,6 +174,8 @@ def leak_again(text: Text) -> None:
 
 
 SSH = "memory pressure: ssh stays responsive"
+REPORTED = "memory pressure: each kill is reported at once"
+REASON = "memory pressure: each end of a worker has its reason"
 WORK = "memory pressure: work larger than the limit finishes by spilling"
 
 # name of the machine -> (what is changed, the checks that must be red)
@@ -211,7 +214,7 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     ),
     "tried again": (
         [lambda text: leak_again(text)],
-        {"memory pressure: a leak ends as a killed worker"},
+        {"memory pressure: a leak ends as a killed worker", REPORTED, REASON},
     ),
     "the leak hangs, and ends otherwise": (
         [dask("leaked", value="CancelledError")],
@@ -224,6 +227,7 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     "the machine had no memory left": (
         [globally(1)],
         {
+            REASON,
             "memory pressure: the leaking worker is restarted",
             "memory pressure: no kill outside the container",
         },
@@ -231,6 +235,7 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     "there is no limit": (
         [put("memory.max", "max\n"), globally()],
         {
+            REASON,
             "memory pressure: the leaking worker is restarted",
             "memory pressure: another process is killed alone",
             "memory pressure: no kill outside the container",
@@ -239,6 +244,7 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     "killed outside the container": (
         [sub("kernel", r"task_memcg=[^,]*", "task_memcg=/system.slice/docker.service", count=1)],
         {
+            REASON,
             "memory pressure: the leaking worker is restarted",
             "memory pressure: no kill outside the container",
         },
@@ -250,7 +256,7 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     ),
     "the other process takes one with it": (
         [lambda text: put("kernel", text["kernel"] + text["kernel"].replace(f"pid={pid()}", "pid=1"))(text)],
-        {"memory pressure: another process is killed alone"},
+        {"memory pressure: another process is killed alone", REPORTED},
     ),
     "docker was restarted": (
         [
@@ -282,6 +288,20 @@ ILL: dict[str, tuple[list[Change], set[str]]] = {
     "a worker stayed away": (
         [dask("back", value=[])],
         {"memory pressure: the workers are back"},
+    ),
+    "nothing watches the kernel's kills": ([put("journal", ""), put("deaths", "")], {REPORTED}),
+    "a kill is not in the journal": ([sub("journal", r"\(pid \d+", "(pid 1", count=1)], {REPORTED}),
+    "a kill is in the journal later": ([sub("journal", r"^\d+", "1795639790", count=1)], {REPORTED}),
+    "a kill is not recorded": ([sub("deaths", r'"pid": \d+', '"pid": 1', count=1)], {REPORTED}),
+    "the scheduler has no reason": ([dask("deaths", value=[])], {REASON}),
+    "the reason is another one": ([dask("deaths", 0, "by", value="signal")], {REASON}),
+    "the container's log has no reason": ([put("container.log", "")], {REASON}),
+    "the nanny's doing is not in the journal": (
+        [
+            dask("nanny", value=[DASK["leaks"][0] | {"rss": 1}]),
+            dask("deaths", 0, "by", value="nanny"),
+        ],
+        {REASON},
     ),
     "frozen": ([logins([0.7] * 4, [0.8, 29.0, 0.8])], {SSH}),
     "frozen, on a slow host": ([logins([3.0] * 4, [3.0, 15.1])], {SSH}),
@@ -351,6 +371,7 @@ def test_what_was_not_come_to_is_blocked() -> None:
         "memory pressure: a leak ends as a killed worker",
         "memory pressure: the leaking worker is restarted",
         "memory pressure: the workers are back",
+        REASON,
     }
 
 

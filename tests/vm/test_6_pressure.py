@@ -62,8 +62,9 @@ class Break:
 
 BREAKS = (
     Break(
-        name="no spilling, a smaller worker next, and nobody answers logins",
+        name="no spilling, a smaller worker next, nobody answers logins, and nothing reports kills",
         script=rf"""
+systemctl stop watch-kills
 off() {{ sed -i 's|^\( *\)\(DASK.*MEMORY__\)MAX_SPILL:.*|&\n\1\2'"$1"': "False"|' {COMPOSE_FILE}; }}
 off TARGET && off SPILL && off PAUSE
 grep 'PAUSE: "False"' {COMPOSE_FILE}
@@ -71,6 +72,8 @@ grep 'PAUSE: "False"' {COMPOSE_FILE}
         red=frozenset(
             {
                 "work larger than the limit finishes by spilling",
+                "each kill is reported at once",
+                "each end of a worker has its reason",
                 "the workers are back",
                 "ssh stays responsive",
             }

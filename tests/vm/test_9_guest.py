@@ -263,6 +263,7 @@ def test_what_is_not_started_is_said_once(guest: Booted, settings: str, state: s
 
 
 def test_the_units_are_confined(guest: Booted) -> None:
-    for unit in ("dask.service", "dask-memory.service", "dask-health.service", "dask-notices.service"):
+    units = ("dask", "dask-memory", "dask-health", "dask-notices", "dask-reports", "watch-kills")
+    for unit in (f"{name}.service" for name in units):
         score = guest.root(f"systemd-analyze security --no-pager {unit} | tail -n 1")
         assert float(score.split(":")[1].split()[0]) <= 5, score
