@@ -147,10 +147,10 @@ def _history(address: str, seconds: float, tls: Path | None, *, as_json: bool) -
     if as_json:
         console.result_json({"address": address, **plain(found)})
         return
-    if found.deaths or not console.is_terminal():
-        console.table(
-            ("when", "worker", "why", "limit", "tasks"), [_death_row(each) for each in found.deaths]
-        )
+    if not console.is_terminal():
+        console.table((), [_death_row(each) for each in found.deaths])
+    elif found.deaths:
+        console.table(("when", "worker", "why", "tasks"), [_death_cells(each) for each in found.deaths])
     else:
         console.note("no worker ended unexpectedly")
     since = "" if found.since is None else f"; the oldest of its events is from {_when(found.since)}"
@@ -158,22 +158,27 @@ def _history(address: str, seconds: float, tls: Path | None, *, as_json: bool) -
         console.note(f"the scheduler started {_when(found.started)}{since}")
 
 
+def _death_cells(death: Death) -> tuple[str, ...]:
+    where = f"\non {death.host}" if death.host else ""
+    return _when(death.time).replace(" ", "\n"), f"{_death_name(death)}{where}", death.cause, _tasks(death)
+
+
 def _death_row(death: Death) -> tuple[str, ...]:
-    who = death.name if death.name not in ("", death.worker) else death.worker or "(it was starting)"
-    more = (death.task_count or 0) - len(death.tasks or ())
-    listed = ", ".join(death.tasks or ()) + (f" and {more} more" if more > 0 else "")
-    return (
-        _when(death.time),
-        f"{who}\non {death.host}" if death.host and console.is_terminal() else who,
-        death.cause,
-        ""
-        if death.limit is None
-        else console.size(death.limit)
-        if console.is_terminal()
-        else str(death.limit),
-        "?" if death.tasks is None else listed,
-        *(() if console.is_terminal() else (death.worker, death.host, death.by)),
-    )
+    """Return an end as other programs read it; new columns come last."""
+    limit = "" if death.limit is None else str(death.limit)
+    of = (death.worker, death.host, death.by)
+    return _when(death.time), _death_name(death), death.cause, limit, _tasks(death), *of
+
+
+def _death_name(death: Death) -> str:
+    return death.name if death.name not in ("", death.worker) else death.worker or "(it was starting)"
+
+
+def _tasks(death: Death) -> str:
+    if death.tasks is None:
+        return "?"
+    more = (death.task_count or 0) - len(death.tasks)
+    return ", ".join(death.tasks) + (f" and {more} more" if more > 0 else "")
 
 
 def _when(seconds: float) -> str:
