@@ -18,7 +18,7 @@ def image(
     workers: int = 1,
     threads: int | None = None,
     reserve: Reserve | None = None,
-    headroom: int = 0,
+    headroom: int | None = 0,
     follow: bool = False,
     after: tuple[str, ...] = (),
     reference: str = "ami-builder/dask:2026.8.0",

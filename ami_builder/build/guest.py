@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ami_builder.config.schema import Image
+from ami_builder.core import oom
 from ami_builder.system import resources, templates
 
 SUFFIX = ".j2"
@@ -30,7 +31,7 @@ def guest(image: Image) -> dict[PurePosixPath, RenderedFile]:
             continue
         name = source.relative_to(folder).as_posix()
         if name.endswith(SUFFIX):
-            content = templates.render(environment, name, image=image).encode()
+            content = templates.render(environment, name, image=image, beside=oom.BESIDE).encode()
             if not content.strip():
                 continue
         else:

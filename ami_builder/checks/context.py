@@ -24,8 +24,8 @@ class Context:
     machine_memory: int
     disk: int
     reserve: Reserve
-    headroom: int
-    """By how much the sum of the workers' limits is below the container's limit."""
+    headroom: int | None
+    """By how much the sum of the workers' limits is below the container's limit; None: as much as needed."""
     datasource: Datasource
     role: Role
     workers: int

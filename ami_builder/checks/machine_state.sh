@@ -110,6 +110,21 @@ if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
     sed 's|.*|/proc/&/limits|' "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.procs" |
         xargs grep -hsE '^Max (resident set|address space)'
 fi
+section protected
+cat /run/dask/protected 2>/dev/null
+section protection
+(cd /sys/fs/cgroup/system.slice && grep -sE '^([0-9]+$|anon |kernel |slab_reclaimable |file_mapped )' \
+    memory.min ./*.service/memory.min ./*.service/memory.stat)
+section min_ttl_ms
+cat /sys/kernel/mm/lru_gen/min_ttl_ms 2>/dev/null
+section oom_score_adj
+# of the container's processes, then of all
+if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
+    sed 's|.*|/proc/&/oom_score_adj|' "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.procs" |
+        xargs grep -s '' /dev/null
+fi
+echo all
+grep -s '' /proc/[0-9]*/oom_score_adj
 section mounts
 [ -z "$pid" ] || cat "/proc/$pid/mountinfo" 2>/dev/null
 

@@ -6,9 +6,10 @@ from ami_builder.core.units import MIB
 
 
 def available_now(machine: MachineState, context: Context) -> int:
-    """Return what a measurement without the Dask container would give now, less the reserve; bytes."""
+    """Return what a measurement without the Dask container would give now; bytes."""
     available = machine.meminfo["MemAvailable"] + machine.unreclaimable
-    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes
+    kept = int(machine.text.get("protected", "").strip() or 0)
+    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes - kept
 
 
 def noise(machine: MachineState) -> int:

@@ -11,6 +11,7 @@ from ami_builder.checks.machine_state import (
     WorkersAnswer,
     exact_size,
 )
+from ami_builder.core import oom
 from ami_builder.core.options import Role
 
 
@@ -88,8 +89,9 @@ def test_workers_share_the_variable(context: Context, dask: SchedulerAnswer, var
     if context.role is Role.SCHEDULER:
         pytest.skip("a scheduler has no workers: the chain ends at memory.max")
     limits = [worker.memory_limit for worker in dask.workers]
-    share = variable - context.headroom
-    less = f", less a headroom of {exact_size(context.headroom)}" if context.headroom else ""
+    headroom = oom.nanny_headroom(context.headroom, limit=variable, role=context.role)
+    share = variable - headroom
+    less = f", less a headroom of {exact_size(headroom)}" if headroom else ""
     assert share - max(1, len(limits)) < sum(limits) <= share, (
         f"the limits of {len(limits)} workers, {limits}, add up to {exact_size(sum(limits))};"
         f" {VARIABLE} is {exact_size(variable)}{less}"

@@ -64,7 +64,7 @@ def find(settings: ImageSettings) -> Iterator[Conflict]:
             ("memory.reserve", "verify.memory"),
             f"expected less than the smallest verify.memory, which is {format_size(min(verify.memory))}",
         )
-    if 2 * settings.memory.nanny_headroom > min(verify.memory):
+    if 2 * (settings.memory.nanny_headroom or 0) > min(verify.memory):
         yield Conflict(
             ("memory.nanny_headroom", "verify.memory"),
             "expected at most half of the smallest verify.memory, which is"

@@ -116,10 +116,10 @@ class MemorySettings(_Table):
     percentage. The experiment ran an agent that grows by 4 % of a 2 GiB machine beside Dask: with 0 the
     machine stalled for 6 to 43 s in each of five runs, with 2% for 1.2 s in one of six, with 5% never. Dask
     gets 98, 96 and 93 % of what the system could give."""
-    nanny_headroom: t.Space = 0
+    nanny_headroom: t.Headroom = None
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
-    runs in the container too, restarts a worker before the kernel kills it. Useful on small machines: on 1
-    GiB, 64MiB shortened the longest wait for a login from 9.2 to 3.4 s."""
+    runs in the container too, restarts a worker before the kernel kills it. `auto`: what the nanny, and the
+    scheduler of role `local`, need beyond the 5 % above the nanny's threshold; none on large machines."""
     follow: StrictBool = False
     """Whether the limit of Dask and of its container goes down when the system has outgrown its reserve, and
     up again when it has shrunk, while Dask runs. Never below five fourths of what the container holds, nor

@@ -116,7 +116,9 @@ def text(pattern: str, expected: str, example: str, *, most: int = 255) -> Value
 
 def optional(inner: ValueType, word: str = "") -> ValueType:
     """Return `inner`, or None that is written as `word`."""
-    schema = {"anyOf": [dict(inner.schema), {"const": word}]} if len(inner.schema) > 1 else inner.schema
+    schema: Mapping[str, Any] = inner.schema
+    if options := inner.schema.get("anyOf") or ([dict(inner.schema)] if len(inner.schema) > 1 else []):
+        schema = {"anyOf": [*options, {"const": word}]}
     return replace(
         inner,
         schema=schema,
@@ -305,6 +307,7 @@ File = Annotated[Path, ValueType("the path of a file", _path, "test_ours.py", {*
 Cpus = Annotated[int, count(1, 255)]
 Memory = Annotated[int, size(512 * MIB, 24 * TIB, "4GiB")]
 Space = Annotated[int, size(0, 64 * TIB, "64MiB")]
+Headroom = Annotated[int | None, optional(size(0, 64 * TIB, "64MiB"), "auto")]
 Disk = Annotated[int, size(2 * GIB, 64 * TIB, "20GiB")]
 _SIZE_OR_PERCENT = {**_STRING, "pattern": f"{SIZE_PATTERN}|{PERCENT_PATTERN}"}
 Reserved = Annotated[

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ami_builder.core.options import Role
+from ami_builder.core.units import MIB
+
 TERMINATE = 0.95
 """The part of a worker's limit at which its nanny restarts it (distributed.worker.memory.terminate)."""
 
@@ -172,3 +175,18 @@ def smallest_limit(*, beside: int, headroom: int = 0, terminate: float = TERMINA
 def least_headroom(limit: int, *, beside: int, terminate: float = TERMINATE) -> int:
     """Return the headroom with which the nanny comes before the kernel in a container with this limit."""
     return max(0, math.ceil((beside - (1 - terminate) * limit) / terminate))
+
+
+BESIDE = {Role.WORKER: 80 * MIB, Role.LOCAL: 128 * MIB}
+"""What a container holds beside its workers: the nanny's processes, and the scheduler of role `local`."""
+
+
+def nanny_headroom(setting: int | None, *, limit: int, role: Role) -> int:
+    """Return how much less than a container's limit its workers' limits add up to, in bytes.
+
+    `setting` is memory.nanny_headroom; None is `auto`, which start-dask computes in the same way.
+    """
+    if setting is not None:
+        return setting
+    # least_headroom in whole numbers
+    return max(0, -(-(20 * BESIDE.get(role, 0) - limit) // 19))

@@ -10,7 +10,9 @@ from urllib.parse import quote
 
 from ami_builder.checks.machine_state import Incomplete, MachineState, SchedulerAnswer
 from ami_builder.console import duration
+from ami_builder.core import oom
 from ami_builder.core.diff import Quantity, multiple
+from ami_builder.core.options import Role
 from ami_builder.core.records import (
     FIRST_BOOT,
     PRESSURE,
@@ -142,7 +144,10 @@ def _further(folder: Path, phase: str, variable: int | None) -> tuple[ChainNumbe
     except Incomplete:
         pass
     workers = len(dask.workers)
-    headroom = _json(folder / f"checks-{phase}" / "context.json").get("headroom") or 0
+    context = _json(folder / f"checks-{phase}" / "context.json")
+    headroom = oom.nanny_headroom(
+        context.get("headroom"), limit=variable or 0, role=Role(context.get("role") or Role.NONE)
+    )
     if workers:
         limits = sum(worker.memory_limit for worker in dask.workers) + headroom
     name = f"memory_limit of {workers} workers" if workers > 1 else "memory_limit"

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ami_builder.core import oom
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, TimedOut
 from ami_builder.core.oom import kills
-from ami_builder.core.options import Datasource, Network
+from ami_builder.core.options import Datasource, Network, Role
 from ami_builder.core.units import MIB
 from ami_builder.qemu.hardware import HOST_ADDRESS, Accelerator
 from ami_builder.qemu.machine import VirtualMachine, boot_again
@@ -128,7 +129,9 @@ class _OneRun:
                 self.case.policy,
                 total=memory.total,
                 measured=values["measured"],
-                headroom=self.image.memory.nanny_headroom,
+                headroom=oom.nanny_headroom(
+                    self.image.memory.nanny_headroom, limit=values["measured"], role=Role.WORKER
+                ),
             )
             if limit != expected:
                 raise BuildFailed(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ami_builder.build import guest as render
-from ami_builder.core.options import ContainerNetwork
+from ami_builder.core import oom
+from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.units import Reserve
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
@@ -274,12 +275,45 @@ def test_the_reserve_stays_with_the_system(machine: Machine, reserve: Reserve, e
     assert ("<3>" in started.output) == (expected is None)
 
 
+@pytest.mark.parametrize(
+    ("kept", "exported"),
+    [("4096", 1814528000), ("33554433", 1780973568), ("", 1814532096), ("x", 1814532096)],
+)
+def test_what_the_system_keeps_is_not_available(machine: Machine, kept: str, exported: int) -> None:
+    (machine.root / "run/dask").mkdir(parents=True)
+    machine.write("run/dask/protected", kept)
+    assert machine.start().exported == str(exported)
+
+
 @pytest.mark.parametrize(("workers", "share"), [(1, 1797754880), (3, 599251626)])
 def test_a_headroom_is_off_the_workers_limits_alone(machine: Machine, workers: int, share: int) -> None:
     started = machine.start(image(headroom=16 << 20, workers=workers))
     assert started.exported == "1814532096"
     assert started.environment["DASK_WORKER_MEMORY"] == str(share)
     assert (16 << 20) + workers * share <= 1814532096 < (16 << 20) + workers * (share + 1)
+
+
+@pytest.mark.parametrize("memory", ["0.5-gib", "1-gib", "2-gib", "4-gib-swap"])
+@pytest.mark.parametrize(("role", "workers"), [("local", 1), ("worker", 3)])
+def test_the_automatic_headroom_is_what_the_checks_expect(
+    machine: Machine, memory: str, role: str, workers: int
+) -> None:
+    machine.meminfo(memory)
+    machine.write("etc/dask/dask.env", f"DASK_ROLE={role}\nDASK_SCHEDULER_ADDRESS=ucx://unasked\n")
+    started = machine.start(image(headroom=None, workers=workers))
+    limit = int(started.exported or 0)
+    headroom = oom.nanny_headroom(None, limit=limit, role=Role(role))
+    expected = str((limit - headroom) // workers) if headroom else None
+    assert started.environment.get("DASK_WORKER_MEMORY") == expected
+
+
+def test_the_automatic_headroom_is_for_small_machines() -> None:
+    beside = oom.BESIDE[Role.WORKER]
+    small, large = 600 << 20, 20 * beside
+    headroom = oom.nanny_headroom(None, limit=small, role=Role.WORKER)
+    assert 0 <= oom.room(small, beside=beside, headroom=headroom) <= 1
+    assert oom.nanny_headroom(None, limit=large, role=Role.WORKER) == 0
+    assert oom.nanny_headroom(None, limit=small, role=Role.SCHEDULER) == 0
 
 
 def test_a_headroom_that_leaves_too_little_is_none(machine: Machine) -> None:
@@ -416,6 +450,20 @@ def test_an_end_is_a_failure_unless_something_beside_dask_has_done_its_work(
     assert ("<6>start-dask: container dask-init-1 has completed" in started.output) is (
         events.startswith("die c1 dask-init-1 0") and bool(running)
     )
+
+
+def test_dask_goes_before_the_system_when_the_machine_has_no_memory_left(machine: Machine) -> None:
+    """Whatever the Compose file: an older one has no oom_score_adj."""
+    scope = machine.root / "sys/fs/cgroup/system.slice/docker-c1.scope"
+    scope.mkdir(parents=True)
+    (scope / "cgroup.procs").write_text("7\n8\n9\n")
+    for process, score in ((7, 0), (8, 900)):  # the third has ended
+        (machine.root / f"proc/{process}").mkdir()
+        machine.write(f"proc/{process}/oom_score_adj", f"{score}\n")
+    fake(machine.programs, "docker", EVENTS)
+    machine.start(environment={"FAKE_STARTS": "start c1 dask-w-1 <no value>\\n"})
+    scores = [(machine.root / f"proc/{process}/oom_score_adj").read_text() for process in (7, 8)]
+    assert scores == ["500\n", "900\n"]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ MIB = 1 << 20
 RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "healthy.json").read_text())
 """What a healthy VM of 2 GiB answered on its first boot.
 
-`identity` has what distributed 2026.8 answered on another one, with this one's memory limit.
+`identity` has what distributed 2026.8 answered on another one, with this one's memory limit. `protection`,
+`min_ttl_ms` and `oom_score_adj` are from a newer image on 1 GiB; `protected` is 0, as on an older one.
 """
 
 VALUE = int(RECORDED["memory.env"].split("=")[1])
@@ -240,6 +241,8 @@ def all_values(value: int) -> Change:
 
 SCOPE = r"/system\.slice/docker-[0-9a-f]+\.scope"
 
+THRASHING = "protection: the system keeps its programs in memory"
+
 # name of the machine -> (what is changed, Dask's answers, the checks that must be red)
 ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
     # chain
@@ -312,6 +315,37 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         [put("inside", "")],
         dask(VALUE),
         {"memory limit chain: container sees the variable"},
+    ),
+    "Docker's programs can be dropped": (
+        [sub("protection", r"^(\./docker\.service/memory\.min:)\d+", r"\g<1>0")],
+        dask(VALUE),
+        {THRASHING},
+    ),
+    "logins can be dropped": (
+        [sub("protection", r"^(\./ssh\.service/memory\.min:)\d+", r"\g<1>4096")],
+        dask(VALUE),
+        {THRASHING},
+    ),
+    "the slice keeps less than its units": (
+        [sub("protection", r"^memory\.min:\d+", "memory.min:4096")],
+        dask(VALUE),
+        {THRASHING},
+    ),
+    "nothing is protected": ([put("protection", "memory.min:0\n")], dask(VALUE), {THRASHING}),
+    "no guard against thrashing": (
+        [put("min_ttl_ms", "0\n")],
+        dask(VALUE),
+        {"protection: the kernel does not let the machine thrash"},
+    ),
+    "Dask is no better a victim than an agent": (
+        [sub("oom_score_adj", r":500$", ":0")],
+        dask(VALUE),
+        {"protection: dask goes before the system"},
+    ),
+    "a login would be ended first": (
+        [add("oom_score_adj", "/proc/9999/oom_score_adj:800")],
+        dask(VALUE),
+        {"protection: dask goes before the system"},
     ),
     "two workers of the whole": (
         [],

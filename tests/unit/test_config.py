@@ -78,7 +78,7 @@ DEFAULT = Image(
         unlimited=(),
         insecure_registry=None,
     ),
-    memory=MemorySettings(reserve=Reserve(percent=2), nanny_headroom=0),
+    memory=MemorySettings(reserve=Reserve(percent=2), nanny_headroom=None),
     dask=DaskSettings(
         role=Role.LOCAL, listen=Listen.MACHINE, workers=1, threads=None, spill_percent=80, after=()
     ),
