@@ -243,10 +243,10 @@ def work_seconds(case: Case) -> float:
             return 180 + 30 * gib
 
 
-def expected_limit(policy: LimitPolicy, *, total: int, measured: int, headroom: int = 0) -> int:
-    """Return the limit that Dask must have.
+def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int | None:
+    """Return the limit that Dask must have; None if the image decides.
 
-    `measured` is AVAILABLE_MEMORY_FOR_DASK on the VM, `headroom` the image's `memory.nanny_headroom`.
+    `measured` is AVAILABLE_MEMORY_FOR_DASK on the VM.
     """
     match policy:
         case LimitPolicy.NONE:
@@ -256,7 +256,7 @@ def expected_limit(policy: LimitPolicy, *, total: int, measured: int, headroom: 
         case LimitPolicy.GKE:
             return gke_limit(total)
         case LimitPolicy.DEFAULT:
-            return measured - headroom
+            return None
         case _:
             return measured - HEADROOM.get(policy, 0)
 

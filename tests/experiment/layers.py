@@ -18,6 +18,7 @@ LAYERS = {
     OOM_SCORE: "the kernel ends a process of Dask first (`oom_score_adj` 500)",
     "watermark": "the kernel frees memory earlier (`vm.watermark_scale_factor` 100)",
     "min-free": "the kernel keeps more memory free (`vm.min_free_kbytes` × 4)",
+    "low-free": "the kernel keeps no more than 1/64 of the memory free (`vm.min_free_kbytes`)",
     "madvise": "huge pages only where a program asks for them",
     "never": "no huge pages",
     "zram": "compressed swap of 25 % of the memory, which containers can't use",

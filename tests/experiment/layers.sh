@@ -9,7 +9,7 @@ set -eu
 root=${LAYERS_ROOT:-}
 groups=$root/sys/fs/cgroup
 vm=$root/proc/sys/vm
-measure=$root/usr/local/sbin/measure-memory
+programs=$root/usr/local/sbin
 units='ssh systemd-journald systemd-networkd systemd-logind dbus docker containerd'
 LOGIN=33554432 # for the programs of a login, which no cgroup holds yet
 
@@ -46,10 +46,11 @@ protect_all() {
     systemctl set-property --runtime user.slice "MemoryMin=$LOGIN"
 }
 
+total_kb() { sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' "$root/proc/meminfo"; }
+
 zram() {
     modprobe zram num_devices=1
-    kb=$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' "$root/proc/meminfo")
-    echo $((kb * 1024 / 4)) >"$root/sys/block/zram0/disksize"
+    echo $(($(total_kb) * 1024 / 4)) >"$root/sys/block/zram0/disksize"
     mkswap /dev/zram0
     swapon --priority 100 /dev/zram0
 }
@@ -60,8 +61,9 @@ for layer in "$@"; do
             echo 0 >"$root/sys/kernel/mm/lru_gen/min_ttl_ms"
             echo always >"$root/sys/kernel/mm/transparent_hugepage/enabled"
             echo 10 >"$vm/watermark_scale_factor"
-            # The image's own comes after this, before memory is measured.
-            [ ! -e "$root/usr/local/sbin/protect-system" ] || echo '#!/bin/sh' >"$root/usr/local/sbin/protect-system"
+            # The image's own come after this.
+            [ ! -e "$programs/protect-system" ] || echo '#!/bin/sh' >"$programs/protect-system"
+            sed -i 's/^oom_score=.*/oom_score=0/' "$programs/start-dask"
             ;;
         ttl) echo 1000 >"$root/sys/kernel/mm/lru_gen/min_ttl_ms" ;;
         ttl-*) echo "${layer#ttl-}" >"$root/sys/kernel/mm/lru_gen/min_ttl_ms" ;;
@@ -74,12 +76,13 @@ for layer in "$@"; do
             kb=$(cat "$vm/min_free_kbytes")
             echo $((kb * 4)) >"$vm/min_free_kbytes"
             ;;
+        low-free) echo $(($(total_kb) / 64)) >"$vm/min_free_kbytes" ;;
         madvise | never) echo "$layer" >"$root/sys/kernel/mm/transparent_hugepage/enabled" ;;
         zram) zram ;;
         measured)
             all=0
             for unit in $units; do add_up "system.slice/$unit.service" file_mapped; done
-            sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/" "$measure"
+            sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/" "$programs/measure-memory"
             ;;
         *)
             echo "unknown layer: $layer" >&2

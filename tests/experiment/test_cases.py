@@ -115,11 +115,10 @@ def test_the_limit_that_dask_has_to_have() -> None:
         == limits[LimitPolicy.HEADROOM]
         == 7 * GIB
     )
-    assert limits[LimitPolicy.MEASURED] == limits[LimitPolicy.DEFAULT] == 7 * GIB
+    assert limits[LimitPolicy.MEASURED] == 7 * GIB
     assert limits[LimitPolicy.NANNY] == limits[LimitPolicy.NANNY_64] == 7 * GIB - 64 * MIB
     assert limits[LimitPolicy.NANNY_8] == 7 * GIB - 8 * MIB
-    own = expected_limit(LimitPolicy.DEFAULT, total=8 * GIB, measured=7 * GIB, headroom=MIB)
-    assert own == 7 * GIB - MIB
+    assert limits[LimitPolicy.DEFAULT] is None
     assert limits[LimitPolicy.FRACTION] == fraction_limit(8 * GIB)
     assert limits[LimitPolicy.GKE] == gke_limit(8 * GIB)
 
@@ -248,14 +247,17 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     assert "\nreserve_millipercent=" in template
 
 
-def test_the_default_policy_is_the_image_s_own_compose_file() -> None:
+def test_the_default_policy_is_the_image_s_own_compose_file(tmp_path: Path) -> None:
     raw = user_data(IMAGE, LimitPolicy.DEFAULT, "tcp://x:1", "image")
     worker = service(written(raw))
     assert worker["mem_limit"] == "${AVAILABLE_MEMORY_FOR_DASK:-0}"
     assert "dask worker tcp://x:1 --nworkers" in worker["command"]
     assert worker["environment"]["PYTHONPATH"] == "/experiment"
     assert "profiles" not in worker
-    assert "sed" not in json.dumps(yaml.safe_load(raw)["bootcmd"])
+    (settings,) = [one[2] for one in yaml.safe_load(raw)["bootcmd"] if one[:2] == ["sh", "-c"]]
+    (tmp_path / "dask.env").write_text("DASK_ROLE=local\nDASK_SCHEDULER_ADDRESS=\n")
+    subprocess.run(["sh", "-c", settings.replace("/etc/dask", str(tmp_path))], check=True)
+    assert (tmp_path / "dask.env").read_text() == "DASK_ROLE=worker\nDASK_SCHEDULER_ADDRESS=tcp://x:1\n"
 
 
 def test_the_names_of_layers() -> None:
@@ -280,10 +282,13 @@ def test_layers_are_set_before_memory_is_measured() -> None:
     assert unit(LimitPolicy.NONE, "off") == ["off"]
     assert unit(LimitPolicy.NONE, "ttl+protect") == ["off", "ttl", "protect"]
     assert unit(LimitPolicy.MEASURED, "ttl") == ["off", "ttl", "measured"]
-    scores = {layers: service(written(user_data(IMAGE, LimitPolicy.NONE, "tcp://x:1", layers)))
-              .get("oom_score_adj") for layers in ("off", "ttl+oom-score", "image")}  # fmt: skip
-    image_s = service(written(user_data(IMAGE, LimitPolicy.DEFAULT, "tcp://x:1", "image")))
-    assert scores == {"off": None, "ttl+oom-score": 500, "image": image_s.get("oom_score_adj")}
+    scores = {
+        layers: service(written(user_data(IMAGE, LimitPolicy.NONE, "tcp://x:1", layers))).get("oom_score_adj")
+        for layers in ("off", "ttl+oom-score", "image")
+    }
+    assert scores == {"off": None, "ttl+oom-score": 500, "image": None}
+    start = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "start-dask.j2").read_text()
+    assert "\noom_score=" in start
 
 
 STAT = "anon 4096\nfile 999999\nkernel 100\nshmem 0\nfile_mapped 8192\nfile_dirty 7\n"
@@ -299,6 +304,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
         "proc/meminfo": "MemTotal: 4000 kB\n",
         "sys/block/zram0/disksize": "0",
         "usr/local/sbin/measure-memory": "reserve_bytes=1\nreserve_millipercent=2000\n",
+        "usr/local/sbin/start-dask": "other=1\noom_score=500\n",
         "usr/local/sbin/protect-system": "#!/bin/sh\nfalse\n",
         "run/other": "",
     }
@@ -325,6 +331,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     assert read("sys/kernel/mm/lru_gen/min_ttl_ms") == "0"
     assert read("sys/kernel/mm/transparent_hugepage/enabled") == "always"
     assert read("usr/local/sbin/protect-system") == "#!/bin/sh"
+    assert read("usr/local/sbin/start-dask") == "other=1\noom_score=0"
     assert read("run/ami-builder-layers") == "off"
     (root / "run/ami-builder-layers").unlink()
     assert set_layers("off", "ttl-500", "protect", "min-free", "zram", "madvise", "measured") == 0
@@ -336,7 +343,8 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
         *(f"set-property --runtime {unit}.service MemoryMin=12388" for unit in units),
         "set-property --runtime system.slice MemoryMin=86716",
     ]
-    assert set_layers("protect-all") == 0
+    assert set_layers("protect-all", "low-free") == 0
+    assert read("proc/sys/vm/min_free_kbytes") == "62"
     assert read("sys/fs/cgroup/init.scope/memory.min") == "12388"
     (root / "run/ami-builder-layers").unlink()
     assert set_layers("off", "other") == 2

@@ -65,6 +65,9 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = la
     commands: list[list[str]] = [["mkdir", "-p", "-m", "1777", FOLDER, f"{FOLDER}/seen"], ticker]
     if policy in _COMPUTE:
         commands.append(["sh", "-c", _COMPUTE[policy]])
+    if policy is LimitPolicy.DEFAULT:
+        set_role = f"s|^DASK_ROLE=.*|DASK_ROLE=worker|; s|^DASK_SCHEDULER_ADDRESS=.*|&{scheduler}|"
+        commands.append(["sh", "-c", f"sed -i '{set_role}' /etc/dask/dask.env"])
     set_layers = [*layers.arguments(which), *(["measured"] if policy is LimitPolicy.MEASURED else [])]
     # What the system uses is measured just before Dask's memory is.
     properties = (
@@ -85,26 +88,19 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = la
 
 
 def _compose(image: Image, policy: LimitPolicy, scheduler: str, which: str) -> dict[str, object]:
-    own = _own_service(image)
     if policy is LimitPolicy.DEFAULT:
-        service = _default_service(own, scheduler)
+        service = _default_service(image, scheduler)
     else:
         service = _service(image, policy, scheduler)
-    score = own.get("oom_score_adj") if which == layers.IMAGE else None
     if layers.OOM_SCORE in which.split("+"):
-        score = layers.OOM_SCORE_ADJ
-    service.pop("oom_score_adj", None)
-    return {"services": {"cluster": service | ({} if score is None else {"oom_score_adj": score})}}
+        service["oom_score_adj"] = layers.OOM_SCORE_ADJ
+    return {"services": {"cluster": service}}
 
 
-def _own_service(image: Image) -> dict[str, Any]:
-    """Return the service `worker` of the image's own Compose file."""
+def _default_service(image: Image, scheduler: str) -> dict[str, Any]:
+    """Return the service `worker` of the image's own Compose file, which can run the experiment's tasks."""
     content = guest(image)[PurePosixPath("/etc/dask/compose.yaml")].content
-    service: dict[str, Any] = yaml.safe_load(content)["services"]["worker"]
-    return service
-
-
-def _default_service(own: dict[str, Any], scheduler: str) -> dict[str, Any]:
+    own = yaml.safe_load(content)["services"]["worker"]
     service = {key: value for key, value in own.items() if key != "profiles"}
     service["command"] = own["command"].replace("${DASK_SCHEDULER_ADDRESS:-}", scheduler)
     service["volumes"] = [*own["volumes"], f"{FOLDER}:/experiment"]
