@@ -110,11 +110,10 @@ if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then
     sed 's|.*|/proc/&/limits|' "/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.procs" |
         xargs grep -hsE '^Max (resident set|address space)'
 fi
-section protected
-cat /run/dask/protected 2>/dev/null
-section protection
-(cd /sys/fs/cgroup/system.slice && grep -sE '^([0-9]+$|anon |kernel |slab_reclaimable |file_mapped )' \
-    memory.min ./*.service/memory.min ./*.service/memory.stat)
+section programs
+cat /run/dask/programs 2>/dev/null
+section min_free_kbytes
+cat /proc/sys/vm/min_free_kbytes
 section min_ttl_ms
 cat /sys/kernel/mm/lru_gen/min_ttl_ms 2>/dev/null
 section oom_score_adj

@@ -8,8 +8,8 @@ from ami_builder.core.units import MIB
 def available_now(machine: MachineState, context: Context) -> int:
     """Return what a measurement without the Dask container would give now; bytes."""
     available = machine.meminfo["MemAvailable"] + machine.unreclaimable
-    kept = int(machine.text.get("protected", "").strip() or 0)
-    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes - kept
+    programs = int(machine.text.get("programs", "").strip() or 0)
+    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes - programs
 
 
 def noise(machine: MachineState) -> int:

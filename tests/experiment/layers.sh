@@ -62,7 +62,7 @@ for layer in "$@"; do
             echo always >"$root/sys/kernel/mm/transparent_hugepage/enabled"
             echo 10 >"$vm/watermark_scale_factor"
             # The image's own come after this.
-            [ ! -e "$programs/protect-system" ] || echo '#!/bin/sh' >"$programs/protect-system"
+            [ ! -e "$programs/lower-watermark" ] || echo '#!/bin/sh' >"$programs/lower-watermark"
             sed -i 's/^oom_score=.*/oom_score=0/' "$programs/start-dask"
             ;;
         ttl) echo 1000 >"$root/sys/kernel/mm/lru_gen/min_ttl_ms" ;;

@@ -305,7 +305,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
         "sys/block/zram0/disksize": "0",
         "usr/local/sbin/measure-memory": "reserve_bytes=1\nreserve_millipercent=2000\n",
         "usr/local/sbin/start-dask": "other=1\noom_score=500\n",
-        "usr/local/sbin/protect-system": "#!/bin/sh\nfalse\n",
+        "usr/local/sbin/lower-watermark": "#!/bin/sh\nfalse\n",
         "run/other": "",
     }
     units = ("ssh", "systemd-journald", "systemd-networkd", "systemd-logind", "dbus", "docker", "containerd")
@@ -330,7 +330,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     assert set_layers("off") == 0
     assert read("sys/kernel/mm/lru_gen/min_ttl_ms") == "0"
     assert read("sys/kernel/mm/transparent_hugepage/enabled") == "always"
-    assert read("usr/local/sbin/protect-system") == "#!/bin/sh"
+    assert read("usr/local/sbin/lower-watermark") == "#!/bin/sh"
     assert read("usr/local/sbin/start-dask") == "other=1\noom_score=0"
     assert read("run/ami-builder-layers") == "off"
     (root / "run/ami-builder-layers").unlink()

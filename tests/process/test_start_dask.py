@@ -275,14 +275,16 @@ def test_the_reserve_stays_with_the_system(machine: Machine, reserve: Reserve, e
     assert ("<3>" in started.output) == (expected is None)
 
 
-@pytest.mark.parametrize(
-    ("kept", "exported"),
-    [("4096", 1814528000), ("33554433", 1780973568), ("", 1814532096), ("x", 1814532096)],
-)
-def test_what_the_system_keeps_is_not_available(machine: Machine, kept: str, exported: int) -> None:
-    (machine.root / "run/dask").mkdir(parents=True)
-    machine.write("run/dask/protected", kept)
-    assert machine.start().exported == str(exported)
+def test_what_the_systems_programs_need_is_not_available(machine: Machine) -> None:
+    """A quarter of what the programs have mapped that must answer, and the programs of a login."""
+    mapped_by = {"docker": 64 << 20, "agent": 16 << 20, "cron": 1 << 20, "ssh": 4 << 20}
+    for unit, mapped in mapped_by.items():
+        folder = machine.root / f"sys/fs/cgroup/system.slice/{unit}.service"
+        folder.mkdir(parents=True)
+        (folder / "memory.stat").write_text(f"anon 4096\nfile {mapped * 2}\nfile_mapped {mapped}\n")
+    started = machine.start(image(after=("agent.service", "absent.service")))
+    assert (machine.root / "run/dask/programs").read_text() == f"{(16 + 1 + 20) << 20}\n"
+    assert started.exported == str(1814532096 - (37 << 20))
 
 
 @pytest.mark.parametrize(("workers", "share"), [(1, 1797754880), (3, 599251626)])

@@ -22,7 +22,7 @@ CONTRACT = {
     "/usr/local/sbin/start-dask": 0o755,
     "/usr/local/sbin/stop-dask": 0o755,
     "/usr/local/sbin/measure-memory": 0o755,
-    "/usr/local/sbin/protect-system": 0o755,
+    "/usr/local/sbin/lower-watermark": 0o755,
     "/usr/local/sbin/compare-memory": 0o755,
     "/usr/local/sbin/dask-wanted": 0o755,
     "/usr/local/sbin/wait-for-unit": 0o755,
