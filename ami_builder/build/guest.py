@@ -31,7 +31,9 @@ def guest(image: Image) -> dict[PurePosixPath, RenderedFile]:
             continue
         name = source.relative_to(folder).as_posix()
         if name.endswith(SUFFIX):
-            content = templates.render(environment, name, image=image, beside=oom.BESIDE).encode()
+            content = templates.render(
+                environment, name, image=image, beside=oom.BESIDE, small=oom.SMALL
+            ).encode()
             if not content.strip():
                 continue
         else:

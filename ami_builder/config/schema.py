@@ -118,8 +118,9 @@ class MemorySettings(_Table):
     gets 98, 96 and 93 % of what the system could give."""
     nanny_headroom: t.Headroom = None
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
-    runs in the container too, restarts a worker before the kernel kills it. `auto`: what the nanny, and the
-    scheduler of role `local`, need beyond the 5 % above the nanny's threshold; none on large machines."""
+    runs in the container too, restarts a worker before the kernel kills it. `auto`: below a limit of 1.5
+    GiB what the nanny, and the scheduler of role `local`, need beyond the 5 % above the nanny's threshold;
+    else none."""
     follow: StrictBool = False
     """Whether the limit of Dask and of its container goes down when the system has outgrown its reserve, and
     up again when it has shrunk, while Dask runs. Never below five fourths of what the container holds, nor

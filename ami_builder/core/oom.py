@@ -179,6 +179,8 @@ def least_headroom(limit: int, *, beside: int, terminate: float = TERMINATE) -> 
 
 BESIDE = {Role.WORKER: 80 * MIB, Role.LOCAL: 128 * MIB}
 """What a container holds beside its workers: the nanny's processes, and the scheduler of role `local`."""
+SMALL = 1536 * MIB
+"""Below this limit of a container the headroom is automatic; above, its limit is Dask's."""
 
 
 def nanny_headroom(setting: int | None, *, limit: int, role: Role) -> int:
@@ -188,5 +190,7 @@ def nanny_headroom(setting: int | None, *, limit: int, role: Role) -> int:
     """
     if setting is not None:
         return setting
+    if limit >= SMALL:
+        return 0
     # least_headroom in whole numbers
     return max(0, -(-(20 * BESIDE.get(role, 0) - limit) // 19))

@@ -311,7 +311,7 @@ def test_the_automatic_headroom_is_what_the_checks_expect(
 
 def test_the_automatic_headroom_is_for_small_machines() -> None:
     beside = oom.BESIDE[Role.WORKER]
-    small, large = 600 << 20, 20 * beside
+    small, large = 600 << 20, oom.SMALL
     headroom = oom.nanny_headroom(None, limit=small, role=Role.WORKER)
     assert 0 <= oom.room(small, beside=beside, headroom=headroom) <= 1
     assert oom.nanny_headroom(None, limit=large, role=Role.WORKER) == 0
