@@ -51,6 +51,8 @@ class LimitPolicy(StrEnum):
     NANNY_16 = "nanny-16"
     NANNY_32 = "nanny-32"
     NANNY_64 = "nanny-64"
+    PROGRAMS = "programs"
+    """As `AVAILABLE`, less what the image reserves for the programs of the system."""
     DEFAULT = "default"
     """The image's own settings and its own Compose file."""
 
@@ -99,6 +101,7 @@ _POLICIES = {
     LimitPolicy.NANNY_16: "all that is available; Dask's own limit 16 MiB lower",
     LimitPolicy.NANNY_32: "all that is available; Dask's own limit 32 MiB lower",
     LimitPolicy.NANNY_64: "all that is available; Dask's own limit 64 MiB lower",
+    LimitPolicy.PROGRAMS: "available less what the image reserves for the system's programs",
     LimitPolicy.DEFAULT: "the image's own settings",
 }
 HEADROOM = {
@@ -120,6 +123,7 @@ RESERVE_PERCENT = {
     LimitPolicy.NANNY_16: 0,
     LimitPolicy.NANNY_32: 0,
     LimitPolicy.NANNY_64: 0,
+    LimitPolicy.PROGRAMS: 0,
 }
 """`memory.reserve` under these policies, in percent. It replaces the image's own."""
 TWO_PERCENT = LimitPolicy.HEADROOM_2

@@ -239,12 +239,14 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
     (script,) = [one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"]]
     start = tmp_path / "measure-memory"
-    start.write_text("reserve_bytes=7\nreserve_millipercent=0\nother=1\n")
+    start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
-    assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nother=1\n"
+    units = "'a b'" if policy is LimitPolicy.PROGRAMS else ""
+    assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nunits={units}\n"
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()
     assert "\nreserve_bytes=" in template
     assert "\nreserve_millipercent=" in template
+    assert "\nunits=" in template
 
 
 def test_the_default_policy_is_the_image_s_own_compose_file(tmp_path: Path) -> None:

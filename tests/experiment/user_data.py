@@ -32,6 +32,8 @@ UNLIMITED = (
     "cd /etc/systemd/system/docker-.scope.d; printf '[Scope]\\nMemoryMax=infinity\\n' >99-unlimited.conf"
 )
 """Removes the limit that the image sets for all containers: the last drop-in wins."""
+_NO_UNITS = "; s/^units=.*/units=/"
+"""Whose programs measure-memory reserves memory for."""
 # MemTotal is known on the VM only.
 _COMPUTE = {
     LimitPolicy.NONE: UNLIMITED,
@@ -48,7 +50,8 @@ _COMPUTE = {
     # As memory.reserve does while baking.
     **{
         policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
-        f"reserve_millipercent={percent * 1000}/' /usr/local/sbin/measure-memory"
+        f"reserve_millipercent={percent * 1000}/{'' if policy is LimitPolicy.PROGRAMS else _NO_UNITS}' "
+        "/usr/local/sbin/measure-memory"
         for policy, percent in RESERVE_PERCENT.items()
     },
 }
