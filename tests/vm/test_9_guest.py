@@ -262,6 +262,17 @@ def test_what_is_not_started_is_said_once(guest: Booted, settings: str, state: s
     assert guest.root("dask-health; head -n 1 /run/dask/health", check=False).split()[-1] == health
 
 
+def test_a_kill_is_in_the_log_of_any_container(guest: Booted, image: Image) -> None:
+    """Its stderr is a pipe that belongs to the container's user."""
+    grow = """sleep 5; python -c 'x = bytes(range(256)) * (1 << 20)'; sleep 60"""
+    run = f"docker run --detach --name other --memory 50m --network host {image.container.reference}"
+    guest.root(f"{run} sh -c {shlex.quote(grow)}")
+    killed = "the kernel killed python (pid [0-9]*, which held .* of container other at its limit of 50 MiB"
+    until(guest, f"docker logs other 2>&1 | grep -q '^{killed}'")
+    until(guest, f"journalctl -b -t dask -o cat | grep -q '^watch-kills: {killed}'")
+    guest.root("docker rm --force other")
+
+
 def test_the_units_are_confined(guest: Booted) -> None:
     units = ("dask", "dask-memory", "dask-health", "dask-notices", "dask-reports", "watch-kills")
     for unit in (f"{name}.service" for name in units):
