@@ -344,8 +344,10 @@ def _holds(machine: Machine) -> str:
 
 def _outgrown(machine: Machine) -> str:
     """Return a line about a system that has taken what Dask's limit promises; the warning says who."""
+    from ami_builder.doctor.rules import RUNTIME
+
     excess = machine.growth.excess if machine.growth is not None else 0
-    return f"\noutgrown by {console.size(excess)}" if excess > 0 else ""
+    return f"\noutgrown by {console.size(excess)}" if excess > RUNTIME else ""
 
 
 def _short(same: Sequence[Diagnosis]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
@@ -148,3 +149,15 @@ def test_a_container_without_a_limit_is_not_followed(tmp_path: Path, content: st
     ):
         real_dask.said(log, "Registered to:")
         assert ("does not follow" in log.read_text()) is (content is None)
+
+
+@pytest.mark.parametrize(
+    ("own", "path"),
+    [
+        ("0::/\n", "/sys/fs/cgroup//memory.max"),
+        ("1:name=systemd:/\n0::/system.slice/a.scope\n", "/sys/fs/cgroup/system.slice/a.scope/memory.max"),
+    ],
+)
+def test_the_limit_is_that_of_the_own_cgroup(tmp_path: Path, own: str, path: str) -> None:
+    (tmp_path / "cgroup").write_text(own)
+    assert runpy.run_path(str(PRELOAD))["memory_max"](str(tmp_path / "cgroup")) == path

@@ -47,13 +47,13 @@ def dask_teardown(server: Any) -> None:
         os.close(follower.file)
 
 
-def memory_max() -> str:
+def memory_max(own: str = "/proc/self/cgroup") -> str:
     """Return the path of the file that has the limit of this process's cgroup."""
     path = ""
-    with open("/proc/self/cgroup") as file:
+    with open(own) as file:
         for line in file:
             if line.startswith("0::"):
-                path = line[3:].strip("/")
+                path = line[3:].strip().strip("/")
     return os.environ.get(FILE) or f"/sys/fs/cgroup/{path}/memory.max"
 
 
