@@ -49,7 +49,7 @@ sed 's/^/protected /' /sys/fs/cgroup/system.slice/memory.min
 cat /sys/fs/cgroup/system.slice/docker-*.scope/memory.max | sed 's/max/0/; s/^/container /' | sort | tail -1
 """
 _KERNEL = "journalctl -k -b -o short-unix --no-pager"
-_NANNY = "journalctl -u dask.service -b -o cat --no-pager | grep -c 'memory budget. Restarting' || true"
+_NANNY = "cat /var/lib/docker/containers/*/*-json.log | grep -c 'memory budget. Restarting' || true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
