@@ -284,8 +284,8 @@ def ready(checkout: Checkout) -> Checkout:
 
 
 def test_linters_all_run_even_if_one_fails(ready: Checkout) -> None:
-    for name in ("packer", ".ci", "docs"):
-        (ready.root / name).mkdir(exist_ok=True)
+    for name in ("packer", "tests/experiment", ".ci", "docs"):
+        (ready.root / name).mkdir(parents=True, exist_ok=True)
     (ready.root / "zensical.toml").touch()
     fake(ready.venv / "bin", "mypy", "exit 1")
     status, _, err = ready.run(script="scripts/lint")
