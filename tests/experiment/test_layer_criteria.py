@@ -9,7 +9,8 @@ import pytest
 from ami_builder.core.units import GIB, MIB
 from tests.experiment.cases import LimitPolicy, Work
 from tests.experiment.criteria import PUBLISHED, Grade
-from tests.experiment.layer_criteria import KINDS, WORKS, judge_layers
+from tests.experiment.docs import recorded_layers
+from tests.experiment.layer_criteria import KINDS, WORKS, above_rest, judge_layers
 from tests.experiment.results import Result
 from tests.experiment.samples import result
 
@@ -84,3 +85,28 @@ def test_less_than_97_percent_or_a_slower_work_fails() -> None:
     fast = run(policy=DEFAULT, work=Work.ARRAY, repeat=1, layers="off", seconds=59.0)
     assert grades(*GOOD, fast)["W1 takes at most 1 % longer with the layers"] is Grade.FAILED
     assert KINDS[0][0] == GIB
+
+
+def recorded_run(policy: LimitPolicy, layers: str, work: Work) -> Result:
+    wanted = (policy, layers, work)
+    return next(r for r in recorded_layers() if (r.case.policy, r.case.layers, r.case.work) == wanted)
+
+
+def test_recorded_leaks_without_a_limit_on_1_gib() -> None:
+    off, ttl, protect, both, scored, whole = (
+        recorded_run(NONE, layers, Work.LEAK_FAST)
+        for layers in ("off", "ttl", "protect", "ttl+protect", "ttl+oom-score", "ttl+protect-all")
+    )
+    assert (off.system_oom_kills, off.ssh_failed, round(off.stalled)) == (0, 6, 106)
+    assert (protect.ssh_failed, round(protect.stalled)) == (5, 80)
+    for guarded in (ttl, both, scored, whole):
+        assert guarded.ssh_failed == 0
+        assert guarded.system_oom_kills == guarded.by_kernel > 0, "all of them Dask's"
+    held = [round((run.held_before_long_stall or 0) / MIB) for run in (ttl, scored, both, whole)]
+    assert held == [717, 712, 636, 639]
+
+
+def test_recorded_default_settings_on_1_gib() -> None:
+    for run in (r for r in recorded_layers() if r.case.policy is DEFAULT and r.case.layers == "image"):
+        assert (run.system_oom_kills, run.ssh_failed, run.by_kernel) == (0, 0, 0)
+        assert above_rest(run) < 5
