@@ -193,4 +193,5 @@ def nanny_headroom(setting: int | None, *, limit: int, role: Role) -> int:
     if limit >= SMALL:
         return 0
     # least_headroom in whole numbers
-    return max(0, -(-(20 * BESIDE.get(role, 0) - limit) // 19))
+    headroom = max(0, -(-(20 * BESIDE.get(role, 0) - limit) // 19))
+    return headroom if 2 * headroom <= limit else 0

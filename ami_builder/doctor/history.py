@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 ALL, DEATHS, RESTARTS = TOPICS = ("all", "worker-deaths", "worker-restart-memory")
@@ -63,8 +64,11 @@ def history(events: Mapping[str, Iterable[Any]], started: float | None) -> Histo
 def _messages(events: Iterable[Any]) -> Iterator[Event]:
     """Anybody can log anything under any topic."""
     for each in events:
-        if isinstance(each, Sequence) and len(each) == 2 and isinstance(each[1], Mapping):
-            yield float(each[0]), each[1]
+        if not isinstance(each, Sequence) or len(each) != 2:
+            continue
+        time, message = each
+        if isinstance(time, int | float) and isinstance(message, Mapping):
+            yield float(time), message
 
 
 def _reported(time: float, message: Mapping[str, Any]) -> Death:
@@ -79,7 +83,7 @@ def _reported(time: float, message: Mapping[str, Any]) -> Death:
         cause=str(message.get("cause", UNKNOWN)),
         limit=_number(message.get("limit")),
         memory=_number(message.get("memory")),
-        tasks=None if tasks is None else tuple(map(str, tasks)),
+        tasks=None if tasks is None else tuple(_texts(tasks)),
         task_count=_number(message.get("task-count")),
     )
 
@@ -91,10 +95,10 @@ def _others(all_of: Sequence[Event], restarts: Sequence[Event], known: Sequence[
     """
     reported = [(death.worker, death.time) for death in known]
     retired = [
-        (str(worker), time)
+        (worker, time)
         for time, message in all_of
         if message.get("action") == "retire-workers"
-        for worker in message.get("workers") or ()
+        for worker in _texts(message.get("retired") or message.get("workers"))  # older versions: workers
     ]
     removed = [event for event in all_of if event[1].get("action") == "remove-worker"]
     by_nanny = []
@@ -134,8 +138,12 @@ def _near(events: Iterable[tuple[str, float]], worker: str, time: float) -> bool
 
 
 def _keys(message: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(sorted(map(str, message.get("processing-tasks") or ())))
+    return tuple(sorted(_texts(message.get("processing-tasks"))))
+
+
+def _texts(found: object) -> Iterator[str]:
+    return map(str, found) if isinstance(found, Iterable) and not isinstance(found, str) else iter(())
 
 
 def _number(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) else None
+    return int(value) if isinstance(value, int | float) and isfinite(value) else None

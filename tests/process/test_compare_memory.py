@@ -38,6 +38,7 @@ class Machine:
         self.limit = LIMIT
         self.available(1800)
         self.cgroup("init.scope", 10)
+        (self.cgroups / "cgroup.controllers").touch()
         self.cgroup("user.slice", 5)
         self.cgroup("system.slice", 400)
         self.cgroup("system.slice/docker.service", 90)
@@ -195,11 +196,31 @@ def test_where_dask_service_starts_nothing_all_containers_are_dasks(machine: Mac
     assert machine.record["grown"] == []
 
 
-def test_without_cgroups_of_version_2_growth_is_the_kernels_or_others(machine: Machine) -> None:
-    shutil.rmtree(machine.cgroups)
+@pytest.mark.parametrize("layout", ["version 1", "cgroupfs"])
+def test_where_dasks_containers_are_not_found_nothing_is_compared(machine: Machine, layout: str) -> None:
+    """Else all that Dask uses would be reported as growth of the system."""
+    if layout == "version 1":
+        (machine.cgroups / "cgroup.controllers").unlink()
+    else:
+        (machine.root / "etc/docker").mkdir(parents=True)
+        settings = '{"exec-opts": ["native.cgroupdriver=cgroupfs"]}'
+        (machine.root / "etc/docker/daemon.json").write_text(settings)
     machine.compare("--start")
-    machine.available(1700)
-    assert machine.compare().endswith(": kernel and others +100 MiB\n")
+    machine.available(1000)
+    assert machine.compare() == ""
+    assert not (machine.run / "memory-notice").exists()
+
+
+def test_the_end_is_reported_on_a_large_machine_without_a_reserve(machine: Machine) -> None:
+    """A step of 1 % is more there than what is allowed for."""
+    meminfo = machine.root / "proc/meminfo"
+    machine.limit = AVAILABLE
+    reports: list[str] = []
+    for available in (1800, 1600, 1790, 1800):
+        meminfo.write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {available * 1024} kB\n")
+        reports.append(machine.compare(*(() if reports else ("--start",)))[:3])
+    assert reports == ["", "<4>", "", "<5>"]
+    assert not (machine.run / "memory-notice").exists()
 
 
 def test_the_limit_follows_down_in_whole_steps_and_everywhere(machine: Machine) -> None:

@@ -26,7 +26,11 @@ def removed(programs: Path, **environment: str) -> subprocess.CompletedProcess[s
     fake(programs, "docker", DOCKER)
     return subprocess.run(
         [resources.packer_dir() / "guest/usr/local/sbin/remove-dask"],
-        env={"PATH": f"{programs}:{os.environ['PATH']}", **environment},
+        env={
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "REMOVE_DASK_STATE": str(programs / "state"),
+            **environment,
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -47,6 +51,14 @@ def test_nothing_to_remove_and_no_docker_are_no_failure(tmp_path: Path) -> None:
     assert removed(tmp_path).returncode == 0
     assert removed(tmp_path, FAKE_DOWN="1").returncode == 0
     assert not any(call.startswith("rm") for call in calls(tmp_path, "docker"))
+
+
+def test_the_containers_of_others_are_dasks_from_now_on(tmp_path: Path) -> None:
+    """Else what they use would be reported as growth of the system."""
+    (tmp_path / "state/containers").mkdir(parents=True)
+    (tmp_path / "state/containers/aaa").touch()
+    assert removed(tmp_path, FAKE_DOWN="1").returncode == 0
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_a_docker_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:

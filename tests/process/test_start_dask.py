@@ -318,6 +318,18 @@ def test_the_automatic_headroom_is_for_small_machines() -> None:
     assert oom.nanny_headroom(None, limit=small, role=Role.SCHEDULER) == 0
 
 
+def test_an_automatic_headroom_that_leaves_too_little_is_none(machine: Machine) -> None:
+    """A worker does not start with a limit below zero."""
+    machine.write("proc/meminfo", "MemTotal: 400000 kB\nMemAvailable: 102400 kB\n")
+    machine.write("etc/dask/dask.env", "DASK_ROLE=local\n")
+    started = machine.start(image(headroom=None))
+    limit = int(started.exported or 0)
+    assert 0 < limit < oom.BESIDE[Role.LOCAL]
+    assert "DASK_WORKER_MEMORY" not in started.environment
+    assert oom.nanny_headroom(None, limit=limit, role=Role.LOCAL) == 0
+    assert "<3>start-dask: the nanny gets no headroom" in started.output
+
+
 def test_a_headroom_that_leaves_too_little_is_none(machine: Machine) -> None:
     started = machine.start(image(headroom=1 << 30))
     assert started.exported == "1814532096"

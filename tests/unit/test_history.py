@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from ami_builder.doctor.history import UNKNOWN, Death, history
 
 A, B = "tcp://10.0.0.2:40001", "tcp://10.0.0.3:40001"
@@ -71,6 +73,8 @@ def test_a_worker_that_was_asked_to_end_is_none() -> None:
             (400, removed(A)),
             (800, {"action": "retire-workers", "workers": {B: {}}}),
             (801, removed(B, "y")),
+            (1200, removed(A, "z")),
+            (1201, {"action": "retire-workers", "retired": [A], "could-not-retire": []}),
         ]
     )
 
@@ -88,6 +92,18 @@ def test_anybody_can_log_anything() -> None:
         (1, "unknown", None, None),
         (2, "unknown", None, ("('a', 1)",)),
     ]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        {"worker_deaths": [(1, {"tasks": 5, "pid": float("nan"), "limit": float("inf")})]},
+        {"all": [("now", {"action": "add-worker"}), (1, {"action": "retire-workers", "workers": 3})]},
+        {"all": [(1, {"action": "remove-worker", "worker": A, "processing-tasks": 3})]},
+    ],
+)
+def test_what_makes_no_sense_is_no_error(events: dict[str, Any]) -> None:
+    assert all(not death.tasks and death.pid is None and death.limit is None for death in deaths(**events))
 
 
 def test_how_far_back_it_reaches() -> None:
