@@ -10,8 +10,6 @@ GUARD_MS = 1000
 """What the kernel must keep in memory: all that was used within so many milliseconds."""
 KEPT_FREE = 64
 """The kernel keeps at most this part of the memory free."""
-USUALLY_FREE = 68 * 1024
-"""What it keeps free at most by itself, in kB (Linux, mm/khugepaged.c, set_recommended_min_free_kbytes)."""
 
 _SCORE = re.compile(r"/proc/(\d+)/oom_score_adj:(-?\d+)")
 
@@ -27,7 +25,8 @@ def test_the_kernel_does_not_let_the_machine_thrash(machine: MachineState) -> No
 def test_the_kernel_keeps_no_more_free_than_it_needs(machine: MachineState) -> None:
     """A small machine can't spare what the kernel keeps for huge pages, which no program can use."""
     free, total = int(machine.text["min_free_kbytes"]), machine.meminfo["MemTotal"] // 1024
-    most = min(total // KEPT_FREE, USUALLY_FREE)
+    # Not a number of kB: the kernel's own choice grows with the memory and with the NUMA nodes.
+    most = total // KEPT_FREE
     assert free <= most, f"vm.min_free_kbytes is {free}, of {total} kB; expected {most} at most"
 
 

@@ -319,6 +319,14 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         dask(VALUE),
         {"protection: the kernel keeps no more free than it needs"},
     ),
+    "a large machine with several NUMA nodes": (
+        [
+            sub("meminfo", r"^MemTotal: .*", f"MemTotal: {384 << 20} kB"),
+            put("min_free_kbytes", "90112\n"),
+        ],
+        dask(VALUE),
+        {"measurement: machine has the memory it was booted with"},  # but what the kernel keeps free is right
+    ),
     "no guard against thrashing": (
         [put("min_ttl_ms", "0\n")],
         dask(VALUE),
