@@ -129,6 +129,13 @@ def test_the_container_that_reports_itself_is_not_told(machine: Machine) -> None
     assert stderr.read_text() == ""
 
 
+def test_the_end_of_a_nanny_or_scheduler_is_in_the_containers_log(machine: Machine) -> None:
+    """Nobody in the container is left to report it."""
+    stderr = machine.container('["worker","a:1","--preload-nanny","/run/dask/preload/worker_deaths.py"]')
+    machine.watch(summary(812, "dask", full=SCOPE), kill(812, "dask"))
+    assert stderr.read_text().startswith("the kernel killed dask (pid 812,")
+
+
 def test_a_kill_for_the_whole_machine(machine: Machine) -> None:
     machine.container()
     unit = "/system.slice/amazon-ssm-agent.service"
