@@ -287,6 +287,17 @@ def test_what_the_systems_programs_need_is_not_available(machine: Machine) -> No
     assert started.exported == str(1814532096 - (37 << 20))
 
 
+@pytest.mark.parametrize("units", [("ssh.service",), ("ssh.socket",), ("ssh.service", "ssh.socket")])
+def test_a_login_is_counted_once_also_before_the_first(machine: Machine, units: tuple[str, ...]) -> None:
+    """Ubuntu 24.04 starts sshd at the first login."""
+    for unit in units:
+        folder = machine.root / f"sys/fs/cgroup/system.slice/{unit}"
+        folder.mkdir(parents=True)
+        (folder / "memory.stat").write_text("anon 4096\nfile_mapped 0\n")
+    machine.start()
+    assert (machine.root / "run/dask/programs").read_text() == f"{16 << 20}\n"
+
+
 @pytest.mark.parametrize(("workers", "share"), [(1, 1797754880), (3, 599251626)])
 def test_a_headroom_is_off_the_workers_limits_alone(machine: Machine, workers: int, share: int) -> None:
     started = machine.start(image(headroom=16 << 20, workers=workers))
