@@ -206,6 +206,13 @@ def test_a_process_can_have_any_name(machine: Machine) -> None:
     assert machine.deaths()[0]["process"] == "?? total-vm:??n"
 
 
+def test_a_name_of_several_lines_hides_no_kill(machine: Machine) -> None:
+    """The kernel escapes a newline, and dmesg decodes it."""
+    machine.container()
+    (line,) = machine.watch(summary(812, "a\nb\nc", full=SCOPE), kill(812, "a\nb\nc"))
+    assert "killed a?b?c (pid 812, which held 1571 MiB) of container dask-worker-1 at its limit" in line
+
+
 def test_the_records_are_bounded_and_outlive_the_program(machine: Machine) -> None:
     machine.watch(*(kill(pid, "dask") for pid in range(1, 151)))
     machine.watch(*(kill(pid, "dask") for pid in range(151, 301)))
