@@ -298,6 +298,22 @@ def test_what_does_not_follow_is_left_alone(machine: Machine) -> None:
     assert machine.limit == LIMIT
 
 
+def test_a_container_that_starts_later_follows_too(machine: Machine) -> None:
+    """Compose makes all containers at once, but may start one after another has ended."""
+    machine.container(100)
+    machine.available(1800 - 100 - 32 - 40)
+    machine.follow()
+    lowered, late = machine.limit, "d00d" * 16
+    machine.container(100)
+    (machine.run / "containers" / late).touch()
+    machine.cgroup(f"system.slice/docker-{late}.scope", 100, str(LIMIT))
+    machine.available(1800 - 200 - 32 - 40)
+    assert f"the limit of Dask is {lowered} bytes" in machine.follow()
+    assert any(f'"Memory": {lowered},' in call and late in call for call in calls(machine.programs, "curl"))
+    machine.cgroup(f"system.slice/docker-{late}.scope", 100, str(lowered))
+    assert machine.follow() == ""
+
+
 def test_a_docker_that_does_not_answer_is_reported_once_and_asked_again(machine: Machine) -> None:
     fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt 3 ]')
     machine.container(500)
