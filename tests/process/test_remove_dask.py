@@ -57,6 +57,7 @@ def test_the_containers_of_others_are_dasks_from_now_on(tmp_path: Path) -> None:
     """Else what they use would be reported as growth of the system."""
     (tmp_path / "state/containers").mkdir(parents=True)
     (tmp_path / "state/containers/aaa").touch()
+    (tmp_path / "state/follows").touch()
     assert removed(tmp_path, FAKE_DOWN="1").returncode == 0
     assert list((tmp_path / "state").iterdir()) == []
 
