@@ -122,7 +122,7 @@ sed -i '/memswap_limit:/d
     s|disable: true|test: [CMD, "true"]|
     s|restart: "no"|restart: always|
     s|--local-directory /spill|--local-directory /scratch|
-    s|--memory-limit 1.0|--memory-limit 0.5|' {COMPOSE_FILE}
+    s|--memory-limit [^ ]*|--memory-limit 0.5|' {COMPOSE_FILE}
 """,
         red=frozenset(
             {
