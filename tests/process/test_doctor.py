@@ -206,14 +206,14 @@ def test_a_machine_that_has_outgrown_its_reserve_is_a_warning(
         ),
     ):
         said(tmp_path / "grown.log", "Registered to")
-        status, told = examined(capsys, address)
+        status, answer = examined(capsys, address)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
         assert cli.run(["-q", "doctor", address]) == 0
     printed = capsys.readouterr()
-    (one,) = told["workers"]
+    (one,) = answer["workers"]
     assert (status, one["health"]) == (0, "right")
     assert one["worker"]["reading"]["growth"]["by"] == {"agent.service": 61 * MIB, "user.slice": 12 * MIB}
-    assert told["machines"][-1]["growth"]["excess"] == 52 * MIB
+    assert answer["machines"][-1]["growth"]["excess"] == 52 * MIB
     assert (
         "warning: grown: its machine can give 52 MiB less than the limit promises: the system has grown"
         " by 84 MiB since Dask started (agent.service +61 MiB, user.slice +12 MiB)"

@@ -26,9 +26,6 @@ _START = "systemctl restart dask; until dask-health; do sleep 1; done"
 _NO_LIMIT = f"sed -i '/mem_limit:/d; /memswap_limit:/d' {COMPOSE_FILE}"
 # Where spilling is not what is looked at: less work for it, which else takes most of the time.
 _SPILL_LITTLE = rf"sed -i 's|\(MEMORY__MAX_SPILL:\).*|\1 64MiB|' {COMPOSE_FILE}; grep 64MiB {COMPOSE_FILE}"
-# A machine without a limit may stand still for many minutes before its kernel kills. With this it kills as
-# soon as what was used in the last second does not fit any more (Linux, admin-guide/mm/multigen_lru).
-_KILL_SOON = "echo 1000 >/sys/kernel/mm/lru_gen/min_ttl_ms"
 _AGENT = """
 systemd-run --quiet --unit=test-agent -p OOMScoreAdjust=1000 -p Restart=always \\
     python3 -c 'import time; held = b"x" * (64 << 20); time.sleep(9999)'
@@ -102,7 +99,7 @@ systemctl daemon-reload
     ),
     Break(
         name="no limit, and an agent",
-        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; ({UNLIMITED}); {_KILL_SOON}{_AGENT}",
+        script=f"{_SPILL_LITTLE}; {_NO_LIMIT}; ({UNLIMITED}){_AGENT}",
         red=frozenset(
             {
                 "the leaking worker is restarted",
