@@ -21,9 +21,8 @@ def test_growth_is_compared(machine: MachineState, note: Callable[[str], None]) 
     except (ValueError, KeyError, TypeError):
         pytest.fail(f"/run/dask/public/memory.json should be a comparison, but is {text[:200]!r}")
     beyond = f", {excess / MIB:.0f} MiB more than its reserve" if excess > 0 else ""
-    note(
-        f"the system uses {growth / MIB:.0f} MiB more than when Dask started{beyond}{f': {by}' if by else ''}"
-    )
+    amount = f"{abs(growth) / MIB:.0f} MiB {'less' if growth < 0 else 'more'}"
+    note(f"the system uses {amount} than when Dask started{beyond}{f': {by}' if by else ''}")
 
 
 @pytest.mark.first_boot

@@ -116,20 +116,31 @@ def text(pattern: str, expected: str, example: str, *, most: int = 255) -> Value
 
 def optional(inner: ValueType, word: str = "") -> ValueType:
     """Return `inner`, or None that is written as `word`."""
+
+    def named(expected: str) -> str:
+        return expected if word in expected else f"{expected}, or {word}"
+
+    def parse(value: object, folder: Path) -> object:
+        try:
+            return None if value == word else inner.parse(value, folder)
+        except ValueError as wrong:
+            raise ValueError(named(str(wrong))) from wrong
+
     schema: Mapping[str, Any] = inner.schema
     if options := inner.schema.get("anyOf") or ([dict(inner.schema)] if len(inner.schema) > 1 else []):
         schema = {"anyOf": [*options, {"const": word}]}
     return replace(
         inner,
+        expected=named(inner.expected),
         schema=schema,
-        parse=lambda value, folder: None if value == word else inner.parse(value, folder),
+        parse=parse,
         dump=lambda value: word if value is None else inner.dump(value),
     )
 
 
 def count(least: int, most: int, *, example: int = 4, word: str = "") -> ValueType:
     """Return the type of a whole number between two bounds; with `word` also that, which is None."""
-    expected = f"a whole number from {least} to {most}" + (f" or {word}" if word else "")
+    expected = f"a whole number from {least} to {most}"
 
     def parse(value: object, folder: Path) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

@@ -122,7 +122,8 @@ def _growth(folder: Path, phase: str) -> str:
     except (ValueError, KeyError, TypeError):  # older images compare nothing
         return ""
     beyond = f", {excess / MIB:.0f} MiB more than its reserve" if excess > 0 else ""
-    return f"the system has grown by {growth / MIB:.0f} MiB{beyond}{f' ({by})' if by else ''}"
+    moved = "shrunk" if growth < 0 else "grown"
+    return f"the system has {moved} by {abs(growth) / MIB:.0f} MiB{beyond}{f' ({by})' if by else ''}"
 
 
 def _folder(evidence: Path, machine: str) -> Path:

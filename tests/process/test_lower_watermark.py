@@ -18,6 +18,19 @@ PROGRAM = resources.packer_dir() / "guest/usr/local/sbin/lower-watermark"
 SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]
 
 
+def _run(root: Path, shell: str, total_kb: int, before: int) -> tuple[str, str]:
+    """Return the file's text after the program, and what it printed."""
+    watermark = root / "proc/sys/vm/min_free_kbytes"
+    watermark.parent.mkdir(parents=True)
+    watermark.write_text(f"{before}\n")
+    (root / "proc/meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 1 kB\n")
+    argv = [shell, *(["sh"] if shell.endswith("busybox") else []), str(PROGRAM)]
+    env = {"PATH": os.environ["PATH"], "LOWER_WATERMARK_ROOT": str(root)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return watermark.read_text(), done.stdout
+
+
 @pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
 @pytest.mark.parametrize(
     ("total_kb", "before", "after"),
@@ -27,13 +40,16 @@ SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))
 def test_only_a_small_machine_keeps_less_free(
     tmp_path: Path, shell: str, total_kb: int, before: int, after: int
 ) -> None:
-    watermark = tmp_path / "proc/sys/vm/min_free_kbytes"
-    watermark.parent.mkdir(parents=True)
-    watermark.write_text(f"{before}\n")
-    (tmp_path / "proc/meminfo").write_text(f"MemTotal: {total_kb} kB\nMemFree: 1 kB\n")
-    argv = [shell, *(["sh"] if shell.endswith("busybox") else []), str(PROGRAM)]
-    env = {"PATH": os.environ["PATH"], "LOWER_WATERMARK_ROOT": str(tmp_path)}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
-    assert watermark.read_text() == f"{after}\n"
-    assert done.stderr == ""
-    assert bool(done.stdout) is (before != after)
+    found, printed = _run(tmp_path, shell, total_kb, before)
+    assert found == f"{after}\n"
+    assert bool(printed) is (before != after)
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
+def test_a_value_that_somebody_has_chosen_stays(tmp_path: Path, shell: str) -> None:
+    chosen = tmp_path / "etc/sysctl.d/90-ours.conf"
+    chosen.parent.mkdir(parents=True)
+    chosen.write_text("# ours\n-vm/min_free_kbytes = 65536\n")
+    found, printed = _run(tmp_path, shell, 985088, 65536)
+    assert found == "65536\n"
+    assert "as sysctl.d says" in printed

@@ -38,8 +38,9 @@ systemd-run --quiet --unit=test-mute sh -c 'until [ -e {ANSWER} ]; do sleep 1; d
 """
 # Without a nanny, the worker that comes after a killed one is told of half the memory.
 _SMALLER_NEXT = (
-    r"sed -i 's|\(DASK[^ ]* \)dask worker \(.*\) &$|{ part=1.0; while :; do \1dask worker \2 "
-    rf"--no-nanny --memory-limit $$part; part=0.5; done; }} \&|' {COMPOSE_FILE} && grep part=0.5 {COMPOSE_FILE}"
+    r"sed -i 's|\(DASK[^ ]* \)dask worker \(.*\) &$|{ part=1.0; while :; do "
+    r"\1dask worker \2 --no-nanny --memory-limit $$part; part=0.5; done; } \&|' "
+    rf"{COMPOSE_FILE} && grep part=0.5 {COMPOSE_FILE}"
 )
 
 
