@@ -30,7 +30,7 @@ from ami_builder.qemu.imds import InstanceMetadata, MetadataServer
 from ami_builder.system.certificates import Authority
 from tests.fake_programs import calls, fake
 from tests.process.test_instance_metadata import give_role
-from tests.process.test_start_dask import DASK_TLS, HOST, Machine
+from tests.process.test_start_dask import DASK_TLS, HOST, TLS_ERRORS, Machine
 from tests.real_dask import tls_folder
 from tests.sample_image import image
 
@@ -50,6 +50,8 @@ VARIABLES = {
         for user in ("SCHEDULER", "WORKER", "CLIENT")
         for kind in ("cert", "key")
     },
+    "DASK_DISTRIBUTED__SCHEDULER__PRELOAD": "/run/dask/tls/tls_errors.py",
+    "DASK_DISTRIBUTED__WORKER__PRELOAD": "/run/dask/tls/tls_errors.py",
 }
 ARN = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:dask-a1B2c3"
 AWS = (
@@ -101,6 +103,7 @@ def test_certificates_of_user_data_reach_the_container(machine: Machine, issued:
         "ca.pem": issued.ca,
         "cert.pem": issued.certificate,
         "key.pem": issued.key,
+        "tls_errors.py": (machine.root / TLS_ERRORS.relative_to("/")).read_text(),
     }
     assert "TLS" not in started.output
 

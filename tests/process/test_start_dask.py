@@ -35,6 +35,7 @@ START_DASK = PurePosixPath("/usr/local/sbin/start-dask")
 MEASURE_MEMORY = PurePosixPath("/usr/local/sbin/measure-memory")
 COMPARE_MEMORY = PurePosixPath("/usr/local/sbin/compare-memory")
 DASK_TLS = PurePosixPath("/usr/local/sbin/dask-tls")
+TLS_ERRORS = PurePosixPath("/usr/local/lib/dask/tls_errors.py")
 VARIABLE = "AVAILABLE_MEMORY_FOR_DASK"
 
 SHELLS = {name: found for name in ("dash", "busybox") if (found := shutil.which(name))}
@@ -119,8 +120,9 @@ class Machine:
 
     def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
         guest = render.guest(of or image())
-        for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY, DASK_TLS):
+        for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY, DASK_TLS, TLS_ERRORS):
             script = self.root / path.relative_to("/")
+            script.parent.mkdir(parents=True, exist_ok=True)
             script.write_bytes(guest[path].content)
             script.chmod(0o755)
         done = subprocess.run(

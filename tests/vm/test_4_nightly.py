@@ -1,6 +1,6 @@
 """Real nights: the shared image is promoted; then everything that goes into it is somebody else's.
 
-A cloud image by URL, a container from a registry, a smaller machine than the other tests',
+A cloud image by URL, a container from a registry, two workers on a smaller machine than the other tests',
 since the promise holds for every number and size. The gate holds that image, a person promotes it, takes it
 back, and prunes it.
 
@@ -58,6 +58,9 @@ ssh_user = "admin"
 source = "registry"
 reference = "10.0.2.2:{port}/team/dask:test"
 insecure_registry = "10.0.2.2:{port}"
+
+[images.dask.dask]
+workers = 2
 
 [images.dask.verify]
 datasource = "nocloud"

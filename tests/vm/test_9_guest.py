@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.build import guest as render
 from ami_builder.config.schema import Image, ImageSettings
+from ami_builder.system.certificates import Authority
+from tests import tls_errors_probe
+from tests.real_dask import tls_folder
 from tests.vm.conftest import Booted, Saved, guest_of
 
 if TYPE_CHECKING:
@@ -271,6 +275,22 @@ def test_a_kill_is_in_the_log_of_any_container(guest: Booted, image: Image) -> N
     until(guest, f"docker logs other 2>&1 | grep -q '^{killed}'")
     until(guest, f"journalctl -b -t dask -o cat | grep -q '^watch-kills: {killed}'")
     guest.root("docker rm --force other")
+
+
+def test_a_broken_tls_connection_breaks_no_other(guest: Booted, image: Image, tmp_path: Path) -> None:
+    """Without the preload it does. When a newer Python in the container mends that, the preload can go."""
+    issued = Authority.create(days=2).issue("worker", days=1, serves=True)
+    files = {path.name: path.read_text() for path in tls_folder(tmp_path / "tls", issued).iterdir()}
+    files["probe.py"] = Path(tls_errors_probe.__file__).read_text()
+    for name, text in files.items():
+        guest.session.run(f"install -D /dev/stdin /run/probe/{name}", sudo=True, stdin=text)
+    preload = "/usr/local/lib/dask/tls_errors.py"
+    run = (
+        "docker run --rm --network host --volume /run/probe:/probe:ro"
+        f" --volume {preload}:/tls_errors.py:ro {image.container.reference} python /probe/probe.py /probe"
+    )
+    assert guest.root(run) == "broken\n"
+    assert guest.root(f"{run} /tls_errors.py") == "whole\n"
 
 
 def test_the_units_are_confined(guest: Booted) -> None:

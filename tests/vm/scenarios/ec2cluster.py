@@ -79,7 +79,12 @@ def main(
             "n_workers": workers,
             "filesystem_size": filesystem,
             "key_name": KEY_NAME,
-            "docker_args": "--volume /var/lib/dask/spill:/spill",
+            "docker_args": "--volume /var/lib/dask/spill:/spill "
+            "--volume /usr/local/lib/dask/tls_errors.py:/tls_errors.py:ro",
+            "env_vars": {
+                "DASK_DISTRIBUTED__SCHEDULER__PRELOAD": "/tls_errors.py",
+                "DASK_DISTRIBUTED__WORKER__PRELOAD": "/tls_errors.py",
+            },
             "worker_options": {"local_directory": "/spill"},
         }
         if whole:
