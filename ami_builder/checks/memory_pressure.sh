@@ -92,8 +92,8 @@ journalctl -q --no-pager -k -b -o short-unix --since "@${began%.*}" | grep -F oo
 section journal
 journalctl -q --no-pager -b -t dask -o short-unix --since "@${began%.*}" |
     grep -F -e 'the kernel killed ' -e 'a container reports: '
-section deaths
-cat /run/dask/deaths
+section recorded
+cat /run/dask/kills
 section container.log
 docker logs --since "${began%.*}" "$id" 2>&1 | grep -F ': ended '
 section end

@@ -96,8 +96,8 @@ class PressureResult:
     kills: tuple[Kill, ...]
     journal: tuple[tuple[float, str], ...]
     """The journal's lines about ends, of watch-kills and worker_deaths.py: time and text."""
-    deaths: tuple[Mapping[str, Any], ...]
-    """What /run/dask/deaths has."""
+    recorded: tuple[Mapping[str, Any], ...]
+    """What /run/dask/kills has."""
     container_log: str
     """The container's own lines about ends of workers."""
     before: Mapping[str, ServiceState]
@@ -136,7 +136,7 @@ class PressureResult:
                 ),
                 kills=oom.kills(text["kernel"]),
                 journal=tuple(_timed(text["journal"])),
-                deaths=tuple(json.loads(line) for line in text["deaths"].splitlines()),
+                recorded=tuple(json.loads(line) for line in text["recorded"].splitlines()),
                 container_log=text["container.log"],
                 before=_services(text["services.before"]),
                 after=_services(text["services.after"]),

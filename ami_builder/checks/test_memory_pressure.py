@@ -127,8 +127,8 @@ def test_another_process_is_killed_alone(pressure: PressureResult) -> None:
 
 
 def test_each_kill_is_reported_at_once(pressure: PressureResult) -> None:
-    """What the kernel kills is in the journal within a second, with the reason, and in /run/dask/deaths."""
-    recorded = {death["pid"] for death in pressure.deaths}
+    """What the kernel kills is in the journal within a second, with the reason, and in /run/dask/kills."""
+    recorded = {kill["pid"] for kill in pressure.recorded}
     missing = [
         f"{kill.task} ({kill.pid})"
         for kill in pressure.kills

@@ -88,8 +88,8 @@ class Machine:
         assert last == "<3>watch-kills: dmesg has ended"
         return log
 
-    def deaths(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.state / "deaths").read_text().splitlines()]
+    def kills(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.state / "kills").read_text().splitlines()]
 
 
 @pytest.fixture(params=SHELLS, ids=os.path.basename)
@@ -106,8 +106,8 @@ def test_a_kill_at_a_containers_limit(machine: Machine) -> None:
     log = machine.watch("<6>[   70.0] another line", summary(812, "python", full=SCOPE), kill(812, "python"))
     assert log == [f"<4>watch-kills: {text}"]
     assert stderr.read_text() == f"{text}\n"
-    (death,) = machine.deaths()
-    assert death == {
+    (found,) = machine.kills()
+    assert found == {
         "number": 1,
         "time": 1795939761.13,
         "pid": 812,
@@ -151,7 +151,7 @@ def test_a_kill_for_the_whole_machine(machine: Machine) -> None:
         f"<4>watch-kills: the kernel killed {python} of container dask-worker-1 {why}",
         f"<3>watch-kills: the kernel killed {agent} of amazon-ssm-agent.service {why}",
     ]
-    assert [(each["cause"], each["limit"], each["container"]) for each in machine.deaths()] == [
+    assert [(each["cause"], each["limit"], each["container"]) for each in machine.kills()] == [
         ("machine", None, "dask-worker-1"),
         ("machine", None, ""),
     ]
@@ -172,7 +172,7 @@ def test_two_kills_that_end_a_container(machine: Machine) -> None:
     log = machine.watch(
         summary(812, "python", full=SCOPE),
         kill(812, "python"),
-        more=f"""until [ -s {machine.state}/deaths ]; do sleep 0.05; done
+        more=f"""until [ -s {machine.state}/kills ]; do sleep 0.05; done
             rm -r {machine.root}/sys/fs/cgroup{SCOPE} {machine.root}/var/lib/docker
             cat {later}""",
     )
@@ -203,7 +203,7 @@ def test_a_process_can_have_any_name(machine: Machine) -> None:
     name = '") total-vm:"\\n'
     (line,) = machine.watch(summary(812, name, full=SCOPE), kill(812, name))
     assert "killed ?? total-vm:??n (pid 812, which held 1571 MiB)" in line
-    assert machine.deaths()[0]["process"] == "?? total-vm:??n"
+    assert machine.kills()[0]["process"] == "?? total-vm:??n"
 
 
 def test_a_name_of_several_lines_hides_no_kill(machine: Machine) -> None:
@@ -216,9 +216,9 @@ def test_a_name_of_several_lines_hides_no_kill(machine: Machine) -> None:
 def test_the_records_are_bounded_and_outlive_the_program(machine: Machine) -> None:
     machine.watch(*(kill(pid, "dask") for pid in range(1, 151)))
     machine.watch(*(kill(pid, "dask") for pid in range(151, 301)))
-    deaths = machine.deaths()
-    assert 100 <= len(deaths) <= 200
-    assert [each["number"] for each in deaths] == list(range(301 - len(deaths), 301))
+    kills = machine.kills()
+    assert 100 <= len(kills) <= 200
+    assert [each["number"] for each in kills] == list(range(301 - len(kills), 301))
     assert (
         (machine.state / "kill-notice")
         .read_text()

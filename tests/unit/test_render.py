@@ -32,6 +32,7 @@ CONTRACT = {
     "/usr/local/lib/dask/preload/worker_deaths.py": 0o644,
     "/usr/local/lib/dask/retire.py": 0o644,
     "/usr/local/lib/dask/retire_workers.py": 0o644,
+    "/usr/local/lib/dask/tls_errors.py": 0o644,
     "/usr/local/sbin/dask-aws": 0o755,
     "/usr/local/sbin/dask-tls": 0o755,
     "/usr/local/sbin/instance-metadata": 0o755,

@@ -79,7 +79,7 @@ def main(
             "n_workers": workers,
             "filesystem_size": filesystem,
             "key_name": KEY_NAME,
-            "docker_args": "--volume /var/lib/dask/spill:/spill "
+            "docker_args": "--oom-score-adj 500 --volume /var/lib/dask/spill:/spill "
             "--volume /usr/local/lib/dask/tls_errors.py:/tls_errors.py:ro",
             "env_vars": {
                 "DASK_DISTRIBUTED__SCHEDULER__PRELOAD": "/tls_errors.py",
