@@ -97,7 +97,7 @@ def _others(all_of: Sequence[Event], restarts: Sequence[Event], known: Sequence[
     retired = [
         (worker, time)
         for time, message in all_of
-        if message.get("action") == "retire-workers"
+        if message.get("action") in ("retire-workers", "restart-workers")
         for worker in _texts(message.get("retired") or message.get("workers"))  # older versions: workers
     ]
     removed = [event for event in all_of if event[1].get("action") == "remove-worker"]

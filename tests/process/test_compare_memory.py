@@ -132,6 +132,15 @@ def test_a_system_that_has_not_outgrown_its_reserve_is_no_news(machine: Machine)
     assert not (machine.run / "memory-notice").exists()
 
 
+def test_what_has_ended_does_not_hide_growth(machine: Machine) -> None:
+    machine.container(500)
+    machine.available(1300 - 84)
+    shutil.rmtree(machine.root / "sys/fs/cgroup/system.slice/agent.service")
+    machine.compare()
+    (grown,) = machine.record["grown"]
+    assert grown == {"cgroup": "kernel and others", "bytes": (84 + 20) * MIB}
+
+
 def test_growth_is_reported_with_who_has_grown(machine: Machine) -> None:
     machine.container(500)
     machine.available(1300 - 84)

@@ -87,7 +87,10 @@ def _variables(machine: Machine) -> dict[str, str]:
 
 
 def _installed(machine: Machine) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (machine.root / "run/dask/private/tls").iterdir()}
+    found = {path.name: path.read_text() for path in (machine.root / "run/dask/private/tls").iterdir()}
+    # A Compose file may name it with or without certificates.
+    assert found.pop("tls_errors.py") == (machine.root / TLS_ERRORS.relative_to("/")).read_text()
+    return found
 
 
 def _secret(text: str) -> str:
@@ -103,7 +106,6 @@ def test_certificates_of_user_data_reach_the_container(machine: Machine, issued:
         "ca.pem": issued.ca,
         "cert.pem": issued.certificate,
         "key.pem": issued.key,
-        "tls_errors.py": (machine.root / TLS_ERRORS.relative_to("/")).read_text(),
     }
     assert "TLS" not in started.output
 
@@ -297,6 +299,27 @@ def test_a_compose_file_that_does_not_take_them_is_said(machine: Machine, issued
     output = machine.start().output
     assert "does not take them: it has no env_file /run/dask/comm.env" in output
     assert "Dask's ports are open to the network without TLS" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "loads"),
+    [
+        ("dask worker a --preload mine.py", False),
+        ("dask worker a --preload /run/dask/tls/tls_errors.py --preload mine.py", True),
+        ("dask worker a --preload-nanny mine.py", True),
+    ],
+)
+def test_a_compose_file_without_the_preload_is_said(
+    machine: Machine, issued: Certificate, command: str, loads: bool
+) -> None:
+    _put(machine, issued)
+    machine.write(
+        "etc/dask/compose.yaml",
+        f"# --preload x\n{COMPOSE}".replace("{w: {", f"{{w: {{command: '{command}', "),
+    )
+    started = machine.start()
+    assert started.status == 0, started.output
+    assert ("does not load /run/dask/tls/tls_errors.py" not in started.output) is loads
 
 
 def test_ports_with_tls_are_no_news(machine: Machine, issued: Certificate) -> None:

@@ -118,13 +118,17 @@ class Machine:
     def meminfo(self, name: str) -> None:
         shutil.copyfile(MEMINFO / name, self.root / "proc/meminfo")
 
-    def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
-        guest = render.guest(of or image())
+    def install(self, of: Image) -> None:
+        """Write the guest's programs."""
+        guest = render.guest(of)
         for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY, DASK_TLS, TLS_ERRORS):
             script = self.root / path.relative_to("/")
             script.parent.mkdir(parents=True, exist_ok=True)
             script.write_bytes(guest[path].content)
             script.chmod(0o755)
+
+    def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
+        self.install(of or image())
         done = subprocess.run(
             [*self.shell, str(self.root / START_DASK.relative_to("/"))],
             env=self.environment(environment or {}),
@@ -548,10 +552,7 @@ case $1 in compose)
 esac
 """
     fake(one.programs, "docker", script)
-    guest = render.guest(image())
-    for path in (START_DASK, MEASURE_MEMORY, COMPARE_MEMORY):
-        (one.root / path.relative_to("/")).write_bytes(guest[path].content)
-        (one.root / path.relative_to("/")).chmod(0o755)
+    one.install(image())
     argv = [*one.shell, str(one.root / START_DASK.relative_to("/"))]
     with subprocess.Popen(argv, env=one.environment({}), stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: (one.programs / "docker.up").exists(), what="Compose", timeout=60)

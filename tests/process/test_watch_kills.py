@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def kill(
     )
 
 
+class Stderr:
+    """A pipe with somebody who reads it, as Docker does."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path, self.end = path, os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+    def read_text(self) -> str:
+        """Return what was written since the last call."""
+        try:
+            return os.read(self.end, 1 << 16).decode()
+        except BlockingIOError:
+            return ""
+
+
 class Machine:
     """A folder that watch-kills takes for /."""
 
@@ -51,7 +67,7 @@ class Machine:
         (root / "proc/stat").write_text("cpu  1 2 3\nctxt 5\nbtime 1795939690\nprocesses 7\n")
         (root / "proc/uptime").write_text("71.13 120.05\n")
 
-    def container(self, arguments: str = '["worker"]', limit: str = str(1638 * MIB)) -> Path:
+    def container(self, arguments: str = '["worker"]', limit: str = str(1638 * MIB)) -> Stderr:
         """Add a container, and return what its first process has as its stderr."""
         settings = self.root / f"var/lib/docker/containers/{ID}/config.v2.json"
         settings.parent.mkdir(parents=True)
@@ -62,9 +78,7 @@ class Machine:
         for process, inside in ((40, 9), (41, 1)):
             (self.root / f"proc/{process}/fd").mkdir(parents=True)
             (self.root / f"proc/{process}/status").write_text(f"Name:\tx\nNSpid:\t{process}\t{inside}\n")
-        stderr = self.root / "proc/41/fd/2"
-        stderr.touch()
-        return stderr
+        return Stderr(self.root / "proc/41/fd/2")
 
     def cgroup(self, path: str, limit: str, processes: str = "") -> None:
         folder = self.root / f"sys/fs/cgroup{path}"
@@ -228,19 +242,21 @@ def test_the_records_are_bounded_and_outlive_the_program(machine: Machine) -> No
 
 def test_a_full_pipe_does_not_hang_it(machine: Machine) -> None:
     stderr = machine.container()
-    stderr.unlink()
-    os.mkfifo(stderr)
-    reader = os.open(stderr, os.O_RDONLY | os.O_NONBLOCK)
-    writer = os.open(stderr, os.O_WRONLY | os.O_NONBLOCK)
-    try:
+    with suppress(BlockingIOError):
         while True:
-            os.write(writer, b"x" * 4096)
-    except BlockingIOError:
-        pass
+            os.write(stderr.end, b"x" * 4096)
     assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1
-    os.close(writer)
-    os.close(reader)
+    os.close(stderr.end)
     assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1, "nobody reads"
+
+
+def test_a_file_is_not_written_to(machine: Machine) -> None:
+    """Root may write to a file that the container's process may only read."""
+    stderr = machine.container()
+    stderr.path.unlink()
+    stderr.path.write_text("somebody's\n")
+    assert len(machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))) == 1
+    assert stderr.path.read_text() == "somebody's\n"
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=os.path.basename)
@@ -255,6 +271,7 @@ def test_reports_of_containers_are_harmless_lines(shell: str) -> None:
     assert done.stdout.splitlines() == [
         "<4>a container reports: Worker a: ended by its nanny",
         "<4>a container reports: <0>?[31mpanic ??",
+        f"<4>a container reports: {'x' * 1000}",
     ]
     os.close(read)
     os.close(write)

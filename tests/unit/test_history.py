@@ -73,6 +73,8 @@ def test_a_worker_that_was_asked_to_end_is_none() -> None:
             (400, removed(A)),
             (800, {"action": "retire-workers", "workers": {B: {}}}),
             (801, removed(B, "y")),
+            (900, {"action": "restart-workers", "workers": {B: "OK"}}),
+            (901, removed(B, "y")),
             (1200, removed(A, "z")),
             (1201, {"action": "retire-workers", "retired": [A], "could-not-retire": []}),
         ]
