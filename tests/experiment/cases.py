@@ -53,6 +53,8 @@ class LimitPolicy(StrEnum):
     NANNY_64 = "nanny-64"
     PROGRAMS = "programs"
     """As `AVAILABLE`, less what the image reserves for the programs of the system."""
+    PROGRAMS_1 = "programs-1"
+    """The same, less 1 %."""
     DEFAULT = "default"
     """The image's own settings and its own Compose file."""
 
@@ -102,6 +104,7 @@ _POLICIES = {
     LimitPolicy.NANNY_32: "all that is available; Dask's own limit 32 MiB lower",
     LimitPolicy.NANNY_64: "all that is available; Dask's own limit 64 MiB lower",
     LimitPolicy.PROGRAMS: "available less what the image reserves for the system's programs",
+    LimitPolicy.PROGRAMS_1: "the same less 1 %",
     LimitPolicy.DEFAULT: "the image's own settings",
 }
 HEADROOM = {
@@ -124,6 +127,7 @@ RESERVE_PERCENT = {
     LimitPolicy.NANNY_32: 0,
     LimitPolicy.NANNY_64: 0,
     LimitPolicy.PROGRAMS: 0,
+    LimitPolicy.PROGRAMS_1: 1,
 }
 """`memory.reserve` under these policies, in percent. It replaces the image's own."""
 TWO_PERCENT = LimitPolicy.HEADROOM_2

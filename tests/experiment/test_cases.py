@@ -241,7 +241,7 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     start = tmp_path / "measure-memory"
     start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
-    units = "'a b'" if policy is LimitPolicy.PROGRAMS else ""
+    units = "'a b'" if policy in (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1) else ""
     assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nunits={units}\n"
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()
     assert "\nreserve_bytes=" in template

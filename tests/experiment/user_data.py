@@ -34,6 +34,7 @@ UNLIMITED = (
 """Removes the limit that the image sets for all containers: the last drop-in wins."""
 _NO_UNITS = "; s/^units=.*/units=/"
 """Whose programs measure-memory reserves memory for."""
+_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1)
 # MemTotal is known on the VM only.
 _COMPUTE = {
     LimitPolicy.NONE: UNLIMITED,
@@ -50,7 +51,7 @@ _COMPUTE = {
     # As memory.reserve does while baking.
     **{
         policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
-        f"reserve_millipercent={percent * 1000}/{'' if policy is LimitPolicy.PROGRAMS else _NO_UNITS}' "
+        f"reserve_millipercent={percent * 1000}/{'' if policy in _WITH_PROGRAMS else _NO_UNITS}' "
         "/usr/local/sbin/measure-memory"
         for policy, percent in RESERVE_PERCENT.items()
     },
