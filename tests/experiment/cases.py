@@ -57,6 +57,8 @@ class LimitPolicy(StrEnum):
     """The same, less 1 %."""
     DEFAULT = "default"
     """The image's own settings and its own Compose file."""
+    FOLLOW_1 = "follow-1"
+    """The same with `memory.follow` and a reserve of 1 %, whatever the image has."""
 
     @property
     def text(self) -> str:
@@ -106,6 +108,7 @@ _POLICIES = {
     LimitPolicy.PROGRAMS: "available less what the image reserves for the system's programs",
     LimitPolicy.PROGRAMS_1: "the same less 1 %",
     LimitPolicy.DEFAULT: "the image's own settings",
+    LimitPolicy.FOLLOW_1: "the image's own settings, but a reserve of 1 % and memory.follow",
 }
 HEADROOM = {
     LimitPolicy.NANNY: 64 * MIB,
@@ -128,6 +131,7 @@ RESERVE_PERCENT = {
     LimitPolicy.NANNY_64: 0,
     LimitPolicy.PROGRAMS: 0,
     LimitPolicy.PROGRAMS_1: 1,
+    LimitPolicy.FOLLOW_1: 1,
 }
 """`memory.reserve` under these policies, in percent. It replaces the image's own."""
 TWO_PERCENT = LimitPolicy.HEADROOM_2
@@ -263,7 +267,7 @@ def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int | N
             return fraction_limit(total)
         case LimitPolicy.GKE:
             return gke_limit(total)
-        case LimitPolicy.DEFAULT:
+        case LimitPolicy.DEFAULT | LimitPolicy.FOLLOW_1:
             return None
         case _:
             return measured - HEADROOM.get(policy, 0)

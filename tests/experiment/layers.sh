@@ -1,6 +1,7 @@
 #!/bin/sh
 # Set the layers of defence that are named on the command line, just before memory is measured for Dask. `off` undoes
-# those of the image and comes first; `measured` makes memory.reserve what the system has mapped of files.
+# those of the image and comes first; `measured` makes memory.reserve what the system has mapped of files, and `follow`
+# starts what memory.follow bakes.
 # run.py reads /run/ami-builder-layers, which exists only if all of this succeeded.
 #
 # LAYERS_ROOT is a prefix of every path, for tests.
@@ -83,6 +84,10 @@ for layer in "$@"; do
             all=0
             for unit in $units; do add_up "system.slice/$unit.service" file_mapped; done
             sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/; s/^units=.*/units=/" "$programs/measure-memory"
+            ;;
+        follow)
+            sed -i '/compare-memory" --start/s/^/: >"$state\/follows"; /' "$programs/start-dask"
+            systemd-run --unit=dask-follow --property=SyslogIdentifier=dask "$programs/compare-memory" --follow
             ;;
         *)
             echo "unknown layer: $layer" >&2

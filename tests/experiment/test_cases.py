@@ -237,11 +237,12 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     policy: LimitPolicy, percent: int, tmp_path: Path
 ) -> None:
     told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
-    (script,) = [one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"]]
+    script = next(one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"])
     start = tmp_path / "measure-memory"
     start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
-    units = "'a b'" if policy in (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1) else ""
+    with_units = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW_1)
+    units = "'a b'" if policy in with_units else ""
     assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nunits={units}\n"
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()
     assert "\nreserve_bytes=" in template
@@ -284,6 +285,7 @@ def test_layers_are_set_before_memory_is_measured() -> None:
     assert unit(LimitPolicy.NONE, "off") == ["off"]
     assert unit(LimitPolicy.NONE, "ttl+protect") == ["off", "ttl", "protect"]
     assert unit(LimitPolicy.MEASURED, "ttl") == ["off", "ttl", "measured"]
+    assert unit(LimitPolicy.FOLLOW_1, "image") == ["follow"]
     scores = {
         layers: service(written(user_data(IMAGE, LimitPolicy.NONE, "tcp://x:1", layers))).get("oom_score_adj")
         for layers in ("off", "ttl+oom-score", "image")
@@ -291,6 +293,9 @@ def test_layers_are_set_before_memory_is_measured() -> None:
     assert scores == {"off": None, "ttl+oom-score": 500, "image": None}
     start = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "start-dask.j2").read_text()
     assert "\noom_score=" in start
+    assert start.count('compare-memory" --start') == 1
+    followed = service(written(user_data(IMAGE, LimitPolicy.FOLLOW_1, "tcp://x:1", "image")))
+    assert "--preload-nanny /run/dask/preload/follow_limit.py" in followed["command"]
 
 
 STAT = "anon 4096\nfile 999999\nkernel 100\nshmem 0\nfile_mapped 8192\nfile_dirty 7\n"
@@ -306,7 +311,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
         "proc/meminfo": "MemTotal: 4000 kB\n",
         "sys/block/zram0/disksize": "0",
         "usr/local/sbin/measure-memory": "reserve_bytes=1\nreserve_millipercent=2000\n",
-        "usr/local/sbin/start-dask": "other=1\noom_score=500\n",
+        "usr/local/sbin/start-dask": 'other=1\noom_score=500\n"/compare-memory" --start || :\n',
         "usr/local/sbin/lower-watermark": "#!/bin/sh\nfalse\n",
         "run/other": "",
     }
@@ -318,7 +323,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(content)
-    for program in ("systemctl", "modprobe", "mkswap", "swapon"):
+    for program in ("systemctl", "systemd-run", "modprobe", "mkswap", "swapon"):
         fake(bin_, program, "")
     environment = {"PATH": f"{bin_}:{os.environ['PATH']}", "LAYERS_ROOT": str(root)}
 
@@ -333,7 +338,7 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     assert read("sys/kernel/mm/lru_gen/min_ttl_ms") == "0"
     assert read("sys/kernel/mm/transparent_hugepage/enabled") == "always"
     assert read("usr/local/sbin/lower-watermark") == "#!/bin/sh"
-    assert read("usr/local/sbin/start-dask") == "other=1\noom_score=0"
+    assert read("usr/local/sbin/start-dask") == 'other=1\noom_score=0\n"/compare-memory" --start || :'
     assert read("run/ami-builder-layers") == "off"
     (root / "run/ami-builder-layers").unlink()
     assert set_layers("off", "ttl-500", "protect", "min-free", "zram", "madvise", "measured") == 0
@@ -348,6 +353,11 @@ def test_layers_on_a_machine(tmp_path: Path) -> None:
     assert set_layers("protect-all", "low-free") == 0
     assert read("proc/sys/vm/min_free_kbytes") == "62"
     assert read("sys/fs/cgroup/init.scope/memory.min") == "12388"
+    (root / "run/ami-builder-layers").unlink()
+    assert set_layers("follow") == 0
+    started = ': >"$state/follows"; "/compare-memory" --start || :'
+    assert read("usr/local/sbin/start-dask").splitlines()[-1] == started
+    assert calls(bin_, "systemd-run")[0].endswith("/compare-memory --follow")
     (root / "run/ami-builder-layers").unlink()
     assert set_layers("off", "other") == 2
     assert not (root / "run/ami-builder-layers").exists()

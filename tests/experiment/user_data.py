@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,10 @@ UNLIMITED = (
 """Removes the limit that the image sets for all containers: the last drop-in wins."""
 _NO_UNITS = "; s/^units=.*/units=/"
 """Whose programs measure-memory reserves memory for."""
-_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1)
+_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW_1)
+_OWN_FILE = (LimitPolicy.DEFAULT, LimitPolicy.FOLLOW_1)
+"""Policies that use the image's Compose file."""
+_MORE_LAYERS = {LimitPolicy.MEASURED: ("measured",), LimitPolicy.FOLLOW_1: ("follow",)}
 # MemTotal is known on the VM only.
 _COMPUTE = {
     LimitPolicy.NONE: UNLIMITED,
@@ -69,10 +73,10 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = la
     commands: list[list[str]] = [["mkdir", "-p", "-m", "1777", FOLDER, f"{FOLDER}/seen"], ticker]
     if policy in _COMPUTE:
         commands.append(["sh", "-c", _COMPUTE[policy]])
-    if policy is LimitPolicy.DEFAULT:
+    if policy in _OWN_FILE:
         set_role = f"s|^DASK_ROLE=.*|DASK_ROLE=worker|; s|^DASK_SCHEDULER_ADDRESS=.*|&{scheduler}|"
         commands.append(["sh", "-c", f"sed -i '{set_role}' /etc/dask/dask.env"])
-    set_layers = [*layers.arguments(which), *(["measured"] if policy is LimitPolicy.MEASURED else [])]
+    set_layers = [*layers.arguments(which), *_MORE_LAYERS.get(policy, ())]
     # What the system uses is measured just before Dask's memory is.
     properties = (
         "Type=oneshot", "RemainAfterExit=yes", "After=multi-user.target", "After=docker.service",
@@ -92,7 +96,9 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = la
 
 
 def _compose(image: Image, policy: LimitPolicy, scheduler: str, which: str) -> dict[str, object]:
-    if policy is LimitPolicy.DEFAULT:
+    if policy is LimitPolicy.FOLLOW_1:
+        image = replace(image, memory=replace(image.memory, follow=True))
+    if policy in _OWN_FILE:
         service = _default_service(image, scheduler)
     else:
         service = _service(image, policy, scheduler)
