@@ -86,6 +86,7 @@ for layer in "$@"; do
             sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/; s/^units=.*/units=/" "$programs/measure-memory"
             ;;
         follow)
+            # shellcheck disable=SC2016 # start-dask expands it
             sed -i '/compare-memory" --start/s/^/: >"$state\/follows"; /' "$programs/start-dask"
             systemd-run --unit=dask-follow --property=SyslogIdentifier=dask "$programs/compare-memory" --follow
             ;;
