@@ -57,8 +57,10 @@ class LimitPolicy(StrEnum):
     """The same, less 1 %."""
     DEFAULT = "default"
     """The image's own settings and its own Compose file."""
+    FOLLOW = "follow"
+    """The same with `memory.follow` and a reserve of 0, whatever the image has."""
     FOLLOW_1 = "follow-1"
-    """The same with `memory.follow` and a reserve of 1 %, whatever the image has."""
+    """The same with a reserve of 1 %."""
 
     @property
     def text(self) -> str:
@@ -108,6 +110,7 @@ _POLICIES = {
     LimitPolicy.PROGRAMS: "available less what the image reserves for the system's programs",
     LimitPolicy.PROGRAMS_1: "the same less 1 %",
     LimitPolicy.DEFAULT: "the image's own settings",
+    LimitPolicy.FOLLOW: "the image's own settings, but a reserve of 0 and memory.follow",
     LimitPolicy.FOLLOW_1: "the image's own settings, but a reserve of 1 % and memory.follow",
 }
 HEADROOM = {
@@ -131,6 +134,7 @@ RESERVE_PERCENT = {
     LimitPolicy.NANNY_64: 0,
     LimitPolicy.PROGRAMS: 0,
     LimitPolicy.PROGRAMS_1: 1,
+    LimitPolicy.FOLLOW: 0,
     LimitPolicy.FOLLOW_1: 1,
 }
 """`memory.reserve` under these policies, in percent. It replaces the image's own."""
@@ -267,7 +271,7 @@ def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int | N
             return fraction_limit(total)
         case LimitPolicy.GKE:
             return gke_limit(total)
-        case LimitPolicy.DEFAULT | LimitPolicy.FOLLOW_1:
+        case LimitPolicy.DEFAULT | LimitPolicy.FOLLOW | LimitPolicy.FOLLOW_1:
             return None
         case _:
             return measured - HEADROOM.get(policy, 0)

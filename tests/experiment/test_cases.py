@@ -241,7 +241,7 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     start = tmp_path / "measure-memory"
     start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
-    with_units = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW_1)
+    with_units = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW, LimitPolicy.FOLLOW_1)
     units = "'a b'" if policy in with_units else ""
     assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nunits={units}\n"
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()

@@ -35,10 +35,11 @@ UNLIMITED = (
 """Removes the limit that the image sets for all containers: the last drop-in wins."""
 _NO_UNITS = "; s/^units=.*/units=/"
 """Whose programs measure-memory reserves memory for."""
-_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW_1)
-_OWN_FILE = (LimitPolicy.DEFAULT, LimitPolicy.FOLLOW_1)
+_FOLLOWS = (LimitPolicy.FOLLOW, LimitPolicy.FOLLOW_1)
+_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, *_FOLLOWS)
+_OWN_FILE = (LimitPolicy.DEFAULT, *_FOLLOWS)
 """Policies that use the image's Compose file."""
-_MORE_LAYERS = {LimitPolicy.MEASURED: ("measured",), LimitPolicy.FOLLOW_1: ("follow",)}
+_MORE_LAYERS = {LimitPolicy.MEASURED: ("measured",), **dict.fromkeys(_FOLLOWS, ("follow",))}
 # MemTotal is known on the VM only.
 _COMPUTE = {
     LimitPolicy.NONE: UNLIMITED,
@@ -96,7 +97,7 @@ def user_data(image: Image, policy: LimitPolicy, scheduler: str, which: str = la
 
 
 def _compose(image: Image, policy: LimitPolicy, scheduler: str, which: str) -> dict[str, object]:
-    if policy is LimitPolicy.FOLLOW_1:
+    if policy in _FOLLOWS:
         image = replace(image, memory=replace(image.memory, follow=True))
     if policy in _OWN_FILE:
         service = _default_service(image, scheduler)
