@@ -323,6 +323,26 @@ def test_a_container_that_starts_later_follows_too(machine: Machine) -> None:
     assert machine.follow() == ""
 
 
+def test_a_change_that_fails_at_the_second_container_is_completed(machine: Machine) -> None:
+    second = "d00d" * 16
+    update = f"""
+        all="$*" && id=${{all##*/containers/}} && id=${{id%/update}} && size=${{all#*\\"Memory\\": }}
+        [ "$id" != {second} ] || [ "$(wc -l <"$0.calls")" -gt 4 ] || exit 7
+        echo "${{size%%,*}}" >"$COMPARE_MEMORY_ROOT/sys/fs/cgroup/system.slice/docker-$id.scope/memory.max"
+    """
+    fake(machine.programs, "curl", update)
+    fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt 3 ]')
+    machine.container(100)
+    (machine.run / "containers" / second).touch()
+    machine.cgroup(f"system.slice/docker-{second}.scope", 100, str(LIMIT))
+    machine.available(1800 - 200 - 32 - 40)
+    machine.follow()
+    assert len(calls(machine.programs, "curl")) == 6
+    scopes = machine.cgroups.glob("system.slice/docker-[cd]0*/memory.max")
+    assert machine.limit < LIMIT
+    assert [int(scope.read_text()) for scope in scopes] == [machine.limit, machine.limit]
+
+
 def test_a_docker_that_does_not_answer_is_reported_once_and_asked_again(machine: Machine) -> None:
     fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt 3 ]')
     machine.container(500)
