@@ -39,6 +39,8 @@ _LOGIN_SECONDS = 15.0
 _LOGIN_EVERY = 2.0
 _BACK_SECONDS = 60.0
 _LOGINS_AT_REST = 3
+_DISK_TIMES = 5
+"""The disk, in times the memory: W1 spills half of that, and no worker may fill the disk."""
 
 _LOOK = """
 sed -n 's/^MemTotal: *\\([0-9]*\\) kB/total \\1/p' /proc/meminfo
@@ -107,7 +109,13 @@ class _OneRun:
         self.case, self.setup, self.directory, self.step = case, setup, directory, step
         self.working = False
         self.timeout = setup.timeout or work_seconds(case)
-        verify = replace(setup.image.verify, network=Network.NAT, datasource=Datasource.EC2, cpus=case.cpus)
+        verify = replace(
+            setup.image.verify,
+            network=Network.NAT,
+            datasource=Datasource.EC2,
+            cpus=case.cpus,
+            disk_size=max(setup.image.verify.disk_size, _DISK_TIMES * case.memory),
+        )
         self.image = replace(setup.image, verify=verify)
         self.vm: VirtualMachine | None = None
 

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ami_builder.core.errors import BuildFailed, TimedOut
-from ami_builder.core.units import MIB
+from ami_builder.core.units import GIB, MIB
+from ami_builder.qemu.hardware import Accelerator
 from ami_builder.system import processes
 from tests.experiment import run, tasks
 from tests.experiment.driver import Driver, driving
+from tests.experiment.samples import case
 from tests.experiment.tasks import Task
 from tests.fake_programs import calls, fake
+from tests.sample_image import image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,6 +72,14 @@ def test_a_scheduler_gives_the_tasks_and_sees_what_becomes_of_them(tmp_path: Pat
     assert kinds.count("lost") >= 4
     # What is counted on a machine.
     assert worker_log.count("memory budget. Restarting") >= 4
+
+
+@pytest.mark.parametrize(("memory", "disk"), [(2 * GIB, 10 * GIB), (8 * GIB, 40 * GIB)])
+def test_the_disk_has_room_for_what_spills(memory: int, disk: int, tmp_path: Path) -> None:
+    setup = run.Setup(image=image(), disk=tmp_path, accelerator=Accelerator.TCG, timeout=None)
+    step: Any = None
+    one = run._OneRun(case(memory=memory), setup, tmp_path, step)
+    assert one.image.verify.disk_size == disk
 
 
 def test_a_scheduler_that_hears_nothing_ends_by_itself(tmp_path: Path) -> None:
