@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/explanation/experiment.md, made from the recorded runs."""
+"""The tables and the plots of docs/explanation/experiment.md, made from the recorded runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.experiment.charts import MemoryCurve, memory_chart
 from tests.experiment.criteria import Group, format_kind, groups, judge
 from tests.experiment.findings import shares
 from tests.experiment.layer_criteria import above_rest, judge_layers
+from tests.experiment.layers import IMAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "explanation" / "experiment.md"
 PLOT = ROOT / "docs" / "images" / "experiment.svg"
+LAYERS_PLOT = ROOT / "docs" / "images" / "experiment-layers.svg"
 _RECORDED = Path(__file__).parent / "recorded"
 
 
@@ -39,9 +41,10 @@ def recorded_layers() -> tuple[Result, ...]:
 
 
 def write() -> None:
-    """Update the tables of the page, and draw its plot."""
+    """Update the tables of the page, and draw its plots."""
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     PLOT.write_text(plot(), encoding="utf-8")
+    LAYERS_PLOT.write_text(layers_plot(), encoding="utf-8")
 
 
 def with_tables(page: str) -> str:
@@ -163,11 +166,21 @@ def _restarts(group: Group) -> str:
 
 def plot() -> str:
     """Return the SVG with memory over time, of a run without the limit and a run with it."""
-    chosen = [(run, curve) for run, curve in curves() if run.case.work is Work.SPIKES]
-    longest = max(run.seconds for run, _ in chosen)
+    chosen = sorted(curves(), key=lambda each: each[1].limit or 0)
+    return _draw(chosen, [_heading(run) for run, _ in chosen])
+
+
+def layers_plot() -> str:
+    """Return the SVG with memory over time, of two runs without a limit: without and with layers."""
+    chosen = sorted(layer_curves(), key=lambda each: each[0].case.layers == IMAGE)
+    return _draw(chosen, [_layers_heading(run) for run, _ in chosen])
+
+
+def _draw(runs: Sequence[tuple[Result, MemoryCurve]], headings: Sequence[str]) -> str:
+    longest = max(run.seconds for run, _ in runs)
     panels = [
-        {"heading": _heading(run), "detail": _detail(run), "chart": memory_chart(curve, longest)}
-        for run, curve in sorted(chosen, key=lambda each: each[1].limit or 0)
+        {"heading": heading, "detail": _detail(run), "chart": memory_chart(curve, longest)}
+        for heading, (run, curve) in zip(headings, runs, strict=True)
     ]
     description = ". ".join(f"{panel['heading']}; {panel['detail']}" for panel in panels)
     template = html.environment(Path(__file__).parent).get_template("docs.svg.j2")
@@ -180,8 +193,15 @@ def _heading(run: Result) -> str:
     return f"{limit}: {run.done} of {of} tasks done"
 
 
+def _layers_heading(run: Result) -> str:
+    layers = "With" if run.case.layers == IMAGE else "Without"
+    failed = f"{run.ssh_failed} of" if run.ssh_failed else "none of"
+    return f"{layers} the layers: {failed} {run.ssh_tries} logins failed"
+
+
 def _detail(run: Result) -> str:
-    time = f"{'stopped' if run.unfinished else 'finished'} after {run.seconds:.0f} s"
+    end = "stopped" if run.unfinished else "ended" if run.failed else "finished"
+    time = f"{end} after {run.seconds:.0f} s"
     stalled = f"VM stalled for {run.stalled:.0f} s" if run.stalled else "no stall"
     restarts = run.by_nanny + run.by_kernel
     return f"{time}, {stalled}" + (f", worker restarted {restarts} times (×)" if restarts else "")
@@ -189,9 +209,19 @@ def _detail(run: Result) -> str:
 
 def curves() -> Iterator[tuple[Result, MemoryCurve]]:
     """Yield the recorded runs whose memory over time was kept."""
-    kept = json.loads((_RECORDED / "memory.json").read_text(encoding="utf-8"))["runs"]
-    for run in recorded():
-        if found := kept.get(run.case.name):
+    return _curves(recorded(), "memory.json")
+
+
+def layer_curves() -> Iterator[tuple[Result, MemoryCurve]]:
+    """Yield the same of the runs of an image with layers."""
+    return _curves(recorded_layers(), "layers-memory.json")
+
+
+def _curves(runs: Sequence[Result], file: str) -> Iterator[tuple[Result, MemoryCurve]]:
+    kept = json.loads((_RECORDED / file).read_text(encoding="utf-8"))["runs"]
+    for run in runs:
+        found = kept.get(run.case.name)
+        if found and found.get("when", run.when) == run.when:
             times, held = zip(*found["held"], strict=True)
             yield (
                 run,

@@ -30,7 +30,17 @@ from tests.experiment.criteria import (
     without_control,
 )
 from tests.experiment.criteria import given as system_gave
-from tests.experiment.docs import PAGE, PLOT, curves, plot, recorded, with_tables
+from tests.experiment.docs import (
+    LAYERS_PLOT,
+    PAGE,
+    PLOT,
+    curves,
+    layer_curves,
+    layers_plot,
+    plot,
+    recorded,
+    with_tables,
+)
 from tests.experiment.findings import notes, shares
 from tests.experiment.results import LoginTry, Tick
 from tests.experiment.samples import BAD, GOOD, SAME, result
@@ -382,10 +392,12 @@ def test_docs_are_made_from_the_recorded_runs() -> None:
     assert page.count("<!-- recorded: ") == 6
     assert with_tables(page) == page
     assert PLOT.read_text(encoding="utf-8") == plot()
+    assert LAYERS_PLOT.read_text(encoding="utf-8") == layers_plot()
 
 
-def test_the_memory_of_the_plot_belongs_to_the_runs() -> None:
-    for run, curve in curves():
+def test_the_memory_of_the_plots_belongs_to_the_runs() -> None:
+    assert len([*curves()]) == len([*layer_curves()]) == 2
+    for run, curve in (*curves(), *layer_curves()):
         assert max(curve.held) == pytest.approx(run.peak, abs=10 * MIB)
         assert max(curve.times) <= run.seconds
         assert len(curve.lost) in (0, run.by_nanny + run.by_kernel)
