@@ -236,8 +236,8 @@ def test_the_machine_computes_what_we_expect(policy: LimitPolicy, total_kb: int,
 def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     policy: LimitPolicy, percent: int, tmp_path: Path
 ) -> None:
-    told = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))
-    script = next(one[2] for one in told["bootcmd"] if one[:2] == ["sh", "-c"])
+    commands = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))["bootcmd"]
+    (script,) = [text for *_, text in commands if "/usr/local/sbin/measure-memory" in text]
     start = tmp_path / "measure-memory"
     start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
