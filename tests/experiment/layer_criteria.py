@@ -142,24 +142,24 @@ def _used(where: str, kind: Kind, runs: Sequence[Result], free: Sequence[Result]
 
 
 def _cost(work: Work, results: Sequence[Result]) -> Judged:
-    """Compare pairs of runs whose cases differ in nothing but the layers."""
+    """Compare pairs of runs whose cases differ in nothing but the layers, by CPU time where both have it."""
     text = f"{work.text.split(':')[0]} takes at most {COST_PERCENT} % longer with the layers"
 
     def key(case: Case) -> tuple[object, ...]:
         return case.kind, case.policy, case.repeat, case.seed
 
     whole = [r for r in results if r.case.work is work and not (r.unfinished or r.failed)]
-    without = {key(r.case): r.seconds for r in whole if r.case.layers == OFF}
-    pairs = [
-        (without[key(r.case)], r.seconds) for r in whole if r.case.layers == IMAGE and key(r.case) in without
-    ]
+    without = {key(r.case): r for r in whole if r.case.layers == OFF}
+    pairs = [(without[key(r.case)], r) for r in whole if r.case.layers == IMAGE and key(r.case) in without]
     if not pairs:
         return Judged(text=text, grade=Grade.NOT_SHOWN, found="no pair of runs", runs=0)
-    ratio = median(after / before for before, after in pairs)
-    found = f"{(ratio - 1) * 100:+.1f} %, the median of {len(pairs)} pairs ({_pairs(pairs)})"
+    by_cpu = [(off.cpu_seconds, on.cpu_seconds) for off, on in pairs if off.cpu_seconds and on.cpu_seconds]
+    times, unit = by_cpu or [(off.seconds, on.seconds) for off, on in pairs], "CPU s" if by_cpu else "s"
+    ratio = median(after / before for before, after in times)
+    found = f"{(ratio - 1) * 100:+.1f} %, the median of {len(times)} pairs ({_pairs(times, unit)})"
     grade = Grade.PASSED if ratio <= 1 + COST_PERCENT / 100 else Grade.FAILED
-    return Judged(text=text, grade=grade, found=found, runs=2 * len(pairs))
+    return Judged(text=text, grade=grade, found=found, runs=2 * len(times))
 
 
-def _pairs(pairs: Sequence[tuple[float, float]]) -> str:
-    return ", ".join(f"{before:.0f} s and {after:.0f} s" for before, after in pairs)
+def _pairs(pairs: Sequence[tuple[float, float]], unit: str) -> str:
+    return ", ".join(f"{before:.0f} and {after:.0f} {unit}" for before, after in pairs)

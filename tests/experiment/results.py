@@ -124,6 +124,8 @@ class Result:
     """The container's own limit. 0: none. Dask's can be lower, for the nanny."""
     protected: int | None = None
     """The memory of the system that the kernel does not reclaim (MemoryMin)."""
+    cpu_seconds: float | None = None
+    """CPU time that the VM's process used on the host during the work."""
 
 
 _RESULT = TypeAdapter(Result)

@@ -145,9 +145,10 @@ class _OneRun:
             with _logins(session, self.vm.pid) as seen:
                 # After the login: its time is not part of the work.
                 began = self._uptime(session)
-                waited = host_load.cpu_waits(self.vm.pid)
+                waited, used = host_load.cpu_waits(self.vm.pid), host_load.cpu_seconds(self.vm.pid)
                 ended = self._work(driver, memory)
                 cpu_steal = host_load.longest_wait(waited, host_load.cpu_waits(self.vm.pid))
+                used_then = host_load.cpu_seconds(self.vm.pid)
             result, trace = self._collect(session, when, memory, limit, began, ended, seen, cpu_steal)
             result = replace(
                 result,
@@ -156,6 +157,7 @@ class _OneRun:
                 ssh_above_rest=round(results.longest_own_wait(seen) - own_rest, 2),
                 container=values["container"],
                 protected=values["protected"],
+                cpu_seconds=None if used is None or used_then is None else round(used_then - used, 1),
             )
             return result, trace
 

@@ -18,7 +18,7 @@ def case(**changes: Any) -> Case:
     return Case(**(values | {name: value for name, value in changes.items() if name in values}))
 
 
-_NEW = ("ssh_rest", "ssh_above_rest", "held_before_long_stall", "container", "protected")
+_NEW = ("ssh_rest", "ssh_above_rest", "held_before_long_stall", "container", "protected", "cpu_seconds")
 
 
 def result(**changes: Any) -> Result:

@@ -87,6 +87,15 @@ def test_less_than_97_percent_or_a_slower_work_fails() -> None:
     assert KINDS[0][0] == GIB
 
 
+def test_the_cost_is_judged_by_cpu_time_where_both_runs_have_it() -> None:
+    whole = [run(policy=DEFAULT, work=Work.ARRAY, seconds=90.0, cpu_seconds=100.0)]
+    for cpu, grade in ((99.5, Grade.PASSED), (98.0, Grade.FAILED)):
+        off = run(policy=DEFAULT, work=Work.ARRAY, layers="off", seconds=60.0, cpu_seconds=cpu)
+        assert grades(*whole, off)["W1 takes at most 1 % longer with the layers"] is grade
+    old = run(policy=DEFAULT, work=Work.ARRAY, layers="off", seconds=60.0)
+    assert grades(*whole, old)["W1 takes at most 1 % longer with the layers"] is Grade.FAILED
+
+
 def recorded_run(policy: LimitPolicy, layers: str, work: Work) -> Result:
     wanted = (policy, layers, work)
     return next(r for r in recorded_layers() if (r.case.policy, r.case.layers, r.case.work) == wanted)
