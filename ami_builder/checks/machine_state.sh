@@ -117,8 +117,8 @@ cat /proc/sys/vm/min_free_kbytes
 # with what somebody has set on purpose
 grep -hsE '^[-[:space:]]*vm[./]min_free_kbytes[[:space:]]*=' /etc/sysctl.conf /etc/sysctl.d/*.conf /run/sysctl.d/*.conf \
     /usr/local/lib/sysctl.d/*.conf /usr/lib/sysctl.d/*.conf
-section min_ttl_ms
-cat /sys/kernel/mm/lru_gen/min_ttl_ms 2>/dev/null
+section lru_gen
+cat /sys/kernel/mm/lru_gen/enabled /sys/kernel/mm/lru_gen/min_ttl_ms 2>/dev/null
 section oom_score_adj
 # of the container's processes, then of all
 if [ -n "$pid" ] && [ -e "/proc/$pid/cgroup" ]; then

@@ -68,7 +68,8 @@ def doctor(
     workers did not answer and all other limits are right.
 
     --history lists the workers that ended, as far as the scheduler remembers: when,
-    who ended them, the limit, and the tasks they had. The exit code is then 0.
+    who ended them, the limit, and the tasks they had. The exit code is then 0, or 7 if no
+    scheduler answered.
 
     With --aws it asks EC2 and SSM about the instances; if they refuse, that is a
     warning. The region is --region, else aws.region of the default image, else

@@ -207,7 +207,8 @@ def run_image(
             [
                 f"ssh        {launched.ssh}",
                 f"tunnel     {launched.tunnel}",
-                "           then open the dashboard at http://127.0.0.1:8787/status; the scheduler is tcp://127.0.0.1:8786",
+                "           then the scheduler is tcp://127.0.0.1:8786",
+                "           and, if the container has bokeh, the dashboard is http://127.0.0.1:8787/status",
                 f"console    {launched.console_log}",
                 "Press Ctrl-C to stop the VM. Nothing it wrote is kept.",
             ]

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FLAG = "--dask-scheduler"
-INSTALL = "pip install 'ami-builder[dask]'"
+INSTALL = "install ami-builder with its extra 'dask', or distributed beside it"
 """What installs the library that talks to clusters."""
 _ANSWER_SECONDS = 15.0
 _LOOK_SECONDS = 5.0

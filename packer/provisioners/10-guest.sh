@@ -90,10 +90,15 @@ if [ -e "${GUEST_ROOT:-}/etc/docker/daemon.json" ]; then
     echo "10-guest: the base has its own /etc/docker/daemon.json, so container.network has no effect"
     set -- --exclude etc/docker/daemon.json
 fi
+# Amazon Linux gives dockerd this flag, and Docker does not start if daemon.json has the same setting.
+flags=${GUEST_ROOT:-}/etc/sysconfig/docker
+if [ $# = 0 ] && grep -qs -e --default-ulimit "$flags"; then
+    sed -i 's/--default-ulimit[= ][^ "]*//g' "$flags"
+fi
 tar --extract --file "$archive" "$@" --directory "${GUEST_ROOT:-/}" \
     --no-same-owner --preserve-permissions --no-overwrite-dir --keep-directory-symlink
 systemctl daemon-reload
 # Only if necessary: for a unit that also has a SysV script, `enable` starts perl. Packages enable Docker themselves.
 systemctl is-enabled --quiet docker.service || systemctl enable --quiet docker.service
-# 20-container.sh needs Docker, which takes long to start.
-systemctl start --no-block docker.service
+# 20-container.sh needs Docker, which takes long to start. One that runs must take its new settings.
+systemctl restart --no-block docker.service

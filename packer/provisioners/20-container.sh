@@ -39,7 +39,8 @@ pull() {
     die "$CONTAINER_REFERENCE could not be pulled"
 }
 
-systemctl start docker.service
+systemctl start docker.service ||
+    die "Docker does not start: $(journalctl --unit docker --boot --output cat --no-pager --lines 3)"
 if [ -n "${CONTAINER_ARCHIVE:-}" ]; then
     [ -r "$CONTAINER_ARCHIVE" ] || die "$CONTAINER_ARCHIVE can't be read"
     docker load --quiet --input "$CONTAINER_ARCHIVE" || die "$CONTAINER_ARCHIVE could not be loaded"

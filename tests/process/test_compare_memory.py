@@ -198,11 +198,36 @@ def test_where_dask_service_starts_nothing_all_containers_are_dasks(machine: Mac
     shutil.rmtree(machine.run / "containers")
     machine.compare("--start")
     machine.container(500)
-    machine.cgroup(f"system.slice/docker-{OTHER}.scope", 300)
+    machine.cgroup(f"system.slice/docker-{'d' * 64}.scope", 300)
     machine.available(1800 - 300 - 500)
     machine.compare()
     assert machine.record["growth"] == 0
     assert machine.record["grown"] == []
+
+
+@pytest.mark.parametrize("whose", ["dask.service", "its own"])
+def test_a_container_that_ran_before_dask_is_the_systems(machine: Machine, whose: str) -> None:
+    """Such as an agent's: what it held at the start is no growth, and its growth is not Dask's."""
+    shutil.rmtree(machine.run / "containers")
+    machine.compare("--start")
+    if whose == "dask.service":
+        (machine.run / "containers").mkdir()
+        (machine.run / "containers" / CONTAINER).touch()
+    machine.container(500)
+    machine.cgroup(f"system.slice/docker-{OTHER}.scope", 60)
+    machine.available(1800 - 40 - 500)
+    machine.compare()
+    assert machine.record["growth"] == 40 * MIB
+    assert machine.record["grown"] == [{"cgroup": "container beefbeefbeef", "bytes": 40 * MIB}]
+
+
+def test_with_another_cgroup_parent_nothing_is_compared(machine: Machine) -> None:
+    """Else what Dask holds would be reported as growth of the system."""
+    machine.cgroup(f"dask.slice/docker-{CONTAINER}.scope", 700, str(LIMIT))
+    machine.cgroup("dask.slice", 700)
+    machine.available(1100)
+    assert machine.compare() == ""
+    assert machine.follow() == ""
 
 
 @pytest.mark.parametrize("layout", ["version 1", "cgroupfs"])
@@ -224,6 +249,7 @@ def test_the_end_is_reported_on_a_large_machine_without_a_reserve(machine: Machi
     """A step of 1 % is more there than what is allowed for."""
     meminfo = machine.root / "proc/meminfo"
     machine.limit = AVAILABLE
+    machine.container(0)
     reports: list[str] = []
     for available in (1800, 1600, 1790, 1800):
         meminfo.write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {available * 1024} kB\n")
@@ -341,6 +367,30 @@ def test_a_change_that_fails_at_the_second_container_is_completed(machine: Machi
     scopes = machine.cgroups.glob("system.slice/docker-[cd]0*/memory.max")
     assert machine.limit < LIMIT
     assert [int(scope.read_text()) for scope in scopes] == [machine.limit, machine.limit]
+
+
+def test_a_limit_that_one_container_refuses_for_long_is_remembered_once(machine: Machine) -> None:
+    fake(machine.programs, "curl", f"case $* in *{CONTAINER}*) ;; *) exit 7 ;; esac")
+    (machine.run / "follows").touch()
+    late = "d00d" * 16
+    (machine.run / "containers" / late).touch()
+    machine.container(100)
+    machine.cgroup(f"system.slice/docker-{late}.scope", 100, str(LIMIT))
+    machine.available(1800 - 200 - 32 - 40)
+    fake(machine.programs, "sleep", '[ $(wc -l <"$0.calls") -lt 20 ]')
+    done = subprocess.run(
+        [*machine.shell, "-x", str(PROGRAM), "--follow"],
+        env={
+            "PATH": f"{machine.programs}:{os.environ['PATH']}",
+            "COMPARE_MEMORY_ROOT": str(machine.root),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = [line for line in done.stderr.splitlines() if line.startswith("+ changed=") and CONTAINER in line]
+    assert found
+    assert {line.count(CONTAINER) for line in found} == {1}
 
 
 def test_a_docker_that_does_not_answer_is_reported_once_and_asked_again(machine: Machine) -> None:

@@ -66,6 +66,14 @@ def user_data(root: Path, text: str | bytes | None, where: str = "user-data.txt"
         ("scripts/runcmd", "#!/bin/sh\n'docker' 'run' 'x' 'sh' '-c' 'exec dask scheduler'\n"),
         ("scripts/runcmd", "#!/bin/sh\n'dask' 'worker' 'tcp://a:1'\n"),
         ("user-data.txt", "runcmd:\n- [dask, worker, tcp://a:1]\n"),
+        (
+            "user-data.txt",
+            "write_files:\n- path: /opt/dask/compose.yaml\n  content: |\n    command: dask worker a:1\n",
+        ),
+        (
+            "user-data.txt",
+            '#!/bin/sh\necho \'{"services": {"w": {"command": "dask worker a:1"}}}\' >c.json\n',
+        ),
         ("user-data.txt", "runcmd: [sudo -u me /opt/venv/bin/dask-worker tcp://a:1]\n"),
     ],
 )

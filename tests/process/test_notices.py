@@ -211,6 +211,25 @@ def test_completing_is_tried_again(machine: Machine) -> None:
     assert log[-1].endswith("completed")
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_dask_that_is_not_recognized_is_not_stopped(machine: Machine, runs: bool) -> None:
+    """It may run in a program of another name, whose work would be lost."""
+    machine.settings("DASK_LIFECYCLE_HOOK=drain", "DASK_AUTO_SCALING_GROUP=workers")
+    machine.imds.tree.announce(LIFECYCLE, "Terminated")
+    if runs:
+        (machine.state / "containers").mkdir()
+        machine.write("containers/c1", "dask-worker-1\n")
+    log = machine.watch(3, FAKE_STATUS="4")
+    assert (
+        "<4>watch-notices: no process of Dask was recognized on this machine, so no worker has retired" in log
+    )
+    assert ("stop --no-block dask.service" in machine.systemctl) is not runs
+    assert (machine.state / "leaving").exists() is not runs
+    assert machine.read("health")[:1] == ([] if runs else ["retired"])
+    assert len(machine.retirements) == 1
+    assert len(machine.aws) == 1, "the group need not wait"
+
+
 def test_data_that_has_not_moved_keeps_the_hook_open(machine: Machine) -> None:
     machine.settings("DASK_LIFECYCLE_HOOK=drain", "DASK_AUTO_SCALING_GROUP=workers")
     machine.imds.tree.announce(LIFECYCLE, "Terminated")
@@ -393,6 +412,18 @@ def test_a_dask_that_is_unhealthy_for_long_is_reported_to_the_group_once(machine
     assert health(machine) == []
     assert machine.aws == [REPORT, REPORT]
     assert machine.read("health") == [word, "why"]
+
+
+@pytest.mark.parametrize("word", ["waiting", "starting", "off", "retired", "refused", "unhealthy"])
+def test_notices_are_added_in_every_state(machine: Machine, word: str) -> None:
+    machine.write("health", f"{word}\nwhy\n")
+    for name in ("notices", "memory-notice", "kill-notice"):
+        machine.write(name, f"of {name}\n")
+        assert health(machine) == []
+    assert machine.read("health") == [word, "why", "of notices", "of memory-notice", "of kill-notice"]
+    (machine.state / "memory-notice").unlink()
+    health(machine)
+    assert machine.read("health") == [word, "why", "of notices", "of kill-notice"]
 
 
 @pytest.mark.parametrize("word", ["waiting", "starting", "off", "retired", "refused"])

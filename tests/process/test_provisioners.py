@@ -235,9 +235,29 @@ def test_the_guest_is_unpacked_with_its_modes_and_enabled(tmp_path: Path, progra
     assert calls(programs, "systemctl") == [
         "daemon-reload",
         "is-enabled --quiet docker.service",
-        "start --no-block docker.service",
+        "restart --no-block docker.service",
     ]
     assert calls(programs, "docker") == ["compose version"]
+
+
+@pytest.mark.parametrize("own_settings", [False, True])
+def test_a_flag_that_daemon_json_sets_too_is_removed(
+    tmp_path: Path, programs: Path, own_settings: bool
+) -> None:
+    """With both, Docker does not start: Amazon Linux has the flag."""
+    fake(programs, "docker", "")
+    fake(programs, "systemctl", "")
+    flags = tmp_path / "machine/etc/sysconfig/docker"
+    flags.parent.mkdir(parents=True)
+    text = 'DAEMON_MAXFILES=1048576\nOPTIONS="--log-level warn --default-ulimit nofile=32768:65536"\n'
+    flags.write_text(text)
+    if own_settings:
+        (tmp_path / "machine/etc/docker").mkdir()
+        (tmp_path / "machine/etc/docker/daemon.json").write_text("{}")
+    done = _guest(tmp_path, programs)
+    assert done.returncode == 0, done.stderr
+    left = text if own_settings else 'DAEMON_MAXFILES=1048576\nOPTIONS="--log-level warn "\n'
+    assert flags.read_text() == left
 
 
 def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: Path) -> None:
@@ -249,7 +269,7 @@ def test_docker_is_enabled_where_its_package_did_not(tmp_path: Path, programs: P
         "daemon-reload",
         "is-enabled --quiet docker.service",
         "enable --quiet docker.service",
-        "start --no-block docker.service",
+        "restart --no-block docker.service",
     ]
 
 

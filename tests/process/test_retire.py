@@ -79,6 +79,13 @@ def test_a_process_of_dask_is_recognized(
     assert found.interpreter == command[0]
 
 
+def test_a_scheduler_that_names_itself_is_recognized() -> None:
+    """With setproctitle, nothing is left of its command line."""
+    title = b"dask scheduler [tcp://10.0.0.1:8786]\0\0\0"
+    found = retire_workers.recognized(7, "/usr/bin/python3.13", title)
+    assert (found.kind, found.words) == ("scheduler", [])
+
+
 @pytest.mark.parametrize(
     ("executable", "command"),
     [
@@ -353,6 +360,12 @@ def test_many_processes_retire_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     machine = Processes(monkeypatch, *([f"{n}:1"] for n in range(6)))
     assert retire_workers.main(120) == 0
     assert machine.asked == [[10, 11, 12, 13], [14, 15]]
+
+
+def test_without_a_process_of_dask_nothing_has_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask may run in a program that is not recognized."""
+    assert Processes(monkeypatch).running == []
+    assert retire_workers.main(120) == 4
 
 
 def test_workers_of_a_scheduler_on_this_machine_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -534,10 +534,30 @@ def test_what_mount_spill_reports_is_a_notice_at_each_start(machine: Machine) ->
 def test_the_end_of_an_older_container_is_none_of_this_start(machine: Machine) -> None:
     """Docker takes whole seconds: on a fast machine a restart of the service is within one."""
     fake(machine.programs, "docker", EVENTS)
+    fake(machine.programs, "date", "echo 1700000000500000000")
     events = {"FAKE_EVENTS": "die c0 dask-worker-1 143\\n", "FAKE_COMMAND": "dask worker"}
-    older = machine.start(environment={**events, "FAKE_TIME": "1"})
+    older = machine.start(environment={**events, "FAKE_TIME": "1700000000400000000"})
     assert "has ended with status" not in older.output
-    assert "dask-worker-1 has ended with status 143" in machine.start(environment=events).output
+    for time in (
+        "1700000000600000000",
+        "1700000009400000000",
+        "1699999400000000000",
+    ):  # the clock stepped back
+        ended = machine.start(environment={**events, "FAKE_TIME": time})
+        assert "dask-worker-1 has ended with status 143" in ended.output
+
+
+def test_a_container_with_another_cgroup_parent_has_its_limit_checked_too(one: Machine) -> None:
+    fake(one.programs, "docker", EVENTS)
+    folder = one.root / "sys/fs/cgroup/dask.slice/docker-c1.scope"
+    folder.mkdir(parents=True)
+    (folder / "memory.max").write_text("max\n")
+    (folder / "cgroup.procs").write_text("77\n")
+    (one.root / "proc/77").mkdir(parents=True)
+    one.write("proc/77/oom_score_adj", "0\n")
+    started = one.start(environment={"FAKE_STARTS": "start c1 dask-w-1 <no value>\\n"})
+    assert "container dask-w-1 runs WITHOUT a memory limit" in started.output
+    assert (one.root / "proc/77/oom_score_adj").read_text() == "500\n"
 
 
 def test_a_stop_while_compose_still_starts_ends_compose_first(one: Machine) -> None:
@@ -967,7 +987,9 @@ def test_health_is_kept_and_said_only_when_it_changes(
             thread.join()
             assert asked[0].startswith(b"GET /health HTTP/1.0\r\n")
     assert got == status
-    assert state.read_text() == ("healthy\n" if status == 0 else "unhealthy\n")
+    word, *reason = state.read_text().splitlines()
+    assert word == ("healthy" if status == 0 else "unhealthy")
+    assert reason == {"": [""], "<4>": [f"Dask does not answer on port {port}"]}.get(said[:3], [])[:status]
     assert line.startswith(said)
     assert bool(line) == bool(said)
 
@@ -975,7 +997,7 @@ def test_health_is_kept_and_said_only_when_it_changes(
 def test_what_the_system_uses_is_recorded_after_the_measurement(machine: Machine) -> None:
     started = machine.start(image(reserve=Reserve(bytes=64 << 20)))
     assert started.status == 0, started.output
-    limit, available = (
+    limit, available, _ = (
         line.split() for line in (machine.root / "run/dask/memory-at-start").read_text().splitlines()
     )
     assert limit == ["limit", started.exported]

@@ -227,6 +227,39 @@ def test_a_name_of_several_lines_hides_no_kill(machine: Machine) -> None:
     assert "killed a?b?c (pid 812, which held 1571 MiB) of container dask-worker-1 at its limit" in line
 
 
+def test_a_name_cannot_look_like_the_next_message(machine: Machine) -> None:
+    """Dmesg indents what comes after a newline."""
+    machine.container()
+    name = "x\n            <1"
+    (line,) = machine.watch(summary(812, name, full=SCOPE), kill(812, name))
+    assert "killed x?" in line
+    assert "of container dask-worker-1 at its limit" in line
+
+
+def test_a_worker_that_names_itself_is_no_nanny(machine: Machine) -> None:
+    """With setproctitle its name is `dask worker [tcp://...`; the kernel keeps 15 characters."""
+    stderr = machine.container('["worker","--preload-nanny","/run/dask/preload/worker_deaths.py"]')
+    machine.watch(summary(812, "dask worker [tc", full=SCOPE), kill(812, "dask worker [tc"))
+    assert stderr.read_text() == "", "its nanny writes there"
+    machine.watch(summary(700, "dask", full=SCOPE), kill(700, "dask"))
+    assert "killed dask (pid 700" in stderr.read_text()
+
+
+def test_a_base_may_keep_dockers_files_elsewhere(machine: Machine) -> None:
+    machine.container()
+    (machine.root / "data").mkdir()
+    (machine.root / "var/lib/docker").rename(machine.root / "data/docker")
+    settings = machine.root / "etc/docker/daemon.json"
+    settings.parent.mkdir(parents=True)
+    for text in (
+        '{"data-root": "/data/docker"}',
+        '{\n  "bip": "10.1.0.1/24",\n  "data-root" : "/data/docker",\n}\n',
+    ):
+        settings.write_text(text)
+        (line,) = machine.watch(summary(812, "python", full=SCOPE), kill(812, "python"))
+        assert "of container dask-worker-1 at its limit" in line
+
+
 def test_the_records_are_bounded_and_outlive_the_program(machine: Machine) -> None:
     machine.watch(*(kill(pid, "dask") for pid in range(1, 151)))
     machine.watch(*(kill(pid, "dask") for pid in range(151, 301)))

@@ -42,7 +42,7 @@ RECORDED = json.loads((Path(__file__).parents[1] / "recorded" / "healthy.json").
 """What a healthy VM of 2 GiB answered on its first boot.
 
 `identity` has what distributed 2026.8 answered on another one, with this one's memory limit.
-`min_free_kbytes`, `min_ttl_ms` and `oom_score_adj` are from a newer image on 1 GiB, and `programs` is 0.
+`min_free_kbytes`, `lru_gen` and `oom_score_adj` are from a newer image on 1 GiB, and `programs` is 0.
 """
 
 VALUE = int(RECORDED["memory.env"].split("=")[1])
@@ -328,7 +328,12 @@ ILL: dict[str, tuple[list[Change], Told, set[str]]] = {
         {"measurement: machine has the memory it was booted with"},  # but what the kernel keeps free is right
     ),
     "no guard against thrashing": (
-        [put("min_ttl_ms", "0\n")],
+        [put("lru_gen", "0x0007\n0\n")],
+        dask(VALUE),
+        {"protection: the kernel does not let the machine thrash"},
+    ),
+    "a guard that the kernel has switched off": (
+        [put("lru_gen", "0x0000\n1000\n")],
         dask(VALUE),
         {"protection: the kernel does not let the machine thrash"},
     ),

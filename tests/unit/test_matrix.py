@@ -394,7 +394,7 @@ def test_without_dask_the_flag_names_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingTool) as caught, open_executor("tcp://127.0.0.1:1", 1):
         pass
-    assert caught.value.hint == "pip install 'ami-builder[dask]'"
+    assert caught.value.hint == cluster.INSTALL
 
 
 @pytest.mark.parametrize("address", ["tpc://127.0.0.1:8786", "127.0.0.1:many", ""])

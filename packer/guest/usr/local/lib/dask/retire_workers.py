@@ -8,7 +8,7 @@ changed its files.
 
 Argument: the most seconds that it may take.
 Exit status: 0 if no worker process is left, 1 if one is, 3 if the scheduler is on this machine and nothing
-has retired.
+has retired, 4 if no process of Dask was recognized.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("retire.py")
 SCHEDULER_IS_HERE = 3
+NO_DASK = 4
 GRACE = 5
 """Seconds to the kill of a process that does not keep to its time."""
 CLOSE = 30
@@ -35,6 +36,8 @@ AT_ONCE = 4
 LINES = 100
 """Lines that are logged of a program of a container."""
 
+TITLE = re.compile(rb"dask scheduler \[")
+"""What a scheduler sets with setproctitle in place of its command line. A worker's nanny keeps its own."""
 DASK = re.compile(
     rb"(?:^|\0)(?:[^\0]*/)?(?:dask\0|dask-|distributed\.cli\.dask_|dask_|dask_cuda\.cli\0)"
     rb"(?:cuda[\0_-])?(scheduler|spec|worker)(?:\.py)?\0"
@@ -66,9 +69,11 @@ def recognized(pid: int, executable: str, command: bytes) -> DaskProcess | None:
     """Return the Dask process with this command line, as /proc has it; None if it is another program."""
     found = DASK.search(command)
     # A shell, an init, or `docker run` with Dask's command is not the process itself.
-    if found is None or not re.match(
-        r"(python|pypy)[0-9.]*t?d?( \(deleted\))?$", executable.rpartition("/")[2]
-    ):
+    if not re.match(r"(python|pypy)[0-9.]*t?d?( \(deleted\))?$", executable.rpartition("/")[2]):
+        return None
+    if TITLE.match(command):
+        return DaskProcess(pid=pid, interpreter=executable, kind="scheduler", words=[])
+    if found is None:
         return None
     words = [os.fsdecode(word) for word in command[found.end() :].split(b"\0")][:-1]
     interpreter = os.fsdecode(command.partition(b"\0")[0])
@@ -276,7 +281,8 @@ def main(seconds: float) -> int:
         found = [process for process in found if process.pid not in staying]
         if not found:
             if not done and not staying:
-                say(5, "no Dask worker runs on this machine")
+                say(5, "no process of Dask was recognized on this machine")
+                return NO_DASK
             return SCHEDULER_IS_HERE if staying and not done else 0
         statuses = dict(zip((process.pid for process in found), retired(found, until)))
         # A worker may have advertised an address that is not known as this machine's.
