@@ -23,6 +23,8 @@ LEAST_UNHEALTHY_SECONDS = 60
 _GIB = 1 << 30
 _TLS = re.compile(r"(?:secretsmanager|ssm):[A-Za-z0-9/_+=.@-]+")
 _GROUP = re.compile(r"(?:([a-z]{2}(?:-[a-z]+)+-[0-9]+)=)?(sg-[0-9a-f]{8,17})")
+_KEY_NAME = re.compile(r"[ -~]{1,255}")
+_PROFILE = re.compile(r"[\w+=,.@:/-]+")
 # Keys of tags that are in the instance's metadata; EC2 refuses to launch with others.
 _TAG_IN_METADATA = re.compile(r"(?!\.{1,2}$|_index$)[A-Za-z0-9+=.,_:@-]+")
 
@@ -49,7 +51,7 @@ class Launch:
     key_name: str = ""
     disk: int = 0
     """Bytes of the root volume; 0: as large as the AMI's."""
-    rate: int = 0
+    rate: int | None = None
     """Provisioned Rate for Volume Initialization, in MiB/s."""
     spot: bool = False
     user_data: str = ""
@@ -59,7 +61,15 @@ class Launch:
         """Raise UsageError for what no region could take."""
         with_settings(self.settings(), self.user_data)
         _groups(self.groups, "")
-        if self.rate and not RATES[0] <= self.rate <= RATES[1]:
+        if self.disk and self.disk < _GIB:
+            raise UsageError(f"--disk: {self.disk} bytes, expected at least 1GiB, such as 30GiB")
+        for flag, value, expected in (
+            ("--key-name", self.key_name, _KEY_NAME),
+            ("--instance-profile", self.profile, _PROFILE),
+        ):
+            if value and not expected.fullmatch(value):
+                raise UsageError(f"{flag} {value!r}: expected the name of one")
+        if self.rate is not None and not RATES[0] <= self.rate <= RATES[1]:
             raise UsageError(f"--initialization-rate {self.rate}: expected {RATES[0]} to {RATES[1]} MiB/s")
 
     def settings(self) -> dict[str, str]:
@@ -70,11 +80,7 @@ class Launch:
         elif self.scheduler:
             raise UsageError(f"--scheduler {self.scheduler}: only a worker has a scheduler")
         if self.tls:
-            if not _TLS.fullmatch(self.tls):
-                raise UsageError(
-                    f"--tls {self.tls}: expected secretsmanager:NAME or ssm:NAME",
-                    hint="it names the secret or the parameter with the certificates of this role",
-                )
+            require_tls(self.tls)
             found["DASK_TLS"] = self.tls
         if self.unhealthy_seconds:
             if self.unhealthy_seconds < LEAST_UNHEALTHY_SECONDS:
@@ -101,6 +107,15 @@ class Launch:
             "--lifecycle-hook": self.hook,
         }
         return next((flag for flag, value in flags.items() if value), "")
+
+
+def require_tls(source: str) -> None:
+    """Raise UsageError for a source of certificates that a guest would refuse."""
+    if not _TLS.fullmatch(source):
+        raise UsageError(
+            f"--tls {source}: expected secretsmanager:NAME or ssm:NAME",
+            hint="it names the secret or the parameter with the certificates of this role",
+        )
 
 
 def launch_data(
@@ -133,7 +148,7 @@ def launch_data(
     ebs: dict[str, Any] = {}
     if launch.disk:
         ebs["VolumeSize"] = -(-launch.disk // _GIB)
-    if launch.rate:
+    if launch.rate is not None:
         ebs["VolumeInitializationRate"] = launch.rate
     if ebs:
         ebs |= {"VolumeType": "gp3", "DeleteOnTermination": True}

@@ -109,7 +109,7 @@ def keep(
             f"{account.region}: EC2 does not take --initialization-rate {launch.rate} here, so volumes are"
             f" initialized at the default rate ({invalid.message})"
         )
-    data = launch_data(replace(launch, rate=0), network, **place, tags=tags)
+    data = launch_data(replace(launch, rate=None), network, **place, tags=tags)
     return _kept(account, found, name, data, f"{description}{_NO_RATE}", tags, ami["ImageId"])
 
 

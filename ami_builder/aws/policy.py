@@ -8,11 +8,14 @@ Regions are a condition of the request, so that a policy hardly grows with them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ami_builder.aws import tags as tagging
+from ami_builder.aws.launch_settings import require_tls
+from ami_builder.config.types import KMS_KEY
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Connect
 
@@ -115,16 +118,21 @@ def of_instances(aws: AwsSettings, *, tls: str = "", group: str = "", key: str =
         "ssm": ("ssm:GetParameter", f"parameter/{name.lstrip('/')}"),
     }
     if tls:
-        if service not in reads or not name:
-            raise UsageError(f"--tls {tls}: expected secretsmanager:NAME or ssm:NAME")
+        require_tls(tls)
         call, resource = reads[service]
         allow("ReadCertificates", call, arns.of(service, "*", resource))
     if key:
         if not tls:
             raise UsageError("--kms-key is the key of what --tls names", hint="add --tls")
-        via = {"StringLike": {"kms:ViaService": f"{service}.*"}}
+        if not re.fullmatch(KMS_KEY, key):
+            raise UsageError(f"--kms-key {key}: expected a key's id or ARN, or alias/NAME")
+        via: dict[str, Any] = {"StringLike": {"kms:ViaService": f"{service}.*"}}
+        if "alias/" in key:  # which no ARN of a key has
+            via["ForAnyValue:StringEquals"] = {"kms:ResourceAliases": key[key.index("alias/") :]}
         allow("DecryptCertificates", "kms:Decrypt", arns.key(key, ""), via)
     if group:
+        if not re.fullmatch(r"[^*?$:\x00-\x1f]{1,255}", group):
+            raise UsageError(f"--group {group}: expected the name of one Auto Scaling group")
         resource = f"autoScalingGroup:*:autoScalingGroupName/{group}"
         calls = "autoscaling:SetInstanceHealth CompleteLifecycleAction"
         allow("TellGroup", calls, arns.of("autoscaling", "*", resource))
@@ -356,9 +364,10 @@ class _Arns:
         return [self.of("ec2", "" if kind in ("image", "snapshot") else "*", f"{kind}/*") for kind in kinds]
 
     def key(self, key: str, region: str) -> str:
-        """Return the ARN of a KMS key; of all keys of its region for an id or an alias."""
-        exact = key.startswith("arn:") and ":alias/" not in key
-        return key if exact else self.of("kms", "*", "key/*", region or "*")
+        """Return the ARN of a KMS key; of all keys of its region for an alias."""
+        if "alias/" in key:
+            return self.of("kms", "*", "key/*", region or "*")
+        return key if key.startswith("arn:") else self.of("kms", "*", f"key/{key}", region or "*")
 
 
 def _partition(region: str) -> str:

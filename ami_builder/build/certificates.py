@@ -89,7 +89,12 @@ def make(folder: Path, *, days: int, scheduler: str = "") -> Folder:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             authority = Authority.create(days=CA_DAYS)
             write_atomically(folder / _CA_KEY, authority.key_pem)
-            write_atomically(folder / _CA, authority.pem)
+            try:
+                write_atomically(folder / _CA, authority.pem)
+            except BaseException:
+                # A key alone would be taken for one whose certificate was lost.
+                (folder / _CA_KEY).unlink()
+                raise
         ignore = folder / _IGNORE
         if not (ignore.exists() or ignore.is_symlink()):
             # So that nobody commits a key; a folder may have other files too.

@@ -1,5 +1,6 @@
 """The part of `ami-builder check` that all targets share: open settings, tools, disk space."""
 
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from ami_builder.build import plugins
 from ami_builder.build.plugins import Plugin
 from ami_builder.config.schema import Image
-from ami_builder.core.errors import AmiBuilderError, MissingTool
+from ami_builder.core.errors import AmiBuilderError, BuildFailed, MissingTool, UsageError
 from ami_builder.core.options import Arch, Listen, Role
 from ami_builder.core.records import Finding, State
 from ami_builder.state.workspace import Workspace
@@ -106,6 +107,14 @@ def disk_space(workspace: Workspace) -> Finding:
     folder = workspace.state
     while not folder.exists():
         folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding(
+            name="disk space",
+            state=State.STOPS,
+            found=f"{_short(folder)} can't be written to",
+            hint="set AMI_BUILDER_HOME to a folder with write permission",
+            exit_code=UsageError.exit_code,
+        )
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free in {_short(folder)}, {_DISK_NEEDED / GIB:.0f} GiB needed"
     if free >= _DISK_NEEDED:
@@ -115,12 +124,12 @@ def disk_space(workspace: Workspace) -> Finding:
         state=State.STOPS,
         found=text,
         hint="free some space, or set AMI_BUILDER_HOME to a folder on a larger disk",
-        exit_code=MissingTool.exit_code,
+        exit_code=BuildFailed.exit_code,
     )
 
 
 def _short(path: Path) -> str:
     try:
         return str(Path("~", path.relative_to(Path.home())))
-    except ValueError:
+    except (ValueError, RuntimeError):  # elsewhere, or the user has no home
         return str(path)

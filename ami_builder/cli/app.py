@@ -18,6 +18,7 @@ from ami_builder import console
 
 # Importing them registers their commands.
 from ami_builder.cli import (  # noqa: F401
+    SIGNALS,
     aws,
     certificates,
     channels,
@@ -29,6 +30,7 @@ from ami_builder.cli import (  # noqa: F401
     nightly,
     report,
     selftest,
+    watch_signals,
 )
 from ami_builder.cli.options import app, config_app, shared
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, Interrupted, UsageError
@@ -36,6 +38,17 @@ from ami_builder.system import processes
 
 __all__ = ["app", "config_app", "run"]
 
+_PATHS = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""What is wrong with a path that somebody chose, and not with the program."""
 _PANELS = {
     "Build and verify": ("build", "verify", "run", "check", "render"),
     "Inspect": ("list", "show", "diff", "report"),
@@ -59,6 +72,26 @@ class _Command(typer.core.TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain_flags(super().get_params(ctx))
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty argument, such as that of an unset variable of the shell: it names no default."""
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        for each in self.get_params(ctx):
+            value = given.get(each.name)
+            if each.param_type_name == "argument" and "" in (
+                value if isinstance(value, list | tuple) else [value]
+            ):
+                raise UsageError(
+                    f"{each.metavar or each.name.upper()} is empty", hint="leave it out, or give a value"
+                )
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as broken:
+            # Typer would end without a word. Where our own output goes is handled where it is written.
+            raise AmiBuilderError(f"a pipe or a connection was closed: {broken}") from broken
+
 
 class _Group(typer.core.TyperGroup):
     def get_params(self, ctx: Any) -> list[Any]:
@@ -78,8 +111,8 @@ app.registered_commands.sort(key=lambda command: list(_panel_of).index(str(comma
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
     # A second signal must not cut cleanup short.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise Interrupted(
         f"stopped by {signal.Signals(number).name}; everything that was started has been stopped"
     )
@@ -89,8 +122,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Print an error together with what to do next."""
     shared.debug = "--debug" in arguments
     try:
-        signal.signal(signal.SIGINT, _stop)
-        signal.signal(signal.SIGTERM, _stop)
+        watch_signals(_stop)
         status = app(list(arguments), prog_name="ami-builder", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except (AmiBuilderError, Interrupted) as failed:
@@ -102,21 +134,43 @@ def run(arguments: Sequence[str]) -> int:
         if not (message := wrong.format_message().replace("Value error, ", "")):
             return UsageError.exit_code
         return _fail(_misused(wrong, message))
-    except BrokenPipeError:
-        # The reader of our output has closed the pipe, as in `ami-builder list | head -1`.
+    except SystemExit as left:
+        # The reader of the help has closed the pipe, as in `ami-builder --help | head -1`.
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as broken:
-        if broken.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            return _internal_error(broken)
-        where = f" ({broken.filename})" if broken.filename else ""
-        return _fail(
-            BuildFailed(
-                f"no space left on the disk{where}; no incomplete file was kept", hint=processes.DISK_FULL
-            )
-        )
+        return _fail(_of_system(broken))
     except Exception as unexpected:
-        return _internal_error(unexpected)
+        return _fail(_unexpected(unexpected))
+
+
+def _of_system(broken: OSError) -> AmiBuilderError:
+    """Return an error of the operating system that no command has expected."""
+    failed: AmiBuilderError
+    if broken.errno in {errno.ENOSPC, errno.EDQUOT}:
+        where = f" ({broken.filename})" if broken.filename else ""
+        failed = BuildFailed(f"no space left on the disk{where}", hint=processes.DISK_FULL)
+    elif broken.errno in _PATHS and broken.filename:
+        failed = UsageError(
+            f"{broken.filename}: {broken.strerror}",
+            hint="check the path and its permissions; AMI_BUILDER_HOME and the flags name other paths",
+        )
+    elif isinstance(broken, FileNotFoundError) and not _has_folder():
+        failed = UsageError("the current folder was deleted", hint="cd to a folder that exists")
+    else:
+        return _unexpected(broken)
+    failed.__cause__ = broken
+    return failed
+
+
+def _has_folder() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 - Path.cwd would raise the same
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _misused(wrong: typer.TyperException, message: str) -> UsageError:
@@ -139,8 +193,8 @@ def _fail(failed: AmiBuilderError | Interrupted) -> int:
     return failed.exit_code
 
 
-def _internal_error(unexpected: Exception) -> int:
+def _unexpected(wrong: Exception) -> AmiBuilderError:
     hint = "this is an internal error; run the command again with --debug and report its output"
-    failed = AmiBuilderError(f"{type(unexpected).__name__}: {unexpected}", hint=hint)
-    failed.__cause__ = unexpected
-    return _fail(failed)
+    failed = AmiBuilderError(f"{type(wrong).__name__}: {wrong}", hint=hint)
+    failed.__cause__ = wrong
+    return failed

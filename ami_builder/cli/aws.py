@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, 
 from ami_builder.cli.targets import find_ami
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import TargetKind
+from ami_builder.state.workspace import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -199,11 +201,12 @@ def _write(policies: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]
     """Write numbered policies into a directory and return their paths; removes those of an earlier call."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("ami-builder-[0-9]*.json"):
-            old.unlink()
         paths = [directory / f"ami-builder-{number}.json" for number in range(1, len(policies) + 1)]
         for path, policy in zip(paths, policies, strict=True):
-            path.write_text(json.dumps(policy, indent=2) + "\n")
+            write_atomically(path, json.dumps(policy, indent=2) + "\n")
+        for old in directory.iterdir():
+            if old not in paths and re.fullmatch(r"ami-builder-[0-9]+\.json", old.name):
+                old.unlink()
     except OSError as error:
         raise UsageError(
             f"--directory {directory}: {error.strerror}", hint="name a directory that can be written to"

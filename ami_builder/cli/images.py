@@ -188,14 +188,19 @@ def run_image(
     ] = None,
 ) -> None:
     """Boot an image in a local VM, as EC2 would, until Ctrl-C. Its disk changes are discarded."""
-    from ami_builder.core.units import parse_size
+    from ami_builder.core.units import MIB, parse_size
     from ami_builder.qemu.extra_disks import ExtraDisk
     from ami_builder.qemu.target import Launched, launch
 
-    try:
-        disks = [ExtraDisk(size=parse_size(one)) for one in instance_store or ()]
-    except ValueError as error:
-        raise UsageError(f"--instance-store: {error}") from None
+    disks = []
+    for one in instance_store or ():
+        try:
+            size = parse_size(one)
+        except ValueError as error:
+            raise UsageError(f"--instance-store {one}: {error}") from None
+        if size < MIB:
+            raise UsageError(f"--instance-store {one}: expected at least 1MiB, such as 4GiB")
+        disks.append(ExtraDisk(size=size))
     shared.override("verify.memory", "--memory", memory)
     chosen, stored, _ = find_image(image, TargetKind.QEMU)
     is_up = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,11 +49,15 @@ def render(
         return
     if output.exists():
         raise UsageError(f"--output {output}: already exists", hint="name a folder that does not exist yet")
-    for path, file in files.items():
-        target = output / str(path).lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.content)
-        target.chmod(file.mode)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Only a complete folder gets its name.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside:
+        for path, file in files.items():
+            target = Path(aside, "files", str(path).lstrip("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.content)
+            target.chmod(file.mode)
+        Path(aside, "files").rename(output)
     console.result([str(output / str(path).lstrip("/")) for path in files])
 
 

@@ -148,7 +148,7 @@ def launch_template(
         groups=tuple(group or ()),
         key_name=key_name,
         disk=disk,
-        rate=rate or 0,
+        rate=rate,
         spot=spot,
         user_data=user_data,
     )

@@ -100,7 +100,7 @@ def find_image(
         kind = TargetKind.AWS
     config = load_config(kind)
     known = [one for one in open_workspace().images() if one.artifact.target is kind]
-    word = word or config.select().name
+    word = config.select().name if word is None else word
     foreign = _AMI.fullmatch(word) and not any(one.artifact.location == word for one in known)
     stored = None if foreign else choose(known, word, config.images, kind)
     image = config.select(stored.artifact.image if stored is not None else None)

@@ -65,7 +65,8 @@ class Config:
 
     def select(self, name: str | None = None) -> Image:
         """Return the named image, or without a name the default one; raises UsageError with the names."""
-        chosen = name or self.default_image or (next(iter(self.images)) if len(self.images) == 1 else None)
+        default = self.default_image or (next(iter(self.images)) if len(self.images) == 1 else None)
+        chosen = default if name is None else name
         known = f"the images in {_short(self.path)} are: {', '.join(self.images)}"
         if chosen is None:
             hint = f"name one, or set default_image; {known}"
@@ -177,13 +178,13 @@ def overrides_from(items: Iterable[str]) -> dict[str, str]:
 def _read(file: Path, why: str) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
     short = _short(file)
     hint = f"{why}a complete and commented file is {_short(resources.default_config())}"
-    if file.is_symlink() and not file.exists():
-        link = f"it is a symbolic link to {file.readlink()}, which does not exist"
-        raise UsageError(f"{short} can't be read: {link}", hint=hint)
-    if file.name == FILE_NAME and file.is_fifo():
-        # To read one waits for ever; with another name, such as /dev/fd/63, somebody writes to it.
-        raise UsageError(f"{short} can't be read: it is a FIFO", hint=hint)
     try:
+        if file.is_symlink() and not file.exists():
+            link = f"it is a symbolic link to {file.readlink()}, which does not exist"
+            raise UsageError(f"{short} can't be read: {link}", hint=hint)
+        if file.name == FILE_NAME and file.is_fifo():
+            # To read one waits for ever; with another name, such as /dev/fd/63, somebody writes to it.
+            raise UsageError(f"{short} can't be read: it is a FIFO", hint=hint)
         text = file.read_bytes().decode("utf-8-sig")
         return tomllib.loads(text), key_lines(text)
     except OSError as wrong:

@@ -261,7 +261,7 @@ class Destination:
 def parse_destination(value: object) -> Destination:
     """Return the region, and the key, of `eu-west-1` or `eu-west-1=alias/ours`; raises ValueError."""
     region, equals, key = value.partition("=") if isinstance(value, str) else ("", "", "")
-    if not re.fullmatch(_REGION, region) or not re.fullmatch(_KMS_KEY, key) or bool(equals) != bool(key):
+    if not re.fullmatch(_REGION, region) or not re.fullmatch(KMS_KEY, key) or bool(equals) != bool(key):
         raise ValueError("expected a region, or region=KEY with the id, alias/… or ARN of a KMS key there")
     return Destination(region=region, kms_key=key)
 
@@ -299,7 +299,7 @@ _UNIT = (
 )
 _ARN = r"arn:aws[a-z-]*"
 _AMI_NAME = r"[A-Za-z0-9()\[\] ./'@_*?#-]{1,128}"
-_KMS_KEY = (
+KMS_KEY = (
     rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:(?:key/[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)"
     r"|[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)?"
 )
@@ -415,7 +415,7 @@ InstanceProfile = Annotated[
     str, text(_PROFILE, "the name or ARN of an instance profile, or nothing", "ami-builder")
 ]
 Cidr = Annotated[str, ValueType("an IP network", _cidr, "203.0.113.7/32")]
-KmsKey = Annotated[str, text(_KMS_KEY, "the id, alias/… or ARN of a KMS key, or nothing", "alias/ours")]
+KmsKey = Annotated[str, text(KMS_KEY, "the id, alias/… or ARN of a KMS key, or nothing", "alias/ours")]
 RootDevice = Annotated[
     str, text(r"(?:/dev/(?:sda1|xvda))?", "/dev/sda1, /dev/xvda, or nothing", "/dev/xvda", most=40)
 ]

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ami_builder.console.progress import NOTE
 from ami_builder.console.style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console
-from ami_builder.core.errors import AmiBuilderError, Inconclusive, Interrupted
+from ami_builder.core.errors import AmiBuilderError, Inconclusive, Interrupted, UsageError
 from ami_builder.core.records import Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -190,12 +190,24 @@ def _out(text: str) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+    except OSError as failed:
+        _silence(sys.stdout)
+        raise UsageError(f"can't write to standard output: {failed.strerror}") from failed
 
 
 def _err(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    """Write to stderr; if nobody can read it, the exit code is what is left."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+
+
+def _silence(stream: IO[str]) -> None:
+    """Send the rest to /dev/null: Python flushes once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _first(message: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import struct
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -114,6 +115,8 @@ async def _connected(
     try:
         scheme, location = distributed.comm.parse_address(address)
         host, port = distributed.comm.parse_host_port(location)
+        if not 0 < port < 65536:
+            raise ValueError(f"there is no port {port}")
     except (ValueError, TypeError, KeyError) as wrong:
         raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
     connection = tls.connection(distributed, scheme, certificates)
@@ -134,6 +137,9 @@ async def _connected(
             hint = "check that a scheduler listens there"
             took = seconds - max(0.0, end - time.monotonic())
             raise TimedOut(f"{address} did not answer within {took:.0f} s{why}", hint=hint) from failed
+        except (MemoryError, struct.error) as wrong:
+            # distributed takes the first eight bytes for a length.
+            raise UsageError(f"{address}: what answers is no Dask scheduler", hint=_EXAMPLE) from wrong
         except (ValueError, RuntimeError, TypeError) as wrong:
             raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
         yield scheduler, identity

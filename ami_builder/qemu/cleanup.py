@@ -14,7 +14,7 @@ from ami_builder.core.records import RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state import ledger
 from ami_builder.state.journal import unfinished
-from ami_builder.state.workspace import StoredImage, Workspace, load
+from ami_builder.state.workspace import StoredImage, Workspace, folders, load
 
 CACHES = ("base", "container")
 _DAY = timedelta(days=1)
@@ -115,7 +115,8 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
     found = [
         _candidate(f"cache {kind}", folder)
         for kind in CACHES
-        for folder in sorted((workspace.cache / kind).glob("[!.]*/"))
+        for folder in folders(workspace.cache / kind)
+        if not folder.name.startswith(".")
     ]
     live = _live(workspace)
     references = [
@@ -127,17 +128,19 @@ def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetim
 def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     """Return which folders of past runs to delete; the kept ones are left out, for there are many."""
     rules = RetentionPolicy(keep=0, young=_RECORDS_KEPT, grace=timedelta(0), most=_MOST_RECORDS)
-    runs = [_candidate("runs", folder) for folder in sorted(workspace.runs_dir.glob("*/"))]
+    runs = [_candidate("runs", folder) for folder in folders(workspace.runs_dir)]
+    nights = folders(workspace.nightly_dir)
     nightly_runs = [
         _candidate("nightly runs", folder)
-        for folder in sorted(workspace.nightly_dir.glob("*/*/"))
+        for name in nights
+        for folder in folders(name)
         if not folder.is_symlink()
     ]
     made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
     references = [
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
-    latest = {str(link.resolve()) for link in workspace.nightly_dir.glob("*/latest")}
+    latest = {str((name / "latest").resolve()) for name in nights}
     references += [
         Reference(id=one.id, by="the last nightly run") for one in nightly_runs if one.id in latest
     ]
@@ -164,14 +167,14 @@ def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Itera
 
 
 def _live(workspace: Workspace) -> list[RunRecord]:
-    records = (load(RunRecord, path) for path in workspace.runs_dir.glob("*/record.json"))
+    records = (load(RunRecord, folder / "record.json") for folder in folders(workspace.runs_dir))
     running = [record for record in records if record and record.status is RunStatus.RUNNING]
     return [record for record in running if workspace.is_live(record.run_id)]
 
 
 def _sweep(folder: Path) -> None:
     """Remove unfinished images of killed runs from the images of a name."""
-    for each in folder.glob("*/"):
+    for each in folders(folder):
         if not (each / "artifact.json").exists():
             shutil.rmtree(each)
 

@@ -9,9 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from ami_builder.core.errors import UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state import jsonl
-from ami_builder.state.workspace import Workspace
+from ami_builder.state.workspace import Workspace, folders, listed
 
 _LATEST = "latest"
 _FILE = "journal.jsonl"
@@ -51,7 +52,12 @@ class NightlyJournal:
     @property
     def started(self) -> datetime:
         """When the nightly run began."""
-        return datetime.fromisoformat(self._done[NightlyStep.RESOLVED, ""]["at"])
+        try:
+            return datetime.fromisoformat(self._done[NightlyStep.RESOLVED, ""]["at"])
+        except (KeyError, ValueError, TypeError) as damaged:
+            raise UsageError(
+                f"{self._path} is damaged: its first step has no time", hint=f"delete {self.directory}"
+            ) from damaged
 
     @property
     def digest(self) -> str:
@@ -108,7 +114,9 @@ def _new(folder: Path) -> NightlyJournal:
 
 def unfinished(workspace: Workspace) -> Iterator[NightlyJournal]:
     """Yield the nightly runs that are in progress, or were killed and can continue."""
-    for latest in workspace.nightly_dir.glob(f"*/{_LATEST}"):
-        journal = NightlyJournal(latest.resolve())
+    for folder in folders(workspace.nightly_dir):
+        if folder / _LATEST not in listed(folder):
+            continue
+        journal = NightlyJournal((folder / _LATEST).resolve())
         if journal.find(NightlyStep.ENDED) is None:
             yield journal

@@ -7,7 +7,7 @@ from pathlib import Path
 from ami_builder.core.diff import Difference, Quantity, Side, compare, read_packages
 from ami_builder.core.errors import UsageError, did_you_mean
 from ami_builder.core.records import FIRST_BOOT, NightlyRun, RunRecord, TargetKind
-from ami_builder.state.workspace import StoredImage, Workspace, load
+from ami_builder.state.workspace import StoredImage, Workspace, folders, load
 
 RECORD = "record.json"
 NIGHTLY_RECORD = "night.json"
@@ -65,9 +65,9 @@ class RecordedNightlyRun:
 def runs(workspace: Workspace) -> tuple[RecordedRun, ...]:
     """Return every run that has a record, oldest first."""
     found = [
-        RecordedRun(record=record, directory=path.parent)
-        for path in workspace.runs_dir.glob(f"*/{RECORD}")
-        if (record := load(RunRecord, path)) is not None
+        RecordedRun(record=record, directory=folder)
+        for folder in folders(workspace.runs_dir)
+        if (record := load(RunRecord, folder / RECORD)) is not None
     ]
     return tuple(sorted(found, key=lambda run: (run.when, run.id)))
 
@@ -80,10 +80,11 @@ def run_records(workspace: Workspace) -> tuple[RunRecord, ...]:
 def nightly_runs(workspace: Workspace) -> tuple[RecordedNightlyRun, ...]:
     """Return every nightly run that has ended, oldest first."""
     found = [
-        RecordedNightlyRun(record=record, directory=path.parent)
-        for path in workspace.nightly_dir.glob(f"*/*/{NIGHTLY_RECORD}")
+        RecordedNightlyRun(record=record, directory=folder)
+        for name in folders(workspace.nightly_dir)
+        for folder in folders(name)
         # `latest` names one of the others.
-        if not path.parent.is_symlink() and (record := load(NightlyRun, path)) is not None
+        if not folder.is_symlink() and (record := load(NightlyRun, folder / NIGHTLY_RECORD)) is not None
     ]
     return tuple(sorted(found, key=lambda one: (one.when, one.id)))
 
@@ -117,6 +118,9 @@ def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNightl
             f"{word} is the beginning of {len(matching)} ids, among them {ids}",
             hint="give more of the id",
         )
+    for folder in (workspace.runs_dir / begin, *(each / begin for each in folders(workspace.nightly_dir))):
+        if begin and folder.is_dir():
+            raise UsageError(f"{folder} has no record that can be read", hint=f"look into {folder / 'logs'}")
     raise UsageError(
         f"no run or nightly run has the id {word}{did_you_mean(word, [one.id for one in known])}",
         hint=f"ids are the names of the folders in {workspace.runs_dir} and {workspace.nightly_dir}",
@@ -144,7 +148,8 @@ def compare_images(before: StoredImage, after: StoredImage, workspace: Workspace
 def _side(stored: StoredImage, workspace: Workspace) -> Side:
     packages = None
     if stored.directory is not None and (stored.directory / "packages.txt").is_file():
-        packages = read_packages((stored.directory / "packages.txt").read_text(encoding="utf-8").splitlines())
+        text = (stored.directory / "packages.txt").read_text(encoding="utf-8", errors="replace")
+        packages = read_packages(text.splitlines())
     measured = stored.verdict.measured if stored.verdict is not None else ()
     first = [one for one in measured if one.phase == FIRST_BOOT]
     run = load(RunRecord, workspace.runs_dir / stored.artifact.run_id / "record.json")

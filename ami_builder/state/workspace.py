@@ -29,6 +29,7 @@ from ami_builder.core.records import Artifact, RunRecord, RunStatus, TargetKind,
 T = TypeVar("T")
 
 IMAGE_FILE = "image.qcow2"
+_WRITABLE = "set AMI_BUILDER_HOME to a folder with write permission"
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -58,6 +59,23 @@ def load(kind: type[T], path: Path) -> T | None:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted, and nothing if it is missing; raises OSError if it can't be read.
+
+    `Path.glob` passes over what it can't read, and who plans a deletion must know all that is in use.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry) for entry in entries)
+    except FileNotFoundError:
+        return []
+
+
+def folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, as `listed`."""
+    return [each for each in listed(folder) if each.is_dir()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +131,16 @@ class Workspace:
     def open(cls, environ: Mapping[str, str]) -> Self:
         """Return the user's workspace; `AMI_BUILDER_HOME` puts all of it into one folder."""
         home = environ.get("AMI_BUILDER_HOME")
-        if home:
-            root = Path(home).expanduser().absolute()
-            return cls(cache=root / "cache", state=root / "state")
-        return cls(cache=user_cache_path("ami-builder"), state=user_state_path("ami-builder"))
+        try:
+            if home:
+                root = Path(home).expanduser().absolute()
+                return cls(cache=root / "cache", state=root / "state")
+            return cls(cache=user_cache_path("ami-builder"), state=user_state_path("ami-builder"))
+        except RuntimeError as unknown:  # the user has no entry in passwd
+            what = f"AMI_BUILDER_HOME={home}" if home else "HOME is not set"
+            raise UsageError(
+                f"{what}: the home folder of this user is unknown", hint="set AMI_BUILDER_HOME to a folder"
+            ) from unknown
 
     @property
     def images_dir(self) -> Path:
@@ -140,15 +164,17 @@ class Workspace:
         return folder
 
     def ensure(self) -> None:
-        """Create the folders; raises UsageError without permission."""
+        """Create the folders; raises UsageError without the permission to write to them."""
         for folder in (self.cache, self.images_dir, self.runs_dir, self.state / "locks"):
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as bad:
                 raise UsageError(
                     f"can't create the folder {folder}: {bad.strerror}",
-                    hint="set AMI_BUILDER_HOME to a folder with write permission",
+                    hint=_WRITABLE,
                 ) from bad
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UsageError(f"can't write to the folder {folder}", hint=_WRITABLE)
 
     @contextmanager
     def run(self, command: str, image: str, digest: str | None = None, *, of: str = "") -> Iterator[Run]:
@@ -196,7 +222,7 @@ class Workspace:
     def sweep(self) -> tuple[str, ...]:
         """Remove the working files of killed runs, and return the ids of the runs."""
         swept: list[str] = []
-        for directory in sorted(self.runs_dir.glob("*/")):
+        for directory in folders(self.runs_dir):
             record = load(RunRecord, directory / "record.json")
             if (record is not None and record.status is not RunStatus.RUNNING) or not self._is_dead(
                 directory
@@ -243,12 +269,13 @@ class Workspace:
             try:
                 who = json.loads(holder.read_text())
                 text = f"process {who['pid']}, since {who['since']}"
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 text = "another process"
             raise Locked(f"{what} ({text})", hint="wait until it ends") from busy
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))
+            with suppress(OSError):  # a full disk, on which `prune` must run; only a message needs this
+                write_atomically(holder, json.dumps({"pid": os.getpid(), "since": since}))
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -318,12 +345,18 @@ class Workspace:
         """Return all finished images, oldest first.
 
         EC2 knows the time of an AMI to the second alone, so of two in one second the later record counts.
+        Raises UsageError for a damaged record: without it, another image would be the newest.
         """
         found: list[tuple[datetime, int, StoredImage]] = []
-        for record in self.images_dir.glob("*/*/artifact.json"):
+        for record in (each / "artifact.json" for name in folders(self.images_dir) for each in folders(name)):
             artifact = load(Artifact, record)
             if artifact is None:
-                continue
+                if not record.exists():
+                    continue
+                raise UsageError(
+                    f"{record} is damaged, or of another version of ami-builder",
+                    hint=f"restore it, or delete its folder and with it the image: {record.parent}",
+                )
             if artifact.target is not TargetKind.QEMU or (record.parent / IMAGE_FILE).exists():
                 verdict = load(Verdict, record.parent / "verdict.json")
                 stored = StoredImage(artifact=artifact, verdict=verdict, directory=record.parent)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pkgutil
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +177,7 @@ def _connected(address: str) -> Client:
         get_address_host_port(address)
     except (ValueError, TypeError) as wrong:
         raise UsageError(f"{FLAG} {address}: {wrong}", hint=_ADDRESS) from wrong
+    _require_dask(address)
     started: Future[Client] = Future()
 
     def start() -> None:
@@ -197,6 +200,25 @@ def _connected(address: str) -> Client:
             f"{FLAG} {address}: no Dask scheduler answers",
             hint="check that it is up and that this host can reach the port",
         ) from unanswered
+
+
+def _require_dask(address: str) -> None:
+    """Connect once. What another server sends is taken for a length, and a Client would stay half started."""
+    from distributed import Security
+    from distributed.comm.core import connect
+
+    async def ask() -> None:
+        arguments = Security().get_connection_args("client")
+        connecting = connect(address, timeout=_ANSWER_SECONDS, **arguments)
+        # Its own timeout does not hold when something accepts and never answers.
+        (await asyncio.wait_for(connecting, _ANSWER_SECONDS)).abort()
+
+    try:
+        asyncio.run(ask())
+    except (MemoryError, struct.error) as wrong:
+        raise UsageError(f"{FLAG} {address}: what answers is no Dask scheduler", hint=_ADDRESS) from wrong
+    except (OSError, RuntimeError, TypeError):
+        pass  # the Client says more
 
 
 def _require_workers(client: Client, address: str) -> None:

@@ -231,11 +231,13 @@ def test_a_long_policy_is_written_in_parts(
     to = tmp_path / "policies"
     to.mkdir()
     (to / "ami-builder-99.json").write_text("of an earlier call")
+    other = to / "ami-builder-1-backup.json"
+    other.write_text("of somebody else")
     flags = [part for key, value in EVERYTHING.items() for part in ("--set", f"{key}={value}")]
     assert cli.run([*flags, "iam-policy", "--directory", str(to)]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert paths == [to / f"ami-builder-{number}.json" for number in range(1, len(paths) + 1)]
-    assert sorted(to.iterdir()) == paths
+    assert sorted(to.iterdir()) == sorted([*paths, other])
     assert len(paths) == 2
     (to / "file").write_text("")
     assert cli.run([*flags, "iam-policy", "--directory", str(to / "file")]) == 2

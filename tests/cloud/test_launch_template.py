@@ -465,12 +465,23 @@ def test_the_role_of_instances_is_limited_to_what_the_flags_name() -> None:
     ]
     keyed = captured("iam-policy", "--instance", "--tls", "ssm:/dask/worker", "--kms-key", "alias/ours")
     both = {one["Sid"]: one for one in json.loads(keyed.out)["Statement"]}
-    assert both["DecryptCertificates"]["Condition"] == {"StringLike": {"kms:ViaService": "ssm.*"}}
+    assert both["DecryptCertificates"]["Condition"] == {
+        "StringLike": {"kms:ViaService": "ssm.*"},
+        "ForAnyValue:StringEquals": {"kms:ResourceAliases": "alias/ours"},
+    }
+    assert both["DecryptCertificates"]["Resource"] == ["arn:aws:kms:*:*:key/*"]
+    by_id = captured("iam-policy", "--instance", "--tls", "ssm:/dask/worker", "--kms-key", "1234-ab")
+    assert '"arn:aws:kms:*:*:key/1234-ab"' in by_id.out
     assert both["ReadCertificates"]["Resource"] == ["arn:aws:ssm:*:*:parameter/dask/worker"]
     for wrong in (
         ("--instance",),
         ("--group", "x"),
         ("--instance", "--kms-key", "x"),
         ("--instance", "--tls", "x:y"),
+        ("--instance", "--tls", "secretsmanager:a*"),
+        ("--instance", "--tls", 'ssm:/x y"z'),
+        ("--instance", "--tls", "ssm:/x", "--kms-key", "*"),
+        ("--instance", "--tls", "ssm:/x", "--kms-key", "key/*"),
+        ("--instance", "--group", "*"),
     ):
         assert captured("iam-policy", *wrong).status == UsageError.exit_code

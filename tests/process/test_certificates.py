@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,8 +18,10 @@ import pytest
 import time_machine
 import yaml
 
+from ami_builder.build import certificates
 from ami_builder.build.certificates import CA_DAYS, LONGEST_PARAMETER, Holder
 from ami_builder.cli import app as cli
+from ami_builder.state.workspace import write_atomically
 from ami_builder.system.certificates import Authority
 from tests.process.test_start_dask import Machine
 from tests.real_dask import dask, said, scheduler, tls_flags
@@ -179,6 +182,20 @@ def _other_key(folder: Path) -> None:
 def _no_ca(folder: Path) -> None:
     (folder / "ca.pem").write_bytes((folder / "worker/cert.pem").read_bytes())
     (folder / "ca-key.pem").write_bytes((folder / "worker/key.pem").read_bytes())
+
+
+def test_an_interrupted_start_can_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key without its certificate would be taken for one whose certificate was lost."""
+
+    def fails(path: Path, data: bytes | str) -> None:
+        if path.name == "ca.pem":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_atomically(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(certificates, "write_atomically", fails)
+        assert cli.run(["certificates", str(tmp_path / "tls")]) == 2
+    assert cli.run(["certificates", str(tmp_path / "tls")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ami_builder.cli import app as cli
+from ami_builder.core.errors import UsageError
 from ami_builder.core.units import GIB, MIB
 from ami_builder.doctor import client
 from ami_builder.doctor.rules import Cluster, Reading, Scheduler, Worker
 from ami_builder.system.certificates import Authority
+from ami_builder.verify.executor import open_executor
 from tests.real_dask import said, scheduler, tls_flags, tls_folder, worker
 
 if TYPE_CHECKING:
@@ -362,6 +364,38 @@ def test_a_connection_that_is_closed_at_once_is_no_answer(
     assert "did not answer within" in err
 
 
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9.2p1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 hi\r\n"]
+)
+@pytest.mark.parametrize("command", ["doctor", "verify"])
+def test_another_server_is_no_scheduler(
+    command: str, answer: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dask takes the first eight bytes for a number."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer_all() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.sendall(answer)
+                    connection.close()
+
+        thread = threading.Thread(target=answer_all)
+        thread.start()
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        if command == "doctor":
+            status = cli.run(["-q", "doctor", where, "--timeout", "5s"])
+        else:
+            with pytest.raises(UsageError, match="is no Dask scheduler"), open_executor(where, 1):
+                pass
+            status = 2
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert status == 2
+    assert "internal error" not in capsys.readouterr().err
+
+
 def test_a_scheduler_without_tls(
     address: str, tls: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +424,7 @@ def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str
     [
         (["http://127.0.0.1:8787"], "http://127.0.0.1:8787: unknown address scheme"),
         (["nowhere"], "nowhere: missing port number"),
+        (["tcp://127.0.0.1:99999"], "there is no port 99999"),
         (["127.0.0.1:8786", "--timeout", "5m"], "--timeout 5m: expected a duration"),
     ],
 )

@@ -44,6 +44,16 @@ ROOT = Path(__file__).resolve().parents[2]
         (["verify"], "has not been built yet"),
         (["run", "--user-data", "nowhere.yaml"], "nowhere.yaml"),
         (["render", "--output", "/"], "already exists"),
+        (["render", "--output", "/dev/null/files"], "/dev/null"),
+        (["--config", f"/tmp/{'x' * 300}.toml", "config", "show"], "File name too long"),
+        (["build", ""], "is empty"),
+        (["verify", ""], "is empty"),
+        (["nightly", ""], "is empty"),
+        (["promote", "", "testing"], "is empty"),
+        (["revoke", "", "--reason", "x"], "is empty"),
+        (["certificates", ""], "is empty"),
+        (["run", "--instance-store", "x"], "--instance-store x: "),
+        (["run", "--instance-store", "1"], "--instance-store 1: expected at least 1MiB"),
     ],
 )
 def test_wrong_usage_says_what_is_right(
@@ -54,6 +64,41 @@ def test_wrong_usage_says_what_is_right(
     assert said in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("command", ["list", "show", "prune", "promote"])
+def test_a_damaged_image_is_not_passed_over(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Else another one, perhaps revoked, would be the newest."""
+    stored(workspace, "a")
+    newest = stored(workspace, "b").path.with_name("artifact.json")
+    newest.write_text(newest.read_text()[:50])
+    more = {"show": ["dask"], "promote": ["dask", "testing"]}.get(command, [])
+    assert cli.run([command, *more]) == 2
+    assert f"{newest} is damaged" in capsys.readouterr().err
+
+
+def test_a_run_whose_record_is_damaged_is_there(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = workspace.runs_dir / "20260101T000000Z-abcdef"
+    folder.mkdir()
+    (folder / "record.json").write_text("{")
+    assert cli.run(["report", folder.name]) == 2
+    assert f"{folder} has no record that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("home", ["~nobody-of-this-name", "/dev/null"])
+def test_a_home_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_HOME", home)
+    for command in ("list", "prune"):
+        assert cli.run([command]) == 2
+        err = capsys.readouterr().err
+        assert home in err
+        assert "internal error" not in err
 
 
 def test_help_and_no_command(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,21 @@ def test_while_there_is_room_nothing_goes(
     assert plan["b"][1] == "all images together are no larger than allowed"
 
 
+@pytest.mark.parametrize("what", ["nights", "runs"])
+def test_what_cannot_be_read_may_need_an_image(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    made = stored(workspace, "a")
+    folder = workspace.state / what
+    if folder.exists():
+        folder.rmdir()
+    folder.symlink_to(folder)
+    flags = ["--set", "lifecycle.keep=0", "--set", "lifecycle.keep_days=0"]
+    assert cli.run([*flags, "prune", "--apply"]) == 2
+    assert str(folder) in capsys.readouterr().err
+    assert made.path.exists()
+
+
 @pytest.mark.parametrize("target", TargetKind)
 def test_no_pruning_while_a_build_is_going(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], target: TargetKind
