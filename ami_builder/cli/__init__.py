@@ -27,7 +27,13 @@ def main() -> None:
     watch_signals(_leave)
     if sys.argv[1:] == ["--version"]:
         # Scripts ask for it often, so answer before any import.
-        os.write(1, f"ami-builder {__version__}\n".encode())
+        try:
+            os.write(1, f"ami-builder {__version__}\n".encode())
+        except BrokenPipeError:
+            pass
+        except OSError as failed:
+            os.write(2, f"error: can't write to standard output: {failed.strerror}\n".encode())
+            sys.exit(2)
         return
     from ami_builder.cli.app import run
     from ami_builder.core.errors import Interrupted

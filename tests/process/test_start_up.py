@@ -54,6 +54,7 @@ def test_a_signal_during_start_up_ends_without_a_traceback(number: signal.Signal
         ("config schema | head -n 1", 0, ""),
         ("show nope 2>&1 | true", 2, ""),
         ("config schema >/dev/full", 2, "can't write to standard output: No space left on device"),
+        ("--version >/dev/full", 2, "can't write to standard output: No space left on device"),
         ("config example >/dev/null", 0, ""),
     ],
 )
