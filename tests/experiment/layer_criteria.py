@@ -156,7 +156,8 @@ def _cost(work: Work, results: Sequence[Result]) -> Judged:
     by_cpu = [(off.cpu_seconds, on.cpu_seconds) for off, on in pairs if off.cpu_seconds and on.cpu_seconds]
     times, unit = by_cpu or [(off.seconds, on.seconds) for off, on in pairs], "CPU s" if by_cpu else "s"
     ratio = median(after / before for before, after in times)
-    found = f"{(ratio - 1) * 100:+.1f} %, the median of {len(times)} pair{'s' * (len(times) > 1)} ({_pairs(times, unit)})"
+    count = f"{len(times)} pair{'s' if len(times) > 1 else ''}"
+    found = f"{(ratio - 1) * 100:+.1f} %, the median of {count} ({_pairs(times, unit)})"
     grade = Grade.PASSED if ratio <= 1 + COST_PERCENT / 100 else Grade.FAILED
     return Judged(text=text, grade=grade, found=found, runs=2 * len(times))
 
