@@ -16,7 +16,7 @@ import typer.core
 
 from ami_builder import console
 
-# Importing them registers their commands.
+# Importing the modules registers their commands.
 from ami_builder.cli import (  # noqa: F401
     SIGNALS,
     aws,

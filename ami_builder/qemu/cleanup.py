@@ -129,18 +129,18 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     """Return which folders of past runs to delete; the kept ones are left out, for there are many."""
     rules = RetentionPolicy(keep=0, young=_RECORDS_KEPT, grace=timedelta(0), most=_MOST_RECORDS)
     runs = [_candidate("runs", folder) for folder in folders(workspace.runs_dir)]
-    nights = folders(workspace.nightly_dir)
+    of_images = folders(workspace.nightly_dir)
     nightly_runs = [
         _candidate("nightly runs", folder)
-        for name in nights
-        for folder in folders(name)
+        for of_image in of_images
+        for folder in folders(of_image)
         if not folder.is_symlink()
     ]
     made = {one.artifact.run_id: one.artifact.location for one in workspace.images()}
     references = [
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
-    latest = {str((name / "latest").resolve()) for name in nights}
+    latest = {str((of_image / "latest").resolve()) for of_image in of_images}
     references += [
         Reference(id=one.id, by="the last nightly run") for one in nightly_runs if one.id in latest
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state import jsonl
-from ami_builder.state.workspace import Workspace, folders, listed
+from ami_builder.state.workspace import Workspace, folders
 
 _LATEST = "latest"
 _FILE = "journal.jsonl"
@@ -115,8 +115,11 @@ def _new(folder: Path) -> NightlyJournal:
 def unfinished(workspace: Workspace) -> Iterator[NightlyJournal]:
     """Yield the nightly runs that are in progress, or were killed and can continue."""
     for folder in folders(workspace.nightly_dir):
-        if folder / _LATEST not in listed(folder):
+        latest = folder / _LATEST
+        try:
+            latest.lstat()  # unlike `exists`, it raises if the folder can't be read
+        except FileNotFoundError:
             continue
-        journal = NightlyJournal((folder / _LATEST).resolve())
+        journal = NightlyJournal(latest.resolve())
         if journal.find(NightlyStep.ENDED) is None:
             yield journal

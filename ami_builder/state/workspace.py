@@ -61,21 +61,16 @@ def load(kind: type[T], path: Path) -> T | None:
         return None
 
 
-def listed(folder: Path) -> list[Path]:
-    """Return what is in a folder, sorted, and nothing if it is missing; raises OSError if it can't be read.
+def folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, and none if it is missing; raises OSError if it can't be read.
 
     `Path.glob` passes over what it can't read, and who plans a deletion must know all that is in use.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry) for entry in entries)
+            return sorted(Path(entry) for entry in entries if entry.is_dir())
     except FileNotFoundError:
         return []
-
-
-def folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, as `listed`."""
-    return [each for each in listed(folder) if each.is_dir()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
