@@ -9,7 +9,7 @@ def available_now(machine: MachineState, context: Context) -> int:
     """Return what a measurement without the Dask container would give now; bytes."""
     available = machine.meminfo["MemAvailable"] + machine.unreclaimable
     programs = int(machine.text.get("programs", "").strip() or 0)
-    return int(available * (1 - context.reserve.percent / 100)) - context.reserve.bytes - programs
+    return available - context.reserve.of(available) - programs
 
 
 def noise(machine: MachineState) -> int:

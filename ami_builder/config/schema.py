@@ -29,7 +29,7 @@ from ami_builder.core.options import (
     Role,
 )
 from ami_builder.core.records import TargetKind
-from ami_builder.core.units import GIB, Reserve
+from ami_builder.core.units import AUTO_RESERVE, GIB
 from ami_builder.system import resources
 
 DEBIAN_USER = "admin"
@@ -40,7 +40,6 @@ _INSTANCE_TYPES = {
     Arch.ARM64: (("m7g.large",), ("m7g.large", "m6g.large", "m8g.large")),
 }
 """Of each architecture: what an AMI is verified on, and what it is baked on."""
-_TWO_PERCENT = Reserve(percent=2.0)
 
 
 def host_arch() -> Arch:
@@ -111,11 +110,11 @@ class ContainerSettings(_Table):
 class MemorySettings(_Table):
     """How much of the machine's memory Dask can use."""
 
-    reserve: t.Reserved = _TWO_PERCENT
-    """How much of the memory that is available when Dask starts is left to the system: a size or a
-    percentage. The experiment ran an agent that grows by 4 % of a 2 GiB machine beside Dask: with 0 the
-    machine stalled for 6 to 43 s in each of five runs, with 2% for 1.2 s in one of six, with 5% never. Dask
-    gets 98, 96 and 93 % of what the system could give."""
+    reserve: t.Reserved = AUTO_RESERVE
+    """How much of the memory that is available when Dask starts is left to the system. `auto`: 2 %, but at
+    most 64 MiB less 1.5 %: 16 MiB on a machine of 1 GiB, 35 MiB on 2 GiB, 10 MiB on 4 GiB, and nothing on 8
+    GiB. It suffices beside agents that grow by 4 % of the machine. A large machine has room for them anyway,
+    because the nanny restarts a worker at 95 % of its limit."""
     nanny_headroom: t.Headroom = None
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
     runs in the container too, restarts a worker before the kernel kills it. `auto`: below a limit of 1.5

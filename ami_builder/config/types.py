@@ -324,10 +324,10 @@ _SIZE_OR_PERCENT = {**_STRING, "pattern": f"{SIZE_PATTERN}|{PERCENT_PATTERN}"}
 Reserved = Annotated[
     Reserve,
     ValueType(
-        "a size, or a percentage of what is available",
+        "a size, a percentage of what is available, or auto",
         lambda value, folder: parse_reserve(value),
         "5%",
-        {"anyOf": [_SIZE_OR_PERCENT, {"type": "integer", "minimum": 0}]},
+        {"anyOf": [_SIZE_OR_PERCENT, {"type": "integer", "minimum": 0}, {"const": "auto"}]},
         format_reserve,
     ),
 ]

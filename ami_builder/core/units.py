@@ -23,7 +23,7 @@ DURATION_PATTERN = r"^[0-9]{1,9}(\.[0-9]{1,17})? ?(h|min|s)?$"
 _NUMBER_AND_WORD = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,17})?) ?([A-Za-z%]*)")
 
 _SIZE = "a size such as 2GiB or 512MiB, or a whole number of bytes"
-_RESERVE = "a size such as 256MiB, or a percentage of what is available such as 5%"
+_RESERVE = "a size such as 256MiB, a percentage of what is available such as 5%, or auto"
 _DURATION = "a duration such as 10min, 300s or 1h, or a number of seconds"
 
 
@@ -33,6 +33,17 @@ class Reserve:
 
     bytes: int = 0
     percent: float = 0.0
+    capped: bool = False
+    """Whether it is at most 64 MiB less 1.5 % of what is available, but not less than 0."""
+
+    def of(self, available: int) -> int:
+        """Return the reserve when so much is available, as measure-memory computes it; bytes."""
+        reserve = self.bytes - -available * round(self.percent * 1000) // 100_000
+        return min(reserve, max(0, 64 * MIB - available * 3 // 200)) if self.capped else reserve
+
+
+AUTO_RESERVE = Reserve(percent=2.0, capped=True)
+"""`auto`: the least that the experiment needed on 1 to 8 GiB; see docs/explanation/experiment.md."""
 
 
 def parse_size(value: object) -> int:
@@ -59,7 +70,9 @@ def format_size(size: int) -> str:
 
 
 def parse_reserve(value: object) -> Reserve:
-    """Return a reserve from `5%`, `256MiB` or bytes; raises ValueError with what is expected."""
+    """Return a reserve from `5%`, `256MiB`, bytes or `auto`; raises ValueError with what is expected."""
+    if value == "auto":
+        return AUTO_RESERVE
     if isinstance(value, str) and value.endswith("%"):
         if not re.fullmatch(PERCENT_PATTERN, value):
             raise ValueError("expected a percentage from 0% to less than 100%, with at most two decimals")
@@ -72,7 +85,9 @@ def parse_reserve(value: object) -> Reserve:
 
 
 def format_reserve(reserve: Reserve) -> str:
-    """Return a reserve as `5%` or `256MiB`."""
+    """Return a reserve as `5%`, `256MiB` or `auto`."""
+    if reserve == AUTO_RESERVE:
+        return "auto"
     if reserve.percent:
         return f"{reserve.percent:.2f}".rstrip("0").rstrip(".") + "%"
     return format_size(reserve.bytes)

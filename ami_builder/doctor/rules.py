@@ -372,7 +372,7 @@ def _outgrown(reading: Reading, machine: _Domain) -> Iterable[str]:
     growth, short = reading.growth, machine.taken - machine.capacity
     if not reading.limit:
         return
-    if growth is not None and growth.excess > RUNTIME:
+    if growth is not None and growth.excess > max(machine.capacity / NOISE, RUNTIME):
         yield f"its machine can give {_mib(growth.excess)} less than the limit promises: {growth}"
     elif machine.exceeded_by(reading) and short > 0:
         yield (

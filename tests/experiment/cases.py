@@ -57,6 +57,8 @@ class LimitPolicy(StrEnum):
     """The same, less 1 %."""
     DEFAULT = "default"
     """The image's own settings and its own Compose file."""
+    DEFAULT_2 = "default-2"
+    """The same with a reserve of 2 %, the default until November 2026."""
     FOLLOW = "follow"
     """The same with `memory.follow` and a reserve of 0, whatever the image has."""
     FOLLOW_1 = "follow-1"
@@ -110,6 +112,7 @@ _POLICIES = {
     LimitPolicy.PROGRAMS: "available less what the image reserves for the system's programs",
     LimitPolicy.PROGRAMS_1: "the same less 1 %",
     LimitPolicy.DEFAULT: "the image's own settings",
+    LimitPolicy.DEFAULT_2: "the image's own settings, but a reserve of 2 %",
     LimitPolicy.FOLLOW: "the image's own settings, but a reserve of 0 and memory.follow",
     LimitPolicy.FOLLOW_1: "the image's own settings, but a reserve of 1 % and memory.follow",
 }
@@ -134,6 +137,7 @@ RESERVE_PERCENT = {
     LimitPolicy.NANNY_64: 0,
     LimitPolicy.PROGRAMS: 0,
     LimitPolicy.PROGRAMS_1: 1,
+    LimitPolicy.DEFAULT_2: 2,
     LimitPolicy.FOLLOW: 0,
     LimitPolicy.FOLLOW_1: 1,
 }
@@ -271,7 +275,7 @@ def expected_limit(policy: LimitPolicy, *, total: int, measured: int) -> int | N
             return fraction_limit(total)
         case LimitPolicy.GKE:
             return gke_limit(total)
-        case LimitPolicy.DEFAULT | LimitPolicy.FOLLOW | LimitPolicy.FOLLOW_1:
+        case LimitPolicy.DEFAULT | LimitPolicy.DEFAULT_2 | LimitPolicy.FOLLOW | LimitPolicy.FOLLOW_1:
             return None
         case _:
             return measured - HEADROOM.get(policy, 0)

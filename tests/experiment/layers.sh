@@ -83,7 +83,7 @@ for layer in "$@"; do
         measured)
             all=0
             for unit in $units; do add_up "system.slice/$unit.service" file_mapped; done
-            sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/; s/^units=.*/units=/" "$programs/measure-memory"
+            sed -i "s/^reserve_bytes=.*/reserve_bytes=$all/; s/^reserve_millipercent=.*/reserve_millipercent=0/; s/^reserve_capped=.*/reserve_capped=/; s/^units=.*/units=/" "$programs/measure-memory"
             ;;
         follow)
             # shellcheck disable=SC2016 # start-dask expands it

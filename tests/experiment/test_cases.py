@@ -239,14 +239,16 @@ def test_what_a_policy_leaves_is_what_memory_reserve_takes_off(
     commands = yaml.safe_load(user_data(IMAGE, policy, "tcp://x:1"))["bootcmd"]
     (script,) = [text for *_, text in commands if "/usr/local/sbin/measure-memory" in text]
     start = tmp_path / "measure-memory"
-    start.write_text("reserve_bytes=7\nreserve_millipercent=0\nunits='a b'\n")
+    start.write_text("reserve_bytes=7\nreserve_millipercent=0\nreserve_capped=yes\nunits='a b'\n")
     subprocess.run(["sh", "-euc", script.replace("/usr/local/sbin/measure-memory", str(start))], check=True)
-    with_units = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.FOLLOW, LimitPolicy.FOLLOW_1)
-    units = "'a b'" if policy in with_units else ""
-    assert start.read_text() == f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nunits={units}\n"
+    units = "'a b'" if policy.startswith(("programs", "default", "follow")) else ""
+    assert start.read_text() == (
+        f"reserve_bytes=0\nreserve_millipercent={percent * 1000}\nreserve_capped=\nunits={units}\n"
+    )
     template = (ROOT / "packer" / "guest" / "usr" / "local" / "sbin" / "measure-memory.j2").read_text()
     assert "\nreserve_bytes=" in template
     assert "\nreserve_millipercent=" in template
+    assert "\nreserve_capped=" in template
     assert "\nunits=" in template
 
 

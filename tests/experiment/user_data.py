@@ -36,8 +36,8 @@ UNLIMITED = (
 _NO_UNITS = "; s/^units=.*/units=/"
 """Whose programs measure-memory reserves memory for."""
 _FOLLOWS = (LimitPolicy.FOLLOW, LimitPolicy.FOLLOW_1)
-_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, *_FOLLOWS)
-_OWN_FILE = (LimitPolicy.DEFAULT, *_FOLLOWS)
+_WITH_PROGRAMS = (LimitPolicy.PROGRAMS, LimitPolicy.PROGRAMS_1, LimitPolicy.DEFAULT_2, *_FOLLOWS)
+_OWN_FILE = (LimitPolicy.DEFAULT, LimitPolicy.DEFAULT_2, *_FOLLOWS)
 """Policies that use the image's Compose file."""
 _MORE_LAYERS = {LimitPolicy.MEASURED: ("measured",), **dict.fromkeys(_FOLLOWS, ("follow",))}
 # MemTotal is known on the VM only.
@@ -55,9 +55,9 @@ _COMPUTE = {
         limit=$((total - reserved - {100 * MIB})); {_WRITE}""",
     # As memory.reserve does while baking.
     **{
-        policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_millipercent=.*/"
-        f"reserve_millipercent={percent * 1000}/{'' if policy in _WITH_PROGRAMS else _NO_UNITS}' "
-        "/usr/local/sbin/measure-memory"
+        policy: "sed -i 's/^reserve_bytes=.*/reserve_bytes=0/; s/^reserve_capped=.*/reserve_capped=/; "
+        f"s/^reserve_millipercent=.*/reserve_millipercent={percent * 1000}/"
+        f"{'' if policy in _WITH_PROGRAMS else _NO_UNITS}' /usr/local/sbin/measure-memory"
         for policy, percent in RESERVE_PERCENT.items()
     },
 }

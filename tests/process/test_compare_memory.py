@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ami_builder.core.units import MIB
+from ami_builder.core.units import GIB, MIB
 from ami_builder.system import resources
 from tests.fake_programs import calls, fake
 
@@ -58,8 +58,8 @@ class Machine:
     def limit(self, size: int) -> None:
         (self.run / "memory.env").write_text(f"AVAILABLE_MEMORY_FOR_DASK={size}\n")
 
-    def available(self, size: int) -> None:
-        text = f"MemTotal: {TOTAL // 1024} kB\nMemFree: 1 kB\nMemAvailable: {size * 1024} kB\nBuffers: 0 kB\n"
+    def available(self, size: int, total: int = TOTAL) -> None:
+        text = f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {size * 1024} kB\nBuffers: 0 kB\n"
         (self.root / "proc/meminfo").write_text(text)
 
     def cgroup(self, name: str, size: int, maximum: str = "max") -> None:
@@ -178,6 +178,15 @@ def test_the_journal_gets_a_line_for_each_step_and_one_at_the_end(machine: Machi
     assert reports == ["", "", "<4>", "", "<4>", "", "", "<5>", "", "<4>"]
 
 
+def test_on_a_large_machine_growth_of_one_percent_is_no_news(machine: Machine) -> None:
+    """The nanny leaves 5 % of the limit free, and a large machine may have no reserve."""
+    machine.container(500)
+    for excess, reported in ((320, False), (330, True)):
+        machine.available(1300 - 32 - excess, total=32 * GIB)
+        assert (machine.compare() != "") is reported
+        assert (machine.run / "memory-notice").exists() is reported
+
+
 def test_a_start_begins_again(machine: Machine) -> None:
     machine.container(500)
     machine.available(1200)
@@ -246,12 +255,12 @@ def test_where_dasks_containers_are_not_found_nothing_is_compared(machine: Machi
 
 
 def test_the_end_is_reported_on_a_large_machine_without_a_reserve(machine: Machine) -> None:
-    """A step of 1 % is more there than what is allowed for."""
+    """Something small always starts after Dask, and stays."""
     meminfo = machine.root / "proc/meminfo"
     machine.limit = AVAILABLE
     machine.container(0)
     reports: list[str] = []
-    for available in (1800, 1600, 1790, 1800):
+    for available in (1800, 1100, 1400, 1500):
         meminfo.write_text(f"MemTotal: {64 << 20} kB\nMemAvailable: {available * 1024} kB\n")
         reports.append(machine.compare(*(() if reports else ("--start",)))[:3])
     assert reports == ["", "<4>", "", "<5>"]

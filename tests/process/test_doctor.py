@@ -195,9 +195,9 @@ def test_a_machine_that_has_outgrown_its_reserve_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker's limit fits, within the noise of a reading; its machine knows better, and by whom."""
-    sizes = {"limit_at_start": AVAILABLE, "limit": AVAILABLE, "reserve": 32 * MIB, "growth": 84 * MIB}
-    grown = [{"cgroup": "agent.service", "bytes": 61 * MIB}, {"cgroup": "user.slice", "bytes": 12 * MIB}]
-    growth = json.dumps({**sizes, "excess": 52 * MIB, "grown": grown})
+    sizes = {"limit_at_start": AVAILABLE, "limit": AVAILABLE, "reserve": 32 * MIB, "growth": 124 * MIB}
+    grown = [{"cgroup": "agent.service", "bytes": 101 * MIB}, {"cgroup": "user.slice", "bytes": 12 * MIB}]
+    growth = json.dumps({**sizes, "excess": 92 * MIB, "grown": grown})
     with (
         scheduler(tmp_path) as address,
         worker(
@@ -214,13 +214,13 @@ def test_a_machine_that_has_outgrown_its_reserve_is_a_warning(
     printed = capsys.readouterr()
     (one,) = answer["workers"]
     assert (status, one["health"]) == (0, "right")
-    assert one["worker"]["reading"]["growth"]["by"] == {"agent.service": 61 * MIB, "user.slice": 12 * MIB}
-    assert answer["machines"][-1]["growth"]["excess"] == 52 * MIB
+    assert one["worker"]["reading"]["growth"]["by"] == {"agent.service": 101 * MIB, "user.slice": 12 * MIB}
+    assert answer["machines"][-1]["growth"]["excess"] == 92 * MIB
     assert (
-        "warning: grown: its machine can give 52 MiB less than the limit promises: the system has grown"
-        " by 84 MiB since Dask started (agent.service +61 MiB, user.slice +12 MiB)"
+        "warning: grown: its machine can give 92 MiB less than the limit promises: the system has grown"
+        " by 124 MiB since Dask started (agent.service +101 MiB, user.slice +12 MiB)"
     ) in printed.err
-    assert "outgrown by 52 MiB" in printed.out
+    assert "outgrown by 92 MiB" in printed.out
 
 
 def test_a_scheduler_that_runs_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

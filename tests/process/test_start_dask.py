@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ami_builder.build import guest as render
 from ami_builder.core import oom
 from ami_builder.core.options import ContainerNetwork, Role
-from ami_builder.core.units import Reserve
+from ami_builder.core.units import AUTO_RESERVE, Reserve
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
 from tests.sample_image import image
@@ -243,17 +243,21 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     share=st.floats(min_value=0.05, max_value=0.999),
     reserve_bytes=st.one_of(st.just(0), st.integers(min_value=0, max_value=1 << 34)),
     reserve_millipercent=st.one_of(st.just(0), st.integers(min_value=0, max_value=99_999)),
+    capped=st.booleans(),
 )
 def test_the_limit_is_whole_pages_of_what_is_available_less_the_reserve(
-    shared: Machine, total_kb: int, share: float, reserve_bytes: int, reserve_millipercent: int
+    shared: Machine, total_kb: int, share: float, reserve_bytes: int, reserve_millipercent: int, capped: bool
 ) -> None:
     available_kb = int(total_kb * share)
     shared.write("proc/meminfo", f"MemTotal: {total_kb} kB\nMemAvailable: {available_kb} kB\n")
-    reserve = Reserve(bytes=reserve_bytes, percent=reserve_millipercent / 1000)
+    reserve = Reserve(bytes=reserve_bytes, percent=reserve_millipercent / 1000, capped=capped)
     started = shared.start(image(reserve=reserve))
     available = available_kb * 1024
-    percent_bytes = -(-available * reserve_millipercent // 100_000)
-    room = available - reserve_bytes - percent_bytes
+    off = reserve_bytes - -available * reserve_millipercent // 100_000
+    if capped:
+        off = min(off, max(0, (64 << 20) - available * 3 // 200))
+    assert reserve.of(available) == off
+    room = available - off
     if room // PAGE * PAGE < 6 << 20:
         assert started.exported is None
         assert "<3>" in started.output
@@ -270,6 +274,7 @@ def test_the_limit_is_whole_pages_of_what_is_available_less_the_reserve(
     [
         (Reserve(bytes=256 << 20), 1814532096 - (256 << 20)),
         (Reserve(percent=10.0), 1633075200),
+        (AUTO_RESERVE, 1782345728),
         (Reserve(bytes=1814532096), None),
         (Reserve(bytes=1 << 60), None),
         (Reserve(percent=100.0), None),

@@ -49,7 +49,7 @@ from ami_builder.core.options import (
     Role,
 )
 from ami_builder.core.records import TargetKind
-from ami_builder.core.units import Reserve
+from ami_builder.core.units import AUTO_RESERVE, Reserve
 from ami_builder.system import resources
 
 GIB = 2**30
@@ -78,7 +78,7 @@ DEFAULT = Image(
         unlimited=(),
         insecure_registry=None,
     ),
-    memory=MemorySettings(reserve=Reserve(percent=2), nanny_headroom=None),
+    memory=MemorySettings(reserve=AUTO_RESERVE, nanny_headroom=None),
     dask=DaskSettings(
         role=Role.LOCAL, listen=Listen.MACHINE, workers=1, threads=None, spill_percent=80, after=()
     ),
@@ -352,7 +352,7 @@ def test_each_level_goes_over_the_one_before() -> None:
     key, variable = "memory.reserve", {"AMI_BUILDER_MEMORY__RESERVE": "3%"}
     defaults = '[defaults.memory]\nreserve = "1%"\n'
     image = '[images.dask.memory]\nreserve = "2.5%"\n[images.other]\n'
-    assert origin(loaded("[images.dask]"), key) == ("2%", "default")
+    assert origin(loaded("[images.dask]"), key) == ("auto", "default")
     assert origin(loaded(defaults + "[images.dask]"), key) == ("1%", "ami-builder.toml:2")
     assert origin(loaded(defaults + image), key) == ("2.5%", "ami-builder.toml:4")
     assert origin(loaded(defaults + image), key, "other") == ("1%", "ami-builder.toml:2")
@@ -610,9 +610,9 @@ BAD = [
         "expected at most half of the smallest verify.memory, which is 2GiB",
     ),
     Bad('memory.nanny_headroom = "5%"', "expected a size such as"),
-    Bad('memory.reserve = "-1"', "expected a size such as 256MiB, or a percentage"),
+    Bad('memory.reserve = "-1"', "expected a size such as 256MiB, a percentage"),
     Bad('memory.reserve = "1GB"', "did you mean 1GiB?"),
-    Bad("memory.reserve = 0.05", "expected a size such as 256MiB, or a percentage"),
+    Bad("memory.reserve = 0.05", "expected a size such as 256MiB, a percentage"),
     Bad("dask.workers = 0", "expected a whole number from 1"),
     Bad("dask.workers = true", "expected a whole number from 1"),
     Bad('dask.workers = "2"', "expected a whole number from 1"),

@@ -98,7 +98,9 @@ def test_the_settings_reach_the_files() -> None:
         image(role=Role.SCHEDULER, reserve=Reserve(bytes=123, percent=2.5), after=("a.service", "b.service"))
     )
     assert "\nDASK_ROLE=scheduler\n" in _text(files, "/etc/dask/dask.env")
-    assert "reserve_bytes=123\nreserve_millipercent=2500\n" in _text(files, "/usr/local/sbin/measure-memory")
+    assert "reserve_bytes=123\nreserve_millipercent=2500\nreserve_capped=\n" in _text(
+        files, "/usr/local/sbin/measure-memory"
+    )
     memory = _text(files, "/etc/systemd/system/dask-memory.service")
     assert [line.split()[-1] for line in memory.splitlines() if "wait-for-unit" in line] == [
         "a.service",

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from ami_builder.core.errors import did_you_mean
 from ami_builder.core.units import (
+    AUTO_RESERVE,
     DURATION_PATTERN,
+    GIB,
+    MIB,
     PERCENT_PATTERN,
     SIZE_PATTERN,
     Reserve,
@@ -113,6 +116,7 @@ def test_a_size_survives_being_written(size: int) -> None:
         ("2.25%", Reserve(percent=2.25)),
         ("99.99%", Reserve(percent=99.99)),
         ("256MiB", Reserve(bytes=2**28)),
+        ("auto", AUTO_RESERVE),
         (1000, Reserve(bytes=1000)),
     ],
 )
@@ -120,7 +124,9 @@ def test_reserves(written: object, reserve: Reserve) -> None:
     assert parse_reserve(written) == reserve
 
 
-@pytest.mark.parametrize("written", ["100%", "-1%", "5.125%", "5 %", "%", "5%%", "1e1%", "5%\n", "5GB", None])
+@pytest.mark.parametrize(
+    "written", ["100%", "-1%", "5.125%", "5 %", "%", "5%%", "1e1%", "5%\n", "5GB", "Auto", None]
+)
 def test_what_is_no_reserve(written: object) -> None:
     with pytest.raises(ValueError, match=r"^expected a .*percentage"):
         parse_reserve(written)
@@ -130,11 +136,29 @@ def test_what_is_no_reserve(written: object) -> None:
 @given(
     st.builds(Reserve, bytes=st.integers(0, 2**60 - 1))
     | st.builds(Reserve, percent=st.integers(0, 9999).map(lambda hundredths: hundredths / 100))
+    | st.just(AUTO_RESERVE)
 )
 def test_a_reserve_survives_being_written(reserve: Reserve) -> None:
     written = format_reserve(reserve)
     assert parse_reserve(written) == reserve
-    assert re.fullmatch(f"{SIZE_PATTERN}|{PERCENT_PATTERN}", written)
+    assert re.fullmatch(f"{SIZE_PATTERN}|{PERCENT_PATTERN}|auto", written)
+
+
+@pytest.mark.parametrize(
+    ("reserve", "available", "expected"),
+    [
+        (Reserve(bytes=7), 1000, 7),
+        (Reserve(percent=2), 1001, 21),
+        (AUTO_RESERVE, 750 * MIB, 15 * MIB),
+        (AUTO_RESERVE, 1800 * MIB, 36 * MIB),
+        (AUTO_RESERVE, 2000 * MIB, 34 * MIB),
+        (AUTO_RESERVE, 3600 * MIB, 10 * MIB),
+        (AUTO_RESERVE, 4400 * MIB, 0),
+        (AUTO_RESERVE, 64 * GIB, 0),
+    ],
+)
+def test_what_a_reserve_leaves_of_what_is_available(reserve: Reserve, available: int, expected: int) -> None:
+    assert reserve.of(available) == expected
 
 
 @pytest.mark.parametrize(
