@@ -114,7 +114,7 @@ sed -i -f /run/break.sed {START_DASK}
         doctor="too high",
     ),
     Break(
-        name="a Compose file that bends the limit",
+        name="a Compose file that bends the limit, and no layers of defence",
         file=COMPOSE_FILE,
         script=rf"""
 sed -i '/memswap_limit:/d
@@ -123,9 +123,16 @@ sed -i '/memswap_limit:/d
     s|restart: "no"|restart: always|
     s|--local-directory /spill|--local-directory /scratch|
     s|--memory-limit [^ ]*|--memory-limit 0.5|' {COMPOSE_FILE}
+echo n >/sys/kernel/mm/lru_gen/enabled
+echo '#!/bin/sh' >/usr/local/sbin/lower-watermark
+sysctl --quiet vm.min_free_kbytes=90112
+sed -i 's/^oom_score=.*/oom_score=0/' {START_DASK}
 """,
         red=frozenset(
             {
+                "protection: the kernel does not let the machine thrash",
+                "protection: the kernel keeps no more free than it needs",
+                "protection: dask goes before the system",
                 "memory limit chain: workers share the variable",
                 "container: no memory low",
                 "container: no swap by docker",
