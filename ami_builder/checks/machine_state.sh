@@ -257,10 +257,10 @@ if [ "$phase" = boot ]; then
     compare before
     excess=$(sed -n 's/.*"excess": \(-\{0,1\}[0-9]*\),.*/\1/p' /run/dask/public/memory.json 2>/dev/null)
     [ "${excess:-0}" -lt 0 ] || excess=0
-    # More than what is not reported: 32 MiB, or 1 % of a large machine.
-    size=$(awk '/^MemTotal:/ { printf "%.0f", $2 * 1024 / 50 }' /proc/meminfo)
-    [ "$size" -ge 67108864 ] || size=67108864
-    size=$((size - excess))
+    # 32 MiB more than what is no news: 32 MiB, or 1 % of a large machine.
+    size=$(awk '/^MemTotal:/ { printf "%.0f", $2 * 1024 / 100 }' /proc/meminfo)
+    [ "$size" -ge 33554432 ] || size=33554432
+    size=$((33554432 + size - excess))
     # tail keeps all of it until its input ends.
     systemd-run --quiet --collect --unit "$grower" sh -c "{ head -c $size /dev/zero; sleep 600; } | tail -c $size >/dev/null"
     tries=0 taken=0

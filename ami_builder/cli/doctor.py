@@ -345,10 +345,10 @@ def _holds(machine: Machine) -> str:
 
 def _outgrown(machine: Machine) -> str:
     """Return a line about a system that has taken what Dask's limit promises; the warning says who."""
-    from ami_builder.doctor.rules import RUNTIME
-
-    excess = machine.growth.excess if machine.growth is not None else 0
-    return f"\noutgrown by {console.size(excess)}" if excess > RUNTIME else ""
+    growth = machine.growth
+    if growth is None or not growth.is_news(machine.total or 0):
+        return ""
+    return f"\noutgrown by {console.size(growth.excess)}"
 
 
 def _short(same: Sequence[Diagnosis]) -> str:

@@ -111,10 +111,10 @@ class MemorySettings(_Table):
     """How much of the machine's memory Dask can use."""
 
     reserve: t.Reserved = AUTO_RESERVE
-    """How much of the memory that is available when Dask starts is left to the system. `auto`: 2 %, but at
-    most 64 MiB less 1.5 %: 16 MiB on a machine of 1 GiB, 35 MiB on 2 GiB, 10 MiB on 4 GiB, and nothing on 8
-    GiB. It suffices beside agents that grow by 4 % of the machine. A large machine has room for them anyway,
-    because the nanny restarts a worker at 95 % of its limit."""
+    """How much of the memory that is available when Dask starts is left to the system. `auto`: 2 % of it,
+    or 64 MiB minus 1.5 % of it if that is less: 16 MiB on a machine of 1 GiB, 35 MiB on 2 GiB, 10 MiB on 4
+    GiB, and nothing from about 5 GiB on. Tried beside an agent that grows by 4 % of the machine. For more
+    growth, or for several workers beside it, set a percentage."""
     nanny_headroom: t.Headroom = None
     """How much less than the container's limit the workers' own limits add up to, so that the nanny, which
     runs in the container too, restarts a worker before the kernel kills it. `auto`: below a limit of 1.5

@@ -34,7 +34,7 @@ class Reserve:
     bytes: int = 0
     percent: float = 0.0
     capped: bool = False
-    """Whether it is at most 64 MiB less 1.5 % of what is available, but not less than 0."""
+    """Whether it is at most 64 MiB minus 1.5 % of what is available, but not less than 0."""
 
     def of(self, available: int) -> int:
         """Return the reserve when so much is available, as measure-memory computes it; bytes."""
@@ -43,7 +43,7 @@ class Reserve:
 
 
 AUTO_RESERVE = Reserve(percent=2.0, capped=True)
-"""`auto`: the least that the experiment needed on 1 to 8 GiB; see docs/explanation/experiment.md."""
+"""`auto`: fitted to runs on 1 to 8 GiB; see docs/explanation/memory.md."""
 
 
 def parse_size(value: object) -> int:

@@ -80,6 +80,10 @@ class Growth:
     by: Mapping[str, int]
     """The cgroups that have grown most."""
 
+    def is_news(self, total: int) -> bool:
+        """Return whether a machine with so much memory should warn, as its compare-memory decides."""
+        return self.excess > max(RUNTIME, total // NOISE)
+
     def __str__(self) -> str:
         """Return it as a part of a sentence."""
         by = ", ".join(f"{name} +{_mib(size)}" for name, size in self.by.items())
@@ -372,7 +376,7 @@ def _outgrown(reading: Reading, machine: _Domain) -> Iterable[str]:
     growth, short = reading.growth, machine.taken - machine.capacity
     if not reading.limit:
         return
-    if growth is not None and growth.excess > max(machine.capacity / NOISE, RUNTIME):
+    if growth is not None and growth.is_news(reading.total):
         yield f"its machine can give {_mib(growth.excess)} less than the limit promises: {growth}"
     elif machine.exceeded_by(reading) and short > 0:
         yield (

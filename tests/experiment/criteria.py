@@ -1,7 +1,7 @@
 """The criteria for success, and the runs judged by them.
 
 The bounds were set before the first run and must not be changed after seeing results; the git history shows
-it. The criteria for the default reserve were added after 57 and 98 runs, with the same bounds.
+it. The criteria for a reserve of 2 % were added after 57 and 98 runs, with the same bounds.
 """
 
 from __future__ import annotations

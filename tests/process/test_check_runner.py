@@ -798,7 +798,9 @@ def test_digest_follows_content(tmp_path: Path) -> None:
 
 
 def test_context_crosses_unharmed(tmp_path: Path) -> None:
-    context = replace(CONTEXT, reserve=Reserve(bytes=5, percent=2.5), phase="reboot", emulator=4711)
+    context = replace(
+        CONTEXT, reserve=Reserve(bytes=5, percent=2.5, capped=True), phase="reboot", emulator=4711
+    )
     context.write(tmp_path / "context.json")
     assert runner.Context.read(tmp_path / "context.json") == context
     assert (tmp_path / "context.json").stat().st_mode & 0o077 == 0

@@ -290,6 +290,27 @@ def test_the_limit_follows_down_in_whole_steps_and_everywhere(machine: Machine) 
     assert machine.record["limit"] == machine.limit
 
 
+def test_on_a_large_machine_the_limit_follows_from_one_percent_on(machine: Machine) -> None:
+    """It may have no memory.reserve: a few MiB are no reason to take 1 % of it from Dask."""
+    total, step = 32 * GIB, 32 * GIB // 100
+    machine.container(500)
+    machine.available(1300 - 32 - 290, total=total)
+    assert machine.follow() == ""
+    machine.available(1300 - 32 - 300, total=total)
+    assert "the limit of Dask is " in machine.follow()
+    assert machine.limit == (LIMIT - step) // PAGE * PAGE
+    machine.container(500)
+    machine.available(1300 - 32 - 10, total=total)
+    assert machine.follow(20) == "", "it goes up when all of it is there again"
+    machine.compare()
+    assert "; so Dask's limit is " in machine.notice
+    machine.limit = LIMIT
+    machine.container(500)
+    machine.available(1300 - 32, total=total)
+    machine.compare()
+    assert not (machine.run / "memory-notice").exists()
+
+
 def test_the_limit_leaves_room_above_what_the_container_holds(machine: Machine) -> None:
     """Its nanny would end a worker at 95 % of it."""
     machine.container(1360)
@@ -400,6 +421,44 @@ def test_a_limit_that_one_container_refuses_for_long_is_remembered_once(machine:
     found = [line for line in done.stderr.splitlines() if line.startswith("+ changed=") and CONTAINER in line]
     assert found
     assert {line.count(CONTAINER) for line in found} == {1}
+
+
+def test_a_full_run_keeps_what_was_there(machine: Machine) -> None:
+    """Else the limit would follow no more, and shells would have no variable."""
+    update = f"""
+        size=${{*#*\\"Memory\\": }}
+        cd "$COMPARE_MEMORY_ROOT/sys/fs/cgroup/system.slice"
+        echo "${{size%%,*}}" >docker-{CONTAINER}.scope/memory.max
+    """
+    fake(machine.programs, "curl", update)
+    fake(machine.programs, "mv", '[ "$(wc -l <"$0.calls")" -gt "$FAKE_FULL" ] && exec /bin/mv "$@"; exit 1')
+    fake(machine.programs, "sleep", '[ "$(wc -l <"$0.calls")" -lt 3 ]')
+    drop_in = machine.root / "run/systemd/system/docker-.scope.d/10-dask.conf"
+    drop_in.write_text("before")
+    machine.container(500)
+    machine.available(1200)
+    log = machine.follow(FAKE_FULL="9")
+    assert log.startswith("<3>compare-memory: the limit of Dask could not be changed to ")
+    assert (machine.limit, drop_in.read_text()) == (LIMIT, "before")
+    assert sorted(path.name for path in machine.run.iterdir() if "." in path.name) == ["memory.env"]
+    for name in ("mv", "sleep"):
+        (machine.programs / f"{name}.calls").unlink()
+    machine.container(500)
+    machine.follow(FAKE_FULL="1")
+    assert machine.limit == (LIMIT - 4 * STEP) // PAGE * PAGE
+    assert drop_in.read_text() == f"[Scope]\nMemoryMax={machine.limit}\nMemorySwapMax=0\n"
+
+
+def test_a_dask_without_a_container_is_not_the_systems_growth(machine: Machine) -> None:
+    """User data may start `dask worker` by itself, and with role none there may be no Dask."""
+    machine.container(500)
+    machine.available(1000)
+    assert machine.compare().startswith("<4>")
+    shutil.rmtree(machine.run / "containers")
+    shutil.rmtree(machine.cgroups / f"system.slice/docker-{CONTAINER}.scope")
+    assert machine.compare() == ""
+    assert not (machine.run / "memory-notice").exists()
+    assert not (machine.run / "public/memory.json").exists()
 
 
 def test_a_docker_that_does_not_answer_is_reported_once_and_asked_again(machine: Machine) -> None:

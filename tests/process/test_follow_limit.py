@@ -75,8 +75,11 @@ def test_nannies_workers_and_scheduler_follow_the_container(tmp_path: Path) -> N
     flags = ("--nworkers", "2", "--nthreads", "1", "--memory-limit", str(part), "--no-dashboard")
     environment = {
         "FOLLOW_LIMIT_FILE": str(maximum),
+        "FOLLOW_LIMIT_MAXIMUM": str(START),
         "DASK_DISTRIBUTED__WORKER__PRELOAD": f'["{mine}"]',
     }
+    # It went down before Dask had started.
+    maximum.write_text(f"{START * 3 // 4}\n")
     with (
         real_dask.scheduler(tmp_path) as address,
         real_dask.dask(
@@ -88,7 +91,9 @@ def test_nannies_workers_and_scheduler_follow_the_container(tmp_path: Path) -> N
         distributed.Client(address, timeout="120s") as client,
     ):
         client.wait_for_workers(2, timeout=120)
-        assert _limits(client) == _expected(part, 2)
+        _follows(client, part * 3 // 4, 2)
+        maximum.write_text(f"{START}\n")
+        _follows(client, part, 2)
         assert list(client.run(lambda dask_worker: dask_worker.mine).values()) == [True, True]
         maximum.write_text(f"{START * 3 // 4}\n")
         _follows(client, part * 3 // 4, 2)

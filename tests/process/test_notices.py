@@ -33,6 +33,7 @@ case $* in
         cat "$WATCH_NOTICES_ROOT/run/dask/leaving" >"$0.leaving"
         exit "${FAKE_STATUS:-0}"
         ;;
+    "show --property Result --value"*) echo "${FAKE_RESULT:-success}" ;;
     show*)
         echo "Result=${FAKE_RESULT:-exit-code}"
         echo "ExecMainStatus=${FAKE_SHOWN:-${FAKE_STATUS:-0}}"
@@ -477,6 +478,19 @@ def test_a_dask_that_somebody_stopped_is_not_reported(machine: Machine, before: 
     assert health(machine, FAKE_ACTIVE=stopped) == []
     assert machine.read("health") == ["off", "dask.service was stopped"]
     assert machine.aws == []
+
+
+def test_a_dask_of_user_data_that_ended_was_not_stopped(machine: Machine) -> None:
+    machine.settings("DASK_GROUP_HEALTH_SECONDS=60")
+    machine.write("health", "healthy\n")
+    machine.write("unhealthy-since", "-99999\n")
+    never_ran = {"FAKE_ACTIVE": "inactive active", "FAKE_RESULT": "exec-condition"}
+    first, second = health(machine, **never_ran)
+    assert first.startswith("<4>dask-health: unhealthy (")
+    assert second.startswith("<4>dask-health: Dask was unhealthy for ")
+    assert health(machine, **never_ran) == []
+    assert machine.read("health")[0] == "unhealthy"
+    assert machine.aws == [REPORT]
 
 
 @pytest.mark.parametrize("active", ["inactive failed", "inactive activating", "failed active"])

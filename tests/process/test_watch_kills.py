@@ -171,6 +171,25 @@ def test_a_kill_for_the_whole_machine(machine: Machine) -> None:
     ]
 
 
+def test_a_kill_for_numa_nodes(machine: Machine) -> None:
+    """Compose's `cpuset`, or a program's own policy: other nodes may have memory."""
+    line = summary(812, "python").replace("CONSTRAINT_NONE", "CONSTRAINT_CPUSET").replace("global_oom,", "")
+    (first, second) = machine.watch(
+        line, kill(812, "python", "Out of memory"), kill(813, "python", "Out of memory")
+    )
+    assert first.endswith(" because its NUMA nodes had no memory left")
+    assert second.endswith(" because the machine had no memory left"), "its summary was lost"
+
+
+def test_a_full_run_hides_no_kill(machine: Machine) -> None:
+    (machine.state / "kills").mkdir(parents=True)
+    stderr = machine.container()
+    lines = [summary(812, "python", full=SCOPE), kill(812, "python")]
+    lines += [summary(813, "python", full=SCOPE), kill(813, "python")]
+    assert [" (pid 81" in line for line in machine.watch(*lines)] == [True, True]
+    assert len(stderr.read_text().splitlines()) == 2
+
+
 def test_a_kill_at_the_limit_of_an_outer_cgroup(machine: Machine) -> None:
     machine.container()
     machine.cgroup("/system.slice/outer.slice", str(100 * MIB))

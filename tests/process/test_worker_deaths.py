@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import time
 from dataclasses import dataclass
@@ -106,13 +107,13 @@ def test_every_end_has_its_reason(cluster: Cluster, capsys: pytest.CaptureFixtur
     found = []
     # Somebody kills it, while it runs one task and another waits.
     worker, pid = cluster.running()
-    futures = cluster.client.map(sleep, range(2), key=["running", "waiting"])
+    futures = cluster.client.map(sleep, range(2), key=["running", "wait\ning"])
     processes.wait_until(lambda: cluster.client.processing()[worker], what="the tasks", timeout=60)
     os.kill(pid, signal.SIGKILL)
     found.append(cluster.next(1))
     assert (found[0]["worker"], found[0]["pid"], found[0]["name"]) == (worker, pid, "alice")
     assert (found[0]["by"], found[0]["exitcode"], found[0]["limit"]) == ("signal", -9, None)
-    assert (set(found[0]["tasks"]), found[0]["task-count"]) == ({"running", "waiting"}, 2)
+    assert (set(found[0]["tasks"]), found[0]["task-count"]) == ({"running", "wait\ning"}, 2)
     for future in futures:
         future.cancel()
 
@@ -153,7 +154,7 @@ def test_every_end_has_its_reason(cluster: Cluster, capsys: pytest.CaptureFixtur
     # Each is one line in the log, on the dashboard's topic, and in doctor's answer.
     who = [f"Worker {each['worker']} (alice, pid {each['pid']}): " for each in found]
     after = [
-        "ended by signal SIGKILL; it had these tasks: running, waiting",
+        "ended by signal SIGKILL; it had these tasks: running, wait?ing",
         "ended by the kernel because the machine had no memory left, without a task",
         "ended by the kernel at the container's limit of 477 MiB, without a task",
         f"{reason} while running task leaking",
@@ -177,6 +178,23 @@ def test_another_process_of_the_container(cluster: Cluster) -> None:
     text = "The kernel killed 2 other processes of this container at the container's limit of 477 MiB"
     assert text in real_dask.said(cluster.log, "of this container")
     assert cluster.client.get_events("worker-deaths") == ()
+
+
+def test_the_end_of_a_large_process_explains_its_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel frees 100 GiB in more than five seconds."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    module = runpy.run_path(str(PRELOADS / "worker_deaths.py"))
+    for limit, left in ((CONTAINER, 1), (100 << 30, 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        count(tmp_path, kills=0, limit_reached=0)
+        kills = module["Kills"](tmp_path)
+        count(tmp_path, kills=1, limit_reached=1)
+        kills.look()
+        now += 8
+        assert (kills.others(), kills.explain()) == (left, "" if left else "container")
 
 
 def test_a_nanny_that_can_not_be_watched_works(tmp_path: Path) -> None:

@@ -899,6 +899,17 @@ def test_reserve_is_taken_off(reserve: Reserve, off: int | None) -> None:
         }
 
 
+def test_a_capped_reserve_is_small_on_a_large_machine() -> None:
+    capped = Reserve(percent=20.0, capped=True)
+    value = (VALUE - capped.of(VALUE)) // 4096 * 4096
+    text = dict(RECORDED)
+    all_values(value)(text)
+    assert red(text, dask(value), replace(CONTEXT, reserve=capped)) == set()
+    assert red(text, dask(value), replace(CONTEXT, reserve=Reserve(percent=20.0))) == {
+        "measurement: variable is not more than was available"
+    }
+
+
 def test_swap_needs_no_file_on_a_kernel_without_swap() -> None:
     text = dict(RECORDED)
     level(SCOPE, "swap.max", "")(text)

@@ -285,18 +285,19 @@ def test_a_machine_that_can_not_give_what_the_limit_promises_is_a_warning() -> N
 
 
 def test_a_machine_says_who_has_grown() -> None:
-    grown = Growth(reserve=32 * MIB, growth=112 * MIB, excess=80 * MIB, by={"agent.service": 61 * MIB})
-    (one,) = judged(reading(7 * GIB, available=7 * GIB - 80 * MIB - sum(HELD.values()), growth=grown))
+    grown = Growth(reserve=32 * MIB, growth=122 * MIB, excess=90 * MIB, by={"agent.service": 61 * MIB})
+    (one,) = judged(reading(7 * GIB, available=7 * GIB - 90 * MIB - sum(HELD.values()), growth=grown))
     assert one.health is Health.TOO_HIGH
     (warning,) = one.warnings
-    assert "80 MiB less" in warning
-    assert "112 MiB since Dask started (agent.service +61 MiB)" in warning
+    assert "90 MiB less" in warning
+    assert "122 MiB since Dask started (agent.service +61 MiB)" in warning
 
 
 def test_growth_that_a_machine_does_not_report_is_no_warning() -> None:
     grown = Growth(reserve=0, growth=60 * MIB, excess=60 * MIB, by={})
     (one,) = judged(reading(7 * GIB, available=7 * GIB - 60 * MIB - sum(HELD.values()), growth=grown))
     assert (one.health, one.warnings) == (Health.RIGHT, ())
+    assert [grown.is_news(total) for total in (4 * GIB, 8 * GIB)] == [True, False]
 
 
 def test_a_limit_that_has_followed_its_machine_down_is_right() -> None:

@@ -18,6 +18,8 @@ PERIOD = 1000
 """Milliseconds between two readings."""
 FILE = "FOLLOW_LIMIT_FILE"
 """The variable that names another file than the cgroup's; for tests."""
+MAXIMUM = "FOLLOW_LIMIT_MAXIMUM"
+"""The variable that has the container's limit when it was made: until Dask has started, it may go down."""
 PART = "FOLLOW_LIMIT_PART"
 """The variable by which a nanny tells its workers `LIMIT/MAXIMUM` at its start: a later one finds others."""
 BELOW = 0.9
@@ -71,8 +73,10 @@ class Follower:
 
     def part(self) -> tuple[int, int]:
         """Return the limit and the cgroup's at the start; 0 if there is nothing to follow."""
-        limit = self.manager.memory_limit
-        return (int(limit), int(self.read)) if limit and self.read.strip().isdigit() else (0, 1)
+        limit, first = self.manager.memory_limit, os.environ.get(MAXIMUM, "")
+        if not limit or not self.read.strip().isdigit():
+            return 0, 1
+        return int(limit), max(int(self.read), int(first) if first.isdigit() else 0)
 
     def start(self) -> None:
         """Begin to follow."""

@@ -23,7 +23,9 @@ TOPIC = "worker-deaths"
 PERIOD = 200
 """Milliseconds between two looks at the worker's process and the counters."""
 GRACE = 5.0
-"""Seconds after a kill in which the end of a worker explains it. A large process ends slowly."""
+"""Seconds after a kill in which the end of a worker explains it."""
+GRACE_PER_GIB = 0.25
+"""The same for each GiB of the limit, if that is more. The kernel freed one of an ended process in 0.07 s."""
 AT_LIMIT = 10.0
 """Seconds before the end of a worker in which the limit was reached, if that is why it was killed."""
 REPORTS = Path(os.environ.get("WORKER_DEATHS_REPORTS", "/run/dask/reports"))
@@ -114,7 +116,8 @@ class Kills:
 
     def others(self) -> int:
         """Return how many kills no worker has explained in time, and take them as explained."""
-        if self.total <= self.explained or time.monotonic() - self.grew < GRACE:
+        grace = max(GRACE, GRACE_PER_GIB * (self.limit() or 0) / 2**30)
+        if self.total <= self.explained or time.monotonic() - self.grew < grace:
             return 0
         left, self.explained = self.total - self.explained, self.total
         return left
@@ -244,6 +247,8 @@ class Watch:
         who = f"{event['name']}, pid {pid}" if event["name"] else f"pid {pid}"
         worker = event["worker"] or "that was starting"
         line = f"Worker {worker} ({who}): {event['cause']}{doing}"
+        # A task's key is any text; a second line would look like another report.
+        line = "".join(one if one.isprintable() else "?" for one in line)
         logger.warning("%s", line)
         if not event["by"].startswith("kernel"):
             to_journal(line)
