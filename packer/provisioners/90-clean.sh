@@ -61,11 +61,21 @@ shred_files() {
     done
 }
 
+# Set `size` to that of ext4's journal, in bytes. While the kernel writes the superblock, debugfs takes it for damaged.
+read_log_size() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        size=$(debugfs -R 'stat <8>' "$1" 2>/dev/null | sed -n 's/^User: .* Size: \([0-9]*\)$/\1/p')
+        [ "${size:-0}" -eq 0 ] || return 0
+        sync
+        sleep 0.3
+    done
+    return 1
+}
+
 # Names of deleted files stay in ext4's journal until it has been overwritten. Data goes to the journal too if a file
 # has that attribute, but not with delayed allocation.
 overwrite_log() {
-    size=$(debugfs -R 'stat <8>' "$2" 2>/dev/null | sed -n 's/^User: .* Size: \([0-9]*\)$/\1/p')
-    [ "${size:-0}" -gt 0 ] && mount -o remount,nodelalloc "$1" && : >"$zeros" && chattr +j "$zeros" &&
+    read_log_size "$2" && mount -o remount,nodelalloc "$1" && : >"$zeros" && chattr +j "$zeros" &&
         dd if=/dev/zero of="$zeros" bs=1M count=$((size / 1048576 + 2)) conv=fsync 2>/dev/null &&
         mount -o remount,delalloc "$1"
 }

@@ -183,6 +183,15 @@ def test_free_space_and_the_log_are_overwritten(mounted: Path, programs: Path) -
     assert not zeros.exists()
 
 
+def test_a_file_system_that_looks_damaged_for_a_moment_is_read_again(mounted: Path, programs: Path) -> None:
+    """Else keys of the baking machine stay in its log."""
+    answer = "printf '%s\\n' 'User: 0 Group: 0 Size: 67108864'"
+    fake(programs, "debugfs", f'[ "$(wc -l <"$0.calls")" -gt 2 ] || exit 1; {answer}')
+    done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " bs=1M count=66 " in calls(programs, "dd")[0]
+
+
 def test_free_space_that_cannot_be_overwritten_stops_the_bake(mounted: Path, programs: Path) -> None:
     zeros = mounted / ".90-clean.zeros"
     fake(programs, "dd", f'[ "$3" != bs=4k ] || {{ : >"{zeros}"; echo broken >&2; exit 1; }}')
