@@ -302,8 +302,10 @@ def test_on_a_large_machine_the_limit_follows_from_one_percent_on(machine: Machi
     machine.container(500)
     machine.available(1300 - 32 - 10, total=total)
     assert machine.follow(20) == "", "it goes up when all of it is there again"
+    machine.available(1300 - 32 + 5, total=total)
     machine.compare()
     assert "; so Dask's limit is " in machine.notice
+    assert "than its reserve" not in machine.notice
     machine.limit = LIMIT
     machine.container(500)
     machine.available(1300 - 32, total=total)

@@ -164,6 +164,7 @@ def mounted(machine: Path, programs: Path) -> Path:
     fake(programs, "findmnt", f"printf '%s\\n' '{machine} /dev/vda1 ext4' '{machine}/proc proc proc'")
     fake(programs, "debugfs", "printf '%s\\n' 'User: 0 Group: 0 Size: 67108864' 'Fragment: 0 Size: 0'")
     fake(programs, "dd", FULL)
+    fake(programs, "sleep", "")
     return machine
 
 
