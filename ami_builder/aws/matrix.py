@@ -16,7 +16,7 @@ from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image
 from ami_builder.console import Mode, Step, open_progress
 from ami_builder.core.errors import AmiBuilderError, Interrupted
-from ami_builder.core.records import Artifact, Outcome, StepRecord
+from ami_builder.core.records import Artifact, Outcome, RunStatus, StepRecord, outcome_of
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger
 from ami_builder.state.workspace import Run, StoredImage, Workspace, write_atomically
@@ -208,9 +208,10 @@ def _follow(job: Job, future: Future[JobResult], parent: Step) -> None:
     with parent.step(f"machine of {job.instance_type}", detail="with the Dask cluster") as step:
         processes.wait_until(future.done, what=job.name, timeout=float("inf"), interval=_FOLLOW_SECONDS)
         result = _ended(job, future)
-        step.done(f"on {result.host}")
         if result.failure is not None:
             raise result.failure
+        found = result.found.results if result.found is not None else ()
+        step.done(f"on {result.host}", RunStatus(outcome_of(found)))
 
 
 def _ended(job: Job, future: Future[JobResult]) -> JobResult:

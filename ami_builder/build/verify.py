@@ -8,7 +8,7 @@ from ami_builder.build.target import Target, TargetOutcome, at_each
 from ami_builder.config.schema import Image
 from ami_builder.console import Progress, Step
 from ami_builder.core.errors import AmiBuilderError, UsageError
-from ami_builder.core.records import CheckResult, Measurement, Verdict
+from ami_builder.core.records import CheckResult, Measurement, RunStatus, Verdict
 from ami_builder.state import runs
 from ami_builder.state.workspace import Run, StoredImage, Workspace
 from ami_builder.verify import estimate
@@ -73,9 +73,10 @@ def verify_images(
                 if early is not None:
                     step.announce(str(early))
                 verdicts = _verify_all(image, copies, run, step, evidence)
+                whole = _together(copies, verdicts)
+                step.done("", RunStatus(whole.outcome))
         finally:
             run.update(steps=progress.steps)
-        whole = _together(copies, verdicts)
         run.update(verdict=whole)
         require_passed(whole, evidence, _again(copies))
     return Verified(verdicts=tuple(verdicts), whole=whole)
@@ -89,6 +90,7 @@ def verify(image: Image, at: Located, run: Run, step: Step, evidence: Path) -> t
     up.
     """
     verdict = verdict_of(image, at.stored, at.target.verify(image, at.stored, run, step, evidence))
+    step.done("", RunStatus(verdict.outcome))
     run.update(verdict=verdict)  # first, as keeping it can fail
     if not replaces(verdict, at.stored.verdict):
         return at.stored, verdict

@@ -35,6 +35,7 @@ from ami_builder.checks.machine_state import (
 from ami_builder.checks.pressure_result import PressureResult
 from ami_builder.core.options import Role
 from ami_builder.core.records import FIRST_BOOT, PRESSURE
+from ami_builder.system import processes
 
 BLOCKED = "blocked: "
 """A skipped check whose reason begins with this has no result because another check failed."""
@@ -46,6 +47,7 @@ GUARD_STATUS = 64
 """pytest's exit status when a guard refuses."""
 
 _HERE = Path(__file__).resolve().parent
+_HOST = "guard: this host can run the checks"
 # Importing distributed takes ten seconds on an emulated VM, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
 # How much the workers store under memory pressure, in multiples of their limit.
@@ -116,7 +118,11 @@ class _CheckSession:
         if not spec.startswith("ssh://"):
             self.refuse(name, f"--hosts={spec} is not ssh://NAME: the checks would run on another machine")
         # The caller owns the shared connection: testinfra must not keep one of its own open.
-        return testinfra.get_host(spec, ssh_config=ssh_config, controlpersist=0)
+        host = testinfra.get_host(spec, ssh_config=ssh_config, controlpersist=0)
+        # If this host can't start ssh for a moment, that says nothing about the machine.
+        run_local = host.backend.run_local
+        host.backend.run_local = lambda *command: processes.start(partial(run_local, *command))
+        return host
 
     def ask(self, script: str, *arguments: str) -> tuple[str, str, int]:
         """Run one of the scripts as root and return stdout, stderr and status."""
@@ -142,6 +148,8 @@ class _CheckSession:
             waited, stderr, status = self.ask("wait_for_dask.sh", *self._wait_arguments())
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
+        except OSError as wrong:
+            self.refuse(_HOST, str(wrong))
         found = sections(waited)
         if "nonce" not in found:
             last = (stderr.strip().splitlines() or ["no output"])[-1]
@@ -223,7 +231,9 @@ class _CheckSession:
             pytest.fail(f"in the phase {self.context.phase} this is not read from the machine")
         try:
             return future.result()
-        except (Incomplete, RuntimeError, OSError) as wrong:
+        except OSError as wrong:
+            self.refuse(_HOST, str(wrong))
+        except (Incomplete, RuntimeError) as wrong:
             self.refuse("guard: the machine answers", str(wrong))
 
     # pytest's hooks, in the order of their calls.

@@ -152,6 +152,12 @@ def _of_system(broken: OSError) -> AmiBuilderError:
     if broken.errno in {errno.ENOSPC, errno.EDQUOT}:
         where = f" ({broken.filename})" if broken.filename else ""
         failed = BuildFailed(f"no space left on the disk{where}", hint=processes.DISK_FULL)
+    elif broken.errno in processes.EXHAUSTED:
+        where = f" ({broken.filename})" if broken.filename else ""
+        failed = BuildFailed(
+            f"this host is short of memory or processes: {broken.strerror}{where}",
+            hint="end some programs, or raise the host's limits; then run the command again",
+        )
     elif broken.errno in _PATHS and broken.filename:
         failed = UsageError(
             f"{broken.filename}: {broken.strerror}",

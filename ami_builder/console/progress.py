@@ -103,7 +103,7 @@ class Progress:
                 return
 
     def step(self, name: str, detail: str = "") -> AbstractContextManager[Step]:
-        """Open a top-level step; it passes when the block ends and fails when the block raises."""
+        """Open a top-level step; it fails when the block raises, else it passes or ends as `done` says."""
         return self.run(Step(self, name, detail, None))
 
     @property
@@ -123,7 +123,7 @@ class Progress:
         status = RunStatus.FAILED
         try:
             yield step
-            status = RunStatus.PASSED
+            status, step.detail = step.outcome, step.result
         except BaseException as exc:
             if isinstance(exc, KeyboardInterrupt | Interrupted):
                 status = RunStatus.INTERRUPTED
@@ -136,8 +136,6 @@ class Progress:
             with self.lock:
                 step.status = status
                 step.ended = self.clock()
-                if status is RunStatus.PASSED:
-                    step.detail = step.result
                 self.renderer.ended(step)
 
 
@@ -149,6 +147,7 @@ class Step:
         self.name = name
         self.detail = clean(detail)
         self.result = self.detail
+        self.outcome = RunStatus.PASSED
         self.announced = ""
         self.parent = parent
         self.children: list[Step] = []
@@ -172,9 +171,13 @@ class Step:
             self.announced = clean(text)
             self._progress.renderer.announced(self)
 
-    def done(self, detail: str) -> None:
-        """Set the result of the step, such as `cached`; it replaces the detail when the step passes."""
+    def done(self, detail: str, outcome: RunStatus = RunStatus.PASSED) -> None:
+        """Set the result of the step, such as `cached`, and its outcome.
+
+        When the block ends without an error, they replace the detail and the status.
+        """
         self.result = clean(detail)
+        self.outcome = outcome
 
     @property
     def depth(self) -> int:

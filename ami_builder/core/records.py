@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -98,6 +99,14 @@ class CheckResult:
     """What failed, why it was skipped or is inconclusive, or what a passed check noted."""
 
 
+def outcome_of(results: Sequence[CheckResult]) -> Outcome:
+    """Return passed, failed or inconclusive; failed if no check ran."""
+    ran = {result.outcome for result in results} - {Outcome.SKIPPED}
+    if not ran or Outcome.FAILED in ran:
+        return Outcome.FAILED
+    return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in ran else Outcome.PASSED
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """What was measured on one start of one machine."""
@@ -147,11 +156,8 @@ class Verdict:
 
     @property
     def outcome(self) -> Outcome:
-        """Passed, failed or inconclusive; failed if no check ran."""
-        ran = {result.outcome for result in self.results} - {Outcome.SKIPPED}
-        if not ran or Outcome.FAILED in ran:
-            return Outcome.FAILED
-        return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in ran else Outcome.PASSED
+        """The outcome of all results together."""
+        return outcome_of(self.results)
 
 
 class RunStatus(StrEnum):

@@ -1,5 +1,6 @@
 """Find programs, start processes, wait; no other module starts a process or sleeps."""
 
+import errno
 import os
 import platform
 import shutil
@@ -57,6 +58,12 @@ _KEPT_ENVIRONMENT = (
 )  # fmt: skip
 _KEPT_PREFIXES = ("PIP_", "AMI_BUILDER_", "LC_")
 _UNKEPT_PREFIX = "AMI_BUILDER_WEBHOOK"
+
+EXHAUSTED = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EFAULT})
+"""Why a host that is short of memory or processes starts none; EFAULT was seen once, on a busy host in CI."""
+_START_AGAIN_SECONDS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+T = TypeVar("T")
 
 
 class Scope:
@@ -155,6 +162,21 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return kept | dict(extra or {})
 
 
+def start(call: Callable[[], T]) -> T:
+    """Return what `call` returns, which starts a process; call it again if this host can't start one now.
+
+    A host that is short of memory or of processes refuses for a moment. Raises OSError if it goes on.
+    """
+    for seconds in _START_AGAIN_SECONDS:
+        try:
+            return call()
+        except OSError as wrong:
+            if wrong.errno not in EXHAUSTED:
+                raise
+        time.sleep(seconds)
+    return call()
+
+
 @contextmanager
 def running(
     argv: Sequence[str | Path],
@@ -174,17 +196,19 @@ def running(
     scope = _scope.get()
     scope.refuse_when_cancelled()
     find(str(argv[0]))
-    process = subprocess.Popen(
-        [*_ending_with_parent(), *(str(a) for a in argv)],
-        env=environment() if env is None else dict(env),
-        cwd=cwd,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        pass_fds=pass_fds,
+    process = start(
+        lambda: subprocess.Popen(
+            [*_ending_with_parent(), *(str(a) for a in argv)],
+            env=environment() if env is None else dict(env),
+            cwd=cwd,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
     )
     scope.children.add(process)
     try:
@@ -351,15 +375,17 @@ def output(
     find(str(argv[0]))
     name = what or Path(str(argv[0])).name
     try:
-        done = subprocess.run(
-            [str(a) for a in argv],
-            env=environment() if env is None else dict(env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
+        done = start(
+            lambda: subprocess.run(
+                [str(a) for a in argv],
+                env=environment() if env is None else dict(env),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
         )
     except subprocess.TimeoutExpired as late:
         raise TimedOut(f"{name} took longer than {timeout:.0f} s") from late
@@ -367,9 +393,6 @@ def output(
         lines = tuple(done.stderr.strip().splitlines()[-TAIL_LINES:])
         raise error(f"{name} failed (exit status {done.returncode})", tail=lines)
     return done.stdout
-
-
-T = TypeVar("T")
 
 
 def wait_until(

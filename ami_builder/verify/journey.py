@@ -11,7 +11,15 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError
 from ami_builder.core.options import Role
-from ami_builder.core.records import FIRST_BOOT, PRESSURE, CheckResult, Measurement, Outcome
+from ami_builder.core.records import (
+    FIRST_BOOT,
+    PRESSURE,
+    CheckResult,
+    Measurement,
+    Outcome,
+    RunStatus,
+    outcome_of,
+)
 from ami_builder.system import processes, ssh, templates
 from ami_builder.system.certificates import Authority, Certificate
 from ami_builder.system.resources import checks_dir
@@ -138,6 +146,7 @@ class _Journey:
             if self._failed() or self._ended(Outcome.INCONCLUSIVE):
                 self.machine.save_console()
                 self._keep_evidence(session, step)
+        step.done("", RunStatus(outcome_of(self.results)))
         return MachineResult(results=tuple(self.results), measured=tuple(self.measured))
 
     def _check(
@@ -239,7 +248,7 @@ class _Journey:
             on_progress=step.update,
         )
         self.results += results
-        step.done(summary(results))
+        step.done(summary(results), RunStatus(outcome_of(results)))
 
     def _failed(self) -> bool:
         return self._ended(Outcome.FAILED)

@@ -571,6 +571,38 @@ def test_unreachable_machine_is_named(fake: Fake) -> None:
     assert "ssh failed: Connection refused" in guard(fake.run(fake.file(GOOD)))
 
 
+# What a busy host in CI answered once.
+BAD_HOST = """\
+import errno
+import subprocess
+
+class Refused(subprocess.Popen):
+    left = {times}
+
+    def __init__(self, *args, **kwargs):
+        if Refused.left:
+            Refused.left -= 1
+            raise OSError(errno.EFAULT, "Bad address", "/bin/sh")
+        super().__init__(*args, **kwargs)
+
+subprocess.Popen = Refused
+
+def test_a(machine):
+    assert machine
+"""
+
+
+def test_a_host_that_cannot_start_ssh_for_a_moment_is_no_fault_of_the_machine(fake: Fake) -> None:
+    (result,) = fake.run(fake.file(BAD_HOST.format(times=2)))
+    assert result.outcome is Outcome.PASSED, result
+
+
+def test_a_host_that_cannot_start_ssh_is_named(fake: Fake) -> None:
+    now = "from ami_builder.system import processes\nprocesses._START_AGAIN_SECONDS = (0.0,)\n"
+    told = guard(fake.run(fake.file(now + BAD_HOST.format(times=9))))
+    assert told == "this host can run the checks: [Errno 14] Bad address: '/bin/sh'"
+
+
 def test_a_login_without_sudo_is_named(fake: Fake) -> None:
     (fake.folder / "ssh").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n")
     assert "failed on the machine (status 1): sudo: a password is required" in guard(

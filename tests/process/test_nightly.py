@@ -16,10 +16,10 @@ import time_machine
 from ami_builder.build import channels
 from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
-from ami_builder.core.records import NightlyRun, RunRecord, TargetKind
+from ami_builder.core.records import NightlyRun, RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal, unfinished
-from ami_builder.state.runs import NIGHTLY_RECORD
+from ami_builder.state.runs import NIGHTLY_RECORD, run_records
 from ami_builder.state.workspace import Workspace, load
 from tests.process.nightly_host import WORLD, World, begin, ended, install
 
@@ -118,7 +118,7 @@ def test_what_drifts_too_far_is_held_until_a_person_promotes_it(
 
 
 def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_again(
-    folder: Path, record: ChannelFile, capsys: pytest.CaptureFixture[str]
+    folder: Path, workspace: Workspace, record: ChannelFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = night(capsys)["digest"]
     for world, status, said in (
@@ -131,6 +131,9 @@ def test_a_failed_build_or_check_leaves_the_channel_and_the_next_night_tries_aga
         assert failed["ending"] == "failed"
         assert said in str(failed["error"])
         assert standing(record) == before
+    last = run_records(workspace)[-1]
+    (verify,) = [step for step in last.own_steps if step.name.endswith(" > verify")]
+    assert verify.status is RunStatus.FAILED, "it ran to the end, and its checks failed"
     meet(folder, World(inputs="two"))
     # What was baked is verified again, not baked again.
     assert night(capsys)["ending"] == "promoted"

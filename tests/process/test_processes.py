@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -74,6 +75,32 @@ def test_output_shows_the_error(tmp_path: Path) -> None:
         processes.output(["sh", "-c", "echo the reason >&2; exit 3"], what="a tool")
     assert error.value.message == "a tool failed (exit status 3)"
     assert error.value.tail == ("the reason",)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EFAULT])
+def test_a_host_that_refuses_a_process_for_a_moment_is_asked_again(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_START_AGAIN_SECONDS", (0.0, 0.0))
+    real, answers = subprocess.Popen.__init__, [OSError(number, os.strerror(number))] * 2
+
+    def refusing(*args: object, **kwargs: object) -> None:
+        if answers:
+            raise answers.pop()
+        real(*args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refusing)
+    assert processes.output(["echo", "1"]) == "1\n"
+    answers += [OSError(number, os.strerror(number))] * 2
+    assert processes.capture(["echo", "2"], what="echo").stdout == "2\n"
+    answers += [OSError(number, os.strerror(number))] * 3
+    with pytest.raises(OSError, match=os.strerror(number)):
+        processes.output(["echo", "3"])
+
+
+def test_what_cannot_start_at_all_is_reported_at_once() -> None:
+    with pytest.raises(OSError, match="Argument list too long"):
+        processes.output(["echo", "x" * (1 << 20)])
 
 
 def test_stream_writes_a_log_and_calls_back(tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def test_check_names_what_is_missing(
     ("error", "status", "said"),
     [
         (OSError(28, "No space left on device", "/x/y"), 4, "AMI_BUILDER_HOME"),
+        (OSError(12, "Cannot allocate memory", "ssh"), 4, "short of memory or processes: Cannot allocate"),
         (OSError(5, "Input/output error"), 1, "internal error"),
         (ZeroDivisionError("division"), 1, "--debug"),
         (Interrupted("stopped by SIGINT"), 130, "stopped by SIGINT"),

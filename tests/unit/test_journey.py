@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from ami_builder.config.schema import Image
-from ami_builder.console import Mode, open_progress
+from ami_builder.console import Mode, Progress, open_progress
 from ami_builder.core.errors import TimedOut
-from ami_builder.core.records import CheckResult, Endpoint, Measurement, Outcome
+from ami_builder.core.records import CheckResult, Endpoint, Measurement, Outcome, RunStatus
 from ami_builder.qemu.machine import GuestStuck, boot_again
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import ssh
@@ -146,9 +146,17 @@ class Session:
 
 
 @pytest.fixture
-def verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., MachineResult]]:
+def progress() -> Iterator[Progress]:
+    with open_progress(mode=Mode.QUIET) as progress:
+        yield progress
+
+
+@pytest.fixture
+def verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: Progress
+) -> Iterator[Callable[..., MachineResult]]:
     workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path)})
-    with workspace.run("verify", "dask") as run, open_progress(mode=Mode.QUIET) as progress:
+    with workspace.run("verify", "dask") as run:
 
         def way(guest: Guest, of: Image | None = None) -> MachineResult:
             monkeypatch.setattr(journey, "time", SimpleNamespace(monotonic=lambda: guest.now))
@@ -277,6 +285,17 @@ def test_an_inconclusive_check_is_no_failure_and_leaves_evidence(
     assert guest.phases == ["boot", "restart", "reboot", "pressure"], "the way goes on"
     assert {result.outcome for result in found.results} == {outcome}
     assert ("journal.txt" in guest.fetched) == (outcome is Outcome.INCONCLUSIVE)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.INCONCLUSIVE, Outcome.PASSED])
+def test_a_step_ends_as_its_checks_did(
+    verified: Callable[[Guest], MachineResult], progress: Progress, outcome: Outcome
+) -> None:
+    verified(Guest(outcome=outcome))
+    ended = {step.name: step.status for step in progress.steps}
+    assert ended.pop("verify > start") is RunStatus.PASSED
+    assert "verify > first boot" in ended
+    assert set(ended.values()) == {RunStatus(outcome)}
 
 
 def result(outcome: Outcome, message: str = "") -> CheckResult:

@@ -180,6 +180,7 @@ def test_all_failures_are_named_and_the_first_decides(
     if where == "elsewhere":
         status = {s.name: s.status for s in progress.steps}
         assert status["verify > machine of b"] is RunStatus.FAILED
+        assert status["verify > machine of d"] is RunStatus.FAILED, "it came up, but did not pass"
         assert status["verify > machine of a"] is RunStatus.PASSED
 
 
