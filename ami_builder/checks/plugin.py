@@ -34,7 +34,7 @@ from ami_builder.checks.machine_state import (
 )
 from ami_builder.checks.pressure_result import PressureResult
 from ami_builder.core.options import Role
-from ami_builder.core.records import FIRST_BOOT, PRESSURE
+from ami_builder.core.records import FIRST_BOOT, PRESSURE, Outcome
 from ami_builder.system import processes
 
 BLOCKED = "blocked: "
@@ -90,9 +90,9 @@ class _CheckSession:
         events = config.getoption("events")
         self.events = None if events is None else os.fdopen(events, "w", encoding="utf-8")
 
-    def refuse(self, name: str, message: str) -> NoReturn:
-        """End the session as failed, because its results could not be trusted."""
-        self.send(event="guard", name=name, message=message)
+    def refuse(self, name: str, message: str, outcome: Outcome = Outcome.FAILED) -> NoReturn:
+        """End the session, because its results could not be trusted."""
+        self.send(event="guard", name=name, outcome=outcome, message=message)
         pytest.exit(f"{name}: {message}", returncode=GUARD_STATUS)
 
     def send(self, **event: object) -> None:
@@ -149,7 +149,7 @@ class _CheckSession:
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
         except OSError as wrong:
-            self.refuse(_HOST, str(wrong))
+            self.refuse(_HOST, str(wrong), Outcome.INCONCLUSIVE)
         found = sections(waited)
         if "nonce" not in found:
             last = (stderr.strip().splitlines() or ["no output"])[-1]
@@ -232,7 +232,7 @@ class _CheckSession:
         try:
             return future.result()
         except OSError as wrong:
-            self.refuse(_HOST, str(wrong))
+            self.refuse(_HOST, str(wrong), Outcome.INCONCLUSIVE)
         except (Incomplete, RuntimeError) as wrong:
             self.refuse("guard: the machine answers", str(wrong))
 
@@ -286,13 +286,23 @@ class _CheckSession:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.unreadable = True
-            self.send(event="guard", name="guard: the files can be read", message=message_of(report))
+            self.send(
+                event="guard",
+                name="guard: the files can be read",
+                outcome=Outcome.FAILED,
+                message=message_of(report),
+            )
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         # An inconclusive check may block others; no verdict passes with one.
         if self.blocked and not self.failed and not self.inconclusive:
-            self.send(event="guard", name="guard: nothing is blocked without a failure", message=self.blocked)
+            self.send(
+                event="guard",
+                name="guard: nothing is blocked without a failure",
+                outcome=Outcome.FAILED,
+                message=self.blocked,
+            )
             session.exitstatus = GUARD_STATUS
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.send(event="finished")

@@ -72,8 +72,8 @@ def run(
     """Run check files against the machine `host` of `ssh_config` and return a result for every check.
 
     If the results can't be trusted (no checks, all skipped, another machine, pytest broken or stopped), there
-    is a failed result whose name begins with `guard:`. A check that the host was too busy for is
-    inconclusive, and the others continue.
+    is a failed result whose name begins with `guard:`; an inconclusive one if this host can't run the checks.
+    A check that the host was too busy for is inconclusive, and the others continue.
 
     `directory` gets pytest's log, JUnit XML and the machine's answers, each with the phase in its name.
     `timeout` is in seconds, for the checks themselves: Dask has `context.timeout` to start, and its client
@@ -157,7 +157,7 @@ class _Tally:
                 self.checks += 1
                 self._result(event["name"], Outcome(event["outcome"]), event["message"], event["seconds"])
             case "guard":
-                self._result(event["name"], Outcome.FAILED, event["message"])
+                self._result(event["name"], Outcome(event["outcome"]), event["message"])
             case "finished":
                 self.finished = True
             case other:

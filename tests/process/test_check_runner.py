@@ -599,8 +599,9 @@ def test_a_host_that_cannot_start_ssh_for_a_moment_is_no_fault_of_the_machine(fa
 
 def test_a_host_that_cannot_start_ssh_is_named(fake: Fake) -> None:
     now = "from ami_builder.system import processes\nprocesses._START_AGAIN_SECONDS = (0.0,)\n"
-    told = guard(fake.run(fake.file(now + BAD_HOST.format(times=9))))
-    assert told == "this host can run the checks: [Errno 14] Bad address: '/bin/sh'"
+    (told,) = fake.run(fake.file(now + BAD_HOST.format(times=9)))
+    assert told.name == "guard: this host can run the checks"
+    assert (told.outcome, told.message) == (Outcome.INCONCLUSIVE, "[Errno 14] Bad address: '/bin/sh'")
 
 
 def test_a_login_without_sudo_is_named(fake: Fake) -> None:
