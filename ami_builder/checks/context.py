@@ -12,6 +12,9 @@ from ami_builder.core.units import Reserve
 ENVIRONMENT = "AMI_BUILDER_CHECKS_CONTEXT"
 """The environment variable that names the JSON file."""
 
+HOST = "guard: this host can run the checks"
+"""The result that is inconclusive when it can't."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:

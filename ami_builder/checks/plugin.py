@@ -20,7 +20,7 @@ import testinfra  # type: ignore[import-untyped]
 import testinfra.host  # type: ignore[import-untyped]
 
 from ami_builder.checks.check_names import NOTE, message_of, name_of
-from ami_builder.checks.context import ENVIRONMENT, Context
+from ami_builder.checks.context import ENVIRONMENT, HOST, Context
 from ami_builder.checks.login_times import ANSWER, NEW_CONNECTION, LoginMonitor
 from ami_builder.checks.machine_state import (
     ANSWERS,
@@ -47,7 +47,6 @@ GUARD_STATUS = 64
 """pytest's exit status when a guard refuses."""
 
 _HERE = Path(__file__).resolve().parent
-_HOST = "guard: this host can run the checks"
 # Importing distributed takes ten seconds on an emulated VM, so the client gets at least a minute.
 _LEAST_CLIENT_SECONDS = 60.0
 # How much the workers store under memory pressure, in multiples of their limit.
@@ -149,7 +148,7 @@ class _CheckSession:
         except RuntimeError as unreachable:
             self.refuse(name, f"ssh failed: {unreachable.args[0].stderr.strip()}")
         except OSError as wrong:
-            self.refuse(_HOST, str(wrong), Outcome.INCONCLUSIVE)
+            self.refuse(HOST, str(wrong), Outcome.INCONCLUSIVE)
         found = sections(waited)
         if "nonce" not in found:
             last = (stderr.strip().splitlines() or ["no output"])[-1]
@@ -232,7 +231,7 @@ class _CheckSession:
         try:
             return future.result()
         except OSError as wrong:
-            self.refuse(_HOST, str(wrong), Outcome.INCONCLUSIVE)
+            self.refuse(HOST, str(wrong), Outcome.INCONCLUSIVE)
         except (Incomplete, RuntimeError) as wrong:
             self.refuse("guard: the machine answers", str(wrong))
 

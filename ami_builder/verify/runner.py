@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from subprocess import Popen
 from threading import Event
 
-from ami_builder.checks.context import ENVIRONMENT, Context
+from ami_builder.checks.context import ENVIRONMENT, HOST, Context
 from ami_builder.core.errors import UsageError
 from ami_builder.core.records import CheckResult, Outcome
 from ami_builder.system import processes
@@ -124,8 +125,11 @@ def run(
             bound = 2 * context.timeout + timeout
             with _watched(process, bound, alive) as late:
                 for line in events:
-                    tally.add(line)
+                    if line.endswith("\n"):  # or pytest was killed while it wrote
+                        tally.add(line)
                 status = process.wait()
+    if status == -signal.SIGKILL and not late.is_set():
+        tally.killed()
     tally.close(f"stopped after {bound:.0f} s" if late.is_set() else _reason(status), log)
     return tuple(tally.results)
 
@@ -176,6 +180,11 @@ class _Tally:
             self._guard("the checks ran to the end", f"{why} ({last.strip(' =')})")
         elif all(result.outcome is Outcome.SKIPPED for result in self.results):
             self._guard("not all checks were skipped", f"all {self.checks} were")
+
+    def killed(self) -> None:
+        """Add that somebody else killed pytest: a host without memory does that."""
+        message = f"pytest was killed (SIGKILL) after {self.checks} of {self.expected} checks"
+        self._result(HOST, Outcome.INCONCLUSIVE, message)
 
     def _guard(self, name: str, message: str) -> None:
         self._result(f"guard: {name}", Outcome.FAILED, message)

@@ -20,7 +20,7 @@ from ami_builder.checks.login_times import AT_REST, LoginTimes
 from ami_builder.checks.machine_state import ANSWERS, Sections, sections
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import Datasource, Role
-from ami_builder.core.records import CheckResult, Outcome, Verdict
+from ami_builder.core.records import CheckResult, Outcome, Verdict, outcome_of
 from ami_builder.core.units import Reserve
 from ami_builder.qemu.machine import MachineDied
 from ami_builder.system.resources import checks_dir
@@ -602,6 +602,27 @@ def test_a_host_that_cannot_start_ssh_is_named(fake: Fake) -> None:
     (told,) = fake.run(fake.file(now + BAD_HOST.format(times=9)))
     assert told.name == "guard: this host can run the checks"
     assert (told.outcome, told.message) == (Outcome.INCONCLUSIVE, "[Errno 14] Bad address: '/bin/sh'")
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_host_that_kills_the_checks_is_no_fault_of_the_machine(fake: Fake, passes: bool) -> None:
+    text = f"""\
+        import os
+        import signal
+
+        def test_a():
+            assert {passes}
+
+        def test_b(request):
+            request.config.pluginmanager.get_plugin("ami-builder-run").events.write('{{"event": "res')
+            request.config.pluginmanager.get_plugin("ami-builder-run").events.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    results = fake.run(fake.file(text))
+    (told,) = [r for r in results if r.name.startswith("guard: ")]
+    assert (told.name, told.outcome) == ("guard: this host can run the checks", Outcome.INCONCLUSIVE)
+    assert told.message == "pytest was killed (SIGKILL) after 1 of 2 checks"
+    assert outcome_of(results) is (Outcome.INCONCLUSIVE if passes else Outcome.FAILED)
 
 
 def test_a_login_without_sudo_is_named(fake: Fake) -> None:
