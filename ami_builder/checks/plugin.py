@@ -91,8 +91,12 @@ class _CheckSession:
 
     def refuse(self, name: str, message: str, outcome: Outcome = Outcome.FAILED) -> NoReturn:
         """End the session, because its results could not be trusted."""
-        self.send(event="guard", name=name, outcome=outcome, message=message)
+        self.guard(name, message, outcome)
         pytest.exit(f"{name}: {message}", returncode=GUARD_STATUS)
+
+    def guard(self, name: str, message: str, outcome: Outcome = Outcome.FAILED) -> None:
+        """Send the result of a guard."""
+        self.send(event="guard", name=name, outcome=outcome, message=message)
 
     def send(self, **event: object) -> None:
         if self.events is not None:
@@ -285,23 +289,13 @@ class _CheckSession:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.unreadable = True
-            self.send(
-                event="guard",
-                name="guard: the files can be read",
-                outcome=Outcome.FAILED,
-                message=message_of(report),
-            )
+            self.guard("guard: the files can be read", message_of(report))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         # An inconclusive check may block others; no verdict passes with one.
         if self.blocked and not self.failed and not self.inconclusive:
-            self.send(
-                event="guard",
-                name="guard: nothing is blocked without a failure",
-                outcome=Outcome.FAILED,
-                message=self.blocked,
-            )
+            self.guard("guard: nothing is blocked without a failure", self.blocked)
             session.exitstatus = GUARD_STATUS
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.send(event="finished")

@@ -149,11 +149,10 @@ def run(arguments: Sequence[str]) -> int:
 def _of_system(broken: OSError) -> AmiBuilderError:
     """Return an error of the operating system that no command has expected."""
     failed: AmiBuilderError
+    where = f" ({broken.filename})" if broken.filename else ""
     if broken.errno in {errno.ENOSPC, errno.EDQUOT}:
-        where = f" ({broken.filename})" if broken.filename else ""
         failed = BuildFailed(f"no space left on the disk{where}", hint=processes.DISK_FULL)
     elif broken.errno in processes.EXHAUSTED:
-        where = f" ({broken.filename})" if broken.filename else ""
         failed = BuildFailed(
             f"this host is short of memory or processes: {broken.strerror}{where}",
             hint="end some programs, or raise the host's limits; then run the command again",

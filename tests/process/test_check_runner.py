@@ -599,9 +599,9 @@ def test_a_host_that_cannot_start_ssh_for_a_moment_is_no_fault_of_the_machine(fa
 
 def test_a_host_that_cannot_start_ssh_is_named(fake: Fake) -> None:
     now = "from ami_builder.system import processes\nprocesses._START_AGAIN_SECONDS = (0.0,)\n"
-    (told,) = fake.run(fake.file(now + BAD_HOST.format(times=9)))
-    assert told.name == "guard: this host can run the checks"
-    assert (told.outcome, told.message) == (Outcome.INCONCLUSIVE, "[Errno 14] Bad address: '/bin/sh'")
+    (result,) = fake.run(fake.file(now + BAD_HOST.format(times=9)))
+    assert result.name == "guard: this host can run the checks"
+    assert (result.outcome, result.message) == (Outcome.INCONCLUSIVE, "[Errno 14] Bad address: '/bin/sh'")
 
 
 @pytest.mark.parametrize("passes", [True, False])
@@ -619,9 +619,9 @@ def test_a_host_that_kills_the_checks_is_no_fault_of_the_machine(fake: Fake, pas
             os.kill(os.getpid(), signal.SIGKILL)
         """
     results = fake.run(fake.file(text))
-    (told,) = [r for r in results if r.name.startswith("guard: ")]
-    assert (told.name, told.outcome) == ("guard: this host can run the checks", Outcome.INCONCLUSIVE)
-    assert told.message == "pytest was killed (SIGKILL) after 1 of 2 checks"
+    (result,) = [one for one in results if one.name.startswith("guard: ")]
+    assert (result.name, result.outcome) == ("guard: this host can run the checks", Outcome.INCONCLUSIVE)
+    assert result.message == "pytest was killed (SIGKILL) after 1 of 2 checks"
     assert outcome_of(results) is (Outcome.INCONCLUSIVE if passes else Outcome.FAILED)
 
 
