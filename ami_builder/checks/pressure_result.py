@@ -1,7 +1,8 @@
 """What a machine under memory pressure reported: memory_pressure.sh, memory_pressure.py and the logins."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -94,8 +95,8 @@ class PressureResult:
     """What the client printed that started the steps; empty if all went well."""
     grower: Grower
     kills: tuple[Kill, ...]
-    journal: tuple[tuple[float, str], ...]
-    """The journal's lines about ends, of watch-kills and worker_deaths.py: time and text."""
+    journal: str
+    """The journal's lines about ends, of watch-kills and worker_deaths.py."""
     recorded: tuple[Mapping[str, Any], ...]
     """What /run/dask/kills has."""
     container_log: str
@@ -134,8 +135,8 @@ class PressureResult:
                     began=float(grower["began"]),
                     ended=float(grower["ended"]),
                 ),
-                kills=oom.kills(text["kernel"]),
-                journal=tuple(_timed(text["journal"])),
+                kills=oom.kills(text["kernel"], booted=_booted(text["kernel"])),
+                journal=text["journal"],
                 recorded=tuple(json.loads(line) for line in text["recorded"].splitlines()),
                 container_log=text["container.log"],
                 before=_services(text["services.before"]),
@@ -191,11 +192,12 @@ class PressureResult:
         return ""
 
 
-def _timed(text: str) -> Iterator[tuple[float, str]]:
-    """Yield the lines of `journalctl -o short-unix`."""
-    for line in text.splitlines():
-        seconds, _, rest = line.strip().partition(" ")
-        yield float(seconds), rest
+def _booted(log: str) -> float:
+    """Return when the kernel's clock began, in seconds since 1970."""
+    found = re.search(r"^\[ *([\d.]+)\] ami-builder: the time is ([\d.]+)$", log, re.MULTILINE)
+    if found is None:
+        raise ValueError("the kernel's log took no line of a program (kernel parameter printk.devkmsg)")
+    return float(found[2]) - float(found[1])
 
 
 def _processes(text: str) -> dict[int, int]:

@@ -20,10 +20,10 @@ TERMINATE = 0.95
 
 _MARK = "oom-kill:constraint="
 # Linux, mm/oom_kill.c, dump_oom_summary, and mm/memcontrol.c, mem_cgroup_print_oom_context. A task's name can
-# contain anything, so what follows it is matched from the end. The time at the start of the line is that of
-# `journalctl -o short-unix` or `dmesg`.
+# contain anything, so what follows it is matched from the end. The time at the start of the line is
+# as `journalctl -o short-monotonic` and `dmesg` print it.
 _LINE = re.compile(
-    r"^(?:<\d+>)?(?:\[ *(?P<uptime>\d+\.\d+)\]|(?P<unix>\d+\.\d+) ).*?"
+    r"^(?:<\d+>)?\[ *(?P<seconds>\d+\.\d+)\].*?"
     rf"{_MARK}(?P<constraint>CONSTRAINT_[A-Z_]+),.*?"
     r",(?:global_oom|oom_memcg=(?P<oom>.*?)),task_memcg=(?P<memcg>.*?),task=(?P<task>.*),pid=(?P<pid>\d+),uid=\d+"
 )
@@ -43,7 +43,7 @@ class Kill:
     """One process that the kernel's OOM killer killed."""
 
     seconds: float
-    """Since 1970 with `journalctl -o short-unix`, since the boot with `dmesg`."""
+    """Since the machine's boot, or since 1970 if `kills` had the time of the boot."""
     constraint: Constraint
     oom_memcg: str
     """Path of the cgroup whose limit was reached; empty for a system-wide kill."""
@@ -61,22 +61,24 @@ class Kill:
         )
 
 
-def kills(log: str) -> tuple[Kill, ...]:
+def kills(log: str, *, booted: float = 0.0) -> tuple[Kill, ...]:
     """Return the OOM kills in the kernel's log, in the order of its lines.
 
-    The log is that of `journalctl -k -o short-unix` or `dmesg`. Raises ValueError for a line about a kill
-    that can't be parsed, so that no kill is missed.
+    The log is that of `dmesg`, or of `journalctl -k -o short-monotonic`. The journal's times are when it
+    received the lines: seconds late when memory has run out. `booted` is when the kernel's clock began, in
+    seconds since 1970. Raises ValueError for a line about a kill that can't be parsed, so that no kill is
+    missed.
     """
-    return tuple(_kill(line) for line in log.splitlines() if _MARK in line)
+    return tuple(_kill(line, booted) for line in log.splitlines() if _MARK in line)
 
 
-def _kill(line: str) -> Kill:
+def _kill(line: str, booted: float) -> Kill:
     found = _LINE.match(line)
     if found is None:
         raise ValueError(f"can't parse the kernel's line: {line.strip()[:300]}")
     memcg = found["constraint"] == "CONSTRAINT_MEMCG"
     return Kill(
-        seconds=float(found["uptime"] or found["unix"]),
+        seconds=booted + float(found["seconds"]),
         constraint=Constraint.MEMCG if memcg else Constraint.GLOBAL,
         oom_memcg=found["oom"] or "",
         task_memcg=found["memcg"],

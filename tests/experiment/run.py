@@ -50,7 +50,7 @@ sed 's/^/protected /' /sys/fs/cgroup/system.slice/memory.min
 [ ! -e /run/ami-builder-layers ] || echo layers 1
 cat /sys/fs/cgroup/system.slice/docker-*.scope/memory.max | sed 's/max/0/; s/^/container /' | sort | tail -1
 """
-_KERNEL = "journalctl -k -b -o short-unix --no-pager"
+_KERNEL = "journalctl -k -b -o short-monotonic --no-pager"
 _NANNY = "cat /var/lib/docker/containers/*/*-json.log | grep -c 'memory budget. Restarting' || true"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ami_builder.core import oom
@@ -30,11 +32,12 @@ KILL = Kill(
 
 def test_a_kill_in_a_container() -> None:
     log = f"""
-1764086399.000001 dask kernel: python invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0, oom_score_adj=0
-1764086400.250000 dask kernel: {MEMCG}
-1764086400.250001 dask kernel: Memory cgroup out of memory: Killed process 1733 (dask worker [tc) total-vm:2kB
+[   90.249999] dask kernel: python invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0, oom_score_adj=0
+[   90.250000] dask kernel: {MEMCG}
+[   90.250001] dask kernel: Memory cgroup out of memory: Killed process 1733 (dask worker [tc) total-vm:2kB
 """
-    assert oom.kills(log) == (KILL,)
+    assert oom.kills(log) == (replace(KILL, seconds=90.25),)
+    assert oom.kills(log, booted=1764086310.0) == (KILL,)
 
 
 @pytest.mark.parametrize("stamp", ["[   90.500000] ", "<6>[   90.500000] ", "[90.500000] "])
@@ -54,7 +57,7 @@ def test_a_cpuset_is_the_machines_memory() -> None:
     assert kill.constraint is Constraint.GLOBAL
 
 
-@pytest.mark.parametrize("line", [MEMCG, f"[1.0] {MEMCG[:90]}", f"Nov 25 16:00:00 dask kernel: {GLOBAL}"])
+@pytest.mark.parametrize("line", [MEMCG, f"[1.0] {MEMCG[:90]}", f"1764086400.25 dask kernel: {GLOBAL}"])
 def test_what_cannot_be_read_is_not_passed_over(line: str) -> None:
     with pytest.raises(ValueError, match="can't parse"):
         oom.kills(line)

@@ -35,7 +35,7 @@ id=$(docker ps -q --no-trunc | head -n 1)
 docker inspect -f 'docker {{.HostConfig.Memory}}' "$id"
 echo memory_max $(cat /sys/fs/cgroup/system.slice/docker-$id.scope/memory.max | sed s/max/-1/)
 """
-_KILLS = "journalctl -k -b -o short-unix --no-pager"
+_KILLS = "journalctl -k -b -o short-monotonic --no-pager"
 
 
 def limits(session: Session) -> dict[str, int]:
