@@ -70,6 +70,8 @@ cat /run/systemd/system/docker-.scope.d/10-dask.conf 2>/dev/null
 section cloud-final
 systemctl show cloud-final.service -p ActiveState -p ExecMainExitTimestampMonotonic
 section journal
+# journald may be behind what services have written.
+journalctl --sync
 invocation=$(property InvocationID)
 [ -z "$invocation" ] ||
     journalctl -q --no-pager -o cat "_SYSTEMD_INVOCATION_ID=$invocation" | grep -F AVAILABLE_MEMORY_FOR_DASK

@@ -6,6 +6,7 @@ The bounds are those of the request and were set before the first run with layer
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime, timedelta
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ WORKS = tuple(work for work in Work if work is not Work.RESTARTS)
 ABOVE_REST, ABOVE_REST_UNLIMITED = 5.0, 10.0
 USED_PERCENT = 97
 COST_PERCENT = 1
+APART = timedelta(hours=1)
+"""Between the beginnings of a pair: one host did the same work in 400 s at one hour, in 585 s at another."""
 _LEAKS = (Work.LEAK_SLOW, Work.LEAK_FAST)
 
 
@@ -142,7 +145,7 @@ def _used(where: str, kind: Kind, runs: Sequence[Result], free: Sequence[Result]
 
 
 def _cost(work: Work, results: Sequence[Result]) -> Judged:
-    """Compare pairs of runs whose cases differ in nothing but the layers, by CPU time where both have it."""
+    """Compare pairs whose cases differ in nothing but the layers, by CPU time where both have it."""
     text = f"{work.text.split(':')[0]} takes at most {COST_PERCENT} % longer with the layers"
 
     def key(case: Case) -> tuple[object, ...]:
@@ -150,7 +153,8 @@ def _cost(work: Work, results: Sequence[Result]) -> Judged:
 
     whole = [r for r in results if r.case.work is work and not (r.unfinished or r.failed)]
     without = {key(r.case): r for r in whole if r.case.layers == OFF}
-    pairs = [(without[key(r.case)], r) for r in whole if r.case.layers == IMAGE and key(r.case) in without]
+    both = [(without[key(r.case)], r) for r in whole if r.case.layers == IMAGE and key(r.case) in without]
+    pairs = [(off, on) for off, on in both if abs(_began(on) - _began(off)) <= APART]
     if not pairs:
         return Judged(text=text, grade=Grade.NOT_SHOWN, found="no pair of runs", runs=0)
     by_cpu = [(off.cpu_seconds, on.cpu_seconds) for off, on in pairs if off.cpu_seconds and on.cpu_seconds]
@@ -160,6 +164,10 @@ def _cost(work: Work, results: Sequence[Result]) -> Judged:
     found = f"{(ratio - 1) * 100:+.1f} %, the median of {count} ({_pairs(times, unit)})"
     grade = Grade.PASSED if ratio <= 1 + COST_PERCENT / 100 else Grade.FAILED
     return Judged(text=text, grade=grade, found=found, runs=2 * len(times))
+
+
+def _began(result: Result) -> datetime:
+    return datetime.fromisoformat(result.when)
 
 
 def _pairs(pairs: Sequence[tuple[float, float]], unit: str) -> str:

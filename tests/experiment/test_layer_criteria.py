@@ -96,6 +96,14 @@ def test_the_cost_is_judged_by_cpu_time_where_both_runs_have_it() -> None:
     assert grades(*whole, old)["W1 takes at most 1 % longer with the layers"] is Grade.FAILED
 
 
+def test_runs_of_different_hours_are_no_pair() -> None:
+    on = run(policy=DEFAULT, work=Work.ARRAY, when="2026-11-29T12:00:00+00:00", seconds=90.0)
+    for began, grade in (("12:59", Grade.FAILED), ("13:01", Grade.NOT_SHOWN), ("10:59", Grade.NOT_SHOWN)):
+        when = f"2026-11-29T{began}:00+00:00"
+        off = run(policy=DEFAULT, work=Work.ARRAY, layers="off", when=when, seconds=60.0)
+        assert grades(on, off)["W1 takes at most 1 % longer with the layers"] is grade
+
+
 def recorded_run(policy: LimitPolicy, layers: str, work: Work) -> Result:
     wanted = (policy, layers, work)
     return next(r for r in recorded_layers() if (r.case.policy, r.case.layers, r.case.work) == wanted)
