@@ -134,10 +134,10 @@ HEAD = "dask kernel: oom-kill:constraint=CONSTRAINT"
 BODY = "nodemask=(null),cpuset=/,mems_allowed=0"
 BOX = "/system.slice/docker-a.scope"
 KERNEL = f"""\
-1795622835.1 dask kernel: python3 invoked oom-killer: gfp_mask=0x140cca(GFP_HIGHUSER_MOVABLE), order=0
-1795622835.2 {HEAD}_MEMCG,{BODY},oom_memcg={BOX},task_memcg={BOX},task=python,pid=900,uid=0
-1795622836.2 {HEAD}_NONE,{BODY},global_oom,task_memcg={BOX},task=python,pid=901,uid=0
-1795622837.2 {HEAD}_NONE,{BODY},global_oom,task_memcg=/system.slice/ssh.service,task=sshd,pid=300,uid=0
+[   35.1] dask kernel: python3 invoked oom-killer: gfp_mask=0x140cca(GFP_HIGHUSER_MOVABLE), order=0
+[   35.2] {HEAD}_MEMCG,{BODY},oom_memcg={BOX},task_memcg={BOX},task=python,pid=900,uid=0
+[   36.2] {HEAD}_NONE,{BODY},global_oom,task_memcg={BOX},task=python,pid=901,uid=0
+[   37.2] {HEAD}_NONE,{BODY},global_oom,task_memcg=/system.slice/ssh.service,task=sshd,pid=300,uid=0
 """
 
 

@@ -478,10 +478,12 @@ def test_what_goes_on_under_pressure_is_reported(fake: Fake) -> None:
 
 def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) -> None:
     """The scheduler, 90 ms after the worker: nothing that an image can help."""
-    worker, *_ = [line for line in PRESSED["kernel"].splitlines() if "task=python" in line]
-    at, rest = worker.split(" ", 1)
-    scheduler = f"{float(at) + 0.09:.6f} {rest.replace('task=python', 'task=dask')}"
-    raced = {"kernel": f"{worker}\n{scheduler}\n", "dask": "", "client": "", "container.after": "another"}
+    clock, worker, *_ = PRESSED["kernel"].splitlines()
+    assert "task=python" in worker
+    at, rest = worker.removeprefix("[").split("]", 1)
+    scheduler = f"[{float(at) + 0.09:.6f}]{rest.replace('task=python', 'task=dask')}"
+    kernel = f"{clock}\n{worker}\n{scheduler}\n"
+    raced = {"kernel": kernel, "dask": "", "client": "", "container.after": "another"}
     fake.pressure(**raced)
     # Whoever looks at the machine a second time finds it as it should be.
     fake.pressure("pressed.next")
