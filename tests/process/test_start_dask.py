@@ -510,6 +510,25 @@ def test_dask_goes_before_the_system_when_the_machine_has_no_memory_left(machine
     assert scores == ["500\n", "900\n"]
 
 
+def test_a_process_that_was_just_starting_goes_before_the_system_too(machine: Machine) -> None:
+    """A VM on a busy host kept three processes with the score 0: both looks were before they were listed."""
+    scope = machine.root / "sys/fs/cgroup/system.slice/docker-c1.scope"
+    scope.mkdir(parents=True)
+    (scope / "cgroup.procs").write_text("1\n")
+    for process in (1, 2, 3):
+        (machine.root / f"proc/{process}").mkdir()
+        machine.write(f"proc/{process}/oom_score_adj", "0\n")
+    fake(machine.programs, "docker", EVENTS)
+    # One more is listed after each of the first two looks.
+    fake(
+        machine.programs,
+        "sleep",
+        f"n=$(wc -l <{scope}/cgroup.procs); [ $n = 3 ] || echo $((n + 1)) >>{scope}/cgroup.procs",
+    )
+    machine.start(environment={"FAKE_STARTS": "start c1 dask-w-1 <no value>\\n"})
+    assert [(machine.root / f"proc/{n}/oom_score_adj").read_text() for n in (1, 2, 3)] == ["500\n"] * 3
+
+
 @pytest.mark.parametrize(
     ("maximum", "said"),
     [
