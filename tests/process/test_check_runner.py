@@ -26,6 +26,7 @@ from ami_builder.qemu.machine import MachineDied
 from ami_builder.system.resources import checks_dir
 from ami_builder.verify import runner
 from tests import fake_programs as programs
+from tests.unit.test_checks_memory_pressure import later
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -480,8 +481,7 @@ def test_it_is_tried_again_once_when_the_kernel_killed_a_second_one(fake: Fake) 
     """The scheduler, 90 ms after the worker: nothing that an image can help."""
     clock, worker, *_ = PRESSED["kernel"].splitlines()
     assert "task=python" in worker
-    at, rest = worker.removeprefix("[").split("]", 1)
-    scheduler = f"[{float(at) + 0.09:.6f}]{rest.replace('task=python', 'task=dask')}"
+    scheduler = later(worker, 0.09).replace("task=python", "task=dask")
     kernel = f"{clock}\n{worker}\n{scheduler}\n"
     raced = {"kernel": kernel, "dask": "", "client": "", "container.after": "another"}
     fake.pressure(**raced)

@@ -490,6 +490,15 @@ def test_a_second_kill_is_beside_another_by_the_measure_of_the_host(
     assert bool(parse(recorded).double_kill()) is beside
 
 
+@pytest.mark.parametrize(("late", "reported"), [(-1.5, True), (-2.5, False), (0.5, True), (1.5, False)])
+def test_a_kill_is_recorded_within_a_second(late: float, reported: bool) -> None:
+    """Times in /run/dask/kills are up to a second early, and never late by themselves."""
+    recorded, kill = dict(GOOD), parse(GOOD).kills[0]
+    logins([0.1] * 4, [0.1])(recorded)
+    sub("recorded", r'"time": [\d.]+', f'"time": {kill.seconds + late}', count=1)(recorded)
+    assert (REPORTED not in red(recorded)) is reported
+
+
 def test_a_kill_is_the_growers_by_its_pid() -> None:
     """The kernel's clock and that of `date` are read one after the other, and a host may pause in between."""
     recorded, kill = dict(GOOD), parse(GOOD).kills[0]
