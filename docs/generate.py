@@ -41,7 +41,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "exit-codes.md": NOTE + "\n".join(_exit_codes()),
         REFERENCE / "checks.md": NOTE + "\n".join(_checks()),
         REFERENCE / "probes.md": NOTE + "\n".join(_probes()),
-        ROOT / "ami-builder.toml": reference.example_file(),
+        ROOT / "ami-builder.toml": reference.example_file(schema_path="docs/ami-builder.schema.json"),
         ROOT / "docs" / "ami-builder.schema.json": reference.schema_text(),
     }
 
@@ -55,7 +55,9 @@ def _commands() -> Iterator[str]:
     yield "They come before the command: `ami-builder --quiet build`.\n"
     yield from _parameters(group)
     panel = None
-    for name, command in _flat(group.commands):
+    found = list(_flat(group.commands))
+    order = list(dict.fromkeys(command.rich_help_panel for _, command in found))
+    for name, command in sorted(found, key=lambda one: order.index(one[1].rich_help_panel)):
         if command.rich_help_panel not in (panel, None):
             panel = command.rich_help_panel
             yield f"## {panel}\n"
@@ -103,7 +105,7 @@ def _parameters(command: Any) -> Iterator[str]:
                 name += " " + _code(each.metavar or each.name.upper())
         help_text = (each.help or "").rstrip()
         default = each.default
-        if isinstance(default, str | int) and not isinstance(default, bool) and default != "":
+        if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
             help_text += f" Default: `{default}`."
         if getattr(each, "multiple", False) and "repeat" not in help_text:
             help_text += " Can be repeated."
@@ -148,7 +150,7 @@ def _settings() -> Iterator[str]:
 
 def _probes() -> Iterator[str]:
     yield "# Probes\n"
-    yield "What ami-builder assumes about AWS, and its test cloud (an emulated EC2 API) does. A"
+    yield "What ami-builder assumes about AWS. Its test cloud (an emulated EC2 API) behaves like this. A"
     yield "[selftest](../how-to/selftest.md) asks a real account. Each row is a call, with the answer to"
     yield "credentials that may do everything, and to those with the policy of `iam-policy` if it differs.\n"
     found = [

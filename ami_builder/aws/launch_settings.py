@@ -94,9 +94,10 @@ class Launch:
                 raise UsageError(f"--lifecycle-hook {self.hook}: expected a name of A-Z, a-z, 0-9, - _ and /")
             found["DASK_LIFECYCLE_HOOK"] = self.hook
         if not self.profile and (flag := self._needs_role()):
+            for_what = f"--tls {self.tls}" if flag == "--tls" else "--group GROUP"
             raise UsageError(
                 f"{flag} needs --instance-profile: the instance calls AWS with that role",
-                hint="`ami-builder iam-policy --instance` prints the role's policy",
+                hint=f"`ami-builder iam-policy --instance {for_what}` prints the role's policy",
             )
         return found
 

@@ -45,7 +45,7 @@ def launch_template(
         typer.Option(
             "--instance-profile",
             metavar="NAME|ARN",
-            help="Instance profile; its role needs what `iam-policy --instance` prints.",
+            help="Instance profile; its role needs what `iam-policy --instance --tls --group` prints.",
         ),
     ] = "",
     group: Annotated[

@@ -29,9 +29,12 @@ def to_toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def example_file() -> str:
-    """Return the shipped ami-builder.toml: every setting, commented out, with its default."""
-    lines, table = [_HEAD], ""
+def example_file(*, schema_path: str = "") -> str:
+    """Return an ami-builder.toml with every setting, commented out, with its default.
+
+    With `schema_path`, editors find the JSON schema there.
+    """
+    lines, table = [f"#:schema {schema_path}\n\n{_HEAD}" if schema_path else _HEAD], ""
     for key, setting in SETTINGS.items():
         if setting.table != table:
             table = setting.table
@@ -89,8 +92,6 @@ def _comment(text: str) -> list[str]:
 
 
 _HEAD = """\
-#:schema docs/ami-builder.schema.json
-
 # The VM images that `ami-builder build` makes. An empty table is a complete image: every setting has the
 # default that is written here. To change a setting, remove the `#` before it and change the value.
 #

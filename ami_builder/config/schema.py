@@ -143,7 +143,8 @@ class DaskSettings(_Table):
     """How much of the disk's free space all workers together can fill with spilled data, in percent."""
     instance_store: StrictBool = True
     """Whether the machine's instance-store disks, if it has any, are formatted at each boot and take spilled
-    data. A disk that has a file system or partitions is never touched."""
+    data. A disk with partitions, or with any other file system than that of an earlier boot, is never
+    touched."""
     after: t.Many[t.SystemdUnit] = ()
     """Units, such as agents, that must be up before the available memory is measured."""
     retire_on_rebalance: bool = False
