@@ -14,6 +14,7 @@ import pytest
 from ami_builder.core.units import GIB, MIB
 from ami_builder.system import resources
 from tests.fake_programs import calls, fake
+from tests.full_run import on_full_run
 
 PROGRAM = resources.packer_dir() / "guest/usr/local/sbin/compare-memory"
 SHELLS = [name for name in ("dash", "busybox") if shutil.which(name)]
@@ -77,9 +78,10 @@ class Machine:
         """Let Dask's container hold so much; what is available must be set for itself."""
         self.cgroup(f"system.slice/docker-{CONTAINER}.scope", size, str(maximum or self.limit))
 
-    def compare(self, *arguments: str, **environment: str) -> str:
+    def compare(self, *arguments: str, full: bool = False, **environment: str) -> str:
+        argv = [*self.shell, str(PROGRAM), *arguments]
         done = subprocess.run(
-            [*self.shell, str(PROGRAM), *arguments],
+            on_full_run(self.root, argv) if full else argv,
             env={
                 "PATH": f"{self.programs}:{os.environ['PATH']}",
                 "COMPARE_MEMORY_ROOT": str(self.root),
@@ -162,6 +164,14 @@ def test_growth_is_reported_with_who_has_grown(machine: Machine) -> None:
     )
     assert machine.notice == first.removeprefix("<4>compare-memory: ")
     assert machine.record["grown"][0] == {"cgroup": "agent.service", "bytes": 51 * MIB}
+
+
+@pytest.mark.needs("unshare")
+def test_growth_is_reported_though_run_is_full(machine: Machine) -> None:
+    machine.container(500)
+    machine.available(1300 - 84)
+    assert machine.compare(full=True).startswith("<4>compare-memory: the system uses 84 MiB more than ")
+    assert not list(machine.run.rglob("*.[0-9]*"))
 
 
 def test_the_journal_gets_a_line_for_each_step_and_one_at_the_end(machine: Machine) -> None:

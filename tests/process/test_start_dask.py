@@ -22,6 +22,7 @@ from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.units import AUTO_RESERVE, Reserve
 from ami_builder.system.processes import wait_until
 from tests.fake_programs import calls, fake
+from tests.full_run import on_full_run
 from tests.sample_image import image
 
 if TYPE_CHECKING:
@@ -127,10 +128,19 @@ class Machine:
             script.write_bytes(guest[path].content)
             script.chmod(0o755)
 
-    def start(self, of: Image | None = None, environment: Mapping[str, str] | None = None) -> Started:
+    def start(
+        self,
+        of: Image | None = None,
+        environment: Mapping[str, str] | None = None,
+        *,
+        program: PurePosixPath = START_DASK,
+        full: bool = False,
+    ) -> Started:
+        """Run start-dask, or another program; with `full`, while /run is full."""
         self.install(of or image())
+        argv = [*self.shell, str(self.root / program.relative_to("/"))]
         done = subprocess.run(
-            [*self.shell, str(self.root / START_DASK.relative_to("/"))],
+            on_full_run(self.root, argv) if full else argv,
             env=self.environment(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -214,6 +224,36 @@ def test_what_cannot_be_measured_is_loud_and_leaves_the_variable_unset(machine: 
         rf"^<3>measure-memory: {VARIABLE} is not set, and each .* may use 75 % .*: .+", started.output
     )
     assert len(started.output.splitlines()) == 1, started.output
+
+
+@pytest.mark.needs("unshare")
+def test_on_a_full_run_there_is_no_old_limit(machine: Machine) -> None:
+    for file in (machine.record, machine.drop_in):
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{VARIABLE}=123\n")
+    started = machine.start(program=MEASURE_MEMORY, full=True)
+    assert started.status == 1
+    assert started.output.startswith(f"<3>measure-memory: {VARIABLE} is not set")
+    assert started.output.endswith("memory.env can't be written; is /run full?\n")
+    assert not [path for path in (machine.root / "run").rglob("*") if path.is_file()]
+
+
+@pytest.mark.needs("unshare")
+@pytest.mark.parametrize("failures", ["", "3\n"])
+def test_on_a_full_run_dask_waits_and_says_why(machine: Machine, failures: str) -> None:
+    fake(machine.programs, "sleep", "")
+    machine.record.parent.mkdir(parents=True)
+    machine.write("run/dask/health", "healthy\n")
+    if failures:
+        machine.write("run/dask/failures", failures)
+    started = machine.start(full=True)
+    assert started.status == 1
+    assert "is /run full?" in started.output
+    assert "I/O" not in started.output
+    word, reason = machine.health
+    assert word == "unhealthy"
+    assert reason.endswith("can't be written; is /run full?")
+    assert failures or calls(machine.programs, "sleep"), "systemd starts it again at once"
 
 
 def test_the_corpus_is_whole() -> None:
@@ -1025,7 +1065,7 @@ def test_health_is_kept_and_said_only_when_it_changes(
     assert got == status
     word, *reason = state.read_text().splitlines()
     assert word == ("healthy" if status == 0 else "unhealthy")
-    assert reason == {"": [""], "<4>": [f"Dask does not answer on port {port}"]}.get(said[:3], [])[:status]
+    assert reason == {"<4>": [f"Dask does not answer on port {port}"]}.get(said[:3], [])
     assert line.startswith(said)
     assert bool(line) == bool(said)
 

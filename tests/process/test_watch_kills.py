@@ -14,6 +14,7 @@ import pytest
 
 from ami_builder.system import resources
 from tests.fake_programs import fake
+from tests.full_run import on_full_run
 
 PROGRAM = resources.packer_dir() / "guest/usr/local/sbin/watch-kills"
 SHELLS = [found for name in ("dash", "busybox") if (found := shutil.which(name))]
@@ -86,8 +87,11 @@ class Machine:
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "cgroup.procs").write_text(processes)
 
-    def watch(self, *lines: str, more: str = ":") -> list[str]:
-        """Run until the kernel has logged these lines and `more`, a script, has ended; return the log."""
+    def watch(self, *lines: str, more: str = ":", full: bool = False) -> list[str]:
+        """Run until the kernel has logged these lines and `more`, a script, has ended; return the log.
+
+        With `full`, /run is full.
+        """
         (self.root / "lines").write_text("".join(f"{line}\n" for line in lines))
         fake(self.root / "programs", "dmesg", f'cat "$WATCH_KILLS_ROOT/lines"; {more}')
         environment = {
@@ -95,6 +99,7 @@ class Machine:
             "WATCH_KILLS_ROOT": str(self.root),
         }
         argv = [self.shell, *(["sh"] if self.shell.endswith("busybox") else []), str(PROGRAM)]
+        argv = on_full_run(self.root, argv) if full else argv
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=120)
         assert done.stderr == ""
         assert done.returncode == 1, "systemd starts it again"
@@ -327,3 +332,17 @@ def test_reports_of_containers_are_harmless_lines(shell: str) -> None:
     ]
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.needs("unshare")
+def test_a_record_that_a_full_run_cut_off_spoils_no_other(machine: Machine) -> None:
+    machine.state.mkdir(parents=True)
+    (machine.state / "kills").write_text('{"number": 7, "x": "' + "x" * 4000 + '"}\n')
+    filler = machine.root / "run/filler"
+    later = f'sleep 1; rm {filler}; echo "{kill(9, "c")}"; touch {filler}'
+    log = machine.watch(kill(8, "b"), more=later, full=True)
+    assert len(log) == 2
+    first, torn, last = (machine.state / "kills").read_text().splitlines()
+    assert json.loads(first)["number"] == 7
+    assert torn.startswith('{"number": 8')
+    assert json.loads(last)["pid"] == 9
