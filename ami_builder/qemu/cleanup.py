@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def plan_cleanup(workspace: Workspace, images: Mapping[str, Image], now: datetim
     for name in sorted({one.artifact.image for one in stored}):
         mine = [one for one in stored if one.artifact.image == name]
         decisions += _plan_images(workspace, name, mine, images, now)
+    decisions += _plan_others(workspace, now)
     return (*decisions, *_plan_caches(workspace, images, now), *_plan_records(workspace, now))
 
 
@@ -72,11 +74,13 @@ def _plan_images(
     been = {channel: {entry.id for entry in record.entries(channel)} for channel in record.used()}
     revoked = record.revoked([one.artifact.digest for one in stored])
     used = {reference.id: reference.by for reference in references_of(record)}
-    bases = {image.base.source: other for other, image in images.items() if image.base.source}
+    # A path may go through links, and through a folder that was moved.
+    bases = {other: Path(image.base.source).resolve() for other, image in images.items() if image.base.source}
     live = [run for run in _live(workspace) if run.image == name]
     journals = {journal.digest: journal.id for journal in unfinished(workspace)}
     candidates, references = [], []
     for one in stored:
+        assert one.directory is not None
         image_id = str(one.directory)
         candidates.append(
             Candidate(
@@ -86,18 +90,33 @@ def _plan_images(
                 size=one.artifact.size,
                 channels=frozenset(channel for channel, ids in been.items() if one.artifact.digest in ids),
                 revoked=one.artifact.digest in revoked,
-                protected="" if name in images else "no policy: ami-builder.toml does not have this image",
+                protected=_link(one.directory)
+                or ("" if name in images else "no policy: ami-builder.toml does not have this image"),
             )
         )
         if by := used.get(one.artifact.digest):
             references.append(Reference(id=image_id, by=by))
-        if other := bases.get(one.artifact.location):
-            references.append(Reference(id=image_id, by=f"the base of image {other}"))
+        references += [
+            Reference(id=image_id, by=f"the base of image {other}")
+            for other, base in bases.items()
+            if one.directory.resolve() in base.parents
+        ]
         if journal := journals.get(one.artifact.digest):
             references.append(Reference(id=image_id, by=f"nightly run {journal} continues with it"))
         references += [Reference(id=image_id, by=f"run {run.run_id} is in progress") for run in live]
     rules = policy(images[name].lifecycle) if name in images else KEEP_ALL
     return plan(candidates, references, rules, now)
+
+
+def _plan_others(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
+    """Return the folders among the images that are no image; they are kept."""
+    found = [
+        replace(_candidate(name.name, folder), protected="it has no artifact.json, so what it is is unknown")
+        for name in folders(workspace.images_dir)
+        for folder in folders(name)
+        if not folder.name.startswith(".") and not (folder / "artifact.json").exists()
+    ]
+    return plan(found, (), KEEP_ALL, now)
 
 
 def _plan_caches(workspace: Workspace, images: Mapping[str, Image], now: datetime) -> tuple[Decision, ...]:
@@ -154,7 +173,12 @@ def _candidate(kind: str, folder: Path) -> Candidate:
         image=kind,
         created=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
         size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        protected=_link(folder),
     )
+
+
+def _link(folder: Path) -> str:
+    return "its folder is a symbolic link" if folder.is_symlink() else ""
 
 
 def _needs(folder: Path, workspace: Workspace, made: Mapping[str, str]) -> Iterator[str]:
@@ -175,13 +199,12 @@ def _live(workspace: Workspace) -> list[RunRecord]:
 def _sweep(folder: Path) -> None:
     """Remove unfinished images of killed runs from the images of a name."""
     for each in folders(folder):
-        if not (each / "artifact.json").exists():
-            shutil.rmtree(each)
+        if each.match(".new-*") or each.match(".*.half"):
+            each.unlink() if each.is_symlink() else shutil.rmtree(each)
 
 
 def _delete(folder: Path) -> None:
     """Remove a folder. If this is killed halfway, the rest is not taken for an image or a cache entry."""
-    (folder / "artifact.json").unlink(missing_ok=True)
     aside = folder.with_name(f".{folder.name}.half")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

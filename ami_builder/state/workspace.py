@@ -343,18 +343,23 @@ class Workspace:
         Raises UsageError for a damaged record: without it, another image would be the newest.
         """
         found: list[tuple[datetime, int, StoredImage]] = []
-        for record in (each / "artifact.json" for name in folders(self.images_dir) for each in folders(name)):
+        for folder in (each for name in folders(self.images_dir) for each in folders(name)):
+            if folder.name.startswith("."):  # half made, or half deleted
+                continue
+            record = folder / "artifact.json"
             artifact = load(Artifact, record)
             if artifact is None:
                 if not record.exists():
                     continue
                 raise UsageError(
                     f"{record} is damaged, or of another version of ami-builder",
-                    hint=f"restore it, or delete its folder and with it the image: {record.parent}",
+                    hint=f"restore it, or delete its folder and with it the image: {folder}",
                 )
-            if artifact.target is not TargetKind.QEMU or (record.parent / IMAGE_FILE).exists():
-                verdict = load(Verdict, record.parent / "verdict.json")
-                stored = StoredImage(artifact=artifact, verdict=verdict, directory=record.parent)
+            if artifact.target is TargetKind.QEMU:  # the workspace may have been moved
+                artifact = replace(artifact, location=str(folder / IMAGE_FILE))
+            if artifact.target is not TargetKind.QEMU or (folder / IMAGE_FILE).exists():
+                verdict = load(Verdict, folder / "verdict.json")
+                stored = StoredImage(artifact=artifact, verdict=verdict, directory=folder)
                 with suppress(FileNotFoundError):  # another process has just deleted the image
                     found.append((artifact.created, record.stat().st_mtime_ns, stored))
         return tuple(stored for *_, stored in sorted(found, key=lambda one: one[:2]))
