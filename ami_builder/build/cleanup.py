@@ -10,7 +10,7 @@ from ami_builder.config.schema import Image, LifecycleSettings
 from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Decision, RetentionPolicy
 from ami_builder.core.errors import CloudFailed
-from ami_builder.verify.executor import side_by_side
+from ami_builder.verify.executor import ask_side_by_side
 
 KEEP_ALL = RetentionPolicy(keep=0, young=timedelta.max, grace=timedelta(0), most=0)
 
@@ -51,7 +51,7 @@ def clean_up(
         if apply:
             for target, mine in groups:
                 locks.enter_context(target.exclusive(mine))
-        plans = side_by_side([partial(plan, *group) for group in groups])
+        plans = ask_side_by_side([partial(plan, *group) for group in groups])
         if apply:
             plans = [
                 target.clean_up(decisions, progress)

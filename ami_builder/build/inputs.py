@@ -14,7 +14,7 @@ from ami_builder.build.guest import RenderedFile, guest
 from ami_builder.config.schema import Image
 from ami_builder.state.workspace import Workspace
 from ami_builder.system.resources import packer_dir
-from ami_builder.verify.executor import side_by_side
+from ami_builder.verify.executor import ask_side_by_side
 
 RECIPE_VERSION = 1
 """Part of the digest. Raise it when a change of this program's code alters what an image contains and nothing
@@ -51,7 +51,7 @@ def gather(
     decide about the content at one kind of target only.
     """
     calls: list[Callable[[], str]] = [base, partial(container.digest, image, workspace, refresh=refresh)]
-    base_digest, container_digest = side_by_side(calls)
+    base_digest, container_digest = ask_side_by_side(calls)
     rendered = guest(image)
     digest = hashlib.sha256()
     settings = _content_settings(image, resolved) + more

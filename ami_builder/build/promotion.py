@@ -11,7 +11,7 @@ from ami_builder.console import Progress, Step
 from ami_builder.core.channels import ChannelEntry
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.state.workspace import StoredImage
-from ami_builder.verify.executor import side_by_side
+from ami_builder.verify.executor import ask_side_by_side
 
 Moves = list[TargetOutcome["ChannelMove | None"]]
 """The outcome at each target, home first: a move, or None where nothing was to be moved."""
@@ -121,7 +121,7 @@ def _more_with_copies(home: Target, image: Image, stored: StoredImage, progress:
             step.done(f"not done: {failed.message}")
             return []
         step.update(f"in {', '.join(target.name for target in targets)}")
-        answers = side_by_side([partial(has_copy, target) for target in targets])
+        answers = ask_side_by_side([partial(has_copy, target) for target in targets])
         found = [target.name for target, answer in zip(targets, answers, strict=True) if answer]
         unknown = [target.name for target, answer in zip(targets, answers, strict=True) if answer is None]
         text = f"found in {', '.join(found)}" if found else "none found"

@@ -39,6 +39,7 @@ _ANSWER_SECONDS = 15.0
 _LOOK_SECONDS = 5.0
 _ALONE_LOOKS = 24
 _CLOSE_SECONDS = 5.0
+_SCOPE_SECONDS = 0.3
 _ADDRESS = "an address looks like tcp://10.0.0.7:8786"
 
 
@@ -99,6 +100,42 @@ def side_by_side(calls: Sequence[Callable[[], T]], *, workers: int | None = None
     if errors:
         raise next((e for e in errors if not isinstance(e, Interrupted)), errors[0])
     return [f.result() for f in futures]
+
+
+def ask_side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Run `calls`, which only ask, in threads and return their results in order.
+
+    When one raises, or this thread or its scope is interrupted, this does not wait for the others: AWS may
+    not answer for minutes. They end with the program, and their child processes are stopped.
+    """
+    if len(calls) == 1 and threading.current_thread() is threading.main_thread():
+        return [calls[0]()]
+    with processes.scope() as scope:
+        futures = [_begin(call) for call in calls]
+        pending = set(futures)
+        try:
+            while pending:
+                scope.refuse_when_cancelled()
+                done, pending = wait(pending, timeout=_SCOPE_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            scope.cancel()
+            raise
+
+
+def _begin(call: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as failed:
+            future.set_exception(failed)
+
+    threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
+    return future
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 
 from ami_builder.core.errors import BuildFailed, Interrupted, MissingTool, TimedOut
 from ami_builder.system import processes
-from ami_builder.verify.executor import side_by_side
+from ami_builder.verify.executor import ask_side_by_side, side_by_side
 from tests.fake_programs import fake
 
 
@@ -215,6 +215,25 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
         side_by_side([slow, failing])
     # And work can go on afterwards.
     processes.stream(["true"], log=tmp_path / "after.log", what="true", timeout=60)
+
+
+def test_what_only_asks_is_not_waited_for() -> None:
+    """As of a cloud that does not answer."""
+    silent = threading.Event()
+
+    def failing() -> bool:
+        raise BuildFailed("the other one broke")
+
+    try:
+        with pytest.raises(BuildFailed, match="the other one broke"):
+            ask_side_by_side([silent.wait, failing])
+        with processes.scope() as scope:
+            threading.Timer(0.2, scope.cancel).start()
+            with pytest.raises(Interrupted):
+                ask_side_by_side([silent.wait, silent.wait])
+        assert ask_side_by_side([lambda: 1, lambda: 2, lambda: 3]) == [1, 2, 3]
+    finally:
+        silent.set()
 
 
 def test_what_ignores_a_failure_beside_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
