@@ -147,7 +147,7 @@ class DaskSettings(_Table):
     touched."""
     after: t.Many[t.SystemdUnit] = ()
     """Units, such as agents, that must be up before the available memory is measured."""
-    retire_on_rebalance: bool = False
+    retire_on_rebalance: StrictBool = False
     """Whether workers retire when EC2 recommends to replace their spot instance. They retire in any case when
     EC2 interrupts it, or its Auto Scaling group terminates it."""
 

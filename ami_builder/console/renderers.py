@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import IO, TYPE_CHECKING
 
 from ami_builder.console.progress import BEAT_SECONDS, Progress, Renderer, Step
-from ami_builder.console.style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console
+from ami_builder.console.style import MARKS, STYLES, Mode, duration, marks, overflow, rich_console, write_line
 from ami_builder.core.records import RunStatus
 
 if TYPE_CHECKING:
@@ -103,12 +103,9 @@ class _Plain(Renderer):
         for step in [step for step in self._printed if step.is_leaf]:
             self.updated(step)
 
-    def close(self) -> None:
-        self._out.flush()
-
     def _line(self, text: str, detail: str) -> None:
         detail = f" - {detail}" if detail else ""
-        print(f"{datetime.now().astimezone():%H:%M:%S} {text}{detail}", file=self._out, flush=True)
+        write_line(self._out, f"{datetime.now().astimezone():%H:%M:%S} {text}{detail}")
 
 
 class _GitHub(_Plain):
@@ -122,7 +119,7 @@ class _GitHub(_Plain):
     def started(self, step: Step) -> None:
         if step.parent is None:
             if not self._open:
-                print(f"::group::{step.name}", file=self._out)
+                write_line(self._out, f"::group::{step.name}")
             self._open.append(step)
         super().started(step)
 
@@ -134,7 +131,7 @@ class _GitHub(_Plain):
         self._outcomes.append(step)
         if not self._open:
             # Lines outside the group are visible while it is folded.
-            print("::endgroup::", file=self._out)
+            write_line(self._out, "::endgroup::")
             for each in self._outcomes:
                 super().ended(each)
             self._outcomes.clear()

@@ -10,7 +10,18 @@ from datetime import date
 from typing import IO, TYPE_CHECKING, Any
 
 from ami_builder.console.progress import NOTE
-from ami_builder.console.style import STYLES, Mode, choose_mode, clean, marks, overflow, rich_console
+from ami_builder.console.style import (
+    STYLES,
+    Mode,
+    choose_mode,
+    clean,
+    clean_lines,
+    marks,
+    overflow,
+    rich_console,
+    silence,
+    write_line,
+)
 from ami_builder.core.errors import AmiBuilderError, Inconclusive, Interrupted, UsageError
 from ami_builder.core.records import Outcome, Verdict
 
@@ -76,7 +87,8 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
         level = "warning" if isinstance(exc, Inconclusive) else "error"
         _err(f"::{level} title=ami-builder::{text}")
     if not _drawable(sys.stderr):
-        _err(f"{'inconclusive' if isinstance(exc, Inconclusive) else 'error'}: {exc.message}")
+        heading = "inconclusive" if isinstance(exc, Inconclusive) else "error"
+        _err(f"{heading}: {clean_lines(exc.message)}")
         for label, line in _details(exc):
             _err(f"{label:>7} {line}")
         return
@@ -84,8 +96,8 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
     from rich.text import Text
 
     console = rich_console(sys.stderr)
-    heading = _HEADINGS.get(type(exc), ("error", "bold red"))
-    console.print(Text.assemble("\n", heading, ": ", exc.message))
+    style = _HEADINGS.get(type(exc), ("error", "bold red"))
+    console.print(Text.assemble("\n", style, ": ", clean_lines(exc.message)))
     for label, line in _details(exc):
         if label == "log":
             # A path is never wrapped, so that it can be copied.
@@ -99,6 +111,11 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
 
 
 def _details(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
+    for label, text in _all_details(exc):
+        yield label, clean_lines(text)
+
+
+def _all_details(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
     for note in getattr(exc, "__notes__", ()):
         yield ("step", note.removeprefix(NOTE)) if note.startswith(NOTE) else ("note", note)
     for line in exc.tail:
@@ -190,24 +207,14 @@ def _out(text: str) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence(sys.stdout)
+        silence(sys.stdout)
     except OSError as failed:
-        _silence(sys.stdout)
+        silence(sys.stdout)
         raise UsageError(f"can't write to standard output: {failed.strerror}") from failed
 
 
 def _err(text: str) -> None:
-    """Write to stderr; if nobody can read it, the exit code is what is left."""
-    try:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-    except OSError:
-        _silence(sys.stderr)
-
-
-def _silence(stream: IO[str]) -> None:
-    """Send the rest to /dev/null: Python flushes once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    write_line(sys.stderr, text)
 
 
 def _first(message: str) -> str:

@@ -29,6 +29,8 @@ STYLES = dict(zip(MARKS, ("cyan", "green", "bold red", "yellow", "yellow", "dim"
 # The log of a serial console has escape sequences, which would move the terminal's cursor.
 _SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)"
 _UNPRINTABLE = re.compile(_SEQUENCE + r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A line of a log that begins so would be one, for a runner of GitHub Actions.
+_COMMAND = re.compile(r"^(\s*)::")
 
 
 class Mode(StrEnum):
@@ -55,6 +57,25 @@ def choose_mode(
 def clean(text: str) -> str:
     """Return `text` as one line without control sequences."""
     return " ".join(_UNPRINTABLE.sub("", text).split())
+
+
+def clean_lines(text: str) -> str:
+    """Return lines without control sequences, and none that is a command for GitHub Actions."""
+    return "\n".join(_COMMAND.sub(r"\1: :", _UNPRINTABLE.sub("", line)) for line in text.split("\n"))
+
+
+def write_line(stream: IO[str], text: str) -> None:
+    """Write progress or an error; if nobody can read it, work goes on, and the exit code is what is left."""
+    try:
+        stream.write(f"{text}\n")
+        stream.flush()
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: IO[str]) -> None:
+    """Send the rest to /dev/null: Python flushes once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def rich_console(out: IO[str]) -> Console:

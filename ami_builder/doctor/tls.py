@@ -111,6 +111,8 @@ def speaks_tls(host: str, port: int, seconds: float) -> bool:
             context.wrap_socket(plain),
         ):
             return True
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        return False  # it closes what it accepts, as a tunnel does whose other end is missing
     except ssl.SSLError as wrong:
         return wrong.reason not in _NO_TLS
     except OSError:

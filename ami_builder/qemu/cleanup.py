@@ -1,5 +1,6 @@
 """`ami-builder prune` on this host: images, caches and records that nothing needs."""
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -75,7 +76,7 @@ def _plan_images(
     revoked = record.revoked([one.artifact.digest for one in stored])
     used = {reference.id: reference.by for reference in references_of(record)}
     # A path may go through links, and through a folder that was moved.
-    bases = {other: Path(image.base.source).resolve() for other, image in images.items() if image.base.source}
+    bases = {other: _real(image.base.source) for other, image in images.items() if image.base.source}
     live = [run for run in _live(workspace) if run.image == name]
     journals = {journal.digest: journal.id for journal in unfinished(workspace)}
     candidates, references = [], []
@@ -99,7 +100,7 @@ def _plan_images(
         references += [
             Reference(id=image_id, by=f"the base of image {other}")
             for other, base in bases.items()
-            if one.directory.resolve() in base.parents
+            if _real(one.directory) in base.parents
         ]
         if journal := journals.get(one.artifact.digest):
             references.append(Reference(id=image_id, by=f"nightly run {journal} continues with it"))
@@ -159,7 +160,7 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     references = [
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
-    latest = {str((of_image / "latest").resolve()) for of_image in of_images}
+    latest = {str(_real(of_image / "latest")) for of_image in of_images}
     references += [
         Reference(id=one.id, by="the last nightly run") for one in nightly_runs if one.id in latest
     ]
@@ -175,6 +176,11 @@ def _candidate(kind: str, folder: Path) -> Candidate:
         size=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         protected=_link(folder),
     )
+
+
+def _real(path: Path | str) -> Path:
+    # Path.resolve raises for a link to itself.
+    return Path(os.path.realpath(path))
 
 
 def _link(folder: Path) -> str:

@@ -37,7 +37,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     for raw in lines:
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
             yield line

@@ -8,13 +8,14 @@ state/locks/                     one build and one nightly run at a time for an 
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -54,11 +55,31 @@ def dump(value: object, path: Path) -> None:
 
 
 def load(kind: type[T], path: Path) -> T | None:
-    """Read a record from JSON; None if the file is missing or has another content."""
+    """Read a record from JSON; None if the file is missing or has another content.
+
+    A time without a zone, and a number that is not finite, are other content: neither can be compared.
+    """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        found = TypeAdapter(kind).validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
+    return found if _is_comparable(found) else None
+
+
+def _is_comparable(value: object) -> bool:
+    match value:
+        case datetime():
+            return value.tzinfo is not None
+        case float():
+            return math.isfinite(value)
+        case dict():
+            return all(map(_is_comparable, value.values()))
+        case list() | tuple():
+            return all(map(_is_comparable, value))
+        case _ if is_dataclass(value):
+            return all(_is_comparable(getattr(value, one.name)) for one in fields(value))
+        case _:
+            return True
 
 
 def folders(folder: Path) -> list[Path]:

@@ -342,8 +342,9 @@ def test_what_is_wrong_with_tls_is_said_at_once(
     assert "the scheduler uses TLS" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("with_tls", [True, False])
 def test_a_connection_that_is_closed_at_once_is_no_answer(
-    tls: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+    tls: tuple[str, Path], capsys: pytest.CaptureFixture[str], with_tls: bool
 ) -> None:
     """As `ssh -L` does when nothing listens at its other end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -356,7 +357,8 @@ def test_a_connection_that_is_closed_at_once_is_no_answer(
         thread = threading.Thread(target=close_all)
         thread.start()
         where = f"127.0.0.1:{server.getsockname()[1]}"
-        status = cli.run(["-q", "doctor", where, "--tls", str(tls[1] / "mine"), "--timeout", "5s"])
+        flags = ["--tls", str(tls[1] / "mine")] if with_tls else []
+        status = cli.run(["-q", "doctor", where, *flags, "--timeout", "5s"])
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
     err = capsys.readouterr().err

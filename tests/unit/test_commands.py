@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,13 +68,16 @@ def test_wrong_usage_says_what_is_right(
 
 
 @pytest.mark.parametrize("command", ["list", "show", "prune", "promote"])
+@pytest.mark.parametrize("damage", ["cut off", "no zone"])
 def test_a_damaged_image_is_not_passed_over(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str], command: str
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], command: str, damage: str
 ) -> None:
     """Else another one, perhaps revoked, would be the newest."""
     stored(workspace, "a")
     newest = stored(workspace, "b").path.with_name("artifact.json")
-    newest.write_text(newest.read_text()[:50])
+    text = newest.read_text()
+    newest.write_text(text[:50] if damage == "cut off" else re.sub(r'("created": ".*)Z"', r'\1"', text))
+    assert newest.read_text() != text
     more = {"show": ["dask"], "promote": ["dask", "testing"]}.get(command, [])
     assert cli.run([command, *more]) == 2
     assert f"{newest} is damaged" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -534,6 +536,41 @@ def test_an_error_is_an_annotation_on_github(
     assert capsys.readouterr().err.startswith(
         "::error title=ami-builder::50 %25 of nothing\nerror: 50 % of\n"
     )
+
+
+def test_what_others_wrote_is_no_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    console.error(
+        UsageError("\x1b]0;title\x07no image x\n::set-output name=a::b", hint="\x1b[2J::stop-commands::c")
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "::error title=ami-builder::no image x ::set-output name=a::b",
+        "error: no image x",
+        ": :set-output name=a::b",
+        "   next : :stop-commands::c",
+    ]
+
+
+@pytest.mark.parametrize("mode", ["plain", "github"])
+def test_work_goes_on_though_nobody_reads_its_progress(mode: str) -> None:
+    script = f"""
+import sys
+from ami_builder import console
+with console.open_progress(console.Mode("{mode}")) as progress, progress.step("bake") as step:
+    step.update("half")
+    step.announce("news")
+console.note("a note")
+console.result("done")
+"""
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" 2>/dev/full', sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 def test_an_interrupt_is_not_called_an_error_on_a_terminal(terminal: Terminal) -> None:

@@ -17,6 +17,7 @@ from ami_builder.core.records import (
     Outcome,
     RunRecord,
     RunStatus,
+    StepRecord,
     TargetKind,
     Verdict,
 )
@@ -237,3 +238,21 @@ def test_a_folder_that_may_not_be_written_is_a_usage_error(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="can't create") as error:
         Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "file")}).ensure()
     assert "AMI_BUILDER_HOME" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "damage", [('"seconds": 1.5', '"seconds": NaN'), ('"seconds": 1.5', '"seconds": Infinity'), ("Z", "")]
+)
+def test_a_record_that_cannot_be_compared_is_damaged(tmp_path: Path, damage: tuple[str, str]) -> None:
+    file = tmp_path / "record.json"
+    step = StepRecord(name="bake", seconds=1.5, status=RunStatus.PASSED)
+    record = RunRecord(
+        run_id="a", command="build", image="dask", digest=None, status=RunStatus.PASSED,
+        started=datetime(2026, 11, 30, tzinfo=UTC), steps=(step,),
+    )  # fmt: skip
+    dump(record, file)
+    assert load(RunRecord, file) == record
+    whole = file.read_text()
+    file.write_text(whole.replace(*damage))
+    assert file.read_text() != whole
+    assert load(RunRecord, file) is None
