@@ -21,7 +21,7 @@ from typing import Any
 from ami_builder.core.errors import MissingTool, TimedOut, UsageError
 from ami_builder.doctor import history, probe, tls
 from ami_builder.doctor.rules import CgroupLimit, Cluster, Growth, Reading, Scheduler, Worker
-from ami_builder.verify.executor import INSTALL
+from ami_builder.verify.executor import INSTALL, run_async
 
 _ONE_BY_ONE = 64
 """How many workers are asked at a time after the call to all workers failed."""
@@ -47,14 +47,15 @@ def read_cluster(address: str, seconds: float, certificates: Path | None = None)
     (address, TLS), MissingTool (distributed) and TimedOut (the scheduler does not answer).
     """
     with _quiet():
-        return asyncio.run(_read(_distributed(), tls.address(address, certificates), seconds, certificates))
+        where = tls.address(address, certificates)
+        return run_async(_read(_distributed(), where, seconds, certificates))
 
 
 def read_history(address: str, seconds: float, certificates: Path | None = None) -> history.History:
     """Return why workers ended, as far as the scheduler remembers; the same errors as `read_cluster`."""
     with _quiet():
         where = tls.address(address, certificates)
-        return asyncio.run(_read_history(_distributed(), where, seconds, certificates))
+        return run_async(_read_history(_distributed(), where, seconds, certificates))
 
 
 def _distributed() -> Any:

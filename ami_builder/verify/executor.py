@@ -8,7 +8,7 @@ import pkgutil
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
@@ -108,8 +108,6 @@ def ask_side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
     When one raises, or this thread or its scope is interrupted, this does not wait for the others: AWS may
     not answer for minutes. They end with the program, and their child processes are stopped.
     """
-    if len(calls) == 1 and threading.current_thread() is threading.main_thread():
-        return [calls[0]()]
     with processes.scope() as scope:
         futures = [_begin(call) for call in calls]
         pending = set(futures)
@@ -136,6 +134,11 @@ def _begin(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
     return future
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run `asyncio.run` in a thread: here, asyncio would swallow what the handler of a signal raises."""
+    return ask_side_by_side([partial(asyncio.run, coroutine)])[0]
 
 
 @contextmanager
@@ -251,7 +254,7 @@ def _require_dask(address: str) -> None:
         (await asyncio.wait_for(connecting, _ANSWER_SECONDS)).abort()
 
     try:
-        asyncio.run(ask())
+        run_async(ask())
     except (MemoryError, struct.error) as wrong:
         raise UsageError(f"{FLAG} {address}: what answers is no Dask scheduler", hint=_ADDRESS) from wrong
     except (OSError, RuntimeError, TypeError):

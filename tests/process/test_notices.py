@@ -49,6 +49,7 @@ class Machine:
 
     def __init__(self, root: Path, imds: MetadataServer) -> None:
         self.root, self.imds = root, imds
+        self.run_is_full = False
         self.programs = root / "programs"
         self.state = root / "run/dask"
         self.state.mkdir(parents=True)
@@ -69,8 +70,8 @@ class Machine:
         file = self.state / name
         return file.read_text().splitlines() if file.exists() else []
 
-    def run(self, program: str, shell: str = SHELLS[0], *, full: bool = False, **more: str) -> list[str]:
-        """Run a program of the guest and return what it logs; with `full`, while /run is full."""
+    def run(self, program: str, shell: str = SHELLS[0], **more: str) -> list[str]:
+        """Run a program of the guest and return what it logs."""
         environment = {
             "PATH": f"{self.programs}:{os.environ['PATH']}",
             "INSTANCE_METADATA_URL": f"http://127.0.0.1:{self.imds.port}",
@@ -82,23 +83,17 @@ class Machine:
             **more,
         }
         argv = [shell, *(["sh"] if shell.endswith("busybox") else []), str(self.root / program)]
-        argv = on_full_run(self.root, argv) if full else argv
+        argv = on_full_run(self.root, argv) if self.run_is_full else argv
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
         assert done.stderr == ""
         return done.stdout.splitlines()
 
     def watch(
-        self,
-        polls: int = 1,
-        *,
-        on_rebalance: bool = False,
-        shell: str = SHELLS[0],
-        full: bool = False,
-        **more: str,
+        self, polls: int = 1, *, on_rebalance: bool = False, shell: str = SHELLS[0], **more: str
     ) -> list[str]:
         files = render.guest(image(retire_on_rebalance=on_rebalance))
         (self.root / "watch").write_bytes(files[PurePosixPath("/usr/local/sbin/watch-notices")].content)
-        return self.run("watch", shell, full=full, WATCH_NOTICES_POLLS=str(polls), **more)
+        return self.run("watch", shell, WATCH_NOTICES_POLLS=str(polls), **more)
 
     def interrupt(self, action: str = "terminate", seconds: float = 120) -> str:
         at = (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -161,7 +156,8 @@ def test_a_retirement_has_some_time_but_not_for_ever(machine: Machine, seconds: 
 def test_workers_retire_though_run_is_full(machine: Machine, shell: str) -> None:
     machine.interrupt()
     machine.write("health", "healthy\n")
-    log = machine.watch(shell=shell, full=True)
+    machine.run_is_full = True
+    log = machine.watch(shell=shell)
     assert log[-1] == "<5>watch-notices: this machine's workers have retired"
     assert len(machine.retirements) == 1
     assert "stop --no-block dask.service" in machine.systemctl
@@ -413,9 +409,9 @@ REPORT = (
 )
 
 
-def health(machine: Machine, shell: str = SHELLS[0], *, full: bool = False, **more: str) -> list[str]:
+def health(machine: Machine, shell: str = SHELLS[0], /, **more: str) -> list[str]:
     shutil.copy(SBIN / "dask-health", machine.root / "health")
-    return machine.run("health", shell, full=full, **more)
+    return machine.run("health", shell, **more)
 
 
 @pytest.mark.needs("unshare")
@@ -424,7 +420,8 @@ def test_an_unhealthy_dask_is_seen_and_reported_though_run_is_full(machine: Mach
     machine.settings("DASK_GROUP_HEALTH_SECONDS=60")
     machine.write("health", "healthy\n")
     machine.write("unhealthy-since", "-300\n")
-    log = health(machine, shell, full=True)
+    machine.run_is_full = True
+    log = health(machine, shell)
     assert [line[:14] for line in log] == ["<4>dask-health"] * 2
     assert machine.read("health") == ["unhealthy", "Dask does not answer on port 1"]
     assert machine.aws == [REPORT]
