@@ -81,7 +81,8 @@ class _Command(typer.core.TyperCommand):
                 value if isinstance(value, list | tuple) else [value]
             ):
                 raise UsageError(
-                    f"{each.metavar or each.name.upper()} is empty", hint="leave it out, or give a value"
+                    f"{each.metavar or each.name.upper()} is empty",
+                    hint="give a value" if each.required else "leave it out, or give a value",
                 )
         return super().parse_args(ctx, args)
 

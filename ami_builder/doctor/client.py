@@ -160,8 +160,9 @@ async def _identity(scheduler: Any) -> Mapping[str, Any]:
         if "not idle" not in str(wrong):
             raise
         raise ConnectionResetError("the connection was closed") from wrong
-    if answer.get("type") != "Scheduler":
-        raise ValueError(f"expected a scheduler, got {answer.get('type', 'something else')}")
+    kind = answer.get("type") if isinstance(answer, Mapping) else None
+    if kind != "Scheduler" or not isinstance(answer.get("workers"), Mapping):
+        raise ValueError(f"expected a scheduler, got {kind or 'something else'}")
     return dict(answer)
 
 
