@@ -112,7 +112,10 @@ def _plan_images(
 def _plan_others(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     """Return the folders among the images that are no image; they are kept."""
     found = [
-        replace(_candidate(name.name, folder), protected="it has no artifact.json, so what it is is unknown")
+        replace(
+            _candidate(name.name, folder),
+            protected="it has no artifact.json: delete it yourself if nothing needs it",
+        )
         for name in folders(workspace.images_dir)
         for folder in folders(name)
         if not folder.name.startswith(".") and not (folder / "artifact.json").exists()
@@ -160,9 +163,9 @@ def _plan_records(workspace: Workspace, now: datetime) -> tuple[Decision, ...]:
     references = [
         Reference(id=one.id, by=why) for one in runs for why in _needs(Path(one.id), workspace, made)
     ]
-    latest = {str(_real(of_image / "latest")) for of_image in of_images}
+    latest = {_real(of_image / "latest") for of_image in of_images}
     references += [
-        Reference(id=one.id, by="the last nightly run") for one in nightly_runs if one.id in latest
+        Reference(id=one.id, by="the last nightly run") for one in nightly_runs if _real(one.id) in latest
     ]
     decisions = plan([*runs, *nightly_runs], references, rules, now)
     return tuple(one for one in decisions if one.action is not Action.KEEP)

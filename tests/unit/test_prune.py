@@ -161,7 +161,9 @@ def test_what_is_no_image_is_listed_and_stays(
     (damaged.directory / "artifact.json").unlink()
     (damaged.directory.parent / "mine").mkdir()
     plan = planned(capsys, "--apply")
-    assert plan["a"] == plan["m"] == ("keep", "it has no artifact.json, so what it is is unknown")
+    assert (
+        plan["a"] == plan["m"] == ("keep", "it has no artifact.json: delete it yourself if nothing needs it")
+    )
     assert damaged.path.exists()
 
 
