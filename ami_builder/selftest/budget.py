@@ -66,8 +66,8 @@ def prices(account: Account, kinds: Sequence[str], assumed: float | None) -> dic
             price = assumed
         if price is None:
             raise UsageError(
-                f"the price of {kind} in {account.region} is unknown: the Pricing API did not answer, or returned"
-                " none to these credentials",
+                f"the price of {kind} in {account.region} is unknown: the Pricing API did not answer, or"
+                " returned none to these credentials",
                 hint="look it up, and add --assume-hourly USD",
             )
         found[kind] = price
