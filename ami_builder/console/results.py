@@ -88,9 +88,9 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
         _err(f"::{level} title=ami-builder::{text}")
     if not _drawable(sys.stderr):
         heading = "inconclusive" if isinstance(exc, Inconclusive) else "error"
-        _err(f"{heading}: {clean_lines(exc.message)}")
-        for label, line in _details(exc):
-            _err(f"{label:>7} {line}")
+        _err(clean_lines(f"{heading}: {exc.message}"))
+        for label, text in _details(exc):
+            _err(clean_lines(f"{label:>7} {text}"))
         return
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +98,8 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
     console = rich_console(sys.stderr)
     style = _HEADINGS.get(type(exc), ("error", "bold red"))
     console.print(Text.assemble("\n", style, ": ", clean_lines(exc.message)))
-    for label, line in _details(exc):
+    for label, text in _details(exc):
+        line = clean_lines(text)
         if label == "log":
             # A path is never wrapped, so that it can be copied.
             console.print(Text.assemble((f"{label:>7} ", "dim"), line), soft_wrap=True)
@@ -111,11 +112,6 @@ def error(exc: AmiBuilderError | Interrupted) -> None:
 
 
 def _details(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
-    for label, text in _all_details(exc):
-        yield label, clean_lines(text)
-
-
-def _all_details(exc: AmiBuilderError | Interrupted) -> Iterator[tuple[str, str]]:
     for note in getattr(exc, "__notes__", ()):
         yield ("step", note.removeprefix(NOTE)) if note.startswith(NOTE) else ("note", note)
     for line in exc.tail:

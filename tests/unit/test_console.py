@@ -542,21 +542,20 @@ def test_what_others_wrote_is_no_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    console.error(
-        UsageError("\x1b]0;title\x07no image x\n::set-output name=a::b", hint="\x1b[2J::stop-commands::c")
-    )
+    message = "\x1b]0;title\x07::1 is no image\n ::set-output name=a::b"
+    console.error(UsageError(message, hint="\x1b[2J::1\n::stop-commands::c"))
     assert capsys.readouterr().err.splitlines() == [
-        "::error title=ami-builder::no image x ::set-output name=a::b",
-        "error: no image x",
-        ": :set-output name=a::b",
-        "   next : :stop-commands::c",
+        "::error title=ami-builder::::1 is no image ::set-output name=a::b",
+        "error: ::1 is no image",
+        " : :set-output name=a::b",
+        "   next ::1",
+        ": :stop-commands::c",
     ]
 
 
 @pytest.mark.parametrize("mode", ["plain", "github"])
 def test_work_goes_on_though_nobody_reads_its_progress(mode: str) -> None:
     script = f"""
-import sys
 from ami_builder import console
 with console.open_progress(console.Mode("{mode}")) as progress, progress.step("bake") as step:
     step.update("half")
