@@ -132,7 +132,7 @@ def _begin(call: Callable[[], T]) -> Future[T]:
         except BaseException as failed:
             future.set_exception(failed)
 
-    threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(run,), name="asking", daemon=True).start()
     return future
 
 

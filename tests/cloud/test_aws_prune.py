@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -483,14 +482,12 @@ def test_ten_thousand_images_take_no_more_calls_than_pages(
         }
         backend.amis[copy.id] = copy
         backend.tags[copy.id] = dict(backend.tags[template.id])
-    # botocore repeats a call that fails, and on a busy host one that takes long.
-    cloud.faults.add("DescribeSnapshotAttribute", "reset")
     before = len(cloud.calls)
     plan = pruned(capsys)
     assert len(plan) == 10_000
     assert sum(action == "deprecate" for action, _ in plan.values()) == 10
-    asked = {(call.action, call.invocation) for call in cloud.calls[before:]}
-    counted = Counter(action for action, _ in asked)
+    made = [call.action for call in cloud.calls[before:]]
+    counted = {action: made.count(action) for action in set(made)}
     assert counted.pop("DescribeImages") == 10
     # Whom they are shared with is asked of the ten that would go.
     assert counted.pop("DescribeImageAttribute") == 10

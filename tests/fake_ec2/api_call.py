@@ -34,8 +34,6 @@ class ApiCall:
     """As botocore names them."""
     packer: bool = False
     """Whether Packer made it, the one client here that is written in Go."""
-    invocation: str = ""
-    """`amz-sdk-invocation-id`: AWS's SDKs keep it when they repeat a call."""
     authorised: bool = True
     fleet_error: Refused | None = None
     """What a fleet may not launch, which is an error in its answer."""
@@ -81,14 +79,7 @@ def parse(environ: Mapping[str, Any], body: bytes) -> tuple[ApiCall, dict[str, s
             for name, values in parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True).items()
         }
         action = form.get("Action", f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
-    call = ApiCall(
-        service=service,
-        action=action,
-        region=region,
-        access_key=key,
-        packer=packer,
-        invocation=environ.get("HTTP_AMZ_SDK_INVOCATION_ID", ""),
-    )
+    call = ApiCall(service=service, action=action, region=region, access_key=key, packer=packer)
     return call, form
 
 

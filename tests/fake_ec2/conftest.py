@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,5 +28,11 @@ def cloud(running_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clo
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    before = threading.enumerate()
     yield running_cloud
     running_cloud.machines = None
+    # A command that fails leaves threads that still ask other regions: the next test would see their calls.
+    running_cloud.faults.clear()
+    for thread in threading.enumerate():
+        if thread.name == "asking" and thread not in before:
+            thread.join()
