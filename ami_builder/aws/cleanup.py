@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -71,18 +71,17 @@ def plan_cleanup(
     return (*decisions, *_orphans(account, images, owned, uses))
 
 
-def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
-    """Carry out a plan that was made just now, and return what was done.
+def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress) -> Iterator[Decision]:
+    """Carry out a plan that was made just now; yield each decision once it is done.
 
     AMIs are deregistered with their snapshots. Before each change, what may need the AMI or the snapshot is
     read again: another host may have promoted it. Raises CloudFailed.
     """
     uses = references.Watch(account)
-    done: list[Decision] = []
     for decision in decisions:
         image_id, verb = decision.candidate.id, str(decision.action)
         if decision.action is Action.KEEP:
-            done.append(decision)
+            yield decision
             continue
         with progress.step(f"{verb} {image_id}") as step:
             if reason := uses.of(image_id) or _kept_by_now(account, decision.candidate):
@@ -96,8 +95,7 @@ def clean_up(account: Account, decisions: Sequence[Decision], progress: Progress
                     decision = replace(decision, action=Action.KEEP, reason=reason)
             elif not amis.delete_snapshot(account, image_id):
                 raise CloudFailed(f"the snapshot {image_id} can't be deleted: an AMI uses it")
-        done.append(decision)
-    return tuple(done)
+        yield decision
 
 
 def _deregistered(account: Account, ami: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -18,6 +19,8 @@ from ami_builder.state.workspace import Workspace
 
 Regions = Mapping[Account, float]
 """Each region of an account, with the longest lifetime of our instances there, in seconds."""
+_LATE_SECONDS = 24 * 3600.0
+"""In which a ledger stays open: an AMI whose making was not answered shows late; a run may end just now."""
 
 
 def find_orphans(regions: Regions, workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:
@@ -39,7 +42,7 @@ def find_orphans(regions: Regions, workspace: Workspace, progress: Progress) -> 
 def remove_orphans(
     decisions: Sequence[Orphan], regions: Regions, workspace: Workspace, progress: Progress
 ) -> None:
-    """Delete what the plan says, in its order, and close the ledgers of runs that have nothing left.
+    """Delete what the plan says, in its order, and close the ledgers of runs that ended long ago.
 
     A failure does not keep the rest from being deleted. Raises CloudFailed at the end, with every failure.
     """
@@ -65,10 +68,10 @@ def remove_orphans(
 
 
 def _close(workspace: Workspace, accounts: Mapping[str, Account]) -> None:
-    """Mark the entries of ended runs in their ledgers as deleted: the accounts have none of them any more."""
+    """Mark the entries of runs that ended long ago as deleted: the accounts have none of them any more."""
     for run in runs(workspace):
         path = workspace.runs_dir / run / LEDGER
-        if workspace.is_live(run) or not path.exists():
+        if workspace.is_live(run) or not path.exists() or time.time() - path.stat().st_mtime < _LATE_SECONDS:
             continue
         ledger = Ledger(path)
         for entry in read(path):

@@ -114,7 +114,7 @@ def of(code: str, call: str, text: str) -> str | None:
             " `aws iam create-service-linked-role --aws-service-name spot.amazonaws.com` once"
         )
     if code == "AuthFailure" and _NOT_SHARED in text:
-        return "they belong to another account, which does not share them with yours: ask it, or use others"
+        return "another account owns this and has not shared it with yours: ask its owner, or use another"
     if code in EXPIRED:
         return f"the credentials are invalid or have expired: {LOGIN}"
     if code in THROTTLED:

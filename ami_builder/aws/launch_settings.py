@@ -14,6 +14,7 @@ from ami_builder.config.schema import Image
 from ami_builder.core.addresses import parse_scheduler
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import ContainerNetwork, Role
+from ami_builder.core.regions import REGION
 
 RATES = (100, 300)
 """The least and the most of EBS's Provisioned Rate for Volume Initialization, in MiB/s (EC2's API)."""
@@ -22,7 +23,7 @@ LEAST_UNHEALTHY_SECONDS = 60
 
 _GIB = 1 << 30
 _TLS = re.compile(r"(?:secretsmanager|ssm):[A-Za-z0-9/_+=.@-]+")
-_GROUP = re.compile(r"(?:([a-z]{2}(?:-[a-z]+)+-[0-9]+)=)?(sg-[0-9a-f]{8,17})")
+_GROUP = re.compile(rf"(?:({REGION})=)?(sg-[0-9a-f]{{8,17}})")
 _KEY_NAME = re.compile(r"[ -~]{1,255}")
 _PROFILE = re.compile(r"[\w+=,.@:/-]+")
 # Keys of tags that are in the instance's metadata; EC2 refuses to launch with others.

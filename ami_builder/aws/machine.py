@@ -144,7 +144,7 @@ class Ec2Machine:
 
     @property
     def emulator(self) -> int:
-        """None: no process of this host runs an instance."""
+        """0: an instance has no process on this host."""
         return 0
 
     def save_console(self) -> None:

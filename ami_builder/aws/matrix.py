@@ -248,14 +248,14 @@ def _lines(result: JobResult) -> list[str]:
 
 
 def _own_checks(image: Image) -> dict[str, bytes]:
-    """Return the user's check files, each with the conftest.py beside it, and everything in folders."""
-    found: dict[str, bytes] = {}
-    for number, path in enumerate(image.verify.checks):
-        inside = (each for each in path.rglob("*") if "__pycache__" not in each.parts)
-        for each in filter(Path.is_file, (path, path.with_name("conftest.py"), *inside)):
-            # Files of different folders may have the same name.
-            found[f"{number}/{each.relative_to(path.parent)}"] = each.read_bytes()
-    return found
+    """Return the user's check files, each with the conftest.py beside it."""
+    return {
+        # Files of different folders may have the same name.
+        f"{number}/{each.name}": each.read_bytes()
+        for number, path in enumerate(image.verify.checks)
+        for each in (path, path.with_name("conftest.py"))
+        if each.is_file()
+    }
 
 
 def _evidence(run: Run, job: Job) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import urllib.error
 import urllib.request
@@ -41,7 +42,7 @@ def source_cidrs(configured: Sequence[str]) -> tuple[str, ...]:
     try:
         with urllib.request.urlopen(CHECKIP_URL, timeout=_CHECKIP_SECONDS) as answer:
             return (str(ipaddress.ip_network(answer.read(64).decode("ascii").strip())),)
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, http.client.HTTPException) as wrong:
         why = getattr(wrong, "reason", wrong)
         raise CloudFailed(
             f"this host's public address can't be determined with {CHECKIP_URL}: {why}",

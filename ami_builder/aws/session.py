@@ -24,6 +24,7 @@ from ami_builder import __version__
 from ami_builder.aws import hints
 from ami_builder.aws.credentials import ServedCredentials, served
 from ami_builder.core.errors import CloudFailed, UsageError
+from ami_builder.core.regions import REGION
 
 if TYPE_CHECKING:
     from types_boto3_ec2.client import EC2Client
@@ -56,7 +57,6 @@ NOT_ENABLED = frozenset(
 DENIED = hints.DENIED
 _ENVIRONMENT = "env"
 """botocore's word for credentials in variables."""
-_REGION = re.compile(r"[a-z]{2,}(-[a-z]+)+-[0-9]+")
 
 
 class Account:
@@ -95,7 +95,7 @@ class Account:
                 "no AWS region is set",
                 hint="export AWS_REGION=…, or write aws.region in your ami-builder.toml",
             )
-        if not _REGION.fullmatch(found):
+        if not re.fullmatch(REGION, found):
             names = ("AWS_REGION", "AWS_DEFAULT_REGION")
             origin = next((n for n in names if os.environ.get(n) == found), "the region")
             raise UsageError(f"{origin} = {found!r}: expected the name of a region, such as us-east-1")

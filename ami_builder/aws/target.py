@@ -32,7 +32,7 @@ from ami_builder.build.target import Shared
 from ami_builder.config.schema import Image
 from ami_builder.config.types import Destination
 from ami_builder.console import Progress, Step
-from ami_builder.core.cleanup import Decision
+from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.errors import CloudFailed, TimedOut, UsageError
 from ami_builder.core.options import ContainerSource
 from ami_builder.core.records import Artifact, CheckResult, Finding, Measurement, Outcome, TargetKind, Verdict
@@ -264,12 +264,15 @@ class AwsTarget:
         records = {name: self.channels(image) for name, image in images.items()}
         return cleanup.plan_cleanup(self.account, self.workspace, images, records)
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> Iterator[Decision]:
         """Deprecate and deregister AMIs and delete snapshots as planned, unless something needs them by now.
 
-        Raises CloudFailed.
+        Yields each decision once it is done. Raises CloudFailed.
         """
-        return cleanup.clean_up(self.account, decisions, progress)
+        for decision in cleanup.clean_up(self.account, decisions, progress):
+            yield decision
+            if decision.action is Action.DELETE:
+                self.workspace.forget_remote(decision.candidate.id)
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Remove what killed runs have left in this region, as far as no other host may still use it."""

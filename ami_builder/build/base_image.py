@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -119,8 +120,8 @@ def _download(url: str, checksum: str, path: Path, on_progress: Callable[[str], 
         raise BuildFailed(
             f"{url}: the server answered {refused.code} {refused.reason}", hint="check base.source"
         ) from refused
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as lost:
-        reason = getattr(lost, "reason", lost)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as lost:
+        reason = getattr(lost, "reason", lost) or type(lost).__name__
         raise BuildFailed(
             f"{url}: {reason}", hint="check base.source and the network, then build again"
         ) from lost

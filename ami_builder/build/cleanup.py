@@ -1,6 +1,6 @@
 """Cleaning up at all targets of the configured images: one plan for all, then its execution."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -32,8 +32,8 @@ def policy(lifecycle: LifecycleSettings, *, deprecates: bool = False) -> Retenti
 
 def clean_up(
     images: Mapping[str, Image], home: Callable[[Image], Target], progress: Progress, *, apply: bool
-) -> tuple[Decision, ...]:
-    """Return what is to be deprecated or deleted at every target of the images, and do it if `apply`.
+) -> Iterator[Decision]:
+    """Yield what is to be deprecated or deleted at every target of the images; if `apply`, once it is done.
 
     `home` opens the target of an image. Raises Locked, with nothing changed, while a build is running, and
     CloudFailed, without any plan, if anything that may need an image can't be read at one of the targets.
@@ -52,12 +52,8 @@ def clean_up(
             for target, mine in groups:
                 locks.enter_context(target.exclusive(mine))
         plans = ask_side_by_side([partial(plan, *group) for group in groups])
-        if apply:
-            plans = [
-                target.clean_up(decisions, progress)
-                for (target, _), decisions in zip(groups, plans, strict=True)
-            ]
-    return tuple(decision for decisions in plans for decision in decisions)
+        for (target, _), decisions in zip(groups, plans, strict=True):
+            yield from target.clean_up(decisions, progress) if apply else decisions
 
 
 def remove_orphans(images: Mapping[str, Image], home: Callable[[Image], Target], progress: Progress) -> None:

@@ -188,7 +188,7 @@ def _answer(*arguments: str) -> str:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise MissingTool(
             f"`{name}` failed (exit status {done.status}): {' '.join(lines[:2])}",
-            hint="do PACKER_PLUGIN_PATH, PACKER_CONFIG and PACKER_CONFIG_DIR name what they should?",
+            hint="check PACKER_PLUGIN_PATH, PACKER_CONFIG and PACKER_CONFIG_DIR, if they are set",
         )
     return done.stdout
 

@@ -16,7 +16,7 @@ and never ask which kind one is. Only `cli.targets` does, where it opens a targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -123,8 +123,8 @@ class Target(Protocol):
         Raises CloudFailed if anything that may need an image can't be read.
         """
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
-        """Carry out a plan that was made just now, and return what was done. Raises CloudFailed."""
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> Iterator[Decision]:
+        """Carry out a plan that was made just now; yield each decision once done. Raises CloudFailed."""
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Remove what killed runs have left outside this host. Raises CloudFailed."""

@@ -29,8 +29,8 @@ def prune(
     from ami_builder.build.cleanup import clean_up
 
     with console.open_progress(mode()) as progress:
-        decisions = clean_up(
-            load_config(target).images, partial(open_target, kind=target), progress, apply=apply
+        decisions = tuple(
+            clean_up(load_config(target).images, partial(open_target, kind=target), progress, apply=apply)
         )
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})

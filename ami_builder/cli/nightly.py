@@ -23,7 +23,7 @@ from ami_builder.cli.targets import open_target
 from ami_builder.core.records import TargetKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ami_builder.build.target import Target
     from ami_builder.config.schema import Image
@@ -109,12 +109,11 @@ def _notify(text: str) -> str:
 
 def _prune(
     images: Mapping[str, Image], home: Callable[[Image], Target], progress: Progress
-) -> Sequence[Decision]:
+) -> Iterator[Decision]:
     from ami_builder.build.cleanup import clean_up, remove_orphans
 
-    decisions = clean_up(images, home, progress, apply=True)
+    yield from clean_up(images, home, progress, apply=True)
     remove_orphans(images, home, progress)
-    return decisions
 
 
 def _print(runs: Sequence[NightlyRun], *, as_json: bool) -> None:

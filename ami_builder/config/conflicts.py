@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ami_builder.config.schema import DEBIAN_USER, AwsSettings, ImageSettings
 from ami_builder.config.types import DEFAULT_REFERENCE
 from ami_builder.core.options import Connect, ContainerSource
+from ami_builder.core.regions import partition
 from ami_builder.core.units import format_size
 
 
@@ -100,7 +101,7 @@ def _regions(aws: AwsSettings) -> Iterator[Conflict]:
         yield Conflict(
             ("aws.copy_to", "aws.region"), f"has no effect: {aws.region} is where the AMI is baked"
         )
-    partitions = {_partition(each) for each in (*regions, aws.region) if each}
+    partitions = {partition(each) for each in (*regions, aws.region) if each}
     if len(partitions) > 1:
         yield Conflict(
             ("aws.copy_to", "aws.region"),
@@ -129,10 +130,6 @@ def _regions(aws: AwsSettings) -> Iterator[Conflict]:
 MOST_TAGS = 30
 """Of EC2's 50 on one resource the rest is for those that ami-builder sets."""
 _DEFAULT_KEYS = ("", "alias/aws/ebs")
-
-
-def _partition(region: str) -> str:
-    return next((start for start in ("cn-", "us-gov-", "us-iso") if region.startswith(start)), "")
 
 
 def _registry(reference: str) -> str | None:

@@ -19,6 +19,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from ami_builder.core.options import Arch
+from ami_builder.core.regions import REGION
 from ami_builder.core.units import (
     DURATION_PATTERN,
     GIB,
@@ -261,7 +262,7 @@ class Destination:
 def parse_destination(value: object) -> Destination:
     """Return the region, and the key, of `eu-west-1` or `eu-west-1=alias/ours`; raises ValueError."""
     region, equals, key = value.partition("=") if isinstance(value, str) else ("", "", "")
-    if not re.fullmatch(_REGION, region) or not re.fullmatch(KMS_KEY, key) or bool(equals) != bool(key):
+    if not re.fullmatch(REGION, region) or not re.fullmatch(KMS_KEY, key) or bool(equals) != bool(key):
         raise ValueError("expected a region, or region=KEY with the id, alias/… or ARN of a KMS key there")
     return Destination(region=region, kms_key=key)
 
@@ -303,7 +304,6 @@ KMS_KEY = (
     rf"(?:{_ARN}:kms:[a-z0-9-]+:[0-9]{{12}}:(?:key/[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)"
     r"|[A-Za-z0-9-]+|alias/[A-Za-z0-9:/_-]+)?"
 )
-_REGION = r"[a-z]{2,}(?:-[a-z]+)+-[0-9]"
 _ORGANIZATION = rf"{_ARN}:organizations::[0-9]{{12}}"
 _AMI = rf"ami-[0-9a-f]{{8,17}}|ssm:/[A-Za-z0-9._/-]+|(?:[0-9]{{12}}|self|amazon|aws-marketplace)/{_AMI_NAME}"
 _SHARER = (
@@ -394,7 +394,7 @@ Architecture = Annotated[
         lambda value: "" if value is None else str(value),
     ),
 ]
-Region = Annotated[str, text(rf"(?:{_REGION})?", "an AWS region, or nothing", "eu-central-1")]
+Region = Annotated[str, text(rf"(?:{REGION})?", "an AWS region, or nothing", "eu-central-1")]
 _PARAMETER = "ssm:/aws/service/debian/release/13/latest/amd64"
 SourceAmi = Annotated[
     str, text(rf"(?:{_AMI})?", "owner/name pattern, ssm:/parameter or ami-…, or nothing", _PARAMETER)
@@ -405,7 +405,7 @@ _SUBNET = r"subnet-[0-9a-f]{8,17}"
 Subnet = Annotated[
     str,
     text(
-        rf"(?:{_REGION}=)?{_SUBNET}",
+        rf"(?:{REGION}=)?{_SUBNET}",
         "the id of a subnet, subnet-… or REGION=subnet-…",
         "subnet-0123456789abcdef0",
     ),
@@ -425,7 +425,7 @@ CopyTo = Annotated[
         "a region, or region=KEY",
         lambda value, folder: parse_destination(value),
         "us-west-2=alias/ours",
-        {**_STRING, "pattern": f"^{_REGION}(?:=.+)?$"},
+        {**_STRING, "pattern": f"^{REGION}(?:=.+)?$"},
         lambda value: f"{value.region}={value.kms_key}" if value.kms_key else value.region,
     ),
 ]

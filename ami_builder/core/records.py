@@ -239,7 +239,7 @@ class NightlyStatus(StrEnum):
     """The host was too busy to verify the image: the next run verifies it again."""
     FAILED = "failed"
     PARTLY = "partly"
-    """Promoted in some regions, failed in others."""
+    """Current in some regions; failed or on hold in others."""
     UNSHARED = "unshared"
     """The current image has the same inputs, but sharing it failed."""
 

@@ -6,7 +6,7 @@ a nightly run that was killed continues where it stopped. A region that fails do
 channel is unchanged, and the next run tries it again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,8 +30,8 @@ from ami_builder.state.workspace import StoredImage, Workspace, write_atomically
 from ami_builder.verify.executor import side_by_side
 from ami_builder.verify.verdict import is_verified
 
-Prune = Callable[[Progress], Sequence[Decision]]
-"""Plans and deletes for all images. Raises Locked and CloudFailed."""
+Prune = Callable[[Progress], Iterable[Decision]]
+"""Plans and deletes for all images; yields what is done. Raises Locked and CloudFailed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +74,13 @@ def nightly(
 
 
 def _prune(prune: Prune | None, progress: Progress) -> tuple[Sequence[Decision], AmiBuilderError | None]:
-    if prune is None:
-        return (), None
+    done: list[Decision] = []
     try:
-        return prune(progress), None
+        if prune is not None:
+            done.extend(prune(progress))
     except AmiBuilderError as failed:
-        return (), failed
+        return done, failed
+    return done, None
 
 
 def _finish(
@@ -99,7 +100,9 @@ def _finish(
     # The report includes what was deleted before the run was killed.
     mine = [*(journal.find(NightlyStep.PRUNED) or {}).get("retired", ()), *mine]
     if failed is not None:
-        mine.append(f"nothing was deleted: {failed.message}")
+        changed = any(one.action is not Action.KEEP for one in retired)
+        result = "the clean-up did not finish" if changed else "nothing was deleted"
+        mine.append(f"{result}: {failed.message}")
         # While a build is running nothing can be deleted, and that is fine: the next nightly run does it.
         if not run.exit_code and not isinstance(failed, Locked):
             run = replace(run, exit_code=failed.exit_code)
@@ -145,7 +148,7 @@ class _ImageRun:
         )
 
     def go(self) -> tuple[NightlyRun, NightlyJournal, AmiBuilderError | None]:
-        """Return how it ended, the journal to note that in, and the error. Raises only Interrupted."""
+        """Return how it ended, the journal to note that in, and the error. Raises no AmiBuilderError."""
         journal: NightlyJournal | None = None
         error: AmiBuilderError | None = None
         try:
@@ -305,17 +308,16 @@ def _failed(target: Target, id_there: str, failed: AmiBuilderError) -> RegionRes
 def _together(results: Sequence[RegionResult]) -> Mapping[str, object]:
     """Return how a nightly run ended, from its results at all targets."""
     endings = {one.ending for one in results}
-    wrong = {NightlyStatus.FAILED, NightlyStatus.UNSHARED}
-    if found := endings & wrong:
-        # A run that fails to share an unchanged image promotes nothing, so it never has both.
-        whole = NightlyStatus.UNSHARED in found or endings == {NightlyStatus.FAILED}
-        failed = [f"{one.place}: {one.text}" for one in results if one.ending in wrong]
-        return {
-            "ending": next(iter(found)) if whole else NightlyStatus.PARTLY,
-            "error": ", ".join(failed),
-            "exit_code": CloudFailed.exit_code,
-        }
-    if NightlyStatus.HELD in endings:
-        return {"ending": NightlyStatus.HELD, "exit_code": OnHold.exit_code}
-    promoted = NightlyStatus.PROMOTED in endings
-    return {"ending": NightlyStatus.PROMOTED if promoted else NightlyStatus.UNCHANGED}
+    # A run that fails to share an unchanged image promotes nothing, so it has no other failures.
+    if found := endings & {NightlyStatus.UNSHARED, NightlyStatus.FAILED}:
+        ending = next(iter(found))
+        failed = [f"{one.place}: {one.text}" for one in results if one.ending is ending]
+        code = {"error": ", ".join(failed), "exit_code": CloudFailed.exit_code}
+    elif NightlyStatus.HELD in endings:
+        ending, code = NightlyStatus.HELD, {"exit_code": OnHold.exit_code}
+    else:
+        promoted = NightlyStatus.PROMOTED in endings
+        return {"ending": NightlyStatus.PROMOTED if promoted else NightlyStatus.UNCHANGED}
+    if ending is not NightlyStatus.UNSHARED and endings & {NightlyStatus.PROMOTED, NightlyStatus.UNCHANGED}:
+        ending = NightlyStatus.PARTLY
+    return {"ending": ending, **code}

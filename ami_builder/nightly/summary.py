@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from ami_builder.console import duration
 from ami_builder.core.errors import AmiBuilderError
-from ami_builder.core.records import NightlyRun, NightlyStatus
+from ami_builder.core.records import NightlyRun, NightlyStatus, RegionResult
 
 _LONGEST_LIST = 10
 _LONGEST_LINE = 300
@@ -31,13 +31,14 @@ def text(run: NightlyRun) -> str:
 
 
 def aborted_text(images: Sequence[str], target: str, error: Exception) -> str:
-    """Return the chat message about a nightly run that could not start, or had an internal error."""
+    """Return the chat message about a nightly run that could not start, or had an unexpected error."""
     what = f"{', '.join(images) or 'all images'} ({target})"
     if isinstance(error, AmiBuilderError):
-        why, code = error.message, error.exit_code
+        result, why, code = "did not start", error.message, error.exit_code
     else:
-        why, code = f"internal error: {type(error).__name__}: {error}", 1
-    line = " ".join(f"{what}: FAILED, the nightly run did not start: {why}".split())[:_LONGEST_LINE]
+        # Some images may have been promoted already.
+        result, why, code = "ended early", f"{type(error).__name__}: {error}", 1
+    line = " ".join(f"{what}: FAILED, the nightly run {result}: {why}".split())[:_LONGEST_LINE]
     return f"*{_escaped(line)}*\nexit code {code}"
 
 
@@ -89,9 +90,11 @@ def _outcome(run: NightlyRun) -> str:
             return f"INCONCLUSIVE, {_first_line(run)}; {stays or empty}"
         case NightlyStatus.PARTLY:
             failed = [one.place for one in run.places if one.ending is NightlyStatus.FAILED]
-            well = len(run.places) - len(failed)
-            where = f"in {well} of {len(run.places)} regions"
-            return f"PARTLY promoted to {run.channel}, {where}; FAILED in {', '.join(failed)}"
+            held = [one.place for one in _held(run)]
+            well = len(run.places) - len(failed) - len(held)
+            rest = [("FAILED", failed), ("ON HOLD", held)]
+            where = "; ".join(f"{what} in {', '.join(places)}" for what, places in rest if places)
+            return f"PARTLY promoted to {run.channel}, in {well} of {len(run.places)} regions; {where}"
         case NightlyStatus.UNSHARED:
             unshared = [one.place for one in run.places if one.ending is NightlyStatus.UNSHARED]
             return f"unchanged, nothing was built for {run.channel}; sharing FAILED in {', '.join(unshared)}"
@@ -113,10 +116,21 @@ def _new(run: NightlyRun) -> str:
 def _todo(run: NightlyRun) -> str:
     if run.ending is NightlyStatus.INCONCLUSIVE:
         return "The image is kept, and the next nightly run verifies it again."
+    if run.ending is NightlyStatus.PARTLY:
+        commands = [
+            f'`ami-builder promote {short(one.id)} {run.channel} --region {one.place} --reason "…"`'
+            for one in _held(run)
+        ]
+        return f"{'; '.join(commands)} promotes it there anyway." if commands else ""
     if run.ending is not NightlyStatus.HELD:
         return ""
-    diff = f"`ami-builder diff {short(run.before)} {_new(run)}` shows what changed; " if run.before else ""
+    new = run.before and run.before != run.location
+    diff = f"`ami-builder diff {short(run.before)} {_new(run)}` shows what changed; " if new else ""
     return f'{diff}`ami-builder promote {_new(run)} {run.channel} --reason "…"` promotes it anyway.'
+
+
+def _held(run: NightlyRun) -> Sequence[RegionResult]:
+    return [one for one in run.places if one.ending is NightlyStatus.HELD]
 
 
 def _details(run: NightlyRun) -> Iterable[tuple[str, tuple[str, ...]]]:

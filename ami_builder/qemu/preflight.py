@@ -33,7 +33,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
     if makes:
         yield from preflight.debian_keys(image.base.mirror)
         yield from preflight.programs(image.arch)
-    yield _accelerator(workspace, image.arch)
+    yield preflight.found("accelerator", lambda: _accelerator(workspace, image.arch))
     yield _memory(image)
     yield preflight.disk_space(workspace)
 

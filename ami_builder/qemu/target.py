@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -255,11 +255,11 @@ class QemuTarget:
         del step
         return cleanup.plan_cleanup(self.workspace, images, datetime.now(UTC))
 
-    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> tuple[Decision, ...]:
+    def clean_up(self, decisions: Sequence[Decision], progress: Progress) -> Iterator[Decision]:
         """Delete what the plan says."""
         with progress.step("delete") as step:
             step.done(f"{cleanup.delete(decisions)} deleted")
-        return tuple(decisions)
+        yield from decisions
 
     def remove_orphans(self, images: Mapping[str, Image], progress: Progress) -> None:
         """Do nothing: a killed run leaves nothing outside its folder, which the next build removes."""

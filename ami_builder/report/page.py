@@ -57,9 +57,9 @@ class Start:
     available: int | None
     """AVAILABLE_MEMORY_FOR_DASK; None if the machine had none."""
     times: tuple[str, ...]
+    """Wall time and CPU time until ssh and Dask answered; empty if not measured."""
     growth: str
     """Of the system since Dask started; empty if it is not known."""
-    """Wall time and CPU time until ssh and Dask answered; empty if not measured."""
     further: tuple[ChainNumber, ...]
     holds: bool | None
     """Whether the checks of the chain passed; None if none ran or all were inconclusive."""

@@ -128,8 +128,9 @@ def _growth(folder: Path, phase: str) -> str:
 
 def _folder(evidence: Path, machine: str) -> Path:
     """Return the evidence of a machine's last boot. A VM that panicked is booted again in another folder."""
-    first = evidence / machine.replace(" ", "")
-    return max(evidence.glob(f"{first.name}-[0-9]"), default=first)
+    name, _, region = machine.partition(" in ")
+    first = evidence / region / name.replace(" ", "")
+    return max(first.parent.glob(f"{first.name}-[0-9]"), default=first)
 
 
 def _further(folder: Path, phase: str, variable: int | None) -> tuple[ChainNumber, ...]:
@@ -226,7 +227,10 @@ def links(directories: Sequence[Path], page: Path) -> Mapping[str, Mapping[str, 
     """Return the logs and the evidence in these folders, with links relative to the page."""
     found: dict[str, Mapping[str, str]] = {}
     for directory in directories:
-        folders = [directory, directory / "logs", *sorted(directory.glob("machines/*/"))]
+        machines = [*directory.glob("machines/*/"), *directory.glob("machines/*/*/")]
+        # What pytest was given is no evidence.
+        machines = sorted(path for path in machines if not path.name.startswith("checks-"))
+        folders = [directory, directory / "logs", *machines]
         for folder in folders:
             files = sorted(file for file in folder.glob("*") if file.suffix in _EVIDENCE and file.is_file())
             if files:

@@ -266,7 +266,7 @@ class Selftest:
         found = [one for one in decisions if one.candidate.id == ami]
         if [one.action for one in found] != [expected]:
             raise ChecksFailed(
-                f"`prune` was to {expected} the second AMI, but: {_reasons(found)}",
+                f"expected `prune` to {expected} the second AMI, but it decided: {_reasons(found)}",
                 hint="this is what the selftest is for: please send its table",
             )
 

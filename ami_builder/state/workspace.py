@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -30,6 +31,8 @@ from ami_builder.core.records import Artifact, RunRecord, RunStatus, TargetKind,
 T = TypeVar("T")
 
 IMAGE_FILE = "image.qcow2"
+_MADE_SECONDS = 60.0
+"""In which a folder of a run that has begun gets its lock, also on a busy host."""
 _WRITABLE = "set AMI_BUILDER_HOME to a folder with write permission"
 
 
@@ -123,7 +126,7 @@ class Run:
         self.logs = directory / "logs"
         self.work = directory / "work"
         for folder in (self.logs, self.work):
-            folder.mkdir(parents=True)
+            folder.mkdir()
         self.update()
 
     def log(self, name: str) -> Path:
@@ -212,8 +215,9 @@ class Workspace:
             started=now,
             steps=(),
         )
-        run = Run(directory, record)
+        directory.mkdir()
         with FileLock(directory / ".alive"):
+            run = Run(directory, record)
             try:
                 yield run
             except (Interrupted, KeyboardInterrupt, SystemExit) as stopped:
@@ -258,8 +262,11 @@ class Workspace:
 
     @staticmethod
     def _is_dead(directory: Path) -> bool:
+        lock = directory / ".alive"
         try:
-            with FileLock(directory / ".alive").acquire(timeout=0):
+            if not lock.exists():  # it is just being made, unless its process was killed at that moment
+                return time.time() - directory.stat().st_mtime > _MADE_SECONDS
+            with FileLock(lock).acquire(timeout=0):
                 return True
         except (Timeout, OSError):
             return False
@@ -350,6 +357,13 @@ class Workspace:
         (folder / "verdict.json").unlink(missing_ok=True)
         dump(artifact, folder / "artifact.json")
         return StoredImage(artifact=artifact, verdict=None, directory=folder)
+
+    def forget_remote(self, location: str) -> None:
+        """Remove the record of an image that its cloud no longer has; do nothing if there is no record."""
+        for folder in (each for name in folders(self.images_dir) for each in folders(name)):
+            artifact = load(Artifact, folder / "artifact.json")
+            if artifact is not None and artifact.location == location:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def store_verdict(self, stored: StoredImage, verdict: Verdict) -> StoredImage:
         """Store the verdict of an image, if the image was built here, and return both."""

@@ -24,6 +24,8 @@ from ami_builder.system.resources import checks_dir
 __all__ = ["Context", "digest", "run", "shipped"]
 
 _PLUGIN = "ami_builder.checks.plugin"
+_COMPUTED_IN = ("core/oom.py", "core/units.py", "system/host_load.py")
+"""Where checks get bounds and measured values from."""
 _ALIVE_SECONDS = 2.0
 _FAILED = 1
 _STATUS = {
@@ -39,15 +41,18 @@ def shipped(folder: Path) -> tuple[Path, ...]:
 
 
 def digest(files: Sequence[Path]) -> str:
-    """Return the sha256 of what a verdict depends on: these files, our other checks, and what they import.
+    """Return the sha256 of what a verdict depends on: these files, the conftest.py beside each, our other
+    checks, and the modules in which theirs are computed.
 
     Raises UsageError when a file can't be read.
     """
     folder = checks_dir()
     beside = {path for path in folder.iterdir() if path.suffix in {".py", ".sh", ".j2"}}
-    beside |= {folder.parent / "core" / "oom.py", folder.parent / "system" / "host_load.py"}
+    beside |= {folder.parent / name for name in _COMPUTED_IN}
+    own = {file.resolve() for file in files}
+    own |= {path for file in own if (path := file.with_name("conftest.py")).exists()}
     total = hashlib.sha256()
-    for path in sorted(beside | {file.resolve() for file in _expanded(files)}):
+    for path in sorted(beside | own):
         try:
             content = path.read_bytes()
         except OSError as wrong:
@@ -251,12 +256,3 @@ def _environment(clean: Path) -> dict[str, str]:
         "PYTHONPATH": str(package),
     }
     return processes.environment(own)
-
-
-def _expanded(files: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files, with folders replaced by the Python files in them."""
-    for path in files:
-        if path.is_dir():
-            yield from path.rglob("*.py")
-        else:
-            yield path

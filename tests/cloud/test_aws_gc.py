@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from moto.core.utils import utcnow
 
-from ami_builder.aws import images, instances, machine, network, orphans, session
+from ami_builder import console
+from ami_builder.aws import gc, images, instances, machine, network, orphans, session
 from ami_builder.aws import tags as tagging
 from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.core.cleanup import Action
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.orphans import FoundResource, Orphan, Resource, RunState, plan
-from ami_builder.state.ledger import Ledger, LedgerEntry, read
+from ami_builder.state.ledger import FILE, Ledger, LedgerEntry, read
+from ami_builder.state.workspace import Workspace
 from tests.cloud.aws import DIGEST, RUN, instance, launch, left_group, make_ami, make_template, tags
 from tests.fake_ec2.server import REGION, Cloud
 
@@ -111,6 +114,33 @@ def test_what_is_not_ours_is_not_touched(cloud: Cloud, account: Account) -> None
     assert collect(account) == ()
     assert cloud.left() == before
     assert not {c.action for c in cloud.calls if c.action.startswith(("Delete", "Deregister"))}
+
+
+def test_a_ledger_stays_open_for_a_day_for_what_shows_late(
+    cloud: Cloud, account: Account, tmp_path: Path
+) -> None:
+    workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    workspace.ensure()
+    folder = workspace.runs_dir / RUN
+    folder.mkdir()
+    (folder / ".alive").touch()
+    ledger = Ledger(folder / FILE)
+    name = tagging.ami_name("dask", DIGEST, RUN)
+    ledger.intend(Resource.IMAGE, REGION, run=RUN, name=name)
+
+    def collected() -> list[str]:
+        with console.open_progress(console.choose_mode(quiet=True)) as progress:
+            found = gc.find_orphans({account: 7200.0}, workspace, progress)
+            gc.remove_orphans(found, {account: 7200.0}, workspace, progress)
+        return [one.found.name for one in found if one.action is Action.DELETE]
+
+    assert collected() == []
+    # An AMI of Packer 1.6.6, which has no tags yet.
+    make_ami(cloud, name)
+    assert name in collected()
+    os.utime(folder / FILE, (0, 0))
+    collected()
+    assert all(entry.deleted for entry in read(folder / FILE))
 
 
 def test_finished_images_living_runs_and_other_machines_keep_theirs(

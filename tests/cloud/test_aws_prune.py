@@ -18,7 +18,9 @@ from ami_builder.aws.session import Account
 from ami_builder.aws.tags import Purpose
 from ami_builder.cli import app as cli
 from ami_builder.core.errors import CloudFailed
-from ami_builder.core.records import Outcome
+from ami_builder.core.options import Arch
+from ami_builder.core.records import Artifact, Outcome, TargetKind
+from ami_builder.state.workspace import Workspace
 from tests.cloud.aws import make_ami, tags
 from tests.fake_ec2.fake_image import FakeImage
 from tests.fake_ec2.requests import refused
@@ -466,6 +468,21 @@ def test_each_region_is_planned_by_itself(
     # A region that can't be read stops the plan of all.
     cloud.faults.add("*", "reset", times=None, region=there)
     assert cli.run(["--quiet", "prune", "--target", "aws", "--apply"]) == 6
+
+
+def test_the_record_of_a_deleted_ami_goes_with_it(
+    cloud: Cloud, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    workspace = Workspace.open({"AMI_BUILDER_HOME": str(tmp_path / "home")})
+    deprecated, kept = aged(cloud, "old", deprecated=40), aged(cloud, "current", days=1)
+    for ami, letter in ((deprecated, "a"), (kept, "b")):
+        artifact = Artifact(
+            image="dask", target=TargetKind.AWS, location=ami, region=REGION, digest=letter * 64,
+            created=datetime.now(UTC), run_id="", size=1, arch=Arch.AMD64,
+        )  # fmt: skip
+        workspace.store_remote(artifact, None)
+    assert pruned(capsys, "--apply")[deprecated][0] == "delete"
+    assert [one.artifact.location for one in workspace.images()] == [kept]
 
 
 @pytest.mark.long

@@ -112,6 +112,24 @@ def test_a_region_in_trouble_is_named_and_the_next_night_brings_it_up(
     assert cloud.count("CreateImage") == baked
 
 
+def test_a_region_that_a_person_rolled_back_is_on_hold_and_the_others_are_not(
+    cloud: Cloud, workspace: Workspace
+) -> None:
+    bad = COPIES[0]
+    for size in ("8GiB", "9GiB"):
+        assert nightly_run("--set", f"base.disk_size={size}")["ending"] == "promoted"
+    there = standing(cloud)
+    ran = captured(*NIGHT[:2], "rollback", "testing", "--target", "aws", "--region", bad)
+    assert ran.status == 0, ran.err
+    held = nightly_run("--set", "base.disk_size=9GiB", status=9)
+    assert held["ending"] == "partly"
+    endings = {one["place"]: one["ending"] for one in held["places"]}
+    assert endings == {REGION: "unchanged", bad: "held", COPIES[1]: "unchanged"}
+    text = (workspace.nightly_dir / "dask.aws" / "latest" / "summary.md").read_text()
+    assert f"PARTLY promoted to testing, in 2 of 3 regions; ON HOLD in {bad}" in text
+    assert f"`ami-builder promote {there[bad]} testing --region {bad} " in text
+
+
 def test_two_machines_that_begin_the_same_night_leave_one_image_in_each_channel(
     cloud: Cloud, workspace: Workspace, tmp_path: Path
 ) -> None:

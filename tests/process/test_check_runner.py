@@ -849,6 +849,9 @@ def test_digest_follows_content(tmp_path: Path) -> None:
     assert runner.digest([]) != first
     own.write_text("def test_b(): pass\n")
     assert runner.digest([own]) != first
+    changed = runner.digest([own])
+    (tmp_path / "conftest.py").write_text("x = 1\n")
+    assert runner.digest([own]) != changed
     with pytest.raises(UsageError, match=r"gone\.py can't be read"):
         runner.digest([tmp_path / "gone.py"])
 

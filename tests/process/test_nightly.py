@@ -16,6 +16,7 @@ import time_machine
 from ami_builder.build import channels
 from ami_builder.cli import app as cli
 from ami_builder.cli.nightly import worst
+from ami_builder.core.errors import CloudFailed
 from ami_builder.core.records import NightlyRun, RunRecord, RunStatus, TargetKind
 from ami_builder.qemu.channels import ChannelFile
 from ami_builder.state.journal import NightlyJournal, NightlyStep, open_journal, unfinished
@@ -277,6 +278,32 @@ def test_a_clock_that_jumps_back_does_not_hide_the_last_night(
         assert night(capsys)["ending"] == "unchanged"
 
 
+@pytest.mark.parametrize("deletes", [True, False])
+def test_a_clean_up_that_fails_reports_what_it_deleted(
+    workspace: Workspace,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    deletes: bool,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CloudFailed("eu-west-1 does not answer")
+
+    now = datetime.now(UTC)
+    for number, inputs in enumerate(("one", "two", "three")):
+        meet(folder, World(inputs=inputs))
+        if inputs == "three":
+            monkeypatch.setattr("ami_builder.build.cleanup.remove_orphans", refuse)
+        with time_machine.travel(now + number * timedelta(days=10 if deletes else 0, seconds=1), tick=True):
+            last = night(capsys, status=6 if inputs == "three" else 0)
+    assert last["ending"] == "promoted"
+    assert len(workspace.images()) == (2 if deletes else 3)
+    *deleted, failed = last["retired"]  # type: ignore[misc]
+    result = "the clean-up did not finish" if deletes else "nothing was deleted"
+    assert failed == f"{result}: eu-west-1 does not answer"
+    assert [line.startswith("deleted ") for line in deleted] == [True] * deletes
+
+
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
     """A webhook on loopback; returns the texts that it was sent."""
@@ -327,7 +354,7 @@ def test_a_night_that_can_not_begin_is_told_too(
         "dask (qemu): FAILED, the nightly run did not start: a nightly run of image 'dask' for qemu is in"
         in locked
     )
-    assert "KeyError: 'a &lt;defect&gt;'" in defect
+    assert "FAILED, the nightly run ended early: KeyError: 'a &lt;defect&gt;'" in defect
     # What a defect cut off is gone on with.
     assert cli.run(["nightly"]) == 0
     assert hook()[-1].startswith("*dask (qemu): promoted")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 from threading import Thread
 
 import pytest
@@ -96,6 +98,24 @@ def test_a_missing_page_and_a_dead_server_are_told_apart(workspace: Workspace) -
         base_image.fetch(_base(f"{url}/other.qcow2", SHA256), workspace, lambda _: None)
     with pytest.raises(BuildFailed, match="refused"):
         base_image.fetch(_base(f"{url}/disk.qcow2", SHA256), workspace, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0-OpenSSH_10.0\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\nhalf"],
+)
+def test_what_speaks_another_protocol_or_breaks_off_is_named(workspace: Workspace, answer: bytes) -> None:
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with TCPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/disk.qcow2"
+        with pytest.raises(BuildFailed, match=re.escape(url)) as caught:
+            base_image.fetch(_base(url, SHA256), workspace, lambda _: None)
+    assert "check base.source" in str(caught.value.hint)
 
 
 def test_a_path_is_used_where_it_is(workspace: Workspace, tmp_path: Path) -> None:

@@ -242,6 +242,17 @@ def test_check_names_what_is_missing(
     assert "apt-get install mmdebstrap" in missing["hint"]
 
 
+def test_check_goes_on_after_a_wrong_accelerator(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMI_BUILDER_ACCELERATOR", "yes")
+    assert cli.run(["check", "--json"]) in (2, 3)
+    names = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+    assert names["accelerator"]["state"] == "stops a build"
+    assert "yes" in names["accelerator"]["found"]
+    assert "disk space" in names
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

@@ -673,6 +673,7 @@ BAD = [
     Bad('aws.copy_to = ["eu-west-1", "eu-west-1"]', "expected each item once"),
     Bad('aws.copy_to = ["eu-west-1", "eu-west-1=alias/x"]', "but eu-west-1 is listed several times"),
     Bad('aws.copy_to = ["us-east-1", "cn-north-1"]', "expected regions of one partition"),
+    Bad('aws.copy_to = ["eu-west-1", "eusc-de-east-1"]', "expected regions of one partition"),
     Bad(
         'aws.copy_to = ["eu-west-1=arn:aws:kms:us-east-1:123456789012:key/1-2"]',
         "expected a key of eu-west-1",

@@ -339,12 +339,14 @@ def test_checks_of_the_user_travel_with_what_lies_beside_them(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     asked = image()
-    asked = replace(asked, verify=replace(asked.verify, checks=(ours / "test_ours.py", more)))
+    asked = replace(
+        asked, verify=replace(asked.verify, checks=(ours / "test_ours.py", more / "deep/test_deep.py"))
+    )
     stored = StoredImage(artifact=job("a").artifact, verdict=None, directory=None)
     (stays,) = jobs_of(asked, stored, "night", with_files=False)
     assert stays.checks == {}
     (travels,) = jobs_of(asked, stored, "night", with_files=True)
-    assert travels.checks.keys() == {"0/test_ours.py", "0/conftest.py", "1/more/deep/test_deep.py"}
+    assert travels.checks.keys() == {"0/test_ours.py", "0/conftest.py", "1/test_deep.py"}
     found: list[tuple[str, ...]] = []
 
     def verify_machine(image: Any, machine: Any, *, work: Path, **_: Any) -> MachineResult:
@@ -360,7 +362,7 @@ def test_checks_of_the_user_travel_with_what_lies_beside_them(
     monkeypatch.setattr(matrix, "verify_machine", verify_machine)
     monkeypatch.setattr(matrix, "_machine", machine)
     assert run_job(travels).failure is None
-    assert found == [("checks/0/test_ours.py", "checks/1/more")]
+    assert found == [("checks/0/test_ours.py", "checks/1/test_deep.py")]
 
 
 ERRORS = [

@@ -122,6 +122,7 @@ def build(
     directory = workspace.runs_dir / run_id
     evidence = directory / "machines" / "2GiB"
     evidence.mkdir(parents=True)
+    (directory / ".alive").touch()
     (directory / "logs").mkdir()
     (directory / "logs" / "packer.log").write_text("log")
     (directory / "packages.txt").write_text(packages)
@@ -234,6 +235,23 @@ def test_a_broken_chain_shows_the_link_that_broke(workspace: Workspace, memory: 
     assert page.text.index("Failed") < page.text.index("1 of 1 checks failed")
     assert "first line\nsecond line" in page.text
     assert ("details", {"open": None}) in page.tags
+
+
+def test_machines_of_several_regions_have_their_evidence_too(workspace: Workspace) -> None:
+    run = build(workspace, 0)
+    evidence = run.directory / "machines"
+    (evidence / "eu-west-1").mkdir()
+    (evidence / "2GiB").rename(evidence / "eu-west-1/t3.large")
+    (evidence / "eu-west-1/t3.large/checks-boot").mkdir()
+    (evidence / "eu-west-1/t3.large/checks-boot/context.json").write_text("{}")
+    verdict = verdict_of(run)
+    measured = tuple(replace(one, machine="t3.large in eu-west-1") for one in verdict.measured)
+    results = tuple(replace(one, machine="t3.large in eu-west-1") for one in verdict.results)
+    (start,) = sections.starts(replace(verdict, measured=measured, results=results), evidence)
+    assert [one.value for one in start.further] == [VALUE] * 3
+    found = sections.links([run.directory], run.directory / "page.html")
+    assert "machine-boot.json" in found[f"{run.directory.name}/machines/eu-west-1/t3.large"]
+    assert not any("context.json" in files for files in found.values())
 
 
 def test_the_parts_of_several_workers_are_added(workspace: Workspace) -> None:
@@ -523,7 +541,6 @@ def test_nothing_is_loaded_and_nothing_runs(workspace: Workspace) -> None:
 def test_links_lead_to_the_files(workspace: Workspace, tmp_path: Path, output: str | None) -> None:
     run = build(workspace, 0)
     (run.directory / "logs" / "a b#c?.log").touch()
-    (run.directory / ".alive").touch()
     path = write_page(run, workspace, tmp_path / output if output else None)
     hrefs = [one["href"] or "" for one in Parsed(path.read_text()).find("a")]
     found = {(path.parent / unquote(href)).resolve() for href in hrefs}

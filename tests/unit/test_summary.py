@@ -80,6 +80,15 @@ PARTLY = replace(
         RegionResult(place="eu-west-1", id="", ending=NightlyStatus.FAILED, text="quota"),
     ),
 )
+PARTLY_HELD = replace(
+    PARTLY,
+    error="",
+    exit_code=9,
+    places=(
+        *PARTLY.places[:1],
+        RegionResult(place="eu-west-1", id="ami-2", ending=NightlyStatus.HELD, text="rolled back"),
+    ),
+)
 UNSHARED = replace(
     PARTLY,
     ending=NightlyStatus.UNSHARED,
@@ -124,6 +133,12 @@ UNCHANGED = replace(LOCAL, ending=NightlyStatus.UNCHANGED, moved=(), retired=(),
             "inconclusive; testing has no image",
         ),
         (PARTLY, "dask (aws): PARTLY promoted to testing, in 1 of 2 regions; FAILED in eu-west-1"),
+        (PARTLY_HELD, "dask (aws): PARTLY promoted to testing, in 1 of 2 regions; ON HOLD in eu-west-1"),
+        (
+            replace(PARTLY, places=(*PARTLY.places, *PARTLY_HELD.places[1:])),
+            "dask (aws): PARTLY promoted to testing, in 1 of 3 regions; FAILED in eu-west-1; "
+            "ON HOLD in eu-west-1",
+        ),
         (UNSHARED, "dask (aws): unchanged, nothing was built for testing; sharing FAILED in eu-west-1"),
     ],
 )

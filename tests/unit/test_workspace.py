@@ -212,6 +212,18 @@ def test_of_two_amis_of_one_second_the_later_record_is_the_newer(workspace: Work
     assert "".join(one.artifact.digest[0] for one in workspace.images()) == order
 
 
+def test_a_run_that_just_begins_is_not_swept(workspace: Workspace) -> None:
+    workspace.ensure()
+    folder = workspace.runs_dir / "20260101T000000Z-abcdef"
+    (folder / "work").mkdir(parents=True)
+    assert workspace.sweep() == ()
+    assert workspace.is_live(folder.name)
+    assert (folder / "work").is_dir()
+    os.utime(folder, (0, 0))
+    assert workspace.sweep() == (folder.name,)
+    assert not (folder / "work").exists()
+
+
 def test_images_are_found_again(workspace: Workspace, tmp_path: Path) -> None:
     stored = _store(workspace, tmp_path)
     assert stored.path.read_bytes() == b"disk"
