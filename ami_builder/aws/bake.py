@@ -33,12 +33,11 @@ from ami_builder.console import Step
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, CloudFailed, Interrupted, TimedOut
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
+from ami_builder.core.units import GIB
 from ami_builder.state.ledger import FILE as LEDGER
 from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
-
-_GIB = 1 << 30
 
 SOURCE = packer.Source(
     type="amazon-ebs",
@@ -94,7 +93,7 @@ def bake_ami(
         ami = bake.run(step)
         with step.step("finish the AMI") as child:
             done = finish(inputs, account, ami, bake.ledger, child, public=public)
-            child.done(f"{done.id}, {done.size // _GIB} GiB")
+            child.done(f"{done.id}, {done.size // GIB} GiB")
     except Interrupted:
         bake.drop()
         raise

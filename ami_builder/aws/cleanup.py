@@ -17,6 +17,7 @@ from ami_builder.config.schema import Image
 from ami_builder.console import Progress
 from ami_builder.core.cleanup import Action, Candidate, Decision, Reference, RetentionPolicy, plan
 from ami_builder.core.errors import CloudFailed
+from ami_builder.core.units import GIB
 from ami_builder.state.journal import unfinished
 from ami_builder.state.workspace import Workspace
 
@@ -139,7 +140,7 @@ def _orphans(
                 image=name,
                 region=account.region,
                 created=one.get("StartTime"),
-                size=one.get("VolumeSize", 0) * amis.GIB,
+                size=one.get("VolumeSize", 0) * GIB,
                 protected=protected if name in images else _NO_POLICY,
             )
         )

@@ -14,12 +14,12 @@ from ami_builder.aws.session import DENIED, Account, aws_errors, code_of, look_f
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Arch
 from ami_builder.core.records import Measurement, Outcome
+from ami_builder.core.units import GIB
 from ami_builder.system import processes
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import FilterTypeDef, ImageTypeDef
 
-GIB = 1 << 30
 AVAILABLE_SECONDS = 2 * 3600.0
 """How long an AMI may be pending: the snapshots of large, encrypted volumes take long."""
 _POLL_SECONDS = 5.0

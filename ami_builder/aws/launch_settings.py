@@ -15,13 +15,13 @@ from ami_builder.core.addresses import parse_scheduler
 from ami_builder.core.errors import UsageError
 from ami_builder.core.options import ContainerNetwork, Role
 from ami_builder.core.regions import REGION
+from ami_builder.core.units import GIB
 
 RATES = (100, 300)
 """The least and the most of EBS's Provisioned Rate for Volume Initialization, in MiB/s (EC2's API)."""
 
 LEAST_UNHEALTHY_SECONDS = 60
 
-_GIB = 1 << 30
 _TLS = re.compile(r"(?:secretsmanager|ssm):[A-Za-z0-9/_+=.@-]+")
 _GROUP = re.compile(rf"(?:({REGION})=)?(sg-[0-9a-f]{{8,17}})")
 _KEY_NAME = re.compile(r"[ -~]{1,255}")
@@ -62,7 +62,7 @@ class Launch:
         """Raise UsageError for what no region could take."""
         with_settings(self.settings(), self.user_data)
         _groups(self.groups, "")
-        if self.disk and self.disk < _GIB:
+        if self.disk and self.disk < GIB:
             raise UsageError(f"--disk: {self.disk} bytes, expected at least 1GiB, such as 30GiB")
         for flag, value, expected in (
             ("--key-name", self.key_name, _KEY_NAME),
@@ -149,7 +149,7 @@ def launch_data(
     }
     ebs: dict[str, Any] = {}
     if launch.disk:
-        ebs["VolumeSize"] = -(-launch.disk // _GIB)
+        ebs["VolumeSize"] = -(-launch.disk // GIB)
     if launch.rate is not None:
         ebs["VolumeInitializationRate"] = launch.rate
     if ebs:

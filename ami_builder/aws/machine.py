@@ -30,6 +30,7 @@ from ami_builder.core.errors import BuildFailed, CloudFailed, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.orphans import Resource
 from ami_builder.core.records import Endpoint
+from ami_builder.core.units import GIB, MIB
 from ami_builder.state.ledger import Ledger, LedgerEntry
 from ami_builder.system import processes
 from ami_builder.system.ssh import Session
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
         RunInstancesRequestTypeDef,
     )
 
-_MIB = 1 << 20
 _POLL_SECONDS = 2.0
 _ALIVE_SECONDS = 5.0
 _LAUNCH_SECONDS = 300.0
@@ -189,7 +189,7 @@ class Ec2Machine:
             )
         root, size = images.root_volume(found)
         ebs: EbsBlockDeviceTypeDef = {"VolumeType": "gp3", "DeleteOnTermination": True}
-        if size := max(-(-self.image.verify.disk_size // images.GIB), size):
+        if size := max(-(-self.image.verify.disk_size // GIB), size):
             ebs["VolumeSize"] = size
         if self.image.aws.encrypt:
             ebs["Encrypted"] = True
@@ -207,7 +207,7 @@ class Ec2Machine:
                 f"there is no instance type {self.name} in {self.account.region}",
                 hint="change verify.instance_types",
             )
-        return found[0]["MemoryInfo"]["SizeInMiB"] * _MIB
+        return found[0]["MemoryInfo"]["SizeInMiB"] * MIB
 
     def _request(
         self, token: str, subnet: str, disk: tuple[str, EbsBlockDeviceTypeDef], user_data: str

@@ -10,9 +10,8 @@ from ami_builder.aws.session import Account
 from ami_builder.build import container, packer, plugins
 from ami_builder.build.inputs import Inputs
 from ami_builder.core.options import Connect
+from ami_builder.core.units import GIB
 from ami_builder.state.workspace import Run
-
-_GIB = 1 << 30
 
 
 def of_bake(
@@ -49,7 +48,7 @@ def of_bake(
         "ami_name": name,
         "source_ami": base.id,
         "root_device": base.root_device,
-        "volume_size": -(-size // _GIB),
+        "volume_size": -(-size // GIB),
         "instance_type": kind,
         "spot": aws.spot,
         "subnet_id": subnet,

@@ -26,9 +26,9 @@ from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, CloudFailed, MissingTool, UsageError
 from ami_builder.core.options import Connect
 from ami_builder.core.records import Finding, State
+from ami_builder.core.units import GIB
 from ami_builder.system import processes
 
-_GIB = 1 << 30
 _SHOWN = 5
 _TOOLS = {"aws": "the AWS CLI", "session-manager-plugin": "the Session Manager plugin of the AWS CLI"}
 _INSTALL = (
@@ -184,7 +184,7 @@ def _packer(known: _Known) -> Iterator[Finding]:
 def _base(known: _Known) -> Iterator[Finding]:
     ami = source_ami.resolve(known.account, known.image.aws.source, known.image.arch)
     known.base = ami
-    text = f"{ami.id}, {ami.name} of {ami.created[:10]}, {ami.size / _GIB:g} GiB"
+    text = f"{ami.id}, {ami.name} of {ami.created[:10]}, {ami.size / GIB:g} GiB"
     if not ami.other_names:
         yield Finding(name="base AMI", state=State.OK, found=text)
         return

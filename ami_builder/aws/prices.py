@@ -9,8 +9,8 @@ from ami_builder.aws.session import Account, aws_errors
 from ami_builder.config.schema import Image
 from ami_builder.core.errors import CloudFailed
 from ami_builder.core.records import Finding, State
+from ami_builder.core.units import GIB
 
-_GIB = 1 << 30
 # Prices in us-east-1. Other regions differ by a few cents, which hardly counts next to the instance.
 GP3_GIB_MONTH = 0.08
 SNAPSHOT_GIB_MONTH = 0.05
@@ -28,8 +28,8 @@ def cost(account: Account, image: Image, disk: int) -> str | Finding:
         if (price := hourly_price(account, kind)) is None:
             text = "unknown: the Pricing API returned no price in US dollars to these credentials"
             return Finding(name="cost", state=State.NOTE, found=text)
-        run += seconds / 3600 * (price + size / _GIB * GP3_GIB_MONTH / HOURS_A_MONTH)
-    kept = disk / _GIB * SNAPSHOT_GIB_MONTH
+        run += seconds / 3600 * (price + size / GIB * GP3_GIB_MONTH / HOURS_A_MONTH)
+    kept = disk / GIB * SNAPSHOT_GIB_MONTH
     return f"at most about ${run:.2f} per run on demand, and ${kept:.2f} per month to keep the AMI"
 
 

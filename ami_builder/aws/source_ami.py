@@ -13,11 +13,11 @@ from ami_builder.aws.session import Account, aws_errors, code_of
 from ami_builder.config.schema import DEBIAN_ACCOUNT
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.options import Arch
+from ami_builder.core.units import GIB
 
 if TYPE_CHECKING:
     from types_boto3_ec2.type_defs import ImageTypeDef
 
-_GIB = 1 << 30
 _SHOWN = 5
 _WILDCARD = re.compile(r"[*?#]")
 
@@ -190,6 +190,6 @@ def _base_ami(image: ImageTypeDef, other_names: Sequence[str] = ()) -> BaseAmi:
             for one in image.get("BlockDeviceMappings", [])
             if (name := one.get("DeviceName", "")) != root
         ),
-        size=size * _GIB,
+        size=size * GIB,
         by_debian=image.get("OwnerId") == DEBIAN_ACCOUNT,
     )

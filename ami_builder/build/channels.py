@@ -63,8 +63,8 @@ def promote(
     not one of the `known` channels.
     """
     _require_known(channel, known)
-    _require_verified(stored)
     image_id = channels.id_of(stored)
+    _require_verified(stored)
     with channels.locked():
         if (why := channels.revoked([image_id]).get(image_id)) is not None:
             raise UsageError(
@@ -99,7 +99,9 @@ def rollback(channels: ChannelStore, channel: str, known: Sequence[str], reason:
         before = ids if is_lost(channels, channel) else ids[:-1]
         if not before:
             what = "no image is current" if not ids else "there is no image before the current one"
-            raise UsageError(f"{what} in channel {channel}", hint="`ami-builder promote` makes one current")
+            which = "one" if not ids else "another one"
+            hint = f"`ami-builder promote IMAGE {channel}` makes {which} current"
+            raise UsageError(f"{what} in channel {channel}", hint=hint)
         stored = channels.find(before[-1])
         if stored is None:
             raise UsageError(

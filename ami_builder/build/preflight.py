@@ -12,10 +12,10 @@ from ami_builder.config.schema import Image
 from ami_builder.core.errors import AmiBuilderError, BuildFailed, MissingTool, UsageError
 from ami_builder.core.options import Arch, Listen, Role
 from ami_builder.core.records import Finding, State
+from ami_builder.core.units import GIB
 from ami_builder.state.workspace import Workspace
 from ami_builder.system import processes
 
-GIB = 1 << 30
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # A base disk, a container, a bake in progress and its compressed result.

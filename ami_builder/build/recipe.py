@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ami_builder.core.errors import MissingTool
 from ami_builder.core.options import Arch
 from ami_builder.state.workspace import Workspace, write_atomically
 from ami_builder.system import processes
@@ -55,6 +56,8 @@ class Recipe:
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         packages: list[str] = []
+        # What an earlier run wrote is not this one's error.
+        log.unlink(missing_ok=True)
         processes.stream(
             [self.script, "--resolve", *self._argv()],
             log=log,
@@ -63,6 +66,7 @@ class Recipe:
             timeout=_RESOLVE_TIMEOUT,
             on_line=packages.append,
             merge=False,
+            missing=MissingTool.exit_code,
         )
         digest = hashlib.sha256("\n".join([text, *packages]).encode()).hexdigest()
         write_atomically(record, json.dumps({"at": time.time(), "digest": digest}))
@@ -86,6 +90,7 @@ class Recipe:
                 env=self._environment(workspace),
                 timeout=self.timeout,
                 on_line=seen,
+                missing=MissingTool.exit_code,
             )
 
         return workspace.cached(self.kind, digest, build)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -186,10 +186,28 @@ def _misused(wrong: typer.TyperException, message: str) -> UsageError:
         return UsageError(message, hint="see `ami-builder --help`")
     if any(option in parameter.opts for parameter in context.find_root().command.params):
         return UsageError(
-            f"{option} is an option of ami-builder, not of {context.info_name}",
-            hint=f"write it before the command: ami-builder {option} … {context.info_name}",
+            f"{option} is an option of ami-builder, not of {_command_of(context)}",
+            hint=f"write it before the command: ami-builder {option} … {_command_of(context)}",
+        )
+    if context.parent is None and any(option in parameter.opts for parameter in _of_commands(context)):
+        return UsageError(
+            f"{option} is an option of a command, not of ami-builder",
+            hint=f"write it after the command: ami-builder COMMAND {option} …",
         )
     return UsageError(message, hint=f"see `{context.command_path} --help`")
+
+
+def _command_of(context: Any) -> str:
+    return str(context.command_path).removeprefix("ami-builder ")
+
+
+def _of_commands(context: Any) -> Iterator[Any]:
+    """Yield the parameters of all commands."""
+    groups = [context.command]
+    while groups:
+        for command in groups.pop().commands.values():
+            yield from command.params
+            groups += [command] if hasattr(command, "commands") else []
 
 
 def _fail(failed: AmiBuilderError | Interrupted) -> int:

@@ -113,7 +113,7 @@ def history(
     region: RegionFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the moves of a channel: when, which image, who and why, newest last.
+    """List the moves of a channel: when, which image became current, who and why, newest last.
 
     AMIs have one history per region; AWS keeps the last 100 moves.
     """
@@ -138,12 +138,20 @@ def history(
         console.result_json({**whole, "regions": found_in} if home.region else whole)
     else:
         rows = [
-            (name, f"{e.at:%Y-%m-%d %H:%M}Z", e.move, short(e.id) or "nothing", e.by, e.reason)
+            (
+                name,
+                f"{e.at:%Y-%m-%d %H:%M}Z",
+                f"{e.move} {short(before)}" if e.move is Move.REVOKED else e.move,
+                short(e.id) or "none",
+                e.by,
+                e.reason,
+            )
             for name, _, entries in moves
-            for e in entries
+            for e, before in zip(entries, ["", *(one.id for one in entries)], strict=False)
         ]
         first = 0 if len(moves) > 1 else 1  # without the only target
-        console.table(("where", "when", "what", "image", "who", "why")[first:], [row[first:] for row in rows])
+        heading = ("where", "when", "what", "current from then on", "who", "why")
+        console.table(heading[first:], [row[first:] for row in rows])
     require_all(found)
 
 

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from ami_builder import console
-from ami_builder.cli.options import JsonFlag, TargetFlag, app, load_config, mode, open_workspace, plain
+from ami_builder.cli.options import (
+    JsonFlag,
+    TargetFlag,
+    app,
+    command,
+    load_config,
+    mode,
+    open_workspace,
+    plain,
+)
 from ami_builder.cli.targets import open_target
 from ami_builder.core.cleanup import Action, Decision
 from ami_builder.core.records import TargetKind
@@ -35,10 +44,10 @@ def prune(
     if as_json:
         console.result_json({"applied": apply, "plan": plain(decisions)})
         return
-    _print(decisions, apply, "" if target is TargetKind.QEMU else f" --target {target}")
+    _print(decisions, target, apply=apply)
 
 
-def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
+def _print(decisions: Sequence[Decision], target: TargetKind, *, apply: bool) -> None:
     to_do = {Action.DELETE: "to delete", Action.DEPRECATE: "to deprecate"}
     done = {Action.DELETE: "deleted", Action.DEPRECATE: "deprecated"}
     words = done if apply else to_do
@@ -61,7 +70,9 @@ def _print(decisions: Sequence[Decision], apply: bool, flag: str) -> None:
         if chosen:
             console.note(f"{len(chosen)} {word} ({console.size(sum(chosen))})")
     if not apply and any(d.action is not Action.KEEP for d in decisions):
-        console.note(f"nothing was changed; run `ami-builder prune{flag} --apply` to carry out the plan")
+        flags = [] if target is TargetKind.QEMU else ["--target", target]
+        again = command("prune", *flags, "--apply")
+        console.note(f"nothing was changed; run `{again}` to carry out the plan")
 
 
 @app.command()
@@ -109,4 +120,5 @@ def gc(
         ],
     )
     if doomed and not apply:
-        console.note(f"{len(doomed)} to delete; nothing was changed; run `ami-builder gc --apply` to delete")
+        again = command("gc", *(word for region in more or () for word in ("--region", region)), "--apply")
+        console.note(f"{len(doomed)} to delete; nothing was changed; run `{again}` to delete")

@@ -64,8 +64,8 @@ def doctor(
     Lists the workers whose memory limit is missing, too high or too low, and the
     machines with what they spill to. Warns about versions and AMIs that differ.
     Works on any cluster and changes nothing. The exit code is 0 if all limits are
-    right, 5 if a limit is wrong or can't be read, and 7 if the scheduler or some
-    workers did not answer and all other limits are right.
+    right, 5 if a limit is wrong or can't be read or there are no workers, and 7 if
+    the scheduler or some workers did not answer and all other limits are right.
 
     --history lists the workers that ended, as far as the scheduler remembers: when,
     who ended them, the limit, and the tasks they had. The exit code is then 0, or 7 if no

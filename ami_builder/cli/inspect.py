@@ -21,12 +21,13 @@ from ami_builder.cli.options import (
     open_workspace,
     plain,
 )
-from ami_builder.cli.targets import channels_on_host, choose, preflight
+from ami_builder.cli.targets import channels_on_host, choose, preflight, revoked_on_host
 from ami_builder.core.errors import UsageError
-from ami_builder.core.records import Outcome, State, TargetKind
+from ami_builder.core.records import Finding, Outcome, State, TargetKind
 from ami_builder.system import resources
 
 if TYPE_CHECKING:
+    from ami_builder.config.loading import Config
     from ami_builder.core.diff import Difference, QuantityChange
     from ami_builder.state.workspace import StoredImage
 
@@ -67,31 +68,43 @@ def check(
 ) -> None:
     """Check what a build needs: configuration, tools, KVM or AWS account, memory, disk space."""
     config = load_config(target)
-    findings = tuple(preflight(config.select(image), target))
+    findings = (_configuration(config), *preflight(config.select(image), target))
     stopping = [f for f in findings if f.state is State.STOPS]
     if as_json:
         console.result_json({"ready": not stopping, "findings": plain(findings)})
     else:
-        rows = [("configuration", State.OK, str(config.path), "")]
-        if config.path == resources.default_config():
-            make = "to have your own: ami-builder config example > ami-builder.toml"
-            rows = [("configuration", State.NOTE, "no ami-builder.toml here: the defaults apply", make)]
-        rows += [(f.name, f.state, f.found, f.hint) for f in findings]
+        rows = [(f.name, f.state, f.found, f.hint) for f in findings]
         console.table(("what", "state", "found", "what to do"), rows)
     if stopping:
         raise typer.Exit(stopping[0].exit_code)
+
+
+def _configuration(config: Config) -> Finding:
+    if config.path != resources.default_config():
+        return Finding(name="configuration", state=State.OK, found=str(config.path))
+    return Finding(
+        name="configuration",
+        state=State.NOTE,
+        found="no ami-builder.toml here: the defaults apply",
+        hint="to have your own: ami-builder config example > ami-builder.toml",
+    )
 
 
 @app.command("list")
 def list_images(as_json: JsonFlag = False) -> None:
     """List the finished images that this host knows of, newest last."""
     images = open_workspace().images()
-    channels = channels_on_host(images)
+    channels, revoked = channels_on_host(images), revoked_on_host(images)
     if as_json:
         console.result_json(
             {
                 "images": [
-                    {**image_object(one), "channels": channels.get(one.artifact.digest, ())} for one in images
+                    {
+                        **image_object(one),
+                        "channels": channels.get(one.artifact.digest, ()),
+                        "revoked": revoked.get(one.artifact.digest),
+                    }
+                    for one in images
                 ]
             }
         )
@@ -108,7 +121,7 @@ def list_images(as_json: JsonFlag = False) -> None:
                 f"{s.artifact.created:%Y-%m-%d %H:%M}Z",
                 console.size(s.artifact.size),
                 _verdict_word(s),
-                ", ".join(channels.get(s.artifact.digest, ())),
+                ", ".join(channels.get(s.artifact.digest, ())) or "revoked" * (s.artifact.digest in revoked),
                 f"{s.artifact.location} ({s.artifact.region})" if s.artifact.region else s.artifact.location,
             )
             for s in images
@@ -126,9 +139,10 @@ def show(
     stored = choose(workspace.images(), image, config.images)
     artifact, verdict = stored.artifact, stored.verdict
     current_in = channels_on_host([stored]).get(artifact.digest, ())
+    revoked = revoked_on_host([stored]).get(artifact.digest)
     run = workspace.runs_dir / artifact.run_id
     if as_json:
-        console.result_json({**image_object(stored), "channels": current_in, "run": run})
+        console.result_json({**image_object(stored), "channels": current_in, "revoked": revoked, "run": run})
         return
     rows = [
         ("image", artifact.image),
@@ -141,6 +155,7 @@ def show(
         ("size", console.size(artifact.size)),
         # The channels of AMIs are in their accounts: see `history`.
         *([("channels", ", ".join(current_in) or "none")] if not artifact.region else []),
+        *([("revoked", revoked)] if revoked is not None else []),
         ("verdict", _verdict_word(stored)),
     ]
     if verdict is not None:

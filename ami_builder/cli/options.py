@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,6 +116,15 @@ def load_config(target: TargetKind = TargetKind.QEMU) -> Config:
     return load(
         shared.config, environ=os.environ, overrides=shared.overrides, flags=shared.flags, target=target
     )
+
+
+def command(*words: str) -> str:
+    """Return a command line with the configuration that this command was given."""
+    given = [] if shared.config is None else ["--config", str(shared.config)]
+    for key, text in shared.overrides.items():
+        if key not in shared.flags:
+            given += ["--set", f"{key}={text}"]
+    return shlex.join(["ami-builder", *given, *words])
 
 
 def open_workspace() -> Workspace:

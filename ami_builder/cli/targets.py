@@ -85,6 +85,18 @@ def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]
     return found
 
 
+def revoked_on_host(images: Sequence[StoredImage]) -> dict[str, str]:
+    """Return which local images were revoked, by digest, each with the reason. The account is not asked."""
+    from ami_builder.qemu.channels import ChannelFile
+
+    workspace = open_workspace()
+    found: dict[str, str] = {}
+    for name in {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}:
+        digests = [one.artifact.digest for one in images if one.artifact.image == name]
+        found |= ChannelFile(workspace=workspace, image=name).revoked(digests)
+    return found
+
+
 def find_image(
     word: str | None, kind: TargetKind, *, region: str = "", dask_scheduler: str | None = None
 ) -> tuple[Image, StoredImage, Target]:
@@ -95,6 +107,11 @@ def find_image(
     its id, and an AMI is returned as the account has it now. Raises UsageError and CloudFailed.
     """
     if word is not None and (os.sep in word or word.endswith(_DISK_NAMES)):
+        if kind is TargetKind.AWS:
+            raise UsageError(
+                f"{word}: this is not an AMI",
+                hint="name an image in ami-builder.toml, or an AMI id, or leave out --target aws",
+            )
         return _disk(word, load_config(), dask_scheduler)
     if word is not None and _AMI.fullmatch(word):
         kind = TargetKind.AWS
@@ -119,12 +136,7 @@ def find_image(
 
 def find_ami(word: str | None) -> tuple[Image, StoredImage, Target]:
     """Return the finished AMI that a word names, as `find_image` does. Raises UsageError for a disk image."""
-    image, stored, home = find_image(word, TargetKind.AWS)
-    if not home.region:
-        raise UsageError(
-            f"{word}: this is not an AMI", hint="name an image in ami-builder.toml, or an AMI id"
-        )
-    return image, stored, home
+    return find_image(word, TargetKind.AWS)
 
 
 def choose(

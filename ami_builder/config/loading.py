@@ -69,7 +69,7 @@ class Config:
         chosen = default if name is None else name
         known = f"the images in {_short(self.path)} are: {', '.join(self.images)}"
         if chosen is None:
-            hint = f"name one, or set default_image; {known}"
+            hint = f"name one (some commands have --image), or write default_image into it; {known}"
             raise UsageError("no image was named, and there are several", hint=hint)
         if chosen not in self.images:
             raise UsageError(f"there is no image {chosen}{did_you_mean(chosen, self.images)}", hint=known)
@@ -217,9 +217,9 @@ class _Mistakes:
         self._lines: list[str] = []
         self._keys: set[str] = set()  # what depends on these is not reported
 
-    def add(self, origin: _Origin, message: str, *value: object) -> None:
+    def add(self, origin: _Origin, message: str, *value: object, default: bool = False) -> None:
         """Note a mistake, with the value if there is one to show."""
-        setting = " = ".join([origin.key, *map(_brief, value)])
+        setting = " = ".join([origin.key, *map(_brief, value)]) + " (the default)" * default
         self._lines.append(": ".join(part for part in (origin.position, setting, message) if part))
 
     def validated(
@@ -246,8 +246,10 @@ class _Mistakes:
             if self._keys.isdisjoint({*keys, *(key.partition(".")[0] for key in keys)}):
                 # A default is not a mistake: report the position of a setting that it conflicts with.
                 position = next((given[key][1].position for key in keys if key in given), image.position)
-                key = given[keys[0]][1].key if keys[0] in given else f"{image.key}.{keys[0]}"
-                self.add(_Origin(position, key), message, SETTINGS[keys[0]].dump(settings.get(keys[0])))
+                default = keys[0] not in given
+                key = f"{image.key}.{keys[0]}" if default else given[keys[0]][1].key
+                value = SETTINGS[keys[0]].dump(settings.get(keys[0]))
+                self.add(_Origin(position, key), message, value, default=default)
 
     def stop(self) -> None:
         """Raise UsageError if anything was noted."""

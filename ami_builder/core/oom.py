@@ -159,24 +159,24 @@ def compare(rest: Iterable[Wait], under: Iterable[Wait]) -> Compared:
     return Compared(answers=answers, longest=longest, rest=median, allowed=allowed)
 
 
-def room(limit: int, *, beside: int, headroom: int = 0, terminate: float = TERMINATE) -> int:
+def room(limit: int, *, beside: int, headroom: int = 0) -> int:
     """Return how much memory a container has left when the nanny restarts its worker.
 
     `limit` is the container's, `beside` what everything else in it uses (nanny, scheduler), and `headroom`
     how much less than the container's limit the workers' own limits add up to. Below 0 the kernel comes
     first; above, the nanny does, if the worker grows by less than this between two of its checks (100 ms).
     """
-    return limit - beside - math.ceil(terminate * (limit - headroom))
+    return limit - beside - math.ceil(TERMINATE * (limit - headroom))
 
 
-def smallest_limit(*, beside: int, headroom: int = 0, terminate: float = TERMINATE) -> int:
+def smallest_limit(*, beside: int, headroom: int = 0) -> int:
     """Return the smallest container limit at which the nanny comes before the kernel, where `room` is 0."""
-    return max(0, math.ceil((beside - terminate * headroom) / (1 - terminate)))
+    return max(0, math.ceil((beside - TERMINATE * headroom) / (1 - TERMINATE)))
 
 
-def least_headroom(limit: int, *, beside: int, terminate: float = TERMINATE) -> int:
+def least_headroom(limit: int, *, beside: int) -> int:
     """Return the headroom with which the nanny comes before the kernel in a container with this limit."""
-    return max(0, math.ceil((beside - (1 - terminate) * limit) / terminate))
+    return max(0, math.ceil((beside - (1 - TERMINATE) * limit) / TERMINATE))
 
 
 BESIDE = {Role.WORKER: 80 * MIB, Role.LOCAL: 128 * MIB}

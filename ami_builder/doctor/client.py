@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import socket
 import struct
 import time
 import warnings
@@ -119,7 +120,8 @@ async def _connected(
         if not 0 < port < 65536:
             raise ValueError(f"there is no port {port}")
     except (ValueError, TypeError, KeyError) as wrong:
-        raise UsageError(f"{address}: {wrong}", hint=_EXAMPLE) from wrong
+        why = "the port is no number" if str(wrong).startswith("invalid literal") else wrong
+        raise UsageError(f"{address}: {why}", hint=_EXAMPLE) from wrong
     connection = tls.connection(distributed, scheme, certificates)
     await asyncio.to_thread(tls.check, connection["ssl_context"], scheme, host, port, seconds)
     try:
@@ -132,7 +134,9 @@ async def _connected(
         except OSError as failed:
             # distributed repeats the address and the time limit.
             text = str(failed).strip()
-            why = "" if not text or text.startswith("Timed out") else f": {text}"
+            if not text or text.startswith("Timed out"):
+                text = await asyncio.to_thread(_unreachable, host, port)
+            why = f": {text}" if text else ""
             if scheme == "tcp" and await asyncio.to_thread(tls.speaks_tls, host, port, seconds):
                 raise UsageError(f"{address}: the scheduler uses TLS", hint=tls.HOW) from failed
             hint = "check that a scheduler listens there"
@@ -146,6 +150,17 @@ async def _connected(
         yield scheduler, identity
     finally:
         await scheduler.close_rpc()
+
+
+def _unreachable(host: str, port: int) -> str:
+    """Return why nothing can be sent there, which distributed does not say; empty if something can be."""
+    try:
+        with socket.create_connection((host, port), 1.0):
+            return ""
+    except TimeoutError:
+        return ""
+    except OSError as wrong:
+        return (wrong.strerror or str(wrong)).lower()
 
 
 async def _identity(scheduler: Any) -> Mapping[str, Any]:

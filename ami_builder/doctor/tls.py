@@ -59,6 +59,8 @@ def connection(distributed: Any, scheme: str, certificates: Path | None) -> dict
 
 def files(folder: Path) -> tuple[Path, ...]:
     """Return a client's files, in `folder` or in its folder client. Raises UsageError if one is missing."""
+    if not folder.is_dir():
+        raise UsageError(f"--tls {folder}: there is no such folder", hint=HOW)
     chosen = folder / "client" if (folder / "client").is_dir() else folder
     if missing := [name for name in FILES if not (chosen / name).is_file()]:
         raise UsageError(f"--tls {folder}: {chosen} has no {', '.join(missing)}", hint=HOW)

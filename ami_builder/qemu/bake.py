@@ -9,6 +9,7 @@ from ami_builder.build.base_image import BaseDisk, base_disk
 from ami_builder.build.inputs import Inputs
 from ami_builder.console import Step, size
 from ami_builder.core.options import ContainerSource
+from ami_builder.core.units import MIB
 from ami_builder.qemu.accelerator import choose_accelerator
 from ami_builder.qemu.disks import image_info, nocloud_iso
 from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware
@@ -17,7 +18,6 @@ from ami_builder.state.workspace import Run, Workspace
 from ami_builder.system import ssh
 from ami_builder.verify.executor import side_by_side
 
-MIB = 1 << 20
 DISK_NAME = "image.qcow2"
 """Of the baked disk, as packer/qemu.pkr.hcl has it."""
 
@@ -61,7 +61,7 @@ def bake(
     with step.step("choose the accelerator") as child:
         accelerator, reason = choose_accelerator(
             base.disk,
-            cache=workspace.cache / "accelerator.json",
+            cache=workspace.accelerator,
             directory=run.work,
             arch=inputs.image.arch,
         )

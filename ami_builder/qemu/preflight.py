@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 
 from ami_builder.build import preflight
-from ami_builder.build.preflight import GIB
 from ami_builder.config.schema import Image
 from ami_builder.core.options import Arch, ContainerSource
 from ami_builder.core.records import Finding, State
+from ami_builder.core.units import GIB
 from ami_builder.qemu.accelerator import known_accelerator
 from ami_builder.qemu.bake import SOURCE
 from ami_builder.qemu.hardware import HARDWARE, Accelerator, firmware
@@ -39,7 +39,7 @@ def check(image: Image, workspace: Workspace) -> Iterator[Finding]:
 
 
 def _accelerator(workspace: Workspace, arch: Arch) -> Finding:
-    known = known_accelerator(workspace.cache / "accelerator.json", arch)
+    known = known_accelerator(workspace.accelerator, arch)
     if known is not None:
         accelerator, reason = known
         state = State.OK if accelerator is Accelerator.KVM else State.NOTE

@@ -151,15 +151,11 @@ class QemuTarget:
     def emulated(self) -> bool | None:
         """Whether VMs are emulated here; None if only a try can tell."""
         try:
-            known = known_accelerator(self._accelerators, self.arch)
+            known = known_accelerator(self.workspace.accelerator, self.arch)
         except AmiBuilderError:
             # The step that needs the accelerator raises the same error.
             return None
         return None if known is None else known[0] is Accelerator.TCG
-
-    @property
-    def _accelerators(self) -> Path:
-        return self.workspace.cache / "accelerator.json"
 
     def gather(self, image: Image, *, refresh: bool) -> Inputs:
         """Resolve base disk and container to what they would be now."""
@@ -195,7 +191,7 @@ class QemuTarget:
         image_info(stored.path)
         with step.step("choose the accelerator") as child:
             accelerator, reason = choose_accelerator(
-                stored.path, cache=self._accelerators, directory=run.work, arch=image.arch
+                stored.path, cache=self.workspace.accelerator, directory=run.work, arch=image.arch
             )
             child.done(reason)
         machines = [
@@ -329,7 +325,7 @@ def launch(
     with workspace.run("run", image.name) as run, ExitStack() as stack:
         with progress.step("choose the accelerator") as step:
             accelerator, reason = choose_accelerator(
-                disk, cache=workspace.cache / "accelerator.json", directory=run.work, arch=image.arch
+                disk, cache=workspace.accelerator, directory=run.work, arch=image.arch
             )
             step.done(reason)
         with progress.step("boot", detail=WAITING) as step:

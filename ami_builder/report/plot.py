@@ -12,10 +12,8 @@ from ami_builder.core.units import GIB, MIB
 if TYPE_CHECKING:
     from ami_builder.report.page import Trend
 
-WIDTH, HEIGHT = 320, 138
-"""Of the viewBox. All coordinates are in its units."""
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 312.0, 8.0, 114.0
-"""The edges of the area for the curve. The labels are outside of it."""
+"""The edges of the area for the curve, in units of the page's viewBox. The labels are outside of it."""
 _MARGIN = 6.0
 _INTERVALS = 4
 

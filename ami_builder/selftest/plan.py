@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ami_builder.aws import source_ami, tags
-from ami_builder.aws.images import GIB
 from ami_builder.aws.session import Account
 from ami_builder.config.schema import Image, LifecycleSettings
 from ami_builder.config.types import Destination, Tag
 from ami_builder.core.errors import UsageError
+from ami_builder.core.units import GIB
 from ami_builder.selftest import budget
 from ami_builder.selftest.budget import FREE, Cost
 

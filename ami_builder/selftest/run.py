@@ -90,7 +90,6 @@ class Selftest:
     _home: AwsTarget = field(init=False)
     _first: StoredImage = field(init=False)
     _second: StoredImage = field(init=False)
-    _kept: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def image(self) -> Image:

@@ -123,7 +123,7 @@ def find(workspace: Workspace, word: str | None) -> RecordedRun | RecordedNightl
             raise UsageError(f"{folder} has no record that can be read", hint=f"look into {folder / 'logs'}")
     raise UsageError(
         f"no run or nightly run has the id {word}{did_you_mean(word, [one.id for one in known])}",
-        hint=f"ids are the names of the folders in {workspace.runs_dir} and {workspace.nightly_dir}",
+        hint=f"ids are the names of folders in {workspace.runs_dir} and {workspace.nightly_dir}/IMAGE.TARGET",
     )
 
 

@@ -146,6 +146,11 @@ class Workspace:
     cache: Path
     state: Path
 
+    @property
+    def accelerator(self) -> Path:
+        """The file that keeps whether VMs run under KVM here."""
+        return self.cache / "accelerator.json"
+
     @classmethod
     def open(cls, environ: Mapping[str, str]) -> Self:
         """Return the user's workspace; `AMI_BUILDER_HOME` puts all of it into one folder."""

@@ -43,14 +43,14 @@ class Authority:
     _key: CertificateIssuerPrivateKeyTypes
 
     @classmethod
-    def create(cls, *, days: int, name: str = "Dask CA") -> Self:
+    def create(cls, *, days: int) -> Self:
         """Make a new CA that is valid for so many days from now."""
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
 
         key = ec.generate_private_key(ec.SECP256R1())
-        subject, now = _name(name), _now()
+        subject, now = _name("Dask CA"), _now()
         usage = _usage(key_cert_sign=True, crl_sign=True)
         certificate = (
             x509.CertificateBuilder()

@@ -261,12 +261,13 @@ def stream(
     timeout: float | Callable[[], float],
     on_line: Callable[[str], None] | None = None,
     merge: bool = True,
-    error: type[AmiBuilderError] = BuildFailed,
+    missing: int | None = None,
 ) -> None:
     """Run a long command with its output in `log`; `on_line` gets each line.
 
     With `merge=False` stderr goes to the log alone.
-    Raises `error` with the last lines when it fails, TimedOut after `timeout` seconds, which may grow.
+    `missing` is the exit status with which it reports that a program is missing: MissingTool is raised then.
+    Raises BuildFailed with the last lines when it fails, TimedOut after `timeout` seconds, which may grow.
     """
     began = time.monotonic()
     limit = timeout if callable(timeout) else lambda: timeout
@@ -296,9 +297,11 @@ def stream(
         # If the disk is full, the log may lack the message too.
         full = any("No space left on device" in line for line in tail)
         full = full or shutil.disk_usage(log.parent).free < 1 << 20
-        raise error(
-            f"{what} failed (exit status {status})", hint=DISK_FULL if full else None, log=log, tail=tail
-        )
+        kind: type[AmiBuilderError] = BuildFailed
+        hint = DISK_FULL if full else None
+        if status == missing and not full:
+            kind, hint = MissingTool, "`ami-builder check` lists everything that is missing"
+        raise kind(f"{what} failed (exit status {status})", hint=hint, log=log, tail=tail)
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> tuple[str, ...]:

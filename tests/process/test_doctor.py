@@ -423,7 +423,9 @@ def test_an_address_where_nobody_is(capsys: pytest.CaptureFixture[str]) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         assert cli.run(["-q", "doctor", f"tcp://127.0.0.1:{port}", "--timeout", "0.5s"]) == 7
-    assert f"127.0.0.1:{port} did not answer within" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port} did not answer within" in err
+    assert "connection refused" in err
 
 
 def test_somebody_who_accepts_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,7 +298,9 @@ def test_a_clean_up_that_fails_reports_what_it_deleted(
             last = night(capsys, status=6 if inputs == "three" else 0)
     assert last["ending"] == "promoted"
     assert len(workspace.images()) == (2 if deletes else 3)
-    *deleted, failed = last["retired"]  # type: ignore[misc]
+    retired = last["retired"]
+    assert isinstance(retired, list)
+    *deleted, failed = retired
     result = "the clean-up did not finish" if deletes else "nothing was deleted"
     assert failed == f"{result}: eu-west-1 does not answer"
     assert [line.startswith("deleted ") for line in deleted] == [True] * deletes

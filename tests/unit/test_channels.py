@@ -219,8 +219,12 @@ def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) 
         ("promoted", "a", "first"),
         ("promoted", "b", ""),
         ("rolled back", "a", ""),
-        ("revoked", "n", "slow"),
+        (f"revoked {'a' * 16}", "n", "slow"),
     ]
+    assert cli.run(["list"]) == 0
+    assert [line.split("\t")[6] for line in capsys.readouterr().out.splitlines()] == ["revoked", ""]
+    assert cli.run(["show", "aaaaaaaa", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["revoked"] == "slow"
     assert cli.run(["history", "stable", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["standing"] is None
@@ -237,6 +241,8 @@ def test_the_commands(workspace: Workspace, capsys: pytest.CaptureFixture[str]) 
         (["history", "stabel"], "did you mean stable"),
         (["history", "stable", "--image", "dusk"], "did you mean dask"),
         (["revoke", "dask"], "--reason"),
+        (["promote", "/x/image.qcow2", "stable", "--target", "aws"], "this is not an AMI"),
+        (["revoke", "/x/image.qcow2", "--target", "aws", "--reason", "x"], "this is not an AMI"),
     ],
 )
 def test_wrong_words_say_what_is_right(

@@ -242,6 +242,23 @@ def test_check_names_what_is_missing(
     assert "apt-get install mmdebstrap" in missing["hint"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["config", "show", "--set", "memory.reserve=5%"], "ami-builder --set … config show"),
+        (["show", "dask", "--quiet"], "ami-builder --quiet … show"),
+        (["--json", "list"], "write it after the command: ami-builder COMMAND --json"),
+        (["--target", "aws", "check"], "write it after the command: ami-builder COMMAND --target"),
+        (["--nosuch", "check"], "No such option"),
+    ],
+)
+def test_a_flag_in_the_wrong_place_is_shown_its_own(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert cli.run(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_check_goes_on_after_a_wrong_accelerator(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -771,7 +771,8 @@ def test_one_mistake_in_the_defaults_is_named_once() -> None:
 
 def test_a_conflict_is_laid_to_the_one_who_made_it() -> None:
     assert mistakes("[images.dask]", flags={"base.disk_size": "20GiB"}) == [
-        '--set: images.dask.verify.disk_size = "10GiB": expected at least base.disk_size, which is 20GiB'
+        '--set: images.dask.verify.disk_size = "10GiB" (the default): expected at least base.disk_size, which'
+        " is 20GiB"
     ]
     variables = {"AMI_BUILDER_MEMORY__RESERVE": "3GiB"}
     assert mistakes("[images.dask]", environ=variables) == [

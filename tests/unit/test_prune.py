@@ -112,6 +112,8 @@ def test_the_table(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> 
     assert second[3] == "keep"
     assert "1 to delete (1 KiB)" in shown.err
     assert "run `ami-builder prune --apply`" in shown.err
+    assert cli.run(["--set", "lifecycle.keep_days=1", "prune"]) == 0
+    assert "run `ami-builder --set lifecycle.keep_days=1 prune --apply`" in capsys.readouterr().err
     assert left(workspace) == "ab"
     assert cli.run(["prune", "--apply"]) == 0
     assert "deleted" in capsys.readouterr().out
