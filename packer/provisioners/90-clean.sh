@@ -81,8 +81,8 @@ overwrite_log() {
 }
 
 # Large direct writes, then small ones for the rest; the disk is full only for a moment at the end. Blocks that are
-# reserved for recently written data cannot be used and may be free later: so all data is written to disk first, and
-# the rest is filled twice.
+# reserved for recently written data, or were freed a moment ago, cannot be used and may be free later: so all data is
+# written to disk first, and the rest is filled at least twice. ext4 counts such blocks as free.
 overwrite_free() {
     # Blocks that ext4 reserves until it is mounted again.
     for reserve in sys/fs/ext4/*/reserved_clusters; do
@@ -90,15 +90,23 @@ overwrite_free() {
     done
     sync
     quietly dd if=/dev/zero of="$zeros" bs=16M oflag=direct
-    for _ in 1 2; do
+    left=0
+    for attempt in 1 2 3 4 5 6 7 8 9 10; do
         last=$(LC_ALL=C dd if=/dev/zero of="$zeros" bs=4k oflag=append conv=notrunc 2>&1) || true
         sync
+        [ "$attempt" -gt 1 ] || continue
+        case "$2: $last" in
+            ext[34]:*'No space left'*) left=$(stat -f -c %f "$1") ;;
+        esac
+        [ "$left" -gt 0 ] || break
+        sleep 0.5
     done
     rm -f "$zeros"
     case $last in
         *'No space left'*) ;;
         *) echo "90-clean: the free space of $1 could not be overwritten: $last" >&2 && return 1 ;;
     esac
+    [ "$left" -eq 0 ] || echo "90-clean: $left free blocks of $1 were not overwritten, and may contain deleted files" >&2
 }
 
 # Print the file systems that are mounted here and below; none for a folder that is no mount point, as in tests.
@@ -116,7 +124,7 @@ overwrite() {
                 echo "90-clean: the journal of $source could not be overwritten, and may contain names of deleted files" >&2 ;;
         esac
         rm -f "$zeros"
-        overwrite_free "$target"
+        overwrite_free "$target" "$type"
     done
 }
 
