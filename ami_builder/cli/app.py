@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from inspect import cleandoc
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -102,6 +104,8 @@ class _Group(typer.core.TyperGroup):
 app.info.cls = config_app.info.cls = _Group
 for _command in [*app.registered_commands, *config_app.registered_commands]:
     _command.cls = _Command
+    # Typer would keep the line breaks of a docstring, which are not those of the terminal.
+    _command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", cleandoc(_command.callback.__doc__ or ""))
 _panel_of = {name: panel for panel, names in _PANELS.items() for name in names}
 for _command in app.registered_commands:
     assert _command.callback is not None
