@@ -93,7 +93,8 @@ class Account:
         if not found:
             raise UsageError(
                 "no AWS region is set",
-                hint="export AWS_REGION=…, or write aws.region in your ami-builder.toml",
+                hint="export AWS_REGION=…, write aws.region in your ami-builder.toml, or give --region to a"
+                " command that has it",
             )
         if not re.fullmatch(REGION, found):
             names = ("AWS_REGION", "AWS_DEFAULT_REGION")

@@ -250,30 +250,41 @@ for name in containers plain compose.unset image.unset; do
 done
 if [ "$phase" = boot ]; then
     # A process that takes more than the reserve, and ends. The image's own unit compares.
-    compare() {
-        timeout 60 systemctl restart dask-health.service
+    compare() { timeout 60 systemctl restart dask-health.service; }
+    compared() {
         section "growth.$1"
         cat /run/dask/health 2>/dev/null
     }
-    grower=ami-builder-grows.service
-    compare before
-    excess=$(sed -n 's/.*"excess": \(-\{0,1\}[0-9]*\),.*/\1/p' /run/dask/public/memory.json 2>/dev/null)
-    [ "${excess:-0}" -lt 0 ] || excess=0
-    # 32 MiB more than what is no news: 32 MiB, or 1 % of a large machine.
-    size=$(awk '/^MemTotal:/ { printf "%.0f", $2 * 1024 / 100 }' /proc/meminfo)
-    [ "$size" -ge 33554432 ] || size=33554432
-    size=$((33554432 + size - excess))
-    # tail keeps all of it until its input ends.
-    systemd-run --quiet --collect --unit "$grower" sh -c "{ head -c $size /dev/zero; sleep 600; } | tail -c $size >/dev/null"
-    tries=0 taken=0
-    while [ "$taken" -lt "$size" ] && [ "$tries" -lt 120 ]; do
-        sleep 0.5
-        read -r taken <"/sys/fs/cgroup/system.slice/$grower/memory.current" || taken=0
-        tries=$((tries + 1))
-    done 2>/dev/null
-    compare grown
-    systemctl stop "$grower"
-    compare ended
+    # grow UNIT: take 32 MiB more than what is no news: 32 MiB, or 1 % of a large machine
+    grow() {
+        excess=$(sed -n 's/.*"excess": \(-\{0,1\}[0-9]*\),.*/\1/p' /run/dask/public/memory.json 2>/dev/null)
+        [ "${excess:-0}" -lt 0 ] || excess=0
+        size=$(awk '/^MemTotal:/ { printf "%.0f", $2 * 1024 / 100 }' /proc/meminfo)
+        [ "$size" -ge 33554432 ] || size=33554432
+        size=$((33554432 + size - excess))
+        # tail keeps all of it until its input ends.
+        systemd-run --quiet --collect --unit "$1" sh -c "{ head -c $size /dev/zero; sleep 600; } | tail -c $size >/dev/null"
+        tries=0 taken=0
+        while [ "$taken" -lt "$size" ] && [ "$tries" -lt 120 ]; do
+            sleep 0.5
+            read -r taken <"/sys/fs/cgroup/system.slice/$1/memory.current" || taken=0
+            tries=$((tries + 1))
+        done 2>/dev/null
+    }
+    compare
+    compared before
+    # Others may give back as much meanwhile, such as containers that have just ended.
+    for unit in ami-builder-grows ami-builder-grows-more ami-builder-grows-most; do
+        grow "$unit.service"
+        compare
+        ! grep -qs ami-builder-grows.service /run/dask/health || break
+    done
+    compared grown
+    section growth.measured
+    cat /run/dask/public/memory.json 2>/dev/null
+    systemctl stop 'ami-builder-grows*.service'
+    compare
+    compared ended
 fi
 section growth
 # The timer's first comparison may be half a minute away.

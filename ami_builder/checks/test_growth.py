@@ -30,7 +30,8 @@ def test_who_has_grown_is_reported(machine: MachineState) -> None:
     """Growth that nobody notices ends in a machine that stalls. Here a process outgrows the reserve."""
     lines = machine.lines("growth.grown")
     assert any(f"{GROWER} +" in line for line in lines), (
-        f"{GROWER} took more than the reserve, but /run/dask/health has {' / '.join(lines) or 'nothing'}"
+        f"{GROWER} took more than the reserve, but /run/dask/health has {' / '.join(lines) or 'nothing'};"
+        f" it was compared: {machine.text.get('growth.measured', '').strip() or 'no answer'}"
     )
 
 
