@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ami_builder.core.errors import UsageError
-from tests.benchmarks import against, cgroups, host, slow_host, slowdown, spilling, without_limit
+from tests.benchmarks import against, cgroups, host, layering, slow_host, slowdown, spilling, without_limit
 from tests.benchmarks.against import Kind, Phase, Side
 from tests.benchmarks.slow_host import Job, Outcome, Subject
 from tests.benchmarks.slowdown import Slowdown
+from tests.experiment.cases import Case, LimitPolicy, Work
+from tests.experiment.tasks import Memory, tasks
+from tests.vm.conftest import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -615,3 +619,22 @@ def test_places_to_spill_to_are_compared_with_the_first() -> None:
     turn = {"write": 20.0, "read": 10.0, "cpu": 5.0}
     found = {"layer": [turn, turn], "disk": [{"write": 6.0, "read": 3.0, "cpu": 5.0}]}
     assert spilling.table(found) == [("layer", 20.0, 10.0, 5.0, 1.0), ("disk", 6.0, 3.0, 5.0, 0.3)]
+
+
+def test_what_layers_add_is_a_share_of_the_time_without_them() -> None:
+    pairs = [layering.Pair(off=(100.0, 50.0), on=(100.0 + n, 50.0)) for n in (0, 1, 2, 3, 40)]
+    assert layering.costs(pairs, 0) == pytest.approx((0.02, 0.01, 0.03))
+    assert layering.costs(pairs, 1) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("work", layering.WORKS)
+def test_the_work_beside_which_layers_are_timed_gets_done(work: Work) -> None:
+    case = Case(memory=64 * MIB, cpus=1, policy=LimitPolicy.DEFAULT, work=work, repeat=1, seed=1)
+    given = tasks(case, Memory(total=64 * MIB, available=64 * MIB))
+    argv = [sys.executable, "-m", "tests.layered_work", str(1 << 30)]
+    text = json.dumps([asdict(task) for task in given])
+    done = subprocess.run(argv, input=text, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["done"] == found["of"] == sum(task.kept for task in given)
+    assert found["seconds"] > 0
+    assert found["busy"] > 0
