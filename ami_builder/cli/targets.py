@@ -87,11 +87,14 @@ def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]
 
 def revoked_on_host(images: Sequence[StoredImage]) -> dict[str, str]:
     """Return which local images were revoked, by digest, each with the reason. The account is not asked."""
+    names = {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}
+    if not names:
+        return {}
     from ami_builder.qemu.channels import ChannelFile
 
     workspace = open_workspace()
     found: dict[str, str] = {}
-    for name in {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}:
+    for name in names:
         digests = [one.artifact.digest for one in images if one.artifact.image == name]
         found |= ChannelFile(workspace=workspace, image=name).revoked(digests)
     return found
