@@ -20,7 +20,8 @@ from ami_builder.state.workspace import Workspace
 Regions = Mapping[Account, float]
 """Each region of an account, with the longest lifetime of our instances there, in seconds."""
 _LATE_SECONDS = 24 * 3600.0
-"""In which a ledger stays open: an AMI whose making was not answered shows late; a run may end just now."""
+"""How long a ledger stays open: an AMI whose making was not answered may show late, and a run that was live
+when all was planned may have ended since."""
 
 
 def find_orphans(regions: Regions, workspace: Workspace, progress: Progress) -> tuple[Orphan, ...]:

@@ -273,7 +273,7 @@ if [ "$phase" = boot ]; then
     }
     compare
     compared before
-    # Others may give back as much meanwhile, such as containers that have just ended.
+    # Others may give back as much in between.
     for unit in ami-builder-grows ami-builder-grows-more ami-builder-grows-most; do
         grow "$unit.service"
         compare

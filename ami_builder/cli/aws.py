@@ -12,7 +12,7 @@ import typer
 from ami_builder import console
 from ami_builder.aws.policy import LONGEST, Section, document, of_instances, parts, size
 from ami_builder.cli.options import JsonFlag, app, failures, load_config, mode, plain
-from ami_builder.cli.targets import find_ami
+from ami_builder.cli.targets import find_image
 from ami_builder.core.errors import CloudFailed, UsageError
 from ami_builder.core.records import TargetKind
 from ami_builder.state.workspace import write_atomically
@@ -52,7 +52,7 @@ def copy(
 
     from ami_builder.build.target import at_each, require_all
 
-    chosen, stored, home = find_ami(image)
+    chosen, stored, home = find_image(image, TargetKind.AWS)
     if region:
         chosen = replace(chosen, aws=replace(chosen.aws, copy_to=_destinations(region, chosen.aws)))
     if not chosen.aws.copy_to:
@@ -82,7 +82,7 @@ def share(image: AmiArgument = None, as_json: JsonFlag = False) -> None:
     """
     from ami_builder.build.target import at_each, require_all
 
-    chosen, stored, home = find_ami(image)
+    chosen, stored, home = find_image(image, TargetKind.AWS)
 
     def share(target: Target, step: Step) -> tuple[str, Shared]:
         if (found := target.find_copy(chosen, stored)) is None:

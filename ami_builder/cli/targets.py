@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ami_builder.config.loading import Config
     from ami_builder.config.schema import Image
     from ami_builder.core.records import Finding
+    from ami_builder.qemu.channels import ChannelFile
     from ami_builder.state.workspace import StoredImage
 
 _AMI = re.compile(r"ami-[0-9a-f]{8,17}")
@@ -72,32 +73,35 @@ def preflight(image: Image, kind: TargetKind) -> Iterator[Finding]:
 
 def channels_on_host(images: Sequence[StoredImage]) -> dict[str, tuple[str, ...]]:
     """Return the channels of this host in which images are current, by digest. The account is not asked."""
-    names = {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}
-    if not names:
-        return {}
     from ami_builder.build.channels import all_current
-    from ami_builder.qemu.channels import ChannelFile
 
-    workspace = open_workspace()
     found: dict[str, tuple[str, ...]] = {}
-    for name in names:
-        found |= all_current(ChannelFile(workspace=workspace, image=name))
+    for file, _ in _channel_files(images):
+        found |= all_current(file)
     return found
 
 
 def revoked_on_host(images: Sequence[StoredImage]) -> dict[str, str]:
     """Return which local images were revoked, by digest, each with the reason. The account is not asked."""
-    names = {one.artifact.image for one in images if one.artifact.target is TargetKind.QEMU}
-    if not names:
-        return {}
+    found: dict[str, str] = {}
+    for file, digests in _channel_files(images):
+        found |= file.revoked(digests)
+    return found
+
+
+def _channel_files(images: Sequence[StoredImage]) -> Iterator[tuple[ChannelFile, list[str]]]:
+    """Yield the record of channels of each name among the local images, with their digests."""
+    digests: dict[str, list[str]] = {}
+    for one in images:
+        if one.artifact.target is TargetKind.QEMU:
+            digests.setdefault(one.artifact.image, []).append(one.artifact.digest)
+    if not digests:  # on a host that can't run VMs, their code is not imported
+        return
     from ami_builder.qemu.channels import ChannelFile
 
     workspace = open_workspace()
-    found: dict[str, str] = {}
-    for name in names:
-        digests = [one.artifact.digest for one in images if one.artifact.image == name]
-        found |= ChannelFile(workspace=workspace, image=name).revoked(digests)
-    return found
+    for name, its in digests.items():
+        yield ChannelFile(workspace=workspace, image=name), its
 
 
 def find_image(
@@ -135,11 +139,6 @@ def find_image(
     assert stored is not None
     image = _of_its_arch(image, stored)
     return image, stored, open_target(image, kind, dask_scheduler=dask_scheduler)
-
-
-def find_ami(word: str | None) -> tuple[Image, StoredImage, Target]:
-    """Return the finished AMI that a word names, as `find_image` does. Raises UsageError for a disk image."""
-    return find_image(word, TargetKind.AWS)
 
 
 def choose(

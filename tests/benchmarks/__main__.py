@@ -96,6 +96,16 @@ def _image() -> Image:
     return loading.load(ROOT / "ami-builder.toml", environ={}, overrides={}).select()
 
 
+def _built() -> tuple[Image, Path]:
+    """Return the default image and its disk, built first if it is not."""
+    workspace, image = _workspace(), _image()
+    _command(sys.executable, "-m", "ami_builder", "build")
+    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
+    stored = workspace.image(image.name, inputs.digest)
+    assert stored is not None
+    return image, stored.path
+
+
 def startup() -> Sequence[Row]:
     """`ami-builder --version` and the set-up script around it, against `packer version`."""
     program = (sys.executable, "-I", "-m", "ami_builder")
@@ -199,14 +209,10 @@ def baking() -> Sequence[Row]:
 
 def checks() -> Sequence[Row]:
     """The checks on one booted machine, with the shared ssh connection and without."""
-    workspace, image = _workspace(), _image()
-    _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
-    stored = workspace.image(image.name, inputs.digest)
-    assert stored is not None
+    image, disk = _built()
     with (
         tempfile.TemporaryDirectory() as folder,
-        booted(image, stored.path, Path(folder)) as machine,
+        booted(image, disk, Path(folder)) as machine,
     ):
         machine.check("warm", phase="boot")
         count = len(machine.check("count", phase="boot"))
@@ -254,13 +260,9 @@ def doctor() -> Sequence[Row]:
 
 def spill() -> Sequence[Row]:
     """Spilling to the container's layer, the root disk, one NVMe disk and two joined, with bounded disks."""
-    workspace, image = _workspace(), _image()
-    _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
-    stored = workspace.image(image.name, inputs.digest)
-    assert stored is not None
+    image, disk = _built()
     with tempfile.TemporaryDirectory() as folder:
-        found = spilling.measure(image, stored.path, Path(folder))
+        found = spilling.measure(image, disk, Path(folder))
     return [
         Row(
             what=f"spilling to {place}",
@@ -274,26 +276,19 @@ def spill() -> Sequence[Row]:
 
 def layers() -> Sequence[Row]:
     """W1 and W4 of the experiment on one VM, with the layers of defence and without them in turns."""
-    workspace, image = _workspace(), _image()
-    _command(sys.executable, "-m", "ami_builder", "build")
-    inputs = QemuTarget(workspace=workspace).gather(image, refresh=False)
-    stored = workspace.image(image.name, inputs.digest)
-    assert stored is not None
-    rows = []
-    for work in layering.WORKS:
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = list(layering.measure(image, stored.path, Path(folder), work))
-        time_added, busy_added = (layering.costs(pairs, which) for which in (0, 1))
-        usual = statistics.median(pair.off[0] for pair in pairs)
-        rows.append(
-            Row(
-                what=f"the layers' cost in {work.text.split(':')[0]}, {len(pairs)} pairs",
-                figure=f"{_percents(busy_added)} of the VM's CPU time",
-                against=f"{_percents(time_added)} of the time ({usual:.0f} s without them)",
-                bound="+1 %",
-            )
+    image, disk = _built()
+    with tempfile.TemporaryDirectory() as folder:
+        found = layering.measure(image, disk, Path(folder))
+    return [
+        Row(
+            what=f"the layers' cost in {work.text.split(':')[0]}, {len(pairs)} pairs",
+            figure=f"{_percents(layering.costs(pairs, 1))} of the VM's CPU time",
+            against=f"{_percents(layering.costs(pairs, 0))} of the time"
+            f" ({statistics.median(pair.off[0] for pair in pairs):.0f} s without them)",
+            bound="+1 %",
         )
-    return rows
+        for work, pairs in found.items()
+    ]
 
 
 def _percents(added: tuple[float, float, float]) -> str:

@@ -1,6 +1,6 @@
 """What the layers of defence cost: `python -m tests.benchmarks layers`
 
-One VM of 1 GiB boots once for each work. A container of the default limit does the work with the layers and
+One VM of 1 GiB boots once. A container of the default limit does the work with the layers and
 without them in turns: the limit is the same for both, and the runs of a pair are minutes apart. The worker is
 smaller than the experiment's. It has one thread, so that its tasks always have the same order.
 """
@@ -21,7 +21,7 @@ from tests.experiment.tasks import Memory, tasks
 from tests.vm.conftest import ROOT, Booted, booted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ami_builder.config.schema import Image
 
@@ -53,24 +53,29 @@ class Pair:
     on: tuple[float, float]
 
 
-def measure(image: Image, disk: Path, directory: Path, work: Work, count: int = PAIRS) -> Iterator[Pair]:
-    """Yield the pairs of a work; who begins changes each time."""
+def measure(
+    image: Image, disk: Path, directory: Path, works: Sequence[Work] = WORKS, count: int = PAIRS
+) -> Mapping[Work, Sequence[Pair]]:
+    """Return the pairs of each work; who begins changes each time."""
+    pairs: dict[Work, list[Pair]] = {work: [] for work in works}
     with booted(image, disk, directory, memory=GIB) as machine:
         limit = int(machine.root(_PREPARE).split()[-1])
+        worker = limit - BESIDE_WORKER
         for name in _FILES:
             text = (ROOT / name).read_text()
             machine.session.run(f"mkdir -p /run/{Path(name).parent}; cat >/run/{name}", sudo=True, stdin=text)
-        case = Case(memory=GIB, cpus=2, policy=LimitPolicy.DEFAULT, work=work, repeat=1, seed=1)
-        worker = limit - BESIDE_WORKER
-        given = tasks(case, Memory(total=worker, available=worker))
-        machine.session.run(
-            "cat >/run/tasks.json", sudo=True, stdin=json.dumps([dataclasses.asdict(task) for task in given])
-        )
-        _work(machine, image, IMAGE, limit, worker)  # the first is slower: programs are read from the disk
-        for turn in range(count):
-            order = (OFF, IMAGE) if turn % 2 else (IMAGE, OFF)
-            found = {layers: _work(machine, image, layers, limit, worker) for layers in order}
-            yield Pair(off=found[OFF], on=found[IMAGE])
+        for work in works:
+            case = Case(memory=GIB, cpus=2, policy=LimitPolicy.DEFAULT, work=work, repeat=1, seed=1)
+            given = [dataclasses.asdict(task) for task in tasks(case, Memory(total=worker, available=worker))]
+            machine.session.run("cat >/run/tasks.json", sudo=True, stdin=json.dumps(given))
+            _work(
+                machine, image, IMAGE, limit, worker
+            )  # the first is slower: programs are read from the disk
+            for turn in range(count):
+                order = (OFF, IMAGE) if turn % 2 else (IMAGE, OFF)
+                found = {layers: _work(machine, image, layers, limit, worker) for layers in order}
+                pairs[work].append(Pair(off=found[OFF], on=found[IMAGE]))
+    return pairs
 
 
 def _work(machine: Booted, image: Image, layers: str, limit: int, worker: int) -> tuple[float, float]:

@@ -178,8 +178,8 @@ def test_blocks_that_are_free_only_later_are_overwritten_too(
     done = _run("90-clean.sh", programs, CLEAN_ROOT=str(mounted))
     assert done.returncode == 0
     assert len([call for call in calls(programs, "dd") if "bs=4k" in call]) == rounds
-    told = f"90-clean: 7 free blocks of {mounted} were not overwritten, and may contain deleted files\n"
-    assert done.stderr == ("" if rounds < 10 else told)
+    warning = f"90-clean: 7 free blocks of {mounted} were not overwritten, and may contain deleted files\n"
+    assert done.stderr == ("" if rounds < 10 else warning)
 
 
 def test_free_space_and_the_log_are_overwritten(mounted: Path, programs: Path) -> None:
